@@ -110,14 +110,13 @@ class PairLoss(torch.autograd.Function):
         nothing = (None,) * 6
         if upstream is None or not ctx.needs_input_grad[0]:
             return (None, *nothing)
-        # Handed out once: autograd may keep and accumulate into what it is given. Rebuilding from the inputs, rather
-        # than scaling what was rounded once already, keeps float16 loss scaling and bfloat16 accuracy intact.
-        if ctx.fused_grad is not None:
-            fused, ctx.fused_grad = ctx.fused_grad, None
-            if upstream.item() == 1 if upstream.ndim == 0 else bool((upstream == 1).all()):
-                return (fused, *nothing)
         model_pred, target, samples = ctx.saved_tensors
-        return (torch.ops.sipo.pair_grad(model_pred, target, samples[5], upstream, ctx.backend), *nothing)
+        fused, ctx.fused_grad = ctx.fused_grad, None  # handed out once: autograd may accumulate into what it is given
+        if fused is not None:
+            grad = backends.module(ctx.backend).mend(fused, model_pred, target, samples[5], upstream)
+        else:
+            grad = torch.ops.sipo.pair_grad(model_pred, target, samples[5], upstream, ctx.backend)
+        return (grad, *nothing)
 
 
 def pair_loss(

@@ -3,10 +3,9 @@
 #pragma once
 #include <cstdint>
 
-namespace sipo {
+#include "elements.h"
 
-// The order of DTYPES in sipo_kernels/contract.py.
-enum Dtype : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kFloat64 = 3, kDtypes = 4 };
+namespace sipo {
 
 // Σ d², Σ d_ref², Σ (m − r)(d + d_ref) over n elements; `r` may be null (then only the first is made).
 using ReduceFn = void (*)(const void* m, const void* r, const void* t, int64_t n, double sums[3]);

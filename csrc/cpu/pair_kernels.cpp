@@ -13,6 +13,8 @@
 
 namespace {
 
+using namespace sipo;
+
 #if defined(__AVX512F__)
 constexpr int kBytes = 64;
 #elif defined(__AVX2__)
@@ -20,9 +22,6 @@ constexpr int kBytes = 32;
 #else
 constexpr int kBytes = 16;
 #endif
-
-struct bf16 { uint16_t bits; };
-struct fp16 { uint16_t bits; };
 
 template <class Acc> struct Simd;
 template <> struct Simd<float> {
@@ -41,54 +40,11 @@ typedef uint16_t vu16_half __attribute__((vector_size(kBytes / 4)));
 typedef uint32_t vu32_half __attribute__((vector_size(kBytes / 2)));
 typedef float vfloat_half __attribute__((vector_size(kBytes / 2)));
 
-template <class To, class From> inline To bits(From x) {
-  static_assert(sizeof(To) == sizeof(From), "same size");
-  To y;
-  std::memcpy(&y, &x, sizeof y);
-  return y;
-}
 template <class V> inline V load_raw(const void* p) {
   V v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
-
-// ---- One element -----------------------------------------------------------------------------------------------
-
-inline double widen(float x) { return x; }
-inline double widen(double x) { return x; }
-inline double widen(bf16 x) { return bits<float>(uint32_t(x.bits) << 16); }
-inline double widen(fp16 x) {
-  const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, magnitude = x.bits & 0x7fff;
-  if (magnitude >= 0x7c00) return bits<float>(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
-  // Moving the fields into place leaves the exponent 112 too small; a multiplication mends it, subnormals included.
-  return bits<float>(sign | bits<uint32_t>(bits<float>(magnitude << 13) * 0x1p112f));
-}
-
-inline void narrow(double x, double& out) { out = x; }
-inline void narrow(float x, float& out) { out = x; }
-inline void narrow(double x, float& out) { out = float(x); }
-inline void narrow(float x, bf16& out) {  // to nearest, ties to even; NaN stays NaN
-  const uint32_t u = bits<uint32_t>(x);
-  out.bits = x != x ? uint16_t(u >> 16 | 0x40) : uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16);
-}
-inline void narrow(float x, fp16& out) {
-  const uint32_t u = bits<uint32_t>(x), sign = u >> 16 & 0x8000, magnitude = u & 0x7fffffff;
-  uint32_t h;
-  if (magnitude > 0x7f800000) {
-    h = 0x7e00;
-  } else if (magnitude >= 0x477ff000) {  // rounds to 65536 or more
-    h = 0x7c00;
-  } else if (magnitude < 0x38800000) {  // subnormal: adding ½ puts the rounding where float's own unit is 2^-24
-    h = bits<uint32_t>(bits<float>(magnitude) + 0.5f) - 0x3f000000;
-  } else {
-    h = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
-  }
-  out.bits = uint16_t(sign | h);
-}
-// A double gradient of a half-precision tensor (float64 target) is rounded through float; the target is the odd one.
-inline void narrow(double x, bf16& out) { narrow(float(x), out); }
-inline void narrow(double x, fp16& out) { narrow(float(x), out); }
 
 // ---- One vector ------------------------------------------------------------------------------------------------
 
