@@ -2,7 +2,7 @@
 // The plain-torch twin is sipo_kernels/eager.py.
 #pragma once
 #include <cmath>
-#include <limits>
+
 
 #if defined(__CUDACC__)
 #define SIPO_HD __host__ __device__ inline
@@ -25,10 +25,10 @@ struct Settings {
   int skip_nonfinite;
 };
 
-struct Sample {  // in: errors, scale and weight of one sample; out: log ratio, weight, gradient coefficient
+struct Sample {  // in: errors, scale and weight of one sample; out: log ratio, ratio, weight, gradient coefficient
   double model_error, ref_error, reward_gap;
   double ratio_scale, error_weight;
-  double log_ratio, weight, coef;
+  double log_ratio, ratio, weight, coef;
 };
 
 struct Pair {
@@ -38,7 +38,7 @@ struct Pair {
 
 // §3. An infinite scale is the terminal step: −inf by definition, also at error 0; NaN stays NaN.
 SIPO_HD double log_ratio(double scale, double error) {
-  if (scale == std::numeric_limits<double>::infinity() && error == error) return -scale;
+  if (scale > 0 && scale - scale != 0 && error == error) return -scale;  // is inf
   return -scale * error;
 }
 
@@ -53,20 +53,19 @@ SIPO_HD double sigmoid(double x) {
 }
 SIPO_HD bool finite(double x) { return x - x == 0; }
 
-// `elements` is D, the size of one sample. has_ratio is false where no ratio_scale was given (diffusion_dpo only).
-SIPO_HD Pair pair_math(Sample& winner, Sample& loser, const Settings& s, double elements, bool has_ratio) {
-  double ratio[2] = {1.0, 1.0};
-  Sample* samples[2] = {&winner, &loser};
-  for (int i = 0; i < 2; ++i) {
-    Sample& x = *samples[i];
-    x.log_ratio = has_ratio ? log_ratio(x.ratio_scale, s.ratio == kPosterior ? x.model_error : x.reward_gap) : 0.0;
-    ratio[i] = exp(x.log_ratio);
-    x.weight = clip(ratio[i], s.clip_min, s.clip_max);  // §4
-  }
-  const double pair_weight = smaller(winner.weight, loser.weight);
+// §3, §4 of one sample. has_ratio is false where no ratio_scale was given (diffusion_dpo only).
+SIPO_HD void weigh(Sample& x, const Settings& s, bool has_ratio) {
+  x.log_ratio = has_ratio ? log_ratio(x.ratio_scale, s.ratio == kPosterior ? x.model_error : x.reward_gap) : 0.0;
+  x.ratio = exp(x.log_ratio);
+  x.weight = clip(x.ratio, s.clip_min, s.clip_max);
+}
 
+// §4 to §6 of one pair of weighed samples, whose coefficients it sets. `elements` is D, the size of one sample.
+SIPO_HD Pair judge(Sample& winner, Sample& loser, const Settings& s, double elements) {
+  const double pair_weight = smaller(winner.weight, loser.weight);
   Pair p;
-  p.mask = s.method == kDiffusionDpo || s.mask_threshold <= 0 || smaller(ratio[0], ratio[1]) >= s.mask_threshold;
+  p.mask =
+      s.method == kDiffusionDpo || s.mask_threshold <= 0 || smaller(winner.ratio, loser.ratio) >= s.mask_threshold;
 
   double a_w = 1.0, a_l = 1.0, b = 1.0;  // §5
   if (s.method == kDpoCm) b = pair_weight;
@@ -86,6 +85,12 @@ SIPO_HD Pair pair_math(Sample& winner, Sample& loser, const Settings& s, double 
   winner.coef = p.mask ? g * a_w * (2.0 / elements) : 0.0;
   loser.coef = p.mask ? -g * a_l * (2.0 / elements) : 0.0;
   return p;
+}
+
+SIPO_HD Pair pair_math(Sample& winner, Sample& loser, const Settings& s, double elements, bool has_ratio) {
+  weigh(winner, s, has_ratio);
+  weigh(loser, s, has_ratio);
+  return judge(winner, loser, s, elements);
 }
 
 }  // namespace sipo

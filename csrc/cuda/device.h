@@ -1,0 +1,119 @@
+// Everything that only a CUDA device has, in one place, each a few lines: memory accesses with cache hints, ordered
+// accesses between blocks, shuffles, launches. Under SIPO_EMULATE the tests put their own in its place
+// (tests/cuda_emulation/emulate.h) and run the kernels on a CPU.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#if defined(SIPO_EMULATE)
+#include "emulate.h"
+#else
+#include <cuda_runtime.h>
+
+namespace sipo {
+namespace device {
+
+// How long a line should stay in the second-level cache. The chip keeps the promise as far as there is room.
+struct Policy { uint64_t bits; };
+
+// To be read again by this kernel: `fraction` of the lines (picked by address) stay until the rest has gone.
+__device__ __forceinline__ Policy keep(float fraction) {
+  Policy p;
+  asm("createpolicy.fractional.L2::evict_last.L2::evict_first.b64 %0, %1;" : "=l"(p.bits) : "f"(fraction));
+  return p;
+}
+__device__ __forceinline__ Policy stream() {  // for the last time: first to go
+  Policy p;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(p.bits));
+  return p;
+}
+__device__ __forceinline__ Policy normal() {
+  Policy p;
+  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(p.bits));
+  return p;
+}
+
+struct alignas(16) Vec16 { uint32_t word[4]; };
+
+// Inputs only: nothing that this kernel writes. Past the first-level cache, which shared memory has squeezed small.
+__device__ __forceinline__ Vec16 load16(const void* p, Policy policy) {
+  Vec16 v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.b32 {%0, %1, %2, %3}, [%4], %5;"
+               : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
+               : "l"(p), "l"(policy.bits));
+  return v;
+}
+__device__ __forceinline__ void store16(void* p, Vec16 v, Policy policy) {
+  asm volatile("st.global.L1::no_allocate.L2::cache_hint.v4.b32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(p), "r"(v.word[0]),
+               "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3]), "l"(policy.bits)
+               : "memory");
+}
+template <class T> __device__ __forceinline__ T load1(const T* p) { return *p; }
+template <class T> __device__ __forceinline__ void store1(T* p, T v) { *p = v; }
+
+// What another block wrote earlier in this launch; the order comes from the accesses below.
+__device__ __forceinline__ double load_shared_result(const double* p) { return __ldcg(p); }
+
+__device__ __forceinline__ char* shared_memory() {
+  extern __shared__ __align__(16) char memory[];
+  return memory;
+}
+
+__device__ __forceinline__ double shuffle_down(double value, int delta) {
+  return __shfl_down_sync(0xffffffffu, value, delta);
+}
+
+__device__ __forceinline__ uint32_t add_acquire_release(uint32_t* p, uint32_t v) {
+  uint32_t old;
+  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(v) : "memory");
+  return old;
+}
+__device__ __forceinline__ uint32_t load_acquire(const uint32_t* p) {
+  uint32_t v;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+__device__ __forceinline__ void store_release(uint32_t* p, uint32_t v) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+
+// ---- Host ------------------------------------------------------------------------------------------------------
+
+// Makes a device the current one. Nothing to undo: the caller has made it torch's current one for as long.
+struct DeviceGuard {
+  explicit DeviceGuard(int device) { cudaSetDevice(device); }
+};
+
+// More than 48 KB of shared memory has to be asked for; all of it, so that two blocks fit side by side.
+template <class Params> int allow_shared(void (*kernel)(Params), int bytes) {
+  if (bytes <= 48 << 10) return 0;
+  const void* function = reinterpret_cast<const void*>(kernel);
+  const cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return int(error);
+  return int(cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                  cudaSharedmemCarveoutMaxShared));
+}
+
+template <class Params>
+int launch(void (*kernel)(Params), int blocks, int threads, int shared_bytes, bool cooperative, void* on,
+           const Params& params) {
+  const void* function = reinterpret_cast<const void*>(kernel);
+  void* arguments[] = {const_cast<Params*>(&params)};
+  const cudaStream_t s = static_cast<cudaStream_t>(on);
+  const cudaError_t error =
+      cooperative ? cudaLaunchCooperativeKernel(function, dim3(blocks), dim3(threads), arguments, shared_bytes, s)
+                  : cudaLaunchKernel(function, dim3(blocks), dim3(threads), arguments, shared_bytes, s);
+  if (error != cudaSuccess) cudaGetLastError();  // ours to report: not to be found by someone else's check
+  return int(error);
+}
+
+inline int zero(void* p, size_t bytes, void* on) {
+  return int(cudaMemsetAsync(p, 0, bytes, static_cast<cudaStream_t>(on)));
+}
+
+inline const char* error_string(int code) { return cudaGetErrorString(cudaError_t(code)); }
+constexpr int kTooLarge = cudaErrorCooperativeLaunchTooLarge;
+
+}  // namespace device
+}  // namespace sipo
+#endif
