@@ -28,9 +28,6 @@ from sipo_kernels.contract import (
 )
 from sipo_kernels.cuda_plan import ANY, BLOCKS_PER_SM, MIXED, SAME, Gpu, Plan, make_plan
 
-# Compute capability that the machine code starts at.
-NEEDS = (8, 0)
-
 
 class _Numbers(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p), ("stride", ctypes.c_int64), ("dtype", ctypes.c_int64)]
@@ -108,6 +105,14 @@ def describe(index: int) -> Gpu:
     )
 
 
+@lru_cache(maxsize=None)
+def problem(index: int) -> str:
+    """Why CUDA device ``index`` and its driver cannot run the kernels, or nothing."""
+    assert LIBRARY is not None
+    code = LIBRARY.sipo_cuda_status(index)
+    return LIBRARY.sipo_cuda_error(code).decode() if code else ""
+
+
 _plan = lru_cache(maxsize=256)(make_plan)
 
 
@@ -118,8 +123,8 @@ def _on(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device)
 
 
-def _fits_vectors(tensor: Tensor, vector: int) -> bool:
-    """Whether every sample begins at 16 bytes, and ``vector`` elements at a time fill it."""
+def _aligned(tensor: Tensor) -> bool:
+    """Whether every sample begins at a multiple of 16 bytes."""
     return tensor.data_ptr() % 16 == 0 and tensor.stride(0) * tensor.element_size() % 16 == 0
 
 
@@ -129,8 +134,8 @@ def _reader(elements: int, tensors: list[Tensor]) -> int:
     same = all(t.dtype == model.dtype for t in tensors)
     if same and model.element_size() == 2 and accumulate_dtype(elements, model) == torch.float64:
         same = False  # Same sums terms of half precision in float
-    vector = 16 // model.element_size() if same else 8
-    if elements % vector or not all(_fits_vectors(t, vector) for t in tensors):
+    vector = 16 // model.element_size() if same else 4
+    if elements % vector or not all(_aligned(t) for t in tensors):
         return ANY
     return SAME if same else MIXED
 

@@ -120,7 +120,7 @@ def make_plan(
     Raises:
         ValueError: a sample too large for 32-bit tile numbers (from 2^40 elements on).
     """
-    vector = {SAME: 16 // item_bytes[0], MIXED: 8, ANY: 1}[reader]
+    vector = {SAME: 16 // item_bytes[0], MIXED: 4, ANY: 1}[reader]
     tile = THREADS * vector
     tiles = -(-elements // tile)
     if 2 * tiles > 2**31 - 1:

@@ -107,6 +107,14 @@ int launch(void (*kernel)(Params), int blocks, int threads, int shared_bytes, bo
   return int(error);
 }
 
+// Whether this driver and the current device can run the kernel: 0 or CUDA's error code.
+template <class Params> int usable(void (*kernel)(Params)) {
+  cudaFuncAttributes found;
+  const cudaError_t error = cudaFuncGetAttributes(&found, reinterpret_cast<const void*>(kernel));
+  if (error != cudaSuccess) cudaGetLastError();
+  return int(error);
+}
+
 inline int zero(void* p, size_t bytes, void* on) {
   return int(cudaMemsetAsync(p, 0, bytes, static_cast<cudaStream_t>(on)));
 }

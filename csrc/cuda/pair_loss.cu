@@ -184,20 +184,26 @@ template <class Reader, class Acc> struct Block {
                                               Policy pass) {
     const int64_t i = element(tile);
     if (i >= a.elements) return;
-    Raw t;
+    // All loads are under way before the first is waited for; Mixed and Any have no registers for that.
+    Raw m[2], t[2], ref[2] = {};
+    Vec16* held[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
+      held[half] = a.grad ? slot(r, u, half) : nullptr;
       const int64_t sample = pair + half * a.pairs;
-      Vec16* held = a.grad ? slot(r, u, half) : nullptr;
-      const Policy again = a.grad && !held ? stay : pass;
-      Raw m, ref = {};
-      Reader::load(m, a.model, sample * a.model_stride + i, a.model_dtype, again);
-      if (half == 0 || !a.target_shared)
-        Reader::load(t, a.target, target_row(pair, half) + i, a.target_dtype, again);
-      if (a.ref) Reader::load(ref, a.ref, sample * a.ref_stride + i, a.ref_dtype, pass);
-      if constexpr (Reader::kHolds)
-        if (held) held[0] = m.part[0], held[kThreads] = t.part[0];
-      add(m, ref, t, half);
+      const Policy again = a.grad && !held[half] ? stay : pass;
+      Reader::load(m[half], a.model, sample * a.model_stride + i, a.model_dtype, again);
+      if (half && a.target_shared) t[1] = t[0];
+      else Reader::load(t[half], a.target, target_row(pair, half) + i, a.target_dtype, again);
+      if (a.ref) Reader::load(ref[half], a.ref, sample * a.ref_stride + i, a.ref_dtype, pass);
+      if constexpr (!Reader::kHolds) add(m[half], ref[half], t[half], half);
+    }
+    if constexpr (Reader::kHolds) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        add(m[half], ref[half], t[half], half);
+        if (held[half]) held[half][0] = m[half].part[0], held[half][kThreads] = t[half].part[0];
+      }
     }
   }
   __device__ __forceinline__ void add(const Raw& m, const Raw& ref, const Raw& t, int half) {
@@ -342,16 +348,14 @@ template <class Reader, class Acc> struct Block {
     Raw m[2] = {}, t[2] = {};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int64_t sample = pair + half * a.pairs;
-      if (coef[half] != 0) {
-        if constexpr (Reader::kHolds) {
-          if (const Vec16* s = slot(r, u, half)) {
-            m[half].part[0] = s[0], t[half].part[0] = s[kThreads];
-            continue;
-          }
-        }
-        Reader::load(m[half], a.model, sample * a.model_stride + i, a.model_dtype, pass);
-        Reader::load(t[half], a.target, target_row(pair, half) + i, a.target_dtype, pass);
+      if (coef[half] == 0) continue;
+      const Vec16* held = slot(r, u, half);
+      if constexpr (Reader::kHolds)
+        if (held) m[half].part[0] = held[0], t[half].part[0] = held[kThreads];
+      if (!held) {
+        Reader::load(m[half], a.model, (pair + half * a.pairs) * a.model_stride + i, a.model_dtype, pass);
+        if (half && a.target_shared && coef[0] != 0) t[1] = t[0];
+        else Reader::load(t[half], a.target, target_row(pair, half) + i, a.target_dtype, pass);
       }
     }
 #pragma unroll
@@ -378,7 +382,7 @@ template <class Reader, class Acc> struct Block {
   }
 };
 
-// Two blocks share an SM, with 96 registers a thread. Mixed holds up to 64 bytes of each tensor and takes the whole SM.
+// Two blocks share an SM, with 96 registers a thread. Mixed, which converts by tensor, needs more and takes a whole SM.
 template <class Reader> constexpr int kBlocksPerSm = std::is_same_v<Reader, Mixed> ? 1 : 2;
 
 template <class Reader, class Acc>
@@ -477,6 +481,12 @@ SIPO_API int sipo_cuda_pair_grad(const Args* args) {
     case kFloat32: return gradient_alone<Same<float>>(*args);
     default: return gradient_alone<Same<double>>(*args);
   }
+}
+
+// 0, or CUDA's error code for why this driver and device cannot run the kernels.
+SIPO_API int sipo_cuda_status(int device) {
+  const device::DeviceGuard guard(device);
+  return device::usable(pair_kernel<Same<bf16>, float>);
 }
 
 SIPO_API int64_t sipo_cuda_workspace_bytes(int64_t pairs, int64_t group, int64_t parts) {

@@ -1,5 +1,5 @@
 // How a thread reads and writes its elements, once for each kind of tensors: all of one type, 16 bytes at a time; of any
-// mix of types, 8 elements at a time; and of anything at any address, one by one.
+// mix of types, 4 elements at a time; and of anything at any address, one by one.
 //
 // A reader has: kVector, the elements a thread handles at a time; Raw, what it gets from memory; load (many loads are
 // started before the first is used), widen and store; Wide, the type elements are widened to, in which the gradient is
@@ -81,18 +81,19 @@ template <class T> struct Same {
 
 // Each tensor of its own type, known at run time: a branch that all threads take alike.
 struct Mixed {
-  static constexpr int kVector = 8;
+  static constexpr int kVector = 4;
   static constexpr bool kHolds = false;
-  using Raw = Raw16<4>;
+  using Raw = Raw16<2>;
   using Wide = double;
 
   static __device__ __forceinline__ void load(Raw& raw, const void* base, int64_t i, int dtype, Policy policy) {
     const char* p = static_cast<const char*>(base) + i * (dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2);
-    raw.part[0] = device::load16(p, policy);
-    if (dtype == kFloat32 || dtype == kFloat64) raw.part[1] = device::load16(p + 16, policy);
-    if (dtype == kFloat64) {
-      raw.part[2] = device::load16(p + 32, policy);
-      raw.part[3] = device::load16(p + 48, policy);
+    if (dtype == kFloat32 || dtype == kFloat64) {
+      raw.part[0] = device::load16(p, policy);
+      if (dtype == kFloat64) raw.part[1] = device::load16(p + 16, policy);
+    } else {
+      const uint64_t four = device::load1(reinterpret_cast<const uint64_t*>(p));
+      raw.part[0].word[0] = uint32_t(four), raw.part[0].word[1] = uint32_t(four >> 32);
     }
   }
   template <class Acc> static __device__ __forceinline__ void widen_all(const Raw& raw, int dtype, Acc (&out)[kVector]) {
@@ -103,11 +104,15 @@ struct Mixed {
   }
   template <class T, class Acc>
   static __device__ __forceinline__ void store_as(void* base, int64_t i, const Acc (&x)[kVector], Policy policy) {
-    constexpr int kWords = kVector * sizeof(T) / 16;
-    Vec16 v[kWords];
+    T* to = static_cast<T*>(base) + i;
+    Vec16 v[2] = {};
     pack<T>(x, v);
-#pragma unroll
-    for (int k = 0; k < kWords; ++k) device::store16(static_cast<T*>(base) + i + k * (16 / sizeof(T)), v[k], policy);
+    if constexpr (sizeof(T) == 2) {
+      device::store1(reinterpret_cast<uint64_t*>(to), uint64_t(v[0].word[0]) | uint64_t(v[0].word[1]) << 32);
+    } else {
+      device::store16(to, v[0], policy);
+      if constexpr (sizeof(T) == 8) device::store16(to + 2, v[1], policy);
+    }
   }
   template <class Acc>
   static __device__ __forceinline__ void store(void* base, int64_t i, int dtype, const Acc (&x)[kVector], Policy policy) {

@@ -240,6 +240,7 @@ int launch(void (*kernel)(Params), int blocks, int threads, int shared_bytes, bo
   return emulation::run(reinterpret_cast<const void*>(kernel), blocks, threads, shared_bytes, cooperative,
                         [](void* c) { (*static_cast<decltype(call)*>(c))(); }, &call);
 }
+template <class F> int usable(F) { return 0; }
 inline int zero(void* p, size_t bytes, void* /*stream*/) { return std::memset(p, 0, bytes), 0; }
 constexpr int kTooLarge = 720;  // CUDA's own code; here a cooperative launch is never too large
 inline const char* error_string(int code) { return code ? emulation::machine.message : "no error"; }
