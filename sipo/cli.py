@@ -137,8 +137,16 @@ def _doctor(options: argparse.Namespace) -> int:
     print("devices")
     for name, text in _devices():
         _line(name, text)
+    print("native library")
+    from sipo_kernels import backends, build_info
+
+    for part, targets, prefix in (("cpu", "isas", ""), ("cuda", "archs", "sm_")):
+        found = build_info.part(part)
+        if found["built"]:
+            _line(f"{part} part", f"for {', '.join(prefix + name for name in found[targets])}, by {found['compiler']}")
+        else:
+            _line(f"{part} part", f"left out: {found['reason']}; {found['remedy']}")
     print("backends")
-    from sipo_kernels import backends
 
     for device, status in backends.report():
         name = f"{device} {status.name}"

@@ -10,13 +10,21 @@ from typing import NamedTuple
 
 import torch
 
-from sipo_kernels import native
+from sipo_kernels import build_info, cuda, native
 from sipo_kernels.checks import check_choice
 
-BACKENDS = ("eager", "triton", "native")
+BACKENDS = ("eager", "triton", "native", "cuda")
 # Backends whose forward also makes the gradient, in the same pass over memory.
-FUSED = ("native",)
-_MODULES = {"eager": "sipo_kernels.eager", "triton": "sipo_kernels.triton_kernels", "native": "sipo_kernels.native"}
+FUSED = ("native", "cuda")
+# What "auto" tries, in this order.
+_ON_CPU, _ON_GPU = ("native", "eager"), ("cuda", "triton", "eager")
+_MODULES = {
+    "eager": "sipo_kernels.eager",
+    "triton": "sipo_kernels.triton_kernels",
+    "native": "sipo_kernels.native",
+    "cuda": "sipo_kernels.cuda",
+}
+_REINSTALL = "reinstall: pip install ."
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -33,6 +41,22 @@ def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "True", "on")
 
 
+def _cuda_status(device_type: str) -> BackendStatus:
+    if cuda.EMULATED is not None and device_type == "cpu":
+        return BackendStatus("cuda", True, "the kernels on the CPU, for tests", "")
+    if device_type != "cuda":
+        reason = f"it needs an NVIDIA GPU and the tensors are on {'the CPU' if device_type == 'cpu' else device_type}"
+        return BackendStatus("cuda", False, reason, "use 'auto'")
+    if torch.version.hip is not None:
+        return BackendStatus("cuda", False, "it needs an NVIDIA GPU and this torch is for AMD's", "use 'triton' or 'auto'")
+    if cuda.LIBRARY is None:
+        return BackendStatus("cuda", False, cuda.REASON, build_info.part("cuda").get("remedy", _REINSTALL))
+    if problem := cuda.problem(torch.cuda.current_device()):
+        remedy = "rebuild for this GPU or update its driver: see SIPO_CUDA_ARCHS in setup.py; or use 'auto'"
+        return BackendStatus("cuda", False, f"the driver says: {problem}", remedy)
+    return BackendStatus("cuda", True, cuda.REASON, "")
+
+
 def status(name: str, device_type: str) -> BackendStatus:
     """Whether backend ``name`` can run on tensors of ``device_type`` ("cpu", "cuda", ...)."""
     if name == "eager":
@@ -40,10 +64,12 @@ def status(name: str, device_type: str) -> BackendStatus:
     if name == "native":
         if device_type != "cpu":
             reason = f"it is CPU code and the tensors are on {device_type}"
-            return BackendStatus(name, False, reason, "use 'triton' or 'auto'")
+            return BackendStatus(name, False, reason, "use 'cuda', 'triton' or 'auto'")
         if native.LIBRARY is None:
-            return BackendStatus(name, False, native.REASON, "install a C++ compiler, then reinstall: pip install .")
+            return BackendStatus(name, False, native.REASON, build_info.part("cpu").get("remedy", _REINSTALL))
         return BackendStatus(name, True, native.REASON, "")
+    if name == "cuda":
+        return _cuda_status(device_type)
     if not _HAS_TRITON:
         return BackendStatus(name, False, "Triton is not installed", "pip install 'sipo[triton]'")
     if device_type == "cpu" and not _interpreting():
@@ -78,7 +104,7 @@ def choose(backend: str, device: torch.device) -> str:
         source = "SIPO_BACKEND"
         check_choice(source, backend, ("auto", *BACKENDS))
     if backend == "auto":
-        order = ("native", "eager") if device.type == "cpu" else ("triton", "eager")
+        order = _ON_CPU if device.type == "cpu" else _ON_GPU
         return next(name for name in order if status(name, device.type).available)
     found = status(backend, device.type)
     if not found.available:

@@ -12,7 +12,8 @@ if not torch.cuda.is_available():
 import pytest
 from hypothesis import HealthCheck, settings
 
-from sipo_kernels import backends, native
+from sipo_kernels import backends, cuda, native
+from tests import emulation
 
 settings.register_profile(
     "sipo", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -23,15 +24,29 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _implementations() -> list[str]:
-    """Everything that the contract's tests run over: each backend that can run, native once per instruction set."""
-    names = [name for name in ("eager", "triton") if backends.status(name, DEVICE).available]
+    """Everything that the contract's tests run over: each backend that can run, native once per instruction set.
+
+    Without a GPU, ``cuda`` runs on the emulator, where there is a compiler to build it.
+    """
+    names = [name for name in ("eager", "triton", "cuda") if backends.status(name, DEVICE).available]
+    if DEVICE == "cpu" and emulation.compiler() is not None:
+        names.append("cuda-emulated")
     return names + [f"native-{isa}" for isa in native.instruction_sets()]
 
 
 @pytest.fixture(params=_implementations())
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """A backend's name; for ``native`` with one instruction set after another."""
-    name, _, isa = request.param.partition("-")
-    if isa:
-        monkeypatch.setattr(native, "ISA", isa)
+    name, _, variant = request.param.partition("-")
+    if name == "native":
+        monkeypatch.setattr(native, "ISA", variant)
+    if variant == "emulated":
+        emulate(monkeypatch)
     return name
+
+
+def emulate(monkeypatch: pytest.MonkeyPatch, gpu: cuda.Gpu = emulation.SMALL) -> None:
+    """Lets backend ``cuda`` run on the CPU, as a GPU of that description would."""
+    library, _ = cuda._load(emulation.library())
+    monkeypatch.setattr(cuda, "LIBRARY", library)
+    monkeypatch.setattr(cuda, "EMULATED", gpu)

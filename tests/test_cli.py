@@ -12,7 +12,7 @@ import torch
 
 import sipo
 from sipo import cli
-from sipo_kernels import backends
+from sipo_kernels import backends, build_info
 
 
 def run(*arguments: str, prelude: str = "") -> subprocess.CompletedProcess[str]:
@@ -69,6 +69,29 @@ def test_doctor_lists_versions_devices_and_every_backend(capsys: pytest.CaptureF
         else:
             assert line == f"cannot run: {status.reason}; {status.remedy}"
     assert facts["cpu eager"] == "runs (plain torch, any device)"
+
+
+def test_doctor_says_what_the_library_was_built_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def library() -> list[str]:
+        assert cli.main(["doctor"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        return lines[lines.index("native library") + 1 : lines.index("backends")]
+
+    def part(name: str) -> dict[str, Any]:
+        return parts[name]
+
+    monkeypatch.setattr(build_info, "part", part)
+    cpu = {"built": True, "reason": None, "compiler": "g++ 12", "flags": [], "isas": ["portable", "avx2"]}
+    cuda = {"built": True, "reason": None, "compiler": "CUDA 13.0", "flags": [], "archs": ["80", "90a"]}
+    parts = {"cpu": cpu, "cuda": cuda}
+    assert library() == [
+        "  cpu part      for portable, avx2, by g++ 12",
+        "  cuda part     for sm_80, sm_90a, by CUDA 13.0",
+    ]
+    parts["cuda"] = {"built": False, "reason": "no nvcc", "remedy": "install the CUDA toolkit"}
+    assert library()[1] == "  cuda part     left out: no nvcc; install the CUDA toolkit"
 
 
 def test_doctor_names_reason_and_remedy_of_what_cannot_run() -> None:

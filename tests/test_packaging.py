@@ -13,18 +13,30 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from disassembly import build_script
 
 import sipo
+from sipo_kernels import build_info
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = "sipo_kernels/_native.dylib" if sys.platform == "darwin" else "sipo_kernels/_native.so"
 RECORD = "sipo_kernels/_build_info.json"
 NO_COMPILER = "no-such-compiler"
+CUDA_SWITCHES = ("SIPO_CUDA_ARCHS", "CUDACXX", "CUDA_HOME", "CUDA_PATH", "NVCC_")
 
 needs_compiler = pytest.mark.skipif(
     not (os.environ.get("CXX") or any(map(shutil.which, ("c++", "g++", "clang++")))),
     reason="the native library needs a C++ compiler",
 )
+
+
+def no_nvcc() -> str | None:
+    """Why there is no nvcc, or ``None``."""
+    try:
+        build_script().find_nvcc()
+    except build_script().LeftOutError as why:
+        return str(why)
+    return None
 
 
 def project_files() -> list[Path]:
@@ -45,7 +57,7 @@ def project_files() -> list[Path]:
 
 def clean_env(**changes: str) -> dict[str, str]:
     """The environment without what would change how the package behaves."""
-    drop = ("SIPO_", "PYTHONPATH", "TRITON_", "CXXFLAGS", "LDFLAGS")
+    drop = ("SIPO_", "PYTHONPATH", "TRITON_", "CXXFLAGS", "LDFLAGS", *CUDA_SWITCHES)
     return {**{name: value for name, value in os.environ.items() if not name.startswith(drop)}, **changes}
 
 
@@ -107,7 +119,9 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def native_wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    return build_wheel(tree, tmp_path_factory.mktemp("native"))
+    """With the CUDA part where there is nvcc, for one architecture: that takes long enough."""
+    chosen = {name: value for name, value in os.environ.items() if name.startswith(CUDA_SWITCHES)}
+    return build_wheel(tree, tmp_path_factory.mktemp("native"), **{"SIPO_CUDA_ARCHS": "80", **chosen})
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +180,27 @@ def test_wheel_with_library(native_wheel: zipfile.ZipFile) -> None:
 
 
 @needs_compiler
+@pytest.mark.skipif(no_nvcc() is not None, reason=f"building the CUDA part: {no_nvcc()}")
+@pytest.mark.skipif(os.environ.get("SIPO_CUDA_ARCHS") in ("0", "none"), reason="SIPO_CUDA_ARCHS leaves CUDA out")
+def test_wheel_with_cuda_part(native_wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+    """It keeps CUDA's runtime to itself and needs none, so that it loads anywhere and beside any torch."""
+    cuda = json.loads(native_wheel.read(RECORD))["parts"]["cuda"]
+    assert cuda["built"], cuda["reason"]
+    assert "release" in cuda["compiler"] and cuda["archs"]
+    library = native_wheel.extract(LIBRARY, tmp_path)
+    program = f"import torch, ctypes; print(ctypes.CDLL({library!r}).sipo_cuda_args_size() > 100)"
+    assert run(sys.executable, "-c", program, cwd=tmp_path).stdout == "True\n"
+    if not (shutil.which("nm") and shutil.which("readelf")):
+        pytest.skip("reading a library needs nm and readelf (they are in binutils)")
+    exported = run("nm", "-D", "--defined-only", "-P", library, cwd=tmp_path).stdout.splitlines()
+    # Templates of the C++ library are weak in every library that has them.
+    names = {line.split()[0] for line in exported if not line.startswith("_ZNSt") and " W " not in line}
+    assert "sipo_cuda_pair_loss" in names and all(name.startswith("sipo_") for name in names)
+    needed = re.findall(r"NEEDED.*\[(.*)\]", run("readelf", "-d", library, cwd=tmp_path).stdout)
+    assert needed and not [name for name in needed if "cuda" in name]
+
+
+@needs_compiler
 def test_wheel_metadata(native_wheel: zipfile.ZipFile) -> None:
     lines = metadata(native_wheel, "METADATA").splitlines()
     assert f"Version: {sipo.__version__}" in lines
@@ -204,7 +239,9 @@ def test_wheel_without_compiler(
     assert Path(str(plain_wheel.filename)).name == f"sipo-{sipo.__version__}-py3-none-any.whl"
     assert "Root-Is-Purelib: true" in metadata(plain_wheel, "WHEEL")
     assert LIBRARY not in plain_wheel.namelist()
-    reason = json.loads(plain_wheel.read(RECORD))["parts"]["cpu"]["reason"]
+    parts = json.loads(plain_wheel.read(RECORD))["parts"]
+    reason = parts["cpu"]["reason"]
+    assert not parts["cuda"]["built"] and reason in parts["cuda"]["reason"]
     assert NO_COMPILER in reason and "\n" not in reason
 
     python = install(plain_wheel, tmp_path / "venv")
@@ -223,7 +260,7 @@ def test_wheel_without_compiler(
     assert len(shown) == 2 and reason in shown[1]
 
 
-# --- setup.py, with a compiler that only writes down what it was asked --------------------------------------
+# --- setup.py, with compilers that only write down what they were asked -------------------------------------
 
 FAKE_COMPILER = """#!/bin/sh
 case "$1" in
@@ -237,11 +274,29 @@ echo made > "$2"
 """
 
 
+FAKE_NVCC = """#!/bin/sh
+case " $* " in
+  " --version ") echo "fake nvcc"; echo "Cuda compilation tools, release $FAKE_CUDA, V$FAKE_CUDA.1"; exit;;
+  " --list-gpu-code ") printf 'sm_%s\\n' $FAKE_CODES; exit;;
+  *" -dryrun "*) echo '#$ LIBRARIES=  "-L/toolkit/lib/stubs" "-L/tool kit/lib"' >&2; exit;;
+  *" -E "*) [ -z "$FAKE_HOST_TOO_NEW" ]; exit;;
+esac
+echo "nvcc $@" >> "$FAKE_LOG"
+case "$*" in *"$FAKE_NVCC_FAIL"*) [ -z "$FAKE_NVCC_FAIL" ] || {
+  echo "In file included from here:" >&2; echo "x.cu(1): error: as asked" >&2; exit 1
+};; esac
+while [ "$1" != "-o" ]; do shift; done
+echo made > "$2"
+"""
+CODES = "75 80 86 87 88 89 90 100 103 120 121"
+
+
 class FakeBuild:
     """A source tree with setup.py and csrc alone, and `build_ext --inplace` in it."""
 
     def __init__(self, folder: Path) -> None:
         self.tree, self.log, self.compiler = folder / "tree", folder / "log", folder / "fake-c++"
+        self.nvcc = folder / "toolkit" / "bin" / "nvcc"
         for path in project_files():
             if path.parts[0] == "csrc" or path.name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
                 (self.tree / path).parent.mkdir(parents=True, exist_ok=True)
@@ -249,17 +304,25 @@ class FakeBuild:
         for package in ("sipo", "sipo_kernels"):
             (self.tree / package).mkdir()
             (self.tree / package / "__init__.py").write_text('__version__ = "0"\n')
-        self.compiler.write_text(FAKE_COMPILER)
-        self.compiler.chmod(0o755)
+        self.nvcc.parent.mkdir(parents=True)
+        for compiler, program in ((self.compiler, FAKE_COMPILER), (self.nvcc, FAKE_NVCC)):
+            compiler.write_text(program)
+            compiler.chmod(0o755)
+
+    def cuda(self, **env: str) -> list[str]:
+        """Builds with nvcc as well, and returns the compilers' calls."""
+        fake = {"CUDA_HOME": str(self.nvcc.parents[1]), "FAKE_CUDA": "13.0", "FAKE_CODES": CODES}
+        return self(**{**fake, "SIPO_CUDA_ARCHS": "", **env})  # type: ignore[arg-type]
 
     def __call__(self, target: str = "x86_64-linux-gnu", fail: str = "", **env: str) -> list[str]:
-        """Builds, and returns the compiler's calls."""
+        """Builds, without CUDA unless `env` changes that, and returns the compiler's calls."""
         self.log.write_text("")
         fake = {
             "CXX": str(self.compiler),
             "FAKE_TARGET": target,
             "FAKE_FAIL": fail,
             "FAKE_LOG": str(self.log),
+            "SIPO_CUDA_ARCHS": "none",
         }
         done = run(
             sys.executable,
@@ -330,16 +393,184 @@ def test_build_without_library_says_why(build: FakeBuild, env: dict[str, str], r
     build()
     with (build.tree / "csrc" / "pair_math.h").open("a") as header:
         header.write("// changed\n")
-    build(**env)  # type: ignore[arg-type]
+    build.cuda(**env)
     reason = reason.format(cxx=build.compiler)
     assert build.record == {
         "library": None,
         "digest": None,
-        "parts": {"cpu": {"built": False, "reason": reason}},
+        "parts": {
+            "cpu": {"built": False, "reason": reason},
+            "cuda": {"built": False, "reason": f"the CPU part, in the same library, is left out: {reason}"},
+        },
     }
     assert f"sipo: the native CPU backend is left out: {reason}" in build.said
     assert not build.built  # what the first build made does not fit these sources
     assert list((build.tree / "sipo_kernels").glob("*_native*")) == []
+
+
+def machine_code(call: str) -> list[str]:
+    return re.findall(r"-gencode=arch=compute_\w+,code=(\w+)", call)
+
+
+def test_build_adds_the_cuda_part(build: FakeBuild) -> None:
+    calls = build.cuda(LDFLAGS="-Lusers")
+    sources = [path for path in (build.tree / "csrc" / "cuda").iterdir() if path.suffix == ".cu"]
+    nvcc = [call for call in calls if call.startswith("nvcc ")]
+    assert len(nvcc) == len(sources) >= 1 and len(calls) == 5 + len(nvcc)
+    for call in nvcc:
+        assert machine_code(call) == ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120", "compute_120"]
+        assert "-O3 -std=c++17 -Xcompiler=-fPIC,-fvisibility=hidden" in call and "fast" not in call
+        assert f"-ccbin {build.compiler} " in call
+    link = calls[-1]
+    assert link.count(".o ") == len(calls) - 1 and "-shared" in link and "-Lusers" in link
+    assert "-L/tool kit/lib -lcudart_static" in link and "-Wl,--exclude-libs,ALL" in link
+
+    cuda = build.record["parts"]["cuda"]
+    assert build.built and build.record["library"] == Path(LIBRARY).name
+    assert (cuda["built"], cuda["reason"]) == (True, None)
+    assert cuda["compiler"] == "Cuda compilation tools, release 13.0, V13.0.1"
+    assert cuda["archs"] == ["80", "86", "89", "90a", "100", "120"]
+    assert " ".join(cuda["flags"]) in nvcc[0]
+    assert not any("left out" in line for line in build.said)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "codes", "expected"),
+    [
+        ("", "70 75 80 86", "sm_80 sm_86 compute_86"),
+        ("", "80 86 87 89 90 90a", "sm_80 sm_86 sm_89 sm_90a compute_90"),  # PTX of 90a would run on that alone
+        ("80;90a", CODES, "sm_80 sm_90a compute_90"),
+        ("100, 80", CODES, "sm_80 sm_100 compute_100"),
+        (" 87 87 ", CODES, "sm_87 compute_87"),
+    ],
+)
+def test_build_for_these_gpus(build: FakeBuild, wanted: str, codes: str, expected: str) -> None:
+    calls = build.cuda(SIPO_CUDA_ARCHS=wanted, FAKE_CODES=codes)
+    assert machine_code(" ".join(calls)) == expected.split()
+    assert build.record["parts"]["cuda"]["archs"] == [code[3:] for code in expected.split() if code.startswith("sm_")]
+
+
+def test_build_takes_nvccs_own_host_compiler_where_it_refuses_ours(build: FakeBuild) -> None:
+    calls = build.cuda(FAKE_HOST_TOO_NEW="1")
+    assert build.record["parts"]["cuda"]["built"] and not any("-ccbin" in call for call in calls)
+    launched = build.cuda(CXX=f"env {build.compiler}")
+    assert any(call.startswith("nvcc ") and f"-ccbin {build.compiler} " in call for call in launched)
+
+
+@pytest.mark.parametrize(
+    ("env", "reason"),
+    [
+        ({"SIPO_CUDA_ARCHS": "none"}, "SIPO_CUDA_ARCHS=none was set"),
+        ({"SIPO_CUDA_ARCHS": "0"}, "SIPO_CUDA_ARCHS=0 was set"),
+        ({"SIPO_CUDA_ARCHS": "80;75"}, "SIPO_CUDA_ARCHS: '75' is none of {known} (or 'none')"),
+        ({"SIPO_CUDA_ARCHS": "fast"}, "SIPO_CUDA_ARCHS: 'fast' is none of {known} (or 'none')"),
+        (
+            {"SIPO_CUDA_ARCHS": "100", "FAKE_CODES": "80 90"},
+            "SIPO_CUDA_ARCHS: '100' is none of 80, 90, 90a (or 'none')",
+        ),
+        ({"FAKE_CODES": "50 70"}, "this nvcc compiles for none of 80, 86, 89, 90a, 100, 120"),
+        (
+            {"CUDACXX": NO_COMPILER},
+            f"asking for nvcc's version: cannot run '{NO_COMPILER}' (No such file or directory)",
+        ),
+        ({"FAKE_NVCC_FAIL": "pair_loss.cu"}, "cuda_pair_loss: {nvcc} failed (x.cu(1): error: as asked)"),
+        ({"fail": "-lcudart_static"}, "linking: {cxx} failed (x.cpp:1:2: error: as asked)"),
+    ],
+)
+def test_build_without_cuda_says_why(build: FakeBuild, env: dict[str, str], reason: str) -> None:
+    calls = build.cuda(**env)
+    known = ", ".join(CODES.replace("75 ", "").replace("90 ", "90 90a ").split())
+    reason = reason.format(known=known, nvcc=build.nvcc, cxx=build.compiler)
+    assert build.built and build.record["library"] == Path(LIBRARY).name
+    assert build.record["parts"]["cpu"]["built"]
+    assert build.record["parts"]["cuda"] == {"built": False, "reason": reason}
+    assert [line for line in build.said if line.startswith("sipo: ")] == [
+        f"sipo: the CUDA backend is left out: {reason}"
+    ]
+    assert "-shared" in calls[-1] and "cudart" not in calls[-1] and "cuda_pair_loss.o" not in calls[-1]
+
+
+def test_build_again_when_cuda_changed(build: FakeBuild) -> None:
+    def compiled(**env: str) -> bool:
+        return bool(build.cuda(**env))
+
+    assert compiled(CUDACXX=NO_COMPILER)
+    assert not compiled(CUDACXX=NO_COMPILER)
+    assert "sipo: the CUDA backend is left out" in build.said[-1]  # also where there is nothing to do
+    assert compiled()  # nvcc was installed since
+    assert not compiled()
+    assert compiled(FAKE_CUDA="13.1")
+    assert compiled(SIPO_CUDA_ARCHS="80")
+    assert compiled(SIPO_CUDA_ARCHS="80", NVCC_APPEND_FLAGS="-lineinfo")
+    with (build.tree / "csrc" / "cuda" / "pair_loss.cu").open("a") as source:
+        source.write("// changed\n")
+    assert compiled()
+    # What failed may have failed for want of memory, or of a header that is there the next time.
+    assert compiled(FAKE_NVCC_FAIL="pair_loss.cu", SIPO_CUDA_ARCHS="80")
+    assert compiled(SIPO_CUDA_ARCHS="80") and build.record["parts"]["cuda"]["built"]
+
+
+def test_nvcc_is_looked_for_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = build_script()
+    usual = tmp_path / "usual"
+    monkeypatch.setattr(script, "USUAL_NVCC", str(usual / "bin" / "nvcc"))
+    for name in CUDA_SWITCHES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "path"))
+    with pytest.raises(script.LeftOutError, match=r"^no CUDA compiler found \(looked for nvcc in CUDACXX, .*"):
+        script.find_nvcc()
+    # From the last resort to the first choice: each comes before those that are there already.
+    for name in ("usual/bin", "path", "CUDA_PATH/bin", "CUDA_HOME/bin"):
+        nvcc = tmp_path / name / "nvcc"
+        nvcc.parent.mkdir(parents=True)
+        nvcc.touch(0o755)
+        if name.startswith("CUDA"):
+            monkeypatch.setenv(nvcc.parents[1].name, str(nvcc.parents[1]))
+        assert script.find_nvcc() == [str(nvcc)]
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "empty"))
+    assert script.find_nvcc() == [str(tmp_path / "CUDA_PATH" / "bin" / "nvcc")]
+    monkeypatch.setenv("CUDACXX", "ccache mine")
+    assert script.find_nvcc() == ["ccache", "mine"]
+
+
+# --- the record, as the package reads it --------------------------------------------------------------------
+
+
+def test_the_record_is_read_with_remedies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = tmp_path / "record.json"
+    monkeypatch.setattr(build_info, "RECORD", record)
+
+    def parts(cpu: str | None, cuda: str | None) -> list[dict[str, object]]:
+        """What is read where the parts are left out for these reasons."""
+        written = {"cpu": {"built": cpu is None, "reason": cpu}, "cuda": {"built": cuda is None, "reason": cuda}}
+        record.write_text(json.dumps({"parts": written}))
+        return [build_info.part(name) for name in ("cpu", "cuda")]
+
+    install = "then reinstall: pip install ."
+    assert parts(None, None) == [{"built": True, "reason": None}] * 2
+    cpu, cuda = parts(None, "no nvcc")
+    assert cpu["built"] and cuda["remedy"] == f"install the CUDA toolkit, {install}"
+    cpu, cuda = parts("no c++", "no library")
+    assert cpu["remedy"] == cuda["remedy"] == f"install a C++ compiler, {install}"
+    cpu, cuda = parts(None, "SIPO_CUDA_ARCHS=none was set")
+    assert cuda["remedy"] == f"change that, {install}"
+    record.write_text('{"parts": {"cpu": {"built": true}}}')
+    assert build_info.part("cuda")["reason"] == "the build knew of no such part"
+    for broken in ("{", "[]", '{"parts": null}', '{"parts": {"cpu": {}, "cuda": 3}}'):
+        record.write_text(broken)
+        assert "python setup.py build_ext --inplace" in build_info.part("cuda")["reason"]
+    record.unlink()
+    assert "python setup.py build_ext --inplace" in build_info.part("cpu")["reason"]
+
+
+def test_the_record_prints_what_was_left_out(build: FakeBuild) -> None:
+    build.cuda(SIPO_CUDA_ARCHS="none")
+    script = build.tree / "sipo_kernels" / "build_info.py"
+    shutil.copyfile(build_info.__file__, script)
+    shown = run(sys.executable, "-I", script, cwd=build.tree).stdout
+    assert shown == "sipo: the CUDA backend is left out: SIPO_CUDA_ARCHS=none was set\n"
+    build.cuda()
+    assert run(sys.executable, "-I", script, cwd=build.tree).stdout == ""
 
 
 # --- what the source tree imports and names -----------------------------------------------------------------
