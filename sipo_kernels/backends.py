@@ -48,7 +48,8 @@ def _cuda_status(device_type: str) -> BackendStatus:
         reason = f"it needs an NVIDIA GPU and the tensors are on {'the CPU' if device_type == 'cpu' else device_type}"
         return BackendStatus("cuda", False, reason, "use 'auto'")
     if torch.version.hip is not None:
-        return BackendStatus("cuda", False, "it needs an NVIDIA GPU and this torch is for AMD's", "use 'triton' or 'auto'")
+        reason = "it needs an NVIDIA GPU and this torch is for AMD's"
+        return BackendStatus("cuda", False, reason, "use 'triton' or 'auto'")
     if cuda.LIBRARY is None:
         return BackendStatus("cuda", False, cuda.REASON, build_info.part("cuda").get("remedy", _REINSTALL))
     if problem := cuda.problem(torch.cuda.current_device()):

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ctypes
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from functools import cache, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,10 +94,10 @@ LIBRARY, REASON = _load(native.LIBRARY)
 EMULATED: Gpu | None = None
 
 
-@lru_cache(maxsize=None)
+@cache
 def describe(index: int) -> Gpu:
     """What the plan needs to know of CUDA device ``index``."""
-    found = torch.cuda.get_device_properties(index)
+    found: Any = torch.cuda.get_device_properties(index)  # the stub does not know all that is there
     return Gpu(
         sms=found.multi_processor_count,
         l2_bytes=found.L2_cache_size,
@@ -105,7 +106,7 @@ def describe(index: int) -> Gpu:
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def problem(index: int) -> str:
     """Why CUDA device ``index`` and its driver cannot run the kernels, or nothing."""
     assert LIBRARY is not None
@@ -146,7 +147,9 @@ def _numbers(tensor: Tensor | None) -> _Numbers:
     return _Numbers(tensor.data_ptr(), tensor.stride(0), DTYPES.index(tensor.dtype))
 
 
-def _args(model: Tensor, ref: Tensor | None, target: Tensor, grad: Tensor | None, with_grad: bool) -> tuple[_Args, Plan]:
+def _args(
+    model: Tensor, ref: Tensor | None, target: Tensor, grad: Tensor | None, with_grad: bool
+) -> tuple[_Args, Plan]:
     """What forward and gradient have in common."""
     samples = model.shape[0]
     elements = model.numel() // samples

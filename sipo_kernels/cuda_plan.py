@@ -1,8 +1,8 @@
 """How the CUDA backend cuts one call into groups, tiles and blocks: a pure function of the shape and the GPU.
 
-The words are those of ``csrc/cuda/pair_loss.cu``, which carries the plan out: a pair is cut into tiles, pairs go through
-in groups, and each block reduces a run of tiles of a group and then comes back for their gradient. What it comes
-back for should still be on the chip: the plan counts the bytes.
+The words are those of ``csrc/cuda/pair_loss.cu``, which carries the plan out: a pair is cut into tiles, pairs go
+through in groups, and each block reduces a run of tiles of a group and then comes back for their gradient. What it
+comes back for should still be on the chip: the plan counts the bytes.
 """
 
 from __future__ import annotations

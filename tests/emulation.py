@@ -1,4 +1,4 @@
-"""Builds csrc/cuda for the CPU, on the stand-in for CUDA in tests/cuda_emulation, and plans for small make-believe GPUs.
+"""Builds csrc/cuda for the CPU, on the stand-in for CUDA in tests/cuda_emulation, and describes a small GPU for it.
 
 What it shows: the kernels' arithmetic, and that the schedule of blocks, with its waiting, comes to an end and to the
 same numbers whatever order blocks and threads run in. What it cannot show: weak memory ordering, and speed.
@@ -23,7 +23,9 @@ FLAGS = ["-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall"
 
 # Few blocks, and little room on the chip: batches of a few thousand elements make several groups, some of their tiles
 # held in shared memory and some not.
-SMALL = Gpu(sms=3, l2_bytes=64 << 10, shared_bytes_per_sm=2 * (1024 + 1024 + 3 * 10240), shared_bytes_per_block=40 << 10)
+SMALL = Gpu(
+    sms=3, l2_bytes=64 << 10, shared_bytes_per_sm=2 * (1024 + 1024 + 3 * 10240), shared_bytes_per_block=40 << 10
+)
 
 
 def compiler() -> str | None:
@@ -46,6 +48,7 @@ def library() -> ctypes.CDLL:
         os.replace(aside, built)
     found = ctypes.CDLL(str(built))
     found.sipo_emulate_configure.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.c_double]
-    found.sipo_emulate_watch.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int] + [ctypes.c_void_p] * 2
-    found.sipo_emulate_watch_kind.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_void_p]
+    pointer = ctypes.c_void_p
+    found.sipo_emulate_watch.argtypes = [ctypes.c_int, pointer, ctypes.c_size_t, ctypes.c_int, pointer, pointer]
+    found.sipo_emulate_watch_kind.argtypes = [ctypes.c_int, ctypes.c_int, pointer]
     return found

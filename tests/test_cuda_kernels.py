@@ -1,4 +1,4 @@
-"""csrc/cuda on the CPU emulator: each element once, the same bits in every order of blocks, and nothing touched in vain."""
+"""csrc/cuda on the CPU emulator: each element once, the same bits in every order of blocks, nothing touched in vain."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ def test_limits_of_the_hardware(
         with_grad=with_grad,
     )
     per_sm = -(-plan.blocks // gpu.sms)
-    assert 1 <= plan.blocks and per_sm <= 2, "all blocks on the chip at once"
+    assert plan.blocks >= 1 and per_sm <= 2, "all blocks on the chip at once"
     assert plan.shared_bytes <= gpu.shared_bytes_per_block
     assert per_sm * (plan.shared_bytes + KB) <= gpu.shared_bytes_per_sm
     assert plan.shared_bytes == SCRATCH_BYTES + (plan.hold * SLOT_BYTES if with_grad else 0)
@@ -165,7 +165,7 @@ def test_predicted_traffic(name: str, label: str) -> None:
 
 
 def test_no_waiting_without_arriving() -> None:
-    """Each block says that it has reduced group k before it waits for k: with all blocks running, none waits forever."""
+    """A block says that it has reduced group k before it waits for k: with all blocks running, none waits forever."""
     for groups in (1, 2, 5):
         events = []
         for step in range(2 * groups + 1):  # the loop of pair_kernel
