@@ -1,0 +1,126 @@
+"""The pair loss against plain torch and torch.compile on latents of real training: ``python -m benchmarks.kernel``.
+
+Measures every implementation (``baselines.py``) on every case (``cases.py``), forward and forward + backward, with the
+caches cold, "in turn" and warm (``measure.py``), and writes a results file (``suite.py``) after each case. Timings are
+results, never assertions.
+
+Without options a run ends within 8 minutes on a GPU and 10 on a CPU: cases come in the order of what they tell, and
+what the budget does not reach is listed as skipped. ``--only`` picks cases by name, and a second run with another
+``--only`` and ``--output`` adds the rest: ``benchmarks.plots`` and ``benchmarks.compare`` take several files.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from benchmarks import baselines
+from benchmarks.cases import Case, kernel_cases, select
+from benchmarks.measure import STATES
+from benchmarks.suite import Suite, add_options, announce, default_output
+
+BUDGET = {"cuda": 470.0, "cpu": 570.0}
+SECONDS = {"cuda": 0.9, "cpu": 2.4}
+CPU_INPUT_BYTES = 256 << 20
+QUICK = r"^(SD1.5, 1 pair|SDXL, 4 pairs), (bfloat16|float32)"
+
+
+def why_not(case: Case, device: str, everything: bool) -> str | None:
+    """Why a case is left out by default; ``None`` if it is not. A GPU measures all."""
+    if device == "cuda" or everything:
+        return None
+    if case.dtype == "float16":
+        return "float16 is not measured on a CPU by default (--all)"
+    size = 3 * case.tensor_bytes
+    if size > CPU_INPUT_BYTES:
+        limit = CPU_INPUT_BYTES >> 20
+        return f"inputs of {size >> 20} MiB; a CPU run leaves out what exceeds {limit} MiB by default (--all)"
+    if case.dtype == "float32" and not (case.pairs == 4 or (case.pairs == 1 and case.label == "SD1.5")):
+        return "float32 is measured with 4 pairs, and SD1.5's 1 pair, on a CPU by default (--all)"
+    return None
+
+
+def autotuned(choice: str, device: str) -> Callable[[Case], bool]:
+    """Which cases torch.compile also gets max-autotune for: it compiles for seconds, so not all by default."""
+
+    def chosen(case: Case) -> bool:
+        if choice == "auto":
+            small = case.label == "SD1.5" and case.pairs == 1
+            return device == "cuda" and case.dtype == "bfloat16" and (case.pairs == 4 or small)
+        return choice == "all"
+
+    return chosen
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measures what the options ask for; returns the results file's content."""
+    device = args.device
+    output = args.output or default_output("kernel", device, partial=bool(args.quick or args.only))
+    seconds = args.seconds if args.seconds is not None else SECONDS[device] / (3 if args.quick else 1)
+    budget = BUDGET[device] if args.budget is None else args.budget
+    suite = Suite(
+        "kernel",
+        device,
+        output,
+        seconds=seconds,
+        budget=budget,
+        only=args.only,
+        quick=args.quick,
+        autotune=args.autotune,
+    )
+    announce(device, suite.results["machine"], suite.copy)
+    cases = []
+    for case in select(kernel_cases(), args.only or (QUICK if args.quick else None)):
+        reason = why_not(case, device, args.all)
+        if reason is None:
+            cases.append(case)
+        else:
+            suite.skip(case, reason)
+    chosen = autotuned(args.autotune, device)
+    reason = "CUDA graphs and GPU configurations are what it adds; on a CPU it is measured with --autotune all"
+    if device == "cuda":
+        reason = "by default max-autotune is measured in bfloat16, for 4 pairs and SD1.5's 1 pair (--autotune all)"
+    if not all(chosen(case) for case in cases):
+        suite.skip(None, reason, implementation=baselines.AUTOTUNED)
+    done = suite.run(cases, STATES, chosen)
+    suite.count([case for case in done if chosen(case) or (case.dtype == "bfloat16" and case.pairs == 4)], chosen)
+    results = suite.finish()
+    print_losses(results)
+    print(f"\n{len(results['cases'])} entries, {len(results['skipped'])} left out, {suite.spent():.0f} s: {output}")
+    return results
+
+
+def print_losses(results: dict[str, Any]) -> None:
+    """The cases in which something else is quicker than what users of ours get, by the medians of wall time."""
+    print("\nWhere another implementation is quicker than ours (wall time):")
+    auto, none = results["auto"], True
+    for entry in results["cases"]:
+        walls = {name: result["wall_ms"]["median"] for name, result in entry["results"].items()}
+        others = {name: wall for name, wall in walls.items() if not name.startswith(baselines.OURS)}
+        if auto not in walls or not others:
+            continue
+        best = min(others, key=lambda name: others[name])
+        if others[best] < walls[auto]:
+            case = f"{entry['label']}, {entry['pairs']} pairs, {entry['dtype']}, {entry['mode']}, {entry['state']}"
+            print(f"  {case}: {best} {others[best]:.3f} ms, {auto} {walls[auto]:.3f} ms")
+            none = False
+    if none:
+        print("  none of the cases measured")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernel", description=__doc__.splitlines()[0])
+    add_options(parser, "kernel", SECONDS, BUDGET)
+    parser.add_argument("--all", action="store_true", help="also what a CPU run leaves out by default")
+    parser.add_argument(
+        "--autotune",
+        choices=("auto", "all", "none"),
+        default="auto",
+        help="cases torch.compile also gets mode='max-autotune' for (default: some on a GPU, none on a CPU)",
+    )
+    run(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,371 @@
+"""Pictures of results files, from nothing but the files: ``python -m benchmarks.plots [results.json ...]``.
+
+Without arguments, of every kernel, sweep and step file in ``benchmarks/results``. Files of one kind and one device are
+drawn together. Needs matplotlib.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import matplotlib
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import LogFormatterMathtext, LogLocator, NullLocator
+
+from benchmarks.baselines import AUTOTUNED, AUTOTUNED_NO_GRAPHS, COMPILED, UPCAST
+from benchmarks.cases import BOTH, FORWARD
+from benchmarks.measure import RESULTS
+from benchmarks.plot_frame import Entry, copy_of, implementations, load, paler, pick, place, save, style, tidy
+
+# What ours is compared with: name, the baselines of which the quickest counts, colour.
+RIVALS = {
+    "torch": ("torch, float32", (UPCAST,), style(UPCAST)[0]),
+    "compile": ("torch.compile", (COMPILED,), style(COMPILED)[0]),
+    "autotune": ("torch.compile max-autotune (the quicker of with and without CUDA graphs)",
+                 (AUTOTUNED, AUTOTUNED_NO_GRAPHS), style(AUTOTUNED)[0]),
+}  # fmt: skip
+LOSS = "#b3123f"
+TICKS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
+
+
+# ---------------------------------------------------------------- kernel
+
+
+def ratios(entry: Entry, auto: str) -> dict[str, tuple[float, bool]]:
+    """How many times quicker than each of ``RIVALS`` ours is, and whether the difference shows.
+
+    By the medians of wall time; below 1 ours is slower. It does not show where the quartiles overlap.
+    """
+    walls = {name: result["wall_ms"] for name, result in entry["results"].items()}
+    found = {}
+    for rival, (_, names, _) in RIVALS.items():
+        there = [walls[name] for name in names if name in walls]
+        if there and auto in walls:
+            best, ours = min(there, key=lambda wall: float(wall["median"])), walls[auto]
+            apart = best["quartiles"][0] > ours["quartiles"][1] or ours["quartiles"][0] > best["quartiles"][1]
+            found[rival] = best["median"] / ours["median"], apart
+    return found
+
+
+def plot_speedup(results: dict[str, Any], dtype: str, state: str, path: Path) -> Path | None:
+    """Bars for each shape and number of pairs, forward + backward beside forward; where ours is slower, in red."""
+    auto = results["auto"]
+    panels = [(mode, pick(results, dtype=dtype, mode=mode, state=state)) for mode in (BOTH, FORWARD)]
+    panels = [(mode, entries) for mode, entries in panels if entries]
+    found = [ratio for _, entries in panels for entry in entries for ratio, _ in ratios(entry, auto).values()]
+    if not found:
+        return None
+    shown = [rival for rival in RIVALS if any(rival in ratios(entry, auto) for _, part in panels for entry in part)]
+    order = {place(entry): (entry["pairs"], entry["elements"]) for _, entries in panels for entry in entries}
+    rows = sorted(order, key=lambda label: order[label], reverse=True)
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(5.4 * len(panels) + 1, (0.14 + 0.15 * len(shown)) * len(rows) + 0.9),
+        sharey=True, sharex=True, layout="constrained", squeeze=False,
+    )  # fmt: skip
+    for ax, (mode, entries) in zip(axes[0], panels, strict=True):
+        for entry in entries:
+            _speedup_bars(ax, rows.index(place(entry)), ratios(entry, auto), shown)
+        ax.axvline(1, color="black", linewidth=0.8)
+        ax.set_title(mode.replace("+", " + "), fontsize=10)
+        ax.set_xlabel("times as quick (wall time, medians)")
+        tidy(ax, "x")
+    left, right = min(0.6, 0.8 * min(found)), max(3.0, 1.9 * max(found))
+    ticks = [tick for tick in TICKS if left < tick < right]
+    axes[0][0].set(xscale="log", xlim=(left, right), ylim=(-0.6, len(rows) - 0.4), yticks=range(len(rows)))
+    axes[0][0].set_yticklabels(rows)
+    axes[0][0].xaxis.set_major_locator(matplotlib.ticker.FixedLocator(ticks))
+    axes[0][0].xaxis.set_major_formatter(lambda tick, _: f"{tick:g}×")
+    axes[0][0].xaxis.set_minor_locator(NullLocator())
+    handles = [Patch(color=RIVALS[rival][2], label=f"against {RIVALS[rival][0]}") for rival in shown]
+    handles.append(Patch(facecolor="white", hatch="////", edgecolor=LOSS, label="ours is slower"))
+    extra = "≈, pale: the quartiles overlap. A baseline that was not measured for a case has no bar."
+    title = f"How quick the pair loss is: {auto} against plain torch, {dtype}, {state} caches"
+    return save(figure, results, path, title, handles, extra, 2)
+
+
+def _speedup_bars(ax: Axes, row: int, found: dict[str, tuple[float, bool]], shown: list[str]) -> None:
+    height = 0.84 / len(shown)
+    for position, rival in enumerate(shown):
+        if rival not in found:
+            continue
+        ratio, apart = found[rival]
+        y, lost = row + 0.42 - (position + 0.5) * height, ratio < 1
+        look = {"hatch": "//////", "edgecolor": LOSS} if lost else {"edgecolor": "white", "linewidth": 0.4}
+        ax.barh(y, ratio - 1, height, left=1, color=paler(RIVALS[rival][2], 0.0 if apart else 0.6), **look)
+        text = "" if apart else "≈"
+        text += f"{ratio:.2f}×" if ratio < 2 else f"{ratio:.1f}×" if ratio < 10 else f"{ratio:.0f}×"
+        ax.annotate(
+            f"{text} (slower)" if lost else text, (max(ratio, 1), y), (3, 0), textcoords="offset points", va="center",
+            fontsize=7, color=LOSS if lost else "black", fontweight="bold" if lost else "normal",
+        )  # fmt: skip
+
+
+def plot_bandwidth(results: dict[str, Any], state: str, path: Path) -> Path | None:
+    """Bytes that have to move against bytes a second, under the line that a copy reaches on the same machine."""
+    modes = [mode for mode in (BOTH, FORWARD) if pick(results, mode=mode, state=state)]
+    if not modes:
+        return None
+    figure, axes = plt.subplots(
+        1, len(modes), figsize=(5.4 * len(modes) + 0.6, 4.2), sharey=True, layout="constrained", squeeze=False
+    )
+    names = implementations(pick(results, state=state))
+    for ax, mode in zip(axes[0], modes, strict=True):
+        for name in names:
+            for dtype, filled in (("bfloat16", True), ("float32", False)):
+                points = [
+                    (entry["floor_bytes"] / 1e6, entry["results"][name]["gb_s"])
+                    for entry in pick(results, mode=mode, state=state, dtype=dtype)
+                    if name in entry["results"]
+                ]
+                if points:
+                    color, marker = style(name)
+                    x, y = zip(*points, strict=True)
+                    face = color if filled else "none"
+                    ax.scatter(x, y, s=26, marker=marker, facecolor=face, edgecolor=color, linewidth=1.1, alpha=0.9)
+        ax.axhline(copy_of(results), color="black", linewidth=1, linestyle="--")
+        ax.annotate(
+            f"copy: {copy_of(results):,.3g} GB/s" if copy_of(results) < 100 else f"copy: {copy_of(results):,.0f} GB/s",
+            (0.02, copy_of(results)), (0, 3), textcoords="offset points", xycoords=("axes fraction", "data"),
+            fontsize=8.5,
+        )  # fmt: skip
+        ax.set(xscale="log", yscale="log", xlabel="fewest bytes to move, MB")
+        ax.set_title(mode.replace("+", " + "), fontsize=10)
+        tidy(ax)
+    axes[0][0].set_ylabel("those bytes over the measured time, GB/s")
+    basis = "device" if results["machine"]["device_type"] == "cuda" else "wall"
+    extra = (
+        f"Bytes: inputs read once, gradient written once. Medians of {basis} time. Filled: bfloat16, hollow: float32."
+    )
+    if FORWARD in modes:
+        extra += "\nA copy writes as much as it reads; the forward only reads, and may exceed it."
+    title = f"How near the pair loss comes to memory bandwidth: {state} caches"
+    return save(figure, results, path, title, _markers(names), extra)
+
+
+def _markers(names: list[str], line: Literal["-", "none"] = "none") -> list[Line2D]:
+    """The legend's entries for implementations."""
+    return [
+        Line2D([], [], color=style(name)[0], marker=style(name)[1], markersize=5.5, linestyle=line, label=name)
+        for name in names
+    ]
+
+
+def plot_memory(results: dict[str, Any], dtype: str, pairs: int, path: Path) -> Path | None:
+    """Memory beyond the inputs at the peak of one call, against the gradient's own."""
+    entries = sorted(
+        pick(results, dtype=dtype, pairs=pairs, mode=BOTH, state="cold"), key=lambda entry: -int(entry["elements"])
+    )
+    measured = [
+        name
+        for name in implementations(entries)
+        if any((entry["results"].get(name) or {}).get("extra_mb") is not None for entry in entries)
+    ]
+    if not measured:
+        return None
+    figure, ax = plt.subplots(figsize=(8.6, 0.4 * len(entries) + 0.8), layout="constrained")
+    for name in measured:
+        color, marker = style(name)
+        points = [
+            (entry["results"][name]["extra_mb"], row)
+            for row, entry in enumerate(entries)
+            if name in entry["results"] and entry["results"][name]["extra_mb"]
+        ]
+        if points:
+            x, y = zip(*points, strict=True)
+            ax.scatter(x, y, s=46, marker=marker, color=color, zorder=3, alpha=0.9)
+    for row, entry in enumerate(entries):
+        gradient = entry["floor_bytes"] / 4e6
+        ax.plot([gradient, gradient], [row - 0.34, row + 0.34], color="black", linewidth=1.4, zorder=2)
+    ax.set_yticks(range(len(entries)), [place(entry) for entry in entries])
+    ax.set(xscale="log", xlabel="memory beyond the inputs, MB", ylim=(-0.6, len(entries) - 0.4))
+    tidy(ax, "x")
+    extra = "Peak of torch's allocations during one call, minus what was there before."
+    if AUTOTUNED in implementations(entries) and AUTOTUNED not in measured:
+        extra += " A CUDA graph's own pool is not counted, nor shown."
+    handles = [*_markers(measured), Line2D([], [], color="black", linewidth=1.4, label="the gradient itself")]
+    title = f"Peak memory of the pair loss: forward + backward, {dtype}"
+    return save(figure, results, path, title, handles, extra)
+
+
+# ---------------------------------------------------------------- times, sweep
+
+
+def plot_times(results: dict[str, Any], entries: list[Entry], title: str, path: Path) -> Path | None:
+    """Median times with quartiles, a panel for each entry: wall, and on a GPU the host's and the device's part."""
+    if not entries:
+        return None
+    everything = [result for entry in entries for result in entry["results"].values()]
+    kinds = [kind for kind in ("wall_ms", "host_ms", "device_ms") if any(result.get(kind) for result in everything)]
+    heights = [len(entry["results"]) * (0.11 + 0.13 * len(kinds)) + 0.5 for entry in entries]
+    figure, axes = plt.subplots(
+        len(entries), 1, figsize=(8.6, sum(heights)), layout="constrained", squeeze=False, sharex=True,
+        height_ratios=heights,
+    )  # fmt: skip
+    for ax, entry in zip(axes[:, 0], entries, strict=True):
+        names = list(reversed(implementations([entry])))
+        for row, name in enumerate(names):
+            _time_bars(ax, row, name, entry["results"][name], kinds)
+        ax.set(yticks=range(len(names)), yticklabels=names, ylim=(-0.6, len(names) - 0.4))
+        ax.tick_params(axis="y", labelsize=8.5)
+        parts = [entry.get("dtype"), (entry.get("mode") or "").replace("+", " + "), entry.get("state")]
+        ax.set_title(", ".join([place(entry), *(part for part in parts if part)]), fontsize=9.5, loc="left")
+        tidy(ax, "x")
+        ax.margins(x=0.14)
+    axes[-1, 0].set_xlabel("milliseconds")
+    extra = "Medians; black: from the lower to the upper quartile."
+    if len(kinds) > 1:
+        extra += "\nwall: until the result is there; host: until Python goes on; device: without gaps between launches."
+    return save(figure, results, path, title, extra=extra)
+
+
+def _time_bars(ax: Axes, row: int, name: str, result: dict[str, Any], kinds: list[str]) -> None:
+    height = 0.84 / len(kinds)
+    for position, kind in enumerate(kinds):
+        time = result.get(kind)
+        if not time:
+            continue
+        y = row + 0.42 - (position + 0.5) * height
+        low, high = time["quartiles"]
+        ax.barh(y, time["median"], height * 0.94, color=paler(style(name)[0], (0.0, 0.45, 0.72)[position]))
+        ax.plot([low, high], [y, y], color="black", linewidth=1)
+        text = f"{time['median']:.3g}" + (f" {kind[:-3]}" if len(kinds) > 1 else "")
+        at = max(high, time["median"]), y
+        ax.annotate(text, at, (4, 0), textcoords="offset points", va="center", fontsize=7.5)
+
+
+def plot_sweep(results: dict[str, Any], dtype: str, path: Path) -> Path | None:
+    """Time, and share of the copy bandwidth, by size; cold and warm caches side by side."""
+    states = [state for state in ("cold", "warm") if pick(results, dtype=dtype, state=state)]
+    if not states:
+        return None
+    figure, axes = plt.subplots(
+        2, len(states), figsize=(5.4 * len(states) + 0.6, 7), sharex=True, sharey="row", layout="constrained",
+        squeeze=False,
+    )  # fmt: skip
+    names = implementations(pick(results, dtype=dtype))
+    quickest = []
+    for (top, bottom), state in zip(axes.T, states, strict=True):
+        entries = sorted(pick(results, dtype=dtype, state=state), key=lambda entry: int(entry["elements"]))
+        for name in names:
+            color, marker = style(name)
+            found = [(entry["elements"], entry["results"][name]) for entry in entries if name in entry["results"]]
+            if not found:
+                continue
+            sizes = [size for size, _ in found]
+            walls = [result["wall_ms"]["median"] for _, result in found]
+            low, high = zip(*(result["wall_ms"]["quartiles"] for _, result in found), strict=True)
+            quickest.append(min(walls))
+            top.plot(sizes, walls, color=color, marker=marker, markersize=4, linewidth=1.3)
+            top.fill_between(sizes, low, high, color=color, alpha=0.18, linewidth=0)
+            share = [100 * result["of_copy"] for _, result in found]
+            bottom.plot(sizes, share, color=color, marker=marker, markersize=4, linewidth=1.3)
+        sizes = [entry["elements"] for entry in entries]
+        top.plot(sizes, [entry["floor_ms"] for entry in entries], "k--", linewidth=1)
+        bottom.axhline(100, color="black", linestyle="--", linewidth=1)
+        top.set_title(f"{state} caches", fontsize=10)
+        bottom.set_xlabel("elements of one stacked tensor (4 pairs)")
+        tidy(top)
+        tidy(bottom)
+    ax = axes[0][0]
+    ax.set(xscale="log", yscale="log", ylabel="wall time, ms (band: quartiles)")
+    ax.set_ylim(bottom=0.3 * min(quickest))
+    ax.xaxis.set_major_locator(LogLocator(base=2, numticks=9))
+    ax.xaxis.set_major_formatter(LogFormatterMathtext(base=2))
+    ax.xaxis.set_minor_locator(NullLocator())
+    basis = "device" if results["machine"]["device_type"] == "cuda" else "wall"
+    axes[1][0].set_ylabel(f"fewest bytes over {basis} time,\n% of copy bandwidth ({copy_of(results):,.0f} GB/s)")
+    axes[1][0].set_ylim(bottom=0)
+    handles = _markers(names, "-")
+    handles.append(Line2D([], [], color="black", linestyle="--", linewidth=1, label="floor: copy bandwidth"))
+    title = f"Where overhead ends and bandwidth begins: forward + backward, {dtype}"
+    extra = "Inputs of more than four times the caches are cold at every call, and not measured warm."
+    return save(figure, results, path, title, handles, extra)
+
+
+def plot_step(results: dict[str, Any], path: Path) -> Path | None:
+    """A training step with each loss, and beside it the loss alone with its share of the step."""
+    entries = results["cases"]
+    if not entries:
+        return None
+    heights = [0.3 * len(entry["results"]) + 0.5 for entry in entries]
+    figure, axes = plt.subplots(
+        len(entries), 2, figsize=(11.4, sum(heights) + 0.3), layout="constrained", squeeze=False, sharey="row",
+        height_ratios=heights,
+    )  # fmt: skip
+    for (left, right), entry in zip(axes, entries, strict=True):
+        names = list(reversed(implementations([entry])))
+        for row, name in enumerate(names):
+            result = entry["results"][name]
+            _bar(left, row, name, result["wall_ms"], f"{result['wall_ms']['median']:.4g}")
+            direct = result.get("direct_ms") or {}
+            time = direct.get("device_ms") or direct.get("wall_ms")
+            if time:
+                share = time["median"] / result["wall_ms"]["median"]
+                _bar(right, row, name, time, f"{time['median']:.3g}, {100 * share:.2g} % of the step")
+        left.set(yticks=range(len(names)), yticklabels=names, ylim=(-0.6, len(names) - 0.4))
+        left.tick_params(axis="y", labelsize=8.5)
+        left.set_title(f"{place(entry)}, {entry['dtype']}: the step", fontsize=9.5, loc="left")
+        right.set_title("the loss alone, forward + backward, cold caches", fontsize=9.5, loc="left")
+        left.margins(x=0.16)
+        right.margins(x=0.5)
+        tidy(left, "x")
+        tidy(right, "x")
+    for ax in axes[-1]:
+        ax.set_xlabel("milliseconds")
+    basis = "device" if results["machine"]["device_type"] == "cuda" else "wall"
+    extra = f"Medians; black: from the lower to the upper quartile. The step: wall time; the loss alone: {basis} time."
+    return save(figure, results, path, "What the loss costs in a training step", extra=extra)
+
+
+def _bar(ax: Axes, row: int, name: str, time: dict[str, Any], text: str) -> None:
+    low, high = time["quartiles"]
+    ax.barh(row, time["median"], 0.66, color=style(name)[0])
+    ax.plot([low, high], [row, row], color="black", linewidth=1)
+    at = max(high, time["median"]), row
+    ax.annotate(text, at, (4, 0), textcoords="offset points", va="center", fontsize=7.5)
+
+
+def draw(stem: str, results: dict[str, Any], folder: Path) -> list[Path]:
+    """All pictures of one results file."""
+    made: list[Path | None] = []
+    dtypes = list(dict.fromkeys(entry.get("dtype", "") for entry in results["cases"]))
+    if results["kind"] == "kernel":
+        for dtype in dtypes:
+            for state in ("cold", "warm"):
+                made.append(plot_speedup(results, dtype, state, folder / f"{stem}-speedup-{dtype}-{state}.png"))
+        made.append(plot_bandwidth(results, "cold", folder / f"{stem}-bandwidth.png"))
+        made.append(plot_memory(results, "bfloat16", 4, folder / f"{stem}-memory.png"))
+        small = pick(results, label="SD1.5", pairs=1, dtype="bfloat16", mode=BOTH)
+        small = [entry for entry in small if entry["state"] != "in turn"]
+        title = "One SD1.5 pair, where all is overhead"
+        made.append(plot_times(results, small, title, folder / f"{stem}-one-pair.png"))
+    elif results["kind"] == "sweep":
+        made += [plot_sweep(results, dtype, folder / f"{stem}-{dtype}.png") for dtype in dtypes]
+    else:
+        made.append(plot_step(results, folder / f"{stem}.png"))
+    return [path for path in made if path]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.plots", description=__doc__.splitlines()[0])
+    parser.add_argument("results", nargs="*", type=Path, help="default: all in benchmarks/results")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the pictures (default %(default)s)")
+    args = parser.parse_args(argv)
+    matplotlib.use("Agg")
+    kinds = ("kernel", "sweep", "step")
+    paths = args.results or sorted(path for kind in kinds for path in RESULTS.glob(f"{kind}-*.json"))
+    if not paths:
+        print("no results files: run python -m benchmarks.kernel or benchmarks.sweep first")
+    for stem, results in load(paths):
+        for path in draw(stem, results, args.output):
+            print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""Where launch overhead ends and bandwidth begins: ``python -m benchmarks.sweep``.
+
+Forward + backward of 4 pairs, from 2^12 elements in each stacked tensor to 2^31 on a GPU (as memory allows) and 2^27
+on a CPU, in bfloat16 (``--dtypes float32`` for others). Same implementations, timing and results file as
+``benchmarks.kernel``; cold and warm caches.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.cases import DTYPES, select, sweep_cases
+from benchmarks.suite import Suite, add_options, announce, default_output
+
+BUDGET = {"cuda": 240.0, "cpu": 240.0}
+SECONDS = {"cuda": 0.8, "cpu": 2.0}
+LOW, HIGH = 12, {"cuda": 31, "cpu": 27}
+QUICK_HIGH = 16
+STATES = ("cold", "warm")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measures what the options ask for; returns the results file's content."""
+    device = args.device
+    output = args.output or default_output("sweep", device, partial=bool(args.quick or args.only))
+    seconds = args.seconds if args.seconds is not None else SECONDS[device] / (3 if args.quick else 1)
+    budget = BUDGET[device] if args.budget is None else args.budget
+    suite = Suite("sweep", device, output, seconds=seconds, budget=budget, only=args.only, quick=args.quick)
+    announce(device, suite.results["machine"], suite.copy)
+    high = args.high or (QUICK_HIGH if args.quick else HIGH[device])
+    suite.run(select(sweep_cases(args.low, high, tuple(args.dtypes)), args.only), STATES)
+    results = suite.finish()
+    print(f"\n{len(results['cases'])} entries, {len(results['skipped'])} left out, {suite.spent():.0f} s: {output}")
+    return results
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sweep", description=__doc__.splitlines()[0])
+    add_options(parser, "sweep", SECONDS, BUDGET)
+    parser.add_argument("--low", type=int, default=LOW, help="smallest power of two (default %(default)s)")
+    parser.add_argument("--high", type=int, help=f"largest (default {HIGH['cuda']} on a GPU, {HIGH['cpu']} on a CPU)")
+    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["bfloat16"], help="default %(default)s")
+    run(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    main()

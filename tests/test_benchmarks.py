@@ -1,0 +1,547 @@
+"""The benchmark suite runs end to end, and says what it left out, what got slower, and whose numbers they are.
+
+No timing is asserted anywhere: only that numbers are there, add up, and are named.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import baselines, cases, compare, footprint, kernel, machine, measure, suite, sweep
+from benchmarks.cases import BOTH, FORWARD, Case
+
+ROOT = Path(__file__).parent.parent
+TINY = Case("tiny", (3, 5, 7), 2, "bfloat16", BOTH)
+QUICK = ["--device", "cpu", "--seconds", "0.05"]
+
+
+@pytest.fixture(autouse=True)
+def small_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Small buffers, so that flushing and copying take no time; one thread, which a busy machine does not hold up.
+
+    torch.compile, which takes seconds, stands aside.
+    """
+    flusher, threads = measure._flusher, torch.get_num_threads()
+    flusher.cache_clear()
+    torch.set_num_threads(1)
+    monkeypatch.setattr(measure, "cache_bytes", lambda device: 1 << 18)
+    monkeypatch.setattr(measure, "memory_bytes", lambda device: 1 << 24)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    yield
+    flusher.cache_clear()
+    torch.set_num_threads(threads)
+
+
+def check_layout(results: dict[str, Any], kind: str) -> None:
+    """The schema of benchmarks/suite.py, and that derived numbers follow from measured ones."""
+    assert results["kind"] == kind
+    assert results["complete"] is True
+    assert {"device", "threads", "torch", "python", "date", "commit"} <= set(results["machine"])
+    assert results["auto"] in {baselines.OURS + name for name in baselines.available("cpu")[0]}
+    rate = results["copy_bandwidth_gb_s"]
+    assert set(rate["moments"]) == {"start", "between", "end"}
+    assert rate["runs"] == sum(moment["runs"] for moment in rate["moments"].values())
+    for entry in results["cases"]:
+        elements = math.prod(entry["shape"])
+        assert entry["elements"] == elements
+        assert entry["shape"][0] == 2 * entry["pairs"]
+        size = torch.empty(0, dtype=getattr(torch, entry["dtype"])).element_size()
+        assert entry["floor_bytes"] == (4 if entry["mode"] == BOTH else 3) * elements * size
+        assert entry["floor_ms"] == pytest.approx(entry["floor_bytes"] / rate["median"] / 1e6)
+        assert entry["state"] in measure.STATES
+        for name, result in entry["results"].items():
+            wall = result["wall_ms"]
+            assert wall["runs"] >= 3
+            assert 0 < wall["quartiles"][0] <= wall["median"] <= wall["quartiles"][1]
+            assert result["host_ms"] is result["device_ms"] is result["launches"] is None  # no GPU
+            assert result["gb_s"] == pytest.approx(entry["floor_bytes"] / wall["median"] / 1e6)
+            assert result["of_copy"] == pytest.approx(result["gb_s"] / rate["median"])
+            assert name == baselines.PUBLISHED or result["loss_error"] < 0.05
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def test_the_kernel_suite_writes_every_case_and_lists_what_it_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cases, "SHAPES", {"tiny": (3, 5, 7), "huge": (1 << 26,)})
+    monkeypatch.setattr(cases, "PAIRS", (4, 1))
+    path = tmp_path / "new" / "kernel.json"
+    kernel.main([*QUICK, "--only", "(bfloat16|float16)", "--output", str(path)])
+    results = json.loads(path.read_text())
+    assert not path.with_name(path.name + ".part").exists()
+    check_layout(results, "kernel")
+
+    found = {(e["label"], e["pairs"], e["dtype"], e["mode"], e["state"]) for e in results["cases"]}
+    assert found == {
+        ("tiny", pairs, "bfloat16", mode, state)
+        for pairs in (1, 4)
+        for mode in (BOTH, FORWARD)
+        for state in measure.STATES
+    }
+    names = {baselines.PUBLISHED, baselines.UPCAST, baselines.COMPILED, "sipo eager"}
+    assert all(names <= set(entry["results"]) for entry in results["cases"])
+
+    skipped = results["skipped"]
+    huge = [s for s in skipped if s.get("label") == "huge" and s["dtype"] == "bfloat16"]
+    assert len(huge) == 4
+    assert all("leaves out what exceeds" in s["reason"] for s in huge)
+    assert sum("float16 is not measured" in s["reason"] for s in skipped) == 8
+    assert {"sipo triton", baselines.AUTOTUNED} <= {s.get("implementation") for s in skipped}
+    assert "no GPU is measured" in capsys.readouterr().out
+
+
+def test_memory_beyond_the_inputs_is_the_gradient_for_ours_and_more_for_plain_torch(tmp_path: Path) -> None:
+    case = Case("tiny", (4, 64, 64), 2, "float32", BOTH)
+    run = suite.Suite("kernel", "cpu", tmp_path / "k.json", seconds=0.01, budget=60)
+    run.run([case], ("warm",))
+    results = run.results["cases"][0]["results"]
+    assert results[baselines.UPCAST]["extra_mb"] > 2 * case.tensor_bytes / 1e6
+    for name in ("sipo native",) if "sipo native" in results else ():
+        assert case.tensor_bytes / 1e6 <= results[name]["extra_mb"] < 1.2 * case.tensor_bytes / 1e6
+
+
+def test_the_sweep_covers_every_power_of_two(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.json"
+    sweep.main([*QUICK, "--low", "8", "--high", "10", "--dtypes", "float32", "--output", str(path)])
+    results = json.loads(path.read_text())
+    check_layout(results, "sweep")
+    found = [(entry["elements"], entry["state"]) for entry in results["cases"]]
+    assert found == [(2**power, state) for power in (8, 9, 10) for state in ("cold", "warm")]
+
+
+@pytest.mark.parametrize("module", [kernel, sweep, compare])
+def test_options_are_explained(module: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        module.main(["--help"])
+    assert stop.value.code == 0
+    assert f"python -m {module.__name__}" in capsys.readouterr().out
+
+
+def test_a_bare_checkout_is_enough(tmp_path: Path) -> None:
+    """Torch and numpy, no matplotlib, no pytest: what a GPU machine may lack."""
+    path = tmp_path / "k.json"
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys(("matplotlib", "pytest", "pytest_benchmark", "diffusers")))
+from benchmarks import compare, kernel, sweep
+kernel.main(["--device", "cpu", "--budget", "0", "--output", {str(path)!r}])
+sys.exit(compare.main([{str(path)!r}, {str(path)!r}]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr  # two files with no case in common
+    results = json.loads(path.read_text())
+    left_out = [s["label"] for s in results["skipped"] if "label" in s]
+    assert len(left_out) == len(list(cases.kernel_cases()))  # all are listed
+    assert results["cases"] == []
+
+
+def test_a_spent_budget_keeps_what_there_is_and_lists_the_rest(tmp_path: Path) -> None:
+    run = suite.Suite("kernel", "cpu", tmp_path / "k.json", seconds=0.01, budget=0)
+    assert run.run([TINY], ("cold",)) == []
+    assert run.finish()["cases"] == []
+    (reason,) = (s["reason"] for s in run.results["skipped"] if s.get("label") == "tiny")
+    assert "budget" in reason
+
+
+def test_a_cut_off_run_has_whole_cases_on_disk_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = suite.Suite("kernel", "cpu", tmp_path / "k.json", seconds=0.01, budget=60)
+    run.run([TINY], ("cold",))
+    monkeypatch.setattr(run, "measure_case", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run.run([TINY], ("cold",))
+    results = json.loads((tmp_path / "k.json").read_text())
+    assert results["complete"] is False
+    assert len(results["cases"]) == 1
+
+
+def test_what_is_wrong_or_fails_or_is_too_slow_is_listed_and_not_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    functions = baselines.implementations
+
+    def with_bad_ones(inputs: baselines.Inputs, device: str, autotune: bool) -> dict[str, Any]:
+        good = functions(inputs, device, autotune)
+
+        def slow() -> torch.Tensor:
+            time.sleep(0.2)
+            return good[baselines.UPCAST]()
+
+        return {
+            **good,
+            "sipo wrong": lambda: good["sipo eager"]() + 1,
+            "sipo nan": lambda: good["sipo eager"]() * math.nan,
+            "sipo halved gradient": lambda: good["sipo eager"]() / 2 + good["sipo eager"]().detach() / 2,
+            "sipo broken": lambda: torch.zeros(2) @ torch.zeros(3),
+            "sipo slow": slow,
+        }
+
+    monkeypatch.setattr(baselines, "implementations", with_bad_ones)
+    monkeypatch.setattr(suite, "MAX_CALL_SECONDS", 0.15)
+    run = suite.Suite("kernel", "cpu", tmp_path / "k.json", seconds=0.01, budget=60)
+    run.run([TINY, Case("more", (3, 5, 8), 2, "bfloat16", FORWARD)], ("cold",))
+    for entry in run.results["cases"]:
+        assert "sipo eager" in entry["results"]
+        assert not {"sipo wrong", "sipo nan", "sipo broken", "sipo slow"} & set(entry["results"])
+    assert "sipo halved gradient" not in run.results["cases"][0]["results"]
+    why = {s["implementation"]: s["reason"] for s in run.results["skipped"] if s.get("label") == "tiny"}
+    assert all(why[f"sipo {name}"].startswith("wrong") for name in ("wrong", "nan", "halved gradient"))
+    assert "RuntimeError" in why["sipo broken"]
+    assert "too slow" in why["sipo slow"]
+    assert any(s.get("implementation") == "sipo slow" and s["label"] == "more" for s in run.results["skipped"])
+
+
+def test_large_inputs_are_measured_cold_only(tmp_path: Path) -> None:
+    case = Case("large", (1 << 17,), 1, "float32", FORWARD)  # 3 MiB of inputs, 256 KiB of cache
+    run = suite.Suite("kernel", "cpu", tmp_path / "k.json", seconds=0.01, budget=60)
+    run.run([case], measure.STATES)
+    assert [entry["state"] for entry in run.results["cases"]] == ["cold"]
+    assert [s["state"] for s in run.results["skipped"] if "every call is cold" in s["reason"]] == ["in turn", "warm"]
+
+
+def test_turns_give_equal_time_and_nobody_follows_itself() -> None:
+    calls: list[str] = []
+
+    def call(name: str, seconds: float) -> Any:
+        def work() -> None:
+            calls.append(name)
+            time.sleep(seconds)
+
+        return work
+
+    work = {"quick": call("quick", 1e-4), "also quick": call("also quick", 1e-4), "slow": call("slow", 0.02)}
+    times = measure.time_alternately(work, seconds=0.12, device="cpu", state="in turn")
+    assert [len(t.wall_ms) for t in times.values()] == [calls.count(name) for name in times]
+    assert all(before != after for before, after in itertools.pairwise(calls))
+    assert len(times["slow"].wall_ms) >= 3
+    assert len(times["quick"].wall_ms) > len(times["slow"].wall_ms)
+
+    calls.clear()
+    times = measure.time_alternately(work, seconds=0.01, device="cpu", state="warm")
+    assert len(calls) == 2 * sum(len(t.wall_ms) for t in times.values())  # each timed call follows one of its own
+    assert calls[::2] == calls[1::2]
+    with pytest.raises(ValueError, match="lukewarm"):
+        measure.time_alternately(work, seconds=0.01, device="cpu", state="lukewarm")
+
+
+def test_before_runs_untimed_before_every_call() -> None:
+    times = measure.time_alternately(
+        {"a": lambda: None}, seconds=0.01, device="cpu", before=lambda: time.sleep(0.002), state="cold"
+    )
+    assert min(times["a"].wall_ms) < 2
+
+
+def test_summary_is_median_and_quartiles() -> None:
+    assert measure.summary([5.0, 1.0, 3.0, 2.0, 4.0]) == {"median": 3.0, "quartiles": [2.0, 4.0], "runs": 5}
+    assert measure.summary([7.0]) == {"median": 7.0, "quartiles": [7.0, 7.0], "runs": 1}
+
+
+def test_launches_are_the_kernels_copies_and_fills_of_a_trace() -> None:
+    names = ("kernel", "gpu_memset", "cuda_runtime", "kernel", "gpu_user_annotation", "gpu_memcpy")
+    assert footprint.launches_in({"traceEvents": [{"cat": name} for name in names] + [{"ph": "M"}]}) == 4
+    assert footprint.count_launches(lambda: None, device="cpu") is None
+
+
+def test_the_machine_is_described_and_others_load_is_seen() -> None:
+    info = machine.machine("cpu")
+    assert info["device"] == info["cpu"]
+    assert info["torch"] == torch.__version__
+    assert info["device"] in machine.caption(info)
+    load = machine.OthersLoad()
+    subprocess.run([sys.executable, "-c", "import time\nend = time.time() + 0.6\nwhile time.time() < end: pass"])
+    cores = load.cores()
+    assert cores is None or cores > 0.3
+
+
+# ---------------------------------------------------------------- the GPU's part, on a made-up device
+
+
+class FakeDevice:
+    """A queue of work that takes time, driven by torch's CUDA calls: the host runs ahead until it synchronises."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.free_at = 0.0
+        fake = self
+
+        class Event:
+            def __init__(self, enable_timing: bool = False) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                self.at = max(fake.free_at, time.perf_counter())
+
+            def query(self) -> bool:
+                return time.perf_counter() >= self.at
+
+            def elapsed_time(self, end: Event) -> float:
+                return 1e3 * (end.at - self.at)
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "synchronize", self.synchronize)
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.work(cycles / 1e9))
+        measure._cycles_per_ms.cache_clear()
+
+    def work(self, seconds: float) -> None:
+        self.free_at = max(self.free_at, time.perf_counter()) + seconds
+
+    def synchronize(self, device: str | None = None) -> None:
+        time.sleep(max(0.0, self.free_at - time.perf_counter()))
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    yield FakeDevice(monkeypatch)
+    measure._cycles_per_ms.cache_clear()
+
+
+def test_host_wall_and_device_time_are_told_apart(gpu: FakeDevice) -> None:
+    def launch() -> None:  # two kernels of 3 ms, between them 8 ms of Python
+        gpu.work(0.003)
+        time.sleep(0.008)
+        gpu.work(0.003)
+
+    def wait() -> None:  # synchronises inside: its device time cannot be had without gaps
+        gpu.work(0.001)
+        gpu.synchronize()
+        gpu.work(0.001)
+
+    times = measure.time_alternately({"launch": launch, "wait": wait}, seconds=0.2, device="cuda", state="warm")
+    found = {name: t.summary() for name, t in times.items()}
+    assert found["launch"]["device_ms"]["median"] == pytest.approx(6, abs=0.5)  # the gap is not in it
+    assert found["launch"]["host_ms"]["median"] >= 8
+    assert found["launch"]["wall_ms"]["median"] >= 11
+    assert found["launch"].get("device_ms_with_host_gaps", 0) < found["launch"]["device_ms"]["runs"] / 2
+    assert found["wait"]["device_ms_with_host_gaps"] == found["wait"]["device_ms"]["runs"]
+
+
+def test_a_gpu_run_counts_launches_at_its_end(gpu: FakeDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bandwidth, inputs = measure.CopyBandwidth, suite.make_inputs
+    monkeypatch.setattr(measure, "CopyBandwidth", lambda device: bandwidth("cpu"))
+    monkeypatch.setattr(measure, "_flusher", lambda device: lambda: None)
+    monkeypatch.setattr(measure, "machine", lambda device: {**machine.machine("cpu"), "device_type": "cuda"})
+    monkeypatch.setattr(suite, "make_inputs", lambda case, device: inputs(case, "cpu"))
+    calls = suite.make_calls
+    monkeypatch.setattr(
+        suite,
+        "make_calls",
+        lambda *args: {name: lambda call=call: gpu.work(1e-4) or call() for name, call in calls(*args).items()},
+    )
+    monkeypatch.setattr(suite, "lacks_memory", lambda case, device: None)
+    monkeypatch.setattr(suite, "extra_memory_mb", lambda call, device, before: 1.5)
+    monkeypatch.setattr(suite, "count_launches", lambda call, device, before: 7)
+    monkeypatch.setattr(suite.backends, "choose", lambda backend, device: "eager")
+    monkeypatch.setattr(baselines, "available", lambda device: (["eager"], {"sipo cuda": "not built"}))
+    monkeypatch.setattr(cases, "SHAPES", {"SD1.5": (4, 8, 8)})
+    monkeypatch.setattr(cases, "PAIRS", (4, 1))
+    path = tmp_path / "k.json"
+    kernel.main(
+        ["--device", "cuda", "--seconds", "0.02", "--only", "(bfloat16|float32), forward$", "--output", str(path)]
+    )
+    results = json.loads(path.read_text())
+    assert len(results["cases"]) == 2 * 2 * 3
+    counted = [e for e in results["cases"] if e["dtype"] == "bfloat16"]
+    assert len(counted) == 6
+    for entry in results["cases"]:
+        autotuned = {baselines.AUTOTUNED, baselines.AUTOTUNED_NO_GRAPHS} <= set(entry["results"])
+        assert autotuned == (entry in counted)
+        for name, result in entry["results"].items():
+            assert result["launches"] == (7 if entry in counted else None)
+            assert result["extra_mb"] == (None if name == baselines.AUTOTUNED else 1.5)
+            assert result["gb_s"] == pytest.approx(entry["floor_bytes"] / result["device_ms"]["median"] / 1e6)
+    assert {"implementation": "sipo cuda", "reason": "not built"} in results["skipped"]
+
+
+# ---------------------------------------------------------------- comparing and drawing
+
+
+def summary(median: float) -> dict[str, Any]:
+    return {"median": median, "quartiles": [0.98 * median, 1.02 * median], "runs": 9}
+
+
+def made_up(kind: str = "kernel", device_type: str = "cpu", copy_gb_s: float = 20.0) -> dict[str, Any]:
+    """A results file with every kind of entry; its times are not measurements."""
+    entries = []
+    if kind == "sweep":
+        chosen = list(cases.sweep_cases(12, 16, ("bfloat16",)))
+    else:
+        shapes = ("SD1.5", "Wan 480p")
+        chosen = [Case(s, cases.SHAPES[s], p, "bfloat16", m) for s in shapes for p in (1, 4) for m in cases.MODES]
+    for case in chosen:
+        for state in measure.STATES:
+            results = {}
+            for name, factor in ((baselines.UPCAST, 5.0), (baselines.COMPILED, 0.9), ("sipo native", 1.0)):
+                wall = factor * (0.1 + case.floor_bytes / 1e7)
+                on_gpu = summary(0.8 * wall) if device_type == "cuda" else None
+                results[name] = {"wall_ms": summary(wall), "host_ms": on_gpu, "device_ms": on_gpu, "extra_mb": 3.0}
+                results[name].update(launches=None, loss_error=0.0, grad_error=0.0)
+            entry = {**case.fields(), "state": state, "elements": case.elements, "floor_bytes": case.floor_bytes}
+            entries.append({**entry, "copy_gb_s": copy_gb_s, "others_cores": 0.0, "results": results})
+            suite.derive(entries[-1], copy_gb_s)
+    return {
+        "kind": kind,
+        "machine": {**machine.machine("cpu"), "device_type": device_type, "cpu_cache_mib": 32.0},
+        "auto": "sipo native",
+        "complete": True,
+        "copy_bandwidth_gb_s": {**summary(copy_gb_s), "moments": {}},
+        "cases": entries,
+        "skipped": [],
+    }
+
+
+def run_compare(tmp_path: Path, old: dict[str, Any], new: dict[str, Any], *options: str) -> int:
+    for name, results in (("old", old), ("new", new)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(results))
+    return compare.main([str(tmp_path / "old.json"), str(tmp_path / "new.json"), *options])
+
+
+def slow_down(results: dict[str, Any], factor: float, name: str, where: Any = lambda entry: True) -> dict[str, Any]:
+    results = copy.deepcopy(results)
+    for entry in filter(where, results["cases"]):
+        wall = entry["results"][name]["wall_ms"]
+        wall["median"] *= factor
+        wall["quartiles"] = [factor * quartile for quartile in wall["quartiles"]]
+    return results
+
+
+def test_compare_flags_a_regression_and_not_noise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old = made_up()
+    assert run_compare(tmp_path, old, old) == 0
+    assert run_compare(tmp_path, old, slow_down(old, 1.08, "sipo native")) == 0  # quartiles part, but by little
+    wide = slow_down(old, 1.3, "sipo native")
+    for entry in wide["cases"]:  # a large change within a wide spread
+        entry["results"]["sipo native"]["wall_ms"]["quartiles"][0] /= 1.5
+    assert run_compare(tmp_path, old, wide) == 0
+    capsys.readouterr()
+
+    one = slow_down(old, 1.3, "sipo native", lambda e: e["state"] == "warm" and e["label"] == "SD1.5")
+    assert run_compare(tmp_path, old, one) == 1
+    out = capsys.readouterr().out
+    assert out.count("slower") == 4  # two numbers of pairs, two modes
+    assert "1.30x" in out
+    assert "4 regressions" in out
+    assert run_compare(tmp_path, one, old) == 0
+    assert "4 quicker" in capsys.readouterr().out
+
+    baseline = slow_down(old, 2, baselines.UPCAST)
+    assert run_compare(tmp_path, old, baseline) == 0
+    assert run_compare(tmp_path, old, baseline, "--everything") == 1
+
+
+def test_compare_takes_a_slow_day_of_the_memory_out(tmp_path: Path) -> None:
+    def large(entry: dict[str, Any]) -> bool:
+        return entry["floor_bytes"] > 32 << 20
+
+    old = made_up()
+    slow_day = slow_down(made_up(copy_gb_s=10.0), 2, "sipo native", large)
+    assert any(map(large, old["cases"]))
+    assert not all(map(large, old["cases"]))
+    assert run_compare(tmp_path, old, slow_day) == 0
+    everything = slow_down(made_up(copy_gb_s=10.0), 2, "sipo native")
+    assert run_compare(tmp_path, old, everything) == 1  # small cases do not wait for memory
+
+
+def test_compare_refuses_what_is_not_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old, other = made_up(), made_up()
+    other["machine"]["device"] = "another processor"
+    assert run_compare(tmp_path, old, other) == 2
+    assert "another processor" in capsys.readouterr().err
+    assert run_compare(tmp_path, old, other, "--force") == 0
+    assert run_compare(tmp_path, old, made_up("sweep"), "--force") == 2
+
+    fewer = made_up()
+    fewer["cases"] = [entry for entry in fewer["cases"] if entry["pairs"] == 4]
+    capsys.readouterr()
+    assert run_compare(tmp_path, old, fewer) == 0
+    assert "only in old, not compared: 12 entries" in capsys.readouterr().out
+    fewer["cases"] = []
+    assert run_compare(tmp_path, old, fewer) == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "device_type", "expected"),
+    [
+        ("kernel", "cpu", {"speedup-bfloat16-cold", "speedup-bfloat16-warm", "bandwidth", "memory", "one-pair"}),
+        ("kernel", "cuda", {"speedup-bfloat16-cold", "speedup-bfloat16-warm", "bandwidth", "memory", "one-pair"}),
+        ("sweep", "cpu", {"bfloat16"}),
+    ],
+)
+def test_plots_are_written_from_results_alone(tmp_path: Path, kind: str, device_type: str, expected: set[str]) -> None:
+    pytest.importorskip("matplotlib")
+    from benchmarks import plots
+
+    source = tmp_path / f"{kind}.json"
+    source.write_text(json.dumps(made_up(kind, device_type)))
+    plots.main([str(source), "--output", str(tmp_path / "png")])
+    found = list((tmp_path / "png").glob("*.png"))
+    assert {path.stem for path in found} == {f"{kind}-{name}" for name in expected}
+    for path in found:
+        data = path.read_bytes()
+        assert data.startswith(b"\x89PNG")
+        assert len(data) > 20_000
+
+
+def test_speed_ups_below_one_or_within_the_spread_are_told() -> None:
+    pytest.importorskip("matplotlib")
+    from benchmarks import plots
+
+    entry = made_up()["cases"][0]
+    assert plots.ratios(entry, "sipo native") == {
+        "torch": (pytest.approx(5), True),
+        "compile": (pytest.approx(0.9), True),
+    }
+    entry["results"][baselines.AUTOTUNED] = {"wall_ms": summary(1.0)}
+    entry["results"][baselines.AUTOTUNED_NO_GRAPHS] = {"wall_ms": summary(0.5)}
+    own = entry["results"]["sipo native"]["wall_ms"]["median"]
+    assert plots.ratios(entry, "sipo native")["autotune"][0] == pytest.approx(0.5 / own)  # the quicker of the two
+    entry["results"][baselines.COMPILED]["wall_ms"]["quartiles"][1] = 2 * own
+    assert plots.ratios(entry, "sipo native")["compile"] == (pytest.approx(0.9), False)  # the quartiles overlap
+
+
+def test_files_of_one_device_are_drawn_together(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from benchmarks import plot_frame
+
+    old, new = made_up(), made_up()
+    new["cases"] = slow_down(new, 2, "sipo native")["cases"][:3]
+    old["cases"] = old["cases"][1:]
+    for name, results in (("a", old), ("b", new)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(results))
+    ((stem, merged),) = plot_frame.load([tmp_path / "a.json", tmp_path / "b.json"])
+    assert stem == "a"
+    assert len(merged["cases"]) == len(old["cases"]) + 1
+    assert all(entry in merged["cases"] for entry in new["cases"])
+
+
+def test_a_partial_run_does_not_take_the_place_of_a_whole_one() -> None:
+    assert suite.default_output("kernel", "cpu") == measure.RESULTS / "kernel-cpu.json"
+    assert suite.default_output("kernel", "cpu", partial=True).parent == ROOT / "out" / "bench"
+
+
+def test_a_step_file_is_drawn_and_compared(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from benchmarks import plots
+
+    step = made_up("step")
+    step["cases"] = step["cases"][:1]
+    for result in step["cases"][0]["results"].values():
+        result["direct_ms"] = {"wall_ms": summary(0.2), "host_ms": None, "device_ms": None}
+    assert run_compare(tmp_path, step, step) == 0
+    slower = copy.deepcopy(step)
+    slower["cases"][0]["results"]["sipo native"]["direct_ms"]["wall_ms"] = summary(0.3)
+    assert run_compare(tmp_path, step, slower) == 1  # the loss alone, though the step is as it was
+    (tmp_path / "step.json").write_text(json.dumps(step))
+    plots.main([str(tmp_path / "step.json"), "--output", str(tmp_path)])
+    assert (tmp_path / "step.png").stat().st_size > 20_000
