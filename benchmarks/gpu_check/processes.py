@@ -1,0 +1,251 @@
+"""Runs checks in processes of their own: a crash, a hang or an illegal address ends one check and not the run.
+
+The parent starts a child for the checks of one group and one backend. The child writes a line before and a line after
+each check; where it dies in between, that check has failed and the parent starts another child for the rest.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+# Seconds that a child may take before its first check: torch, the driver and a busy machine.
+START_LIMIT = 180.0
+STICKY = 3
+# Set by a signal: children are ended, nothing more is started, and the report is still written.
+STOP = threading.Event()
+
+
+@dataclass
+class Row:
+    """One line of the report.
+
+    Attributes:
+        check: its name.
+        backend: what was checked; empty where it is no backend.
+        outcome: ``"pass"``, ``"fail"`` or ``"not run"``.
+        reason: why it failed or was not run; a remark where it passed.
+        cases: comparisons made.
+        worst: largest error as a fraction of its budget; ``worst_half`` the same of half-precision gradients, whose
+            budget is the rounding itself.
+        seconds: wall time.
+        detail: more of what was said, for the results file.
+    """
+
+    check: str
+    backend: str
+    outcome: str
+    reason: str = ""
+    cases: int = 0
+    worst: float | None = None
+    worst_half: float | None = None
+    seconds: float = 0.0
+    detail: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the checks of one run are run.
+
+    Attributes:
+        device: ``"cuda"`` or ``"cpu"``.
+        quick: fewer repetitions.
+        limit: seconds that one check may take.
+        deadline: ``time.monotonic()`` at which no further check starts; ``None`` for none.
+        fault: a fault of ``faults.py`` that every backend gets: what comes out must be a failure.
+    """
+
+    device: str
+    quick: bool = False
+    limit: float = 240.0
+    deadline: float | None = None
+    fault: str | None = None
+
+    def arguments(self) -> list[str]:
+        return [
+            f"--device={self.device}",
+            *(["--quick"] if self.quick else []),
+            *([f"--fault={self.fault}"] if self.fault else []),
+        ]
+
+
+# ---- The child -------------------------------------------------------------------------------------------------------
+
+
+def child(names: Sequence[str], backend: str, plan: Plan, report: Path) -> int:
+    """Runs checks one after the other and writes down each; the process's exit code."""
+    from benchmarks.gpu_check import faults
+    from benchmarks.gpu_check.all_checks import CHECKS, Context, emulate_cuda
+
+    if plan.device == "cpu" and backend == "cuda":
+        emulate_cuda()
+    with report.open("a", encoding="utf-8", buffering=1) as lines:
+        for name in names:
+            lines.write(json.dumps({"start": name}) + "\n")
+            context = Context(backend, plan.device, plan.quick)
+            begin = time.perf_counter()
+            if plan.fault:
+                with faults.injected(plan.fault):
+                    outcome, reason, detail = _attempt(CHECKS[name].run, context)
+            else:
+                outcome, reason, detail = _attempt(CHECKS[name].run, context)
+            sticky = _device_error() if context.on_gpu else None
+            if sticky and outcome == "pass":
+                outcome, reason = "fail", sticky
+            elif sticky:
+                reason += f"; the device is lost: {sticky}"
+            row = Row(
+                name, backend, outcome, reason, context.cases, context.worst, context.worst_half,
+                time.perf_counter() - begin, detail,
+            )  # fmt: skip
+            lines.write(json.dumps(asdict(row)) + "\n")
+            if sticky:  # every further call in this process would fail
+                return STICKY
+            gc.collect()
+    return 0
+
+
+def _attempt(run: Callable[[Any], None], context: Any) -> tuple[str, str, list[str]]:
+    from benchmarks.gpu_check.context import NotRun
+
+    try:
+        run(context)
+        if context.cases == 0:
+            return "fail", "it compared nothing", []
+    except NotRun as why:
+        return "not run", str(why), []
+    except AssertionError as broken:
+        return "fail", _line(str(broken) or "assertion"), traceback.format_exc().splitlines()[-12:]
+    except Exception as error:
+        return "fail", _line(f"{type(error).__name__}: {error}"), traceback.format_exc().splitlines()[-30:]
+    return "pass", "", []
+
+
+def _device_error() -> str | None:
+    """What the device complains about once it has done everything, or ``None``."""
+    import torch
+
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except Exception as error:
+        return _line(f"{type(error).__name__}: {error}")
+    return None
+
+
+def _line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return (lines[0] if lines else "")[:400]
+
+
+# ---- The parent ------------------------------------------------------------------------------------------------------
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "benchmarks.gpu_check", *arguments]
+
+
+def environment(plan: Plan) -> dict[str, str]:
+    """A child's: this checkout first on the path, Triton interpreted on a CPU and compiled on a GPU."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    found = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "1" if plan.device == "cpu" else "0"}
+    found.pop("SIPO_BACKEND", None)
+    return found
+
+
+def no_more(plan: Plan) -> str:
+    """Why nothing more may be started; empty if it may."""
+    if STOP.is_set():
+        return "interrupted"
+    return "out of time (--seconds)" if plan.deadline is not None and time.monotonic() > plan.deadline else ""
+
+
+def run_checks(names: Sequence[str], backend: str, plan: Plan) -> list[Row]:
+    """The checks in children, one child after the other as long as they die; a row for every check."""
+    rows: list[Row] = []
+    remaining = list(names)
+    while remaining:
+        if why := no_more(plan):
+            return rows + [Row(name, backend, "fail", why) for name in remaining]
+        found = _one_child(remaining, backend, plan)
+        rows += found
+        done = {row.check for row in found}
+        remaining = [name for name in remaining if name not in done]
+    return rows
+
+
+def _one_child(names: list[str], backend: str, plan: Plan) -> list[Row]:
+    """At least one row: of each check that the child finished, and of the one that ended it."""
+    with tempfile.TemporaryDirectory() as folder:
+        report, log = Path(folder) / "report", Path(folder) / "log"
+        report.touch()
+        arguments = [f"--child={report}", f"--backend={backend}", *plan.arguments(), *(f"--only={n}" for n in names)]
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                command(*arguments), cwd=ROOT, env=environment(plan), stdout=output, stderr=subprocess.STDOUT,
+                start_new_session=True,  # so that what a child starts ends with it
+            )  # fmt: skip
+            begin = time.monotonic()
+            try:
+                ended = _wait(process, report, plan.limit)
+            finally:
+                _end(process)
+        seconds = time.monotonic() - begin
+        rows, running = _read(report.read_text(encoding="utf-8"))
+        said = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    if running is not None:
+        rows.append(Row(running, backend, "fail", ended, seconds=seconds, detail=said[-30:]))
+    elif not rows:  # before the first check: the next child would fare no better
+        rows = [Row(name, backend, "fail", f"before the first check: {ended}", detail=said[-30:]) for name in names]
+    return rows
+
+
+def _wait(process: subprocess.Popen[bytes], report: Path, limit: float) -> str:
+    """Waits until the child ends or a check takes too long; how it ended."""
+    size, since, allowed = 0, time.monotonic(), START_LIMIT
+    while process.poll() is None:
+        time.sleep(0.05)
+        if report.stat().st_size != size:
+            size, since, allowed = report.stat().st_size, time.monotonic(), limit
+        if STOP.is_set():
+            return "interrupted"
+        if time.monotonic() - since > allowed:
+            return f"took longer than {allowed:.0f} seconds"
+    code = process.returncode
+    return f"the process died: {signal.Signals(-code).name}" if code < 0 else f"the process ended with code {code}"
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ends a child of ours and what it started."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _read(text: str) -> tuple[list[Row], str | None]:
+    """Rows of a child's report, and the check that it had begun and not finished."""
+    rows, running = [], None
+    for line in text.splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:  # cut off in the middle
+            continue
+        if "start" in entry:
+            running = entry["start"]
+        else:
+            rows.append(Row(**entry))
+            running = None
+    return rows, running

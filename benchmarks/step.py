@@ -1,0 +1,312 @@
+"""The loss's share of a whole training step: ``python -m benchmarks.step``.
+
+A step is what preference training does: forward of the policy, forward of the frozen reference, loss, backward, AdamW.
+The network is diffusers' ``WanTransformer3DModel`` at reduced depth (on a CPU, also at reduced width and with a smaller
+latent), so the shares here are upper bounds of those in a full network. Every loss takes its turn on the same network
+and data, next to a step with a trivial loss. What a loss costs is told in two ways: the step's time minus that of the
+trivial step (``difference_ms``, with a bootstrap interval: where it straddles 0, the loss does not show in a step),
+and the loss's forward and backward timed by itself on the step's own tensors with cold caches (``direct_ms``).
+
+The results file has the layout of ``benchmarks.suite``, with ``"kind": "step"``; timings are results, never assertions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import baselines, measure
+from benchmarks.cases import BETA, DTYPES, SHAPES
+from benchmarks.footprint import extra_memory_mb
+from benchmarks.machine import OthersLoad
+from benchmarks.step_network import make_network
+from benchmarks.suite import announce, default_output
+from sipo_kernels import backends, pair_loss
+
+TRIVIAL = "trivial loss (mean of the output)"
+MODE = "training step"
+MAX_ERROR = 0.05  # as in suite.py: of a gradient, relative, and of a loss
+SECONDS = {"cpu": 60.0, "cuda": 60.0}
+LEARNING_RATE = 1e-6  # the policy hardly moves: the last step costs what the first did
+RATIO_SCALE = 0.02  # ratios near 1: no pair is masked, as in most of training
+
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class StepCase:
+    """One network and batch.
+
+    Attributes:
+        label: whose latents, and how much of the network.
+        sample: one sample's latent ``[C, F, H, W]``.
+        pairs: ``B``.
+        dtype: a name in ``cases.DTYPES``, of weights, activations and latents.
+        heads, head_dim, feed_forward, layers: the transformer's size.
+        text_tokens: length of the prompt.
+    """
+
+    label: str
+    sample: tuple[int, ...]
+    pairs: int
+    dtype: str
+    heads: int
+    head_dim: int
+    feed_forward: int
+    layers: int
+    text_tokens: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (2 * self.pairs, *self.sample)
+
+    def fields(self) -> dict[str, Any]:
+        """The case's part of a results entry."""
+        named = {name: getattr(self, name) for name in ("label", "pairs", "dtype")}
+        return {**named, "shape": list(self.shape), "mode": MODE, "state": "in turn"}
+
+
+_WAN = SHAPES["Wan 480p"]
+CASES = {
+    # 1.3B's width; its depth is 30.
+    "cuda": [
+        StepCase("Wan 480p, 1.3B with 2 of 30 layers", _WAN, pairs, "bfloat16", 12, 128, 8960, 2, 512)
+        for pairs in (1, 2)
+    ],
+    "cpu": [StepCase("Wan, small", (16, 5, 16, 26), 1, "float32", 4, 32, 512, 2, 64)],
+}
+TINY = StepCase("Wan, tiny", (16, 1, 4, 8), 1, "float32", 2, 12, 32, 1, 4)
+
+
+class Step:
+    """A policy, its frozen copy, an optimizer and one batch; :meth:`run` is one training step."""
+
+    def __init__(self, case: StepCase, device: str) -> None:
+        torch.manual_seed(0)
+        dtype = DTYPES[case.dtype]
+        self.device = device
+        self.policy, self.network = make_network(case, device, dtype)
+        self.reference, _ = make_network(case, device, dtype)
+        self.reference.load_state_dict(self.policy.state_dict())
+        self.reference.requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=LEARNING_RATE)
+
+        def noise(*size: int) -> Tensor:
+            return torch.randn(size).to(device, dtype)
+
+        self.latents, self.target = noise(*case.shape), noise(*case.shape)
+        self.text = noise(case.shape[0], case.text_tokens, case.heads * case.head_dim)
+        self.timesteps = torch.randint(1, 1000, (case.pairs,)).repeat(2).to(device)
+        self.ratio_scale = torch.full((case.shape[0],), RATIO_SCALE, device=device)
+
+    def predict(self) -> tuple[Tensor, Tensor]:
+        """Outputs of policy and reference."""
+        inputs = self.latents, self.timesteps, self.text
+        model_pred = self.policy(*inputs)
+        with torch.no_grad():
+            return model_pred, self.reference(*inputs)
+
+    def run(self, loss: Loss) -> None:
+        """Forward, reference, loss, backward, AdamW."""
+        model_pred, ref_pred = self.predict()
+        loss(model_pred, ref_pred, self.target, self.ratio_scale).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def frozen(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The loss's inputs in this step, cut off from the networks."""
+        model_pred, ref_pred = self.predict()
+        return model_pred.detach().requires_grad_(), ref_pred, self.target, self.ratio_scale
+
+
+def losses(device: str) -> dict[str, Loss]:
+    """Name → loss of policy, reference, target and ratio_scale; the trivial one first."""
+    compiled = torch.compile(baselines.upcast, dynamic=False, fullgraph=True)
+    auto = backends.choose("auto", torch.device(device))
+
+    def ours(model_pred: Tensor, ref_pred: Tensor, target: Tensor, scale: Tensor) -> Tensor:
+        return pair_loss(
+            model_pred, ref_pred, target, method="sipo", beta=BETA, ratio_scale=scale, backend=auto
+        ).loss  # fmt: skip
+
+    return {
+        TRIVIAL: lambda model_pred, ref_pred, target, scale: model_pred.mean(),
+        baselines.PUBLISHED: functools.partial(baselines.published, beta=BETA),
+        baselines.UPCAST: functools.partial(baselines.upcast, beta=BETA),
+        baselines.COMPILED: functools.partial(compiled, beta=BETA),
+        baselines.OURS + auto: ours,
+    }
+
+
+def measure_case(
+    case: StepCase, device: str, seconds: float, copy_gb_s: float
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """One entry of the results file, and the losses that were left out: name → why."""
+    torch._dynamo.reset()
+    step = Step(case, device)
+    functions = losses(device)
+    calls = {name: functools.partial(step.run, function) for name, function in functions.items()}
+    failed = measure.warm_up(calls, device=device, runs=3)
+    inputs = step.frozen()
+    errors = {name: _errors(functions[name], inputs) for name in functions if name not in failed and name != TRIVIAL}
+    for name, (loss_error, grad_error) in errors.items():
+        # The published form is timed whatever it computes in half precision. NaN is no number below the limit.
+        if name != baselines.PUBLISHED and not (loss_error <= MAX_ERROR and grad_error <= MAX_ERROR):
+            failed[name] = f"wrong result, not timed: {loss_error=:.3g} {grad_error=:.3g}"
+    calls = {name: call for name, call in calls.items() if name not in failed}
+
+    load = OthersLoad()
+    times = measure.time_alternately(calls, seconds=0.8 * seconds, device=device, device_times=False)
+    timed = {name: functions[name] for name in calls if name != TRIVIAL}
+    direct = _time_directly(timed, inputs, device, 0.2 * seconds)
+    elements, item = prod(case.shape), DTYPES[case.dtype].itemsize
+    entry: dict[str, Any] = {
+        **case.fields(),
+        "network": step.network,
+        "layers": case.layers,
+        "parameters": sum(p.numel() for p in step.policy.parameters()),
+        "elements": elements,
+        "floor_bytes": 4 * elements * item,
+        "floor_ms": 4 * elements * item / copy_gb_s / 1e6,
+        "copy_gb_s": copy_gb_s,
+        "others_cores": load.cores(),
+        "results": {},
+    }
+    base = times.get(TRIVIAL)
+    peaks = {name: extra_memory_mb(call, device=device) for name, call in calls.items()}
+    for name, found in times.items():
+        result = {**found.summary(), "peak_mb": peaks[name], "extra_mb": None}
+        if name != TRIVIAL and base is not None:
+            step_ms = result["wall_ms"]["median"]
+            result["difference_ms"] = difference(found.wall_ms, base.wall_ms)
+            result["share_by_difference"] = result["difference_ms"]["median"] / step_ms
+            result["direct_ms"] = direct[name].summary()
+            result["share_direct"] = _alone(result["direct_ms"]) / step_ms
+            result["extra_mb"] = peaks[name] - peaks[TRIVIAL]
+            result["loss_error"], result["grad_error"] = errors[name]
+        entry["results"][name] = result
+    return entry, failed
+
+
+def _alone(direct: dict[str, Any]) -> float:
+    """Device time where there is one: a step's kernels queue up, and the loss among them does not wait for Python."""
+    return float((direct["device_ms"] or direct["wall_ms"])["median"])
+
+
+def _errors(loss: Loss, inputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[float, float]:
+    """Errors of loss and gradient against float64 on the step's own tensors: absolute, and relative in the L2 norm."""
+    true_loss, true_grad = baselines.truth(inputs)
+    value = loss(*inputs)
+    (grad,) = torch.autograd.grad(value, inputs[0])
+    error = (grad.double() - true_grad).norm() / true_grad.norm()
+    return abs(float(value.detach()) - float(true_loss)), float(error)
+
+
+def _time_directly(
+    functions: dict[str, Loss], inputs: tuple[Tensor, Tensor, Tensor, Tensor], device: str, seconds: float
+) -> dict[str, measure.Times]:
+    """Forward and backward of each loss alone, caches cold as a network leaves them."""
+
+    def work(function: Loss) -> None:
+        torch.autograd.grad(function(*inputs), inputs[0])
+
+    calls = {name: functools.partial(work, function) for name, function in functions.items()}
+    measure.warm_up(calls, device=device, runs=3)
+    return measure.time_alternately(calls, seconds=seconds, device=device, state="cold")
+
+
+def difference(values: list[float], base: list[float], draws: int = 1000) -> dict[str, Any]:
+    """``{"median", "interval"}``: of ``values`` over ``base``, and where 90 % of ``draws`` resampled ones lie."""
+    draw = random.Random(0)
+
+    def resampled(data: list[float]) -> float:
+        return statistics.median(draw.choices(data, k=len(data)))
+
+    drawn = sorted(resampled(values) - resampled(base) for _ in range(draws))
+    interval = [drawn[int(0.05 * draws)], drawn[int(0.95 * draws) - 1]]
+    return {"median": statistics.median(values) - statistics.median(base), "interval": interval}
+
+
+def print_entry(entry: dict[str, Any]) -> None:
+    """A line for each loss: the step, what the loss adds to it, the loss alone, memory."""
+    shape = "×".join(map(str, entry["shape"]))
+    network = f"{entry['network']}, {entry['parameters'] / 1e6:.1f}M parameters"
+    print(f"\n{entry['label']} [{shape}] {entry['dtype']}, {network}")
+    for name, result in entry["results"].items():
+        low, high = result["wall_ms"]["quartiles"]
+        cells = [f"step {result['wall_ms']['median']:9.2f} ms [{low:.2f}, {high:.2f}]"]
+        if "difference_ms" in result:
+            low, high = result["difference_ms"]["interval"]
+            alone = _alone(result["direct_ms"])
+            cells.append(f"loss {result['difference_ms']['median']:+7.2f} ms [{low:+.2f}, {high:+.2f}] by difference")
+            cells.append(f"{alone:8.3f} ms alone, {result['share_direct']:.2%} of the step")
+            cells.append(f"{result['extra_mb']:+.1f} MB at the peak")
+        else:
+            cells.append(f"peak {result['peak_mb']:.1f} MB")
+        print(f"  {name:34} {'  '.join(cells)}  ({result['wall_ms']['runs']} runs)", flush=True)
+
+
+def run(cases: Sequence[StepCase], device: str, seconds: float, output: Path) -> dict[str, Any]:
+    """Measures ``cases``, ``seconds`` of timing each; writes the file after each and returns its content."""
+    begin = time.perf_counter()
+    copy = measure.CopyBandwidth(device)
+    copy.measure("start", 15)
+    results: dict[str, Any] = {
+        "kind": "step",
+        "machine": measure.machine(device),
+        "auto": baselines.OURS + backends.choose("auto", torch.device(device)),
+        "options": {"seconds": seconds},
+        "complete": False,
+        "copy_bandwidth_gb_s": copy.summary(),
+        "cases": [],
+        "skipped": [],
+    }
+    announce(device, results["machine"], copy)
+    for case in cases:
+        try:
+            entry, failed = measure_case(case, device, seconds, copy.measure("between", 3))
+        except torch.OutOfMemoryError as error:
+            entry, failed = None, {"": f"out of memory: {str(error).splitlines()[0][:200]}"}
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+        if entry is not None:
+            print_entry(entry)
+            results["cases"].append(entry)
+        for name, why in failed.items():
+            print(f"{case.label}: {name or 'every loss'} is left out: {why}")
+            results["skipped"].append({**case.fields(), "implementation": name, "reason": why})
+        measure.write(results, output)
+    copy.measure("end", 15)
+    results.update(copy_bandwidth_gb_s=copy.summary(), complete=True)
+    measure.write(results, output)
+    print(f"\n{len(results['cases'])} entries, {time.perf_counter() - begin:.0f} s: {output}")
+    return results
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=measure.default_device())
+    parser.add_argument("--seconds", type=float, help="of timing for each case (default 60)")
+    parser.add_argument("--quick", action="store_true", help="a tiny network, to see that it works")
+    parser.add_argument("--output", type=Path, help="results file (default benchmarks/results/step-<device>.json)")
+    args = parser.parse_args(argv)
+    cases = [TINY] if args.quick else CASES[args.device]
+    seconds = args.seconds if args.seconds is not None else (5.0 if args.quick else SECONDS[args.device])
+    run(cases, args.device, seconds, args.output or default_output("step", args.device))
+
+
+if __name__ == "__main__":
+    main()
