@@ -15,7 +15,7 @@ from sipo_kernels.checks import check_choice
 
 BACKENDS = ("eager", "triton", "native", "cuda")
 # Backends whose forward also makes the gradient, in the same pass over memory.
-FUSED = ("native", "cuda")
+FUSED = ("native", "cuda", "triton")
 # What "auto" tries, in this order.
 _ON_CPU, _ON_GPU = ("native", "eager"), ("cuda", "triton", "eager")
 _MODULES = {

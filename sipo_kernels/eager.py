@@ -1,6 +1,6 @@
 """The pair loss in plain torch: any device, any dtype; the twin that the kernels are read beside.
 
-The same formulas as ``csrc/pair_math.h`` and ``triton_kernels.py``, section by section of ``docs/math.md``.
+The same formulas as ``csrc/pair_math.h`` and ``triton_math.py``, section by section of ``docs/math.md``.
 """
 
 from __future__ import annotations

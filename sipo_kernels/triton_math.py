@@ -1,0 +1,233 @@
+"""What the Triton kernels compute, as device functions: an item's errors and gradient, a pair's arithmetic.
+
+The twin of ``csrc/pair_math.h`` and ``eager.py``, section by section of ``docs/math.md``.
+"""
+
+# mypy: allow-untyped-defs
+
+import triton
+import triton.language as tl
+
+from sipo_kernels.contract import METHODS
+
+DPO_CM = tl.constexpr(METHODS.index("dpo_cm"))
+SIPO = tl.constexpr(METHODS.index("sipo"))
+SDPO = tl.constexpr(METHODS.index("sdpo"))
+# Triton's interpreter truncates where a GPU rounds to nearest even; there the kernel rounds by itself.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def _widen(x, ACC: tl.constexpr):
+    if x.dtype == tl.bfloat16:  # the interpreter only knows its way to float32
+        return x.to(tl.float32).to(ACC)
+    return x.to(ACC)
+
+
+@triton.jit
+def _narrow(x, DTYPE: tl.constexpr):
+    if tl.bfloat16 == DTYPE:
+        x = x.to(tl.float32)
+        if INTERPRETED:
+            bits = x.to(tl.uint32, bitcast=True)
+            rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+            x = tl.where(x != x, x, rounded)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def row(tensor, sample, stride):
+    return tensor + sample.to(tl.int64) * stride
+
+
+@triton.jit
+def _fold(x, FOLD: tl.constexpr):
+    return tl.sum(tl.reshape(x, [x.shape[0] // FOLD, FOLD]), 1)
+
+
+@triton.jit
+def reduce_part(
+    m_row,
+    r_row,
+    t_row,
+    start,
+    tiles,
+    elements,
+    HAS_REF: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FOLD: tl.constexpr,
+    EVICT: tl.constexpr,  # how policy and target are to be cached
+):
+    """§2: one item's share of Σ d², Σ d_ref², Σ (m − r)(d + d_ref)."""
+    e = tl.zeros([BLOCK // FOLD], ACC)
+    f = tl.zeros([BLOCK // FOLD], ACC)
+    g = tl.zeros([BLOCK // FOLD], ACC)
+    for tile in range(tiles):
+        at = start + tile * BLOCK + tl.arange(0, BLOCK)
+        inside = at < elements
+        m = _widen(tl.load(m_row + at, mask=inside, other=0.0, eviction_policy=EVICT), ACC)
+        t = _widen(tl.load(t_row + at, mask=inside, other=0.0, eviction_policy=EVICT), ACC)
+        d = m - t
+        e += _fold(d * d, FOLD)
+        if HAS_REF:
+            r = _widen(tl.load(r_row + at, mask=inside, other=0.0, eviction_policy="evict_first"), ACC)
+            d_ref = r - t
+            f += _fold(d_ref * d_ref, FOLD)
+            g += _fold((m - r) * (d + d_ref), FOLD)
+    return tl.sum(e, 0), tl.sum(f, 0), tl.sum(g, 0)
+
+
+@triton.jit
+def write_part(m_row, t_row, g_row, c, start, tiles, elements, BLOCK: tl.constexpr):
+    """§6: one item of the gradient, c · (m − t); exact zeros where c is 0, and then nothing is read."""
+    for tile in range(tiles):
+        at = start + tile * BLOCK + tl.arange(0, BLOCK)
+        inside = at < elements
+        if c == 0:
+            grad = tl.zeros([BLOCK], c.dtype)
+        else:
+            m = _widen(tl.load(m_row + at, mask=inside, other=0.0, eviction_policy="evict_first"), c.dtype)
+            t = _widen(tl.load(t_row + at, mask=inside, other=0.0, eviction_policy="evict_first"), c.dtype)
+            grad = c * (m - t)
+        tl.store(g_row + at, _narrow(grad, g_row.dtype.element_ty), mask=inside, cache_modifier=".cs")
+
+
+@triton.jit
+def _nan_min(a, b):  # as torch.minimum: NaN wins
+    return tl.where((a < b) | (a != a), a, b)
+
+
+@triton.jit
+def _finite(x):
+    return x - x == 0
+
+
+@triton.jit
+def _log_ratio(scale, error):  # §3: an infinite scale is the terminal step, also at error 0; NaN stays NaN
+    return tl.where((scale == float("inf")) & (error == error), -float("inf"), -scale * error)
+
+
+@triton.jit
+def _sum_partials(partial, both, parts, PARTS: tl.constexpr):
+    """The three sums of a pair's two samples, in float64, in a fixed order."""
+    at = tl.arange(0, PARTS)[None, :]
+    inside = at < parts
+    sums = row(partial, both, parts * 3)[:, None] + at * 3
+    # .cg: past the first-level cache, which is not coherent with what other programs just wrote.
+    e = tl.sum(tl.load(sums, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float64), 1)
+    f = tl.sum(tl.load(sums + 1, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float64), 1)
+    g = tl.sum(tl.load(sums + 2, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float64), 1)
+    return e, f, g
+
+
+@triton.jit
+def finish_pair(
+    partial,
+    ratio_scale,
+    error_weight,
+    ref_error,
+    samples,
+    logits,
+    mask,
+    pair,
+    pairs,
+    parts,
+    elements,
+    beta,
+    clip_min,
+    clip_max,
+    mask_threshold,
+    loss_scale,
+    METHOD: tl.constexpr,
+    MASKS: tl.constexpr,
+    POSTERIOR: tl.constexpr,
+    SKIP: tl.constexpr,
+    HAS_REF: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """§2-6 for one pair, in float64: stores its numbers and returns its loss. Vectors are [winner, loser]."""
+    half = tl.arange(0, 2)
+    both = pair + half * pairs
+    sign = 1.0 - 2.0 * half.to(tl.float64)
+    n = tl.zeros([], tl.float64) + elements
+    error, ref_err, gap = _sum_partials(partial, both, parts, PARTS)
+    error /= n
+    if HAS_REF:
+        ref_err /= n
+        gap /= n
+    else:
+        ref_err = tl.load(ref_error + both).to(tl.float64)
+        gap = error - ref_err
+
+    # §3, §4
+    if HAS_SCALE:
+        log_ratio = _log_ratio(tl.load(ratio_scale + both).to(tl.float64), error if POSTERIOR else gap)
+        ratio = tl.exp(log_ratio)
+    else:
+        log_ratio = tl.zeros([2], tl.float64)
+        ratio = tl.full([2], 1.0, tl.float64)
+    weight = tl.where(ratio < clip_min, clip_min, tl.where(ratio > clip_max, clip_max, ratio))
+    pair_weight = tl.reduce(weight, 0, _nan_min)
+    if MASKS:
+        active = tl.reduce(ratio, 0, _nan_min) >= mask_threshold
+    else:
+        active = n > 0
+
+    # §5
+    a = tl.full([2], 1.0, tl.float64)
+    b = tl.full([], 1.0, tl.float64)
+    if METHOD == DPO_CM:
+        b = pair_weight
+    if METHOD == SIPO:
+        a = weight
+    if METHOD == SDPO:
+        a *= pair_weight
+    if HAS_WEIGHT:
+        a *= tl.load(error_weight + both).to(tl.float64)
+    z = -0.5 * beta * tl.sum(sign * a * gap, 0)
+    decay = tl.exp(-tl.abs(z))
+    # log(1 + x) in place of log1p: x is at most 1, and what is lost below 1e-16 is lost beside a loss of order 1.
+    softplus = tl.where(z != z, z, tl.where(z < 0, -z, 0.0)) + tl.log(1.0 + decay)
+    pair_loss = b * active.to(tl.float64) * softplus
+    if SKIP:
+        finite = (tl.sum(_finite(error + gap).to(tl.int32), 0) == 2) & _finite(z)
+        active = active & finite
+        pair_loss = tl.where(finite, pair_loss, 0.0)
+
+    # §6
+    sigmoid = tl.where(z >= 0, decay, 1.0) / (1.0 + decay)
+    g = b * sigmoid * (0.5 * beta * loss_scale) * (2.0 / n)
+    coef = tl.where(active, sign * g * a, 0.0)
+
+    at = samples + both
+    stride = 2 * pairs
+    tl.store(at, error)
+    tl.store(at + stride, ref_err)
+    tl.store(at + 2 * stride, gap)
+    tl.store(at + 3 * stride, log_ratio)
+    tl.store(at + 4 * stride, weight)
+    tl.store(at + 5 * stride, coef)
+    tl.store(logits + pair, z)
+    tl.store(mask + pair, active)
+    return pair_loss
+
+
+@triton.jit
+def sum_losses(pair_losses, pairs):
+    at = tl.arange(0, 128)
+    total = tl.zeros([], tl.float64)
+    for i in range(0, pairs, 128):
+        total += tl.sum(tl.load(pair_losses + i + at, mask=i + at < pairs, other=0.0, cache_modifier=".cg"), 0)
+    return total
+
+
+@triton.jit
+def all_ones(x, count):
+    at = tl.arange(0, 128)
+    others = 0
+    for i in range(0, count, 128):
+        others += tl.sum((tl.load(x + i + at, mask=i + at < count, other=1.0) != 1).to(tl.int32), 0)
+    return others == 0
