@@ -50,6 +50,9 @@ def _cuda_status(device_type: str) -> BackendStatus:
     if torch.version.hip is not None:
         reason = "it needs an NVIDIA GPU and this torch is for AMD's"
         return BackendStatus("cuda", False, reason, "use 'triton' or 'auto'")
+    if torch.version.cuda is None:
+        reason = "it needs an NVIDIA GPU and this torch was built without CUDA"
+        return BackendStatus("cuda", False, reason, "install a CUDA build of torch, or use 'auto'")
     if cuda.LIBRARY is None:
         return BackendStatus("cuda", False, cuda.REASON, build_info.part("cuda").get("remedy", _REINSTALL))
     if problem := cuda.problem(torch.cuda.current_device()):

@@ -67,19 +67,19 @@ def _check_tensor(name: str, value: object) -> Tensor:
     return value
 
 
-def _check_no_grad(name: str, value: Tensor, remedy: str) -> None:
-    if torch.is_grad_enabled() and value.requires_grad:
+def _check_beside(name: str, value: Tensor, device: torch.device, remedy: str = "") -> None:
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device}: expected {device}, where model_pred is")
+    if value.requires_grad and torch.is_grad_enabled():
+        remedy = remedy or f"pass {name}.detach()"
         raise ValueError(f"{name} requires grad, but gradients flow to model_pred alone: {remedy}")
 
 
-def _check_per_sample(name: str, value: object, model_pred: Tensor) -> None:
+def _check_per_sample(name: str, value: object, samples: int, device: torch.device) -> None:
     tensor = _check_tensor(name, value)
-    samples = model_pred.shape[0]
     if tensor.shape != (samples,):
         raise ValueError(f"{name} has shape {list(tensor.shape)}: expected [{samples}], a number for each sample")
-    if tensor.device != model_pred.device:
-        raise ValueError(f"{name} is on {tensor.device}: expected {model_pred.device}, where model_pred is")
-    _check_no_grad(name, tensor, f"pass {name}.detach()")
+    _check_beside(name, tensor, device)
 
 
 def check_tensors(
@@ -99,40 +99,36 @@ def check_tensors(
         ValueError: shapes or devices that do not fit, too many or too few inputs, a gradient asked where none flows.
     """
     model = _check_tensor("model_pred", model_pred)
-    if model.ndim == 0 or model.numel() == 0:
-        shape = list(model.shape)
-        raise ValueError(f"model_pred has shape {shape}: expected a batch [winners; losers] that is not empty")
-    if model.shape[0] % 2:
+    shape, device = model.shape, model.device  # asking a tensor for them costs as much as the check
+    if not shape or model.numel() == 0:
+        raise ValueError(f"model_pred has shape {list(shape)}: expected a batch [winners; losers] that is not empty")
+    samples = shape[0]
+    if samples % 2:
         raise ValueError(
-            f"model_pred has first dimension {model.shape[0]}: expected an even number, winners stacked on losers"
+            f"model_pred has first dimension {samples}: expected an even number, winners stacked on losers"
         )
-    pair_shape = (model.shape[0] // 2, *model.shape[1:])
 
     if (ref_pred is None) == (ref_error is None):
         given = "neither" if ref_pred is None else "both"
         raise ValueError(f"{given} of ref_pred and ref_error given: expected exactly one of them")
     if ref_pred is not None:
         ref = _check_tensor("ref_pred", ref_pred)
-        if ref.shape != model.shape:
-            raise ValueError(f"ref_pred has shape {list(ref.shape)}: expected {list(model.shape)}, that of model_pred")
-        if ref.device != model.device:
-            raise ValueError(f"ref_pred is on {ref.device}: expected {model.device}, where model_pred is")
-        _check_no_grad("ref_pred", ref, "run the reference under torch.no_grad() or pass ref_pred.detach()")
+        if ref.shape != shape:
+            raise ValueError(f"ref_pred has shape {list(ref.shape)}: expected {list(shape)}, that of model_pred")
+        _check_beside("ref_pred", ref, device, "run the reference under torch.no_grad() or pass ref_pred.detach()")
     else:
-        _check_per_sample("ref_error", ref_error, model)
+        _check_per_sample("ref_error", ref_error, samples, device)
 
     goal = _check_tensor("target", target)
-    if goal.shape != model.shape and goal.shape != pair_shape:
-        shapes = f"{list(model.shape)}, or {list(pair_shape)} shared by each pair"
+    if goal.shape != shape and goal.shape != (samples // 2, *shape[1:]):
+        shapes = f"{list(shape)}, or {[samples // 2, *shape[1:]]} shared by each pair"
         raise ValueError(f"target has shape {list(goal.shape)}: expected {shapes}")
-    if goal.device != model.device:
-        raise ValueError(f"target is on {goal.device}: expected {model.device}, where model_pred is")
-    _check_no_grad("target", goal, "pass target.detach()")
+    _check_beside("target", goal, device)
 
     if ratio_scale is not None:
-        _check_per_sample("ratio_scale", ratio_scale, model)
+        _check_per_sample("ratio_scale", ratio_scale, samples, device)
     elif method != "diffusion_dpo":
-        needed = f"method {method!r} needs ratio_scale[{model.shape[0]}]"
+        needed = f"method {method!r} needs ratio_scale[{samples}]"
         raise ValueError(f"ratio_scale=None: {needed}, only diffusion_dpo does not")
     if error_weight is not None:
-        _check_per_sample("error_weight", error_weight, model)
+        _check_per_sample("error_weight", error_weight, samples, device)

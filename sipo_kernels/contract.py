@@ -143,7 +143,10 @@ class PairLossOutput(NamedTuple):
 
 def stats_dtype(*tensors: Tensor | None) -> torch.dtype:
     """Type of per-sample and per-pair results: float64 if any input is, else float32."""
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def accumulate_dtype(elements: int, *tensors: Tensor | None) -> torch.dtype:
@@ -154,11 +157,13 @@ def accumulate_dtype(elements: int, *tensors: Tensor | None) -> torch.dtype:
     bound by memory traffic, which the wider arithmetic does not touch, once the latents outgrow the caches.
     float32 where all inputs are half precision, whose products it holds almost exactly (``SMALL_SAMPLE`` excepted).
     """
-    given = [t for t in tensors if t is not None]
-    if given[0].device.type == "mps":
-        return torch.float32
-    wide = any(t.dtype in (torch.float32, torch.float64) for t in given)
-    return torch.float64 if wide or elements < SMALL_SAMPLE else torch.float32
+    wide = elements < SMALL_SAMPLE
+    for tensor in tensors:
+        if tensor is not None:
+            if tensor.is_mps:
+                return torch.float32
+            wide = wide or tensor.dtype in (torch.float32, torch.float64)
+    return torch.float64 if wide else torch.float32
 
 
 def pair_dtype(device: torch.device) -> torch.dtype:
@@ -222,11 +227,12 @@ def empty_stats(
     """Uninitialised results of one call: the one place for their shapes, types and devices."""
     samples = model_pred.shape[0]
     pairs, dtype = samples // 2, stats_dtype(model_pred, ref_pred, target)
+    rows = model_pred.new_empty((6, samples), dtype=dtype)
     return Stats(
-        loss=model_pred.new_empty((pairs,) if settings.reduction == "none" else (), dtype=dtype),
-        samples=model_pred.new_empty((6, samples), dtype=dtype),
-        logits=model_pred.new_empty(pairs, dtype=dtype),
-        mask=model_pred.new_empty(pairs, dtype=torch.bool),
+        loss=rows.new_empty((pairs,) if settings.reduction == "none" else ()),
+        samples=rows,
+        logits=rows.new_empty(pairs),
+        mask=rows.new_empty(pairs, dtype=torch.bool),
         grad=empty_grad(model_pred) if with_grad else model_pred.new_empty(0),
     )
 

@@ -43,7 +43,7 @@ class _Args(ctypes.Structure):
         *((name, _Numbers) for name in ("ratio_scale", "error_weight", "ref_error")),
         *((name, ctypes.c_void_p) for name in ("loss", "samples", "logits", "mask", "grad", "coef", "upstream")),
         *((name, ctypes.c_void_p) for name in ("workspace", "stream")),
-        ("settings", native._Settings),
+        ("settings", native.CSettings),
         *(
             (name, ctypes.c_int32)
             for name in ("group", "tiles", "blocks", "parts", "lead", "hold", "shared_bytes", "one_pass")
@@ -207,7 +207,7 @@ def forward(
 
     args.ratio_scale, args.error_weight = _numbers(ratio_scale), _numbers(error_weight)
     args.ref_error = _numbers(ref_error)
-    args.settings = native._Settings(
+    args.settings = native.CSettings(
         beta=settings.beta,
         clip_min=1 - settings.clip_low,
         clip_max=1 + settings.clip_high,

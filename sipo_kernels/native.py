@@ -6,6 +6,7 @@ The library has a plain C interface, so the same file serves every Python and ev
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import sys
 from pathlib import Path
@@ -30,7 +31,7 @@ from sipo_kernels.contract import (
 _HERE = Path(__file__).parent
 
 
-class _Settings(ctypes.Structure):
+class CSettings(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_double) for name in ("beta", "clip_min", "clip_max", "mask_threshold", "loss_scale")),
         *((name, ctypes.c_int) for name in ("method", "ratio", "skip_nonfinite")),
@@ -44,16 +45,18 @@ class _Args(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("model", "ref", "target")),
         *((name, ctypes.c_int64) for name in ("model_stride", "ref_stride", "target_stride", "pairs", "elements")),
         *((name, ctypes.c_void_p) for name in ("ratio_scale", "error_weight", "ref_error")),
-        *((name, ctypes.c_void_p) for name in ("loss", "samples", "logits", "coef")),
-        *((name, ctypes.c_void_p) for name in ("mask", "grad", "partial")),
+        *((name, ctypes.c_void_p) for name in ("loss", "samples", "logits", "coef", "mask", "grad")),
         ("isa", ctypes.c_char_p),
-        ("settings", _Settings),
+        ("settings", CSettings),
         *(
             (name, ctypes.c_int32)
             for name in (
                 "model_dtype",
                 "ref_dtype",
                 "target_dtype",
+                "ratio_scale_dtype",
+                "error_weight_dtype",
+                "ref_error_dtype",
                 "target_shared",
                 "wide_sums",
                 "double_stats",
@@ -76,9 +79,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         return None, f"there is no native library: {why}"
     try:
         library = ctypes.CDLL(str(path))
-        for name in ("sipo_args_size", "sipo_partial_count"):
-            getattr(library, name).restype = ctypes.c_int64
-        library.sipo_partial_count.argtypes = [ctypes.c_int64, ctypes.c_int64]
+        library.sipo_args_size.restype = ctypes.c_int64
         library.sipo_isa.restype = ctypes.c_char_p
         for name in ("sipo_pair_loss", "sipo_pair_grad"):
             getattr(library, name).argtypes = [ctypes.POINTER(_Args)]
@@ -111,23 +112,61 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _per_sample(tensor: Tensor | None) -> Tensor | None:
-    if tensor is None or (tensor.dtype == torch.float64 and tensor.is_contiguous()):
-        return tensor
-    return tensor.to(torch.float64).contiguous()
+_CODE: dict[torch.dtype | None, int] = {None: 0, **{dtype: code for code, dtype in enumerate(DTYPES)}}
 
 
-def _args(model: Tensor, ref: Tensor | None, target: Tensor) -> _Args:
-    args = _Args()
-    args.model, args.ref, args.target = model.data_ptr(), _pointer(ref), target.data_ptr()
-    args.model_stride, args.target_stride = model.stride(0), target.stride(0)
-    args.ref_stride = 0 if ref is None else ref.stride(0)
-    args.pairs, args.elements = model.shape[0] // 2, model.numel() // model.shape[0]
-    args.model_dtype, args.target_dtype = DTYPES.index(model.dtype), DTYPES.index(target.dtype)
-    # Without a reference the type only picks a loop; the model's own keeps the accumulation type.
-    args.ref_dtype = args.model_dtype if ref is None else DTYPES.index(ref.dtype)
-    args.target_shared = target.shape[0] != model.shape[0]
-    args.isa = None if ISA is None else ISA.encode()
+@functools.lru_cache(maxsize=64)
+def _template(
+    samples: int,
+    elements: int,
+    target_shared: bool,
+    dtypes: tuple[torch.dtype | None, ...],
+    settings: Settings | None,
+    wide_sums: bool,
+    double_stats: bool,
+) -> bytes:
+    """:class:`_Args` with all that stays the same from one training step to the next; no pointers, no strides.
+
+    ``dtypes``: of model_pred, ref_pred, target, ratio_scale, error_weight and ref_error, as far as they matter.
+    """
+    model, ref, target, *numbers = map(_CODE.__getitem__, dtypes)
+    args = _Args(
+        pairs=samples // 2,
+        elements=elements,
+        model_dtype=model,
+        # Without a reference the type only picks a loop; the model's own keeps the accumulation type.
+        ref_dtype=model if dtypes[1] is None else ref,
+        target_dtype=target,
+        target_shared=target_shared,
+        wide_sums=wide_sums,
+        double_stats=double_stats,
+    )
+    if settings is not None:
+        args.ratio_scale_dtype, args.error_weight_dtype, args.ref_error_dtype = numbers
+        args.loss_per_pair = settings.reduction == "none"
+        args.settings = CSettings(
+            beta=settings.beta,
+            clip_min=1 - settings.clip_low,
+            clip_max=1 + settings.clip_high,
+            mask_threshold=settings.mask_threshold,
+            loss_scale=settings.loss_scale(samples // 2),
+            method=METHODS.index(settings.method),
+            ratio=RATIOS.index(settings.ratio),
+            skip_nonfinite=settings.skip_nonfinite,
+        )
+    return bytes(args)
+
+
+def _args(template: bytes, model: Tensor, ref: Tensor | None, target: Tensor, grad: Tensor | None) -> _Args:
+    args = _Args.from_buffer_copy(template)
+    args.model, args.model_stride = model.data_ptr(), model.stride(0)
+    args.target, args.target_stride = target.data_ptr(), target.stride(0)
+    if ref is not None:
+        args.ref, args.ref_stride = ref.data_ptr(), ref.stride(0)
+    if grad is not None:
+        args.grad = grad.data_ptr()
+    if ISA is not None:
+        args.isa = ISA.encode()
     args.threads, args.own_threads = torch.get_num_threads(), OWN_THREADS
     return args
 
@@ -152,31 +191,24 @@ def forward(
     assert LIBRARY is not None  # backends.choose
     model, (ref, goal) = agree(model_pred, ref_pred, target)
     assert goal is not None
-    args = _args(model, ref, goal)
     stats = empty_stats(model_pred, ref_pred, target, settings, with_grad)
-    args.double_stats = stats.logits.dtype == torch.float64
-    args.wide_sums = accumulate_dtype(args.elements, model_pred, ref_pred, target) == torch.float64
-
-    numbers = [_per_sample(t) for t in (ratio_scale, error_weight, ref_error)]
-    args.ratio_scale, args.error_weight, args.ref_error = (_pointer(t) for t in numbers)
-    args.settings = _Settings(
-        beta=settings.beta,
-        clip_min=1 - settings.clip_low,
-        clip_max=1 + settings.clip_high,
-        mask_threshold=settings.mask_threshold,
-        loss_scale=settings.loss_scale(args.pairs),
-        method=METHODS.index(settings.method),
-        ratio=RATIOS.index(settings.ratio),
-        skip_nonfinite=settings.skip_nonfinite,
-    )
-    args.loss_per_pair = settings.reduction == "none"
-
     filled = dense_like(model, stats.grad) if with_grad else None
+    samples = model.shape[0]
+    elements = model.numel() // samples
+    numbers = [t if t is None else t.contiguous() for t in (ratio_scale, error_weight, ref_error)]
+    template = _template(
+        samples,
+        elements,
+        goal.shape[0] != samples,
+        tuple([t if t is None else t.dtype for t in (model, ref, goal, *numbers)]),
+        settings,
+        accumulate_dtype(elements, model, ref, goal) == torch.float64,
+        stats.logits.dtype == torch.float64,
+    )
+    args = _args(template, model, ref, goal, filled)
+    args.ratio_scale, args.error_weight, args.ref_error = map(_pointer, numbers)
     args.loss, args.samples = stats.loss.data_ptr(), stats.samples.data_ptr()
     args.logits, args.mask = stats.logits.data_ptr(), stats.mask.data_ptr()
-    args.grad = _pointer(filled)
-    partial = torch.empty(LIBRARY.sipo_partial_count(2 * args.pairs, args.elements), dtype=torch.float64)
-    args.partial = partial.data_ptr()
     _run("sipo_pair_loss", args)
     if filled is not None and filled is not stats.grad:
         stats.grad.copy_(filled)
@@ -197,11 +229,12 @@ def gradient(model_pred: Tensor, target: Tensor, coef: Tensor, upstream: Tensor)
     """See :func:`sipo_kernels.eager.gradient`."""
     model, (goal,) = agree(model_pred, target)
     assert goal is not None
-    args = _args(model, None, goal)
-    coef = scaled_coef(coef, upstream)
-    args.coef, args.double_stats = coef.data_ptr(), coef.dtype == torch.float64
-    grad = empty_grad(model_pred)
+    coef, grad = scaled_coef(coef, upstream), empty_grad(model_pred)
     filled = dense_like(model, grad)
-    args.grad = filled.data_ptr()
+    samples, double = model.shape[0], coef.dtype == torch.float64
+    dtypes = (model.dtype, None, goal.dtype)
+    template = _template(samples, model.numel() // samples, goal.shape[0] != samples, dtypes, None, False, double)
+    args = _args(template, model, None, goal, filled)
+    args.coef = coef.data_ptr()
     _run("sipo_pair_grad", args)
     return grad if filled is grad else grad.copy_(filled)

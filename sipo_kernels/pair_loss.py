@@ -1,20 +1,25 @@
 """The pair loss: public function, ``torch.autograd.Function``, custom operators and their fakes.
 
-The way of one batch: :func:`pair_loss` checks it (``checks.py``), chooses a backend (``backends.py``) and calls the
-operator ``sipo::pair_loss``, which returns every number of ``docs/math.md`` §2-5, one gradient coefficient per sample
-(§6) and, where the backend fuses it, the gradient. The backward pass hands that gradient out, or calls
-``sipo::pair_grad``, which rebuilds it from the inputs for the upstream gradient at hand.
+The way of one batch: :func:`pair_loss` checks it (``checks.py``), chooses a backend (``backends.py``) and calls it for
+every number of ``docs/math.md`` §2-5, one gradient coefficient per sample (§6) and, where the backend fuses it, the
+gradient. The backward pass hands that gradient out, or has it rebuilt from the inputs for another upstream gradient.
+
+Ordinary tensors go to the backend directly (:class:`DirectPairLoss`). Where something else must see what happens
+(torch.compile, fake tensors, tracing, subclasses) the same backend runs behind the operators ``sipo::pair_loss`` and
+``sipo::pair_grad`` (:class:`PairLoss`), which cost more to call than a small batch costs to compute.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from sipo_kernels import backends, checks
-from sipo_kernels.contract import PairLossOutput, Settings, Stats, empty_grad, empty_stats
+from sipo_kernels.contract import PairLossOutput, Settings, empty_grad, empty_stats
 
 _SETTINGS_SCHEMA = (
     "str method, float beta, str ratio, float clip_low, float clip_high, float mask_threshold, "
@@ -23,8 +28,7 @@ _SETTINGS_SCHEMA = (
 _OPS = torch.library.Library("sipo", "DEF")
 _OPS.define(
     "pair_loss(Tensor model_pred, Tensor? ref_pred, Tensor target, Tensor? ratio_scale, Tensor? error_weight, "
-    f"Tensor? ref_error, {_SETTINGS_SCHEMA}, bool with_grad, str backend) -> "
-    "(Tensor loss, Tensor samples, Tensor logits, Tensor mask, Tensor grad)"
+    f"Tensor? ref_error, {_SETTINGS_SCHEMA}, str backend) -> (Tensor loss, Tensor samples, Tensor logits, Tensor mask)"
 )
 _OPS.define("pair_grad(Tensor model_pred, Tensor target, Tensor coef, Tensor upstream, str backend) -> Tensor")
 
@@ -38,13 +42,10 @@ def _pair_loss_op(
     ref_error: Tensor | None,
     *options: Any,
 ) -> tuple[Tensor, ...]:
-    *settings, with_grad, backend = options
-    module = backends.module(backend)
-    return tuple(
-        module.forward(
-            model_pred, ref_pred, target, ratio_scale, error_weight, ref_error, Settings(*settings), with_grad
-        )
-    )
+    *numbers, backend = options
+    return backends.module(backend).forward(
+        model_pred, ref_pred, target, ratio_scale, error_weight, ref_error, Settings(*numbers), False
+    )[:4]
 
 
 def _pair_loss_fake(
@@ -56,8 +57,8 @@ def _pair_loss_fake(
     ref_error: Tensor | None,
     *options: Any,
 ) -> tuple[Tensor, ...]:
-    *numbers, with_grad, _ = options
-    return tuple(empty_stats(model_pred, ref_pred, target, Settings(*numbers), with_grad))
+    *numbers, _ = options
+    return empty_stats(model_pred, ref_pred, target, Settings(*numbers), False)[:4]
 
 
 def _pair_grad_op(model_pred: Tensor, target: Tensor, coef: Tensor, upstream: Tensor, backend: str) -> Tensor:
@@ -73,11 +74,33 @@ _OPS.impl("pair_grad", _pair_grad_op, "CompositeExplicitAutograd")
 torch.library.register_fake("sipo::pair_loss", _pair_loss_fake, lib=_OPS)
 torch.library.register_fake("sipo::pair_grad", _pair_grad_fake, lib=_OPS)
 
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
+
+
+def _is_ordinary(*tensors: Tensor | None) -> bool:
+    """Whether a backend may be called past the dispatcher: nothing traces, listens in, or is more than a plain tensor.
+
+    Modes of ``__torch_function__`` (``torch.set_default_device``) need no operator: a backend is made of torch calls.
+    """
+    return (
+        _PLAIN.issuperset(map(type, tensors))
+        and not torch.compiler.is_compiling()
+        and not is_in_torch_dispatch_mode()
+        and not torch.jit.is_tracing()
+    )
+
+
+def _refuse_double_backward() -> None:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "pair_loss does not support double backward (create_graph=True): use sipo.reference.pair_loss for it"
+        )
+
 
 class PairLoss(torch.autograd.Function):
-    """Differentiable in its first input, ``model_pred``; returns the fields of :class:`~contract.Stats` but ``grad``.
+    """By way of the operators: differentiable in ``model_pred``; returns the fields of :class:`Stats` but ``grad``.
 
-    With ``with_grad`` the forward also makes the gradient, for the upstream gradient of 1 that most calls get.
+    Forward and backward stay functional, as a compiled graph must be: the gradient is made in the backward pass.
     """
 
     @staticmethod
@@ -88,35 +111,87 @@ class PairLoss(torch.autograd.Function):
         target: Tensor,
         per_sample: tuple[Tensor | None, ...],
         settings: Settings,
-        with_grad: bool,
         backend: str,
     ) -> tuple[Tensor, ...]:
-        stats = Stats(
-            *torch.ops.sipo.pair_loss(model_pred, ref_pred, target, *per_sample, *settings, with_grad, backend)
-        )
-        ctx.save_for_backward(model_pred, target, stats.samples)
-        ctx.mark_non_differentiable(stats.samples, stats.logits, stats.mask)
+        outputs = torch.ops.sipo.pair_loss(model_pred, ref_pred, target, *per_sample, *settings, backend)
+        samples = outputs[1]
+        ctx.save_for_backward(model_pred, target, samples)
+        ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
         ctx.backend = backend
-        ctx.fused_grad = stats.grad if with_grad else None
-        return stats[:4]
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "pair_loss does not support double backward (create_graph=True): use sipo.reference.pair_loss for it"
-            )
-        nothing = (None,) * 6
+        _refuse_double_backward()
+        nothing = (None,) * 5
         if upstream is None or not ctx.needs_input_grad[0]:
             return (None, *nothing)
         model_pred, target, samples = ctx.saved_tensors
+        return (torch.ops.sipo.pair_grad(model_pred, target, samples[5], upstream, ctx.backend), *nothing)
+
+
+class DirectPairLoss(torch.autograd.Function):
+    """Past the dispatcher, for ordinary tensors: returns the loss and appends the other :class:`Stats` to ``found``.
+
+    Autograd is shown ``model_pred`` and the loss alone: each tensor more costs it microseconds. With ``with_grad`` the
+    forward also makes the gradient, for the upstream gradient of 1 that most calls get.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, model_pred: Tensor, inputs: tuple[Any, ...], backend: str, found: list[Any]) -> Tensor:
+        ctx.module = backends.module(backend)
+        loss, samples, logits, mask, grad = ctx.module.forward(model_pred, *inputs)
+        rows = samples.unbind()
+        ctx.save_for_backward(model_pred, inputs[1], rows[5])
+        ctx.set_materialize_grads(False)
+        ctx.backend = backend
+        ctx.fused_grad = grad if inputs[-1] else None
+        found += rows, logits, mask
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        _refuse_double_backward()
+        if upstream is None or not ctx.needs_input_grad[0]:
+            return None, None, None, None
+        model_pred, target, coef = ctx.saved_tensors
         fused, ctx.fused_grad = ctx.fused_grad, None  # handed out once: autograd may accumulate into what it is given
-        if fused is not None:
-            grad = backends.module(ctx.backend).mend(fused, model_pred, target, samples[5], upstream)
+        if not _is_ordinary(upstream):
+            grad = torch.ops.sipo.pair_grad(model_pred, target, coef, upstream, ctx.backend)
+        elif fused is None:
+            grad = ctx.module.gradient(model_pred, target, coef, upstream)
         else:
-            grad = torch.ops.sipo.pair_grad(model_pred, target, samples[5], upstream, ctx.backend)
-        return (grad, *nothing)
+            grad = ctx.module.mend(fused, model_pred, target, coef, upstream)
+        return grad, None, None, None
+
+
+def _checked_settings(
+    method: str,
+    beta: float,
+    ratio: str,
+    clip_low: float,
+    clip_high: float,
+    mask_threshold: float,
+    reduction: str,
+    nonfinite: str,
+) -> Settings:
+    checks.check_settings(
+        method=method,
+        beta=beta,
+        ratio=ratio,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        mask_threshold=mask_threshold,
+        reduction=reduction,
+        nonfinite=nonfinite,
+    )
+    numbers = float(clip_low), float(clip_high), float(mask_threshold)
+    return Settings(method, float(beta), ratio, *numbers, reduction, nonfinite == "skip")
+
+
+# A training run asks for the same settings at every step. Typed, because True == 1 and only one of them is a number.
+_cached_settings = functools.lru_cache(maxsize=64, typed=True)(_checked_settings)
 
 
 def pair_loss(
@@ -159,7 +234,8 @@ def pair_loss(
         reduction: ``"mean"`` over the B pairs, ``"sum"`` or ``"none"`` (``[B]``).
         nonfinite: ``"propagate"`` NaN and infinity as torch would; ``"skip"`` such a pair as if masked; ``"raise"``
             (reads the result on the host).
-        backend: ``"auto"``, ``"eager"``, ``"triton"`` or ``"native"``; ``SIPO_BACKEND`` sets what ``"auto"`` means.
+        backend: ``"auto"``, ``"eager"``, ``"triton"``, ``"native"`` or ``"cuda"``; ``SIPO_BACKEND`` sets what
+            ``"auto"`` means.
 
     Returns:
         :class:`~sipo_kernels.PairLossOutput`; numbers are float32, or float64 if any large input is.
@@ -176,16 +252,11 @@ def pair_loss(
         raise NotImplementedError(
             "pair_loss does not support torch.func transforms (vmap, grad, jvp): use loss.backward() on stacked pairs"
         )
-    checks.check_settings(
-        method=method,
-        beta=beta,
-        ratio=ratio,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        mask_threshold=mask_threshold,
-        reduction=reduction,
-        nonfinite=nonfinite,
-    )
+    choices = (method, beta, ratio, clip_low, clip_high, mask_threshold, reduction, nonfinite)
+    try:
+        settings = _checked_settings(*choices) if compiling else _cached_settings(*choices)
+    except TypeError:  # of a wrong type, or so wrong that no cache can hold it: this says which and why
+        settings = _checked_settings(*choices)
     checks.check_tensors(
         model_pred,
         ref_pred,
@@ -200,29 +271,23 @@ def pair_loss(
         raise ValueError(
             "nonfinite='raise' reads the loss on the host and cannot be compiled: expected 'propagate' or 'skip'"
         )
-    # A compiled graph keeps forward and backward functional: there the gradient is made in the backward pass. So it is
-    # for float16, whose gradients underflow without the loss scale that only the backward pass knows.
-    with_grad = (
-        torch.is_grad_enabled()
-        and model_pred.requires_grad
-        and not compiling
-        and chosen in backends.FUSED
-        and model_pred.dtype != torch.float16
-    )
-    settings = Settings(
-        method,
-        float(beta),
-        ratio,
-        float(clip_low),
-        float(clip_high),
-        float(mask_threshold),
-        reduction,
-        nonfinite == "skip",
-    )
-    loss, samples, logits, mask = PairLoss.apply(
-        model_pred, ref_pred, target, (ratio_scale, error_weight, ref_error), settings, with_grad, chosen
-    )
-    model_error, ref_err, reward_gap, log_ratio, weight, _ = samples.unbind()
+    per_sample = (ratio_scale, error_weight, ref_error)
+    if _is_ordinary(model_pred, ref_pred, target, *per_sample):
+        # float16's gradients underflow without the loss scale, which only the backward pass knows.
+        needs_grad = model_pred.requires_grad and torch.is_grad_enabled()
+        with_grad = needs_grad and chosen in backends.FUSED and model_pred.dtype != torch.float16
+        inputs = (ref_pred, target, *per_sample, settings, with_grad)
+        if needs_grad:
+            found: list[Any] = []
+            loss = DirectPairLoss.apply(model_pred, inputs, chosen, found)
+            rows, logits, mask = found
+        else:
+            loss, samples, logits, mask, _ = backends.module(chosen).forward(model_pred, *inputs)
+            rows = samples.unbind()
+    else:
+        loss, samples, logits, mask = PairLoss.apply(model_pred, ref_pred, target, per_sample, settings, chosen)
+        rows = samples.unbind()
+    model_error, ref_err, reward_gap, log_ratio, weight, _ = rows
     output = PairLossOutput(
         loss,
         model_error,

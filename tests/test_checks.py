@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from sipo_kernels import backends, native, pair_loss
+from sipo_kernels import backends, cuda, native, pair_loss
 
 
 def _call(**changes: Any) -> Any:
@@ -38,6 +38,8 @@ NUMBERS = [
     ({"beta": "5000"}, TypeError, "beta='5000' is a str: expected a number"),
     ({"beta": torch.tensor(1.0)}, TypeError, "is a Tensor: expected a number"),
     ({"beta": True}, TypeError, "beta=True is a bool: expected a number"),
+    ({"beta": [1.0]}, TypeError, "beta=[1.0] is a list: expected a number"),
+    ({"method": ["sipo"]}, ValueError, "method=['sipo']: expected one of"),
     ({"clip_low": 1.5}, ValueError, "clip_low=1.5: expected 0 <= clip_low <= 1"),
     ({"clip_low": -0.1}, ValueError, "clip_low=-0.1: expected 0 <= clip_low <= 1"),
     ({"clip_low": math.nan}, ValueError, "clip_low=nan: expected 0 <= clip_low <= 1"),
@@ -49,7 +51,7 @@ NUMBERS = [
     ({"ratio": "prior"}, ValueError, "ratio='prior': expected one of posterior, reference"),
     ({"reduction": "avg"}, ValueError, "reduction='avg': expected one of mean, sum, none"),
     ({"nonfinite": "drop"}, ValueError, "nonfinite='drop': expected one of propagate, skip, raise"),
-    ({"backend": "cuda"}, ValueError, "backend='cuda': expected one of auto, eager, triton, native"),
+    ({"backend": "tpu"}, ValueError, "backend='tpu': expected one of auto, eager, triton, native, cuda"),
 ]
 TENSORS = [
     ({"model_pred": [1.0]}, TypeError, "model_pred is a list: expected a torch.Tensor"),
@@ -86,6 +88,13 @@ def test_errors(changes: dict[str, Any], kind: type[Exception], message: str) ->
     text = str(caught.value)
     assert message in text
     assert "\n" not in text
+
+
+def test_settings_that_compare_equal_are_told_apart() -> None:
+    """Settings once checked are remembered, and True == 1.0."""
+    assert _call(beta=1.0).loss.item() == _call(beta=1).loss.item()
+    with pytest.raises(TypeError, match="beta=True is a bool"):
+        _call(beta=True)
 
 
 def test_no_backend_runs_before_the_checks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,11 +155,22 @@ def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(RuntimeError, match="backend='triton' cannot run: the tensors are on the CPU"):
         _call(backend="triton")
+    monkeypatch.setattr(cuda, "LIBRARY", None)
     assert backends.choose("auto", torch.device("cuda")) == "triton"
     monkeypatch.setattr(backends, "_HAS_TRITON", False)
     assert backends.choose("auto", torch.device("cuda")) == "eager"
     with pytest.raises(RuntimeError, match="Triton is not installed"):
         _call(backend="triton")
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="needs a torch built without CUDA")
+def test_cuda_without_cuda_in_torch() -> None:
+    with pytest.raises(
+        RuntimeError, match="backend='cuda' cannot run: it needs an NVIDIA GPU and this torch was built"
+    ):
+        backends.choose("cuda", torch.device("cuda"))
+    with pytest.raises(RuntimeError, match=r"backend='cuda' cannot run: .* the tensors are on the CPU"):
+        _call(backend="cuda")
 
 
 def test_native_only_runs_on_a_cpu() -> None:

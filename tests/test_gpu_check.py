@@ -229,7 +229,7 @@ TRITONS = """========= Error: Race reported between Write access at pair_forward
 """
 TORCHS = """========= Uninitialized __global__ memory read of size 2 bytes
 =========     at void at::native::vectorized_elementwise_kernel<4>(int)+0x40
-=========         Host Frame: sipo_cuda_pair_loss [0x1] in /work/sipo/sipo_kernels/_native.so
+=========         Host Frame: sipo_cuda_pair_loss [0x1] in sipo_kernels/_native.so
 """
 
 

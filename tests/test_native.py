@@ -6,14 +6,18 @@ import ctypes
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from cases import make_batch, run
 
-from sipo_kernels import native
+from sipo_kernels import native, pair_loss
 
 pytestmark = pytest.mark.skipif(native.LIBRARY is None, reason=f"needs the native library: {native.REASON}")
+
+
+SIPO: dict[str, Any] = {"method": "sipo", "beta": 3.0, "mask_threshold": 0.0}
 
 
 @pytest.fixture(params=native.instruction_sets())
@@ -71,6 +75,23 @@ def test_large_gradients_stream_past_the_cache(isa: str, dtype: torch.dtype) -> 
     _, grad = run(batch, "native", method="diffusion_dpo", beta=100.0)
     _, eager = run(batch, "eager", method="diffusion_dpo", beta=100.0)
     torch.testing.assert_close(grad, eager, rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_numbers_of_each_sample_in_any_type_and_stride(dtype: torch.dtype) -> None:
+    batch = make_batch((6, 5, 13), weighted=True)
+    scale, weight = batch.ratio_scale.to(dtype), batch.error_weight.to(dtype)
+    wide, wide_grad = run(batch._replace(ratio_scale=scale.double(), error_weight=weight.double()), "native", **SIPO)
+    spread = torch.stack([weight, weight], dim=1)[:, 0]
+    out, grad = run(batch._replace(ratio_scale=scale, error_weight=spread), "native", **SIPO)
+    assert torch.equal(out.logits, wide.logits) and torch.equal(grad, wide_grad)
+    one = pair_loss(*batch[:2], batch.target, ratio_scale=scale[:1].expand(6), backend="native", **SIPO)
+    each = pair_loss(*batch[:2], batch.target, ratio_scale=scale[:1].double().repeat(6), backend="native", **SIPO)
+    assert torch.equal(one.logits, each.logits)
+    given = out.ref_error.detach().to(dtype)
+    options = {**SIPO, "ratio_scale": scale, "ref_error": given}
+    short = pair_loss(batch.model_pred, None, batch.target, backend="native", **options)
+    assert torch.equal(short.ref_error, given.float())
 
 
 def test_whose_threads_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:

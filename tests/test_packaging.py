@@ -104,9 +104,7 @@ def install(wheel: zipfile.ZipFile, folder: Path) -> Path:
     python = folder / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "--python", python]
     run(*pip, "install", "--no-deps", "--no-index", wheel.filename, cwd=folder.parent)
-    site = run(
-        python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder
-    ).stdout.strip()
+    site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).stdout.strip()
     behind = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
     Path(site, "behind.pth").write_text("\n".join(behind) + "\n")
     return python
@@ -125,9 +123,7 @@ def native_wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> zipfil
 
 
 @pytest.fixture(scope="module")
-def plain_wheel(
-    tree: Path, native_wheel: zipfile.ZipFile, tmp_path_factory: pytest.TempPathFactory
-) -> zipfile.ZipFile:
+def plain_wheel(tree: Path, native_wheel: zipfile.ZipFile, tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     """Built without a compiler, after the other and in the same tree: nothing of that may be left in it."""
     return build_wheel(tree, tmp_path_factory.mktemp("plain"), CXX=NO_COMPILER)
 
@@ -136,9 +132,7 @@ def plain_wheel(
 def example() -> tuple[str, str]:
     """The program of docs/math.md §9, and what the page says that it prints."""
     page = (ROOT / "docs" / "math.md").read_text(encoding="utf-8")
-    (program,), (printed,) = (
-        re.findall(rf"```{kind}\n(.*?)```", page, re.DOTALL) for kind in ("python", "text")
-    )
+    (program,), (printed,) = (re.findall(rf"```{kind}\n(.*?)```", page, re.DOTALL) for kind in ("python", "text"))
     return program, printed
 
 
@@ -165,8 +159,7 @@ def test_wheel_with_library(native_wheel: zipfile.ZipFile) -> None:
     wanted = {
         path.as_posix()
         for path in project_files()
-        if path.parts[0] in ("sipo", "sipo_kernels")
-        and path.suffix in (".py", ".json", ".safetensors", ".typed")
+        if path.parts[0] in ("sipo", "sipo_kernels") and path.suffix in (".py", ".json", ".safetensors", ".typed")
     }
     assert {"sipo/py.typed", "sipo_kernels/py.typed"} <= wanted
     assert any(name.startswith("sipo/demo/base/") and name.endswith(".safetensors") for name in wanted)
@@ -212,9 +205,7 @@ def test_wheel_metadata(native_wheel: zipfile.ZipFile) -> None:
 
 
 @needs_compiler
-def test_installed_wheel_runs_native(
-    native_wheel: zipfile.ZipFile, example: tuple[str, str], tmp_path: Path
-) -> None:
+def test_installed_wheel_runs_native(native_wheel: zipfile.ZipFile, example: tuple[str, str], tmp_path: Path) -> None:
     python = install(native_wheel, tmp_path / "venv")
     program, printed = example
     assert run(python, "-I", "-c", program, cwd=tmp_path).stdout == printed
@@ -233,9 +224,7 @@ def test_installed_wheel_runs_native(
 
 
 @needs_compiler
-def test_wheel_without_compiler(
-    plain_wheel: zipfile.ZipFile, example: tuple[str, str], tmp_path: Path
-) -> None:
+def test_wheel_without_compiler(plain_wheel: zipfile.ZipFile, example: tuple[str, str], tmp_path: Path) -> None:
     assert Path(str(plain_wheel.filename)).name == f"sipo-{sipo.__version__}-py3-none-any.whl"
     assert "Root-Is-Purelib: true" in metadata(plain_wheel, "WHEEL")
     assert LIBRARY not in plain_wheel.namelist()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 import warnings
+import weakref
 from typing import Any
 
 import pytest
@@ -14,6 +16,9 @@ from conftest import DEVICE
 from golden_cases import load_cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sipo import reference
 from sipo_kernels import METHODS, backends, pair_loss
@@ -122,6 +127,14 @@ def test_long_sums_that_cancel(backend: str) -> None:
 # ---- Layouts ---------------------------------------------------------------------------------------------------------
 
 
+def _assert_same(got: torch.Tensor, want: torch.Tensor, backend: str) -> None:
+    """Bit for bit; backend ``cuda`` sums in an order that depends on alignment and on whether a gradient is made."""
+    if backend == "cuda" and got.is_floating_point():
+        torch.testing.assert_close(got, want, rtol=2**-8 if got.dtype == BF16 else 3e-7, atol=0)
+    else:
+        assert torch.equal(got, want)
+
+
 def _layouts(x: torch.Tensor) -> dict[str, torch.Tensor]:
     """The same values in every stride that a network can produce; ``x`` is ``[S, C, F, H, W]``."""
     wide = torch.empty(x.shape[0], 2 * x.shape[1], *x.shape[2:], dtype=x.dtype, device=x.device)
@@ -155,7 +168,7 @@ def test_layouts(layout: str, dtype: torch.dtype, backend: str) -> None:
             model, _layouts(base.ref_pred)[layout], _layouts(base.target)[other], base.ratio_scale, base.error_weight
         )
         _, grad = run(batch, backend, **options)
-        assert torch.equal(grad, plain), other
+        _assert_same(grad, plain, backend)
         # The gradient has model_pred's layout wherever that is dense.
         expected = torch.empty_like(model)
         assert grad.stride() == expected.stride()
@@ -451,13 +464,12 @@ def _op_samples(backend: str) -> list[tuple[Any, tuple[Any, ...]]]:
     model, ref, target, scale, weight = (t.detach() for t in batch)
     last = make_batch((4, 2, 3, 5), device=DEVICE)
     nhwc = [t.detach().contiguous(memory_format=torch.channels_last) for t in last[:3]]
-    fused = backend in backends.FUSED
     tail = (3.0, "posterior", 0.1, 0.1, 0.9)
     op, grad = torch.ops.sipo.pair_loss, torch.ops.sipo.pair_grad
     calls: list[tuple[Any, tuple[Any, ...]]] = [
-        (op, (model, ref, target, scale, weight, None, "sipo", *tail, "mean", False, fused, backend)),
-        (op, (model, None, target, scale, None, scale, "dpo_cm", *tail, "none", True, False, backend)),
-        (op, (*nhwc, None, None, None, "diffusion_dpo", *tail, "sum", False, fused, backend)),
+        (op, (model, ref, target, scale, weight, None, "sipo", *tail, "mean", False, backend)),
+        (op, (model, None, target, scale, None, scale, "dpo_cm", *tail, "none", True, backend)),
+        (op, (*nhwc, None, None, None, "diffusion_dpo", *tail, "sum", False, backend)),
         (grad, (model, target, torch.tensor([1.0, 0.0, -2.0, 0.5]), torch.tensor(3.0), backend)),
         (grad, (nhwc[0], nhwc[2][:2], torch.ones(4), torch.tensor([3.0, 0.0]), backend)),
     ]  # fmt: skip
@@ -469,6 +481,104 @@ def test_opcheck(backend: str, index: int) -> None:
     op, args = _op_samples(backend)[index]
     result = torch.library.opcheck(op, args)
     assert set(result.values()) == {"SUCCESS"}, result
+
+
+class _Log(TorchDispatchMode):
+    """Notes which of this package's operators run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "sipo":
+            self.seen.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_by_operator_and_past_it(backend: str, dtype: torch.dtype) -> None:
+    """A mode that listens to the dispatcher sees the operators; without one the backend is called directly."""
+    batch = make_batch((6, 3, 517), (dtype,) * 3, weighted=True, device=DEVICE)
+    direct, grad = run(batch, backend, method="sipo", beta=3.0)
+    with _Log() as log:
+        listened, same_grad = run(batch, backend, method="sipo", beta=3.0)
+    assert log.seen == ["pair_loss.default", "pair_grad.default"]
+    _assert_same(grad, same_grad, backend)
+    for got, same in zip(listened, direct, strict=True):
+        if isinstance(got, torch.Tensor):
+            _assert_same(got, same, backend)
+        else:
+            assert got == same
+    out = pair_loss(*batch[:3], method="sipo", beta=3.0, ratio_scale=batch.ratio_scale, backend=backend)
+    with _Log() as log:  # a mode that is there for the backward pass alone
+        (grad_alone,) = torch.autograd.grad(out.loss, batch.model_pred)
+    assert log.seen == ["pair_grad.default"]
+    _assert_same(grad_alone, run(batch._replace(error_weight=None), backend, method="sipo", beta=3.0)[1], backend)
+
+
+def test_subclasses_keep_their_way(backend: str) -> None:
+    class Tagged(torch.Tensor):
+        pass
+
+    batch = make_batch((4, 3, 5), device=DEVICE)
+    plain, grad = run(batch, backend, method="sipo", beta=3.0)
+    model = batch.model_pred.detach().as_subclass(Tagged).requires_grad_()
+    out, tagged_grad = run(batch._replace(model_pred=model), backend, method="sipo", beta=3.0)
+    _assert_same(out.loss.as_subclass(torch.Tensor), plain.loss, backend)
+    _assert_same(tagged_grad.as_subclass(torch.Tensor), grad, backend)
+
+
+def test_fake_tensors(backend: str) -> None:
+    """Shapes, types and layouts without data, backward pass included."""
+    batch = make_batch((4, 2, 3, 5), (BF16, F32, F32), device=DEVICE)
+    options: dict[str, Any] = {"method": "sipo", "beta": 3.0}
+    out, grad = run(batch, backend, **options)
+    with FakeTensorMode() as mode:
+        fake = Batch(*(mode.from_tensor(t) for t in batch[:4]))
+        fake_out, fake_grad = run(fake, backend, **options)
+    for real, got in zip([*out[:8], grad], [*fake_out[:8], fake_grad], strict=True):
+        assert (got.shape, got.dtype, got.device, got.stride()) == (real.shape, real.dtype, real.device, real.stride())
+
+
+def test_make_fx_traces_the_operators(backend: str) -> None:
+    batch = make_batch((4, 3, 5), device=DEVICE)
+
+    def step(model: torch.Tensor, ref: torch.Tensor, target: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        out = pair_loss(model, ref, target, method="sipo", beta=3.0, ratio_scale=scale, backend=backend)
+        return torch.autograd.grad(out.loss, model)[0]
+
+    traced = make_fx(step)(*batch[:4])
+    called = [node.target for node in traced.graph.nodes]
+    assert torch.ops.sipo.pair_loss.default in called and torch.ops.sipo.pair_grad.default in called
+    other = make_batch((4, 3, 5), seed=1, device=DEVICE)
+    assert torch.equal(traced(*other[:4]), step(*other[:4]))
+
+
+def test_the_gradient_is_not_kept(backend: str) -> None:
+    """A gradient made in the forward pass goes with the graph, and no later than when it is handed out."""
+    batch = make_batch((4, 3, 5), device=DEVICE)
+    options: dict[str, Any] = {"method": "sipo", "beta": 3.0, "ratio_scale": batch.ratio_scale, "backend": backend}
+    if backend not in backends.FUSED:
+        assert pair_loss(*batch[:3], **options).loss.grad_fn.fused_grad is None
+        return
+    gc.disable()  # reference counts alone must do
+    try:
+        out = pair_loss(*batch[:3], **options)
+        made = weakref.ref(out.loss.grad_fn.fused_grad)
+        assert made() is not None
+        del out
+        assert made() is None
+        out = pair_loss(*batch[:3], **options)
+        address = out.loss.grad_fn.fused_grad.data_ptr()
+        out.loss.backward(retain_graph=True)
+        assert out.loss.grad_fn.fused_grad is None
+        assert batch.model_pred.grad.data_ptr() == address  # autograd took it as it was
+        made = weakref.ref(batch.model_pred.grad)
+        batch.model_pred.grad = None
+        assert made() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])

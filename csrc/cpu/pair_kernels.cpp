@@ -48,14 +48,55 @@ template <class V> inline V load_raw(const void* p) {
 
 // ---- One vector ------------------------------------------------------------------------------------------------
 
+// GCC (12) splits a conversion between vectors of different width in two and puts the halves together again.
+inline vdouble to_double(vfloat_half v) {
+#if defined(__AVX512F__)
+  return bits<vdouble>(_mm512_cvtps_pd(bits<__m256>(v)));
+#elif defined(__AVX2__)
+  return bits<vdouble>(_mm256_cvtps_pd(bits<__m128>(v)));
+#else
+  return __builtin_convertvector(v, vdouble);
+#endif
+}
+inline vfloat_half to_float(vdouble v) {
+#if defined(__AVX512F__)
+  return bits<vfloat_half>(_mm512_cvtpd_ps(bits<__m512d>(v)));
+#elif defined(__AVX2__)
+  return bits<vfloat_half>(_mm256_cvtpd_ps(bits<__m256d>(v)));
+#else
+  return __builtin_convertvector(v, vfloat_half);
+#endif
+}
+inline vfloat to_float(vu16 v) {  // bfloat16
+#if defined(__AVX512F__)
+  return bits<vfloat>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits<__m256i>(v)), 16));
+#elif defined(__AVX2__)
+  return bits<vfloat>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits<__m128i>(v)), 16));
+#else
+  return bits<vfloat>(__builtin_convertvector(v, vu32) << 16);
+#endif
+}
+inline vfloat_half to_float(vu16_half v) {
+#if defined(__AVX512F__)
+  return bits<vfloat_half>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits<__m128i>(v)), 16));
+#elif defined(__AVX2__)
+  return bits<vfloat_half>(_mm_slli_epi32(_mm_cvtepu16_epi32(_mm_cvtsi64_si128(bits<int64_t>(v))), 16));
+#else
+  return bits<vfloat_half>(__builtin_convertvector(v, vu32_half) << 16);
+#endif
+}
+inline vu16 upper_half(vu32 v) {
+#if defined(__AVX512F__)
+  return bits<vu16>(_mm512_cvtepi32_epi16(bits<__m512i>(v >> 16)));
+#else
+  return __builtin_convertvector(v >> 16, vu16);
+#endif
+}
+
 inline vfloat load(const float* p, float) { return load_raw<vfloat>(p); }
 inline vdouble load(const double* p, double) { return load_raw<vdouble>(p); }
-inline vdouble load(const float* p, double) {
-  return __builtin_convertvector(load_raw<vfloat_half>(p), vdouble);
-}
-inline vfloat load(const bf16* p, float) {
-  return bits<vfloat>(__builtin_convertvector(load_raw<vu16>(p), vu32) << 16);
-}
+inline vdouble load(const float* p, double) { return to_double(load_raw<vfloat_half>(p)); }
+inline vfloat load(const bf16* p, float) { return to_float(load_raw<vu16>(p)); }
 inline vfloat load(const fp16* p, float) {
 #if defined(__AVX512F__)
   return bits<vfloat>(_mm512_cvtph_ps(load_raw<__m256i>(p)));
@@ -68,14 +109,13 @@ inline vfloat load(const fp16* p, float) {
 #endif
 }
 inline vdouble load(const bf16* p, double) {  // half precision beside a wider tensor
-  return __builtin_convertvector(
-      bits<vfloat_half>(__builtin_convertvector(load_raw<vu16_half>(p), vu32_half) << 16), vdouble);
+  return to_double(to_float(load_raw<vu16_half>(p)));
 }
 inline vdouble load(const fp16* p, double) {
 #if defined(__AVX512F__)
-  return __builtin_convertvector(bits<vfloat_half>(_mm256_cvtph_ps(load_raw<__m128i>(p))), vdouble);
+  return to_double(bits<vfloat_half>(_mm256_cvtph_ps(load_raw<__m128i>(p))));
 #elif defined(__F16C__)
-  return __builtin_convertvector(bits<vfloat_half>(_mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)p))), vdouble);
+  return to_double(bits<vfloat_half>(_mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)p))));
 #else
   vdouble v;
   for (int i = 0; i < Simd<double>::width; ++i) v[i] = widen(p[i]);
@@ -105,13 +145,13 @@ template <class V> inline void store_raw(void* p, V v, bool stream) {
 }
 inline void store(float* p, vfloat v, bool stream) { store_raw(p, v, stream); }
 inline void store(double* p, vdouble v, bool stream) { store_raw(p, v, stream); }
-inline void store(float* p, vdouble v, bool stream) { store_raw(p, __builtin_convertvector(v, vfloat_half), stream); }
+inline void store(float* p, vdouble v, bool stream) { store_raw(p, to_float(v), stream); }
 inline vu32 round_bf16(vfloat v) {  // the upper half of each lane is the result; the lower half is to be dropped
   const vu32 u = bits<vu32>(v), nan = bits<vu32>(v != v);
   return (nan & (u | 0x400000)) | (~nan & (u + 0x7fff + (u >> 16 & 1)));
 }
 inline void store(bf16* p, vfloat v, bool stream) {
-  store_raw(p, __builtin_convertvector(round_bf16(v) >> 16, vu16), stream);
+  store_raw(p, upper_half(round_bf16(v)), stream);
 }
 inline void store(fp16* p, vfloat v, bool stream) {
 #if defined(__AVX512F__)
@@ -175,7 +215,7 @@ void reduce(const void* mp, const void* rp, const void* tp, int64_t n, double su
   double total[3] = {0, 0, 0};
   int64_t i = 0;
   while (i + W <= n) {
-    const int64_t end = n - i < kRun ? n : i + kRun;
+    const int64_t end = std::is_same_v<Acc, double> || n - i < kRun ? n : i + kRun;
     Vec e[2] = {}, f[2] = {}, g[2] = {};  // two of each hide the latency of the additions
     auto add = [&](Vec vm, Vec vr, Vec vt, int k) {
       const Vec d = vm - vt;

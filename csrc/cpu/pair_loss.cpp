@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <memory>
 #include <thread>
 #include <vector>
 #if defined(__linux__)
@@ -145,15 +146,15 @@ struct Args {
   const void *model, *ref, *target;  // ref: null if ref_error is given
   int64_t model_stride, ref_stride, target_stride;
   int64_t pairs, elements;
-  const double *ratio_scale, *error_weight, *ref_error;  // [S] or null
+  const void *ratio_scale, *error_weight, *ref_error;  // [S] or null
   void *loss, *samples, *logits;  // float or double; samples: [6][S], the rows of Stats in sipo_kernels/contract.py
   const void* coef;               // sipo_pair_grad: [S], float or double
   bool* mask;
   void* grad;       // null: no gradient. Samples lie `elements` apart
-  double* partial;  // [S][chunks][3]
   const char* isa;  // null: the widest
   Settings settings;
   int32_t model_dtype, ref_dtype, target_dtype;
+  int32_t ratio_scale_dtype, error_weight_dtype, ref_error_dtype;
   int32_t target_shared;  // target is [B, ...]
   int32_t wide_sums;      // sum in double, whatever the types
   int32_t double_stats, loss_per_pair;
@@ -166,6 +167,15 @@ namespace {
 void put(void* array, int64_t i, double value, bool wide) {
   if (wide) static_cast<double*>(array)[i] = value;
   else static_cast<float*>(array)[i] = float(value);
+}
+
+double get(const void* array, int64_t i, int dtype) {
+  switch (dtype) {
+    case kFloat32: return static_cast<const float*>(array)[i];
+    case kBfloat16: return widen(static_cast<const bf16*>(array)[i]);
+    case kFloat16: return widen(static_cast<const fp16*>(array)[i]);
+    default: return static_cast<const double*>(array)[i];
+  }
 }
 
 const char* at(const void* base, int64_t element, int dtype) {
@@ -184,17 +194,19 @@ struct Group {
   }
 };
 
-Sample read_sample(const Args& a, int64_t s, int64_t chunks) {
-  double sums[3] = {0, 0, 0};
+using Sums = double[3];  // of reduce, by chunk
+
+Sample read_sample(const Args& a, const Sums* partial, int64_t s, int64_t chunks) {
+  Sums sums = {0, 0, 0};
   for (int64_t c = 0; c < chunks; ++c)
-    for (int k = 0; k < 3; ++k) sums[k] += a.partial[(s * chunks + c) * 3 + k];
+    for (int k = 0; k < 3; ++k) sums[k] += partial[s * chunks + c][k];
   const double n = double(a.elements);
   Sample x{};
   x.model_error = sums[0] / n;
-  x.ref_error = a.ref ? sums[1] / n : a.ref_error[s];
+  x.ref_error = a.ref ? sums[1] / n : get(a.ref_error, s, a.ref_error_dtype);
   x.reward_gap = a.ref ? sums[2] / n : x.model_error - x.ref_error;
-  x.ratio_scale = a.ratio_scale ? a.ratio_scale[s] : 0.0;
-  x.error_weight = a.error_weight ? a.error_weight[s] : 1.0;
+  x.ratio_scale = a.ratio_scale ? get(a.ratio_scale, s, a.ratio_scale_dtype) : 0.0;
+  x.error_weight = a.error_weight ? get(a.error_weight, s, a.error_weight_dtype) : 1.0;
   return x;
 }
 
@@ -203,13 +215,13 @@ void write_sample(const Args& a, int64_t s, const Sample& x) {
   for (int i = 0; i < 6; ++i) put(a.samples, i * 2 * a.pairs + s, rows[i], a.double_stats);
 }
 
-void reduce_unit(const Args& a, const Kernels& k, int64_t pair, int64_t s, int64_t chunk, int64_t chunks) {
+void reduce_unit(const Args& a, const Kernels& k, int64_t pair, int64_t s, int64_t chunk, Sums& sums) {
   const int64_t begin = chunk * kChunk, n = std::min(kChunk, a.elements - begin);
   const int64_t t = a.target_shared ? pair : s;
   const void* ref = a.ref ? at(a.ref, s * a.ref_stride + begin, a.ref_dtype) : nullptr;
   k.reduce[a.wide_sums][a.model_dtype][a.ref_dtype][a.target_dtype](
       at(a.model, s * a.model_stride + begin, a.model_dtype), ref,
-      at(a.target, t * a.target_stride + begin, a.target_dtype), n, a.partial + (s * chunks + chunk) * 3);
+      at(a.target, t * a.target_stride + begin, a.target_dtype), n, sums);
 }
 
 void grad_unit(const Args& a, const Kernels& k, int64_t pair, int64_t s, int64_t chunk, double coef, bool stream) {
@@ -250,6 +262,7 @@ SIPO_API int sipo_pair_loss(const Args* args) {
   const int64_t pair_bytes = 2 * a.elements * (kBytesOf[a.model_dtype] + kBytesOf[a.target_dtype]);
   const int64_t group = a.grad ? std::max<int64_t>(1, most * cache_bytes() / pair_bytes) : a.pairs;
 
+  const std::unique_ptr<Sums[]> partial(new Sums[2 * a.pairs * chunks]);  // not zeroed: each is written before it is read
   std::vector<double> pair_losses(a.pairs);
   Barrier barrier;
   parallel(most, a.own_threads, [&](int thread, int threads) {
@@ -259,7 +272,7 @@ SIPO_API int sipo_pair_loss(const Args* args) {
       int64_t pair, s, chunk;
       for (int64_t u = begin; u < end; ++u) {
         g.locate(u, a.pairs, &pair, &s, &chunk);
-        reduce_unit(a, k, pair, s, chunk, chunks);
+        reduce_unit(a, k, pair, s, chunk, partial[s * chunks + chunk]);
       }
       barrier.wait(threads);
       // Each thread does the arithmetic of the pairs it needs: cheaper than a second meeting. Thread 0 does all of
@@ -267,8 +280,8 @@ SIPO_API int sipo_pair_loss(const Args* args) {
       int64_t known = -1;
       Sample half[2];
       const auto know = [&](int64_t i) {
-        half[0] = read_sample(a, i, chunks);
-        half[1] = read_sample(a, i + a.pairs, chunks);
+        half[0] = read_sample(a, partial.get(), i, chunks);
+        half[1] = read_sample(a, partial.get(), i + a.pairs, chunks);
         known = i;
         return pair_math(half[0], half[1], a.settings, double(a.elements), a.ratio_scale != nullptr);
       };
@@ -319,10 +332,6 @@ SIPO_API int sipo_pair_grad(const Args* args) {
     }
   });
   return 0;
-}
-
-SIPO_API int64_t sipo_partial_count(int64_t samples, int64_t elements) {
-  return samples * ((elements + kChunk - 1) / kChunk) * 3;
 }
 
 // Names of the instruction sets that run here, widest first; null past the end.
