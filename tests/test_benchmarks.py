@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import baselines, cases, compare, footprint, kernel, machine, measure, suite, sweep
+from benchmarks import baselines, cases, compare, footprint, kernel, machine, measure, parts, suite, sweep
 from benchmarks.cases import BOTH, FORWARD, Case
 
 ROOT = Path(__file__).parent.parent
@@ -210,6 +210,20 @@ def test_large_inputs_are_measured_cold_only(tmp_path: Path) -> None:
     run.run([case], measure.STATES)
     assert [entry["state"] for entry in run.results["cases"]] == ["cold"]
     assert [s["state"] for s in run.results["skipped"] if "every call is cold" in s["reason"]] == ["in turn", "warm"]
+
+
+def test_the_parts_of_a_call_are_timed_and_added_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(cases.SHAPES, parts.LABEL, (3, 5, 7))
+    path = tmp_path / "parts.json"
+    parts.main(["--pairs", "2", "--seconds", "0.05", "--output", str(path)])
+    found = json.loads(path.read_text())
+    assert [entry["dtype"] for entry in found["cases"]] == ["bfloat16", "float32"]
+    for entry in found["cases"]:
+        median = {name: result["wall_ms"]["median"] for name, result in entry["results"].items()}
+        assert {parts.CALL, parts.FORWARD_PART, parts.AGAIN, parts.USED, parts.NEW} <= median.keys()
+        least = median[parts.FORWARD_PART] + 2 * median[parts.AGAIN] + median[parts.USED]
+        assert entry["least_ms"] == pytest.approx(least)
+        assert entry["floor_bytes"] == 4 * 4 * 105 * (2 if entry["dtype"] == "bfloat16" else 4)
 
 
 def test_turns_give_equal_time_and_nobody_follows_itself() -> None:
