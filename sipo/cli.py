@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import sipo
+from sipo.cli_data import CommandError, add_commands
 
 # Import name and distribution name of what `sipo demo` needs beyond the core.
 _DEMO_PACKAGES = {
@@ -35,6 +36,11 @@ _LISTED_PACKAGES = {
     "accelerate": "pip install 'sipo[train]'",
     "safetensors": "pip install 'sipo[train]'",
     "tqdm": "pip install 'sipo[train]'",
+    "transformers": "pip install 'sipo[train]'",
+    "peft": "pip install 'sipo[train]'",
+    "datasets": "pip install 'sipo[train]'",
+    "av": "pip install 'sipo[train]'",
+    "pydantic": "pip install 'sipo[train]'",
     "scikit-learn": "pip install 'sipo[demo]'",
     "matplotlib": "pip install 'sipo[demo]'",
     "tensorboard": "pip install tensorboard",
@@ -64,7 +70,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: 0, or 2 for a user error. Parsing errors and ``--help`` raise ``SystemExit`` instead.
     """
     options = _parser().parse_args(argv)
-    status: int = options.run(options)
+    try:
+        status: int = options.run(options)
+    except CommandError as error:
+        return _fail(str(error))
     return status
 
 
@@ -72,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="sipo", description=(sipo.__doc__ or "").splitlines()[0])
     parser.add_argument("--version", action="version", version=f"sipo {sipo.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    add_commands(commands)
     _add_demo(commands)
     doctor = commands.add_parser("doctor", help="what is installed, and which backends can run")
     doctor.set_defaults(run=_doctor)

@@ -1,127 +1,33 @@
-"""The training loop: what it computes, that it resumes exactly, and how it stops."""
+"""The training loop: what it computes, how it stops, what it says and what it refuses."""
 
 from __future__ import annotations
 
 import copy
-import json
 import math
-import os
-import random
-import socket
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sipo import NoiseSchedule, SIPOLoss
-from sipo.training import CheckpointError, TrainingConfig, TrainingDiverged, TrainingWarning, train
-from sipo.training.data import StreamSampler, derive_seed, pair_noise, step_timesteps
+from sipo.training import (
+    TrainingConfig,
+    TrainingDiverged,
+    TrainingWarning,
+    train,
+)
+from sipo.training.data import StreamSampler, pair_noise, step_timesteps
 from sipo.training.logs import ActiveFractionWatch, MetricWindow, read_lines, step_mean
+from tests.training_cases import Pairs, fit, fresh_accelerate, loss, networks, predict, same, settings
+
+__all__ = ["fresh_accelerate"]  # a fixture that every test here runs in
 
 LN2 = math.log(2.0)
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Any:
-    """accelerate keeps one state per process, mixed precision included."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-class Network(nn.Module):
-    """A few parameters that see the image, the timestep and the class."""
-
-    def __init__(self, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.inward = nn.Conv2d(1, 6, 3, padding=1)
-        self.classes = nn.Embedding(3, 6)
-        self.dropout = nn.Dropout(dropout)
-        self.outward = nn.Conv2d(6, 1, 3, padding=1)
-
-    def forward(self, noisy: Tensor, timesteps: Tensor, classes: Tensor) -> Tensor:
-        shift = self.classes(classes) + timesteps[:, None] / 1000
-        hidden = torch.nn.functional.silu(self.inward(noisy) + shift[:, :, None, None])
-        return self.outward(self.dropout(hidden))
-
-
-def predict(module: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Any) -> Tensor:
-    return module(noisy, timesteps, condition["class"])
-
-
-class Pairs:
-    """Winners are bright, losers dark; ``augment`` draws from every generator that a data set may use."""
-
-    def __init__(self, count: int = 24, augment: bool = False, fail_after: int | None = None) -> None:
-        generator = torch.Generator().manual_seed(3)
-        self.images = torch.randn(count, 2, 1, 4, 4, generator=generator)
-        self.images[:, 0] += 0.5
-        self.augment = augment
-        self.left = fail_after
-        self.seen: list[int] = []
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        if self.left is not None:
-            self.left -= 1
-            if self.left < 0:
-                raise KeyboardInterrupt
-        self.seen.append(index)
-        winner, loser = self.images[index]
-        if self.augment:
-            winner = winner + 0.1 * torch.rand(()) + 0.1 * random.random() + 0.1 * np.random.rand()
-        return {"winner": winner, "loser": loser, "condition": {"class": torch.tensor(index % 3)}}
-
-
-def networks(dropout: float = 0.0) -> tuple[Network, Network]:
-    torch.manual_seed(1)
-    policy = Network(dropout)
-    return policy, copy.deepcopy(policy)
-
-
-def loss(**options: Any) -> SIPOLoss:
-    return SIPOLoss(NoiseSchedule.discrete(), **({"beta": 50.0, "mask_threshold": 0.0} | options))
-
-
-def settings(folder: Path, **options: Any) -> TrainingConfig:
-    quiet = {"steps": 4, "batch_size": 4, "learning_rate": 1e-2, "log_every": 1, "progress": False}
-    return TrainingConfig(output_dir=folder, **(quiet | {"tensorboard": False} | options))
-
-
-def fit(folder: Path, *, policy: Network | None = None, data: Any = None, **options: Any) -> tuple[Network, Any]:
-    """One run on the CPU; the policy and the result."""
-    dropout = options.pop("dropout", 0.0)
-    loss_fn = options.pop("loss_fn", None) or loss()
-    resume = options.pop("resume_from", None)
-    new, reference = networks(dropout)
-    policy = new if policy is None else policy
-    config = settings(folder, **options)
-    accelerator = Accelerator(
-        cpu=True, mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.accumulation
-    )
-    data = Pairs() if data is None else data
-    result = train(policy, reference, loss_fn, data, predict, config, accelerator=accelerator, resume_from=resume)
-    return policy, result
-
-
-def same(a: nn.Module, b: nn.Module) -> bool:
-    pairs = zip(a.state_dict().items(), b.state_dict().items(), strict=True)
-    return all(n == m and torch.equal(x, y) for (n, x), (m, y) in pairs)
-
-
-def untimed(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
 
 
 # ---------------------------------------------------------------- what a run computes
@@ -211,7 +117,7 @@ def test_pairs_share_noise_timestep_and_where_they_may_the_target(tmp_path: Path
     calls: list[tuple[Tensor, ...]] = []
 
     class Spy(SIPOLoss):
-        def forward(self, model_pred: Tensor, ref_pred: Tensor, target: Tensor, timesteps: Tensor) -> Any:
+        def forward(self, model_pred: Tensor, ref_pred: Tensor, target: Tensor, timesteps: Tensor) -> Any:  # type: ignore[override]
             calls.append((model_pred, target, timesteps))
             return super().forward(model_pred, ref_pred, target, timesteps)
 
@@ -230,9 +136,19 @@ def test_pairs_share_noise_timestep_and_where_they_may_the_target(tmp_path: Path
 
 
 def test_bf16_starts_at_ln_2_and_hands_the_policy_back_as_it_was(tmp_path: Path) -> None:
-    policy, result = fit(tmp_path, mixed_precision="bf16", steps=2)
+    given: list[torch.dtype] = []
+
+    class Spy(SIPOLoss):
+        def forward(self, model_pred: Tensor, ref_pred: Tensor, target: Tensor, timesteps: Tensor) -> Any:  # type: ignore[override]
+            given.extend([model_pred.dtype, ref_pred.dtype])
+            return super().forward(model_pred, ref_pred, target, timesteps)
+
+    loss_fn = Spy(NoiseSchedule.discrete(), beta=50.0, mask_threshold=0.0)
+    policy, result = fit(tmp_path, loss_fn=loss_fn, mixed_precision="bf16", steps=2)
     assert result.history[0]["loss"] == pytest.approx(LN2, rel=1e-6)
     assert result.history[1]["loss"] != result.history[0]["loss"]
+    # No copy in float32 stands between the network and the loss.
+    assert given == [torch.bfloat16] * 4
     assert "forward" not in policy.__dict__ and policy.outward.weight.dtype == torch.float32
     out = policy(torch.zeros(1, 1, 4, 4), torch.zeros(1), torch.zeros(1, dtype=torch.long))
     assert out.dtype == torch.float32
@@ -286,166 +202,6 @@ def test_the_host_reads_nothing_between_log_lines(tmp_path: Path) -> None:
     assert counts[0] == counts[1]
     # A protocol met by hand trains as well: this loss is an ordinary regression.
     assert result.history[-1]["loss"] < 0.9 * result.history[0]["loss"]
-
-
-# ---------------------------------------------------------------- the stream of pairs
-
-
-def test_every_epoch_sees_each_pair_once_in_a_new_order() -> None:
-    batches = list(StreamSampler(10, 4, seed=7, first_pass=0, passes=5))
-    stream = [i for batch in batches for i in batch]
-    assert sorted(stream[:10]) == sorted(stream[10:]) == list(range(10))
-    assert stream[:10] != stream[10:]
-    assert list(StreamSampler(10, 4, seed=7, first_pass=3, passes=5)) == batches[3:]
-    assert list(StreamSampler(10, 4, seed=8, first_pass=0, passes=5)) != batches
-
-
-def test_processes_share_out_one_stream() -> None:
-    alone = [i for batch in StreamSampler(11, 6, 0, 0, 4) for i in batch]
-    shared = [list(StreamSampler(11, 3, 0, 0, 4, rank, 2)) for rank in range(2)]
-    assert [i for a, b in zip(*shared, strict=True) for i in a + b] == alone
-
-
-def test_noise_belongs_to_the_pair_and_not_to_the_batch() -> None:
-    like = torch.empty(64, 1, 8, 8)
-    generator = torch.Generator()
-    noise = pair_noise(like, range(64), 5, generator)
-    assert torch.equal(pair_noise(like[:10], range(20, 30), 5, generator), noise[20:30])
-    assert not torch.equal(pair_noise(like, range(64), 6, generator), noise)
-    # 4,096 standard normals: four standard errors either way.
-    assert noise.mean().abs().item() < 4 / 64
-    assert noise.std().item() == pytest.approx(1.0, abs=4 / math.sqrt(2 * 4096))
-    flat = noise.flatten(1)
-    correlation = torch.corrcoef(flat) - torch.eye(64)
-    assert correlation.abs().max().item() < 5.5 / 8
-
-
-def test_derived_seeds_do_not_collide_in_the_bits_that_torch_uses() -> None:
-    seeds = {derive_seed(0, stream, i) & 0xFFFFFFFF for stream in range(3) for i in range(2000)}
-    assert len(seeds) == 6000
-    assert all(0 <= derive_seed(seed, 1, 2) < 1 << 63 for seed in (0, 1, 1 << 40))
-
-
-# ---------------------------------------------------------------- resuming
-
-
-def test_a_resumed_run_repeats_an_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:
-    # Dropout, an augmenting data set, accumulation and a checkpoint between two log lines.
-    options = {"steps": 11, "log_every": 4, "checkpoint_every": 5, "accumulation": 2, "dropout": 0.3, "warmup": 8}
-    random.seed(5)
-    np.random.seed(5)
-    straight, whole = fit(tmp_path / "a", data=Pairs(augment=True), **options)
-
-    random.seed(5)
-    np.random.seed(5)
-    folder = tmp_path / "b"
-    with pytest.raises(KeyboardInterrupt):  # in the ninth step: its log line of step 8 is there already
-        fit(folder, data=Pairs(augment=True, fail_after=8 * 8 + 3), **options)
-    assert [line["step"] for line in read_lines(folder / "metrics.jsonl")] == [1, 4, 8]
-    random.seed(99)
-    np.random.seed(99)
-    torch.manual_seed(99)
-    resumed, rest = fit(folder, data=Pairs(augment=True), resume_from="latest", **options)
-
-    assert same(straight, resumed)
-    assert [line["step"] for line in rest.history] == [8, 11]
-    assert untimed(read_lines(folder / "metrics.jsonl")) == untimed(whole.history)
-    for name in ("model.safetensors", "optimizer.safetensors", "process-00000.safetensors"):
-        paths = [tmp_path / run / "checkpoints" / "step-00000011" / name for run in "ab"]
-        assert paths[0].read_bytes() == paths[1].read_bytes()
-
-
-def test_a_run_can_be_made_longer(tmp_path: Path) -> None:
-    straight, _ = fit(tmp_path / "a", steps=6)
-    fit(tmp_path / "b", steps=4, checkpoint_every=4)
-    longer, result = fit(tmp_path / "b", steps=6, resume_from=tmp_path / "b/checkpoints/step-00000004")
-    assert same(straight, longer)
-    assert [line["step"] for line in result.history] == [5, 6]
-
-
-def test_checkpoints_hold_no_pickle_and_the_oldest_go(tmp_path: Path) -> None:
-    _, result = fit(tmp_path, steps=8, checkpoint_every=2, keep_checkpoints=2)
-    root = tmp_path / "checkpoints"
-    assert sorted(path.name for path in root.iterdir()) == ["step-00000006", "step-00000008"]
-    assert result.checkpoint == root / "step-00000008"
-    names = sorted(path.name for path in result.checkpoint.iterdir())
-    assert names == ["model.safetensors", "optimizer.safetensors", "process-00000.safetensors", "state.json"]
-    assert json.loads((result.checkpoint / "state.json").read_text())["step"] == 8
-
-
-def test_only_what_is_trained_is_saved(tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
-    policy, _ = networks()
-    policy.inward.requires_grad_(False)
-    frozen = policy.inward.weight.clone()
-    _, result = fit(tmp_path, policy=policy, checkpoint_every=4)
-    assert result.checkpoint is not None
-    saved = load_file(result.checkpoint / "model.safetensors")
-    assert sorted(saved) == ["classes.weight", "outward.bias", "outward.weight"]
-    assert torch.equal(saved["outward.weight"], policy.outward.weight.detach())
-    assert torch.equal(policy.inward.weight, frozen)
-
-
-def _spoil(folder: Path, what: str) -> dict[str, Any]:
-    """Damages a checkpoint, or returns other options to resume it with."""
-    if what == "missing file":
-        (folder / "optimizer.safetensors").unlink()
-    elif what == "cut short":
-        path = folder / "model.safetensors"
-        path.write_bytes(path.read_bytes()[:-8])
-    elif what == "no JSON":
-        (folder / "state.json").write_text("{")
-    elif what == "format":
-        state = json.loads((folder / "state.json").read_text())
-        (folder / "state.json").write_text(json.dumps(state | {"format": 99}))
-    elif what == "model":
-        policy, _ = networks()
-        policy.outward = nn.Conv2d(6, 1, 1)
-        return {"policy": policy}
-    elif what == "names":
-        policy, _ = networks()
-        policy.extra = nn.Parameter(torch.zeros(1))
-        return {"policy": policy}
-    return {
-        "seed": {"seed": 1},
-        "data": {"data": Pairs(20)},
-        "loss": {"loss_fn": loss(beta=51.0)},
-        "steps": {"steps": 2},
-    }.get(what, {})
-
-
-@pytest.mark.parametrize(
-    ("what", "message"),
-    [
-        ("missing file", r"not a complete checkpoint \(FileNotFoundError: .*optimizer"),
-        ("cut short", r"not a complete checkpoint \(SafetensorError"),
-        ("no JSON", r"not a complete checkpoint \(JSONDecodeError"),
-        ("format", r"checkpoint format 99, expected 1"),
-        ("model", r"'outward.weight' is \[1, 6, 3, 3\] in the checkpoint, \[1, 6, 1, 1\] in the policy"),
-        ("names", r"'extra' is in the policy and not in the checkpoint"),
-        ("seed", r"made with seed=0, expected this run's 1"),
-        ("data", r"made with dataset_length=24, expected this run's 20"),
-        ("loss", r"made with loss=.*beta=50"),
-        ("steps", r"steps=2: the checkpoint has 2 already, expected more"),
-    ],
-)
-def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(tmp_path: Path, what: str, message: str) -> None:
-    fit(tmp_path, steps=2, checkpoint_every=2)
-    options = {"steps": 3} | _spoil(tmp_path / "checkpoints" / "step-00000002", what)
-    with pytest.raises(ValueError, match=message) as caught:
-        fit(tmp_path, resume_from="latest", **options)
-    assert "\n" not in str(caught.value)
-
-
-def test_an_absent_checkpoint_and_a_used_folder_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"resume_from='latest': no checkpoint in .*checkpoints"):
-        fit(tmp_path, resume_from="latest")
-    with pytest.raises(CheckpointError, match=r"resume_from='.*nowhere': no checkpoint there"):
-        fit(tmp_path, resume_from=str(tmp_path / "nowhere"))
-    fit(tmp_path, checkpoint_every=4)
-    with pytest.raises(ValueError, match="holds another run's checkpoints, expected resume_from"):
-        fit(tmp_path)
 
 
 # ---------------------------------------------------------------- steps that break
@@ -510,7 +266,8 @@ def test_rows_of_broken_steps_are_counted_across_log_lines() -> None:
         for norm in chunk:
             window.add({"loss": torch.tensor(norm)})
             window.add_step(torch.tensor(norm))
-        metrics, row = window.read(accelerator)
+        metrics, row, extra = window.read(accelerator, torch.tensor([float(len(chunk)), 0.5]))
+        assert extra == [len(chunk), 0.5]
         rows.append((row, metrics["nonfinite_steps"], metrics["grad_norm"], metrics["loss"]))
     assert rows == [(1, 1, 1.0, 1.0), (3, 2, 2.0, 2.0), (0, 0, 4.0, 4.0)]
 
@@ -567,6 +324,15 @@ def test_means_over_a_run_weigh_lines_by_their_steps() -> None:
         ({"weight_decay": -1}, "weight_decay=-1: expected a finite number >= 0"),
         ({"max_grad_norm": 0}, "max_grad_norm=0: expected a finite number > 0"),
         ({"max_grad_norm": "1"}, "max_grad_norm='1': expected a number"),
+        ({"ema_decay": 1.0}, "ema_decay=1.0: expected a number >= 0 and < 1"),
+        ({"betas": (0.9, 1.5)}, "betas=1.5: expected a number >= 0 and < 1"),
+        ({"betas": 0.9}, "betas=0.9: expected two numbers"),
+        ({"eps": 0.0}, "eps=0.0: expected a finite number > 0"),
+        ({"caption_dropout": -0.1}, "caption_dropout=-0.1: expected a number >= 0 and < 1"),
+        ({"optimizer": "sgd"}, "optimizer='sgd': expected one of adamw, adamw8bit, paged_adamw8bit"),
+        ({"lr_schedule": "step"}, "lr_schedule='step': expected one of constant, cosine, linear"),
+        ({"timestep_sampling": "some"}, "timestep_sampling='some': expected one of all, informative"),
+        ({"trackers": "wandb"}, "trackers='wandb': expected a list of names"),
         ({"mixed_precision": "fp8"}, "mixed_precision='fp8': expected one of no, bf16, fp16"),
         ({"log_every": True}, "log_every=True: expected an integer"),
     ],
@@ -587,68 +353,9 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
         train(policy, reference, loss(), Pairs(0), predict, config, accelerator=cpu)
     with pytest.raises(ValueError, match="no parameter with requires_grad=True"):
         train(copy.deepcopy(policy).requires_grad_(False), reference, loss(), Pairs(), predict, config, accelerator=cpu)
+    with pytest.raises(ValueError, match="validate_every=2: expected pairs to validate on, or a hook"):
+        train(policy, reference, loss(), Pairs(), predict, settings(tmp_path, validate_every=2), accelerator=cpu)
+    with pytest.raises(ValueError, match="the validation set holds 0 pairs"):
+        train(policy, reference, loss(), Pairs(), predict, config, accelerator=cpu, validation=Pairs(0))
     with pytest.raises(ValueError, match="gradient_accumulation_steps=1: expected accumulation=2"):
         train(policy, reference, loss(), Pairs(), predict, settings(tmp_path, accumulation=2), accelerator=cpu)
-
-
-# ---------------------------------------------------------------- more than one process
-
-
-def one_of_two(folder: str) -> None:
-    """What each of two processes does; torch.distributed finds the other through the environment."""
-    accelerator = Accelerator(cpu=True)
-    policy, reference = networks()
-    optimizer = torch.optim.SGD(policy.parameters(), lr=0.05)
-    assert accelerator.num_processes == 2
-    config = settings(Path(folder), steps=4, batch_size=4, checkpoint_every=4)
-    train(policy, reference, loss(), Pairs(), predict, config, optimizer=optimizer, accelerator=accelerator)
-    torch.distributed.destroy_process_group()
-
-
-def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    code = "import sys, test_training; test_training.one_of_two(sys.argv[1])"
-    tests = Path(__file__).parent
-    shared = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}",
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(tmp_path / "two")],
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
-
-    policy, reference = networks()
-    optimizer = torch.optim.SGD(policy.parameters(), lr=0.05)
-    config = settings(tmp_path / "one", steps=4, batch_size=8)
-    result = train(
-        policy, reference, loss(), Pairs(), predict, config, optimizer=optimizer, accelerator=Accelerator(cpu=True)
-    )
-    checkpoint = tmp_path / "two/checkpoints/step-00000004"
-    assert (checkpoint / "process-00001.safetensors").exists()
-    for name, tensor in load_file(checkpoint / "model.safetensors").items():
-        torch.testing.assert_close(tensor, policy.state_dict()[name], rtol=1e-5, atol=1e-6)
-    lines = read_lines(tmp_path / "two/metrics.jsonl")
-    for name in ("loss", "active_fraction", "win_gap", "grad_norm"):
-        got, expected = ([line[name] for line in log] for log in (lines, result.history))
-        assert got == pytest.approx(expected, rel=1e-4, abs=1e-7)

@@ -3,20 +3,36 @@
 Needs accelerate: ``pip install 'sipo[train]'``.
 """
 
-from sipo.training.config import CheckpointError, TrainingConfig, TrainingDiverged, TrainingWarning
+from sipo.training.config import (
+    CheckpointError,
+    TrainingConfig,
+    TrainingDiverged,
+    TrainingInterrupted,
+    TrainingOutOfMemory,
+    TrainingWarning,
+)
+from sipo.training.forward import AdapterOff, Reference
 from sipo.training.loop import TrainingResult, train
 from sipo.training.protocols import PairDataset, PairLoss, PairLossResult, Predict, Schedule
+from sipo.training.sharded import gather_weights
+from sipo.training.validation import OnValidation
 
 __all__ = [
+    "AdapterOff",
     "CheckpointError",
+    "OnValidation",
     "PairDataset",
     "PairLoss",
     "PairLossResult",
     "Predict",
+    "Reference",
     "Schedule",
     "TrainingConfig",
     "TrainingDiverged",
+    "TrainingInterrupted",
+    "TrainingOutOfMemory",
     "TrainingResult",
     "TrainingWarning",
+    "gather_weights",
     "train",
 ]

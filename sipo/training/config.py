@@ -1,19 +1,24 @@
-"""Settings of a training run and the errors a run can end with."""
+"""Settings of a training run and the ways a run can end early."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-MIXED_PRECISION = ("no", "bf16", "fp16")
+MixedPrecision = Literal["no", "bf16", "fp16"]
+Optimizer = Literal["adamw", "adamw8bit", "paged_adamw8bit"]
+RateSchedule = Literal["constant", "cosine", "linear"]
+TimestepSampling = Literal["all", "informative"]
 
 _FREE_ON_RESUME = frozenset(
     {
         "steps",
         "log_every",
+        "validate_every",
         "checkpoint_every",
         "keep_checkpoints",
         "max_nonfinite_steps",
@@ -21,6 +26,8 @@ _FREE_ON_RESUME = frozenset(
         "num_workers",
         "progress",
         "tensorboard",
+        "trackers",
+        "skip_inactive",
     }
 )
 
@@ -29,8 +36,29 @@ class TrainingDiverged(RuntimeError):  # noqa: N818 - what happened, and not a m
     """Too many optimiser steps in a row had a gradient that was not finite."""
 
 
+class TrainingInterrupted(RuntimeError):  # noqa: N818 - likewise
+    """The run was asked to stop, finished its step and wrote a checkpoint.
+
+    Attributes:
+        step: optimiser steps done.
+        checkpoint: where to resume from; ``None`` where the run cannot write one (DeepSpeed).
+        signal: what asked, "SIGINT" or "SIGTERM".
+    """
+
+    def __init__(self, step: int, checkpoint: Path | None, signal: str) -> None:
+        resume = f"resume with resume_from={str(checkpoint)!r}" if checkpoint else "no checkpoint can be written here"
+        super().__init__(f"stopped by {signal} after step {step}; {resume}")
+        self.step = step
+        self.checkpoint = checkpoint
+        self.signal = signal
+
+
+class TrainingOutOfMemory(RuntimeError):  # noqa: N818 - likewise
+    """The device's memory did not suffice for a step; the message says what to lower."""
+
+
 class TrainingWarning(UserWarning):
-    """Training goes on, but may no longer be doing anything."""
+    """Training goes on, but not quite as asked, or may no longer be doing anything."""
 
 
 class CheckpointError(ValueError):
@@ -43,28 +71,45 @@ class TrainingConfig:
 
     Attributes:
         steps: optimiser steps of the whole run, those before a resume included.
+        output_dir: where ``metrics.jsonl``, ``tensorboard/`` and ``checkpoints/`` go.
         batch_size: preference pairs in one forward pass of one process (``2 * batch_size`` samples).
         accumulation: forward passes per optimiser step. The run's random numbers belong to pairs and not to
-            passes, so ``batch_size=32`` and ``batch_size=16, accumulation=2`` see the same data, noise and
-            timesteps.
-        learning_rate: AdamW's, once warmed up. Used where no optimiser is passed in.
-        weight_decay: AdamW's. Used where no optimiser is passed in.
-        warmup: optimiser steps over which the learning rate rises linearly; constant afterwards.
+            passes, so ``batch_size=32`` and ``batch_size=16, accumulation=2`` see the same noise and timesteps, and
+            the same data where all pairs have one shape.
+        optimizer: "adamw" is torch's. "adamw8bit" keeps its moments in 8 bits and "paged_adamw8bit" lets them
+            overflow into host memory; both are bitsandbytes'. Used, like the next four, where none is passed in.
+        learning_rate: its peak, once warmed up.
+        betas: of AdamW's two moments.
+        eps: AdamW's.
+        weight_decay: AdamW's.
+        lr_schedule: the learning rate after the warm-up: "constant", or falling to 0 at the last step along half a
+            "cosine" or a "linear" ramp. The last two hang on ``steps``, which is then fixed for a resumed run.
+        warmup: optimiser steps over which the learning rate rises linearly.
         max_grad_norm: gradients are scaled down to this global norm; ``None`` leaves them alone.
+        ema_decay: keep an exponential moving average of the trained weights that forgets at this rate, after a
+            warm-up of its own; ``None`` keeps none.
         mixed_precision: "no", "bf16" or "fp16". Prefer bf16: fp16 needs a loss scaler, and torch's reads the
             device once a step.
         timestep_distribution: passed to the schedule's ``sample_timesteps``, which knows which it has.
+        timestep_sampling: "all", or "informative": noise levels at which the mask drops pairs on average are drawn
+            no more, but for a small share that notices when they recover (see ``sipo.training.timesteps``).
+        caption_dropout: share of pairs that are trained without their caption, with the data set's
+            ``unconditional`` in its place. Items with fixed draws have it decided already.
+        skip_inactive: leave out the backward pass where the mask has dropped every pair of a forward pass, on every
+            process. The result is the same; the device is read once a pass.
         seed: data order, noise, timesteps, and torch's global generators (dropout) are functions of it.
         log_every: optimiser steps between log lines; the device is read for these alone.
-        checkpoint_every: optimiser steps between checkpoints; 0 writes none. With any, the last step gets one
-        too. keep_checkpoints: newest checkpoints to keep; 0 keeps all.
+        validate_every: optimiser steps between validations, and one after the last step; 0 for none.
+        checkpoint_every: optimiser steps between checkpoints; 0 writes none. With any, the last step gets one too.
+            Each is checked by size and hash before it is used, and the one before it stands in for a damaged one.
+        keep_checkpoints: newest checkpoints to keep; 0 keeps all.
         max_nonfinite_steps: stop with :class:`TrainingDiverged` when this many steps in a row had a
             non-finite gradient. Counted on the device and read with the log, so a run stops at the first log
             line after.
         num_workers: data loader processes.
-        output_dir: where ``metrics.jsonl``, ``tensorboard/`` and ``checkpoints/`` go.
         progress: whether to draw a progress bar.
-        tensorboard: whether to write TensorBoard events too, where TensorBoard is installed.
+        tensorboard: whether to write TensorBoard events, where TensorBoard is installed.
+        trackers: further trackers by accelerate's names ("wandb", ...), each of which must be installed.
 
     Raises:
         TypeError: a value of the wrong type.
@@ -75,32 +120,54 @@ class TrainingConfig:
     output_dir: str | Path
     batch_size: int = 8
     accumulation: int = 1
+    optimizer: Optimizer = "adamw"
     learning_rate: float = 1e-5
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
     weight_decay: float = 1e-2
+    lr_schedule: RateSchedule = "constant"
     warmup: int = 0
     max_grad_norm: float | None = 1.0
-    mixed_precision: str = "no"
+    ema_decay: float | None = None
+    mixed_precision: MixedPrecision = "no"
     timestep_distribution: str = "uniform"
+    timestep_sampling: TimestepSampling = "all"
+    caption_dropout: float = 0.0
+    skip_inactive: bool = False
     seed: int = 0
     log_every: int = 10
+    validate_every: int = 0
     checkpoint_every: int = 0
     keep_checkpoints: int = 2
     max_nonfinite_steps: int = 20
     num_workers: int = 0
     progress: bool = True
     tensorboard: bool = True
+    trackers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation", "log_every", "max_nonfinite_steps"):
             _check_integer(name, getattr(self, name), 1)
-        for name in ("warmup", "checkpoint_every", "keep_checkpoints", "num_workers", "seed"):
+        for name in ("warmup", "validate_every", "checkpoint_every", "keep_checkpoints", "num_workers", "seed"):
             _check_integer(name, getattr(self, name), 0)
-        _check_number("learning_rate", self.learning_rate, zero=False)
+        for name in ("learning_rate", "eps"):
+            _check_number(name, getattr(self, name), zero=False)
         _check_number("weight_decay", self.weight_decay, zero=True)
         if self.max_grad_norm is not None:
             _check_number("max_grad_norm", self.max_grad_norm, zero=False)
-        if self.mixed_precision not in MIXED_PRECISION:
-            raise ValueError(f"mixed_precision={self.mixed_precision!r}: expected one of {', '.join(MIXED_PRECISION)}")
+        _check_share("caption_dropout", self.caption_dropout)
+        if self.ema_decay is not None:
+            _check_share("ema_decay", self.ema_decay)
+        if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
+            raise TypeError(f"betas={self.betas!r}: expected two numbers")
+        for beta in self.betas:
+            _check_share("betas", beta)
+        _check_choice("mixed_precision", self.mixed_precision, MixedPrecision)
+        _check_choice("optimizer", self.optimizer, Optimizer)
+        _check_choice("lr_schedule", self.lr_schedule, RateSchedule)
+        _check_choice("timestep_sampling", self.timestep_sampling, TimestepSampling)
+        if not isinstance(self.trackers, (tuple, list)) or not all(isinstance(name, str) for name in self.trackers):
+            raise TypeError(f"trackers={self.trackers!r}: expected a list of names")
         if not isinstance(self.output_dir, (str, Path)):
             raise TypeError(f"output_dir={self.output_dir!r}: expected a path")
 
@@ -120,8 +187,15 @@ class TrainingConfig:
         return self.folder / "metrics.jsonl"
 
     def identity(self) -> dict[str, Any]:
-        """The settings that a resumed run must share with the one it goes on from."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if k not in _FREE_ON_RESUME}
+        """The settings that a resumed run must share with the one it goes on from, as JSON values."""
+        free = set(_FREE_ON_RESUME)
+        if self.lr_schedule != "constant":
+            free.remove("steps")
+        if self.timestep_sampling == "informative":
+            free.remove("log_every")  # what is drawn changes when a log line is read
+        settings = {k: v for k, v in dataclasses.asdict(self).items() if k not in free}
+        plain: dict[str, Any] = json.loads(json.dumps(settings))
+        return plain
 
 
 def _check_integer(name: str, value: object, least: int) -> None:
@@ -136,3 +210,15 @@ def _check_number(name: str, value: object, *, zero: bool) -> None:
         raise TypeError(f"{name}={value!r}: expected a number")
     if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
         raise ValueError(f"{name}={value!r}: expected a finite number {'>=' if zero else '>'} 0")
+
+
+def _check_share(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}={value!r}: expected a number")
+    if not 0 <= value < 1:
+        raise ValueError(f"{name}={value!r}: expected a number >= 0 and < 1")
+
+
+def _check_choice(name: str, value: object, choices: Any) -> None:
+    if value not in get_args(choices):
+        raise ValueError(f"{name}={value!r}: expected one of {', '.join(get_args(choices))}")

@@ -1,14 +1,19 @@
 """The run's stream of pairs: which pair comes when, and the random numbers that go with it.
 
 A run reads an endless stream of pairs, a fresh permutation of the data set each epoch. Position ``p`` of the
-stream decides everything about a pair: which one it is, its noise, and (with the others of its step) its
-timestep. Nothing depends on what was drawn before, so resuming is arithmetic, and the split of a step into
-processes and accumulated passes changes no random number.
+stream decides everything about a pair: which one it is, its noise, whether it keeps its caption, and (with the
+others of its step) its timestep. Nothing depends on what was drawn before, so resuming is arithmetic, and the split
+of a step into processes and accumulated passes changes no random number.
+
+Where pairs differ in shape, they come in groups, and a forward pass of all processes takes pairs of one group. Each
+group then has such a stream of its own, and passes go to groups in a shuffled order in which, over epochs, every pair
+comes up equally often.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,31 +21,9 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from sipo.training.protocols import Schedule
+from sipo.training.randomness import CAPTIONS, GROUPS, NOISE, ORDER, TIMESTEPS, derive_seed, happens
 
-# Streams of random numbers that must not share seeds.
-ORDER, NOISE, TIMESTEPS, GLOBAL, WORKERS = range(5)
-
-_MASK = (1 << 64) - 1
-
-
-def derive_seed(seed: int, stream: int, counter: int) -> int:
-    """A well-mixed 63-bit seed for entry ``counter`` of one of a run's streams.
-
-    Neighbouring counters give unrelated seeds in their low 32 bits too, which is all that torch's CPU
-    generator looks at.
-    """
-    state = seed & _MASK
-    for word in (stream, counter):
-        state = _mix((state ^ _mix(word + 1)) & _MASK)
-    return state >> 1
-
-
-def _mix(value: int) -> int:
-    """SplitMix64's finaliser: a bijection of 64-bit words in which every bit depends on all."""
-    value = (value + 0x9E3779B97F4A7C15) & _MASK
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
-    return value ^ (value >> 31)
+__all__ = ["StreamSampler", "derive_seed", "drop_captions", "pair_noise", "step_timesteps", "to_device", "twice"]
 
 
 class StreamSampler(Sampler[list[int]]):
@@ -54,6 +37,10 @@ class StreamSampler(Sampler[list[int]]):
         passes: pass to stop before.
         rank: this process.
         world: number of processes.
+        groups: indices that may share a batch, each index in one group; all may where left out.
+
+    Raises:
+        ValueError: groups that are empty or do not hold every index once.
     """
 
     def __init__(
@@ -65,38 +52,93 @@ class StreamSampler(Sampler[list[int]]):
         passes: int,
         rank: int = 0,
         world: int = 1,
+        groups: Sequence[Sequence[int]] | None = None,
     ) -> None:
-        self.length = length
         self.batch_size = batch_size
         self.seed = seed
         self.passes = range(first_pass, passes)
         self.rank = rank
         self.world = world
+        self.groups: list[Sequence[int]] = [range(length)] if groups is None else list(groups)
+        if groups is not None and sorted(i for group in groups for i in group) != list(range(length)):
+            raise ValueError(f"groups: expected every index of the data set's {length} pairs once")
+        if not all(self.groups):
+            raise ValueError(f"groups[{[len(g) for g in self.groups].index(0)}] is empty, expected at least one pair")
 
     def positions(self, index: int) -> range:
-        """Positions in the stream of this process's pairs in pass ``index``."""
+        """Positions in the run's stream of this process's pairs in pass ``index``."""
         start = (index * self.world + self.rank) * self.batch_size
         return range(start, start + self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        # A pass may straddle two epochs, or many where the data set is smaller than a batch.
-        epoch = -1
-        order: list[int] = []
+        sequence = _GroupSequence([len(group) for group in self.groups], self.batch_size * self.world, self.seed)
+        streams = [
+            # A single group's stream is the data set's.
+            _Stream(group, self.seed if len(self.groups) == 1 else derive_seed(self.seed, GROUPS, -1 - number))
+            for number, group in enumerate(self.groups)
+        ]
         for index in self.passes:
-            batch = []
-            for position in self.positions(index):
-                wanted, offset = divmod(position, self.length)
-                if wanted != epoch:
-                    generator = torch.Generator().manual_seed(derive_seed(self.seed, ORDER, wanted))
-                    epoch, order = wanted, torch.randperm(self.length, generator=generator).tolist()
-                batch.append(order[offset])
-            yield batch
+            group, earlier = sequence[index]
+            yield [streams[group][position] for position in self.positions(earlier)]
 
     def __len__(self) -> int:
         return len(self.passes)
 
 
-def pair_noise(like: Tensor, positions: range, seed: int, generator: torch.Generator) -> Tensor:
+class _Stream:
+    """An endless stream of indices, a fresh permutation each epoch; made to be read in order."""
+
+    def __init__(self, indices: Sequence[int], seed: int) -> None:
+        self.indices = indices
+        self.seed = seed
+        self.epoch = -1
+        self.order: list[int] = []
+
+    def __getitem__(self, position: int) -> int:
+        # A pass may straddle two epochs, or many where there are fewer pairs than a batch takes.
+        epoch, offset = divmod(position, len(self.indices))
+        if epoch != self.epoch:
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, ORDER, epoch))
+            self.epoch, self.order = epoch, torch.randperm(len(self.indices), generator=generator).tolist()
+        return self.indices[self.order[offset]]
+
+
+class _GroupSequence:
+    """Which group each pass takes, and how many passes that group had before it.
+
+    In epoch ``e`` a group of ``n`` pairs gets ``(e+1)·n // batch − e·n // batch`` passes: over epochs, as many as its
+    pairs need, without remainder.
+    """
+
+    def __init__(self, sizes: list[int], batch: int, seed: int) -> None:
+        self.sizes = sizes
+        self.batch = batch
+        self.seed = seed
+        self.epoch = -1
+        self.passes: list[tuple[int, int]] = []
+
+    def _start(self, epoch: int) -> int:
+        """Passes before an epoch."""
+        return sum(epoch * size // self.batch for size in self.sizes)
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        # Rounding down loses less than one pass a group, so that the epoch wanted is below this bound.
+        bound = (index + len(self.sizes) + 1) * self.batch // sum(self.sizes) + 2
+        epoch = bisect_right(range(bound), index, key=self._start) - 1
+        if epoch != self.epoch:
+            counts = [epoch * size // self.batch for size in self.sizes]
+            ends = [(epoch + 1) * size // self.batch for size in self.sizes]
+            labels = [g for g, (a, b) in enumerate(zip(counts, ends, strict=True)) for _ in range(a, b)]
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, GROUPS, epoch))
+            self.epoch, self.passes = epoch, []
+            for place in torch.randperm(len(labels), generator=generator).tolist():
+                group = labels[place]
+                self.passes.append((group, counts[group]))
+                counts[group] += 1
+        return self.passes[index - self._start(epoch)]
+
+
+def pair_noise(like: Tensor, positions: Sequence[int], seed: int, generator: torch.Generator) -> Tensor:
     """Gaussian noise with ``like``'s shape, type and device, one seed per pair of the stream.
 
     Args:
@@ -115,6 +157,34 @@ def step_timesteps(schedule: Schedule, n: int, step: int, seed: int, distributio
     """Timesteps of all ``n`` pairs of an optimiser step, for every process and pass; ``[n]`` on the CPU."""
     generator = torch.Generator().manual_seed(derive_seed(seed, TIMESTEPS, step))
     return schedule.sample_timesteps(n, generator, distribution=distribution)
+
+
+def drop_captions(condition: Any, unconditional: Any, positions: Sequence[int], seed: int, probability: float) -> None:
+    """Overwrites some rows of a batch's condition, on the host, by the condition of no caption.
+
+    Args:
+        condition: tensor ``[B, ...]`` or dictionary of them.
+        unconditional: likewise without the ``B``.
+        positions: the ``B`` pairs' places in the stream, which decide.
+        seed: the run's.
+        probability: of each pair.
+
+    Raises:
+        ValueError: the two do not fit each other.
+    """
+    rows = [row for row, position in enumerate(positions) if happens(probability, seed, CAPTIONS, position)]
+    if not rows:
+        return
+    pairs = [("", condition, unconditional)]
+    if isinstance(condition, dict) and isinstance(unconditional, dict):
+        for name in condition.keys() ^ unconditional.keys():
+            raise ValueError(f"{name!r} is in one of condition and unconditional, expected the same names in both")
+        pairs = [(f"[{name!r}]", condition[name], unconditional[name]) for name in condition]
+    for name, kept, empty in pairs:
+        if not isinstance(kept, Tensor) or not isinstance(empty, Tensor) or kept.shape[1:] != empty.shape:
+            shapes = [list(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in (empty, kept)]
+            raise ValueError(f"unconditional{name} is {shapes[0]}, expected one row of condition{name}, {shapes[1]}")
+        kept[rows] = empty.to(kept.dtype)
 
 
 def to_device(value: Any, device: torch.device) -> Any:

@@ -1,4 +1,4 @@
-"""Metrics of a run: summed on the device, read once per log line, written to JSONL, TensorBoard and a bar."""
+"""Metrics of a run: summed on the device, read once per log line, written to JSONL, trackers and a bar."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sipo.training.config import TrainingWarning
+from sipo.training.config import TrainingConfig, TrainingWarning
 
 LOW_ACTIVE_FRACTION = 0.1
 """Below this share of pairs that take part, training has in effect stopped."""
@@ -66,30 +66,35 @@ class MetricWindow:
         self._steps = torch.stack([steps + 1.0, broken + bad, row, torch.maximum(longest, row), norms + norm])
         return finite
 
-    def read(self, accelerator: Any) -> tuple[dict[str, Any], int]:
+    def read(self, accelerator: Any, extra: Tensor | None = None) -> tuple[dict[str, Any], int, list[float]]:
         """Averages over all processes and starts anew: the one device read of a log line.
 
+        Args:
+            accelerator: the run's.
+            extra: further float32 values on the device, 1-D, read along.
+
         Returns:
-            The metrics, with ``grad_norm`` (before clipping) and ``nonfinite_steps``; and the longest row of
-            non-finite steps up to now, which may have begun before the window.
+            The metrics, with ``grad_norm`` (before clipping) and ``nonfinite_steps``; the longest row of
+            non-finite steps up to now, which may have begun before the window; and ``extra``'s sums over processes.
         """
-        sums = torch.cat([self._sums, self._counts])
+        sums = torch.cat([self._sums, self._counts, *([] if extra is None else [extra])])
         if accelerator.num_processes > 1:
             sums = accelerator.reduce(sums, reduction="sum")
-        values = torch.cat([sums, self._steps]).tolist()
+        values = torch.cat([self._steps, sums]).tolist()
+        steps, broken, row, longest, norms = values[:5]
+        del values[:5]
         n = len(self._names)
         metrics: dict[str, Any] = {}
         for i, name in enumerate(self._names):
             total, count = values[i], values[n + i]
             metrics[name] = int(total) if name == _COUNTED else total / count if count else math.nan
-        steps, broken, row, longest, norms = values[2 * n :]
         metrics["grad_norm"] = norms / (steps - broken) if steps > broken else math.nan
         metrics["nonfinite_steps"] = int(broken)
         self._sums.zero_()
         self._counts.zero_()
         self._steps = torch.zeros_like(self._steps)
         self._steps[2:4] = row
-        return metrics, int(longest)
+        return metrics, int(longest), values[2 * n :]
 
     def state(self) -> dict[str, Tensor]:
         """The sums, for a checkpoint that falls between two log lines."""
@@ -131,33 +136,35 @@ class Recorder:
     """Writes log lines; on the main process only, the others keep quiet.
 
     ``metrics.jsonl`` is appended to line by line, so that a run can be watched; a resumed run first drops the
-    lines after its checkpoint.
+    lines after its checkpoint. Lines of a validation have ``"kind": "validation"``, and :func:`read_lines` tells them
+    from those of training.
 
     Args:
-        path: the JSONL file.
+        config: the run's.
         first_step: the step the run starts after, 0 for a new run.
-        steps: the step the run ends with.
-        progress: whether to draw a bar.
-        tensorboard: whether to write events beside ``path`` where TensorBoard is installed.
-        enabled: whether to write anything at all.
+        accelerator: keeps the trackers, those included that the caller has started.
+
+    Raises:
+        ValueError: a tracker that accelerate does not know.
+        ImportError: a tracker that is not installed.
     """
 
-    def __init__(
-        self, path: Path, first_step: int, steps: int, *, progress: bool, tensorboard: bool, enabled: bool
-    ) -> None:
+    def __init__(self, config: TrainingConfig, first_step: int, accelerator: Any) -> None:
         self.history: list[dict[str, Any]] = []
+        self.validation: list[dict[str, Any]] = []
         self._started = time.perf_counter()
-        self._file = self._events = self._bar = None
-        if not enabled:
+        self._accelerator = accelerator
+        self._file = self._bar = None
+        self._trackers = start_trackers(accelerator, config, first_step)
+        if not accelerator.is_main_process:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _keep_lines(path, first_step)
-        self._file = path.open("a", encoding="utf-8")
-        if tensorboard:
-            self._events = _summary_writer(path.parent / "tensorboard", first_step)
-        if progress:
+        config.folder.mkdir(parents=True, exist_ok=True)
+        _keep_lines(config.metrics_path, first_step)
+        self._file = config.metrics_path.open("a", encoding="utf-8")
+        if config.progress:
             from tqdm.auto import tqdm
 
+            steps = config.steps
             self._bar = tqdm(total=steps, initial=first_step, desc="training", unit="step", dynamic_ncols=True)
 
     def advance(self) -> None:
@@ -167,34 +174,87 @@ class Recorder:
 
     def write(self, step: int, values: dict[str, Any]) -> dict[str, Any]:
         """Writes one log line and returns it; a number that is not finite becomes null: JSON has no other."""
-        line: dict[str, Any] = {"step": step}
-        for name, value in values.items():
-            line[name] = None if isinstance(value, float) and not math.isfinite(value) else value
-        line["seconds"] = round(time.perf_counter() - self._started, 3)
+        line = self._write({"step": step}, values, "train/")
         self.history.append(line)
-        if self._file is not None:
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
-        if self._events is not None:
-            for name, value in line.items():
-                if name != "step" and value is not None:
-                    self._events.add_scalar(f"train/{name}", value, step)
         if self._bar is not None:
             shown = ("loss", "implicit_acc", "active_fraction")
             self._bar.set_postfix({name: _short(line.get(name)) for name in shown})
         return line
 
+    def write_validation(self, step: int, values: dict[str, Any]) -> dict[str, Any]:
+        """Likewise for a validation, whose names start with "validation/"."""
+        named = {f"validation/{name}": value for name, value in values.items()}
+        line = self._write({"step": step, "kind": "validation"}, named, "")
+        self.validation.append(line)
+        return line
+
+    def _write(self, line: dict[str, Any], values: dict[str, Any], prefix: str) -> dict[str, Any]:
+        for name, value in values.items():
+            line[name] = None if isinstance(value, float) and not math.isfinite(value) else value
+        line["seconds"] = round(time.perf_counter() - self._started, 3)
+        if self._file is not None:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        numbers = {prefix + name: v for name, v in line.items() if name not in ("step", "kind") and v is not None}
+        self._accelerator.log(numbers, step=line["step"])
+        return line
+
     def close(self) -> None:
-        """Closes the files and the bar."""
-        for stream in (self._file, self._events, self._bar):
+        """Closes the files, the bar and the trackers that were started here."""
+        for stream in (self._file, self._bar):
             if stream is not None:
                 stream.close()
+        for tracker in self._trackers:
+            tracker.finish()
+            self._accelerator.trackers.remove(tracker)
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The log lines of a run, in order."""
+def start_trackers(accelerator: Any, config: TrainingConfig, first_step: int) -> list[Any]:
+    """Starts the trackers that a configuration asks for, beside those that the accelerator has.
+
+    TensorBoard's events go to ``tensorboard/`` in the run's folder; where a run is resumed, those after its checkpoint
+    are purged.
+
+    Raises:
+        ValueError: a tracker that accelerate does not know.
+        ImportError: a tracker that is not installed.
+    """
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    available = [str(name) for name in get_available_trackers()]
+    for name in config.trackers:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise ValueError(f"trackers={name!r}: expected one of {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
+        if name not in available:
+            raise ImportError(f"trackers={name!r}: not installed, expected `pip install {name}`")
+    running = list(accelerator.trackers)
+    wanted = [] if running else list(accelerator.log_with)  # the caller's, not yet started
+    wanted += [name for name in config.trackers if name not in wanted]
+    if config.tensorboard and "tensorboard" in available and "tensorboard" not in wanted:
+        wanted.append("tensorboard")
+    if not accelerator.logging_dir:
+        accelerator.project_configuration.logging_dir = str(config.folder)
+    options = {
+        "tensorboard": {"purge_step": first_step + 1},
+        "wandb": {"name": config.folder.name, "dir": str(config.folder)},
+    }
+    started: list[Any] = []
+    for tracker in wanted:
+        if str(tracker) in {t.name for t in running}:
+            continue
+        # init_trackers starts whatever the accelerator holds, running or not: one at a time, then.
+        accelerator.log_with, accelerator.trackers = [tracker], []
+        accelerator.init_trackers("tensorboard" if str(tracker) == "tensorboard" else "sipo", init_kwargs=options)
+        started += accelerator.trackers
+    accelerator.log_with, accelerator.trackers = [], running + started
+    return started
+
+
+def read_lines(path: Path, kind: str = "training") -> list[dict[str, Any]]:
+    """The log lines of a run, in order: those of "training", or those of its "validation"."""
     with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+        lines = [json.loads(line) for line in file]
+    return [line for line in lines if line.get("kind", "training") == kind]
 
 
 def write_aside(path: Path, text: str) -> None:
@@ -219,14 +279,6 @@ def _keep_lines(path: Path, last_step: int) -> None:
             if line["step"] <= last_step:
                 kept.append(text + "\n")
     write_aside(path, "".join(kept))
-
-
-def _summary_writer(folder: Path, first_step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(folder), purge_step=first_step + 1)
 
 
 def _short(value: Any) -> str:

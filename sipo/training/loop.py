@@ -1,13 +1,13 @@
 """The training loop: preference pairs to an aligned policy.
 
 One policy forward serves winners and losers, which share noise and timestep; the reference runs without
-gradients. The host never waits for the device except when a log line is due.
+gradients, or not at all. The host never waits for the device except when a log line is due.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +17,24 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from sipo.training import checkpoint
-from sipo.training.config import TrainingConfig, TrainingDiverged
-from sipo.training.data import (
-    GLOBAL,
-    WORKERS,
-    StreamSampler,
-    derive_seed,
-    pair_noise,
-    step_timesteps,
-    to_device,
-    twice,
-)
+from sipo.training.config import TrainingConfig, TrainingDiverged, TrainingInterrupted
+from sipo.training.data import StreamSampler, drop_captions, step_timesteps
+from sipo.training.forward import PairForward, Reference
 from sipo.training.logs import ActiveFractionWatch, MetricWindow, Recorder
-from sipo.training.protocols import PairDataset, PairLoss, PairLossResult, Predict, Schedule
+from sipo.training.optimization import Average, make_optimizer, rate_factor
+from sipo.training.protocols import PairDataset, PairLoss, PairLossResult, Predict
+from sipo.training.randomness import GLOBAL, WORKERS, derive_seed
+from sipo.training.sharded import local, reshard, whole
+from sipo.training.stopping import StopRequest, memory_advice, release_signals
+from sipo.training.timesteps import InformativeTimesteps
+from sipo.training.validation import OnValidation, Validation
+
+_PLAIN = ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU")
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """How a run went. The policy passed to :func:`train` holds the trained weights.
+    """How a run went. The policy passed to :func:`train` holds the trained weights, under FSDP2 each process its part.
 
     Attributes:
         steps: optimiser steps of the run, those before a resume included.
@@ -42,17 +42,22 @@ class TrainingResult:
             ``seconds`` and the names of docs/math.md §8, each the mean since the line before.
         metrics_path: the log on disk, with the lines from before a resume.
         checkpoint: the last checkpoint written by this call, if any.
+        validation: this call's validation lines.
+        ema: the moving average of the trained weights by name, whole and on the CPU; ``None`` without ``ema_decay``.
+            ``policy.load_state_dict(result.ema, strict=False)`` takes them.
     """
 
     steps: int
     history: list[dict[str, Any]]
     metrics_path: Path
     checkpoint: Path | None
+    validation: list[dict[str, Any]] = field(default_factory=list)
+    ema: dict[str, Tensor] | None = None
 
 
 def train(
     policy: nn.Module,
-    reference: nn.Module,
+    reference: Reference,
     loss_fn: PairLoss,
     dataset: PairDataset,
     predict: Predict,
@@ -61,6 +66,9 @@ def train(
     optimizer: torch.optim.Optimizer | None = None,
     accelerator: Accelerator | None = None,
     resume_from: str | Path | None = None,
+    validation: PairDataset | None = None,
+    on_validation: OnValidation | None = None,
+    offload_reference: bool = False,
 ) -> TrainingResult:
     """Aligns ``policy`` on preference pairs, in place.
 
@@ -68,46 +76,55 @@ def train(
     weights or the optimiser's moments, and they move only by what the optimiser does without a gradient
     (momentum, weight decay). The choice is made on the device.
 
-    On the CPU, a resumed run repeats an uninterrupted one bit for bit.
-
-    Seeds torch's global generators from ``config.seed``.
+    Ctrl-C or SIGTERM lets the step finish and writes a checkpoint. One process stops at the step it is in; several
+    agree on it with their next log line.
 
     Args:
-        policy: the network to train; its parameters that require gradients are trained.
-        reference: the frozen network to stay near; put in evaluation mode and never changed.
-        loss_fn: for instance :class:`sipo.SIPOLoss`; training noise and timesteps come from its ``schedule``.
-        dataset: pairs, see :class:`sipo.training.PairDataset`.
-        predict: calls a network, see :class:`sipo.training.Predict`.
+        policy: trained where ``requires_grad`` is set; moved to the accelerator's device.
+        reference: what the policy is compared with: a frozen copy of it; :class:`AdapterOff` for LoRA; or ``None``
+            where the items carry its errors. A copy is moved to the device and set to eval mode, and may be bfloat16.
+        loss_fn: the loss; its ``schedule`` is the one trained with.
+        dataset: the pairs.
+        predict: calls a network; see :class:`Predict`.
         config: everything else.
-        optimizer: over the policy's parameters; AdamW with the configuration's numbers by default.
-        accelerator: for more than one process or a special device; one is made from ``config`` by default.
-            Its ``gradient_accumulation_steps`` must be ``config.accumulation``.
-        resume_from: a checkpoint's folder or "latest"; ``config.steps`` counts from the very start.
+        optimizer: of the policy's parameters; the configuration's if left out.
+        accelerator: made from ``config`` if left out. One made by the caller decides about device and
+            mixed precision, and must have ``gradient_accumulation_steps=config.accumulation``.
+        resume_from: a checkpoint's folder, or "latest" for the newest sound one in ``config.checkpoints``.
+        validation: held-out pairs, measured every ``config.validate_every`` steps.
+        on_validation: called at the same steps, to draw samples for instance; see :data:`OnValidation`.
+        offload_reference: keep a frozen copy in host memory while it is not running.
 
     Returns:
-        The log and where it lies.
+        How it went.
 
     Raises:
-        ValueError: an empty data set, a policy with nothing to train, one module passed as both networks, an
-            output folder with another run's checkpoints.
+        TypeError, ValueError: arguments that cannot be trained with, or a folder with another run's checkpoints.
+        ImportError: an optimiser or a tracker that is not installed.
         CheckpointError: a checkpoint that is absent, damaged or of another run.
         TrainingDiverged: too many non-finite steps in a row.
+        TrainingInterrupted: asked to stop; says where to resume from.
+        TrainingOutOfMemory: says what to lower.
     """
     if accelerator is None:
         accelerator = Accelerator(
             mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.accumulation
         )
     _check(policy, reference, dataset, config, accelerator, resume_from)
-    run = _Run(policy, reference, loss_fn, dataset, predict, config, optimizer, accelerator)
-    try:
-        return run.go(resume_from)
-    finally:
-        run.release(policy)
+    if config.validate_every and validation is None and on_validation is None:
+        raise ValueError(f"validate_every={config.validate_every}: expected pairs to validate on, or a hook")
+    if validation is not None and len(validation) == 0:
+        raise ValueError("the validation set holds 0 pairs, expected at least 1")
+    forward = PairForward(loss_fn, predict, reference, accelerator, offload=offload_reference)
+    run = _Run(policy, forward, dataset, config, optimizer, accelerator)
+    run.validation = Validation(validation, on_validation, forward, config, accelerator)
+    with StopRequest() as request:
+        return run.go(resume_from, request)
 
 
 def _check(
     policy: nn.Module,
-    reference: nn.Module,
+    reference: Reference,
     dataset: PairDataset,
     config: TrainingConfig,
     accelerator: Accelerator,
@@ -119,9 +136,13 @@ def _check(
         raise ValueError("the policy has no parameter with requires_grad=True, expected something to train")
     if len(dataset) == 0:
         raise ValueError("the data set holds 0 pairs, expected at least 1")
+    if config.caption_dropout and getattr(dataset, "unconditional", None) is None:
+        raise ValueError(f"caption_dropout={config.caption_dropout}: expected a data set with 'unconditional'")
     kind = accelerator.distributed_type.value
-    if kind not in ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU"):
-        raise ValueError(f"distributed_type={kind!r}: expected one device or plain data parallelism")
+    if kind not in (*_PLAIN, "DEEPSPEED") and not accelerator.is_fsdp2:
+        raise ValueError(f"distributed_type={kind!r}: expected one device, plain data parallelism, FSDP2 or DeepSpeed")
+    if kind == "DEEPSPEED":
+        _check_deepspeed(config, resume_from)
     if accelerator.gradient_accumulation_steps != config.accumulation:
         found = accelerator.gradient_accumulation_steps
         raise ValueError(f"gradient_accumulation_steps={found}: expected accumulation={config.accumulation}")
@@ -129,56 +150,69 @@ def _check(
         raise ValueError(f"{config.checkpoints} holds another run's checkpoints, expected resume_from or a new folder")
 
 
+def _check_deepspeed(config: TrainingConfig, resume_from: str | Path | None) -> None:
+    """DeepSpeed's own step goes around ours."""
+    reason = "DeepSpeed keeps its state in pickled files, which are not read here"
+    if config.checkpoint_every or resume_from is not None:
+        raise ValueError(f"checkpoint_every={config.checkpoint_every}: {reason}; expected 0, or FSDP2, which resumes")
+    if config.skip_inactive:
+        raise ValueError("skip_inactive=True: DeepSpeed counts backward passes, expected False")
+    if config.ema_decay is not None:
+        raise ValueError(f"ema_decay={config.ema_decay}: DeepSpeed keeps the weights to itself, expected None")
+
+
 class _Run:
     """The state of one :func:`train` call."""
+
+    validation: Validation
 
     def __init__(
         self,
         policy: nn.Module,
-        reference: nn.Module,
-        loss_fn: PairLoss,
+        forward: PairForward,
         dataset: PairDataset,
-        predict: Predict,
         config: TrainingConfig,
-        optimizer: torch.optim.Optimizer | None,
+        optimizer: Any,
         accelerator: Accelerator,
     ) -> None:
         self.config = config
         self.accelerator = accelerator
         self.device: torch.device = accelerator.device
-        self.reference = reference.to(self.device).requires_grad_(False).eval()
-        self.loss_fn = loss_fn
-        self.schedule: Schedule = loss_fn.schedule
+        self.forward = forward
         self.dataset = dataset
-        self.predict = predict
+        self.deepspeed = accelerator.distributed_type.value == "DEEPSPEED"
         # Before the optimiser is made, so that it holds the parameters where they will be trained.
         policy.to(self.device).train()
-        self.parameters = [p for p in policy.parameters() if p.requires_grad]
         if optimizer is None:
-            optimizer = torch.optim.AdamW(
-                self.parameters,
-                lr=config.learning_rate,
-                weight_decay=config.weight_decay,
-                fused=self.device.type in ("cpu", "cuda"),
-            )
-        # Mixed precision replaces the policy's forward for as long as accelerate has it.
-        self.own_forward = policy.__dict__.get("forward")
+            optimizer = make_optimizer(config, [p for p in policy.parameters() if p.requires_grad], self.device)
         self.base_rates = [group["lr"] for group in optimizer.param_groups]
-        self.policy, self.optimizer = accelerator.prepare(policy, optimizer)
+        self.policy, self.optimizer = _prepare(policy, optimizer, config, accelerator)
+        # FSDP2 has put others in their places.
+        self.names = {n: p for n, p in policy.named_parameters() if p.requires_grad}
+        self.parameters = list(self.names.values())
+        self.average = Average(self.names, config.ema_decay) if config.ema_decay is not None else None
         self.window = MetricWindow(self.device)
         self.watch = ActiveFractionWatch()
-        self.noise_generator = torch.Generator(self.device)
-        self.saved: Path | None = None
+        self.informative: InformativeTimesteps | None = None
+        if config.timestep_sampling == "informative":
+            self.informative = InformativeTimesteps(
+                forward.loss_fn, self.device, config.seed, config.timestep_distribution
+            )
+        self.backwards = self.skipped = 0  # in this step; since the last log line
+        self.saved: tuple[int, Path] | None = None
+        loss_fn = forward.loss_fn
         self.identity = config.identity() | {
             "dataset_length": len(dataset),
+            "groups": [len(group) for group in getattr(dataset, "groups", None) or ()],
             "processes": accelerator.num_processes,
             "loss": repr(loss_fn) if isinstance(loss_fn, nn.Module) else type(loss_fn).__name__,
         }
 
-    def go(self, resume_from: str | Path | None) -> TrainingResult:
+    def go(self, resume_from: str | Path | None, request: StopRequest) -> TrainingResult:
         """Trains from the start or a checkpoint to the last step."""
         config, accelerator = self.config, self.accelerator
         torch.manual_seed(derive_seed(config.seed, GLOBAL, accelerator.process_index))
+        accelerator.step = 0  # of accumulation; a run that broke off may have left it in mid-step
         first = 0 if resume_from is None else self._resume(resume_from)
         sampler = StreamSampler(
             len(self.dataset),
@@ -188,127 +222,177 @@ class _Run:
             config.steps * config.accumulation,
             accelerator.process_index,
             accelerator.num_processes,
+            getattr(self.dataset, "groups", None),
         )
         loader: DataLoader[Any] = DataLoader(
             self.dataset,  # type: ignore[arg-type]
             batch_sampler=sampler,
             num_workers=config.num_workers,
             pin_memory=self.device.type == "cuda",
+            worker_init_fn=release_signals,
             # Its own generator: the loader draws a seed from it whenever it starts, and a resumed run starts
             # it anew.
             generator=torch.Generator().manual_seed(derive_seed(config.seed, WORKERS, first)),
         )
-        recorder = Recorder(
-            config.metrics_path,
-            first,
-            config.steps,
-            progress=config.progress,
-            tensorboard=config.tensorboard,
-            enabled=accelerator.is_main_process,
-        )
+        recorder = Recorder(config, first, accelerator)
         try:
             batches = iter(loader)
             passes = iter(sampler.passes)
             for step in range(first, config.steps):
-                timesteps = step_timesteps(
-                    self.schedule,
-                    config.batch_size * config.accumulation * accelerator.num_processes,
-                    step,
-                    config.seed,
-                    config.timestep_distribution,
-                )
-                chunks = iter(
-                    timesteps.split(config.batch_size)[accelerator.process_index :: accelerator.num_processes]
-                )
-                rate = self._set_learning_rate(step)
-                for _ in range(config.accumulation):
-                    positions = sampler.positions(next(passes))
-                    with accelerator.accumulate(self.policy):
-                        output = self._forward(next(batches), next(chunks), positions)
-                        accelerator.backward(output.loss)
-                    self.window.add(output.metrics())
-                self._update()
+                with memory_advice(config, self.device, step + 1):
+                    rate = self._set_learning_rate(step)
+                    chunks = iter(self._timesteps(step))
+                    for _ in range(config.accumulation):
+                        with accelerator.accumulate(self.policy):
+                            self._pass(next(batches), next(chunks), sampler.positions(next(passes)))
+                    self._update()
                 recorder.advance()
-                done = step + 1
-                last = done == config.steps
-                # The first step always has a line: there the policy still is the reference, and a wrong
-                # set-up shows.
-                if last or done == 1 or done % config.log_every == 0:
-                    self._log(recorder, done, rate)
-                if config.checkpoint_every and (last or done % config.checkpoint_every == 0):
-                    self._save(done)
+                if self._after(recorder, step + 1, rate, request):
+                    raise TrainingInterrupted(step + 1, self.saved[1] if self.saved else None, request.signal)
         finally:
             recorder.close()
-        return TrainingResult(config.steps, recorder.history, config.metrics_path, self.saved)
+        average = self.average.tensors() if self.average is not None else None
+        saved = self.saved[1] if self.saved else None
+        return TrainingResult(config.steps, recorder.history, config.metrics_path, saved, recorder.validation, average)
 
-    def release(self, policy: nn.Module) -> None:
-        """Gives the policy its own forward back, also after an error."""
-        self.accelerator.unwrap_model(self.policy, keep_fp32_wrapper=False)
-        policy.__dict__.pop("forward", None)
-        if self.own_forward is not None:
-            policy.__dict__["forward"] = self.own_forward
+    # ---- One step ----
 
-    def _forward(self, batch: dict[str, Any], timesteps: Tensor, positions: range) -> PairLossResult:
-        """Loss of one pass: ``B`` pairs, winners and losers stacked (docs/math.md §1)."""
-        winner, loser = to_device(batch["winner"], self.device), to_device(batch["loser"], self.device)
-        condition = twice(to_device(batch.get("condition"), self.device))
-        timesteps = twice(to_device(timesteps, self.device))
-        noise = pair_noise(winner, positions, self.config.seed, self.noise_generator)
-        samples, both_noise = torch.cat([winner, loser]), twice(noise)
-        noisy = self.schedule.add_noise(samples, both_noise, timesteps)
-        if self.schedule.prediction_type == "epsilon":
-            # The target is the noise itself, which the pair shares: half the memory, and half the reads in
-            # the loss.
-            target = self.schedule.target(winner, noise, timesteps[: len(winner)])
+    def _timesteps(self, step: int) -> list[Tensor]:
+        """This process's timesteps of each pass of an optimiser step."""
+        config, world = self.config, self.accelerator.num_processes
+        n = config.batch_size * config.accumulation * world
+        if self.informative is not None:
+            timesteps = self.informative.sample(n, step)
         else:
-            target = self.schedule.target(samples, both_noise, timesteps)
-        with self.accelerator.autocast():
-            with torch.no_grad():
-                ref_pred = self.predict(self.reference, noisy, timesteps, condition)
-            model_pred = self.predict(self.policy, noisy, timesteps, condition)
-        return self.loss_fn(model_pred, ref_pred, target, timesteps)
+            timesteps = step_timesteps(self.forward.schedule, n, step, config.seed, config.timestep_distribution)
+        return list(timesteps.split(config.batch_size)[self.accelerator.process_index :: world])
+
+    def _pass(self, batch: dict[str, Any], timesteps: Tensor, positions: range) -> None:
+        """Forward and backward of ``B`` pairs."""
+        config = self.config
+        if "noise" in batch:
+            if self.informative is not None:
+                raise ValueError("timestep_sampling='informative': the items have draws of their own, expected 'all'")
+        elif config.caption_dropout:
+            empty = self.dataset.unconditional  # type: ignore[attr-defined]
+            drop_captions(batch.get("condition"), empty, positions, config.seed, config.caption_dropout)
+        output, levels = self.forward(self.policy, batch, positions, timesteps, seed=config.seed)
+        if self.informative is not None:
+            self.informative.add(levels, output)
+        if not config.skip_inactive or self._active(output):
+            self.accelerator.backward(output.loss)
+            self.backwards += 1
+        else:
+            self.skipped += 1
+            reshard(self.policy)
+        self.window.add(output.metrics())
+
+    def _active(self, output: PairLossResult) -> bool:
+        """Whether a backward pass is due: for a pair of any process, or to reduce the gradients of earlier passes."""
+        world = self.accelerator.num_processes
+        if world > 1 and self.backwards and self.accelerator.sync_gradients:
+            return True
+        mask = getattr(output, "mask", None)
+        if mask is None:
+            raise ValueError(f"skip_inactive=True: {type(output).__name__} has no mask, expected a loss that masks")
+        active = mask.sum()
+        return bool(self.accelerator.reduce(active, reduction="sum") if world > 1 else active)
 
     def _update(self) -> None:
         """Clips and applies the accumulated gradient, or none where it is not finite."""
+        if not self.backwards:  # a gradient of zero is not the same as none: moments and weight decay go on
+            for parameter in self.parameters:
+                parameter.grad = torch.zeros_like(parameter)
+        self.backwards = 0
         limit = math.inf if self.config.max_grad_norm is None else self.config.max_grad_norm
-        norm = self.accelerator.clip_grad_norm_(self.parameters, limit)
-        assert isinstance(norm, Tensor)  # None for DeepSpeed alone, which is refused
-        broken = ~self.window.add_step(norm)
+        norm: Any = self.accelerator.clip_grad_norm_(self.parameters, limit)
+        if self.deepspeed:  # it has clipped and stepped in its backward already
+            self.window.add_step(torch.tensor(math.nan if norm is None else float(norm), device=self.device))
+            return
+        broken = ~self.window.add_step(whole(norm))
         for parameter in self.parameters:
             if parameter.grad is not None:
-                parameter.grad.masked_fill_(broken, 0.0)
+                local(parameter.grad).masked_fill_(broken, 0.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update()
 
     def _set_learning_rate(self, step: int) -> float:
         """A function of the step alone, so that there is no scheduler to save."""
-        factor = min(1.0, (step + 1) / self.config.warmup) if self.config.warmup else 1.0
+        factor = rate_factor(self.config, step)
         for group, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = base * factor
         return float(self.base_rates[0]) * factor
 
-    def _log(self, recorder: Recorder, step: int, rate: float) -> None:
-        metrics, row = self.window.read(self.accelerator)
-        recorder.write(step, metrics | {"learning_rate": rate})
+    # ---- After a step ----
+
+    def _after(self, recorder: Recorder, done: int, rate: float, request: StopRequest) -> bool:
+        """Log, validation and checkpoint, each where due; returns whether to stop here."""
+        config = self.config
+        last = done == config.steps
+        stop = bool(request.signal) and self.accelerator.num_processes == 1
+        # The first step always has a line: there the policy still is the reference, and a wrong
+        # set-up shows.
+        if last or done == 1 or done % config.log_every == 0:
+            stop = self._log(recorder, done, rate, request)
+        if config.validate_every and (last or done % config.validate_every == 0):
+            metrics = self.validation(self.policy, done)
+            if metrics:
+                recorder.write_validation(done, metrics)
+        stop = stop and not last
+        due = config.checkpoint_every and (last or done % config.checkpoint_every == 0)
+        if due or (stop and not self.deepspeed):
+            self._save(done)
+        return stop
+
+    def _log(self, recorder: Recorder, step: int, rate: float, request: StopRequest) -> bool:
+        """Writes a line; returns whether a process was asked to stop."""
+        extra = torch.full((1,), float(bool(request.signal)), device=self.device)
+        # Not at the first and last line: what is drawn next must not hang on where a run began or ended.
+        statistics = self.informative if step % self.config.log_every == 0 else None
+        if statistics is not None:
+            extra = torch.cat([extra, statistics.window.flatten()])
+        metrics, row, (stop, *ratios) = self.window.read(self.accelerator, extra)
+        if statistics is not None:
+            statistics.absorb(ratios)
+        metrics["learning_rate"] = rate
+        if self.informative is not None:
+            metrics["timestep_share"] = self.informative.share
+        if self.config.skip_inactive:
+            metrics["skipped_passes"], self.skipped = self.skipped, 0
+        recorder.write(step, metrics)
         if row >= self.config.max_nonfinite_steps:
             raise TrainingDiverged(
                 f"step {step}: {row} optimiser steps in a row had a non-finite gradient, expected fewer than "
                 f"max_nonfinite_steps={self.config.max_nonfinite_steps}; see {self.config.metrics_path}"
             )
         self.watch.update(step, metrics.get("active_fraction", math.nan))
+        if stop and not request.signal:
+            request.signal = "another process"
+        return stop > 0
+
+    # ---- Checkpoints ----
 
     def _save(self, step: int) -> None:
-        self.saved = checkpoint.save(
+        window = self.window.state()
+        progress: dict[str, Any] = {"low_active_lines": self.watch.lines, "skipped": self.skipped}
+        if self.informative is not None:
+            window["ratios"] = self.informative.window
+            progress["timesteps"] = self.informative.progress()
+        path = checkpoint.save(
             self.config.checkpoints,
             step=step,
             identity=self.identity,
             model=self.accelerator.unwrap_model(self.policy),
             optimizer=self.optimizer,
-            window=self.window.state(),
-            progress={"low_active_lines": self.watch.lines},
+            average=self.average,
+            window=window,
+            progress=progress,
             keep=self.config.keep_checkpoints,
             accelerator=self.accelerator,
         )
+        self.saved = step, path
 
     def _resume(self, source: str | Path) -> int:
         step, window, progress = checkpoint.load(
@@ -317,10 +401,36 @@ class _Run:
             identity=self.identity,
             model=self.accelerator.unwrap_model(self.policy),
             optimizer=self.optimizer,
+            average=self.average,
             accelerator=self.accelerator,
         )
         if step >= self.config.steps:
             raise ValueError(f"steps={self.config.steps}: the checkpoint has {step} already, expected more")
         self.window.restore(window)
         self.watch.lines = int(progress["low_active_lines"])
+        self.skipped = int(progress["skipped"])
+        if self.informative is not None:
+            self.informative.restore(progress["timesteps"], window["ratios"])
         return step
+
+
+def _prepare(policy: nn.Module, optimizer: Any, config: TrainingConfig, accelerator: Accelerator) -> tuple[Any, Any]:
+    """Hands policy and optimiser to accelerate, and gives the policy its own forward back.
+
+    For mixed precision accelerate puts a forward in its place that casts the prediction to float32: a copy of it that
+    the loss has no use for. Autocast is the loop's.
+    """
+    if accelerator.distributed_type.value == "DEEPSPEED":
+        settings: Any = accelerator.deepspeed_plugin.deepspeed_config
+        sizes = {"train_micro_batch_size_per_gpu": config.batch_size, "gradient_clipping": config.max_grad_norm or 0.0}
+        for name, value in sizes.items():
+            if settings.get(name, "auto") == "auto":
+                settings[name] = value
+    own_forward = policy.__dict__.get("forward")
+    prepared, optimizer = accelerator.prepare(policy, optimizer)
+    accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    policy.__dict__.pop("forward", None)
+    if own_forward is not None:
+        policy.__dict__["forward"] = own_forward
+    policy.__dict__.pop("_is_accelerate_prepared", None)  # or a second run with this policy would not be prepared
+    return prepared, optimizer

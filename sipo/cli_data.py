@@ -1,0 +1,206 @@
+"""The commands of ``sipo`` that need data or a configuration: ``train``, ``precompute``, ``data check``, ``label``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Import name → distribution.
+_PACKAGES = {
+    "accelerate": "accelerate",
+    "av": "av",
+    "datasets": "datasets",
+    "diffusers": "diffusers",
+    "peft": "peft",
+    "PIL": "pillow",
+    "pydantic": "pydantic",
+    "safetensors": "safetensors",
+    "tqdm": "tqdm",
+    "transformers": "transformers",
+    "yaml": "pyyaml",
+}
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as a shell has it."""
+
+
+class CommandError(Exception):
+    """What a user did wrong, or what went wrong, in one line."""
+
+
+def add_commands(commands: Any) -> None:
+    """Adds the commands to a parser's subcommands; each sets ``run``."""
+    train = commands.add_parser(
+        "train",
+        help="align a model as a YAML file says",
+        description="Aligns a model on preference pairs: encodes them once, trains, and saves what diffusers loads. "
+        "`accelerate launch -m sipo train CONFIG` runs it on many processes.",
+    )
+    _add_config(train)
+    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
+    train.set_defaults(run=_train)
+
+    precompute = commands.add_parser(
+        "precompute",
+        help="encode the pairs of a configuration, and what else it wants beforehand",
+        description="Writes latents, text embeddings and, where asked for, the reference's errors "
+        "into data.cache. What is there is checked and kept, so that it goes on where it was stopped.",
+    )
+    _add_config(precompute)
+    precompute.set_defaults(run=_precompute)
+
+    data = commands.add_parser("data", help="look at preference data").add_subparsers(required=True, metavar="COMMAND")
+    check = data.add_parser(
+        "check",
+        help="find what training would stumble over",
+        description="Reads every pair and lists what is wrong, by row. Exit status 0: training would skip nothing.",
+    )
+    check.add_argument("path", help="JSONL file, parquet files, hub id, or VideoDPO folder")
+    check.add_argument("--format", choices=("auto", "jsonl", "pickapic", "videodpo"), default="auto", help="of PATH")
+    check.add_argument("--split", default="train", help="of a data set with several")
+    check.add_argument("--frames", type=int, help="frames that training will need of each clip")
+    check.add_argument("--fps", type=float, help="frames per second that it will read them at")
+    check.add_argument("--limit", type=int, help="look at no more than the first so many rows")
+    check.add_argument("--streaming", action="store_true", help="read a hub's data set without downloading all of it")
+    check.add_argument("--rows", type=int, default=5, help="rows to list of each kind of fault (default %(default)s)")
+    check.add_argument("--json", type=Path, metavar="FILE", help="write every row of the report as JSON")
+    check.set_defaults(run=_check)
+
+    label = commands.add_parser(
+        "label",
+        help="make pairs from a scorer's preferences",
+        description="Scores the candidates of each prompt and writes pairs with both scores.",
+    )
+    label.add_argument("source", help='JSONL: {"prompt": ..., "candidates": [paths]}, or pairs to score anew')
+    label.add_argument("output", help="JSONL file to write")
+    label.add_argument("--clip", metavar="MODEL", help="CLIP-style model (PickScore, HPSv2): folder or hub id")
+    label.add_argument("--processor", metavar="MODEL", help="where its processor is, if elsewhere")
+    label.add_argument("--aesthetic", type=Path, metavar="FILE", help="safetensors head on --clip's image embeddings")
+    label.add_argument("--activation", choices=("none", "relu"), default="none", help="between the head's layers")
+    label.add_argument("--function", metavar="MODULE:NAME", help="scores(images_or_clips, prompts) in Python")
+    label.add_argument(
+        "--pairs", choices=("best-worst", "all"), default="best-worst", help="of one prompt's candidates"
+    )
+    label.add_argument("--min-margin", type=float, default=0.0, help="leave out pairs whose scores differ by less")
+    label.add_argument("--frames", type=int, default=8, help="that a clip is scored by (default %(default)s)")
+    label.add_argument("--batch-size", type=int, default=16, help="images in one call (default %(default)s)")
+    label.add_argument("--device", default="cpu", help="of the scorer (default %(default)s)")
+    label.add_argument("--skip-bad", action="store_true", help="leave out files that cannot be read, and count them")
+    label.set_defaults(run=_label)
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, help="YAML file; see examples/")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="laid over the file")
+
+
+def _guarded(work: Callable[[], int]) -> int:
+    """Runs a command; errors that a user can do something about become one line.
+
+    Raises:
+        CommandError: one of those.
+    """
+    missing = [name for module, name in _PACKAGES.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise CommandError(f"this needs {', '.join(missing)}: pip install 'sipo[train]'")
+    from sipo.training import TrainingDiverged, TrainingOutOfMemory
+
+    _quieten()
+    try:
+        return work()
+    # OSError: files; ValueError: ours for data, caches, checkpoints and configurations.
+    except (OSError, ValueError, ImportError, TrainingDiverged, TrainingOutOfMemory) as error:
+        raise CommandError(str(error) or type(error).__name__) from error
+
+
+def _quieten() -> None:
+    """Leaves out what diffusers and transformers print about every component that is loaded; downloads keep their bars.
+
+    Nor is a line wanted for each image processor that could do with torchvision.
+    """
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+
+def _train(options: argparse.Namespace) -> int:
+    return _guarded(lambda: _run_train(options))
+
+
+def _run_train(options: argparse.Namespace) -> int:
+    import yaml
+
+    from sipo import config as configuration
+    from sipo.run import run_training
+    from sipo.training import TrainingInterrupted
+
+    config = configuration.load(options.config, options.overrides)
+    accelerator = _accelerator(config)
+    if accelerator.is_main_process:
+        print(yaml.safe_dump(config.as_dict(), sort_keys=False), flush=True)
+    try:
+        trained = run_training(config, resume=options.resume, accelerator=accelerator)
+    except TrainingInterrupted as stop:
+        if accelerator.is_main_process:
+            command = " ".join(["sipo train", str(options.config), *options.overrides, "--resume"])
+            print(f"sipo: stopped after step {stop.step}; `{command}` goes on from there", file=sys.stderr)
+        return INTERRUPTED
+    if accelerator.is_main_process:
+        last = (trained.result.validation or [{}])[-1]
+        if "validation/loss" in last:
+            loss, accuracy = last["validation/loss"], last["validation/implicit_acc"]
+            print(f"held out: loss {loss:.4f}, implicit accuracy {accuracy:.1%}")
+        print(f"weights, and how to load them: {trained.weights / 'README.md'}")
+    return 0
+
+
+def _accelerator(config: Any) -> Any:
+    from accelerate import Accelerator
+
+    training = config.training
+    return Accelerator(mixed_precision=training.mixed_precision, gradient_accumulation_steps=training.accumulation)
+
+
+def _precompute(options: argparse.Namespace) -> int:
+    return _guarded(lambda: _run_precompute(options))
+
+
+def _run_precompute(options: argparse.Namespace) -> int:
+    from sipo import config as configuration
+    from sipo.run import open_run, prepare_data
+
+    config = configuration.load(options.config, options.overrides)
+    run = open_run(config, _accelerator(config))
+    _, summary = prepare_data(run, verify=True, progress=config.training.progress)
+    if run.accelerator.is_main_process and summary is not None:
+        print(summary.describe())
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    def work() -> int:
+        from sipo.data.check import run_check
+
+        report = {"streaming": options.streaming, "json_file": options.json, "rows": options.rows}
+        return run_check(
+            options.path, options.format, options.split, options.frames, options.fps, options.limit, **report
+        )
+
+    return _guarded(work)
+
+
+def _label(options: argparse.Namespace) -> int:
+    def work() -> int:
+        from sipo.data.label import run_label
+
+        arguments = {name: value for name, value in vars(options).items() if name not in ("run", "source", "output")}
+        return run_label(options.source, options.output, **arguments)
+
+    return _guarded(work)

@@ -1,0 +1,313 @@
+"""The configuration of ``sipo train``: one tree of dataclasses, read from YAML with ``key=value`` overrides.
+
+Names that do not exist are errors that say the nearest one that does. Needs pydantic and PyYAML:
+``pip install 'sipo[train]'``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from sipo.training.config import TrainingConfig
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+TOY = "toy"
+"""In place of a model's or data set's path: a small one, made on the spot from a configuration."""
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used, in one line that names the key and what was expected."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """LoRA through peft.
+
+    Attributes:
+        rank: of each adapter.
+        alpha: scale is alpha / rank; ``None`` is rank, a scale of 1.
+        dropout: of the adapters' input.
+        target_modules: names of modules to adapt; ``None`` takes the family's.
+    """
+
+    rank: int = 16
+    alpha: float | None = None
+    dropout: float = 0.0
+    target_modules: list[str] | None = None
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What is trained, and what it is held near to.
+
+    Attributes:
+        family: see ``sipo.families.FAMILIES``.
+        path: a local folder or a hub id with a whole diffusers pipeline; "toy" for a small random one.
+        revision: of a hub id.
+        variant: of the weight files ("fp16").
+        dtype: of frozen weights: text encoders and VAE, and with LoRA the network below the adapters. Weights
+            that are trained are float32.
+        tuning: "lora" or "full".
+        lora: with ``tuning: lora``.
+        reference: where the reference's errors come from. "adapter_off": the same network without its adapters (LoRA);
+            "copy": a frozen copy; "errors": computed beforehand (``data.draws``), no network. "auto" takes "errors"
+            where ``data.reference_errors`` is set, else what fits ``tuning``.
+        reference_dtype: of a frozen copy; ``None`` is ``dtype``.
+        reference_offload: keep a frozen copy in host memory while it is not running.
+        gradient_checkpointing: trade time for memory in the policy's backward pass.
+    """
+
+    family: str
+    path: str
+    revision: str | None = None
+    variant: str | None = None
+    dtype: Dtype = "float32"
+    tuning: Literal["lora", "full"] = "lora"
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    reference: Literal["auto", "adapter_off", "copy", "errors"] = "auto"
+    reference_dtype: Dtype | None = None
+    reference_offload: bool = False
+    gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the pairs come from, and how they become latents (once, see ``sipo precompute``).
+
+    Attributes:
+        path: JSONL file, folder of parquet files, hub id of a data set, or VideoDPO folder; "toy" for a small one.
+        format: of ``path``; "auto" looks.
+        split: of a data set with several.
+        cache: folder of latents, text embeddings and reference errors.
+        sizes: heights and widths to train at, in pixels; a pair goes to the one nearest in shape.
+        frames: of a clip; 1 for images.
+        fps: frames per second that clips are read at; ``None`` takes each file's own.
+        crop: where an image is cut to size: "center", or "random" (SDXL is told).
+        flip: mirror half of the pairs, both images of a pair alike.
+        latents: "sample" draws once from the VAE's posterior, "mode" takes its mean.
+        dtype: that latents and text embeddings are stored in.
+        skip_bad: leave out pairs that cannot be used, and say how many; ``False`` stops at the first.
+        max_pairs: use no more than the first so many.
+        held_out: pairs kept from training, for validation.
+        draws: fixed (timestep, noise) draws for each pair; 0 draws anew each time, as training scripts do.
+        reference_errors: compute the reference's error at each draw beforehand.
+        seed: of crops, flips, latents and draws.
+        shard_pairs: pairs in one file of the cache.
+    """
+
+    path: str
+    cache: str
+    format: Literal["auto", "jsonl", "pickapic", "videodpo"] = "auto"
+    split: str = "train"
+    sizes: list[tuple[int, int]] = field(default_factory=lambda: [(512, 512)])
+    frames: int = 1
+    fps: float | None = None
+    crop: Literal["center", "random"] = "center"
+    flip: bool = False
+    latents: Literal["sample", "mode"] = "sample"
+    dtype: Dtype = "bfloat16"
+    skip_bad: bool = False
+    max_pairs: int | None = None
+    held_out: int = 0
+    draws: int = 0
+    reference_errors: bool = False
+    seed: int = 0
+    shard_pairs: int = 64
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Arguments of :class:`sipo.SIPOLoss`, under the same names."""
+
+    method: str = "sipo"
+    beta: float | None = None
+    num_inference_steps: int | None = None
+    ratio: str = "posterior"
+    clip_low: float = 0.1
+    clip_high: float = 0.1
+    mask_threshold: float = 0.9
+    nonfinite: str = "propagate"
+    backend: str = "auto"
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Samples to look at, drawn whenever validation runs.
+
+    Attributes:
+        prompts: one image or clip for each; none draws nothing.
+        seed: the same at every look.
+        steps: of the sampler.
+        guidance: classifier-free guidance scale; ``None`` takes the family's.
+    """
+
+    prompts: list[str] = field(default_factory=list)
+    seed: int = 0
+    steps: int = 50
+    guidance: float | None = None
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run of ``sipo train``."""
+
+    model: ModelConfig
+    data: DataConfig
+    training: TrainingConfig
+    loss: LossConfig = field(default_factory=LossConfig)
+    samples: SampleConfig = field(default_factory=SampleConfig)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON and YAML values, every default filled in."""
+        plain: dict[str, Any] = _plain(dataclasses.asdict(self))
+        return plain
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Reads a YAML file and lays ``section.key=value`` over it, the values in YAML too.
+
+    Raises:
+        ConfigError: a file that is not there or not YAML, an unknown key, a value that does not fit.
+    """
+    import yaml
+
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}, expected a YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML: {_one_line(error)}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: holds {type(tree).__name__}, expected the sections {', '.join(_names(Config))}")
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"{override!r}: expected section.key=value")
+        *sections, name = key.split(".")
+        place = tree
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"{override!r}: {section} is no section")
+        try:
+            place[name] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{override!r}: not YAML: {_one_line(error)}") from error
+    return from_dict(tree)
+
+
+def from_dict(tree: dict[str, Any]) -> Config:
+    """A configuration from plain values.
+
+    Raises:
+        ConfigError: an unknown key, a value that does not fit.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    for key in _unknown(tree, Config, ()):
+        raise ConfigError(f"{'.'.join(key)}: no such key{_nearest(key)}")
+    try:
+        config = TypeAdapter(Config).validate_python(tree)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        if first["type"] in ("missing", "missing_argument"):
+            raise ConfigError(f"{place}: missing, expected a value") from error
+        cause = first.get("ctx", {}).get("error")
+        if cause is not None:  # our own check of a whole section, which names the value itself
+            raise ConfigError(f"{place}.{_one_line(cause)}") from error
+        raise ConfigError(f"{place}={first['input']!r}: {first['msg']}") from error
+    except TypeError as error:  # TrainingConfig's own checks, which pydantic lets through
+        raise ConfigError(f"training.{_one_line(error)}") from error
+    _check(config)
+    return config
+
+
+def _check(config: Config) -> None:
+    """What no single value shows."""
+    model, data = config.model, config.data
+    if model.reference == "adapter_off" and model.tuning != "lora":
+        raise ConfigError("model.reference='adapter_off': expected model.tuning='lora', which has adapters")
+    if (data.reference_errors or model.reference == "errors") and data.draws < 1:
+        raise ConfigError(f"data.draws={data.draws}: expected at least 1, for the reference's errors to belong to")
+    if model.reference == "errors" and not data.reference_errors:
+        raise ConfigError("data.reference_errors=False: expected True with model.reference='errors'")
+    for name, value, least in (
+        ("data.frames", data.frames, 1),
+        ("data.draws", data.draws, 0),
+        ("data.held_out", data.held_out, 0),
+        ("data.shard_pairs", data.shard_pairs, 1),
+        ("model.lora.rank", model.lora.rank, 1),
+        ("samples.steps", config.samples.steps, 1),
+    ):
+        if value < least:
+            raise ConfigError(f"{name}={value}: expected at least {least}")
+    if not data.sizes or any(side < 1 for size in data.sizes for side in size):
+        raise ConfigError(f"data.sizes={data.sizes}: expected at least one [height, width] in pixels")
+
+
+def reference_kind(config: Config) -> str:
+    """``model.reference`` with "auto" resolved: "adapter_off", "copy" or "errors"."""
+    if config.model.reference != "auto":
+        return config.model.reference
+    if config.data.reference_errors:
+        return "errors"
+    return "adapter_off" if config.model.tuning == "lora" else "copy"
+
+
+def _names(section: Any) -> list[str]:
+    return [f.name for f in dataclasses.fields(section)]
+
+
+def _sections(section: Any) -> dict[str, Any]:
+    """Fields of a dataclass that are dataclasses themselves."""
+    hints = typing.get_type_hints(section)
+    return {name: hints[name] for name in _names(section) if dataclasses.is_dataclass(hints[name])}
+
+
+def _unknown(tree: dict[str, Any], section: Any, place: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    known, nested = _names(section), _sections(section)
+    for name, value in tree.items():
+        here = (*place, str(name))
+        if name not in known:
+            yield here
+        elif name in nested and isinstance(value, dict):
+            yield from _unknown(value, nested[name], here)
+
+
+def _paths(section: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    nested = _sections(section)
+    for name in _names(section):
+        yield (*place, name)
+        if name in nested:
+            yield from _paths(nested[name], (*place, name))
+
+
+def _nearest(key: tuple[str, ...]) -> str:
+    """Where the name stands, if it stands elsewhere; else the name most like it in its own section, then anywhere."""
+    paths = list(_paths(Config))
+    elsewhere = [path for path in paths if path[-1] == key[-1]]
+    beside = [path for path in paths if path[:-1] == key[:-1]]
+    for candidates in (elsewhere, beside, paths):
+        close = difflib.get_close_matches(key[-1], [path[-1] for path in candidates], n=1, cutoff=0.6)
+        if close:
+            return f", did you mean {'.'.join(next(path for path in candidates if path[-1] == close[0]))}?"
+    return f", expected one of {', '.join(path[-1] for path in beside or [(n,) for n in _names(Config)])}"
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

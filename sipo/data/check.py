@@ -1,0 +1,385 @@
+"""``sipo data check``: what a data set of pairs holds, and which of its pairs training would skip.
+
+:func:`load_pair` is the one rule of what can be trained on. Precomputing reads every pair through it, and so does the
+check: what the one reports is what the other skips.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sipo.data.media import Media, MediaError, nearest_size, probe_media, read_media
+from sipo.data.readers import Format, open_pairs
+from sipo.data.records import PairReader, PairRecord
+
+SKIPPED = {
+    "row": "faulty rows",
+    "index": "index shifts",
+    "tie": "ties",
+    "caption": "empty captions",
+    "missing": "missing files",
+    "undecodable": "undecodable files",
+    "medium": "images for clips, or clips for images",
+    "short": "clips too short",
+    "rate": "clips of too few frames per second",
+    "shape": "pairs of two shapes or frame rates",
+    "identical": "chosen and rejected alike",
+}
+"""Kinds of findings that training skips, or stops at, with what they are called."""
+
+NOTED = {
+    "duplicate": "duplicates",
+    "contradiction": "pairs that an earlier row has the other way round",
+    "reused": "files that an earlier row has for another prompt",
+    "shift": "suspected index shifts",
+    "resolution": "pairs of two resolutions",
+    "length": "pairs of two lengths",
+    "enlarged": "pairs smaller than the size they are trained at",
+}
+"""Kinds of findings that training does not skip: it takes each pair by itself, and can."""
+
+RATIO_TOLERANCE = 0.02
+"""Two aspect ratios that differ by less are one: sizes are rounded to the multiples that a model asks for."""
+
+_RATE_TOLERANCE = 0.01
+
+
+class BadPair(ValueError):  # noqa: N818 (what it is, and not an error of the program)
+    """A pair that cannot be trained on, in one line.
+
+    Attributes:
+        kind: a key of :data:`SKIPPED`.
+    """
+
+    def __init__(self, kind: str, problem: str) -> None:
+        super().__init__(problem)
+        self.kind = kind
+
+
+def load_pair(record: PairRecord, *, frames: int | None = 1, fps: float | None = None) -> tuple[Media, Media]:
+    """Decodes both sides of a pair that can be trained on.
+
+    Args:
+        record: of a reader.
+        frames: of a clip; 1 for images; ``None`` takes whatever the files hold, decodes all of it, and keeps no more
+            than the first frame.
+        fps: rate that clips are read at; ``None`` takes each file's own.
+
+    Returns:
+        The chosen one and the rejected one. They may differ in resolution, not in aspect ratio.
+
+    Raises:
+        BadPair: faulty row, tie, empty caption, missing or undecodable file, clip too short, two shapes, two frame
+            rates (without ``fps``), the same picture twice.
+    """
+    if record.problem:
+        raise BadPair(record.problem_kind, record.problem)
+    if record.tie:
+        raise BadPair("tie", "neither is preferred")
+    if not record.prompt.strip():
+        raise BadPair("caption", "the caption is empty")
+    sides: list[Media] = []
+    for name, source in (("chosen", record.chosen), ("rejected", record.rejected)):
+        try:
+            sides.append(probe_media(source) if frames is None else read_media(source, frames, fps))
+        except MediaError as error:
+            raise BadPair(error.kind, f"{name}: {error}") from error
+    chosen, rejected = sides
+    sizes = [tuple(side.pixels.shape[-2:]) for side in sides]
+    if (chosen.fps is None) != (rejected.fps is None):
+        raise BadPair("medium", "one is an image and the other a clip")
+    if abs(math.log(sizes[0][0] * sizes[1][1] / (sizes[0][1] * sizes[1][0]))) > math.log1p(RATIO_TOLERANCE):
+        raise BadPair("shape", f"chosen is {_by(sizes[0])} and rejected {_by(sizes[1])}, expected one aspect ratio")
+    if fps is None and chosen.fps and rejected.fps and abs(chosen.fps / rejected.fps - 1.0) > _RATE_TOLERANCE:
+        raise BadPair("shape", f"chosen has {chosen.fps:g} frames per second and rejected {rejected.fps:g}")
+    alike = chosen.length == rejected.length and torch.equal(chosen.pixels, rejected.pixels)
+    if alike and frames is None and chosen.fps is not None:
+        # First frames may well be alike (an image that both clips start from), and no other was kept.
+        alike = _digest(record.chosen) == _digest(record.rejected)
+    if alike:
+        raise BadPair("identical", "chosen and rejected are the same")
+    return chosen, rejected
+
+
+def usable(record: PairRecord, *, frames: int | None = 1, fps: float | None = None) -> str:
+    """Why training would skip a pair, or nothing where it would not; arguments as for :func:`load_pair`."""
+    try:
+        load_pair(record, frames=frames, fps=fps)
+    except BadPair as error:
+        return str(error)
+    return ""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something about one row; ``kind`` is a key of :data:`SKIPPED` or :data:`NOTED`."""
+
+    row: int
+    kind: str
+    text: str
+
+
+@dataclass
+class CheckReport:
+    """What a check has found.
+
+    Attributes:
+        pairs: rows that were looked at.
+        skipped: how many of them training would skip.
+        findings: in the order of their rows.
+        sizes: pairs that go to each size, where sizes were given.
+    """
+
+    pairs: int = 0
+    skipped: int = 0
+    findings: list[Finding] = field(default_factory=list)
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
+
+    def counts(self) -> dict[str, int]:
+        """Findings of every kind, those of which there are none included."""
+        found = Counter(finding.kind for finding in self.findings)
+        return {kind: found[kind] for kind in (*SKIPPED, *NOTED)}
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as JSON values."""
+        return {
+            "pairs": self.pairs,
+            "skipped": self.skipped,
+            "counts": self.counts(),
+            "sizes": [{"height": h, "width": w, "pairs": n} for (h, w), n in sorted(self.sizes.items())],
+            "findings": [vars(finding) for finding in self.findings],
+        }
+
+    def describe(self, rows: int = 5) -> str:
+        """A table, and the first ``rows`` rows of each kind."""
+        lines = [f"{self.pairs} pairs, of which training would skip {self.skipped}"]
+        for title, names in (("skipped", SKIPPED), ("not skipped", NOTED)):
+            for kind, name in names.items():
+                found = [finding for finding in self.findings if finding.kind == kind]
+                if not found:
+                    continue
+                lines.append(f"{len(found):>8}  {name} ({title})")
+                lines += [f"{'':>10}row {finding.row}: {finding.text}" for finding in found[:rows]]
+                if len(found) > rows:
+                    lines.append(f"{'':>10}and {len(found) - rows} more")
+        lines += [f"{n:>8}  pairs at {_by(size)}" for size, n in sorted(self.sizes.items())]
+        return "\n".join(lines)
+
+
+def check_pairs(
+    reader: PairReader | Iterable[PairRecord],
+    *,
+    frames: int | None = None,
+    fps: float | None = None,
+    sizes: Sequence[tuple[int, int]] | None = None,
+    limit: int | None = None,
+    workers: int | None = None,
+    progress: bool = False,
+) -> CheckReport:
+    """Reads and decodes every pair.
+
+    A duplicate has the prompt and both files' contents of an earlier row; a contradiction has the files the other way
+    round. A file that an earlier row has under another prompt is listed as well: at most one of them was made for it.
+
+    An index shift shows in VideoDPO's lists by their captions. Other sources have file names alone, and a shift is
+    suspected only where these contradict themselves: chosen and rejected are numbered alike in all but a few rows
+    (a tenth), or in all but one stretch of rows with one and the same offset. At least ten rows must be so numbered.
+    That names count from 1, or leave numbers out, is no evidence: rows that somebody filtered look the same.
+
+    Args:
+        reader: of :func:`sipo.data.readers.open_pairs`.
+        frames: as for :func:`load_pair`.
+        fps: likewise.
+        sizes: heights and widths to train at; pairs are counted by them, and smaller ones listed.
+        limit: look at no more than the first so many rows.
+        workers: threads that decode; ``None`` takes one for each core, four at most. Twice as many pairs are in memory.
+        progress: whether to draw a bar.
+    """
+    report = CheckReport()
+    notes = _Notes()
+    for record, examined in _examine_all(islice(reader, limit), frames, fps, sizes, workers, progress):
+        report.pairs += 1
+        if examined.bad is not None:
+            report.skipped += 1
+            report.findings.append(Finding(record.row, examined.bad.kind, str(examined.bad)))
+            continue
+        if examined.size is not None:
+            report.sizes[examined.size] += 1
+        for kind, text in (*examined.notes, *notes.add(record, examined.digests)):
+            report.findings.append(Finding(record.row, kind, text))
+    report.findings += notes.shifts()
+    report.findings.sort(key=lambda finding: finding.row)
+    return report
+
+
+def run_check(
+    path: str | Path,
+    format: Format = "auto",
+    split: str = "train",
+    frames: int | None = None,
+    fps: float | None = None,
+    limit: int | None = None,
+    *,
+    sizes: Sequence[tuple[int, int]] | None = None,
+    streaming: bool = False,
+    json_file: str | Path | None = None,
+    rows: int = 5,
+    progress: bool = True,
+) -> int:
+    """``sipo data check PATH``: prints the report, writes it to ``json_file`` if asked to.
+
+    Returns:
+        Exit status: 0 where training would skip nothing, else 1.
+
+    Raises:
+        DataError: the data set cannot be read at all.
+    """
+    from sipo.training.logs import write_aside
+
+    reader = open_pairs(path, format, split, streaming)
+    report = check_pairs(reader, frames=frames, fps=fps, sizes=sizes, limit=limit, progress=progress)
+    if json_file is not None:
+        write_aside(Path(json_file), json.dumps(report.as_dict(), indent=1) + "\n")
+    print(report.describe(rows))
+    return 1 if report.skipped else 0
+
+
+# ---- One row ----
+
+
+@dataclass(frozen=True)
+class _Examined:
+    bad: BadPair | None = None
+    notes: tuple[tuple[str, str], ...] = ()
+    digests: tuple[bytes, bytes] = (b"", b"")
+    size: tuple[int, int] | None = None
+
+
+def _examine(
+    record: PairRecord, frames: int | None, fps: float | None, sizes: Sequence[tuple[int, int]] | None
+) -> _Examined:
+    """What one row shows by itself; pixels are let go of on return."""
+    try:
+        chosen, rejected = load_pair(record, frames=frames, fps=fps)
+    except BadPair as error:
+        return _Examined(error)
+    notes = []
+    shapes = [(side.pixels.shape[-2], side.pixels.shape[-1]) for side in (chosen, rejected)]
+    if shapes[0] != shapes[1]:
+        notes.append(("resolution", f"chosen is {_by(shapes[0])} and rejected {_by(shapes[1])}"))
+    if chosen.length != rejected.length:
+        notes.append(("length", f"chosen has {chosen.length} frames and rejected {rejected.length}"))
+    size = nearest_size(*shapes[0], sizes) if sizes else None
+    if size is not None and any(height < size[0] or width < size[1] for height, width in shapes):
+        smaller = min(shapes)
+        notes.append(("enlarged", f"{_by(smaller)} is enlarged to {_by(size)}"))
+    return _Examined(None, tuple(notes), (_digest(record.chosen), _digest(record.rejected)), size)
+
+
+def _examine_all(
+    records: Iterable[PairRecord],
+    frames: int | None,
+    fps: float | None,
+    sizes: Sequence[tuple[int, int]] | None,
+    workers: int | None,
+    progress: bool,
+) -> Iterator[tuple[PairRecord, _Examined]]:
+    """In the records' order. Pillow, FFmpeg and hashlib let go of the interpreter while they work: threads will do."""
+    workers = workers or min(4, os.cpu_count() or 1)
+    waiting: deque[tuple[PairRecord, Future[_Examined]]] = deque()
+    if progress:
+        from tqdm.auto import tqdm
+
+        records = tqdm(records, desc="checking", unit="pair", dynamic_ncols=True)
+    with ThreadPoolExecutor(workers) as pool:
+        for record in records:
+            waiting.append((record, pool.submit(_examine, record, frames, fps, sizes)))
+            if len(waiting) > 2 * workers:
+                done, future = waiting.popleft()
+                yield done, future.result()
+        for done, future in waiting:
+            yield done, future.result()
+
+
+def _digest(source: Path | bytes) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    if isinstance(source, bytes):
+        digest.update(source)
+        return digest.digest()
+    with source.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.digest()
+
+
+def _by(size: tuple[int, ...]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+# ---- One row beside the others ----
+
+
+class _Notes:
+    """What rows show only together. A few hundred bytes for each: a million rows are well under a gigabyte."""
+
+    def __init__(self) -> None:
+        self._pairs: dict[bytes, int] = {}
+        self._files: dict[bytes, tuple[int, bytes]] = {}
+        self._numbers: dict[tuple[str, int], list[tuple[int, int, int]]] = {}
+
+    def add(self, record: PairRecord, digests: tuple[bytes, bytes]) -> Iterator[tuple[str, str]]:
+        """Takes one usable row; yields what earlier rows have in common with it."""
+        prompt = hashlib.blake2b(record.prompt.encode(), digest_size=16).digest()
+        chosen, rejected = digests
+        same, swapped = prompt + chosen + rejected, prompt + rejected + chosen
+        if same in self._pairs:
+            yield "duplicate", f"is row {self._pairs[same]} again"
+        elif swapped in self._pairs:
+            yield "contradiction", f"is row {self._pairs[swapped]} with chosen and rejected swapped"
+        self._pairs.setdefault(same, record.row)
+        for name, digest in (("chosen", chosen), ("rejected", rejected)):
+            row, other = self._files.setdefault(digest, (record.row, prompt))
+            if other != prompt:
+                yield "reused", f"{name} is a file of row {row}, whose prompt is another"
+        if isinstance(record.chosen, Path) and isinstance(record.rejected, Path):
+            parts = [re.split(r"(\d+)", path.stem) for path in (record.chosen, record.rejected)]
+            if parts[0][::2] == parts[1][::2]:
+                for place in range(1, len(parts[0]), 2):
+                    numbers = (record.row, int(parts[0][place]), int(parts[1][place]))
+                    self._numbers.setdefault(("#".join(parts[0][::2]), place), []).append(numbers)
+
+    def shifts(self) -> list[Finding]:
+        """Suspected index shifts, see :func:`check_pairs`."""
+        found: dict[int, Finding] = {}
+        for rows in self._numbers.values():
+            unequal = [(row, chosen, rejected) for row, chosen, rejected in rows if chosen != rejected]
+            # A number that hardly changes from row to row is a version, or a seed, and no index.
+            if len(rows) < 10 or len({chosen for _, chosen, _ in rows}) < max(5, len(rows) / 10):
+                continue
+            if len(unequal) > len(rows) / 10 and not _one_stretch([b - a for _, a, b in rows]):
+                continue
+            for row, chosen, rejected in unequal:
+                agree = len(rows) - len(unequal)
+                text = f"chosen is number {chosen} and rejected {rejected}, in {agree} rows they agree"
+                found.setdefault(row, Finding(row, "shift", text))
+        return list(found.values())
+
+
+def _one_stretch(offsets: Sequence[int]) -> bool:
+    """Whether all offsets are 0 but for one unbroken stretch, at most half of them, of another."""
+    places = [place for place, offset in enumerate(offsets) if offset]
+    unbroken = places[-1] - places[0] + 1 == len(places)
+    return unbroken and len({offsets[place] for place in places}) == 1 and len(places) <= len(offsets) / 2

@@ -1,0 +1,266 @@
+"""``sipo label``: preferences from a scorer instead of people, which Diffusion-DPO calls AI feedback."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from sipo.data.media import MediaError, read_spaced
+from sipo.data.readers import read_lines, write_jsonl
+from sipo.data.records import DataError, PairRecord
+from sipo.data.scorers import AestheticScorer, ClipScorer, Scorer, ScorerError, load_function
+
+Choice = Literal["best-worst", "all"]
+
+
+@dataclass
+class LabelSummary:
+    """What a labelling has done.
+
+    Attributes:
+        rows: rows of the source.
+        pairs: pairs written.
+        below_margin: pairs left out because their scores are equal, or nearer than the margin.
+        skipped: rows left out, each with the reason.
+    """
+
+    rows: int = 0
+    pairs: int = 0
+    below_margin: int = 0
+    skipped: list[str] = field(default_factory=list)
+
+    def describe(self, rows: int = 5) -> str:
+        """The counts, and the first ``rows`` rows that were left out."""
+        lines = [f"{self.pairs} pairs of {self.rows} rows, {self.below_margin} left out below the margin"]
+        if self.skipped:
+            lines.append(f"{len(self.skipped)} rows skipped")
+            lines += [f"  {text}" for text in self.skipped[:rows]]
+        return "\n".join(lines)
+
+
+def label(
+    source: str | Path,
+    output: str | Path,
+    scorer: Scorer,
+    *,
+    pairs: Choice = "best-worst",
+    min_margin: float = 0.0,
+    frames: int = 8,
+    batch_size: int = 16,
+    skip_bad: bool = False,
+    progress: bool = False,
+) -> LabelSummary:
+    """Scores candidates and writes pairs of them as JSONL with both scores, aside and renamed.
+
+    Args:
+        source: JSONL with ``prompt`` and ``candidates``, a list of two paths or more, in each line; or with ``prompt``,
+            ``chosen`` and ``rejected``, which are scored anew. Paths are relative to the file. Further keys are kept.
+        output: the JSONL file to write.
+        scorer: see :mod:`sipo.data.scorers`.
+        pairs: "best-worst": one pair for each prompt, of the highest score and the lowest. "all": each two candidates,
+            the better one chosen.
+        min_margin: pairs whose scores differ by less are left out; those whose scores are equal always are.
+        frames: that a clip is scored by, evenly spaced.
+        batch_size: candidates that the scorer gets at once.
+        skip_bad: leave out rows that cannot be scored, and say which; ``False`` stops at the first.
+        progress: whether to draw a bar.
+
+    Raises:
+        DataError: the source, or without ``skip_bad`` one of its rows, cannot be used.
+        ScorerError: the scorer returned something else than finite numbers, one for each image.
+    """
+    if pairs not in ("best-worst", "all"):
+        raise ValueError(f"pairs={pairs!r}: expected 'best-worst' or 'all'")
+    if not 0.0 <= min_margin < math.inf:
+        raise ValueError(f"min_margin={min_margin}: expected a number of at least 0")
+    for name, value in (("frames", frames), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name}={value}: expected at least 1")
+    summary = LabelSummary()
+    rows: Iterable[_Row] = _rows(Path(source), summary, skip_bad)
+    if progress:
+        from tqdm.auto import tqdm
+
+        rows = tqdm(rows, desc="labelling", unit="row", dynamic_ncols=True)
+    scored = _score(rows, scorer, frames, batch_size, skip_bad, summary)
+    write_jsonl((pair for row in scored for pair in _pairs(row, pairs, min_margin, summary)), output)
+    return summary
+
+
+def run_label(
+    source: str | Path,
+    output: str | Path,
+    *,
+    clip: str | None = None,
+    aesthetic: str | Path | None = None,
+    function: str | None = None,
+    processor: str | None = None,
+    activation: Literal["none", "relu"] = "none",
+    device: str = "cpu",
+    pairs: Choice = "best-worst",
+    min_margin: float = 0.0,
+    frames: int = 8,
+    batch_size: int = 16,
+    skip_bad: bool = False,
+    progress: bool = True,
+) -> int:
+    """``sipo label SOURCE OUTPUT``: with ``clip``, ``clip`` and ``aesthetic``, or ``function``; prints the summary.
+
+    Returns:
+        Exit status 0.
+
+    Raises:
+        ValueError: as :func:`label`, or no scorer is named, or two are.
+    """
+    scorer: Scorer
+    if (clip is None) == (function is None):
+        raise ValueError("expected a scorer: either clip (with or without aesthetic) or function")
+    if function is not None:
+        if aesthetic is not None:
+            raise ValueError(f"aesthetic={aesthetic}: expected clip beside it, the model whose embeddings it rates")
+        scorer = load_function(function)
+    elif aesthetic is not None:
+        scorer = AestheticScorer(str(clip), aesthetic, processor=processor, activation=activation, device=device)
+    else:
+        scorer = ClipScorer(str(clip), processor=processor, device=device)
+    summary = label(
+        source,
+        output,
+        scorer,
+        pairs=pairs,
+        min_margin=min_margin,
+        frames=frames,
+        batch_size=batch_size,
+        skip_bad=skip_bad,
+        progress=progress,
+    )
+    print(summary.describe())
+    return 0
+
+
+# ---- Rows ----
+
+
+@dataclass
+class _Row:
+    row: int
+    prompt: str
+    candidates: list[Path]
+    extra: dict[str, Any]
+    scores: list[float] = field(default_factory=list)
+    problem: str = ""
+
+
+def _rows(source: Path, summary: LabelSummary, skip_bad: bool) -> Iterator[_Row]:
+    for row, value in read_lines(source):
+        summary.rows += 1
+        problem, names = _candidates(value)
+        if problem:
+            _skip(f"row {row}: {problem}", summary, skip_bad)
+            continue
+        assert isinstance(value, dict)
+        known = ("prompt", "candidates", "chosen", "rejected", "chosen_score", "rejected_score")
+        extra = {key: item for key, item in value.items() if key not in known}
+        yield _Row(row, value["prompt"], [source.parent / name for name in names], extra)
+
+
+def _candidates(value: dict[str, Any] | str) -> tuple[str, list[str]]:
+    """What is wrong with a line, or its candidates' names."""
+    if isinstance(value, str):
+        return value, []
+    if not isinstance(value.get("prompt"), str) or not value["prompt"].strip():
+        return f"prompt={value.get('prompt')!r}: expected text", []
+    names = value.get("candidates", [value.get("chosen"), value.get("rejected")])
+    if not isinstance(names, list) or len(names) < 2 or not all(isinstance(name, str) and name for name in names):
+        return "expected 'candidates', a list of two paths or more, or 'chosen' and 'rejected'", []
+    return "", names
+
+
+def _skip(text: str, summary: LabelSummary, skip_bad: bool) -> None:
+    if not skip_bad:
+        raise DataError(f"{text} (skip_bad leaves such rows out)")
+    summary.skipped.append(text)
+
+
+def _score(
+    rows: Iterable[_Row], scorer: Scorer, frames: int, batch_size: int, skip_bad: bool, summary: LabelSummary
+) -> Iterator[_Row]:
+    """The rows, in order, once all of their candidates are scored; a batch goes across rows."""
+
+    def read(item: tuple[_Row, Path]) -> Tensor | MediaError:
+        try:
+            return read_spaced(item[1], frames).pixels
+        except MediaError as error:
+            return error
+
+    waiting: list[_Row] = []
+
+    def candidates() -> Iterator[tuple[_Row, Path]]:
+        for row in rows:
+            waiting.append(row)
+            yield from ((row, path) for path in row.candidates)
+
+    every = candidates()
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        while batch := list(islice(every, batch_size)):
+            good: list[tuple[_Row, Tensor]] = []
+            for (row, _), pixels in zip(batch, pool.map(read, batch), strict=True):
+                if isinstance(pixels, Tensor):
+                    good.append((row, pixels))
+                elif not row.problem:
+                    row.problem = str(pixels)
+                    _skip(f"row {row.row}: {pixels}", summary, skip_bad)
+            if good:
+                scores = _numbers(scorer([pixels for _, pixels in good], [row.prompt for row, _ in good]), len(good))
+                for (row, _), score in zip(good, scores, strict=True):
+                    row.scores.append(score)
+            # A row whose last candidates are in the next batch waits for them; one with a problem waits for nothing.
+            while waiting and (waiting[0].problem or len(waiting[0].scores) == len(waiting[0].candidates)):
+                row = waiting.pop(0)
+                if not row.problem:
+                    yield row
+
+
+def _numbers(scores: Any, count: int) -> list[float]:
+    try:
+        numbers = [float(score) for score in scores]
+    except (TypeError, ValueError) as error:
+        raise ScorerError(f"the scorer returned {type(scores).__name__}, expected numbers: {error}") from error
+    if len(numbers) != count:
+        raise ScorerError(f"the scorer returned {len(numbers)} scores, expected {count}")
+    for number in numbers:
+        if not math.isfinite(number):
+            raise ScorerError(f"the scorer returned {number}, expected a finite number")
+    return numbers
+
+
+def _pairs(row: _Row, pairs: Choice, min_margin: float, summary: LabelSummary) -> Iterator[PairRecord]:
+    """Best first; among equal scores the first candidate counts as the better one, and is left out by the margin."""
+    order = sorted(range(len(row.scores)), key=lambda place: -row.scores[place])
+    if pairs == "best-worst":
+        chosen = [(order[0], order[-1])]
+    else:
+        chosen = [(order[i], order[j]) for i in range(len(order)) for j in range(i + 1, len(order))]
+    for best, worst in chosen:
+        margin = row.scores[best] - row.scores[worst]
+        if margin <= 0.0 or margin < min_margin:
+            summary.below_margin += 1
+            continue
+        summary.pairs += 1
+        yield PairRecord(
+            row.row,
+            row.prompt,
+            row.candidates[best],
+            row.candidates[worst],
+            row.scores[best],
+            row.scores[worst],
+            extra=row.extra,
+        )

@@ -1,0 +1,268 @@
+"""Images and clips: decoding them whole or not at all, fitting them to a size, writing them.
+
+A file that is cut short or damaged is an error that names it. Nothing is ever put in its place: no grey area for what a
+damaged image lacks, no repeated frame for what a clip lacks.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sipo.data.clips import AtRate, First, Media, MediaError, Numbered, as_stream, read_clip
+
+# Named, so that no file is ever handed to one of Pillow's rarer decoders (one of which starts another program).
+_IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+_DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Pixels at a size for the VAE.
+
+    Attributes:
+        pixels: float32 in [-1, 1], shaped as what was fitted, at the new height and width.
+        crop_top_left: (top, left) of what was kept, in pixels of the resized (and mirrored) image.
+        original_size: (height, width) before anything was done.
+    """
+
+    pixels: Tensor
+    crop_top_left: tuple[int, int]
+    original_size: tuple[int, int]
+
+
+# ---- Reading ----
+
+
+def read_media(source: Path | bytes, frames: int = 1, fps: float | None = None) -> Media:
+    """Decodes an image, or a clip's first frames at a rate.
+
+    An image is turned as its EXIF orientation says and converted to RGB (without its alpha channel). A clip's frame
+    ``k`` is the one nearest to the time ``k / fps`` after its first, of two equally near ones the earlier. The whole
+    file is read, also behind the last frame that is wanted, so that one that is cut short is noticed.
+
+    Args:
+        source: a file, or an encoded image or clip.
+        frames: how many; 1 asks for an image, more for a clip.
+        fps: frames per second; ``None`` takes the clip's own, frame by frame.
+
+    Raises:
+        MediaError: see there. A clip is never padded and no frame is taken twice.
+        ValueError: ``frames`` or ``fps`` make no sense.
+    """
+    if frames < 1:
+        raise ValueError(f"frames={frames}: expected at least 1")
+    if fps is not None and not fps > 0:
+        raise ValueError(f"fps={fps}: expected more than 0")
+    image = _read_image(source)
+    if image is not None:
+        if frames > 1:
+            raise MediaError("medium", source, f"is an image, expected a clip of {frames} frames")
+        return Media(image)
+    if frames == 1:
+        read_clip(source, First(1, decode_all=True))  # an error, if it is not even that
+        raise MediaError("medium", source, "is a clip, expected an image (frames=1)")
+    return read_clip(source, First(frames) if fps is None else AtRate(frames, fps))
+
+
+def probe_media(source: Path | bytes) -> Media:
+    """Decodes all of an image or a clip, and keeps no more than a clip's first frame, ``[1, 3, H, W]``.
+
+    Raises:
+        MediaError: missing or undecodable.
+    """
+    image = _read_image(source)
+    return Media(image) if image is not None else read_clip(source, First(1, decode_all=True))
+
+
+def read_spaced(source: Path | bytes, count: int) -> Media:
+    """Decodes an image, or ``count`` frames from the middles of equal parts of a clip; all, where it has fewer.
+
+    Raises:
+        MediaError: missing or undecodable.
+    """
+    image = _read_image(source)
+    if image is not None:
+        return Media(image)
+    length = read_clip(source, First(0)).length
+    indices = [int((part + 0.5) * length / count) for part in range(count)] if length > count else range(length)
+    return read_clip(source, Numbered(indices))
+
+
+def _read_image(source: Path | bytes) -> Tensor | None:
+    """``[3, H, W]`` uint8, or ``None`` where the file is no image but may be a clip."""
+    from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+
+    # Some package may have switched it on: a damaged image would come with a grey rest.
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    if isinstance(source, Path) and not source.is_file():
+        raise MediaError("missing", source, "no such file")
+    try:
+        image = Image.open(as_stream(source), formats=_IMAGE_FORMATS)
+    except UnidentifiedImageError:
+        return None
+    except (OSError, Image.DecompressionBombError) as error:
+        raise MediaError("undecodable", source, f"cannot be decoded: {error}") from error
+    try:
+        with image:
+            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+                return None
+            if image.format == "PNG":
+                image.verify()  # every chunk's checksum, which decoding alone does not look at
+        with Image.open(as_stream(source), formats=_IMAGE_FORMATS) as image:
+            image.load()
+            if image.mode in _DEEP_MODES:
+                raise ValueError(f"has mode {image.mode}, expected 8 bits a channel")
+            upright = ImageOps.exif_transpose(image)
+            if upright.has_transparency_data:
+                upright = upright.convert("RGBA")
+            rgb = upright.convert("RGB")
+    except Exception as error:  # Pillow's decoders raise whatever a damaged file makes them stumble over
+        raise MediaError("undecodable", source, f"cannot be decoded: {error}") from error
+    flat = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
+    return flat.view(rgb.height, rgb.width, 3).permute(2, 0, 1).contiguous()
+
+
+# ---- Fitting ----
+
+
+def nearest_size(height: int, width: int, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The size nearest in aspect ratio, and among equals in area; the first of equals."""
+
+    def distance(size: tuple[int, int]) -> tuple[float, float]:
+        ratio = math.log((size[0] * width) / (size[1] * height))
+        # Rounded, so that sizes of one ratio are equals although their logarithms differ in the last bit.
+        return round(abs(ratio), 9), abs(math.log((size[0] * size[1]) / (height * width)))
+
+    return min(sizes, key=distance)
+
+
+def fit(
+    pixels: Tensor,
+    height: int,
+    width: int,
+    *,
+    crop: Literal["center", "random"] = "center",
+    flip: bool = False,
+    generator: torch.Generator | None = None,
+) -> Fitted:
+    """Scales to the smallest size that covers the target (bicubic, antialiased), and crops what is over.
+
+    Args:
+        pixels: uint8, ``[3, H, W]`` or ``[F, 3, H, W]``; all frames alike.
+        height: wanted, in pixels.
+        width: wanted, in pixels.
+        crop: where from; at most one side has anything over.
+        flip: mirror left and right, before cropping.
+        generator: decides a random crop; on the CPU.
+    """
+    if crop not in ("center", "random"):
+        raise ValueError(f"crop={crop!r}: expected 'center' or 'random'")
+    original = (pixels.shape[-2], pixels.shape[-1])
+    scale = max(height / original[0], width / original[1])
+    covering = (max(height, round(original[0] * scale)), max(width, round(original[1] * scale)))
+    values = pixels.to(torch.float32)
+    if flip:
+        values = values.flip(-1)
+    if covering != original:
+        frames = values if values.ndim == 4 else values[None]
+        frames = F.interpolate(frames, covering, mode="bicubic", antialias=True, align_corners=False)
+        values = (frames if values.ndim == 4 else frames[0]).clamp_(0.0, 255.0)
+    over = (covering[0] - height, covering[1] - width)
+    if crop == "random":
+        top, left = (int(torch.randint(each + 1, (), generator=generator)) for each in over)
+    else:
+        top, left = over[0] // 2, over[1] // 2
+    values = values[..., top : top + height, left : left + width]
+    return Fitted((values / 127.5 - 1.0).contiguous(), (top, left), original)
+
+
+# ---- Writing ----
+
+
+def write_image(path: str | Path, pixels: Tensor) -> None:
+    """Writes ``[3, H, W]`` uint8 in the format of the path's ending, aside and renamed."""
+    from PIL import Image
+
+    _check_pixels(pixels, 3)
+    image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())
+    with _aside(Path(path)) as aside:
+        image.save(aside)
+
+
+def write_image_grid(path: str | Path, images: Tensor, columns: int | None = None, gap: int = 2) -> None:
+    """Writes ``[N, 3, H, W]`` uint8 as one image, row by row, with white between.
+
+    Args:
+        path: its ending gives the format.
+        images: at least one.
+        columns: images side by side; ``None`` makes the grid about square.
+        gap: pixels between two.
+    """
+    _check_pixels(images, 4)
+    count, _, height, width = images.shape
+    columns = min(count, columns or math.ceil(math.sqrt(count)))
+    rows = math.ceil(count / columns)
+    grid = torch.full((3, rows * (height + gap) - gap, columns * (width + gap) - gap), 255, dtype=torch.uint8)
+    for index, image in enumerate(images):
+        top, left = (index // columns) * (height + gap), (index % columns) * (width + gap)
+        grid[:, top : top + height, left : left + width] = image
+    write_image(path, grid)
+
+
+def write_video(path: str | Path, frames: Tensor, fps: float, crf: int = 18) -> None:
+    """Writes ``[F, 3, H, W]`` uint8 as H.264 in the container of the path's ending, aside and renamed.
+
+    The same frames give the same bytes (with the same FFmpeg): one thread, no date.
+
+    Args:
+        path: ends in ``.mp4`` or another container's name.
+        frames: of even height and width, which 4:2:0 colour needs.
+        fps: frames per second.
+        crf: x264's quality, lower is better.
+    """
+    import av
+
+    _check_pixels(frames, 4)
+    height, width = frames.shape[-2:]
+    if height % 2 or width % 2:
+        raise ValueError(f"frames are {height}x{width}, expected even sides")
+    path = Path(path)
+    with _aside(path) as aside, av.open(str(aside), "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        stream.codec_context.thread_count = 1
+        # Without x264's "macroblock tree", under which small frames come out otherwise from run to run.
+        stream.options = {"crf": str(crf), "x264-params": "mbtree=0"}
+        for pixels in frames.permute(0, 2, 3, 1).contiguous().cpu().numpy():
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def _check_pixels(pixels: Tensor, dimensions: int) -> None:
+    shape = "[3, H, W]" if dimensions == 3 else "[N, 3, H, W]"
+    if pixels.dtype != torch.uint8 or pixels.ndim != dimensions or pixels.shape[-3] != 3 or 0 in pixels.shape:
+        raise ValueError(f"pixels are {pixels.dtype} {list(pixels.shape)}, expected torch.uint8 {shape}")
+
+
+@contextmanager
+def _aside(path: Path) -> Iterator[Path]:
+    """A name to write under, with the same ending; renamed when all went well, removed when not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield aside
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)

@@ -1,0 +1,119 @@
+"""What a cache saves, by arithmetic: for published models at full size, or for any other numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+_ERROR_BYTES = 2 * 8 + 8  # of a draw: two float64 errors and a timestep
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """The numbers of a model that its savings follow from.
+
+    Attributes:
+        parameters: of the network that is trained.
+        latents: shape of one image's or clip's latents.
+        text: shapes of one prompt's embeddings.
+        pixels: what the latents are of, for people.
+    """
+
+    parameters: int
+    latents: tuple[int, ...]
+    text: tuple[tuple[int, ...], ...]
+    pixels: str
+
+
+FULL_SIZE = {
+    "SD1.5": ModelSize(859_520_964, (4, 64, 64), ((77, 768),), "512x512"),
+    "SDXL": ModelSize(2_567_463_684, (4, 128, 128), ((77, 2048), (1280,)), "1024x1024"),
+    "CogVideoX-2B": ModelSize(1_693_783_872, (13, 16, 60, 90), ((226, 4096),), "49 frames of 480x720"),
+    "CogVideoX-5B": ModelSize(5_570_283_072, (13, 16, 60, 90), ((226, 4096),), "49 frames of 480x720"),
+    "Wan 2.1 1.3B": ModelSize(1_418_996_800, (16, 21, 60, 104), ((512, 4096),), "81 frames of 480x832"),
+}
+"""The families as published; parameters counted from the published configurations."""
+
+
+@dataclass(frozen=True)
+class Savings:
+    """What a cache costs, and what training no longer needs. Bytes, and passes of one sample.
+
+    Attributes:
+        reference_bytes: the reference's weights, on the device for as long as training lasts.
+        error_bytes: on disk instead of them.
+        latent_bytes: on disk.
+        text_bytes: on disk at most, were every prompt another and of full length.
+        reference_passes_spent: forward passes of the reference beforehand.
+        reference_passes_saved: forward passes that training would have made.
+        encoder_passes_saved: images or clips that the VAE would have encoded again.
+        step_share: the reference's part of a training step's passes, a backward pass counted as two.
+    """
+
+    reference_bytes: int
+    error_bytes: int
+    latent_bytes: int
+    text_bytes: int
+    reference_passes_spent: int
+    reference_passes_saved: int
+    encoder_passes_saved: int
+    step_share: float
+
+
+def describe_savings(
+    size: ModelSize,
+    *,
+    pairs: int,
+    draws: int,
+    seen: int,
+    weight_bytes: int = 2,
+    stored_bytes: int = 2,
+    gradient_checkpointing: bool = False,
+) -> Savings:
+    """The arithmetic of latents, text embeddings and reference errors computed beforehand.
+
+    Reference errors save time where training sees each draw more than once (``seen > pairs * draws``); what they
+    save in memory does not depend on it.
+
+    Args:
+        size: the model's.
+        pairs: in the cache.
+        draws: for each pair.
+        seen: pairs that training sees, repetitions counted: steps times the global batch.
+        weight_bytes: of one of the reference's weights.
+        stored_bytes: of one number in the cache.
+        gradient_checkpointing: the policy's backward pass then makes its forward pass again.
+    """
+    policy = 4 if gradient_checkpointing else 3
+    return Savings(
+        reference_bytes=size.parameters * weight_bytes,
+        error_bytes=pairs * draws * _ERROR_BYTES,
+        latent_bytes=2 * pairs * prod(size.latents) * stored_bytes,
+        text_bytes=pairs * sum(map(prod, size.text)) * stored_bytes,
+        reference_passes_spent=2 * pairs * draws,
+        reference_passes_saved=2 * seen,
+        encoder_passes_saved=2 * max(0, seen - pairs),
+        step_share=1 / (1 + policy),
+    )
+
+
+def savings_table(*, pairs: int, draws: int, seen: int) -> str:
+    """The full-size models as a table in Markdown: bytes in powers of ten, weights and stored numbers in 2 bytes.
+
+    Args:
+        pairs: in the cache.
+        draws: for each pair.
+        seen: pairs that training sees, repetitions counted.
+    """
+    lines = [
+        "| model | sample | reference's weights, not on the device | errors, on disk | latents, on disk | "
+        "text, on disk at most | share of a step |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, size in FULL_SIZE.items():
+        s = describe_savings(size, pairs=pairs, draws=draws, seen=seen)
+        lines.append(
+            f"| {name} | {size.pixels} | {s.reference_bytes / 1e9:.2f} GB | {s.error_bytes / 1e6:.1f} MB | "
+            f"{s.latent_bytes / 1e9:.1f} GB | {s.text_bytes / 1e9:.1f} GB | {s.step_share:.0%} |"
+        )
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,96 @@
+"""A small data set of pairs whose preference is visible: saturated colours are preferred to washed-out ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sipo.data.media import write_image, write_video
+from sipo.data.readers import write_jsonl
+from sipo.data.records import PairRecord
+
+FPS = 8.0
+"""Of the clips."""
+
+_COLOURS = {
+    "red": (0.9, 0.1, 0.1),
+    "green": (0.1, 0.8, 0.2),
+    "blue": (0.1, 0.2, 0.9),
+    "yellow": (0.9, 0.8, 0.1),
+    "purple": (0.6, 0.1, 0.8),
+    "cyan": (0.1, 0.8, 0.9),
+}
+_SHAPES = ("disc", "square")
+_WASHED_OUT = 0.35  # of the saturation that is left in the rejected one
+
+
+def make_toy_pairs(
+    folder: str | Path,
+    *,
+    video: bool,
+    pairs: int = 32,
+    seed: int = 0,
+    height: int = 32,
+    width: int = 32,
+    frames: int = 9,
+) -> Path:
+    """Writes PNG images, or MP4 clips at 8 frames per second, and a JSONL file that pairs them.
+
+    Both of a pair show one shape in one place (in clips it moves), the rejected one with little of its colour. The same
+    arguments give the same files, so that several processes may write them at once.
+
+    Args:
+        folder: made if it is not there.
+        video: clips instead of images.
+        pairs: how many.
+        seed: of places and colours.
+        height: in pixels; even for clips.
+        width: likewise.
+        frames: of a clip.
+
+    Returns:
+        The JSONL file.
+    """
+    folder = Path(folder)
+    generator = torch.Generator().manual_seed(seed)
+    records = []
+    for row in range(pairs):
+        colour = list(_COLOURS)[int(torch.randint(len(_COLOURS), (), generator=generator))]
+        shape = _SHAPES[int(torch.randint(len(_SHAPES), (), generator=generator))]
+        clip = _clip(shape, _COLOURS[colour], frames if video else 1, height, width, generator)
+        grey = clip.mean(1, keepdim=True)
+        washed = grey + _WASHED_OUT * (clip - grey)
+        paths = {side: folder / side / f"{row:05d}.{'mp4' if video else 'png'}" for side in ("chosen", "rejected")}
+        for side, pixels in (("chosen", clip), ("rejected", washed)):
+            eight_bit = pixels.mul(255.0).round().clamp(0.0, 255.0).to(torch.uint8)
+            if video:
+                write_video(paths[side], eight_bit, FPS)
+            else:
+                write_image(paths[side], eight_bit[0])
+        motion = " moving to the right" if video else ""
+        records.append(PairRecord(row, f"a {colour} {shape}{motion}", paths["chosen"], paths["rejected"]))
+    path = folder / "pairs.jsonl"
+    write_jsonl(records, path)
+    return path
+
+
+def _clip(
+    shape: str,
+    colour: tuple[float, float, float],
+    frames: int,
+    height: int,
+    width: int,
+    generator: torch.Generator,
+) -> Tensor:
+    """``[frames, 3, height, width]`` in [0, 1]: the shape on a slightly uneven dark ground."""
+    top, left, size = torch.rand(3, generator=generator).tolist()
+    radius = (0.18 + 0.12 * size) * min(height, width)
+    y = torch.arange(height)[:, None] + 0.5 - (radius + top * (height - 2 * radius))
+    travel = torch.linspace(0.0, 0.25 * width, frames)[:, None, None]
+    x = torch.arange(width)[None] + 0.5 - (radius + left * (0.75 * width - 2 * radius) + travel)
+    distance = (x.square() + y.square()).sqrt() if shape == "disc" else torch.maximum(x.abs(), y.abs())
+    inside = (radius - distance + 0.5).clamp(0.0, 1.0)[:, None]
+    ground = 0.15 + 0.02 * torch.randn(3, height, width, generator=generator)
+    return (inside * torch.tensor(colour)[:, None, None] + (1.0 - inside) * ground).clamp(0.0, 1.0)

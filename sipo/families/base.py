@@ -1,0 +1,404 @@
+"""What a model family is: how text, pixels, noise and timesteps become a network's prediction."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from sipo.schedule import DEFAULT_INFERENCE_STEPS, NoiseSchedule
+
+Condition = dict[str, Tensor]
+"""What a network is given beside the noisy latents: tensors by name, stacked along dimension 0."""
+
+PROMPT, POOLED = "prompt_embeds", "pooled_prompt_embeds"
+"""Names in a condition; diffusers' pipelines take them under the same names."""
+
+# Options of from_pretrained that say where a file comes from, and not how weights are read.
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+
+
+class Family(ABC):
+    """One family of diffusion models: which diffusers classes it is made of, and how they are called.
+
+    An adapter has no state and no weights: it is handed the pipeline or the network that it works on. Latents
+    are what the network takes: already scaled, frames where the network has them (``latent_layout``).
+
+    Attributes:
+        name: as in a configuration's ``model.family``.
+        pipeline_class: diffusers' pipeline, by name; its ``encode_prompt`` encodes text here as it does there.
+        network_class: diffusers' class of what is trained.
+        network: the pipeline's component that is trained, "unet" or "transformer".
+        video: whether a sample has frames.
+        latent_layout: dimensions of one sample's latents: "CHW", "FCHW" or "CFHW".
+        lora_targets: modules that LoRA adapts unless a configuration names others.
+        guidance: classifier-free guidance scale that validation samples with.
+        side_multiple: height and width in pixels are multiples of it.
+        frame_stride: a clip has a multiple of it frames, and one.
+        flow_timesteps: for a flow, what σ is multiplied by to be the network's timestep; ``None`` for a
+            discrete schedule, whose indices are the network's timesteps.
+        text_options: arguments of the pipeline's ``encode_prompt`` beside the prompt.
+    """
+
+    name: ClassVar[str]
+    pipeline_class: ClassVar[str]
+    network_class: ClassVar[str]
+    network: ClassVar[str]
+    video: ClassVar[bool] = False
+    latent_layout: ClassVar[str] = "CHW"
+    lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    guidance: ClassVar[float]
+    side_multiple: ClassVar[int]
+    frame_stride: ClassVar[int] = 1
+    flow_timesteps: ClassVar[int | None] = None
+    text_options: ClassVar[Mapping[str, Any]] = {}
+    _without: ClassVar[tuple[str, ...]] = ()  # components that are left out beside the network
+
+    # ---- Loading: every path is a local folder or a hub id, laid out as diffusers saves a pipeline ----
+
+    def load_network(self, path: str | Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
+        """The network alone, in eval mode. ``options`` go to ``from_pretrained`` (revision, variant, ...).
+
+        Raises:
+            FileNotFoundError: nothing to load there, in one line that names the path.
+            ValueError: a pipeline, or a network, that is not of this family.
+        """
+        import diffusers
+
+        self._check_index(path, self._index(path, options))
+        with _one_line(path):
+            network: nn.Module = getattr(diffusers, self.network_class).from_pretrained(
+                str(path), subfolder=self.network, use_safetensors=True, **_typed(dtype), **options
+            )
+        self._check_network(path, network)
+        return network
+
+    def load_encoders(self, path: str | Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+        """The pipeline without its network: tokenizers, text encoders, VAE and scheduler, frozen, in eval mode.
+
+        Errors as for :meth:`load_network`.
+        """
+        import diffusers
+
+        self._check_index(path, self._index(path, options))
+        left_out = dict.fromkeys((self.network, *self._without))
+        with _one_line(path):
+            pipeline = getattr(diffusers, self.pipeline_class).from_pretrained(
+                str(path), use_safetensors=True, **_typed(dtype), **left_out, **options
+            )
+        for component in pipeline.components.values():
+            if isinstance(component, nn.Module):
+                component.requires_grad_(False).eval()
+        if dtype == torch.float16 and not self.video and pipeline.vae.config.force_upcast:
+            pipeline.vae.to(torch.float32)  # such a VAE overflows in half precision
+        return pipeline
+
+    def load_schedule(
+        self, path: str | Path, num_inference_steps: int = DEFAULT_INFERENCE_STEPS, **options: Any
+    ) -> NoiseSchedule:
+        """The noise schedule of the model's scheduler.
+
+        Raises:
+            FileNotFoundError, ValueError: as for :meth:`load_network`, or a scheduler that is not modelled.
+        """
+        import diffusers
+
+        index = self._index(path, options)
+        self._check_index(path, index)
+        library, class_name = (index.get("scheduler") or (None, None))[:2]
+        scheduler_class = getattr(diffusers, str(class_name), None) if library == "diffusers" else None
+        if scheduler_class is None:
+            raise ValueError(f"{path}: its scheduler is {class_name!r}, expected one of diffusers'")
+        with _one_line(path):
+            scheduler = scheduler_class.from_pretrained(str(path), subfolder="scheduler", **_hub(options))
+        schedule = NoiseSchedule.from_scheduler(scheduler, num_inference_steps)
+        kind = "discrete" if self.flow_timesteps is None else "flow"
+        if schedule.kind != kind:
+            raise ValueError(f"{path}: its {class_name} is a {schedule.kind} schedule, expected a {kind} one")
+        if self.flow_timesteps not in (None, schedule.num_train_timesteps):
+            found = schedule.num_train_timesteps
+            raise ValueError(f"{path}: its {class_name} has {found} timesteps, expected {self.flow_timesteps}")
+        return schedule
+
+    def _index(self, path: str | Path, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The pipeline's ``model_index.json``."""
+        import diffusers
+
+        if _is_folder(path) and not Path(path).is_dir():
+            raise FileNotFoundError(f"{path}: no such folder, expected one with a {self.pipeline_class}")
+        with _one_line(path):
+            index: dict[str, Any] = diffusers.DiffusionPipeline.load_config(str(path), **_hub(options))
+        return index
+
+    def _check_index(self, path: str | Path, index: Mapping[str, Any]) -> None:
+        found = index.get("_class_name")
+        if found != self.pipeline_class:
+            raise ValueError(f"{path}: holds a {found}, expected a {self.pipeline_class} for family {self.name!r}")
+
+    def _check_network(self, path: str | Path, network: Any) -> None:
+        taken, given = network.config.in_channels, network.config.out_channels
+        if taken != given:  # an inpainting or image-to-video network
+            raise ValueError(
+                f"{path}: its {self.network} takes {taken} channels and gives {given}, expected as many as it takes"
+            )
+
+    # ---- Encoding: once, beforehand ----
+
+    @torch.no_grad()
+    def encode_text(self, pipeline: Any, prompts: Sequence[str]) -> list[Condition]:
+        """Text embeddings, one dictionary for each prompt, without a batch dimension, on the CPU.
+
+        Every prompt's tensors have the same shapes: ``prompt_embeds [L, D]`` padded to the family's length, and
+        where the family has them ``pooled_prompt_embeds [D']``, in the text encoders' type.
+        """
+        if not prompts:
+            return []
+        encoded = pipeline.encode_prompt(
+            prompt=list(prompts),
+            device=pipeline.text_encoder.device,
+            do_classifier_free_guidance=False,
+            **self.text_options,
+        )
+        # (prompts, negative) or (prompts, negative, pooled, negative pooled)
+        tensors = {PROMPT: encoded[0]} if len(encoded) == 2 else {PROMPT: encoded[0], POOLED: encoded[2]}
+        host = {name: tensor.cpu() for name, tensor in tensors.items()}
+        return [{name: tensor[i].clone() for name, tensor in host.items()} for i in range(len(prompts))]
+
+    def encode_unconditional(self, pipeline: Any) -> Condition:
+        """What sampling under guidance has in place of a prompt: the caption to drop to, as in :meth:`encode_text`."""
+        return self.encode_text(pipeline, [""])[0]
+
+    @torch.no_grad()
+    def encode_pixels(self, pipeline: Any, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Latents of images ``[N, 3, H, W]`` or clips ``[N, F, 3, H, W]`` in [-1, 1].
+
+        Args:
+            pipeline: of :meth:`load_encoders`.
+            pixels: on any device and of any float type; the VAE's are used.
+            generator: draws from the posterior; its mode is taken without one.
+
+        Returns:
+            ``[N, *latent_layout]`` float32 on the VAE's device, scaled as the network takes them.
+        """
+        vae = pipeline.vae
+        pixels = pixels.to(vae.device, vae.dtype)
+        posterior = vae.encode(pixels.transpose(1, 2) if self.video else pixels).latent_dist
+        latents = (posterior.mode() if generator is None else posterior.sample(generator)).float()
+        mean, scale = _affine(vae.config, latents)
+        latents = (latents - mean) * scale
+        return latents.transpose(1, 2).contiguous() if self.latent_layout == "FCHW" else latents
+
+    @torch.no_grad()
+    def decode_latents(self, pipeline: Any, latents: Tensor) -> Tensor:
+        """Pixels of latents, about in [-1, 1] and float32: the way back from :meth:`encode_pixels`."""
+        vae = pipeline.vae
+        latents = latents.to(vae.device, torch.float32)
+        if self.latent_layout == "FCHW":
+            latents = latents.transpose(1, 2)
+        mean, scale = _affine(vae.config, latents)
+        pixels = vae.decode((latents / scale + mean).to(vae.dtype), return_dict=False)[0].float()
+        return pixels.transpose(1, 2) if self.video else pixels
+
+    def own_condition(
+        self, original_size: tuple[int, int], crop_top_left: tuple[int, int], size: tuple[int, int]
+    ) -> Condition:
+        """What the network is told about one image beside its prompt (SDXL's time ids); sizes are (height, width)."""
+        return {}
+
+    def check_size(self, pipeline: Any, height: int, width: int, frames: int) -> None:
+        """Refuses a size in pixels that the VAE or the network cannot take.
+
+        Raises:
+            ValueError: with the nearest size that fits.
+        """
+        multiple, stride = self.side_multiple, self.frame_stride
+        nearest = [max(multiple, round(side / multiple) * multiple) for side in (height, width)]
+        nearest_frames = max(0, round((frames - 1) / stride)) * stride + 1 if self.video else 1
+        if [height, width, frames] == [*nearest, nearest_frames]:
+            return
+        clips = f" and {stride}k+1 frames" if self.video else " and 1 frame"
+        raise ValueError(
+            f"height={height}, width={width}, frames={frames}: expected multiples of {multiple} pixels{clips}; "
+            f"the nearest is height={nearest[0]}, width={nearest[1]}, frames={nearest_frames}"
+        )
+
+    # ---- The network's call ----
+
+    @abstractmethod
+    def predict(self, module: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Any) -> Tensor:
+        """Meets :class:`sipo.training.Predict`: ``module`` may be wrapped (DDP, DeepSpeed) or hold adapters.
+
+        Args:
+            module: the network, called as a module.
+            noisy: ``[N, *latent_layout]``.
+            timesteps: ``[N]`` as :class:`sipo.NoiseSchedule` has them: indices, or σ in (0, 1] for a flow.
+            condition: tensors ``[N, ...]`` under the names of :meth:`encode_text` and :meth:`own_condition`.
+
+        Returns:
+            The prediction in the schedule's parameterisation, shaped as ``noisy``.
+
+        Raises:
+            ValueError: a tensor of the condition is missing.
+        """
+
+    def _network_timesteps(self, timesteps: Tensor) -> Tensor:
+        return timesteps if self.flow_timesteps is None else timesteps * self.flow_timesteps
+
+    # ---- Sampling ----
+
+    @torch.no_grad()
+    def sample(
+        self,
+        pipeline: Any,
+        network: nn.Module,
+        prompts: Sequence[str],
+        *,
+        seed: int,
+        height: int,
+        width: int,
+        frames: int = 1,
+        steps: int = DEFAULT_INFERENCE_STEPS,
+        guidance: float | None = None,
+    ) -> Tensor:
+        """Samples of the real pipeline around ``network``, for a look during training.
+
+        Prompts are sampled one by one, so that memory does not depend on how many there are. Torch's global
+        generators are not drawn from, and the network is left in the mode it came in.
+
+        Args:
+            pipeline: of :meth:`load_encoders`; may be of another type than the network, and on another device.
+            network: what is trained, wrapped or not; the sampler runs on its device and in its type.
+            prompts: one sample for each.
+            seed: of the first prompt; the next has ``seed + 1``, and so on.
+            height, width, frames: in pixels and frames, see :meth:`check_size`.
+            steps: of the sampler.
+            guidance: classifier-free guidance scale; the family's if left out.
+
+        Returns:
+            ``[N, 3, H, W]`` or ``[N, F, 3, H, W]`` uint8 on the CPU.
+        """
+        self.check_size(pipeline, height, width, frames)
+        network = unwrapped(network)
+        unconditional = self.encode_unconditional(pipeline)
+        size = {"height": height, "width": width} | ({"num_frames": frames} if self.video else {})
+        sampler = self._sampler(pipeline, network)
+        device, dtype = next(network.parameters()).device, network_dtype(network)
+        pictures = []
+        with evaluating(network.modules()):
+            for i, condition in enumerate(self.encode_text(pipeline, prompts)):
+                embeddings = {name: tensor[None] for name, tensor in condition.items()}
+                embeddings |= {f"negative_{name}": tensor[None] for name, tensor in unconditional.items()}
+                latents = sampler(
+                    **{name: tensor.to(device, dtype) for name, tensor in embeddings.items()},
+                    **size,
+                    num_inference_steps=steps,
+                    guidance_scale=self.guidance if guidance is None else guidance,
+                    generator=torch.Generator().manual_seed(seed + i),
+                    output_type="latent",
+                    return_dict=False,
+                )[0]
+                pixels = self.decode_latents(pipeline, latents)
+                pictures.append((pixels / 2 + 0.5).clamp(0, 1).mul(255).round().to("cpu", torch.uint8))
+        return torch.cat(pictures) if pictures else torch.empty(0, dtype=torch.uint8)
+
+    def _sampler(self, pipeline: Any, network: nn.Module) -> Any:
+        """The pipeline around ``network`` alone, which then says on which device and in which type it runs.
+
+        A shallow copy with a scheduler of its own; the pipeline that was passed in stays as it is.
+        """
+        sampler = copy.copy(pipeline)
+        encoders = {name: None for name in pipeline.components if name.startswith(("text_encoder", "vae"))}
+        scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
+        sampler.register_modules(**encoders, scheduler=scheduler, **{self.network: network})
+        sampler.set_progress_bar_config(disable=True)
+        return sampler
+
+
+def unwrapped(module: nn.Module) -> Any:
+    """The network inside DDP's, DeepSpeed's and ``torch.compile``'s wrappers, which has ``config``."""
+    while True:
+        inner = getattr(module, "_orig_mod", None) or getattr(module, "module", None)
+        if not isinstance(inner, nn.Module):
+            return module
+        module = inner
+
+
+def network_dtype(network: nn.Module) -> torch.dtype:
+    """The type that a network computes in and takes its input in.
+
+    That is its weights', apart from adapters and from modules that diffusers keeps in float32.
+    """
+    apart = ("lora_", *(getattr(network, "_keep_in_fp32_modules", None) or ()))
+    for name, parameter in network.named_parameters():
+        if parameter.is_floating_point() and not any(part in name for part in apart):
+            return parameter.dtype
+    return torch.float32
+
+
+@contextmanager
+def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Every module in eval mode inside, and in its own mode again afterwards."""
+    # By way of __dict__: at every step of a large network, nn.Module's own way costs tens of milliseconds.
+    training = [module.__dict__ for module in modules if module.training]
+    for attributes in training:
+        attributes["training"] = False
+    try:
+        yield
+    finally:
+        for attributes in training:
+            attributes["training"] = True
+
+
+def pick(condition: Any, *names: str) -> list[Tensor]:
+    """Tensors of a condition by name.
+
+    Raises:
+        ValueError: one is missing.
+    """
+    held = condition if isinstance(condition, Mapping) else {}
+    for name in names:
+        if name not in held:
+            raise ValueError(f"condition holds {sorted(held)}: expected {name!r} as well")
+    return [held[name] for name in names]
+
+
+def _affine(config: Any, latents: Tensor) -> tuple[Tensor | float, Tensor | float]:
+    """Mean and scale of a VAE's latents ``[N, C, ...]``: the network takes ``(latents - mean) * scale``."""
+    mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+    scale = getattr(config, "scaling_factor", None) or 1.0
+    if mean is None or std is None:
+        return getattr(config, "shift_factor", None) or 0.0, scale
+    shape = (1, -1, *[1] * (latents.ndim - 2))
+    return latents.new_tensor(mean).view(shape), scale / latents.new_tensor(std).view(shape)
+
+
+def _is_folder(path: str | Path) -> bool:
+    """Whether a path can only be a folder: a hub id is a name, or an owner and a name."""
+    return isinstance(path, Path) or path.startswith((".", "/", "~")) or path.count("/") > 1 or "\\" in path
+
+
+def _typed(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The type to load weights in, under the name that the installed diffusers has for it."""
+    import diffusers
+
+    release = tuple(int(part) for part in diffusers.__version__.split(".")[:2])
+    return {"dtype" if release >= (0, 40) else "torch_dtype": dtype}
+
+
+def _hub(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name in _HUB_OPTIONS}
+
+
+@contextmanager
+def _one_line(path: str | Path) -> Iterator[None]:
+    """diffusers' many-line errors about files as one line that begins with the path."""
+    try:
+        yield
+    except OSError as error:
+        raise FileNotFoundError(f"{path}: {' '.join(str(error).split())}") from error

@@ -1,0 +1,138 @@
+"""The model card of a trained model: README.md beside the weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any
+
+import sipo
+from sipo.families.base import Family
+from sipo.loss import convert_beta
+
+if TYPE_CHECKING:
+    from sipo.config import Config
+
+_TOY = "toy"  # sipo.config.TOY, which would bring accelerate along
+
+
+def model_card(
+    family: Family, config: Config, *, beta: float, pairs: int, data_hash: str, steps: int, date: str | None = None
+) -> str:
+    """What was trained on what, how, and how to load it; with the front matter that the hub reads.
+
+    Folders are named by their last part alone: a path says more about a machine than about a model.
+
+    Args:
+        family: the model's.
+        config: the run's.
+        beta: as the loss used it, in this project's convention (docs/math.md §7).
+        pairs: that were trained on.
+        data_hash: of the data as trained on.
+        steps: optimiser steps done.
+        date: ISO 8601; today if left out.
+
+    Returns:
+        Markdown.
+    """
+    model, loss, data, training = config.model, config.loss, config.data, config.training
+    lora = model.tuning == "lora"
+    front: dict[str, Any] = {
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-video" if family.video else "text-to-image",
+        "tags": ["diffusers", "preference-optimisation", "sipo", loss.method.replace("_", "-")] + ["lora"] * lora,
+    }
+    if _is_hub_id(model.path):
+        front = {"base_model": model.path} | front
+    settings = {
+        "method": loss.method,
+        "β (`beta`)": (
+            f"{beta:g}: mean over elements, factor ½ inside, as `beta_dpo` of Diffusion-DPO; "
+            f"{convert_beta(beta, source='sipo', target='paper'):g} in the papers' convention"
+        ),
+        **{f.name: getattr(loss, f.name) for f in dataclasses.fields(loss) if f.name not in ("method", "beta")},
+    }
+    tuned: dict[str, Any] = {"tuning": model.tuning}
+    if lora:
+        targets = model.lora.target_modules or family.lora_targets
+        tuned |= {
+            "rank": model.lora.rank,
+            "alpha": model.lora.rank if model.lora.alpha is None else model.lora.alpha,
+            "dropout": model.lora.dropout,
+            "modules": ", ".join(targets),
+        }
+    names = ("batch_size", "accumulation", "learning_rate", "weight_decay", "warmup", "mixed_precision", "seed")
+    tuned |= {"steps": steps} | {name: getattr(training, name) for name in names}
+    source = {
+        "data": _shown(data.path),
+        "split": data.split,
+        "pairs": pairs,
+        "hash": data_hash,
+        "sizes (height, width)": ", ".join(f"{height} x {width}" for height, width in data.sizes),
+        "frames": data.frames,
+    }
+    packages = ("torch", "diffusers", *(("peft",) if lora else ()))
+    made = {"date": date or datetime.now(timezone.utc).date().isoformat(), "sipo": sipo.__version__}
+    made |= {package: version(package) for package in packages}
+    parts = [
+        "---",
+        *(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items()),  # JSON is YAML
+        "---",
+        "",
+        f"# {_shown(model.path)}, aligned with {loss.method}",
+        "",
+        f"{'A LoRA adapter for' if lora else 'The ' + family.network + ' of'} a `{family.pipeline_class}`, trained on "
+        f"pairs of preferred and rejected {'clips' if family.video else 'images'} with sipo.",
+        "",
+        "## Loading",
+        "",
+        "```python",
+        *_loading(family, model.path, lora),
+        "```",
+        "",
+        *_table("Loss", settings.items()),
+        *_table("Training", tuned.items()),
+        *_table("Data", source.items()),
+        *_table("Made with", made.items()),
+    ]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _loading(family: Family, base: str, lora: bool) -> list[str]:
+    pipeline = family.pipeline_class
+    lines = [
+        f"from diffusers import {pipeline}" if lora else f"from diffusers import {pipeline}, {family.network_class}"
+    ]
+    if base == _TOY:
+        lines += ["from sipo.families.toy import build_toy", "", f'build_toy("{family.name}", "{base}")']
+    where = json.dumps(_shown(base) if PurePath(base).is_absolute() else base)
+    here = '"."'
+    if lora:
+        lines += ["", f"pipeline = {pipeline}.from_pretrained({where})"]
+        lines += [f"pipeline.load_lora_weights({here})  # the folder that this file is in"]
+    else:
+        loaded = f"{family.network_class}.from_pretrained({here}, subfolder={json.dumps(family.network)})"
+        lines += ["", f"{family.network} = {loaded}  # the folder that this file is in"]
+        lines += [f"pipeline = {pipeline}.from_pretrained({where}, {family.network}={family.network})"]
+    return lines
+
+
+def _table(title: str, rows: Iterable[tuple[str, Any]]) -> list[str]:
+    return [f"## {title}", "", "| | |", "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in rows), ""]
+
+
+def _cell(value: Any) -> str:
+    return " ".join(str(value).split()).replace("|", "\\|")
+
+
+def _is_hub_id(path: str) -> bool:
+    return path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).exists()
+
+
+def _shown(path: str) -> str:
+    """A hub id whole, a folder or file by its name."""
+    return path if _is_hub_id(path) else PurePath(path).name or path

@@ -1,0 +1,76 @@
+"""CogVideoX 2B and 5B: v-prediction on clips, frames before channels; the 5B network has rotary embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from sipo.families.base import PROMPT, Family, network_dtype, pick, unwrapped
+
+
+class CogVideoX(Family):
+    """CogVideoX 2B and 5B (text to video); which of the two is read from the network's configuration."""
+
+    name = "cogvideox"
+    pipeline_class = "CogVideoXPipeline"
+    network_class = "CogVideoXTransformer3DModel"
+    network = "transformer"
+    video = True
+    latent_layout = "FCHW"
+    guidance = 6.0
+    side_multiple = 16
+    frame_stride = 4
+    text_options: ClassVar[Mapping[str, Any]] = {"max_sequence_length": 226}
+
+    def _check_network(self, path: str | Path, network: Any) -> None:
+        super()._check_network(path, network)
+        if network.config.patch_size_t is not None:  # its latents are padded in time, which is another data format
+            raise ValueError(f"{path}: patch_size_t={network.config.patch_size_t}, a CogVideoX 1.5: expected 2B or 5B")
+
+    def predict(self, module: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Any) -> Tensor:
+        """See :meth:`Family.predict`."""
+        (text,) = pick(condition, PROMPT)
+        network = unwrapped(module)
+        config, dtype = network.config, network_dtype(network)
+        rotary = None
+        if config.use_rotary_positional_embeddings:
+            _, frames, _, height, width = noisy.shape
+            patch = config.patch_size
+            rotary = _rotary(
+                config.attention_head_dim,
+                (config.sample_height // patch, config.sample_width // patch),
+                (height // patch, width // patch),
+                frames,
+                noisy.device,
+            )
+        prediction: Tensor = module(
+            hidden_states=noisy.to(dtype),
+            encoder_hidden_states=text.to(dtype),
+            timestep=timesteps,
+            image_rotary_emb=rotary,
+            return_dict=False,
+        )[0]
+        return prediction
+
+
+@lru_cache(maxsize=16)
+def _rotary(
+    head_dim: int, base: tuple[int, int], grid: tuple[int, int], frames: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines ``[frames · rows · columns, head_dim]``, the grid laid into the network's own."""
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed
+    from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+
+    cosines, sines = get_3d_rotary_pos_embed(
+        embed_dim=head_dim,
+        crops_coords=get_resize_crop_region_for_grid(grid, base[1], base[0]),
+        grid_size=grid,
+        temporal_size=frames,
+        device=device,
+    )
+    return cosines, sines

@@ -1,0 +1,42 @@
+"""Stable Diffusion 3 and 3.5: rectified flow on images, text through two CLIPs and T5."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from sipo.families.base import POOLED, PROMPT, Family, network_dtype, pick, unwrapped
+
+
+class StableDiffusion3(Family):
+    """Stable Diffusion 3 and 3.5: 77 tokens of CLIP and 256 of T5 in one sequence. T5 must be there."""
+
+    name = "sd3"
+    pipeline_class = "StableDiffusion3Pipeline"
+    network_class = "SD3Transformer2DModel"
+    network = "transformer"
+    guidance = 4.5
+    side_multiple = 16
+    flow_timesteps = 1000
+    text_options: ClassVar[Mapping[str, Any]] = {"prompt_2": None, "prompt_3": None, "max_sequence_length": 256}
+
+    def _check_index(self, path: str | Path, index: Mapping[str, Any]) -> None:
+        super()._check_index(path, index)
+        if not (index.get("text_encoder_3") or [None])[0]:
+            raise ValueError(f"{path}: has no text_encoder_3, expected a pipeline with T5")
+
+    def predict(self, module: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Any) -> Tensor:
+        """See :meth:`Family.predict`."""
+        text, pooled = pick(condition, PROMPT, POOLED)
+        dtype = network_dtype(unwrapped(module))
+        prediction: Tensor = module(
+            hidden_states=noisy.to(dtype),
+            timestep=self._network_timesteps(timesteps),
+            encoder_hidden_states=text.to(dtype),
+            pooled_projections=pooled.to(dtype),
+            return_dict=False,
+        )[0]
+        return prediction

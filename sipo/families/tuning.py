@@ -1,0 +1,205 @@
+"""What of a network is trained, the reference inside a network with adapters, and how the result is saved."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sipo.families.base import Family, evaluating, unwrapped
+
+ADAPTER = "default"
+"""The adapter's name inside the network, which is peft's default."""
+
+
+def prepare_lora(
+    network: nn.Module,
+    *,
+    rank: int,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    target_modules: Sequence[str],
+    gradient_checkpointing: bool = False,
+) -> None:
+    """Freezes a diffusers network and puts a LoRA adapter into it, whose weights alone are trained, in float32.
+
+    The adapter starts as zero, so the network's predictions stay as they were; its first factor is drawn from
+    torch's global generator.
+
+    Args:
+        network: in any type.
+        rank: of the adapter, at least 1.
+        alpha: the adapter counts ``alpha / rank``; ``None`` is ``rank``.
+        dropout: of the adapter's input, in training.
+        target_modules: names, or last parts of names, of linear layers and convolutions.
+        gradient_checkpointing: whether to trade time for memory in the backward pass.
+
+    Raises:
+        ValueError: a rank below 1, or a target that matches no such module.
+    """
+    from diffusers.training_utils import cast_training_params
+    from peft import LoraConfig
+
+    if rank < 1:
+        raise ValueError(f"rank={rank}: expected at least 1")
+    if not target_modules:
+        raise ValueError(f"target_modules={list(target_modules)}: expected at least one name")
+    _check_targets(network, target_modules)
+    network.requires_grad_(False)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank if alpha is None else alpha,  # type: ignore[arg-type] # declared int, and only divided
+        lora_dropout=dropout,
+        target_modules=list(target_modules),
+    )
+    network.add_adapter(config, ADAPTER)  # type: ignore[operator] # diffusers' PeftAdapterMixin
+    cast_training_params(network, torch.float32)
+    if gradient_checkpointing:
+        network.enable_gradient_checkpointing()  # type: ignore[operator] # diffusers' ModelMixin
+
+
+def prepare_full(network: nn.Module, *, gradient_checkpointing: bool = False) -> None:
+    """Makes every weight of a diffusers network trainable, in float32 (mixed precision is the training loop's)."""
+    network.to(torch.float32).requires_grad_(True)
+    if gradient_checkpointing:
+        network.enable_gradient_checkpointing()  # type: ignore[operator] # diffusers' ModelMixin
+
+
+def freeze(network: nn.Module) -> nn.Module:
+    """A reference: nothing trainable, in eval mode."""
+    return network.requires_grad_(False).eval()
+
+
+@contextmanager
+def adapter_off(network: nn.Module) -> Iterator[None]:
+    """Inside, a network with an adapter is the network below it, in eval mode: the reference.
+
+    Afterwards, also after an error, everything is as before: the adapter on, ``requires_grad`` and the mode of
+    every module. Autograd graphs made before stay good.
+
+    Args:
+        network: wrapped or not, prepared by :func:`prepare_lora`.
+
+    Raises:
+        ValueError: a network without adapters.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    modules = list(network.modules())
+    layers: list[Any] = [module for module in modules if isinstance(module, BaseTunerLayer)]
+    if not layers:
+        raise ValueError(f"{type(unwrapped(network)).__name__} has no adapter to turn off: expected prepare_lora's")
+    before = [layer.disable_adapters for layer in layers]
+    with evaluating(modules):
+        try:
+            for layer in layers:
+                # What peft's enable_adapters() sets, without what it does besides: it switches requires_grad of every
+                # weight of the adapter, off and then on, whatever it was, which takes longer than all of the rest.
+                layer._disable_adapters = True
+            if not layers[0].disable_adapters:
+                raise RuntimeError("the adapter stayed on: expected a peft whose layers have _disable_adapters")
+            yield
+        finally:
+            for layer, disabled in zip(layers, before, strict=True):
+                layer._disable_adapters = disabled
+
+
+def save_lora(
+    family: Family, network: nn.Module, folder: str | Path, *, state: Mapping[str, Tensor] | None = None
+) -> Path:
+    """Writes the adapter as ``pytorch_lora_weights.safetensors``, which ``pipeline.load_lora_weights(folder)`` takes.
+
+    Rank and alpha go into the file's metadata, so that the adapter counts there what it counted here.
+
+    Args:
+        family: the network's.
+        network: wrapped or not, prepared by :func:`prepare_lora`.
+        folder: made if it is not there; the file appears in it whole or not at all.
+        state: the network's tensors under its own names, where the network holds only a part of them (FSDP, ZeRO).
+
+    Returns:
+        The file.
+    """
+    import diffusers
+    from peft.utils import get_peft_model_state_dict
+
+    inner = unwrapped(network)
+    if not hasattr(inner, "peft_config"):
+        raise ValueError(f"{type(inner).__name__} has no adapter to save: expected prepare_lora's")
+    layers = get_peft_model_state_dict(inner, state_dict=None if state is None else dict(state), adapter_name=ADAPTER)
+    # On the CPU and contiguous: safetensors takes no views, and no other device's memory is needed twice.
+    layers = {name: tensor.detach().cpu().contiguous() for name, tensor in layers.items()}
+    config = inner.peft_config[ADAPTER].to_dict()
+    folder = Path(folder)
+    with _aside(folder, "lora") as aside:
+        getattr(diffusers, family.pipeline_class).save_lora_weights(
+            aside,
+            **{f"{family.network}_lora_layers": layers, f"{family.network}_lora_adapter_metadata": config},
+        )
+        (written,) = aside.iterdir()
+        final = folder / written.name
+        os.replace(written, final)
+    return final
+
+
+def save_full(
+    family: Family, network: nn.Module, folder: str | Path, *, state: Mapping[str, Tensor] | None = None
+) -> Path:
+    """Writes all weights to ``folder/<family.network>/``, as diffusers saves a pipeline's component.
+
+    ``Network.from_pretrained(folder, subfolder=family.network)`` loads it.
+
+    Args:
+        family, network, folder, state: as for :func:`save_lora`; a network without adapters.
+
+    Returns:
+        The component's folder.
+    """
+    import diffusers
+
+    whole = unwrapped(network)
+    if state is not None:  # an empty network of the plain class takes the gathered tensors as they are
+        with torch.device("meta"):
+            whole = getattr(diffusers, family.network_class).from_config(whole.config)
+        whole.load_state_dict(dict(state), assign=True)
+    folder = Path(folder)
+    final = folder / family.network
+    with _aside(folder, family.network) as aside:
+        new, old = aside / "new", aside / "old"
+        whole.save_pretrained(new, safe_serialization=True)
+        if final.exists():
+            os.replace(final, old)
+        os.replace(new, final)
+    return final
+
+
+@contextmanager
+def _aside(folder: Path, name: str) -> Iterator[Path]:
+    """An empty folder inside ``folder``, gone afterwards."""
+    aside = folder / f".{name}.{os.getpid()}"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _check_targets(network: nn.Module, target_modules: Sequence[str]) -> None:
+    known = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+    names = [name for name, module in network.named_modules() if isinstance(module, known)]
+    for target in target_modules:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            ends = {".".join(name.split(".")[-parts:]) for name in names for parts in (1, 2)}
+            close = difflib.get_close_matches(target, sorted(ends), n=3)
+            hint = f", such as {', '.join(close)}" if close else ""
+            raise ValueError(
+                f"target_modules: {target!r} is no linear layer or convolution of {type(network).__name__}{hint}"
+            )

@@ -1,0 +1,45 @@
+"""Wan 2.1 text to video: rectified flow on clips, text through UMT5."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from sipo.families.base import PROMPT, Family, network_dtype, pick, unwrapped
+
+
+class Wan(Family):
+    """Wan 2.1: embeddings of 512 tokens, those after the prompt's end exactly zero."""
+
+    name = "wan"
+    pipeline_class = "WanPipeline"
+    network_class = "WanTransformer3DModel"
+    network = "transformer"
+    video = True
+    latent_layout = "CFHW"
+    guidance = 5.0
+    side_multiple = 16
+    frame_stride = 4
+    flow_timesteps = 1000
+    text_options: ClassVar[Mapping[str, Any]] = {"max_sequence_length": 512}
+
+    def _check_index(self, path: str | Path, index: Mapping[str, Any]) -> None:
+        super()._check_index(path, index)
+        for option in ("boundary_ratio", "expand_timesteps"):  # two networks, or a timestep for each token
+            if index.get(option):
+                raise ValueError(f"{path}: {option}={index[option]!r}, a Wan 2.2: expected a Wan 2.1 without it")
+
+    def predict(self, module: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Any) -> Tensor:
+        """See :meth:`Family.predict`."""
+        (text,) = pick(condition, PROMPT)
+        dtype = network_dtype(unwrapped(module))
+        prediction: Tensor = module(
+            hidden_states=noisy.to(dtype),
+            timestep=self._network_timesteps(timesteps),
+            encoder_hidden_states=text.to(dtype),
+            return_dict=False,
+        )[0]
+        return prediction

@@ -1,0 +1,165 @@
+"""One forward pass: a batch of pairs to its loss, with the reference's numbers from where they are to be had."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from sipo.training.data import pair_noise, to_device, twice
+from sipo.training.protocols import PairLoss, PairLossResult, Predict, Schedule
+
+
+@dataclass(frozen=True)
+class AdapterOff:
+    """The reference is the policy itself without its adapters (LoRA): no second network.
+
+    Attributes:
+        switch: called with the policy, unwrapped; inside the context that it returns, the policy computes what it did
+            before training, dropout off. ``sipo.families.tuning.adapter_off`` is one.
+    """
+
+    switch: Callable[[nn.Module], AbstractContextManager[Any]]
+
+
+Reference = nn.Module | AdapterOff | None
+"""A frozen copy of the policy; the policy without its adapters; or none, where items carry ``"ref_error"``."""
+
+
+class PairForward:
+    """Loss of a batch of ``B`` pairs, winners and losers stacked (docs/math.md §1).
+
+    Args:
+        loss_fn: has the schedule too.
+        predict: calls a network.
+        reference: see :data:`Reference`; moved to the accelerator's device and frozen.
+        offload: keep a frozen copy in host memory while it is not running.
+        accelerator: the run's.
+    """
+
+    def __init__(
+        self,
+        loss_fn: PairLoss,
+        predict: Predict,
+        reference: Reference,
+        accelerator: Accelerator,
+        *,
+        offload: bool,
+    ) -> None:
+        self.loss_fn = loss_fn
+        self.schedule: Schedule = loss_fn.schedule
+        self.predict = predict
+        self.accelerator = accelerator
+        self.device: torch.device = accelerator.device
+        self.generator = torch.Generator(self.device)
+        self.reference = reference
+        self.offloaded: list[tuple[Tensor, Tensor]] | None = None
+        if isinstance(reference, nn.Module):
+            reference.requires_grad_(False).eval()
+            if offload:
+                self.offloaded = _to_host(reference, pin=self.device.type == "cuda")
+            else:
+                reference.to(self.device)
+
+    def __call__(
+        self, policy: nn.Module, batch: dict[str, Any], positions: Sequence[int], timesteps: Tensor, *, seed: int
+    ) -> tuple[PairLossResult, Tensor]:
+        """The loss, and the timesteps ``[B]`` on the device that it is for.
+
+        Args:
+            policy: the network, wrapped as it is trained.
+            batch: as ``default_collate`` made it, on the host.
+            positions: the pairs' places in the stream, for their noise. Not used for items with draws of their own,
+                nor are the next two.
+            timesteps: ``[B]``.
+            seed: of the noise.
+        """
+        self._check(batch)
+        winner, loser = to_device(batch["winner"], self.device), to_device(batch["loser"], self.device)
+        if "noise" in batch:
+            noise = to_device(batch["noise"], self.device)
+            timesteps = batch["timestep"]
+        else:
+            noise = pair_noise(winner, positions, seed, self.generator)
+        condition = self._condition(batch)
+        levels = to_device(timesteps, self.device)
+        both_levels, both_noise = twice(levels), twice(noise)
+        samples = torch.cat([winner, loser])
+        noisy = self.schedule.add_noise(samples, both_noise, both_levels)
+        if self.schedule.prediction_type == "epsilon":
+            # The target is the noise itself, which the pair shares: half the memory, and half the reads in
+            # the loss.
+            target = self.schedule.target(winner, noise, levels)
+        else:
+            target = self.schedule.target(samples, both_noise, both_levels)
+
+        if self.reference is None:
+            with self.accelerator.autocast():
+                model_pred = self.predict(policy, noisy, both_levels, condition)
+            errors = to_device(batch["ref_error"], self.device).transpose(0, 1).reshape(-1)
+            loss: Any = self.loss_fn  # this argument is for those alone that take errors
+            return loss(model_pred, None, target, both_levels, ref_error=errors), levels
+        # Two contexts: autocast keeps the weights it has cast, and those cast without gradients would do for both.
+        with torch.no_grad(), self.accelerator.autocast(), self._reference(policy) as network:
+            ref_pred = self.predict(network, noisy, both_levels, condition)
+        with self.accelerator.autocast():
+            model_pred = self.predict(policy, noisy, both_levels, condition)
+        return self.loss_fn(model_pred, ref_pred, target, both_levels), levels
+
+    def _condition(self, batch: dict[str, Any]) -> Any:
+        """What both halves share, twice, and what each has of its own."""
+        condition = twice(to_device(batch.get("condition"), self.device))
+        if "own_condition" not in batch:
+            return condition
+        own = to_device(batch["own_condition"], self.device)
+        return (condition or {}) | {name: value.transpose(0, 1).flatten(0, 1) for name, value in own.items()}
+
+    @contextmanager
+    def _reference(self, policy: nn.Module) -> Iterator[nn.Module]:
+        if isinstance(self.reference, AdapterOff):
+            network: nn.Module = self.accelerator.unwrap_model(policy)
+            with self.reference.switch(network):
+                yield network
+        elif self.offloaded is not None:
+            for tensor, host in self.offloaded:
+                tensor.data = host.to(self.device, non_blocking=True)
+            try:
+                yield self.reference  # type: ignore[misc]
+            finally:
+                for tensor, host in self.offloaded:
+                    tensor.data = host
+        else:
+            yield self.reference  # type: ignore[misc]
+
+    def _check(self, batch: dict[str, Any]) -> None:
+        """What only a batch shows."""
+        for name in ("winner", "loser"):
+            if name not in batch:
+                raise ValueError(f"an item has the keys {', '.join(batch)}: expected {name!r} among them")
+        if ("noise" in batch) != ("timestep" in batch):
+            raise ValueError("items have one of 'noise' and 'timestep': expected both, or none for draws of the run")
+        if "ref_error" in batch and "noise" not in batch:
+            raise ValueError("items have 'ref_error' without 'noise' and 'timestep': expected the draw that it is for")
+        if "ref_error" in batch and self.reference is not None:
+            raise ValueError("items have 'ref_error' and a reference was given: expected one of them")
+        if "ref_error" not in batch and self.reference is None:
+            raise ValueError("reference=None: expected 'ref_error' in the items, or a reference")
+        if "own_condition" in batch and not isinstance(batch.get("condition", {}), dict):
+            kind = type(batch["condition"]).__name__
+            raise ValueError(f"items have 'own_condition' beside a condition that is a {kind}: expected a dictionary")
+
+
+def _to_host(module: nn.Module, pin: bool) -> list[tuple[Tensor, Tensor]]:
+    """A module's tensors with their values in host memory, from where copies go to the device for each pass."""
+    pairs = []
+    for tensor in chain(module.parameters(), module.buffers()):
+        host = tensor.data.cpu()
+        tensor.data = host.pin_memory() if pin else host
+        pairs.append((tensor, tensor.data))
+    return pairs

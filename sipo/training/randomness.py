@@ -1,0 +1,77 @@
+"""Seeds of a run's streams of random numbers, and the state of the generators that a process has anyway."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+# Streams of random numbers that must not share seeds. Other modules' own start at 100.
+ORDER, NOISE, TIMESTEPS, GLOBAL, WORKERS, GROUPS, CAPTIONS, VALIDATION = range(8)
+
+_MASK = (1 << 64) - 1
+
+
+def derive_seed(seed: int, stream: int, counter: int) -> int:
+    """A well-mixed 63-bit seed for entry ``counter`` of one of a run's streams.
+
+    Neighbouring counters give unrelated seeds in their low 32 bits too, which is all that torch's CPU
+    generator looks at.
+    """
+    state = seed & _MASK
+    for word in (stream, counter):
+        state = _mix((state ^ _mix(word + 1)) & _MASK)
+    return state >> 1
+
+
+def happens(probability: float, seed: int, stream: int, counter: int) -> bool:
+    """Whether entry ``counter`` of a stream of independent events happens."""
+    return derive_seed(seed, stream, counter) < probability * (1 << 63)
+
+
+def _mix(value: int) -> int:
+    """SplitMix64's finaliser: a bijection of 64-bit words in which every bit depends on all."""
+    value = (value + 0x9E3779B97F4A7C15) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+def get_state(device: torch.device) -> tuple[dict[str, Tensor], str]:
+    """States of the process's generators: torch's as tensors, Python's and NumPy's as JSON."""
+    import numpy as np
+
+    tensors = {"rng.torch": torch.get_rng_state()}
+    if device.type == "cuda":
+        tensors["rng.cuda"] = torch.cuda.get_rng_state(device)
+    # Data sets that augment may use either of these; both states are small and plain.
+    host = {"python": random.getstate(), "numpy": np.random.get_state(legacy=False)}
+    return tensors, json.dumps(host, default=np.ndarray.tolist)
+
+
+def set_state(tensors: dict[str, Tensor], text: str, device: torch.device) -> None:
+    """Undoes :func:`get_state`."""
+    import numpy as np
+
+    host = json.loads(text)
+    version, python_words, gauss = host["python"]
+    random.setstate((version, tuple(python_words), gauss))
+    words = host["numpy"]["state"]
+    np.random.set_state(host["numpy"] | {"state": words | {"key": np.array(words["key"], dtype=np.uint32)}})
+    torch.set_rng_state(tensors["rng.torch"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["rng.cuda"], device)
+
+
+@contextmanager
+def kept(device: torch.device) -> Iterator[None]:
+    """Puts the process's generators back to where they were, whatever is drawn inside."""
+    tensors, text = get_state(device)
+    try:
+        yield
+    finally:
+        set_state(tensors, text, device)

@@ -1,0 +1,103 @@
+"""Weights and optimiser state that FSDP2 has spread over the processes, gathered and dealt out again.
+
+For one device and for plain data parallelism every function here is an ordinary one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor's full value. Every process calls it."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor, to be changed in place."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def like(tensor: Tensor, other: Tensor) -> Tensor:
+    """A full value, dealt out as ``other`` is. Every process calls it, with the same value."""
+    tensor = tensor.to(other.device)
+    return distribute_tensor(tensor, other.device_mesh, other.placements) if isinstance(other, DTensor) else tensor
+
+
+def reshard(model: nn.Module) -> None:
+    """Ends a forward pass that no backward pass will follow.
+
+    FSDP2 keeps the outermost weights together until then; left so, they would miss the next optimiser step.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    """What training changes, by name: trainable parameters and stored buffers; frozen weights stay the caller's."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    # named_parameters gives a tied weight once, where state_dict gives it once per name.
+    tensors: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    tensors.update({n: t for n, t in model.state_dict().items() if n not in parameters and n not in frozen})
+    return tensors
+
+
+def host_copy(tensor: Tensor) -> Tensor:
+    """A copy that safetensors takes: whole, contiguous, on the CPU, sharing no memory with another."""
+    return whole(tensor).to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def gather_weights(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
+    """:func:`trained`, whole, in copies on the CPU. Every process calls it; nothing comes back without ``keep``.
+
+    This is how trained weights are had of a policy under FSDP2, which keeps its own shards after training.
+    """
+    return _gathered(trained(model), keep)
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Undoes :func:`gather_weights`."""
+    with torch.no_grad():
+        for name, tensor in trained(model).items():
+            tensor.copy_(like(weights[name], tensor))
+
+
+def gather_optimizer(optimizer: Any, keep: bool = True) -> dict[str, Any]:
+    """An optimiser's ``state_dict`` with whole tensors in copies on the CPU. Called as :func:`gather_weights` is."""
+    state = optimizer.state_dict()
+    return state | {"state": {number: _gathered(values, keep) for number, values in state["state"].items()}}
+
+
+def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
+    """Undoes :func:`gather_optimizer`: what is shaped as a parameter is dealt out as it."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    dealt = {
+        number: {k: _dealt(v, parameters[int(number)]) for k, v in values.items()}
+        for number, values in state["state"].items()
+    }
+    optimizer.load_state_dict(state | {"state": dealt})
+
+
+def _gathered(values: dict[str, Any], keep: bool) -> dict[str, Any]:
+    copies = {}
+    for name, value in values.items():  # one at a time: without keep, no more than one is whole
+        if isinstance(value, dict):
+            copy: Any = _gathered(value, keep)
+        else:
+            copy = host_copy(value) if isinstance(value, Tensor) else value
+        if keep:
+            copies[name] = copy
+    return copies
+
+
+def _dealt(value: Any, parameter: Tensor) -> Any:
+    if isinstance(parameter, DTensor) and isinstance(value, Tensor) and value.shape == parameter.shape:
+        return like(value, parameter)
+    return value

@@ -1,0 +1,134 @@
+"""Noise levels that are worth a forward pass: those at which the mask lets pairs through (docs/math.md §4).
+
+The mask drops a pair whose smaller importance ratio is under a threshold, and whether it is under depends above all
+on the noise level. So the run keeps the mean of that ratio per bin of noise level, and draws no more timesteps from
+bins whose mean is under the threshold, but for :data:`EXPLORATION` of the pairs, by which a bin that recovers is
+noticed. Where no bin is left, timesteps are drawn as if there were none.
+
+What is left out had a gradient of zero. The gradient's direction is thus the same on average; its length grows,
+since the loss is a mean over more pairs that take part.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sipo.training.data import step_timesteps
+from sipo.training.protocols import PairLoss
+from sipo.training.randomness import TIMESTEPS, derive_seed
+
+BINS = 100
+"""Bins of equal width over the schedule's noise levels."""
+
+EXPLORATION = 0.05
+"""Share of pairs whose timestep is drawn from all bins."""
+
+LEAST_PAIRS = 8
+"""Pairs that a bin must have shown before it can be left out, and by the last of which it may come back."""
+
+MEMORY = 64
+"""Pairs over which the running mean of a bin that is sampled goes, about: the policy moves, and with it the ratios."""
+
+_ROUNDS = 32  # draws for a pair until one is in a bin that is sampled
+
+
+class InformativeTimesteps:
+    """Running means of the importance ratio per bin, and draws that follow them.
+
+    The sums of the present window live on the device. They are read together with a log line, and only that read
+    moves the means: what is drawn is a function of checkpointed state.
+
+    Args:
+        loss_fn: of a method that masks.
+        device: where the sums live.
+        seed: of the draws.
+        distribution: as the schedule's ``sample_timesteps`` takes it.
+
+    Raises:
+        ValueError: the loss has no mask, or its schedule no range of noise levels.
+    """
+
+    def __init__(self, loss_fn: PairLoss, device: torch.device, seed: int, distribution: str) -> None:
+        schedule: Any = loss_fn.schedule
+        self.schedule = schedule
+        self.threshold = float(getattr(loss_fn, "mask_threshold", 0.0))
+        if self.threshold <= 0 or getattr(loss_fn, "method", None) == "diffusion_dpo":
+            raise ValueError("timestep_sampling='informative': expected a loss with a mask, this one drops no pairs")
+        kind = getattr(schedule, "kind", None)
+        if kind not in ("discrete", "flow"):
+            raise ValueError(f"timestep_sampling='informative': schedule.kind={kind!r}, expected discrete or flow")
+        levels = int(schedule.num_train_timesteps)
+        self.top = levels if kind == "discrete" else 1
+        self.bins = min(BINS, levels)
+        self.seed = seed
+        self.distribution = distribution
+        self.window = torch.zeros(2, self.bins, device=device)  # sums of ratios, and counts of pairs
+        self.numbers = torch.arange(self.bins, device=device)[:, None]
+        self.means = [0.0] * self.bins
+        self.counts = [0.0] * self.bins
+
+    def sample(self, n: int, step: int) -> Tensor:
+        """Timesteps of all ``n`` pairs of an optimiser step; ``[n]`` on the CPU."""
+        left_out = torch.tensor(self._left_out())
+        if not left_out.any():
+            return step_timesteps(self.schedule, n, step, self.seed, self.distribution)
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, TIMESTEPS, step))
+        drawn = self.schedule.sample_timesteps(_ROUNDS * n, generator, distribution=self.distribution)
+        drawn = drawn.view(_ROUNDS, n)
+        taken = ~left_out[self._bin(drawn)]
+        taken[0] |= torch.rand(n, generator=generator) < EXPLORATION
+        first = taken.int().argmax(dim=0, keepdim=True)  # 0 where none is taken
+        return drawn.gather(0, first)[0]
+
+    def add(self, timesteps: Tensor, output: Any) -> None:
+        """Takes one pass's ratios, without waiting for the device.
+
+        Args:
+            timesteps: ``[B]`` on the device.
+            output: has ``log_ratio`` ``[2B]``, as :class:`sipo_kernels.PairLossOutput`.
+        """
+        ratio = torch.minimum(*output.log_ratio.detach().float().chunk(2)).exp()
+        hits = (self.numbers == self._bin(timesteps)) & torch.isfinite(ratio)
+        self.window += torch.stack([torch.where(hits, ratio, 0.0).sum(dim=1), hits.sum(dim=1)])
+
+    def absorb(self, window: list[float]) -> None:
+        """Moves the means by a window that was read and summed over processes, and starts a new one.
+
+        Args:
+            window: :attr:`window`, flattened.
+        """
+        for i in range(self.bins):
+            total, count = window[i], window[self.bins + i]
+            if count:
+                self.counts[i] = min(self.counts[i] + count, MEMORY)
+                self.means[i] += min(1.0, count / self.counts[i]) * (total / count - self.means[i])
+                if self.means[i] < self.threshold:  # from here on pairs are few: each has to count
+                    self.counts[i] = min(self.counts[i], LEAST_PAIRS)
+        self.window.zero_()
+
+    @property
+    def share(self) -> float:
+        """Share of bins that are sampled."""
+        return 1 - sum(self._left_out()) / self.bins
+
+    def progress(self) -> dict[str, list[float]]:
+        """The means, as JSON values."""
+        return {"means": self.means, "counts": self.counts}
+
+    def restore(self, progress: dict[str, list[float]], window: Tensor) -> None:
+        """Undoes :meth:`progress` and :attr:`window`."""
+        self.means, self.counts = list(progress["means"]), list(progress["counts"])
+        self.window = window.to(self.window.device)
+
+    def _left_out(self) -> list[bool]:
+        """By bin; none if that were all."""
+        low = [n >= LEAST_PAIRS and mean < self.threshold for n, mean in zip(self.counts, self.means, strict=True)]
+        return low if not all(low) else [False] * self.bins
+
+    def _bin(self, timesteps: Tensor) -> Tensor:
+        if self.top == 1:
+            return (timesteps * self.bins).long().clamp(max=self.bins - 1)
+        return timesteps.long() * self.bins // self.top

@@ -1,0 +1,317 @@
+"""Data sets of pairs made on the spot: clean ones, and ones with every fault planted in a row of its own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sipo.data.media import write_image, write_video
+
+Planted = dict[int, str]
+"""Kind of finding by row."""
+
+CLEAN_ROWS = 40
+
+
+def noise(seed: int, *shape: int) -> Tensor:
+    """Random uint8 pixels."""
+    return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
+def clip(seed: int, frames: int = 6, height: int = 16, width: int = 16) -> Tensor:
+    """``[frames, 3, height, width]`` uint8: flat colours, each frame another."""
+    return noise(seed, frames, 3, 1, 1).expand(frames, 3, height, width).contiguous()
+
+
+def write_lines(path: Path, lines: list[Mapping[str, Any] | str]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join((x if isinstance(x, str) else json.dumps(x)) + "\n" for x in lines), encoding="utf-8")
+    return path
+
+
+def cut_short(path: Path, share: float = 0.5) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+
+
+def damage(path: Path, share: float = 0.6, count: int = 40) -> None:
+    """Turns over every bit of some bytes in the midst of a file."""
+    content = bytearray(path.read_bytes())
+    start = int(len(content) * share)
+    for place in range(start, min(start + count, len(content))):
+        content[place] ^= 0xFF
+    path.write_bytes(content)
+
+
+class Builder:
+    """Rows of a JSONL set: ``win/000007.png`` and ``lose/000007.png`` for row 7."""
+
+    def __init__(self, folder: Path, suffix: str = ".png") -> None:
+        self.folder = folder
+        self.suffix = suffix
+        self.lines: list[Mapping[str, Any] | str] = []
+        self.planted: Planted = {}
+
+    def paths(self, row: int) -> tuple[Path, Path]:
+        return tuple(self.folder / side / f"{row:06d}{self.suffix}" for side in ("win", "lose"))  # type: ignore[return-value]
+
+    def pixels(self, seed: int) -> Tensor:
+        return noise(seed, 3, 16, 24) if self.suffix != ".mp4" else clip(seed)
+
+    def write(self, path: Path, pixels: Tensor, fps: float = 8.0) -> None:
+        if pixels.ndim == 4:
+            write_video(path, pixels, fps)
+        else:
+            write_image(path, pixels)
+
+    def add(self, kind: str = "", **keys: Any) -> tuple[Path, Path]:
+        """A row whose files are good; what is wrong with it goes into ``keys`` or is done to the files."""
+        row = len(self.lines)
+        chosen, rejected = self.paths(row)
+        self.write(chosen, self.pixels(2 * row))
+        self.write(rejected, self.pixels(2 * row + 1))
+        value = {
+            "prompt": f"prompt {row}",
+            "chosen": str(chosen.relative_to(self.folder)),
+            "rejected": str(rejected.relative_to(self.folder)),
+        }
+        self.lines.append({key: item for key, item in (value | keys).items() if item is not None})
+        if kind:
+            self.planted[row] = kind
+        return chosen, rejected
+
+    def add_line(self, kind: str, line: str) -> None:
+        self.planted[len(self.lines)] = kind
+        self.lines.append(line)
+
+    def save(self) -> Path:
+        return write_lines(self.folder / "pairs.jsonl", self.lines)
+
+
+def clean_images(folder: Path, rows: int = CLEAN_ROWS) -> Builder:
+    builder = Builder(folder)
+    for _ in range(rows):
+        builder.add()
+    return builder
+
+
+def faulty_images(folder: Path) -> Builder:
+    """Every fault that a JSONL set of images can have, behind clean rows."""
+    builder = clean_images(folder)
+    builder.add_line("row", '{"prompt": "a", "chosen": ')
+    builder.add_line("row", '["prompt", "chosen", "rejected"]')
+    builder.add_line("row", b'{"prompt": "\xc3"}'.decode("latin-1").replace("\xc3", "\\ud800") + "x")
+    builder.add("row", rejected=None)
+    builder.add("row", prompt=None)
+    builder.add("row", chosen=7)
+    builder.add("row", chosen="")
+    builder.add("row", chosen_score="high", rejected_score=1.0)
+    builder.add("row", chosen_score=1.0, rejected_score=2.0)
+    builder.add("tie", chosen_score=2, rejected_score=2)
+    builder.add("caption", prompt=" \n")
+    builder.add("missing")[1].unlink()
+    cut_short(builder.add("undecodable")[0])
+    damage(builder.add("undecodable")[1])
+    builder.add("undecodable")[0].write_bytes(b"")
+    builder.add("undecodable")[1].write_text("not an image")
+    # A JPEG that is cut short, under a PNG's name: the content counts.
+    chosen, _ = builder.add("undecodable")
+    write_image(chosen.with_suffix(".jpg"), builder.pixels(999))
+    chosen.with_suffix(".jpg").replace(chosen)
+    cut_short(chosen)
+    _, rejected = builder.add("shape")
+    write_image(rejected, noise(1000, 3, 24, 16))
+    _, rejected = builder.add("resolution")
+    write_image(rejected, noise(1001, 3, 32, 48))
+    shutil.copy(*builder.add("identical"))
+    chosen, rejected = builder.add("duplicate", prompt="prompt 3")
+    for source, copy in zip(builder.paths(3), (chosen, rejected), strict=True):
+        shutil.copy(source, copy)
+    chosen, rejected = builder.add("contradiction", prompt="prompt 4")
+    for source, copy in zip(builder.paths(4), (rejected, chosen), strict=True):
+        shutil.copy(source, copy)
+    shutil.copy(builder.paths(5)[0], builder.add("reused")[0])
+    chosen, _ = builder.add("medium")
+    write_video(chosen.with_suffix(".mp4"), clip(1002), 8.0)
+    chosen.with_suffix(".mp4").replace(chosen)
+    _, rejected = builder.add("shift", rejected="lose/900001.png")
+    rejected.replace(rejected.with_name("900001.png"))
+    builder.lines.append("")  # a line of its own, and no row
+    builder.add()
+    return builder
+
+
+def clean_clips(folder: Path, rows: int = 12) -> Builder:
+    builder = Builder(folder, ".mp4")
+    for _ in range(rows):
+        builder.add()
+    return builder
+
+
+def faulty_clips(folder: Path) -> Builder:
+    """Every fault that a JSONL set of clips can have when 6 frames are wanted at the files' own rate."""
+    builder = clean_clips(folder)
+    builder.add("missing")[0].unlink()
+    cut_short(builder.add("undecodable")[0])
+    builder.add("undecodable")[1].write_bytes(b"\x00\x00\x00\x20ftypisom")
+    chosen, _ = builder.add("short")
+    write_video(chosen, clip(2000, frames=5), 8.0)
+    _, rejected = builder.add("shape")
+    write_video(rejected, clip(2001), 16.0)
+    _, rejected = builder.add("shape")
+    write_video(rejected, clip(2002, height=32), 8.0)
+    _, rejected = builder.add("resolution")
+    write_video(rejected, clip(2003, height=32, width=32), 8.0)
+    _, rejected = builder.add("length")
+    write_video(rejected, clip(2004, frames=9), 8.0)
+    chosen, _ = builder.add("medium")
+    write_image(chosen.with_suffix(".png"), noise(2005, 3, 16, 16))
+    chosen.with_suffix(".png").replace(chosen)
+    shutil.copy(*builder.add("identical"))
+    builder.add("caption", prompt="")
+    return builder
+
+
+def encoded(pixels: Tensor, folder: Path, suffix: str = ".jpg") -> bytes:
+    """An image file's bytes."""
+    path = folder / f"encoded{suffix}"
+    write_image(path, pixels)
+    return path.read_bytes()
+
+
+class PickapicBuilder:
+    """Rows under Pick-a-Pic's columns; the first image is preferred in every other row."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.rows: list[dict[str, Any]] = []
+        self.planted: Planted = {}
+
+    def add(self, kind: str = "", **columns: Any) -> dict[str, Any]:
+        row = len(self.rows)
+        value = {
+            "are_different": True,
+            "best_image_uid": f"{row}-{row % 2}",
+            "caption": f"prompt {row}",
+            "has_label": True,
+            "image_0_uid": f"{row}-0",
+            "image_1_uid": f"{row}-1",
+            "jpg_0": encoded(noise(2 * row, 3, 16, 24), self.folder),
+            "jpg_1": encoded(noise(2 * row + 1, 3, 16, 24), self.folder),
+            "label_0": 1.0 - row % 2,
+            "label_1": 0.0 + row % 2,
+            "ranking_id": row,
+        } | columns
+        self.rows.append(value)
+        if kind:
+            self.planted[row] = kind
+        return value
+
+    def save(self, path: Path) -> Path:
+        from datasets import Dataset
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Dataset.from_list(self.rows).to_parquet(str(path))
+        return path
+
+
+def faulty_pickapic(folder: Path) -> PickapicBuilder:
+    folder.mkdir(parents=True, exist_ok=True)
+    builder = PickapicBuilder(folder)
+    for _ in range(6):
+        builder.add()
+    builder.add("row", has_label=False)
+    builder.add("row", label_0=None, label_1=None)
+    builder.add("row", label_0=1.0, label_1=1.0)
+    builder.add("row", label_0=0.0, label_1=0.0)
+    builder.add("row", label_0=-1.0, label_1=2.0)
+    builder.add("row", best_image_uid="somebody-else")
+    builder.add("row", label_0=1.0, label_1=0.0, best_image_uid=f"{len(builder.rows)}-1")
+    builder.add("row", label_0=0.5, label_1=0.5)  # the uid still names a winner
+    builder.add("row", are_different=False)
+    builder.add("row", jpg_0=b"")
+    builder.add("row", jpg_1=None)
+    builder.add("row", caption=None)
+    builder.add("tie", label_0=0.5, label_1=0.5, best_image_uid="tie")
+    builder.add("caption", caption="")
+    whole = encoded(noise(3000, 3, 16, 24), folder)
+    builder.add("undecodable", jpg_1=whole[: len(whole) // 2])
+    builder.add("undecodable", jpg_0=b"not an image")
+    builder.add("shape", jpg_0=encoded(noise(3001, 3, 24, 16), folder))
+    builder.add("resolution", jpg_0=encoded(noise(3002, 3, 32, 48), folder))
+    builder.add("identical", jpg_0=whole, jpg_1=whole)
+    same = builder.rows[0]
+    columns = {name: same[name] for name in ("caption", "jpg_0", "jpg_1", "label_0", "label_1")}
+    builder.add("duplicate", **columns, best_image_uid=f"{len(builder.rows)}-0")
+    swapped = columns | {"label_0": 0.0, "label_1": 1.0}
+    builder.add("contradiction", **swapped, best_image_uid=f"{len(builder.rows)}-1")
+    builder.add("reused", jpg_0=builder.rows[1]["jpg_0"])
+    builder.add()
+    return builder
+
+
+class VideoDpoBuilder:
+    """VideoDPO's two lists: clip ``2k`` is pair ``k``'s winner and ``2k + 1`` its loser."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.clips: list[Any] = []
+        self.pairs: list[Any] = []
+        self.planted: Planted = {}
+
+    def add(self, kind: str = "", **keys: Any) -> tuple[Path, Path]:
+        number = len(self.clips) // 2
+        prompt = f"prompt {number}"
+        paths = []
+        for index, side in enumerate(("winvideos", "losevideos")):
+            name = f"{side}/{number:06d}.mp4"
+            write_video(self.folder / name, clip(2 * number + index), 8.0)
+            paths.append(self.folder / name)
+            basic = {"clip_duration": 1.6, "clip_path": name, "globalidx": number}
+            self.clips.append({"basic": basic, "misc": {"frame_caption": [prompt]}})
+        pair = {"video1": 2 * number, "video2": 2 * number + 1, "label": 0, "frame_caption": prompt}
+        self.add_pair(kind, pair | keys)
+        return paths[0], paths[1]
+
+    def add_pair(self, kind: str, pair: Any) -> None:
+        if kind:
+            self.planted[len(self.pairs)] = kind
+        self.pairs.append(pair)
+
+    def save(self) -> Path:
+        (self.folder / "metadata.json").write_text(json.dumps(self.clips))
+        (self.folder / "pair.json").write_text(json.dumps(self.pairs))
+        return self.folder
+
+
+def faulty_videodpo(folder: Path) -> VideoDpoBuilder:
+    builder = VideoDpoBuilder(folder)
+    for _ in range(6):
+        builder.add()
+    builder.add("index", video1=1000)
+    builder.add("index", video2=-1)
+    builder.add("index", video1=2, video2=3)  # another pair's clips: shifted
+    builder.add("index", video1=2 * 9 + 1)  # the loser twice
+    builder.add("row", video1="18")
+    builder.add("row", frame_caption=7)
+    builder.add("row")
+    del builder.clips[-1]["basic"]["clip_path"]
+    builder.add("index")
+    builder.clips[-1]["basic"]["globalidx"] = 5  # captions agree, numbers do not
+    builder.add_pair("row", [0, 1])
+    builder.add("caption", frame_caption="  ")
+    builder.clips[-1]["misc"]["frame_caption"] = builder.clips[-2]["misc"]["frame_caption"] = [""]
+    builder.add("missing")[0].unlink()
+    cut_short(builder.add("undecodable")[1])
+    chosen, _ = builder.add("short")
+    write_video(chosen, clip(4000, frames=4), 8.0)
+    builder.add_pair("duplicate", dict(builder.pairs[0]))
+    builder.add_pair("contradiction", builder.pairs[1] | {"video1": 3, "video2": 2})
+    builder.add(frame_caption=[f"prompt  {len(builder.clips) // 2}"])  # a list, and another space: the same caption
+    return builder

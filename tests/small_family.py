@@ -1,0 +1,201 @@
+"""A family without diffusers, for tests of the cache: a linear VAE, text embeddings from hashes, a small network."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from sipo.config import DataConfig, ModelConfig
+from sipo.data.precompute import CacheSummary, precompute_pairs
+from sipo.data.records import PairRecord
+from sipo.families.base import Condition, Family
+
+TOKENS, WIDTH = 8, 4
+MODEL = ModelConfig(family="small", path="nowhere")
+
+
+@dataclass
+class Pipeline:
+    """Counts what it is asked for; fails at the n-th pair, where ``fail_at`` is set."""
+
+    fail_at: int | None = None
+    encoded: int = 0
+    prompts: list[str] = field(default_factory=list)
+
+
+class SmallFamily(Family):
+    """Latents are 8x8 means; text is as many tokens as words, then zeros."""
+
+    name = "small"
+    pipeline_class = network_class = network = "none"
+
+    def encode_text(self, pipeline: Any, prompts: Sequence[str]) -> list[Condition]:
+        pipeline.prompts += prompts
+        return [self._embed(prompt) for prompt in prompts]
+
+    def encode_unconditional(self, pipeline: Any) -> Condition:
+        return self._embed("")
+
+    def _embed(self, prompt: str) -> Condition:
+        seed = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:7], "big")
+        numbers = torch.randn(TOKENS + 1, WIDTH, generator=torch.Generator().manual_seed(seed))
+        numbers[min(TOKENS, 1 + len(prompt.split())) : TOKENS] = 0.0
+        return {"prompt_embeds": numbers[:TOKENS].clone(), "pooled": numbers[TOKENS].clone()}
+
+    def encode_pixels(self, pipeline: Any, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        pipeline.encoded += 1
+        if pipeline.encoded == pipeline.fail_at:
+            raise KeyboardInterrupt
+        means = torch.nn.functional.avg_pool2d(pixels, 8)
+        if generator is not None:
+            means = means + 0.1 * torch.randn(means.shape, generator=generator)
+        return means
+
+    def own_condition(
+        self, original_size: tuple[int, int], crop_top_left: tuple[int, int], size: tuple[int, int]
+    ) -> Condition:
+        return {"time_ids": torch.tensor([*original_size, *crop_top_left, *size], dtype=torch.float32)}
+
+    def check_size(self, pipeline: Any, height: int, width: int, frames: int) -> None:
+        if height % 8 or width % 8:
+            raise ValueError(f"height={height}, width={width}: expected multiples of 8")
+
+    def predict(self, module: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Any) -> Tensor:
+        dtype = next(module.parameters()).dtype
+        out: Tensor = module(noisy.to(dtype), timesteps, {k: v.to(dtype) for k, v in condition.items()})
+        return out
+
+    def sample(self, *args: Any, **kwargs: Any) -> Tensor:
+        raise NotImplementedError
+
+
+class Network(nn.Module):
+    """Sees latents, timesteps, text and each image's own condition."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.inward = nn.Conv2d(3, 6, 3, padding=1)
+            self.text = nn.Linear(2 * WIDTH, 6)
+            self.own = nn.Linear(6, 6)
+            self.outward = nn.Conv2d(6, 3, 3, padding=1)
+
+    def forward(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        text = torch.cat([condition["prompt_embeds"].mean(1), condition["pooled"]], dim=1)
+        shift = self.text(text) + self.own(condition["time_ids"] / 64) + (timesteps / 1000)[:, None].to(noisy.dtype)
+        out: Tensor = self.outward(torch.nn.functional.silu(self.inward(noisy) + shift[:, :, None, None]))
+        return out
+
+
+def png(seed: int, height: int = 20, width: int = 24) -> bytes:
+    """A random image's file."""
+    pixels = torch.randint(256, (height, width, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels.numpy()).save(file, "PNG")
+    return file.getvalue()
+
+
+@dataclass
+class Records:
+    """A reader of records in memory, by default with every prompt three times and two shapes of images."""
+
+    records: list[PairRecord]
+
+    def __iter__(self) -> Iterator[PairRecord]:
+        return iter(self.records)
+
+    @classmethod
+    def make(cls, count: int = 12, two_sizes: bool = False) -> Records:
+        def image(seed: int, row: int) -> bytes:
+            return png(seed, 36, 20) if two_sizes and row % 4 == 1 else png(seed)
+
+        return cls(
+            [
+                PairRecord(row, "a b c d"[: 1 + 2 * (row // 3)], image(2 * row, row), image(2 * row + 1, row))
+                for row in range(count)
+            ]
+        )
+
+
+def settings(**changes: Any) -> DataConfig:
+    """Sizes 16x24 and 24x16, four pairs to a shard."""
+    default: dict[str, Any] = {
+        "path": "nowhere",
+        "cache": "unused",
+        "sizes": [(16, 24), (24, 16)],
+        "dtype": "float32",
+        "shard_pairs": 4,
+        "seed": 5,
+    }
+    return DataConfig(**default | changes)
+
+
+def build(
+    folder: Path, reader: Any = None, pipeline: Pipeline | None = None, accelerator: Any = None, **changes: Any
+) -> CacheSummary:
+    """Runs :func:`precompute_pairs`."""
+    return precompute_pairs(
+        Records.make() if reader is None else reader,
+        SmallFamily(),
+        pipeline or Pipeline(),
+        folder,
+        settings=settings(**changes),
+        model=MODEL,
+        accelerator=accelerator,
+        workers=2,
+        progress=False,
+    )
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file under a folder with its content."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@dataclass
+class Accelerator:
+    """What is used of accelerate's, for one of several threads that act as processes."""
+
+    process_index: int
+    num_processes: int
+    barrier: threading.Barrier
+
+    def wait_for_everyone(self) -> None:
+        self.barrier.wait(60)
+
+    def autocast(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+def in_processes(count: int, function: Callable[[Accelerator], Any]) -> list[Any]:
+    """Calls a function in several threads at once, as several processes of a run would."""
+    barrier = threading.Barrier(count)
+    results: list[Any] = [None] * count
+    errors: list[BaseException] = []
+
+    def call(rank: int) -> None:
+        try:
+            results[rank] = function(Accelerator(rank, count, barrier))
+        except BaseException as error:
+            errors.append(error)
+            barrier.abort()
+
+    threads = [threading.Thread(target=call, args=(rank,)) for rank in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return results

@@ -1,0 +1,163 @@
+"""The cache's files: what is written is what is read, and what is damaged is named."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sipo.data.cache import (
+    INDEX,
+    CacheError,
+    DamagedError,
+    ShardReader,
+    intact_shard,
+    open_cache,
+    pad,
+    text_key,
+    trim,
+    write_shard,
+)
+from sipo.data.precompute import fingerprint
+from tests.small_family import MODEL, Pipeline, Records, SmallFamily, build, files, settings
+
+
+def flip_bit(path: Path, place: int = -9) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def read_everything(cache: Any) -> None:
+    for index in range(len(cache)):
+        cache.pair(index)
+        cache.text(index)
+    cache.unconditional()
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5, 8])
+def test_trimmed_text_comes_back_exactly(rows: int) -> None:
+    text = torch.randn(8, 4, generator=torch.Generator().manual_seed(rows))
+    text[rows:] = 0.0
+    assert trim(text).shape[0] == rows
+    assert torch.equal(pad(trim(text), text.shape), text)
+
+
+def test_only_rows_of_positive_zeros_at_the_end_are_trimmed() -> None:
+    text = torch.zeros(6, 3)
+    text[1, 2] = 1.0  # zeros before and after
+    text[3] = -0.0  # bits that are not zero
+    assert trim(text).shape[0] == 4
+    assert torch.equal(torch.signbit(pad(trim(text), text.shape)), torch.signbit(text))
+    for kept in (torch.zeros(5), torch.zeros(5, 3, dtype=torch.int64)):  # a pooled vector; token ids
+        assert trim(kept) is kept
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_text_is_restored_in_its_full_length(tmp_path: Path, dtype: str) -> None:
+    build(tmp_path, dtype=dtype)
+    cache = open_cache(tmp_path)
+    records = Records.make().records
+    for index, record in enumerate(records):
+        (wanted,) = SmallFamily().encode_text(Pipeline(), [record.prompt])
+        found = cache.text(index)
+        assert found.keys() == wanted.keys()
+        for name, tensor in wanted.items():
+            assert torch.equal(found[name], tensor.to(getattr(torch, dtype)))
+    wanted = SmallFamily().encode_unconditional(None)
+    assert torch.equal(cache.unconditional()["prompt_embeds"], wanted["prompt_embeds"].to(getattr(torch, dtype)))
+    stored = ShardReader(tmp_path, [intact_shard(tmp_path, "text-00000")])  # type: ignore[list-item]
+    key = text_key("a")
+    assert stored.tensor("text-00000", f"{key}.prompt_embeds").shape[0] == 2  # of 8: the padding is not on disk
+
+
+def test_nothing_is_left_aside(tmp_path: Path) -> None:
+    build(tmp_path)
+    names = {name.partition(".")[0] for name in files(tmp_path)}
+    assert names == {"index", "unconditional", *(f"{k}-0000{n}" for k in ("latents", "text") for n in range(3))}
+
+
+def test_a_shard_cut_short_is_named_when_the_cache_is_opened(tmp_path: Path) -> None:
+    build(tmp_path)
+    path = tmp_path / "latents-00001.safetensors"
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(DamagedError, match=f"latents-00001.* has {size - 3} bytes, expected {size}.*sipo precompute"):
+        open_cache(tmp_path)
+    path.unlink()
+    with pytest.raises(DamagedError, match=r"latents-00001\.safetensors: is missing; `sipo precompute`"):
+        open_cache(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["latents-00002", "text-00001", "unconditional"])
+def test_a_changed_bit_is_named_when_the_shard_is_first_used(tmp_path: Path, name: str) -> None:
+    build(tmp_path)
+    flip_bit(tmp_path / f"{name}.safetensors")
+    cache = open_cache(tmp_path)
+    with pytest.raises(DamagedError, match=rf"{name}\.safetensors: changed since .*`sipo precompute`"):
+        read_everything(cache)
+    read_everything(open_cache(tmp_path, check_hashes=False))  # as asked for
+
+
+def test_a_header_that_is_damaged_is_an_error_of_the_cache(tmp_path: Path) -> None:
+    build(tmp_path)
+    flip_bit(tmp_path / "latents-00000.safetensors", 9)
+    with pytest.raises(DamagedError, match="latents-00000"):
+        read_everything(open_cache(tmp_path, check_hashes=False))
+
+
+def test_another_fingerprint_is_an_error_with_both_values(tmp_path: Path) -> None:
+    build(tmp_path)
+    assert len(open_cache(tmp_path, fingerprint(MODEL, settings()))) == 12
+    wanted = fingerprint(MODEL, settings(crop="random", seed=6))
+    with pytest.raises(CacheError, match=r'made with data\.crop="center", expected this run\'s "random"'):
+        open_cache(tmp_path, wanted)
+    with pytest.raises(CacheError, match=r"made with data\.seed=5, expected this run's null"):
+        open_cache(tmp_path, {k: v for k, v in fingerprint(MODEL, settings()).items() if k != "data.seed"})
+
+
+def test_a_folder_without_a_finished_cache(tmp_path: Path) -> None:
+    with pytest.raises(CacheError, match=r"no cache there, expected index\.json; `sipo precompute` makes one"):
+        open_cache(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path, pipeline=Pipeline(fail_at=6))
+    with pytest.raises(CacheError, match="not finished; `sipo precompute` goes on where it stopped"):
+        open_cache(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"format": 1}', '{"format": 1, "complete": true, "fingerprint": {}}'])
+def test_an_index_that_is_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / INDEX).write_text(text)
+    with pytest.raises(DamagedError, match=r"index\.json: .*`sipo precompute` rebuilds it"):
+        open_cache(tmp_path)
+
+
+def test_an_index_of_another_format(tmp_path: Path) -> None:
+    build(tmp_path)
+    index = json.loads((tmp_path / INDEX).read_text())
+    (tmp_path / INDEX).write_text(json.dumps(index | {"format": 99}))
+    with pytest.raises(CacheError, match="cache format 99, expected 1"):
+        open_cache(tmp_path)
+
+
+def test_a_reader_goes_through_more_shards_than_it_keeps_open(tmp_path: Path) -> None:
+    shards = [write_shard(tmp_path, f"errors-{n:05d}", {"x": torch.tensor([n])}, {}) for n in range(40)]
+    reader = ShardReader(tmp_path, shards)
+    for _ in range(2):
+        assert [int(reader.tensor(shard.name, "x")) for shard in shards] == list(range(40))
+    assert len(reader._open) < 40
+
+
+def test_a_cache_may_be_sent_to_another_process(tmp_path: Path) -> None:
+    build(tmp_path)
+    cache = open_cache(tmp_path)
+    read_everything(cache)
+    copy = pickle.loads(pickle.dumps(cache))
+    flip_bit(tmp_path / "latents-00000.safetensors")
+    assert torch.equal(copy.pair(11)[0], cache.pair(11)[0])
+    with pytest.raises(DamagedError, match="latents-00000"):  # the other process looks for itself
+        copy.pair(0)

@@ -1,0 +1,118 @@
+"""The configuration of sipo train: what it reads, and what it says about mistakes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from sipo.config import ConfigError, from_dict, load, reference_kind
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = sorted((ROOT / "examples").rglob("*.yaml"))
+
+
+def tree(**sections: dict[str, Any]) -> dict[str, Any]:
+    """The least that a configuration needs, with ``sections`` laid over it."""
+    least: dict[str, dict[str, Any]] = {
+        "model": {"family": "sd15", "path": "some/model"},
+        "data": {"path": "pairs.jsonl", "cache": "cache"},
+        "training": {"steps": 3, "output_dir": "out"},
+    }
+    return {name: least.get(name, {}) | sections.get(name, {}) for name in least | sections}
+
+
+def test_defaults_are_filled_in_and_written_out() -> None:
+    config = from_dict(tree())
+    assert config.model.lora.rank == 16 and config.data.sizes == [(512, 512)] and config.loss.method == "sipo"
+    assert config.training.steps == 3
+    again = from_dict(config.as_dict())
+    assert again == config
+    assert from_dict(yaml.safe_load(yaml.safe_dump(config.as_dict()))) == config
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: str(path.relative_to(ROOT / "examples")))
+def test_examples_are_configurations(path: Path) -> None:
+    config = load(path)
+    assert config.model.family in path.stem
+    assert (config.model.path == "toy") == (path.parent.name == "toy")
+
+
+def test_every_family_has_its_examples() -> None:
+    names = {str(path.relative_to(ROOT / "examples")) for path in EXAMPLES}
+    families = ("sd15", "sdxl", "cogvideox", "wan")
+    assert names >= {f"{folder}{family}.yaml" for folder in ("", "toy/") for family in families}
+
+
+def test_overrides_lie_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(tree()))
+    config = load(path, ["training.learning_rate=1e-7", "model.lora.rank=8", "loss.beta=20", "data.sizes=[[64, 96]]"])
+    assert config.training.learning_rate == 1e-7  # YAML 1.1 takes 1e-7 for a string
+    assert config.model.lora.rank == 8 and config.loss.beta == 20.0 and config.data.sizes == [(64, 96)]
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"training": {"learning_rat": 1.0}}, "training.learning_rat: no such key, did you mean training.learning_rate?"),
+        ({"loss": {"learning_rate": 1.0}}, "loss.learning_rate: no such key, did you mean training.learning_rate?"),
+        ({"model": {"lora": {"rnk": 3}}}, "model.lora.rnk: no such key, did you mean model.lora.rank?"),
+        ({"optimizr": {}}, "optimizr: no such key, did you mean training.optimizer?"),
+        ({"qqqqqqq": {}}, "qqqqqqq: no such key, expected one of model, data, training, loss, samples"),
+        ({"training": {"steps": "many"}}, "training.steps='many': Input should be a valid integer"),
+        ({"training": {"steps": 0}}, "training.steps=0: expected at least 1"),
+        ({"training": {"learning_rate": -1}}, "training.learning_rate=-1.0: expected a finite number > 0"),
+        ({"model": {"tuning": "half"}}, "model.tuning='half': Input should be 'lora' or 'full'"),
+        ({"model": {"tuning": "full", "reference": "adapter_off"}}, "expected model.tuning='lora'"),
+        ({"model": {"lora": {"rank": 0}}}, "model.lora.rank=0: expected at least 1"),
+        ({"data": {"reference_errors": True}}, "data.draws=0: expected at least 1"),
+        ({"model": {"reference": "errors"}, "data": {"draws": 2}}, "data.reference_errors=False: expected True"),
+        ({"data": {"sizes": []}}, "data.sizes=[]: expected at least one [height, width]"),
+        ({"data": {"sizes": [[3]]}}, "data.sizes.0.1: missing, expected a value"),
+        ({"data": {"frames": 0}}, "data.frames=0: expected at least 1"),
+    ],
+)
+def test_mistakes_are_named_in_one_line(sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        from_dict(tree(**sections))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_key_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"^model\.family: missing, expected a value$"):
+        from_dict(tree() | {"model": {"path": "some/model"}})
+    with pytest.raises(ConfigError, match=r"^training: missing, expected a value$"):
+        from_dict({"model": {"family": "sd15", "path": "p"}, "data": {"path": "p", "cache": "c"}})
+
+
+def test_files_that_are_no_configuration(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    with pytest.raises(ConfigError, match=r"run\.yaml: No such file or directory, expected a YAML file"):
+        load(path)
+    path.write_text("a: [")
+    with pytest.raises(ConfigError, match=r"run\.yaml: not YAML: while parsing") as caught:
+        load(path)
+    assert "\n" not in str(caught.value)
+    path.write_text("- 3")
+    with pytest.raises(ConfigError, match="holds list, expected the sections model, data, training, loss, samples"):
+        load(path)
+    path.write_text(yaml.safe_dump(tree()))
+    for override, message in (
+        ("steps", "'steps': expected section.key=value"),
+        ("model.family.name=3", "'model.family.name=3': family is no section"),
+        ("training.steps=[", r"'training.steps=\[': not YAML"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load(path, [override])
+
+
+def test_the_reference_follows_from_tuning_and_data() -> None:
+    assert reference_kind(from_dict(tree())) == "adapter_off"
+    assert reference_kind(from_dict(tree(model={"tuning": "full"}))) == "copy"
+    errors = {"draws": 2, "reference_errors": True}
+    assert reference_kind(from_dict(tree(data=errors))) == "errors"
+    assert reference_kind(from_dict(tree(data=errors, model={"reference": "copy"}))) == "copy"

@@ -1,0 +1,274 @@
+"""The check of a data set: every planted fault is found in its row, and nothing else is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sipo.data import check
+from sipo.data.check import NOTED, SKIPPED, BadPair, check_pairs, load_pair, run_check, usable
+from sipo.data.media import Media, write_image, write_video
+from sipo.data.readers import open_pairs
+from sipo.data.records import PairRecord
+from sipo.data.toy import make_toy_pairs
+from tests.data_sets import (
+    CLEAN_ROWS,
+    Planted,
+    clean_clips,
+    clean_images,
+    clip,
+    faulty_clips,
+    faulty_images,
+    faulty_pickapic,
+    faulty_videodpo,
+    noise,
+    write_lines,
+)
+
+
+def images(folder: Path) -> tuple[Path, Planted, int]:
+    builder = faulty_images(folder)
+    return builder.save(), builder.planted, 1
+
+
+def clips(folder: Path) -> tuple[Path, Planted, int]:
+    builder = faulty_clips(folder)
+    return builder.save(), builder.planted, 6
+
+
+def pickapic(folder: Path) -> tuple[Path, Planted, int]:
+    builder = faulty_pickapic(folder)
+    return builder.save(folder / "train.parquet"), builder.planted, 1
+
+
+def videodpo(folder: Path) -> tuple[Path, Planted, int]:
+    builder = faulty_videodpo(folder)
+    return builder.save(), builder.planted, 6
+
+
+@pytest.mark.parametrize("make", [images, clips, pickapic, videodpo])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_every_planted_fault_is_found_in_its_row(
+    tmp_path: Path, make: Callable[[Path], tuple[Path, Planted, int]], workers: int
+) -> None:
+    path, planted, frames = make(tmp_path)
+    report = check_pairs(open_pairs(path), frames=frames, workers=workers)
+    assert [(f.row, f.kind) for f in report.findings] == sorted(planted.items())
+    assert report.skipped == sum(kind in SKIPPED for kind in planted.values())
+    assert report.pairs == len(list(open_pairs(path)))
+    # What is reported is what training skips, for the same reason.
+    reported = {finding.row: finding.text for finding in report.findings if finding.kind in SKIPPED}
+    for record in open_pairs(path):
+        assert usable(record, frames=frames) == reported.get(record.row, "")
+
+
+def test_the_planted_sets_have_every_kind(tmp_path: Path) -> None:
+    kinds = set()
+    for make in (images, clips, pickapic, videodpo):
+        kinds |= set(make(tmp_path / make.__name__)[1].values())
+    assert kinds == (SKIPPED.keys() | NOTED.keys()) - {"rate", "enlarged"}  # which depend on what is asked for
+
+
+def test_clean_sets_have_no_findings(tmp_path: Path) -> None:
+    for path, frames in (
+        (clean_images(tmp_path / "images").save(), 1),
+        (clean_clips(tmp_path / "clips").save(), 6),
+        (make_toy_pairs(tmp_path / "toy", video=False), 1),
+        (make_toy_pairs(tmp_path / "moving", video=True), 9),
+    ):
+        for asked in (frames, None):
+            report = check_pairs(open_pairs(path), frames=asked)
+            assert (report.findings, report.skipped) == ([], 0)
+            assert report.pairs == len(path.read_text().splitlines())
+
+
+def test_exit_code_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, planted, _ = images(tmp_path / "faulty")
+    skipped = sum(kind in SKIPPED for kind in planted.values())
+    assert run_check(path, frames=1, json_file=tmp_path / "report.json", rows=1, progress=False) == 1
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{CLEAN_ROWS + len(planted) + 1} pairs, of which training would skip {skipped}\n")
+    for row, kind in planted.items():
+        if list(planted.values()).count(kind) == 1:
+            assert f"       1  {(SKIPPED | NOTED)[kind]} (" in printed and f"row {row}: " in printed
+    assert "and 8 more" in printed  # of the nine faulty rows, of which one is shown
+    saved = json.loads((tmp_path / "report.json").read_text())
+    assert {found["row"]: found["kind"] for found in saved["findings"]} == planted
+    assert (saved["pairs"], saved["skipped"]) == (CLEAN_ROWS + len(planted) + 1, skipped)
+    assert saved["counts"]["undecodable"] == 5 and saved["counts"]["rate"] == 0
+    # The clean rows alone.
+    assert run_check(path, frames=1, limit=CLEAN_ROWS, progress=False) == 0
+    assert capsys.readouterr().out == f"{CLEAN_ROWS} pairs, of which training would skip 0\n"
+
+
+def test_findings_that_nothing_is_skipped_for_leave_the_exit_code(tmp_path: Path) -> None:
+    builder = clean_images(tmp_path, 3)
+    builder.lines.append(builder.lines[0])
+    path = builder.save()
+    assert run_check(path, frames=1, progress=False) == 0
+    assert check_pairs(open_pairs(path), frames=1).counts()["duplicate"] == 1
+
+
+def test_frames_and_rate_decide(tmp_path: Path) -> None:
+    """One set of clips of 6 frames at 8 per second, asked for different things."""
+    builder = clean_clips(tmp_path, 2)
+    chosen, rejected = builder.add()
+    for seed, path in enumerate((chosen, rejected)):
+        write_video(path, clip(75 + seed, frames=12), 16.0)
+    mixed, _ = builder.add()
+    write_video(mixed, clip(77, frames=12), 16.0)
+    path = builder.save()
+
+    def kinds(**asked: Any) -> dict[int, str]:
+        return {finding.row: finding.kind for finding in check_pairs(open_pairs(path), **asked).findings}
+
+    assert kinds(frames=7) == {0: "short", 1: "short", 3: "short"}
+    assert kinds(frames=6) == {3: "shape"}
+    assert kinds(frames=6, fps=8.0) == {3: "length"}
+    assert kinds(frames=6, fps=16.0) == {0: "rate", 1: "rate", 3: "rate"}
+    assert kinds(frames=None) == {3: "shape"}
+    assert kinds(frames=1) == dict.fromkeys(range(4), "medium")
+
+
+def test_sizes_are_counted_and_small_pairs_listed(tmp_path: Path) -> None:
+    builder = clean_images(tmp_path, 3)  # of 16x24
+    for side, path in enumerate(builder.add()):
+        write_image(path, noise(90 + side, 3, 40, 40))
+    report = check_pairs(open_pairs(builder.save()), frames=1, sizes=[(16, 24), (48, 48)])
+    assert report.sizes == {(16, 24): 3, (48, 48): 1}
+    assert [(f.row, f.kind, f.text) for f in report.findings] == [(3, "enlarged", "40x40 is enlarged to 48x48")]
+    assert report.as_dict()["sizes"] == [
+        {"height": 16, "width": 24, "pairs": 3},
+        {"height": 48, "width": 48, "pairs": 1},
+    ]
+    assert "       3  pairs at 16x24" in report.describe()
+    assert report.skipped == 0
+
+
+def test_clips_that_start_alike_are_not_the_same(tmp_path: Path) -> None:
+    """Both made from one image, as image-to-video models do; only the first frame is kept where all are decoded."""
+    builder = clean_clips(tmp_path, 0)
+    chosen, rejected = builder.add()
+    pixels = clip(5)
+    write_video(chosen, pixels, 8.0)
+    pixels[3:] = 255 - pixels[3:]
+    write_video(rejected, pixels, 8.0)
+    reader = open_pairs(builder.save())
+    assert check_pairs(reader, frames=None).findings == []
+    assert check_pairs(reader, frames=6).findings == []
+
+
+def test_load_pair_returns_both_sides_and_raises_the_kind(tmp_path: Path) -> None:
+    builder = clean_images(tmp_path, 1)
+    (record,) = open_pairs(builder.save())
+    chosen, rejected = load_pair(record)
+    assert isinstance(chosen, Media)
+    assert torch.equal(chosen.pixels, noise(0, 3, 16, 24)) and torch.equal(rejected.pixels, noise(1, 3, 16, 24))
+    with pytest.raises(BadPair, match="neither is preferred") as caught:
+        load_pair(PairRecord(0, "a", b"", b"", tie=True))
+    assert caught.value.kind == "tie"
+
+
+# ---- Index shifts that only file names show ----
+
+
+def numbered(folder: Path, numbers: list[tuple[str, str]]) -> dict[int, str]:
+    """Findings of a set whose files are so named; the files are good, and no two alike."""
+    lines = []
+    for row, names in enumerate(numbers):
+        paths = [folder / side / f"{name}.png" for side, name in zip(("win", "lose"), names, strict=True)]
+        for side, path in enumerate(paths):
+            write_image(path, noise(2 * row + side, 3, 4, 4))
+        lines.append({"prompt": f"{row}", "chosen": str(paths[0]), "rejected": str(paths[1])})
+    report = check_pairs(open_pairs(write_lines(folder / "pairs.jsonl", lines)), frames=1, workers=1)
+    assert report.skipped == 0
+    return {finding.row: finding.kind for finding in report.findings}
+
+
+def test_shifts_of_one_side_are_suspected(tmp_path: Path) -> None:
+    rows = range(24)
+    stretch = [(f"{row:04d}", f"{row + (row >= 15):04d}") for row in rows]
+    assert numbered(tmp_path / "a", stretch) == dict.fromkeys(range(15, 24), "shift")
+    single = [(f"clip-{row}-of-24", f"clip-{row + 100 * (row in (3, 11))}-of-24") for row in rows]
+    assert numbered(tmp_path / "b", single) == {3: "shift", 11: "shift"}
+    # The first number is the prompt's, the second the candidate's.
+    candidates = [(f"{row + (row == 7)}_{row % 3}", f"{row}_{(row + 1) % 3}") for row in rows]
+    assert numbered(tmp_path / "c", candidates) == {7: "shift"}
+
+
+def test_naming_schemes_are_no_shifts(tmp_path: Path) -> None:
+    rows = range(24)
+    generator = torch.Generator().manual_seed(0)
+    seeds = torch.randint(0, 2, (24,), generator=generator).tolist()
+    schemes: dict[str, list[tuple[str, str]]] = {
+        "from one": [(f"{row + 1}", f"{row + 1}") for row in rows],
+        "gaps": [(f"{row + row // 5}", f"{row + row // 5}") for row in rows],
+        "even and odd": [(f"{2 * row}", f"{2 * row + 1}") for row in rows],
+        "best of two": [(f"{row}-{seed}", f"{row}-{1 - seed}") for row, seed in zip(rows, seeds, strict=True)],
+        "versions": [(f"v{1 + (row == 4)}-{row}", f"v1-{row}") for row in rows],
+        "two texts": [(f"win{row}", f"lose{row + 1}") for row in rows],
+        "no numbers": [(chr(97 + row), chr(97 + row)) for row in rows],
+        "half and half": [(f"{row}", f"{row + 1000 * (row % 2)}") for row in rows],
+        "too few": [(f"{row}", f"{row + 100 * (row == 4)}") for row in range(9)],
+    }
+    for name, scheme in schemes.items():
+        assert numbered(tmp_path / name, scheme) == {}, name
+
+
+# ---- How it runs ----
+
+
+def test_only_a_few_pairs_are_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reader is never far ahead of what is decoded, and pixels are let go of with their pair."""
+    content = {seed: _png(seed) for seed in range(2)}
+    ahead: list[int] = []
+    lock = threading.Lock()
+    counts = {"read": 0, "decoded": 0}
+
+    def records() -> Iterator[PairRecord]:
+        for row in range(60):
+            with lock:
+                counts["read"] += 1
+                ahead.append(counts["read"] - counts["decoded"])
+            yield PairRecord(row, f"{row}", content[0], content[1])
+
+    original = check._examine
+
+    def counted(*arguments: Any) -> Any:
+        examined = original(*arguments)
+        with lock:
+            counts["decoded"] += 1
+        assert not any(isinstance(value, (torch.Tensor, Media)) for value in vars(examined).values())
+        return examined
+
+    monkeypatch.setattr(check, "_examine", counted)
+    report = check_pairs(records(), frames=1, workers=2)
+    assert report.pairs == counts["decoded"] == 60
+    assert max(ahead) <= 2 * 2 + 2
+
+
+def _png(seed: int) -> bytes:
+    import io
+
+    from PIL import Image
+
+    stream = io.BytesIO()
+    Image.fromarray(noise(seed, 8, 8, 3).numpy()).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def test_an_error_of_the_reader_is_raised(tmp_path: Path) -> None:
+    builder = clean_images(tmp_path, 2)
+    path = builder.save()
+    shutil.copy(path, tmp_path / "gone.jsonl")
+    reader = open_pairs(tmp_path / "gone.jsonl")
+    (tmp_path / "gone.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"gone\.jsonl: No such file"):
+        check_pairs(reader, frames=1)

@@ -1,0 +1,479 @@
+"""Each family against the real pipeline at toy size: what it hands its network, its encoders and its sampler."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sipo.families import FAMILIES, get
+from sipo.families.base import network_dtype, unwrapped
+from sipo.families.toy import build_toy
+from tests.family_cases import (
+    FRAMES,
+    HEIGHT,
+    PROMPTS,
+    TOYS,
+    WIDTH,
+    as_uint8,
+    encoders_of,
+    family_of,
+    folder_of,
+    frames_of,
+    network_input,
+    pipeline_of,
+    pixels_of,
+    sampled,
+    stacked,
+)
+
+each_toy = pytest.mark.parametrize("toy", TOYS)
+
+
+class Wrapper(nn.Module):
+    """As DDP wraps: the network as ``module``, called through the wrapper's own forward."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.calls = 0
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return self.module(*args, **kwargs)
+
+
+# ---- The network's call ----
+
+
+@each_toy
+def test_predict_is_the_pipelines_own_call(toy: str) -> None:
+    family = family_of(toy)
+    pipeline = pipeline_of(toy)
+    _, calls = sampled(pipeline, family)
+    encoders = encoders_of(toy)
+    conditional, unconditional = family.encode_text(encoders, PROMPTS[:1])[0], family.encode_unconditional(encoders)
+    per_step = 2 if toy == "wan" else 1  # Wan's pipeline calls once for each, prompt first
+    assert len(calls) >= 3 * per_step  # PNDM takes a step more
+    for i, call in enumerate(calls):
+        noisy = call.given("sample" if family.network == "unet" else "hidden_states", 0)
+        given = torch.as_tensor(call.given("timestep", 1)).reshape(-1).expand(noisy.shape[0])
+        assert torch.equal(given, given.round()) or toy == "sd3"
+        timesteps = given.long() if family.flow_timesteps is None else given.float() / family.flow_timesteps
+        halves = [unconditional, conditional] if per_step == 1 else [(conditional, unconditional)[i % 2]]
+        with torch.no_grad():
+            found = family.predict(pipeline.components[family.network], noisy, timesteps, stacked(family, halves))
+        assert found.shape == noisy.shape
+        # a flow's timestep went through a division: the last bit of a frequency
+        torch.testing.assert_close(found, call.output, rtol=1e-4, atol=1e-5)
+        if family.flow_timesteps is None:
+            assert torch.equal(found, call.output)
+
+
+@each_toy
+def test_predict_depends_on_all_it_is_given(toy: str) -> None:
+    family = family_of(toy)
+    network = family.load_network(folder_of(toy))
+    noisy, timesteps, condition = network_input(toy)
+    with torch.no_grad():
+        base = family.predict(network, noisy, timesteps, condition)
+        assert not torch.equal(base, family.predict(network, noisy, timesteps.flip(0), condition))
+        assert not torch.equal(base, family.predict(network, noisy.flip(-1), timesteps, condition).flip(-1))
+        for name, tensor in condition.items():
+            changed = condition | {name: tensor + 1}
+            assert not torch.equal(base, family.predict(network, noisy, timesteps, changed)), name
+
+
+@each_toy
+def test_samples_of_a_batch_do_not_meet(toy: str) -> None:
+    family = family_of(toy)
+    network = family.load_network(folder_of(toy))
+    noisy, timesteps, condition = network_input(toy)
+    with torch.no_grad():
+        both = family.predict(network, noisy, timesteps, condition)
+        for i in range(2):
+            alone = family.predict(
+                network, noisy[i : i + 1], timesteps[i : i + 1], {k: v[i : i + 1] for k, v in condition.items()}
+            )
+            torch.testing.assert_close(alone[0], both[i], rtol=1e-4, atol=1e-5)
+
+
+@each_toy
+def test_predict_calls_the_wrapper(toy: str) -> None:
+    family = family_of(toy)
+    network = family.load_network(folder_of(toy))
+    wrapped = Wrapper(Wrapper(network))
+    given = network_input(toy)
+    with torch.no_grad():
+        assert torch.equal(family.predict(wrapped, *given), family.predict(network, *given))
+    assert wrapped.calls == 1
+    assert unwrapped(wrapped) is network
+
+
+@each_toy
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_predict_stays_in_the_networks_type(toy: str, dtype: torch.dtype) -> None:
+    family = family_of(toy)
+    network = family.load_network(folder_of(toy), dtype=dtype)
+    assert network_dtype(network) == dtype
+    noisy, timesteps, condition = network_input(toy)
+    with torch.no_grad():
+        low = family.predict(network, noisy.bfloat16(), timesteps, {k: v.bfloat16() for k, v in condition.items()})
+        high = family.predict(network, noisy, timesteps, condition)
+        exact = family.predict(family.load_network(folder_of(toy)), noisy, timesteps, condition)
+    assert low.dtype == high.dtype == dtype
+    scale = exact.std().item()
+    assert (high.float() - exact).abs().max().item() < (1e-5 if dtype == torch.float32 else 0.15) * scale
+
+
+@each_toy
+def test_a_missing_condition_is_named(toy: str) -> None:
+    family = family_of(toy)
+    network = family.load_network(folder_of(toy))
+    noisy, timesteps, condition = network_input(toy)
+    for name in condition:
+        rest = {k: v for k, v in condition.items() if k != name}
+        with pytest.raises(ValueError, match=f"expected '{name}' as well"):
+            family.predict(network, noisy, timesteps, rest)
+    with pytest.raises(ValueError, match=r"condition holds \[\]"):
+        family.predict(network, noisy, timesteps, None)
+
+
+def test_time_ids_are_not_rounded() -> None:
+    told = get("sdxl").own_condition((1023, 2047), (3, 5), (1024, 1000))
+    assert told["time_ids"].tolist() == [1023, 2047, 3, 5, 1024, 1000]
+    assert told["time_ids"].dtype == torch.float32
+    network = get("sdxl").load_network(folder_of("sdxl"), dtype=torch.bfloat16)
+    noisy, timesteps, condition = network_input("sdxl")
+    seen: list[Tensor] = []
+    network.add_time_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))  # type: ignore[union-attr,func-returns-value]
+    get("sdxl").predict(network, noisy, timesteps, condition | {"time_ids": told["time_ids"].repeat(2, 1)})
+    assert seen[0].tolist() == told["time_ids"].tolist() * 2
+
+
+# ---- Text and pixels ----
+
+
+@each_toy
+def test_text_is_what_the_pipeline_gives_its_network(toy: str) -> None:
+    family = family_of(toy)
+    _, calls = sampled(pipeline_of(toy), family, steps=2, prompt=PROMPTS)
+    pairs = [family.encode_text(encoders_of(toy), PROMPTS), [family.encode_unconditional(encoders_of(toy))] * 2]
+    ours = {k: torch.stack([c[k] for c in pairs[1] + pairs[0]]) for k in pairs[0][0]}
+    if toy == "wan":
+        theirs = torch.cat([calls[1].kwargs["encoder_hidden_states"], calls[0].kwargs["encoder_hidden_states"]])
+    else:
+        theirs = calls[0].kwargs["encoder_hidden_states"]
+    torch.testing.assert_close(ours["prompt_embeds"], theirs, rtol=1e-5, atol=1e-6)
+    if toy == "sdxl":
+        added = calls[0].kwargs["added_cond_kwargs"]
+        torch.testing.assert_close(ours["pooled_prompt_embeds"], added["text_embeds"], rtol=1e-5, atol=1e-6)
+        told = family.own_condition((HEIGHT, WIDTH), (0, 0), (HEIGHT, WIDTH))
+        assert torch.equal(added["time_ids"], told["time_ids"].repeat(4, 1))
+    if toy == "sd3":
+        pooled = calls[0].kwargs["pooled_projections"]
+        torch.testing.assert_close(ours["pooled_prompt_embeds"], pooled, rtol=1e-5, atol=1e-6)
+
+
+@each_toy
+def test_text_has_one_shape_and_differs(toy: str) -> None:
+    family = family_of(toy)
+    long = "word " * 900
+    encoded = family.encode_text(encoders_of(toy), ["", "x", PROMPTS[0], long])
+    length = {"sd15": 77, "sdxl": 77, "sd3": 77 + 256, "cogvideox": 226, "wan": 512}[family.name]
+    for condition in encoded:
+        assert condition["prompt_embeds"].shape == (length, encoded[0]["prompt_embeds"].shape[-1])
+        assert {k: v.shape for k, v in condition.items()} == {k: v.shape for k, v in encoded[0].items()}
+        assert all(not t.requires_grad and t.device.type == "cpu" for t in condition.values())
+    for name in encoded[0]:
+        assert not torch.equal(encoded[1][name], encoded[2][name])
+    assert family.encode_text(encoders_of(toy), []) == []
+
+
+def test_wan_text_is_zero_after_its_end() -> None:
+    text = get("wan").encode_text(encoders_of("wan"), ["abc"])[0]["prompt_embeds"]
+    assert bool((text[:4] != 0).any(1).all())  # a mark for the word's start, its letters merged or not, the end
+    ends = int((text != 0).any(1).nonzero().max())
+    assert 3 <= ends <= 5
+    assert not text[ends + 1 :].any()
+
+
+@each_toy
+def test_latents_are_scaled_as_the_pipeline_decodes_them(toy: str) -> None:
+    family = family_of(toy)
+    pipeline = pipeline_of(toy)
+    pixels = pixels_of(family, 1)
+    encoders = encoders_of(toy)
+    latents = family.encode_pixels(encoders, pixels)
+    raw = encoders.vae.encode(pixels.transpose(1, 2) if family.video else pixels).latent_dist.mode()
+    channels, sides, length = raw.shape[1], [HEIGHT // 8, WIDTH // 8], [(FRAMES - 1) // 4 + 1]
+    layout = {"CHW": [channels, *sides], "FCHW": [*length, channels, *sides], "CFHW": [channels, *length, *sides]}
+    assert list(latents.shape) == [1, *layout[family.latent_layout]]
+    assert latents.dtype == torch.float32
+    # The pipeline's own decoding: no step is taken but the last, and the VAE is asked what it was given.
+    given: list[Tensor] = []
+    decode = pipeline.vae.decode
+
+    def record(z: Tensor, *args: Any, **kwargs: Any) -> Any:
+        given.append(z)
+        return decode(z, *args, **kwargs)
+
+    pipeline.vae.decode = record
+    pipeline.scheduler.__class__ = _still(pipeline.scheduler)
+    decoded, _ = sampled(pipeline, family, steps=1, latents=latents)
+    torch.testing.assert_close(given[0], raw, rtol=1e-4, atol=1e-5)
+    ours = family.decode_latents(encoders, latents)
+    torch.testing.assert_close((ours / 2 + 0.5).clamp(0, 1), decoded, rtol=1e-4, atol=1e-4)
+
+
+def _still(scheduler: Any) -> type:
+    """The scheduler's class with steps that leave the latents where they are."""
+
+    def step(self: Any, *args: Any, generator: Any = None, eta: float = 0.0, return_dict: bool) -> tuple[Any, ...]:
+        # (prediction, t, latents), and for CogVideoX's DPM scheduler (prediction, old, t, previous, latents)
+        latents = next(arg for arg in reversed(args) if isinstance(arg, Tensor) and arg.ndim > 1)
+        return latents, None
+
+    return type(type(scheduler).__name__, (type(scheduler),), {"step": step, "init_noise_sigma": 1.0})
+
+
+@each_toy
+def test_latents_drawn_from_the_posterior(toy: str) -> None:
+    family, encoders = family_of(toy), encoders_of(toy)
+    pixels = pixels_of(family, 2)
+    mode = family.encode_pixels(encoders, pixels)
+    draws = [family.encode_pixels(encoders, pixels, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4)]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+    posterior = encoders.vae.encode(pixels.transpose(1, 2) if family.video else pixels).latent_dist
+    many = [family.encode_pixels(encoders, pixels, torch.Generator().manual_seed(seed)) - mode for seed in range(12)]
+    spread = torch.stack(many).square().mean().sqrt()
+    config = encoders.vae.config
+    std = torch.tensor(config.latents_std) if toy == "wan" else torch.tensor(1 / config.scaling_factor)
+    shape = (1, -1, *[1] * (posterior.std.ndim - 2))
+    expected = (posterior.std / std.reshape(shape)).square().mean().sqrt()
+    torch.testing.assert_close(spread, expected, rtol=0.1, atol=0)
+
+
+# ---- Loading ----
+
+
+@each_toy
+def test_loads_in_parts(toy: str) -> None:
+    family = family_of(toy)
+    network = family.load_network(folder_of(toy), dtype=torch.bfloat16)
+    assert type(network).__name__ == family.network_class
+    encoders = family.load_encoders(folder_of(toy), dtype=torch.bfloat16)
+    assert encoders.components[family.network] is None
+    modules = [m for m in encoders.components.values() if isinstance(m, nn.Module)]
+    assert len(modules) >= 2
+    for module in modules:
+        assert not module.training
+        assert not any(p.requires_grad for p in module.parameters())
+        assert next(module.parameters()).dtype == torch.bfloat16
+    whole = getattr(pipeline_of(toy), family.network)
+    mine = network.state_dict()
+    for name, tensor in whole.state_dict().items():  # diffusers keeps some of Wan's in float32
+        assert torch.equal(mine[name], tensor.to(mine[name].dtype))
+
+
+def test_a_half_precision_image_vae_that_overflows_is_kept_in_float32() -> None:
+    encoders = get("sdxl").load_encoders(folder_of("sdxl"), dtype=torch.float16)
+    assert (encoders.vae.dtype, encoders.text_encoder.dtype) == (torch.float32, torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("toy", "kind", "prediction", "shift"),
+    [
+        ("sd15", "discrete", "epsilon", 1),
+        ("sdxl", "discrete", "epsilon", 1),
+        ("sd3", "flow", "flow", 3),
+        ("cogvideox", "discrete", "v_prediction", 1),
+        ("cogvideox-2b", "discrete", "v_prediction", 1),
+        ("wan", "flow", "flow", 3),
+    ],
+)
+def test_schedule(toy: str, kind: str, prediction: str, shift: float) -> None:
+    schedule = family_of(toy).load_schedule(folder_of(toy), 20)
+    assert (schedule.kind, schedule.prediction_type, schedule.shift) == (kind, prediction, shift)
+    assert (schedule.num_inference_steps, schedule.num_train_timesteps) == (20, 1000)
+    if toy.startswith("cogvideox"):
+        alpha, sigma = schedule.alpha_sigma(torch.tensor([500, 999]))
+        snr = (alpha / sigma) ** 2
+        assert snr[1] == 0
+        other = family_of(toy).load_schedule(folder_of("cogvideox-2b" if toy == "cogvideox" else "cogvideox"))
+        assert snr[0] != pytest.approx(float((other.alpha_sigma(torch.tensor([500]))[0] ** 2)[0]), rel=0.01)
+
+
+@each_toy
+def test_wrong_folders_are_named_in_one_line(toy: str, tmp_path: Path) -> None:
+    family = family_of(toy)
+    other = folder_of("wan" if toy != "wan" else "sd15")
+    cases: list[tuple[Path, type[Exception], str]] = [
+        (tmp_path / "absent", FileNotFoundError, "no such folder"),
+        (tmp_path, FileNotFoundError, "model_index.json"),
+        (other, ValueError, f"expected a {family.pipeline_class}"),
+    ]
+    for path, kind, text in cases:
+        for load in (family.load_network, family.load_encoders, family.load_schedule):
+            with pytest.raises(kind, match=text) as caught:
+                load(path)
+            message = str(caught.value)
+            assert str(path) in message and "\n" not in message
+    for path_text in ("./absent", "of/three/parts", "~/absent"):  # no hub is asked
+        with pytest.raises(FileNotFoundError, match="no such folder"):
+            family.load_network(path_text)
+
+
+def test_pickled_weights_are_not_loaded(tmp_path: Path) -> None:
+    folder = tmp_path / "pickled"
+    shutil.copytree(folder_of("sd15"), folder)
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    network = get("sd15").load_network(folder)
+    torch.save(network.state_dict(), weights.with_suffix(".bin"))
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match=r"safetensors") as caught:
+        get("sd15").load_network(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("toy", "file", "changes", "text"),
+    [
+        ("wan", "model_index.json", {"boundary_ratio": 0.9}, "boundary_ratio=0.9, a Wan 2.2"),
+        ("cogvideox", "transformer/config.json", {"in_channels": 8}, "takes 8 channels and gives 4"),
+        ("cogvideox", "transformer/config.json", {"patch_size_t": 2}, "patch_size_t=2, a CogVideoX 1.5"),
+        ("sd3", "scheduler/scheduler_config.json", {"num_train_timesteps": 500}, "has 500 timesteps, expected 1000"),
+        (
+            "sd3",
+            "model_index.json",
+            {"text_encoder_3": [None, None]},
+            "has no text_encoder_3, expected a pipeline with T5",
+        ),
+        ("sd15", "model_index.json", {"scheduler": ["elsewhere", "Mine"]}, "its scheduler is 'Mine'"),
+    ],
+)
+def test_relatives_of_a_family_are_refused(
+    toy: str, file: str, changes: dict[str, Any], text: str, tmp_path: Path
+) -> None:
+    family = family_of(toy)
+    folder = tmp_path / toy
+    shutil.copytree(folder_of(toy), folder)
+    config = json.loads((folder / file).read_text(encoding="utf-8"))
+    (folder / file).write_text(json.dumps(config | changes), encoding="utf-8")
+    if file.startswith("transformer"):  # weights that fit
+        network_class = getattr(diffusers, family.network_class)
+        network_class.from_config(network_class.load_config(folder, subfolder="transformer")).save_pretrained(
+            folder / "transformer"
+        )
+    with pytest.raises(ValueError, match=text):
+        family.load_schedule(folder) if "scheduler" in text + file or toy == "sd3" else family.load_network(folder)
+
+
+@pytest.mark.parametrize(
+    ("toy", "size", "nearest"),
+    [
+        ("sd15", (512, 500, 1), "height=512, width=496, frames=1"),
+        ("sdxl", (1024, 1024, 2), "height=1024, width=1024, frames=1"),
+        ("sd3", (1000, 1024, 1), "height=992, width=1024, frames=1"),
+        ("cogvideox", (480, 720, 48), "height=480, width=720, frames=49"),
+        ("wan", (480, 830, 81), "height=480, width=832, frames=81"),
+        ("wan", (3, 832, 0), "height=16, width=832, frames=1"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(toy: str, size: tuple[int, int, int], nearest: str) -> None:
+    with pytest.raises(ValueError, match=f"the nearest is {nearest}"):
+        family_of(toy).check_size(encoders_of(toy), *size)
+    good = [int(part.partition("=")[2]) for part in nearest.split(", ")]
+    family_of(toy).check_size(encoders_of(toy), *good)
+
+
+def test_families_by_name() -> None:
+    assert [get(name).name for name in FAMILIES] == list(FAMILIES)
+    with pytest.raises(ValueError, match=r"family='sd1.5': expected one of sd15, .*did you mean 'sd15'"):
+        get("sd1.5")
+
+
+# ---- Sampling and the toys themselves ----
+
+
+@each_toy
+def test_samples_are_the_pipelines(toy: str) -> None:
+    family = family_of(toy)
+    network = family.load_network(folder_of(toy)).train()
+    state, scheduler = torch.get_rng_state(), repr(vars(encoders_of(toy).scheduler))
+    size = {"height": HEIGHT, "width": WIDTH, "frames": frames_of(family)}
+    found = family.sample(encoders_of(toy), Wrapper(network), PROMPTS, seed=5, steps=3, guidance=3.0, **size)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(module.training for module in network.modules())
+    assert repr(vars(encoders_of(toy).scheduler)) == scheduler
+    assert encoders_of(toy).components[family.network] is None
+    assert encoders_of(toy).text_encoder is not None
+    for i, prompt in enumerate(PROMPTS):
+        expected, _ = sampled(pipeline_of(toy), family, seed=5 + i, prompt=prompt)
+        difference = (as_uint8(expected)[0].int() - found[i].int()).abs()
+        assert difference.max() <= 1  # one rounding of a half
+        assert (difference > 0).float().mean() < 0.001
+    assert found[0].float().std() > 1
+
+
+@each_toy
+def test_samples_without_guidance(toy: str) -> None:
+    family = family_of(toy)
+    network = family.load_network(folder_of(toy))
+    size = {"height": HEIGHT, "width": WIDTH, "frames": frames_of(family)}
+    calls: list[int] = []
+    network.register_forward_hook(lambda module, args, output: calls.append(output[0].shape[0]))
+    found = family.sample(encoders_of(toy), network, PROMPTS[:1], seed=5, steps=2, guidance=1.0, **size)
+    assert set(calls) == {1} and len(calls) in (2, 3)  # no second half, no second call
+    expected, _ = sampled(pipeline_of(toy), family, steps=2, guidance_scale=1.0)
+    assert ((as_uint8(expected)[0].int() - found[0].int()).abs() > 1).sum() == 0
+    assert family.sample(encoders_of(toy), network, [], seed=5, **size).numel() == 0
+
+
+@each_toy
+def test_samples_with_encoders_of_another_type(toy: str) -> None:
+    family = family_of(toy)
+    network = family.load_network(folder_of(toy))
+    encoders = family.load_encoders(folder_of(toy), dtype=torch.bfloat16)
+    size = {"height": HEIGHT, "width": WIDTH, "frames": frames_of(family)}
+    found = family.sample(encoders, network, PROMPTS[:1], seed=5, steps=2, **size)
+    exact = family.sample(encoders_of(toy), network, PROMPTS[:1], seed=5, steps=2, **size)
+    assert found.dtype == torch.uint8 and found.shape == exact.shape
+    assert (found.float() - exact.float()).abs().mean() < 0.25 * exact.float().std()
+
+
+@each_toy
+def test_toys_are_small_and_repeatable(toy: str, tmp_path: Path) -> None:
+    state = torch.get_rng_state()
+    start = time.perf_counter()
+    again = build_toy(toy, tmp_path / "again")
+    assert time.perf_counter() - start < 20  # a second or two on an idle machine
+    assert torch.equal(torch.get_rng_state(), state)
+    assert _hashes(again) == _hashes(folder_of(toy))
+    other = _hashes(build_toy(toy, tmp_path / "again", seed=1))
+    assert other.keys() == _hashes(again).keys()
+    assert {name for name, text in other.items() if text != _hashes(folder_of(toy))[name]} == {
+        name for name in other if name.endswith("model.safetensors")
+    }
+    assert sum(file.stat().st_size for file in again.rglob("*") if file.is_file()) < 8e6
+    assert [path.name for path in tmp_path.iterdir()] == ["again"]
+    assert type(diffusers.DiffusionPipeline.from_pretrained(again)).__name__ == family_of(toy).pipeline_class
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def test_unknown_toy(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="toy='flux': expected one of sd15"):
+        build_toy("flux", tmp_path / "flux")

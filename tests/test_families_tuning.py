@@ -1,0 +1,370 @@
+"""LoRA and full tuning at toy size: the reference inside the network, and saves that diffusers loads."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+import yaml
+from torch import Tensor, nn
+
+from sipo import SIPOLoss
+from sipo.config import Config, DataConfig, LoraConfig, LossConfig, ModelConfig
+from sipo.families import FAMILIES, get
+from sipo.families.base import evaluating
+from sipo.families.card import model_card
+from sipo.families.tuning import adapter_off, freeze, prepare_full, prepare_lora, save_full, save_lora
+from sipo.training.config import TrainingConfig
+from tests.family_cases import (
+    HEIGHT,
+    PROMPTS,
+    TOYS,
+    WIDTH,
+    encoders_of,
+    family_of,
+    folder_of,
+    frames_of,
+    network_input,
+    pipeline_of,
+)
+
+each_toy = pytest.mark.parametrize("toy", TOYS)
+
+
+def lora_network(toy: str, *, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """A network with an adapter that is not zero."""
+    family = family_of(toy)
+    network = family.load_network(folder_of(toy), dtype=dtype)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        arguments: dict[str, Any] = {"rank": 2, "target_modules": family.lora_targets}
+        prepare_lora(network, **(arguments | options))
+        with torch.no_grad():
+            for name, parameter in network.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.3)
+    return network
+
+
+def sample(toy: str, network: nn.Module) -> Tensor:
+    family = family_of(toy)
+    size = {"height": HEIGHT, "width": WIDTH, "frames": frames_of(family)}
+    return family.sample(encoders_of(toy), network, PROMPTS[:1], seed=3, steps=2, **size)
+
+
+def no_shared_tensors(network: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in network.state_dict().items()}
+
+
+# ---- The reference ----
+
+
+@each_toy
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_reference_is_the_base_network_bit_for_bit(toy: str, dtype: torch.dtype) -> None:
+    family = family_of(toy)
+    base = family.load_network(folder_of(toy), dtype=dtype)
+    network = lora_network(toy, dtype=dtype, dropout=0.5).train()
+    given = network_input(toy)
+    with torch.no_grad():
+        expected = family.predict(base, *given)
+        before = family.predict(network.eval(), *given)
+        network.train()
+        with adapter_off(network):
+            found = family.predict(network, *given)
+        after = family.predict(network.eval(), *given)
+    assert torch.equal(found, expected)
+    assert not torch.equal(before, expected)
+    assert torch.equal(after, before)
+
+
+def test_everything_is_as_before_after_the_reference() -> None:
+    network = lora_network("sd15", dropout=0.5).train()
+    network.mid_block.eval()
+    frozen = next(p for n, p in network.named_parameters() if "lora_A" in n)
+    frozen.requires_grad_(False)
+    trainable = {name for name, p in network.named_parameters() if p.requires_grad}
+    modes = {name: module.training for name, module in network.named_modules()}
+    with adapter_off(network):
+        assert not any(module.training for module in network.modules())
+    with pytest.raises(RuntimeError, match="inside"), adapter_off(network):
+        raise RuntimeError("inside")
+    assert {name for name, p in network.named_parameters() if p.requires_grad} == trainable
+    assert {name: module.training for name, module in network.named_modules()} == modes
+    given = network_input("sd15")
+    with torch.no_grad(), evaluating(network.modules()):
+        on = get("sd15").predict(network, *given)
+        with adapter_off(network):
+            off = get("sd15").predict(network, *given)
+        network.disable_adapters()
+        with adapter_off(network):
+            pass
+        assert torch.equal(get("sd15").predict(network, *given), off)
+    assert not torch.equal(on, off)
+    with (
+        pytest.raises(ValueError, match="UNet2DConditionModel has no adapter"),
+        adapter_off(get("sd15").load_network(folder_of("sd15"))),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@each_toy
+def test_the_reference_between_forward_and_backward_changes_no_gradient(toy: str, checkpointing: bool) -> None:
+    family = family_of(toy)
+    given = network_input(toy)
+    gradients = []
+    for with_reference in (False, True):
+        network = lora_network(toy, gradient_checkpointing=checkpointing and with_reference).train()
+        prediction = family.predict(network, *given)
+        if with_reference:
+            with torch.no_grad(), adapter_off(network):
+                family.predict(network, *given)
+        prediction.square().mean().backward()
+        gradients.append({name: p.grad for name, p in network.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(name.endswith("weight") and "lora_" in name for name in gradients[0])
+    for name, gradient in gradients[0].items():
+        assert gradient.abs().max() > 0
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-7)
+
+
+@each_toy
+def test_a_step_of_the_loss_moves_the_policy_and_not_the_reference(toy: str) -> None:
+    family = family_of(toy)
+    schedule = family.load_schedule(folder_of(toy))
+    loss_fn = SIPOLoss(schedule, method="diffusion_dpo", beta=200.0)
+    network = family.load_network(folder_of(toy))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        prepare_lora(network, rank=4, target_modules=family.lora_targets)
+    latents, _, condition = network_input(toy)  # a winner and a loser
+    generator = torch.Generator().manual_seed(2)
+    noise = torch.randn(latents[:1].shape, generator=generator).expand_as(latents)
+    timesteps = schedule.sample_timesteps(1, generator).repeat(2)
+    noisy, target = schedule.add_noise(latents, noise, timesteps), schedule.target(latents, noise, timesteps)
+    optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-2)
+    losses, references = [], []
+    for _ in range(4):
+        with torch.no_grad(), adapter_off(network):
+            references.append(family.predict(network, noisy, timesteps, condition))
+        out = loss_fn(family.predict(network, noisy, timesteps, condition), references[-1], target, timesteps)
+        losses.append(out.loss.item())
+        optimizer.zero_grad()
+        out.loss.backward()
+        optimizer.step()
+    assert losses[0] == pytest.approx(0.693147, abs=1e-6)
+    assert losses[3] < losses[0] - 1e-4
+    assert all(torch.equal(reference, references[0]) for reference in references)
+
+
+def test_samples_are_drawn_without_dropout() -> None:
+    network = lora_network("sd15", dropout=0.5)
+    expected = sample("sd15", network.eval())
+    state = torch.get_rng_state()
+    assert torch.equal(sample("sd15", network.train()), expected)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# ---- What is trained ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lora_trains_the_adapter_alone_in_float32(dtype: torch.dtype) -> None:
+    network = get("wan").load_network(folder_of("wan"), dtype=dtype)
+    given = network_input("wan")
+    with torch.no_grad():
+        before = get("wan").predict(network, *given)
+    base = no_shared_tensors(network)
+    prepare_lora(network, rank=3, alpha=6, target_modules=["to_q", "ffn.net.2"])
+    trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * 2 * (2 + 1)  # two layers' A and B: two attentions and one feed-forward
+    assert all(p.dtype == torch.float32 and 3 in p.shape and "lora_" in name for name, p in trained.items())
+    kept = {name.replace(".base_layer", ""): tensor for name, tensor in network.state_dict().items()}
+    assert all(torch.equal(kept[name], tensor) and kept[name].dtype == tensor.dtype for name, tensor in base.items())
+    with torch.no_grad():  # the adapter is zero at first
+        assert torch.equal(get("wan").predict(network, *given), before)
+
+
+def test_full_tuning_trains_everything_in_float32() -> None:
+    network = freeze(get("sd15").load_network(folder_of("sd15"), dtype=torch.bfloat16))
+    assert not any(p.requires_grad for p in network.parameters())
+    prepare_full(network, gradient_checkpointing=True)
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in network.parameters())
+    assert any(getattr(module, "gradient_checkpointing", False) for module in network.modules())
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (
+            {"target_modules": ["to_q", "to_qq"]},
+            r"target_modules: 'to_qq' is no linear .*UNet2DConditionModel, such as",
+        ),
+        ({"target_modules": ["attentions"]}, "target_modules: 'attentions' is no linear layer"),
+        ({"target_modules": []}, r"target_modules=\[\]: expected at least one"),
+        ({"rank": 0}, "rank=0: expected at least 1"),
+    ],
+)
+def test_adapters_that_fit_nowhere_are_refused(options: dict[str, Any], text: str) -> None:
+    network = get("sd15").load_network(folder_of("sd15"))
+    before = [name for name, _ in network.named_parameters()]
+    with pytest.raises(ValueError, match=text) as caught:
+        prepare_lora(network, **({"rank": 2, "target_modules": ["to_q"]} | options))
+    assert "\n" not in str(caught.value)
+    assert [name for name, p in network.named_parameters() if p.requires_grad] == before
+
+
+# ---- Saving ----
+
+
+@each_toy
+def test_a_saved_adapter_samples_the_same_in_its_pipeline(toy: str, tmp_path: Path) -> None:
+    family = family_of(toy)
+    network = lora_network(toy, alpha=5.0)  # a scale of 2.5, which must be found again
+    trained = sample(toy, network)
+    assert save_lora(family, network, tmp_path) == tmp_path / "pytorch_lora_weights.safetensors"
+    assert os.listdir(tmp_path) == ["pytorch_lora_weights.safetensors"]
+    pipeline = pipeline_of(toy)
+    pipeline.load_lora_weights(tmp_path)
+    loaded = getattr(pipeline, family.network)
+    given = network_input(toy)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            family.predict(loaded, *given), family.predict(network, *given), rtol=1e-6, atol=1e-6
+        )
+    assert torch.equal(sample(toy, loaded), trained)
+    base = family.load_network(folder_of(toy))
+    assert not torch.equal(sample(toy, base), trained)
+
+
+@each_toy
+def test_saved_weights_sample_the_same_in_their_pipeline(toy: str, tmp_path: Path) -> None:
+    family = family_of(toy)
+    network = family.load_network(folder_of(toy))
+    prepare_full(network)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    trained = sample(toy, network)
+    for _ in range(2):  # the second time over the first
+        assert save_full(family, network, tmp_path) == tmp_path / family.network
+        assert os.listdir(tmp_path) == [family.network]
+    network_class = getattr(diffusers, family.network_class)
+    loaded = network_class.from_pretrained(tmp_path, subfolder=family.network)
+    pipeline = pipeline_of(toy, **{family.network: loaded})
+    assert torch.equal(sample(toy, getattr(pipeline, family.network)), trained)
+    assert not torch.equal(sample(toy, family.load_network(folder_of(toy))), trained)
+
+
+@each_toy
+def test_gathered_tensors_are_saved_in_place_of_the_networks(toy: str, tmp_path: Path) -> None:
+    family = family_of(toy)
+    network = lora_network(toy)
+    state = {name: tensor + 1 for name, tensor in no_shared_tensors(network).items() if "lora_" in name}
+    save_lora(family, network, tmp_path, state=state)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            parameter += "lora_" in name
+    pipeline = pipeline_of(toy)
+    pipeline.load_lora_weights(tmp_path)
+    assert torch.equal(sample(toy, getattr(pipeline, family.network)), sample(toy, network))
+
+    network = family.load_network(folder_of(toy))
+    state = {name: tensor * 1.01 for name, tensor in no_shared_tensors(network).items()}
+    save_full(family, network, tmp_path, state=state)
+    loaded = getattr(diffusers, family.network_class).from_pretrained(tmp_path, subfolder=family.network)
+    assert type(loaded) is type(network)
+    assert dict(loaded.config).keys() == dict(network.config).keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.state_dict().items())
+
+
+def test_a_save_that_fails_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = get("sd15")
+    network, whole = lora_network("sd15"), family.load_network(folder_of("sd15"))
+    save_lora(family, network, tmp_path)
+    save_full(family, whole, tmp_path)
+    files = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+
+    def half(tensors: Any, filename: Any, *args: Any, **kwargs: Any) -> None:
+        Path(filename).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("safetensors.torch.save_file", half)
+    for save, saved in ((save_lora, network), (save_full, whole)):
+        with torch.no_grad():
+            next(saved.parameters()).add_(1)
+        with pytest.raises(OSError, match="disk full"):
+            save(family, saved, tmp_path)
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == files
+    with pytest.raises(ValueError, match="has no adapter to save"):
+        save_lora(family, whole, tmp_path)
+
+
+# ---- The model card ----
+
+
+def configuration(family: str, path: str, tuning: Any) -> Config:
+    return Config(
+        model=ModelConfig(family, path, tuning=tuning, lora=LoraConfig(rank=2, alpha=5.0)),
+        data=DataConfig("/home/someone/pairs.jsonl", cache="cache", sizes=[(32, 48)]),
+        training=TrainingConfig(steps=10, output_dir="out"),
+        loss=LossConfig(method="dpo_cm", mask_threshold=0.8),
+    )
+
+
+def card_of(family: str, path: str, tuning: str) -> str:
+    config = configuration(family, path, tuning)
+    return model_card(get(family), config, beta=1000.0, pairs=12, data_hash="abc123", steps=7, date="2026-01-02")
+
+
+def test_the_card_says_what_was_done() -> None:
+    card = card_of("sdxl", "stabilityai/stable-diffusion-xl-base-1.0", "lora")
+    _, front, body = card.split("---\n", 2)
+    assert yaml.safe_load(front) == {
+        "base_model": "stabilityai/stable-diffusion-xl-base-1.0",
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "tags": ["diffusers", "preference-optimisation", "sipo", "dpo-cm", "lora"],
+    }
+    rows = dict(
+        line.strip("| ").split(" | ", 1) for line in body.splitlines() if line.startswith("| ") and line != "| | |"
+    )
+    assert rows["method"] == "dpo_cm"
+    assert rows["β (`beta`)"].startswith("1000: mean over elements, factor ½ inside")
+    assert rows["β (`beta`)"].endswith("1 in the papers' convention")
+    assert (rows["mask_threshold"], rows["clip_low"], rows["ratio"]) == ("0.8", "0.1", "posterior")
+    assert (rows["pairs"], rows["hash"], rows["data"], rows["steps"]) == ("12", "abc123", "pairs.jsonl", "7")
+    assert (rows["rank"], rows["alpha"], rows["date"]) == ("2", "5.0", "2026-01-02")
+    assert {"torch", "diffusers", "peft", "sipo"} <= rows.keys()
+    assert "/home" not in card
+    full = card_of("wan", "/srv/models/wan", "full")
+    assert "base_model" not in full and "/srv" not in full and "| rank |" not in full
+    assert "text-to-video" in full
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+@pytest.mark.parametrize("toy", FAMILIES)
+def test_the_cards_code_loads_the_model(toy: str, tuning: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = get(toy)
+    if tuning == "lora":
+        network = lora_network(toy, alpha=5.0)
+        save_lora(family, network, tmp_path)
+    else:
+        network = family.load_network(folder_of(toy))
+        with torch.no_grad():
+            next(network.parameters()).mul_(1.5)
+        save_full(family, network, tmp_path)
+    code = card_of(toy, "toy", tuning).partition("```python\n")[2].partition("```")[0]
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    given = network_input(toy)
+    with torch.no_grad():
+        found = family.predict(getattr(names["pipeline"], family.network), *given)
+        torch.testing.assert_close(found, family.predict(network, *given), rtol=1e-6, atol=1e-6)

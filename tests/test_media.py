@@ -1,0 +1,411 @@
+"""Images and clips: the pixels that were written come back, and damaged files are errors that name them."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import av
+import pytest
+import torch
+from PIL import Image, ImageFile
+from torch import Tensor
+
+from sipo.data.media import (
+    MediaError,
+    fit,
+    nearest_size,
+    probe_media,
+    read_media,
+    read_spaced,
+    write_image,
+    write_image_grid,
+    write_video,
+)
+from tests.data_sets import clip, cut_short, damage, noise
+
+STEP = 5
+"""Grey levels between one frame of :func:`counted` and the next."""
+
+
+def counted(frames: int, height: int = 16, width: int = 32) -> Tensor:
+    """A clip whose frame ``i`` is grey of level ``5 i``."""
+    levels = torch.arange(frames, dtype=torch.uint8) * STEP
+    return levels[:, None, None, None].expand(frames, 3, height, width).contiguous()
+
+
+def numbers(pixels: Tensor) -> list[int]:
+    """The places of frames of :func:`counted`."""
+    return [round(float(frame.float().mean()) / STEP) for frame in pixels]
+
+
+def encode(image: Image.Image, format: str, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, format, **options)
+    return stream.getvalue()
+
+
+def picture(height: int = 20, width: int = 30) -> Image.Image:
+    return Image.fromarray(noise(7, height, width, 3).numpy())
+
+
+def smooth(height: int = 24, width: int = 36) -> Tensor:
+    """``[3, H, W]`` of gradients, which compression and scaling leave nearly as they are."""
+    y = torch.linspace(20, 220, height)[:, None].expand(height, width)
+    x = torch.linspace(30, 200, width)[None].expand(height, width)
+    return torch.stack([y, x, (x + y) / 2]).round().to(torch.uint8)
+
+
+# ---- Images ----
+
+
+@pytest.mark.parametrize("format", ["PNG", "BMP", "PPM", "TIFF"])
+def test_lossless_image_comes_back_exactly(tmp_path: Path, format: str) -> None:
+    content = encode(picture(), format)
+    path = tmp_path / "image"  # no ending: the content counts
+    path.write_bytes(content)
+    expected = noise(7, 20, 30, 3).permute(2, 0, 1)
+    for source in (path, content):
+        media = read_media(source)
+        assert torch.equal(media.pixels, expected)
+        assert (media.fps, media.length) == (None, 1)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "WEBP"])
+def test_lossy_image_comes_back_nearly(format: str) -> None:
+    content = encode(Image.fromarray(smooth().permute(1, 2, 0).numpy()), format, quality=95)
+    assert (read_media(content).pixels.float() - smooth().float()).abs().mean() < 2.0
+
+
+def test_other_modes_become_rgb() -> None:
+    red = Image.new("RGB", (4, 3), (200, 10, 30))
+    transparent = red.convert("RGBA")
+    transparent.putalpha(0)
+    palette = red.quantize(4)
+    palette.info["transparency"] = b"\x00\xff"
+    for image in (transparent, palette):
+        assert torch.equal(read_media(encode(image, "PNG")).pixels[:, 0, 0], torch.tensor([200, 10, 30]))
+    grey = read_media(encode(Image.new("L", (4, 3), 77), "PNG")).pixels
+    assert grey.shape == (3, 3, 4) and torch.equal(grey.unique(), torch.tensor([77]))
+
+
+def test_image_is_turned_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn clockwise to be upright
+    turned = read_media(encode(picture(), "PNG", exif=exif)).pixels
+    assert torch.equal(turned, torch.rot90(noise(7, 20, 30, 3).permute(2, 0, 1), -1, (1, 2)))
+
+
+def test_deep_image_is_refused() -> None:
+    content = encode(Image.new("I;16", (4, 4), 40000), "PNG")
+    with pytest.raises(MediaError, match=r"bytes in memory: .*mode I;16, expected 8 bits") as caught:
+        read_media(content)
+    assert caught.value.kind == "undecodable"
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF"])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9])
+def test_image_cut_short_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, share: float
+) -> None:
+    # Another package has asked Pillow to be content with half an image.
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    path = tmp_path / "image.png"
+    path.write_bytes(encode(picture(), format))
+    cut_short(path, share)
+    with pytest.raises(MediaError, match=r"^\S*image\.png: [^\n]*$") as caught:
+        read_media(path)
+    assert caught.value.kind == "undecodable"
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.95])
+def test_damaged_png_is_an_error(tmp_path: Path, share: float) -> None:
+    """Pillow decodes it without a word where the damage leaves the compressed stream in order."""
+    path = tmp_path / "image.png"
+    write_image(path, noise(1, 3, 64, 64))
+    damage(path, share, count=1)
+    with pytest.raises(MediaError, match="cannot be decoded"):
+        read_media(path)
+
+
+@pytest.mark.parametrize("name", ["none.png", "."])
+def test_missing_file(tmp_path: Path, name: str) -> None:
+    for read in (read_media, probe_media):
+        with pytest.raises(MediaError, match="no such file") as caught:
+            read(tmp_path / name)
+        assert caught.value.kind == "missing"
+
+
+# ---- Clips ----
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mov", "mkv", "avi"])
+def test_frames_come_back_in_order_and_colour(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"clip.{suffix}"
+    pixels = clip(3, frames=24)
+    write_video(path, pixels, 24.0)
+    for source in (path, path.read_bytes()):
+        media = read_media(source, 24)
+        assert (media.fps, media.length) == (24.0, 24)
+        assert (media.pixels.float() - pixels.float()).abs().max() <= 6
+    first = read_media(path, 5)
+    assert first.length == 24 and torch.equal(first.pixels, media.pixels[:5])
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "avi"])
+@pytest.mark.parametrize(
+    ("rate", "fps", "expected"),
+    [
+        (24.0, 8.0, [0, 3, 6, 9, 12, 15]),
+        (24.0, 24.0, [0, 1, 2, 3, 4, 5]),
+        (24.0, 16.0, [0, 1, 3, 4, 6, 7, 9]),  # between two frames the earlier one
+        (30.0, 24.0, [0, 1, 2, 4, 5, 6, 7]),  # 1.25 k, rounded
+        (24000 / 1001, 24.0, [0, 1, 2, 3, 4]),  # television's 24 is meant by 24
+        (8.0, 1.0, [0, 8, 16, 24, 32]),
+    ],
+)
+def test_frames_at_a_rate(tmp_path: Path, suffix: str, rate: float, fps: float, expected: list[int]) -> None:
+    path = tmp_path / f"clip.{suffix}"
+    write_video(path, counted(40), rate)
+    media = read_media(path, len(expected), fps)
+    assert numbers(media.pixels) == expected
+    assert media.fps == fps
+
+
+def test_clip_too_short_names_length_and_need(tmp_path: Path) -> None:
+    path = tmp_path / "clip.mp4"
+    write_video(path, counted(24), 24.0)
+    assert numbers(read_media(path, 8, 8.0).pixels) == list(range(0, 24, 3))
+    with pytest.raises(MediaError, match=r"clip.mp4: has 24 frames in 1.00 s, expected 9 at fps=8, which take 1.12 s"):
+        read_media(path, 9, 8.0)
+    with pytest.raises(MediaError, match=r"has 24 frames, expected 25") as caught:
+        read_media(path, 25)
+    assert caught.value.kind == "short"
+
+
+def test_no_frame_is_taken_twice(tmp_path: Path) -> None:
+    path = tmp_path / "clip.mp4"
+    write_video(path, counted(24), 8.0)
+    with pytest.raises(MediaError, match="has 8 frames per second, expected at least fps=12") as caught:
+        read_media(path, 9, 12.0)
+    assert caught.value.kind == "rate"
+
+
+def test_clip_for_image_and_image_for_clip(tmp_path: Path) -> None:
+    moving, still = tmp_path / "clip.mp4", tmp_path / "image.mp4"
+    write_video(moving, counted(5), 8.0)
+    still.write_bytes(encode(picture(), "PNG"))
+    animated = encode(picture(), "GIF", save_all=True, append_images=[Image.new("RGB", (30, 20))])
+    for source, frames in ((moving, 1), (animated, 1), (still, 5)):
+        with pytest.raises(MediaError) as caught:
+            read_media(source, frames)
+        assert caught.value.kind == "medium"
+    assert read_media(animated, 2).pixels.shape == (2, 3, 20, 30)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.3, 0.6, 0.9])
+@pytest.mark.parametrize("frames", [2, 24])
+@pytest.mark.parametrize("layout", ["mp4", "faststart", "mkv", "avi"])
+def test_clip_cut_short_is_an_error(tmp_path: Path, layout: str, frames: int, share: float) -> None:
+    """Also behind the frames that are wanted, and where the index comes first and is whole."""
+    path = tmp_path / f"clip.{'mp4' if layout == 'faststart' else layout}"
+    write_video(path, clip(5, frames=24), 24.0)
+    if layout == "faststart":
+        to_faststart(path)
+    assert read_media(path, frames).length == 24
+    cut_short(path, share)
+    with pytest.raises(MediaError, match=r"^\S*clip\.\w+: [^\n]*$") as caught:
+        read_media(path, frames)
+    assert caught.value.kind == "undecodable"
+
+
+def to_faststart(path: Path) -> None:
+    """Moves the index of an MP4 file to its front."""
+    target = path.with_name("moved.mp4")
+    with av.open(str(path)) as old, av.open(str(target), "w", options={"movflags": "faststart"}) as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for packet in old.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                new.mux(packet)
+    target.replace(path)
+
+
+def test_damaged_clip_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "clip.mp4"
+    write_video(path, clip(5, frames=24, height=64, width=64), 24.0)
+    damage(path, 0.5)
+    with pytest.raises(MediaError, match=r"cannot be decoded|damaged"):
+        read_media(path, 24)
+
+
+def test_text_and_playlists_are_no_clips(tmp_path: Path) -> None:
+    """A playlist would have FFmpeg open whatever it names."""
+    write_video(tmp_path / "clip.mp4", counted(5), 8.0)
+    for name, text in (
+        ("list.m3u8", "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nclip.mp4\n#EXT-X-ENDLIST\n"),
+        ("list.ffconcat", "ffconcat version 1.0\nfile clip.mp4\n"),
+        ("note.txt", "no picture"),
+        ("note.png", "no picture"),
+    ):
+        (tmp_path / name).write_text(text)
+        for frames in (1, 2):
+            with pytest.raises(MediaError) as caught:
+                read_media(tmp_path / name, frames)
+            assert caught.value.kind == "undecodable"
+
+
+def test_turned_clip_is_turned_upright(tmp_path: Path) -> None:
+    pixels = smooth(16, 32).expand(3, 3, 16, 32).contiguous()
+    path = tmp_path / "clip.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=8)
+        stream.height, stream.width, stream.pix_fmt = 16, 32, "yuv420p"
+        stream.options = {"crf": "5"}
+        stream.set_display_rotation(90)
+        for frame in pixels.permute(0, 2, 3, 1).contiguous().numpy():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    with av.open(str(path)) as container:
+        turn = next(iter(container.decode(video=0))).rotation
+    assert turn in (90, -90)
+    expected = torch.rot90(pixels, turn // 90, (2, 3)).float()
+    assert (read_media(path, 3).pixels.float() - expected).abs().mean() < 3.0
+
+
+def test_spaced_frames_and_probe(tmp_path: Path) -> None:
+    path = tmp_path / "clip.mp4"
+    write_video(path, counted(24), 12.0)
+    spaced = read_spaced(path, 4)
+    assert numbers(spaced.pixels) == [3, 9, 15, 21]
+    assert spaced.fps == pytest.approx(2.0)
+    assert numbers(read_spaced(path, 1).pixels) == [12]
+    assert numbers(read_spaced(path, 100).pixels) == list(range(24))
+    probed = probe_media(path)
+    assert numbers(probed.pixels) == [0] and (probed.fps, probed.length) == (12.0, 24)
+    image = encode(picture(), "PNG")
+    assert torch.equal(read_spaced(image, 4).pixels, probe_media(image).pixels)
+
+
+@pytest.mark.parametrize(("frames", "fps"), [(0, None), (2, 0.0), (2, -1.0), (2, float("nan"))])
+def test_senseless_requests(frames: int, fps: float | None) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        read_media(b"", frames, fps)
+
+
+# ---- Fitting ----
+
+
+def test_fit_at_the_same_size_changes_nothing() -> None:
+    pixels = noise(2, 3, 16, 24)
+    fitted = fit(pixels, 16, 24)
+    assert torch.equal(fitted.pixels, pixels.float() / 127.5 - 1.0)
+    assert (fitted.crop_top_left, fitted.original_size) == ((0, 0), (16, 24))
+    assert fitted.pixels.min() >= -1.0 and fitted.pixels.max() <= 1.0
+    mirrored = fit(pixels, 16, 24, flip=True)
+    assert torch.equal(mirrored.pixels, fitted.pixels.flip(-1))
+
+
+def test_fit_crops_the_middle_without_distortion() -> None:
+    """Covering 32x32 takes 16x24 to 32x48; 16 columns are over."""
+    pixels = smooth(16, 24)
+    fitted = fit(pixels, 32, 32)
+    assert fitted.pixels.shape == (3, 32, 32) and fitted.pixels.dtype == torch.float32
+    assert (fitted.crop_top_left, fitted.original_size) == ((0, 8), (16, 24))
+    wide = fit(pixels, 32, 48).pixels
+    assert torch.equal(fitted.pixels, wide[..., 8:40])
+    # Bicubic scaling keeps a gradient a gradient.
+    expected = torch.linspace(30, 200, 24)
+    assert ((wide[1].mean(0) + 1) * 127.5)[2:-2:2].sub(expected[1:-1]).abs().max() < 5
+
+
+def test_fit_is_antialiased() -> None:
+    """Stripes as narrow as a pixel become their mean, and no coarser stripes."""
+    stripes = torch.zeros(3, 64, 66, dtype=torch.uint8)
+    stripes[..., ::2] = 200
+    small = (fit(stripes, 16, 16).pixels + 1) * 127.5
+    assert (small - 100).abs().max() < 25
+    moving = fit(stripes.expand(4, 3, 64, 66), 16, 16).pixels
+    assert torch.allclose(moving, (small / 127.5 - 1).expand(4, 3, 16, 16), atol=1e-6)
+
+
+def test_random_crops_follow_the_generator() -> None:
+    pixels = noise(3, 3, 16, 40)
+    seen = set()
+    for seed in range(40):
+        fitted = fit(pixels, 16, 16, crop="random", generator=torch.Generator().manual_seed(seed))
+        again = fit(pixels, 16, 16, crop="random", generator=torch.Generator().manual_seed(seed))
+        top, left = fitted.crop_top_left
+        assert fitted.crop_top_left == again.crop_top_left and top == 0 and 0 <= left <= 24
+        assert torch.equal(fitted.pixels, pixels[..., left : left + 16].float() / 127.5 - 1.0)
+        seen.add(left)
+    assert len(seen) > 15 and min(seen) < 4 and max(seen) > 20
+
+
+def test_flip_comes_before_the_crop() -> None:
+    pixels = noise(4, 3, 16, 40)
+    fitted = fit(pixels, 16, 16, crop="random", flip=True, generator=torch.Generator().manual_seed(0))
+    left = fitted.crop_top_left[1]
+    assert torch.equal(fitted.pixels, pixels.flip(-1)[..., left : left + 16].float() / 127.5 - 1.0)
+
+
+def test_unknown_crop() -> None:
+    with pytest.raises(ValueError, match="crop='corner': expected"):
+        fit(noise(1, 3, 4, 4), 2, 2, crop="corner")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "expected"),
+    [
+        (512, 512, (512, 512)),
+        (500, 500, (512, 512)),
+        (2000, 2000, (1024, 1024)),
+        (600, 900, (512, 768)),
+        (900, 600, (768, 512)),
+        (100, 1000, (512, 768)),
+    ],
+)
+def test_nearest_size(height: int, width: int, expected: tuple[int, int]) -> None:
+    sizes = [(512, 512), (1024, 1024), (512, 768), (768, 512)]
+    assert nearest_size(height, width, sizes) == expected
+
+
+# ---- Writing ----
+
+
+def test_grid_has_every_image_in_its_place(tmp_path: Path) -> None:
+    images = noise(5, 5, 3, 6, 8)
+    write_image_grid(tmp_path / "deep" / "grid.png", images, columns=3, gap=2)
+    grid = read_media(tmp_path / "deep" / "grid.png").pixels
+    assert grid.shape == (3, 2 * 8 - 2, 3 * 10 - 2)
+    for index, image in enumerate(images):
+        top, left = index // 3 * 8, index % 3 * 10
+        assert torch.equal(grid[:, top : top + 6, left : left + 8], image)
+    assert (grid[:, 8:, 20:] == 255).all() and (grid[:, 6:8] == 255).all()
+
+
+def test_the_same_frames_give_the_same_file(tmp_path: Path) -> None:
+    frames = smooth(32, 32).expand(9, 3, 32, 32) // 2 + noise(6, 9, 3, 32, 32) // 8
+    contents = set()
+    for number in range(12):
+        write_video(tmp_path / f"{number}.mp4", frames, 8.0)
+        contents.add((tmp_path / f"{number}.mp4").read_bytes())
+    assert len(contents) == 1
+
+
+def test_what_cannot_be_written_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "clip.mp4"
+    write_video(path, counted(4), 8.0)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="frames are 5x6, expected even sides"):
+        write_video(path, noise(1, 4, 3, 5, 6), 8.0)
+    for pixels in (noise(1, 3, 4, 4), noise(1, 2, 3, 4, 4).float(), noise(1, 0, 3, 4, 4), noise(1, 2, 4, 4, 3)):
+        with pytest.raises(ValueError, match=r"expected torch\.uint8"):
+            write_video(path, pixels, 8.0)
+    with pytest.raises(ValueError, match=r"expected torch.uint8 \[3, H, W\]"):
+        write_image(path, noise(1, 1, 3, 4, 4))
+    with pytest.raises(av.FFmpegError):
+        write_video(path, noise(1, 4, 3, 16, 16), 8.0, crf=-100000)
+    assert path.read_bytes() == before
+    assert [each.name for each in tmp_path.iterdir()] == ["clip.mp4"]

@@ -1,0 +1,472 @@
+"""Data sets from a cache, fixed draws, and reference errors in place of a reference."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator as Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, default_collate
+
+from sipo import NoiseSchedule, SIPOLoss
+from sipo.config import ModelConfig
+from sipo.data.cache import CacheError, DamagedError, open_cache
+from sipo.data.pairs import CachedPairs, DrawnPairs, split
+from sipo.data.references import References, open_references, precompute_references, reference_marks
+from sipo.data.savings import FULL_SIZE, ModelSize, describe_savings, savings_table
+from sipo.training.forward import PairForward
+from tests.small_family import Accelerator, Network, Records, SmallFamily, build, files, in_processes
+
+DISCRETE = NoiseSchedule.discrete(num_inference_steps=50)
+FLOW = NoiseSchedule.flow(shift=3.0)
+REFERENCE = {"path": "nowhere", "revision": None, "dtype": "float32"}
+
+
+def pairs_in(folder: Path, two_sizes: bool = False, dtype: torch.dtype | None = None, **changes: Any) -> CachedPairs:
+    build(folder, Records.make(two_sizes=two_sizes), **changes)
+    return CachedPairs(open_cache(folder), dtype=dtype)
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    return bool(one.dtype == other.dtype and torch.equal(one, other))
+
+
+# ---- Cached pairs ----
+
+
+def test_an_item_has_the_agreed_keys(tmp_path: Path) -> None:
+    cached = pairs_in(tmp_path, dtype=torch.bfloat16)
+    item = cached[4]
+    assert item.keys() == {"winner", "loser", "condition", "own_condition"}
+    assert item["winner"].shape == item["loser"].shape == (3, 2, 3)
+    assert item["condition"].keys() == {"prompt_embeds", "pooled"}
+    assert item["own_condition"]["time_ids"].shape == (2, 6)
+    assert {item["winner"].dtype, item["condition"]["pooled"].dtype} == {torch.bfloat16}
+    assert item["own_condition"]["time_ids"].dtype == torch.float32
+    assert same(CachedPairs(cached.cache)[4]["winner"].bfloat16(), item["winner"])
+    assert cached.unconditional["prompt_embeds"].shape == item["condition"]["prompt_embeds"].shape
+    assert not torch.equal(cached.unconditional["pooled"], item["condition"]["pooled"])
+
+
+def test_indices_end_where_the_pairs_do(tmp_path: Path) -> None:
+    cached = pairs_in(tmp_path)
+    assert same(cached[-1], cached[11])
+    for index in (12, -13):
+        with pytest.raises(IndexError, match=f"pair {index}: expected an index of 12 pairs"):
+            cached[index]
+    assert len(list(DrawnPairs(cached, 2, DISCRETE, 0))) == 24  # type: ignore[call-overload]
+
+
+def test_groups_have_one_shape_each_and_cover_everything(tmp_path: Path) -> None:
+    cached = pairs_in(tmp_path / "two", two_sizes=True)
+    assert len(cached.groups) == 2
+    assert sorted(i for group in cached.groups for i in group) == list(range(12))
+    shapes = [{tuple(cached[i]["winner"].shape) for i in group} for group in cached.groups]
+    assert shapes == [{(3, 2, 3)}, {(3, 3, 2)}] and len(cached.groups[1]) == 3
+    drawn = DrawnPairs(cached, 3, DISCRETE, 0)
+    assert sorted(i for group in drawn.groups for i in group) == list(range(36))
+    for group, wanted in zip(drawn.groups, shapes, strict=True):
+        assert {tuple(drawn[i]["noise"].shape) for i in group} == wanted
+    some = CachedPairs(cached.cache, [1, 4, 5])
+    assert [some.rows[group].tolist() for group in some.groups] == [[4], [1, 5]]
+    assert not hasattr(CachedPairs(cached.cache, [0, 2]), "groups")
+    assert not hasattr(pairs_in(tmp_path / "one"), "groups")
+
+
+def test_rows_are_those_of_the_source(tmp_path: Path) -> None:
+    cached = pairs_in(tmp_path)
+    some = CachedPairs(cached.cache, [7, 2])
+    assert len(some) == 2 and same(some[0], cached[7]) and same(some[1], cached[2])
+    with pytest.raises(ValueError, match=r"row 12 is not in .* expected rows of its 12 pairs"):
+        CachedPairs(cached.cache, [3, 12])
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_give_the_same_items(tmp_path: Path, method: str) -> None:
+    drawn = DrawnPairs(pairs_in(tmp_path, dtype=torch.bfloat16), 2, FLOW, 3, "shifted", 0.3)
+
+    def batches(**options: Any) -> list[Any]:
+        return list(DataLoader(drawn, batch_size=5, **options))  # type: ignore[arg-type]
+
+    alone = batches()
+    for one, other in zip(alone, batches(num_workers=2, multiprocessing_context=method), strict=True):
+        assert same(one, other)
+    assert alone[0]["winner"].dtype == torch.bfloat16 and alone[0]["noise"].dtype == torch.float32
+    assert alone[0]["timestep"].shape == (5,)
+
+
+# ---- Draws ----
+
+
+def test_draws_depend_on_seed_row_and_number_alone(tmp_path: Path) -> None:
+    cached = pairs_in(tmp_path)
+    drawn = DrawnPairs(cached, 4, DISCRETE, 3, caption_dropout=0.5)
+    fewer = DrawnPairs(CachedPairs(cached.cache, [9, 4]), 2, DISCRETE, 3, caption_dropout=0.5)
+    for draw in range(2):
+        assert same(fewer[draw], drawn[9 * 4 + draw])
+        assert same(fewer[2 + draw], drawn[4 * 4 + draw])
+    everything = [drawn[index] for index in range(len(drawn))]
+    assert len({item["noise"].sum().item() for item in everything}) == 48
+    noise = torch.stack([item["noise"] for item in everything])
+    assert abs(noise.mean().item()) < 0.1 and abs(noise.std().item() - 1) < 0.1
+    other = DrawnPairs(cached, 4, DISCRETE, 4)
+    assert not torch.equal(other[0]["noise"], drawn[0]["noise"])
+    state = torch.get_rng_state()
+    drawn[0]
+    assert torch.equal(torch.get_rng_state(), state)  # nobody else's numbers are used up
+
+
+def test_timesteps_are_the_schedules(tmp_path: Path) -> None:
+    cached = pairs_in(tmp_path)
+    drawn = DrawnPairs(cached, 40, DISCRETE, 0)
+    levels = torch.stack([drawn[i]["timestep"] for i in range(len(drawn))])
+    assert levels.dtype == torch.int64 and levels.min() >= 0 and levels.max() < 1000
+    assert abs(levels.double().mean().item() - 499.5) < 40
+    sigmas = [DrawnPairs(cached, 1, FLOW, 0, d)[0]["timestep"] for d in ("uniform", "shifted")]
+    assert sigmas[1].item() == pytest.approx(3 * sigmas[0].item() / (1 + 2 * sigmas[0].item()))
+    with pytest.raises(ValueError, match="distribution"):
+        DrawnPairs(cached, 1, DISCRETE, 0, "shifted")[0]
+
+
+def test_captions_are_dropped_at_the_rate_asked_for(tmp_path: Path) -> None:
+    cached = pairs_in(tmp_path)
+
+    def dropped(share: float) -> int:
+        drawn = DrawnPairs(cached, 50, DISCRETE, 0, caption_dropout=share)
+        return sum(same(drawn[i]["condition"], cached.unconditional) for i in range(len(drawn)))
+
+    assert dropped(0.0) == 0 and dropped(1.0) == 600
+    assert 90 < dropped(0.2) < 150
+    assert same(DrawnPairs(cached, 1, DISCRETE, 0)[5]["condition"], cached[5]["condition"])
+
+
+@pytest.mark.parametrize("wrong", [{"draws": 0}, {"caption_dropout": 1.5}, {"caption_dropout": -0.1}])
+def test_numbers_out_of_range(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    cached = pairs_in(tmp_path)
+    (name,) = wrong
+    with pytest.raises(ValueError, match=f"{name}={wrong[name]}: expected"):
+        DrawnPairs(cached, **{"draws": 1, "schedule": DISCRETE, "seed": 0} | wrong)
+
+
+# ---- Splitting ----
+
+
+def test_a_split_keeps_every_prompt_on_one_side(tmp_path: Path) -> None:
+    cached = pairs_in(tmp_path, dtype=torch.float16)
+    training, validation = split(cached, 4, seed=1)  # prompts have three pairs each
+    rows = [side.rows.tolist() for side in (training, validation)]
+    assert len(rows[1]) == 3 and sorted(rows[0] + rows[1]) == list(range(12))
+    assert rows == [sorted(side) for side in rows]
+    assert not {row // 3 for row in rows[0]} & {row // 3 for row in rows[1]}
+    assert training.dtype == validation.dtype == torch.float16
+    again = split(cached, 4, seed=1)[1]
+    assert again.rows.tolist() == rows[1]
+    chosen = {split(cached, 3, seed)[1].rows[0].item() for seed in range(20)}
+    assert chosen == {0, 3, 6, 9}
+    assert len(split(cached, 0, 0)[0]) == 12 and len(split(cached, 0, 0)[1]) == 0
+    assert [len(side) for side in split(cached, 11, 0)] == [3, 9]
+
+
+def test_a_split_does_not_depend_on_the_order(tmp_path: Path) -> None:
+    cached = pairs_in(tmp_path)
+    backwards = CachedPairs(cached.cache, list(range(11, -1, -1)))
+    held_out = [split(each, 6, 7)[1] for each in (cached, backwards)]
+    rows = [side.rows.tolist() for side in held_out]
+    assert rows[0] == rows[1][::-1] and len(rows[0]) == 6
+
+
+def test_a_split_that_cannot_be_made(tmp_path: Path) -> None:
+    cached = pairs_in(tmp_path)
+    for wrong in (-1, 12):
+        with pytest.raises(ValueError, match=f"held_out={wrong}: expected at least 0 and fewer than the 12 pairs"):
+            split(cached, wrong, 0)
+    with pytest.raises(ValueError, match="held_out=2: every prompt has 3 pairs or more"):
+        split(cached, 2, 0)
+
+
+# ---- Reference errors ----
+
+
+def arguments(**changes: Any) -> dict[str, Any]:
+    default = {"reference": REFERENCE, "draws": 3, "seed": 2, "distribution": "uniform", "caption_dropout": 0.3}
+    return default | changes
+
+
+def reference_errors(cached: CachedPairs, schedule: NoiseSchedule = DISCRETE, **changes: Any) -> References:
+    options: dict[str, Any] = {"batch_size": 5, "dtype": cached.dtype, "progress": False}
+    names = ("network", "predict", *options, "accelerator", "num_workers")
+    given = {name: changes.pop(name) for name in names if name in changes}
+    network, predict = given.pop("network", Network()), given.pop("predict", SmallFamily().predict)
+    return precompute_references(cached.cache, network, predict, schedule, **arguments(**changes), **options | given)
+
+
+def forward(batch: dict[str, Any], schedule: NoiseSchedule, network: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+    """Prediction, target and timesteps of stacked pairs, as a training loop makes them."""
+    samples = torch.cat([batch["winner"], batch["loser"]])
+    noise, timesteps = (torch.cat([batch[name], batch[name]]) for name in ("noise", "timestep"))
+    own = batch["own_condition"]["time_ids"]
+    condition = {name: torch.cat([t, t]) for name, t in batch["condition"].items()}
+    condition["time_ids"] = torch.cat([own[:, 0], own[:, 1]])
+    noisy = schedule.add_noise(samples, noise, timesteps)
+    prediction = SmallFamily().predict(network, noisy, timesteps, condition)
+    return prediction, schedule.target(samples, noise, timesteps), timesteps
+
+
+@pytest.mark.parametrize("method", ["diffusion_dpo", "dpo_cm", "sipo", "sdpo"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("schedule", [DISCRETE, FLOW], ids=["epsilon", "flow"])
+def test_losses_are_those_with_the_reference_present(
+    tmp_path: Path, method: str, dtype: torch.dtype, schedule: NoiseSchedule
+) -> None:
+    # In one batch, as below: a convolution rounds differently in another.
+    cached = pairs_in(tmp_path, dtype=dtype, shard_pairs=12)
+    reference = Network().to(dtype)
+    policy = copy.deepcopy(reference)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    references = reference_errors(cached, schedule, network=reference, batch_size=36)
+    drawn = DrawnPairs(cached, 3, schedule, 2, "uniform", 0.3, references)
+    batch = default_collate([drawn[index] for index in range(len(drawn))])
+    assert batch["ref_error"].dtype == torch.float64 and batch["ref_error"].shape == (36, 2)
+    loss_fn = SIPOLoss(schedule, method=method, mask_threshold=0.5, reduction="none")
+
+    def losses(reference: nn.Module | None) -> tuple[Tensor, Tensor, Tensor]:
+        policy.zero_grad()
+        once = PairForward(loss_fn, SmallFamily().predict, reference, Trainer(cpu=True), offload=False)
+        items = batch if reference is None else {key: value for key, value in batch.items() if key != "ref_error"}
+        out: Any = once(policy, items, [], torch.empty(0), seed=0)[0]
+        out.loss.sum().backward()
+        return out.loss.detach(), out.mask, policy.inward.weight.grad.clone()
+
+    with_reference, mask, gradient = losses(reference)
+    without, same_mask, same_gradient = losses(None)
+    assert torch.equal(mask, same_mask) and mask.sum() > 10
+    assert with_reference.unique().numel() > 10
+    torch.testing.assert_close(without, with_reference, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(same_gradient, gradient, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+
+
+def test_with_the_policy_equal_to_the_reference_the_gap_vanishes(tmp_path: Path) -> None:
+    cached = pairs_in(tmp_path)
+    network = Network()
+    drawn = DrawnPairs(cached, 3, DISCRETE, 2, "uniform", 0.3, reference_errors(cached, network=network))
+    batch = default_collate([drawn[index] for index in range(len(drawn))])
+    prediction, target, timesteps = forward(batch, DISCRETE, network)
+    stacked = torch.cat([batch["ref_error"][:, 0], batch["ref_error"][:, 1]])
+    out = SIPOLoss(DISCRETE, method="diffusion_dpo")(prediction, None, target, timesteps, ref_error=stacked)
+    assert out.reward_gap.abs().max() < 1e-6 * out.ref_error.min()
+
+
+@pytest.mark.parametrize("changes", [{"batch_size": 1}, {"batch_size": 64}, {"num_workers": 2}])
+def test_errors_do_not_depend_on_how_they_were_batched(tmp_path: Path, changes: dict[str, Any]) -> None:
+    cached = pairs_in(tmp_path, two_sizes=True)
+    usual = reference_errors(cached)
+    wanted = [usual.at(place) for place in range(12)]
+    for path in usual.folder.iterdir():
+        path.unlink()
+    found = reference_errors(cached, **changes)
+    for place, (errors, timesteps) in enumerate(wanted):
+        torch.testing.assert_close(found.at(place)[0], errors, rtol=1e-6, atol=0)
+        assert torch.equal(found.at(place)[1], timesteps)
+
+
+class Fails:
+    """A predict that is interrupted at its n-th call."""
+
+    def __init__(self, at: int = -1) -> None:
+        self.calls, self.stops = 0, at
+
+    def __call__(self, *arguments: Any) -> Tensor:
+        self.calls += 1
+        if self.calls == self.stops:
+            raise KeyboardInterrupt
+        return SmallFamily().predict(*arguments)
+
+
+@pytest.mark.parametrize("at", [1, 3, 4, 9])  # three batches to a shard
+def test_interrupted_errors_go_on_and_end_with_the_same_bytes(tmp_path: Path, at: int) -> None:
+    whole, cut = pairs_in(tmp_path / "whole"), pairs_in(tmp_path / "cut")
+    reference_errors(whole)
+    network = Network().train()
+    with pytest.raises(KeyboardInterrupt):
+        reference_errors(cut, predict=Fails(at), network=network)
+    assert network.training
+    with pytest.raises(CacheError, match="reference errors that are not finished; `sipo precompute`"):
+        open_references(cut.cache, DISCRETE, **arguments())
+    predict = Fails()
+    reference_errors(cut, predict=predict)
+    assert predict.calls == 9 - 3 * ((at - 1) // 3)
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+    again = Fails()
+    reference_errors(cut, predict=again)
+    assert again.calls == 0
+
+
+def test_several_processes_write_the_same_errors(tmp_path: Path) -> None:
+    one = pairs_in(tmp_path / "one")
+    pairs_in(tmp_path / "many")
+    reference_errors(one)
+    networks = [Network(), Network()]  # made here: threads share a generator
+    calls = [Fails(), Fails()]
+
+    def run(accelerator: Accelerator) -> Any:
+        rank = accelerator.process_index
+        cached = CachedPairs(open_cache(tmp_path / "many"))
+        return reference_errors(cached, accelerator=accelerator, network=networks[rank], predict=calls[rank])
+
+    first, second = in_processes(2, run)
+    assert files(tmp_path / "many") == files(tmp_path / "one")
+    assert torch.equal(first.at(11)[0], second.at(11)[0])
+    assert [predict.calls for predict in calls] == [6, 3]  # two shards and one
+
+
+def test_damaged_errors_are_named_and_rebuilt(tmp_path: Path) -> None:
+    cached = pairs_in(tmp_path)
+    references = reference_errors(cached)
+    whole = files(tmp_path)
+    path = references.folder / "errors-00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DamagedError, match=r"errors-00001\.safetensors: has .*`sipo precompute` rebuilds it"):
+        open_references(cached.cache, DISCRETE, **arguments())
+    predict = Fails()
+    reference_errors(cached, predict=predict)
+    assert predict.calls == 3 and files(tmp_path) == whole
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    damaged = open_references(cached.cache, DISCRETE, **arguments())
+    damaged.at(0)
+    with pytest.raises(DamagedError, match=r"errors-00001\.safetensors: changed since"):
+        damaged.at(4)
+
+
+def test_errors_of_latents_that_have_changed_are_not_used(tmp_path: Path) -> None:
+    cached = pairs_in(tmp_path)
+    reference_errors(cached)
+    reader = Records.make()
+    reader.records[5] = replace(reader.records[5], chosen=reader.records[3].chosen)
+    build(tmp_path, reader)
+    changed = CachedPairs(open_cache(tmp_path))
+    with pytest.raises(DamagedError, match=r"errors-00001\.safetensors: computed from another latents-00001"):
+        open_references(changed.cache, DISCRETE, **arguments())
+    predict = Fails()
+    reference_errors(changed, predict=predict)
+    assert predict.calls == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"draws": 4}, "made with draws=3, expected this run's 4"),
+        ({"seed": 3}, "made with seed=2, expected this run's 3"),
+        ({"caption_dropout": 0.0}, r"made with caption_dropout=0\.3, expected this run's 0\.0"),
+        ({"reference": REFERENCE | {"revision": "b"}}, 'made with reference.revision=null, expected this run\'s "b"'),
+        ({"dtype": torch.bfloat16}, 'made with dtype="as stored", expected this run\'s "bfloat16"'),
+    ],
+)
+def test_errors_of_other_draws_are_not_used(tmp_path: Path, changes: dict[str, Any], text: str) -> None:
+    cached = pairs_in(tmp_path)
+    with pytest.raises(CacheError, match="no reference errors, expected some; `sipo precompute` makes them"):
+        open_references(cached.cache, DISCRETE, **arguments())
+    reference_errors(cached)
+    with pytest.raises(CacheError, match=text):
+        open_references(cached.cache, DISCRETE, **arguments(**changes))
+
+
+def test_of_several_sets_of_errors_the_nearest_says_what_differs(tmp_path: Path) -> None:
+    cached = pairs_in(tmp_path)
+    for draws, seed in ((1, 9), (3, 2), (2, 7)):
+        reference_errors(cached, draws=draws, seed=seed)
+    with pytest.raises(CacheError, match="made with seed=7, expected this run's 8"):
+        open_references(cached.cache, DISCRETE, **arguments(draws=2, seed=8))
+    assert open_references(cached.cache, DISCRETE, **arguments()).at(0)[0].shape == (3, 2)
+
+
+def test_a_reference_is_marked_by_how_it_is_loaded_and_run() -> None:
+    model = ModelConfig(family="sdxl", path="a", revision="b", dtype="bfloat16")
+    assert reference_marks(model, "bf16") == {
+        "family": "sdxl",
+        "path": "a",
+        "revision": "b",
+        "variant": None,
+        "dtype": "bfloat16",
+        "mixed_precision": "bf16",
+    }
+    assert reference_marks(replace(model, reference_dtype="float16"))["dtype"] == "float16"
+
+
+def test_errors_of_another_schedule_are_not_used(tmp_path: Path) -> None:
+    cached = pairs_in(tmp_path)
+    references = reference_errors(cached)
+    with pytest.raises(CacheError, match="made with schedule="):
+        open_references(cached.cache, NoiseSchedule.discrete(beta_end=0.013), **arguments())
+    # The sampler's steps are the loss's business: errors do not depend on them.
+    fewer = NoiseSchedule.discrete(num_inference_steps=20)
+    assert open_references(cached.cache, fewer, **arguments()).folder == references.folder
+    with pytest.raises(CacheError, match="row 0: the reference's error was computed at timestep"):
+        DrawnPairs(cached, 3, DISCRETE, 9, references=references)[0]
+
+
+def test_an_error_that_is_not_finite_stops_with_its_row(tmp_path: Path) -> None:
+    cached = pairs_in(tmp_path)
+
+    def predict(module: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Any) -> Tensor:
+        return torch.full_like(noisy, torch.nan)
+
+    with pytest.raises(ValueError, match=r"row 0: the reference's errors at timestep \d+ are \[nan, nan\]"):
+        reference_errors(cached, predict=predict)
+
+
+def test_a_shard_without_pairs_has_no_errors(tmp_path: Path) -> None:
+    reader = Records.make()
+    for row in range(4, 8):
+        reader.records[row] = replace(reader.records[row], chosen=b"no image")
+    build(tmp_path, reader, skip_bad=True)
+    cached = CachedPairs(open_cache(tmp_path))
+    references = reference_errors(cached)
+    drawn = DrawnPairs(cached, 3, DISCRETE, 2, "uniform", 0.3, references)
+    assert len(drawn) == 24 and drawn[23]["ref_error"].isfinite().all()
+
+
+# ---- Savings ----
+
+
+def test_savings_by_hand() -> None:
+    size = ModelSize(parameters=1000, latents=(4, 8, 8), text=((77, 16), (5,)), pixels="64x64")
+    found = describe_savings(size, pairs=10, draws=3, seen=100)
+    assert found.reference_bytes == 2000
+    assert found.latent_bytes == 10 * 2 * 256 * 2
+    assert found.text_bytes == 10 * (77 * 16 + 5) * 2
+    assert found.error_bytes == 30 * 24
+    assert (found.reference_passes_spent, found.reference_passes_saved) == (60, 200)
+    assert found.encoder_passes_saved == 180
+    assert found.step_share == 0.25
+    assert describe_savings(size, pairs=10, draws=3, seen=100, gradient_checkpointing=True).step_share == 0.2
+
+
+def test_the_errors_on_disk_are_what_the_arithmetic_says(tmp_path: Path) -> None:
+    cached = pairs_in(tmp_path)
+    references = reference_errors(cached)
+    counted = sum(t.nbytes for place in range(12) for t in references.at(place))
+    size = ModelSize(0, (3, 2, 3), ((8, 4), (4,)), "16x24")
+    assert describe_savings(size, pairs=12, draws=3, seen=0).error_bytes == counted
+    latents = sum(cached[i][half].nbytes for i in range(12) for half in ("winner", "loser"))
+    assert describe_savings(size, pairs=12, draws=3, seen=0, stored_bytes=4).latent_bytes == latents
+
+
+def test_full_sizes_are_the_published_models() -> None:
+    assert Counter(len(size.latents) for size in FULL_SIZE.values()) == {3: 2, 4: 3}
+    sdxl = describe_savings(FULL_SIZE["SDXL"], pairs=100_000, draws=4, seen=1_000_000)
+    assert sdxl.reference_bytes == pytest.approx(5.13e9, rel=0.01)
+    assert sdxl.error_bytes == 9_600_000
+    assert sdxl.latent_bytes == pytest.approx(26.2e9, rel=0.01)
+    table = savings_table(pairs=100_000, draws=4, seen=1_000_000).splitlines()
+    assert len(table) == 2 + len(FULL_SIZE)
+    assert table[3] == "| SDXL | 1024x1024 | 5.13 GB | 9.6 MB | 26.2 GB | 31.8 GB | 25% |"

@@ -1,0 +1,378 @@
+"""Precomputing: the same files whatever happens on the way, and nothing left out unless asked for and counted."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sipo.data.cache import CacheError, open_cache
+from sipo.data.check import BadPair
+from sipo.data.records import PairRecord
+from sipo.training.data import derive_seed
+from tests.small_family import Accelerator, Pipeline, Records, SmallFamily, build, files, in_processes, png
+
+
+def test_what_is_stored_is_what_the_family_makes_of_the_files(tmp_path: Path) -> None:
+    summary = build(tmp_path, latents="mode")
+    assert (summary.pairs, summary.records, summary.ties, summary.skipped) == (12, 12, 0, {})
+    assert (summary.prompts, summary.written, summary.kept) == (4, 3, 0)
+    assert "12 pairs, 4 prompts" in summary.describe()
+    cache = open_cache(tmp_path)
+    assert cache.rows.tolist() == list(range(12))
+    from sipo.data.media import fit, read_media
+
+    for index in (0, 7):
+        record = Records.make().records[index]
+        for half, source in enumerate((record.chosen, record.rejected)):
+            fitted = fit(read_media(source).pixels, 16, 24)
+            wanted = SmallFamily().encode_pixels(Pipeline(), fitted.pixels[None])[0]
+            assert torch.equal(cache.pair(index)[half], wanted)
+            own = SmallFamily().own_condition(fitted.original_size, fitted.crop_top_left, (16, 24))
+            assert torch.equal(cache.pair(index)[2]["time_ids"][half], own["time_ids"])
+
+
+def test_every_prompt_is_encoded_once(tmp_path: Path) -> None:
+    pipeline = Pipeline()
+    build(tmp_path, pipeline=pipeline)
+    assert pipeline.prompts == ["a", "a b", "a b c", "a b c d"]
+    assert pipeline.encoded == 12  # both halves of a pair at once
+    again = Pipeline()
+    assert build(tmp_path, pipeline=again).kept == 3
+    assert (again.encoded, again.prompts) == (0, [])
+
+
+@pytest.mark.parametrize("fail_at", [1, 2, 4, 5, 9, 12])
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(tmp_path: Path, fail_at: int) -> None:
+    changes: dict[str, Any] = {"flip": True, "crop": "random"}
+    build(tmp_path / "whole", **changes)
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "cut", pipeline=Pipeline(fail_at=fail_at), **changes)
+    pipeline = Pipeline()
+    summary = build(tmp_path / "cut", pipeline=pipeline, **changes)
+    assert summary.kept == (fail_at - 1) // 4
+    assert pipeline.encoded == 12 - 4 * summary.kept
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+
+
+_KILLED = """
+import sys
+from pathlib import Path
+from tests.small_family import Records, build
+print("ready", flush=True)
+while True:
+    build(Path(sys.argv[1]), Records.make(240), shard_pairs=2)
+    print("done", flush=True)
+"""
+
+
+def test_a_killed_process_leaves_nothing_that_is_half(tmp_path: Path) -> None:
+    build(tmp_path / "whole", Records.make(240), shard_pairs=2)
+    root = Path(__file__).parent.parent
+    chance = random.Random(4)
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    cut = tmp_path / "cut"
+    for _ in range(2):
+        process = subprocess.Popen(
+            [sys.executable, "-c", _KILLED, str(cut)], cwd=root, env=environment, stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        target = len(list(cut.glob("latents-*.json"))) + 10 + chance.randrange(30)
+        deadline = time.monotonic() + 60
+        while len(list(cut.glob("latents-*.json"))) < target and time.monotonic() < deadline:
+            time.sleep(chance.random() * 0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        with pytest.raises(CacheError, match="not finished"):
+            open_cache(cut)
+    kept = build(cut, Records.make(240), shard_pairs=2).kept
+    assert 20 <= kept < 120
+    assert files(cut) == files(tmp_path / "whole")  # what the kills caught in the middle of a write is gone as well
+
+
+def test_leftovers_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    build(tmp_path)
+    whole = files(tmp_path)
+    left = [".tmpaB3dEf", ".latents-00002.safetensors.tmp", ".text-00000.json.77", ".index.json.12", ".tmpfile.txt"]
+    for name in left:
+        (tmp_path / name).write_text("")
+    build(tmp_path)
+    assert files(tmp_path) == whole | {".tmpfile.txt": b""}
+
+
+@pytest.mark.parametrize("name", ["latents-00001", "text-00002", "unconditional"])
+@pytest.mark.parametrize("damage", ["cut", "bit", "missing", "sidecar"])
+def test_a_damaged_shard_is_rebuilt_and_no_other(tmp_path: Path, name: str, damage: str) -> None:
+    build(tmp_path)
+    whole = files(tmp_path)
+    path = tmp_path / f"{name}.safetensors"
+    content = path.read_bytes()
+    if damage == "cut":
+        path.write_bytes(content[:-1])
+    elif damage == "bit":
+        path.write_bytes(content[:-5] + bytes([content[-5] ^ 4]) + content[-4:])
+    elif damage == "missing":
+        path.unlink()
+    else:
+        (tmp_path / f"{name}.json").write_text("{")
+    inodes = {other: (tmp_path / other).stat().st_ino for other in whole if name not in other and "index" not in other}
+    pipeline = Pipeline()
+    build(tmp_path, pipeline=pipeline)
+    assert files(tmp_path) == whole
+    assert inodes == {other: (tmp_path / other).stat().st_ino for other in inodes}
+    assert pipeline.encoded == (4 if name.startswith("latents") else 0)
+    assert len(pipeline.prompts) == (1 if name.startswith("text") else 0)
+
+
+def test_a_damaged_index_is_written_anew_from_the_shards(tmp_path: Path) -> None:
+    build(tmp_path)
+    whole = files(tmp_path)
+    (tmp_path / "index.json").write_text("{")
+    pipeline = Pipeline()
+    build(tmp_path, pipeline=pipeline)
+    assert files(tmp_path) == whole and pipeline.encoded == 0
+
+
+def test_the_folder_of_another_cache_is_left_alone(tmp_path: Path) -> None:
+    build(tmp_path)
+    whole = files(tmp_path)
+    with pytest.raises(CacheError, match=r"made with data\.seed=5, expected this run's 6: use another folder"):
+        build(tmp_path, seed=6)
+    assert files(tmp_path) == whole
+
+
+def test_a_source_that_has_changed_replaces_the_shards_it_changes(tmp_path: Path) -> None:
+    build(tmp_path)
+    reader = Records.make()
+    reader.records[5] = replace(reader.records[5], chosen=png(99))
+    pipeline = Pipeline()
+    assert build(tmp_path, reader, pipeline).written == 1
+    build(tmp_path / "new", reader)
+    assert pipeline.encoded == 4
+    assert files(tmp_path / "new") == {k: v for k, v in files(tmp_path).items() if not k.startswith("new")}
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_write_the_same_files(tmp_path: Path, processes: int) -> None:
+    build(tmp_path / "one", Records.make(14))
+    pipelines = [Pipeline() for _ in range(processes)]
+
+    def run(accelerator: Accelerator) -> Any:
+        pipeline = pipelines[accelerator.process_index]
+        return build(tmp_path / "many", Records.make(14), pipeline, accelerator)
+
+    summaries = in_processes(processes, run)
+    assert files(tmp_path / "many") == files(tmp_path / "one")
+    assert [summary.pairs for summary in summaries] == [14] * processes
+    assert sum(pipeline.encoded for pipeline in pipelines) == 14
+    assert all(pipeline.encoded for pipeline in pipelines)
+
+
+@pytest.mark.parametrize("latents", ["sample", "mode"])
+def test_a_pair_is_the_same_in_any_company(tmp_path: Path, latents: str) -> None:
+    changes: dict[str, Any] = {"latents": latents, "flip": True, "crop": "random"}
+    build(tmp_path / "a", **changes)
+    reader = Records.make()
+    build(tmp_path / "b", Records(reader.records[3::2]), shard_pairs=3, **changes)
+    one, other = open_cache(tmp_path / "a"), open_cache(tmp_path / "b")
+    for index, row in enumerate(other.rows.tolist()):
+        assert torch.equal(one.pair(row)[0], other.pair(index)[0])
+        assert torch.equal(one.pair(row)[1], other.pair(index)[1])
+        assert torch.equal(one.pair(row)[2]["time_ids"], other.pair(index)[2]["time_ids"])
+
+
+def test_the_posterior_is_drawn_once_for_each_half(tmp_path: Path) -> None:
+    build(tmp_path / "mode", latents="mode")
+    build(tmp_path / "sample", latents="sample")
+    mode, sample = open_cache(tmp_path / "mode"), open_cache(tmp_path / "sample")
+    drawn = torch.stack([torch.stack(sample.pair(i)[:2]) - torch.stack(mode.pair(i)[:2]) for i in range(12)]) / 0.1
+    assert abs(drawn.std().item() - 1) < 0.1 and abs(drawn.mean().item()) < 0.15
+    assert len({round(value, 5) for value in drawn.flatten().tolist()}) > 0.99 * drawn.numel()
+
+
+def test_both_halves_are_flipped_and_cropped_alike(tmp_path: Path) -> None:
+    image = png(1, 20, 40)
+    other = png(2, 20, 40)
+    reader = Records([PairRecord(row, "a", image, other) for row in range(40)])
+    build(tmp_path, reader, flip=True, crop="random", latents="mode", sizes=[(16, 16)], shard_pairs=16)
+    cache = open_cache(tmp_path)
+    from sipo.data.media import fit, read_media
+
+    lefts, flips = set(), 0
+    for index in range(40):
+        winner, loser, own = cache.pair(index)
+        assert torch.equal(own["time_ids"][0], own["time_ids"][1])
+        flip = derive_seed(5, 100, index) % 2 == 1
+        left = int(own["time_ids"][0, 3])
+        for stored, source in ((winner, image), (loser, other)):
+            # 20x40 covers 16x16 as 16x32
+            whole = fit(read_media(source).pixels, 16, 32, flip=flip).pixels[:, :, left : left + 16]
+            assert torch.equal(stored, torch.nn.functional.avg_pool2d(whole, 8))
+        lefts.add(left)
+        flips += flip
+    assert len(lefts) > 8 and 10 < flips < 30
+
+
+def faulty() -> Records:
+    """Rows 1 and 2 cannot be decoded, 4 has no files, 6 is a tie, 9 has no caption."""
+    records = Records.make().records
+    records[1] = replace(records[1], rejected=records[1].rejected[:-20])
+    records[2] = replace(records[2], chosen=b"no image")
+    records[4] = replace(records[4], problem="label_0=None", chosen=b"", rejected=b"")
+    records[6] = replace(records[6], tie=True)
+    records[9] = replace(records[9], prompt="")
+    return Records(records)
+
+
+def test_a_bad_pair_stops_the_run_and_what_is_finished_stays(tmp_path: Path) -> None:
+    records = Records.make().records
+    records[7] = replace(records[7], rejected=records[7].rejected[:-20])
+    with pytest.raises(BadPair, match=r"^row 7: rejected: .*cannot be decoded.*data\.skip_bad=true") as caught:
+        build(tmp_path, Records(records))
+    assert "\n" not in str(caught.value)
+    assert (tmp_path / "latents-00000.safetensors").is_file()
+    summary = build(tmp_path, Records(records), skip_bad=True)
+    assert (summary.kept, summary.pairs) == (1, 11)
+
+
+def test_bad_pairs_are_left_out_when_told_and_counted(tmp_path: Path) -> None:
+    summary = build(tmp_path, faulty(), skip_bad=True)
+    assert (summary.pairs, summary.records, summary.ties) == (7, 12, 1)
+    assert summary.skipped == {"caption": 1, "row": 1, "undecodable": 2}
+    assert [row for row, _ in summary.skipped_rows] == [1, 2, 4, 9]
+    assert "ties: 1, left out: 4" in summary.describe() and "undecodable: 2" in summary.describe()
+    cache = open_cache(tmp_path)
+    assert cache.rows.tolist() == [0, 3, 5, 7, 8, 10, 11]
+    build(tmp_path / "good")
+    whole = open_cache(tmp_path / "good")
+    for index, row in enumerate(cache.rows.tolist()):  # nobody takes another's place
+        assert torch.equal(cache.pair(index)[0], whole.pair(row)[0])
+        assert torch.equal(cache.text(index)["pooled"], whole.text(row)["pooled"])
+    with pytest.raises(BadPair, match=r"^row 1: "):  # not told any more: what was skipped counts again
+        build(tmp_path, faulty())
+
+
+def test_a_cache_without_a_pair_is_an_error(tmp_path: Path) -> None:
+    reader = Records([replace(record, tie=True) for record in Records.make(3).records])
+    with pytest.raises(CacheError, match="none of 3 rows is a pair that can be used"):
+        build(tmp_path, reader)
+
+
+def test_latents_that_are_not_finite_are_a_bad_pair(tmp_path: Path) -> None:
+    class Overflows(SmallFamily):
+        def encode_pixels(self, pipeline: Any, pixels: Any, generator: Any = None) -> torch.Tensor:
+            latents = super().encode_pixels(pipeline, pixels, generator)
+            return latents * (1e6 if pipeline.encoded == 2 else 1.0)
+
+    from sipo.data.precompute import precompute_pairs
+    from tests.small_family import MODEL, settings
+
+    def run(skip_bad: bool) -> Any:
+        wanted = settings(dtype="float16", skip_bad=skip_bad)
+        return precompute_pairs(
+            Records.make(), Overflows(), Pipeline(), tmp_path, settings=wanted, model=MODEL, workers=1, progress=False
+        )
+
+    with pytest.raises(BadPair, match="row 1: its latents are not finite in float16"):
+        run(skip_bad=False)
+    summary = run(skip_bad=True)
+    assert (summary.pairs, summary.skipped) == (11, {"latents": 1})
+
+
+def test_max_pairs_takes_the_first_rows_that_are_no_ties(tmp_path: Path) -> None:
+    records = Records.make().records
+    records[1] = replace(records[1], tie=True)
+    summary = build(tmp_path, Records(records), max_pairs=5)
+    assert (summary.pairs, summary.records, summary.ties) == (5, 6, 1)
+    assert open_cache(tmp_path).rows.tolist() == [0, 2, 3, 4, 5]
+
+
+def test_rows_that_do_not_grow_are_refused(tmp_path: Path) -> None:
+    records = Records.make().records
+    with pytest.raises(ValueError, match="row 3 after row 3: expected a source whose rows grow"):
+        build(tmp_path, Records([*records[:4], records[3]]))
+
+
+def test_sizes_are_checked_before_anything_is_read(tmp_path: Path) -> None:
+    pipeline = Pipeline()
+    with pytest.raises(ValueError, match="height=20, width=24: expected multiples of 8"):
+        build(tmp_path / "none", pipeline=pipeline, sizes=[(16, 24), (20, 24)])
+    assert pipeline.encoded == 0 and not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_latents_are_stored_in_the_type_asked_for(tmp_path: Path, dtype: str) -> None:
+    build(tmp_path / "wide")
+    build(tmp_path / "asked", dtype=dtype)
+    wide, asked = open_cache(tmp_path / "wide"), open_cache(tmp_path / "asked")
+    wanted = getattr(torch, dtype)
+    assert torch.equal(asked.pair(3)[0], wide.pair(3)[0].to(wanted))
+    assert torch.equal(asked.text(3)["prompt_embeds"], wide.text(3)["prompt_embeds"].to(wanted))
+    # A size of 1023 is no bfloat16: what describes an image keeps its own type.
+    assert asked.pair(3)[2]["time_ids"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "cogvideox", "wan"])
+def test_real_families_from_files_to_reference_errors(tmp_path: Path, name: str) -> None:
+    from sipo.config import DataConfig, ModelConfig
+    from sipo.data.media import fit, read_media
+    from sipo.data.pairs import CachedPairs, DrawnPairs
+    from sipo.data.precompute import precompute_pairs
+    from sipo.data.readers import open_pairs
+    from sipo.data.references import precompute_references
+    from sipo.data.toy import make_toy_pairs
+    from sipo.families import get
+    from sipo.families.toy import build_toy
+
+    family = get(name)
+    frames = 9 if family.video else 1
+    data = make_toy_pairs(tmp_path / "data", video=family.video, pairs=5, frames=frames)
+    model = ModelConfig(family=name, path=str(build_toy(name, tmp_path / "model")))
+    wanted = DataConfig(
+        path=str(data), cache="unused", sizes=[(32, 32)], frames=frames, dtype="float32", latents="mode", shard_pairs=3
+    )
+    pipeline = family.load_encoders(model.path)
+    summary = precompute_pairs(
+        open_pairs(data), family, pipeline, tmp_path / "cache", settings=wanted, model=model, workers=1, progress=False
+    )
+    assert (summary.pairs, summary.skipped) == (5, {})
+    cached = CachedPairs(open_cache(tmp_path / "cache"))
+    for index, record in enumerate(open_pairs(data)):
+        item = cached[index]
+        pixels = fit(read_media(record.rejected, frames).pixels, 32, 32).pixels
+        assert torch.equal(item["winner"], item["loser"]) is False
+        latents = family.encode_pixels(pipeline, pixels[None])[0]
+        torch.testing.assert_close(item["loser"], latents, rtol=1e-4, atol=1e-4)  # another batch size
+        text = family.encode_text(pipeline, [record.prompt])[0]
+        for key, tensor in text.items():
+            assert item["condition"][key].shape == tensor.shape
+            torch.testing.assert_close(item["condition"][key], tensor, rtol=1e-4, atol=1e-5)
+        assert ("own_condition" in item) == (name == "sdxl")
+    schedule = family.load_schedule(model.path)
+    network = family.load_network(model.path)
+    options: dict[str, Any] = {"draws": 2, "seed": 3, "distribution": "uniform", "caption_dropout": 0.5}
+    references = precompute_references(
+        cached.cache, network, family.predict, schedule, reference={}, **options, batch_size=4, progress=False
+    )
+    drawn = DrawnPairs(cached, 2, schedule, 3, "uniform", 0.5, references)
+    errors = torch.stack([drawn[i]["ref_error"] for i in range(10)])
+    assert errors.isfinite().all() and (errors > 0).all() and errors.unique().numel() == 20
+    # Drawn anew, one at a time and by hand.
+    item = drawn[7]
+    condition = {key: tensor[None] for key, tensor in item["condition"].items()}
+    condition |= {key: tensor[1:] for key, tensor in item.get("own_condition", {}).items()}
+    sample, noise, level = item["loser"][None], item["noise"][None], item["timestep"][None]
+    with torch.no_grad():
+        prediction = family.predict(network, schedule.add_noise(sample, noise, level), level, condition)
+    error = (prediction - schedule.target(sample, noise, level)).double().square().mean()
+    assert item["ref_error"][1].item() == pytest.approx(error.item(), rel=1e-5)

@@ -1,0 +1,296 @@
+"""``sipo train`` end to end: every family's toy example trains, resumes, saves, reloads in its pipeline and samples."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from sipo import cli, config
+from sipo.data.media import read_media, write_video
+from sipo.families import get
+from sipo.run import SAMPLE_FPS
+from sipo.training.logs import read_lines
+
+ROOT = Path(__file__).parent.parent
+FAMILIES = ("sd15", "sdxl", "cogvideox", "wan")
+SHORT = ["training.checkpoint_every=2", "training.validate_every=2", "samples.steps=2", "training.progress=false"]
+SHORT += ["training.log_every=1", "training.tensorboard=false"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """As the processes that some tests start: the same bits, and no waiting for busy cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def own_accelerator() -> Iterator[None]:
+    """A process has one accelerator, whose precision cannot be changed."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def example(name: str) -> Path:
+    return ROOT / "examples" / "toy" / f"{name}.yaml"
+
+
+def options(folder: Path, steps: int, *more: str, cache: Path | None = None) -> list[str]:
+    """A short run in ``folder``."""
+    places = [f"data.cache={cache or folder / 'cache'}", f"training.output_dir={folder / 'run'}"]
+    return [*SHORT, *places, f"training.steps={steps}", *more]
+
+
+def train(name: str, *overrides: str) -> None:
+    assert cli.main(["train", str(example(name)), *overrides]) == 0
+
+
+def steps_of(folder: Path, kind: str = "training") -> list[int]:
+    return [line["step"] for line in read_lines(folder / "run" / "metrics.jsonl", kind)]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """Four steps of a toy example."""
+    folder = tmp_path_factory.mktemp(request.param)
+    train(request.param, *options(folder, 4))
+    return request.param, folder
+
+
+def test_a_run_leaves_what_it_says(trained: tuple[str, Path]) -> None:
+    name, folder = trained
+    run = folder / "run"
+    assert steps_of(folder) == [1, 2, 3, 4] and steps_of(folder, "validation") == [2, 4]
+    lines = read_lines(run / "metrics.jsonl")
+    assert lines[0]["reward_margin"] == pytest.approx(0, abs=1e-3)  # the policy still is the reference
+    assert lines[-1]["model_mse"] != lines[-1]["ref_mse"]
+    kept = config.from_dict(yaml.safe_load((run / "config.yaml").read_text()))
+    assert kept == config.load(example(name), options(folder, 4))
+    card = (run / "weights" / "README.md").read_text()
+    assert f"| β (`beta`) | {20 if get(name).video else 1000}:" in card and "| pairs | 28 |" in card
+
+
+def test_weights_reload_in_the_pipeline_and_sample_the_same(trained: tuple[str, Path], tmp_path: Path) -> None:
+    """What the last validation drew from the network in training is what diffusers draws from the files."""
+    import diffusers
+
+    name, folder = trained
+    family, kept = get(name), config.load(example(name))
+    pipeline = getattr(diffusers, family.pipeline_class).from_pretrained(folder / "cache-toy" / "model")
+    pipeline.load_lora_weights(folder / "run" / "weights")
+    height, width = kept.data.sizes[0]
+    size = {"height": height, "width": width, "frames": kept.data.frames}
+    drawn = family.sample(pipeline, getattr(pipeline, family.network), kept.samples.prompts, seed=0, steps=2, **size)
+    samples = folder / "run" / "samples"
+    if family.video:
+        for number, clip in enumerate(drawn):
+            write_video(tmp_path / "clip.mp4", clip, SAMPLE_FPS)
+            saved = samples / f"step-00000004-{number}.mp4"
+            assert (tmp_path / "clip.mp4").read_bytes() == saved.read_bytes()
+            assert saved.read_bytes() != (samples / f"step-00000000-{number}.mp4").read_bytes()
+    else:
+        saved = read_media(samples / "step-00000004.png").pixels
+        assert torch.equal(saved[:, :height, :width], drawn[0])
+        assert torch.equal(saved[:, :height, width + 2 :], drawn[1])
+        assert not torch.equal(saved, read_media(samples / "step-00000000.png").pixels)
+    options: dict[str, Any] = {"num_frames": 9} if family.video else {}
+    image = pipeline("a bright circle", height=height, width=width, num_inference_steps=2, output_type="pt", **options)
+    pixels = image[0]
+    assert pixels.shape[-2:] == (height, width) and pixels.isfinite().all()
+
+
+def test_a_resumed_run_ends_with_the_bits_of_one_that_was_not_stopped(
+    trained: tuple[str, Path], tmp_path: Path
+) -> None:
+    name, folder = trained
+    once = tmp_path / "once"
+    train(name, *options(once, 6, cache=folder / "cache"))
+    train(name, *options(folder, 6), "--resume")
+    assert steps_of(folder) == [1, 2, 3, 4, 5, 6]
+    files = [place / "run" / "weights" / "pytorch_lora_weights.safetensors" for place in (once, folder)]
+    one, other = map(load_file, files)
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    assert any(tensor.abs().sum() > 0 for key, tensor in one.items() if "lora_B" in key)
+
+
+def test_a_folder_with_a_run_is_not_overwritten(trained: tuple[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    name, folder = trained
+    assert cli.main(["train", str(example(name)), *options(folder, 9)]) == 2
+    error = capsys.readouterr().err
+    assert "holds a run already: --resume goes on with it" in error and error.count("\n") == 1
+
+
+# ---- Ways to train: full tuning, reference errors, averages, flows of both kinds ----
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache for the tests below."""
+    folder = tmp_path_factory.mktemp("shared") / "cache"
+    assert cli.main(["precompute", str(example("sd15")), f"data.cache={folder}", *SHORT]) == 0
+    return folder
+
+
+def test_full_tuning_saves_a_network_that_diffusers_loads(shared: Path, tmp_path: Path) -> None:
+    from diffusers import UNet2DConditionModel
+
+    full = ["model.tuning=full", "training.ema_decay=0.5", "samples.prompts=[]", "training.learning_rate=1e-3"]
+    train("sd15", *options(tmp_path, 3, *full, cache=shared))
+    network = UNet2DConditionModel.from_pretrained(tmp_path / "run" / "weights", subfolder="unet")
+    base = UNet2DConditionModel.from_pretrained(f"{shared}-toy/model", subfolder="unet")
+    raw = load_file(tmp_path / "run" / "checkpoints" / "step-00000003" / "model.safetensors")
+    moved = {name: (tensor - base.state_dict()[name]).abs().max() for name, tensor in network.state_dict().items()}
+    assert sum(distance > 0 for distance in moved.values()) > len(moved) / 2
+    # The average is what is saved: behind the last weights, ahead of the first.
+    assert any(not torch.equal(raw[name], tensor) for name, tensor in network.state_dict().items())
+
+
+def test_precomputed_reference_errors_give_the_losses_of_a_reference(shared: Path, tmp_path: Path) -> None:
+    fixed = ["data.draws=3", "data.reference_errors=true", "training.caption_dropout=0.3", "samples.prompts=[]"]
+    losses = {}
+    for kind in ("adapter_off", "errors", "copy"):
+        train("sd15", *options(tmp_path / kind, 5, *fixed, f"model.reference={kind}", cache=shared))
+        lines = read_lines(tmp_path / kind / "run" / "metrics.jsonl")
+        losses[kind] = [[v for k, v in line.items() if k.endswith(("loss", "ref_mse"))] for line in lines]
+    assert losses["copy"] == losses["adapter_off"]
+    for with_network, without in zip(losses["copy"], losses["errors"], strict=True):
+        assert without == pytest.approx(with_network, rel=2e-5)
+    assert len({tuple(values) for values in losses["errors"]}) > 4
+
+
+def test_other_options_train(shared: Path, tmp_path: Path) -> None:
+    """bfloat16 weights under autocast, checkpointing, a learning rate that falls, dropped captions, skipped work."""
+    more = ["model.dtype=bfloat16", "training.mixed_precision=bf16", "model.gradient_checkpointing=true"]
+    more += ["training.lr_schedule=cosine", "training.caption_dropout=0.5", "training.timestep_sampling=informative"]
+    more += ["training.skip_inactive=true", "data.flip=true", "data.crop=random", "loss.method=dpo_cm"]
+    train("sd15", *options(tmp_path, 4, *more))
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    rates = [line["learning_rate"] for line in lines]
+    assert rates == sorted(rates, reverse=True) and rates[-1] < 0.5 * rates[0]
+    assert all(0 < line["timestep_share"] <= 1 and line["nonfinite_steps"] == 0 for line in lines)
+
+
+# ---- Processes: killed, and two at once ----
+
+
+def start(name: str, *arguments: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, "-m", "sipo", "train", str(example(name)), *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-3000:]
+    return output
+
+
+def test_killed_and_resumed_ends_with_the_same_bits(shared: Path, tmp_path: Path) -> None:
+    arguments = ["training.checkpoint_every=3", "samples.prompts=[]"]
+    train("sd15", *options(tmp_path / "once", 40, *arguments, cache=shared))
+    log = tmp_path / "killed" / "run" / "metrics.jsonl"
+    process = start("sd15", *options(tmp_path / "killed", 40, *arguments, cache=shared))
+    until = time.monotonic() + 120
+    while time.monotonic() < until and not (log.is_file() and len(log.read_text().splitlines()) > 12):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = [line["step"] for line in map(json.loads, log.read_text().splitlines()[:-1])]
+    assert 5 < max(done) < 40
+    output = finish(start("sd15", *options(tmp_path / "killed", 40, *arguments, cache=shared), "--resume"))
+    assert "weights, and how to load them" in output
+    files = [tmp_path / place / "run" / "weights" / "pytorch_lora_weights.safetensors" for place in ("once", "killed")]
+    one, other = map(load_file, files)
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(shared: Path, tmp_path: Path) -> None:
+    arguments = options(tmp_path, 4000, "samples.prompts=[]", "training.validate_every=0", cache=shared)
+    process = start("sd15", *arguments)
+    log = tmp_path / "run" / "metrics.jsonl"
+    until = time.monotonic() + 120
+    while time.monotonic() < until and not (log.is_file() and len(log.read_text().splitlines()) > 4):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output[-3000:]
+    done = read_lines(log)[-1]["step"]
+    assert f"stopped after step {done}; `sipo train {example('sd15')}" in output and "--resume` goes on" in output
+    assert (tmp_path / "run" / "checkpoints" / f"step-{done:08d}" / "state.json").is_file()
+
+
+def test_two_processes_are_one_with_twice_the_batch(shared: Path, tmp_path: Path) -> None:
+    """The same losses, and the same weights to rounding."""
+    arguments = ["samples.prompts=[]", "training.max_grad_norm=null"]
+    train("sd15", *options(tmp_path / "one", 4, *arguments, "training.batch_size=4", cache=shared))
+    # accelerate's own launcher starts several processes on a CPU by mpirun alone; torch's sets the same variables.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "sipo"]
+    command = [sys.executable, *launch, "train", str(example("sd15"))]
+    command += options(tmp_path / "two", 4, *arguments, "training.batch_size=2", cache=shared)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    for kind in ("training", "validation"):
+        one, two = (read_lines(tmp_path / place / "run" / "metrics.jsonl", kind) for place in ("one", "two"))
+        assert [line["step"] for line in one] == [line["step"] for line in two] != []
+        for single, double in zip(one, two, strict=True):
+            for key in single.keys() - {"seconds", "step", "kind"}:
+                # AdamW's first steps make much of a gradient's last bits, and beta more of what comes of it.
+                budget = 1e-5 if single["step"] == 1 else 5e-3
+                assert double[key] == pytest.approx(single[key], rel=budget, abs=1e-6), (key, single["step"])
+    weights = [
+        load_file(tmp_path / place / "run" / "weights" / "pytorch_lora_weights.safetensors") for place in ("one", "two")
+    ]
+    for key, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][key], tensor, rtol=1e-3, atol=1e-5)
+
+
+# ---- What goes wrong ----
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.family=sd16"], "model.family='sd16': expected one of sd15, sdxl, sd3, cogvideox, wan"),
+        (["model.path=nowhere"], "nowhere"),
+        (["data.path=nowhere.jsonl"], "nowhere.jsonl"),
+        (["data.frames=9"], "data.frames=9: expected 1, sd15 makes images"),
+        (["data.sizes=[[33, 32]]"], "33"),
+        (["data.held_out=32"], "data.held_out=32: expected at least 0 and fewer than the 32 pairs there are"),
+        (["loss.method=ppo"], "loss.method='ppo': expected one of diffusion_dpo, dpo_cm, sipo, sdpo"),
+        (["loss.beta=-1"], "loss.beta=-1"),
+        (["model.lora.target_modules=[to_x]"], "model.lora.target_modules: 'to_x' is no linear layer"),
+        (
+            ["training.timestep_distribution=shifted"],
+            "training.timestep_distribution='shifted': expected one of uniform",
+        ),
+        (["training.optimizer=adamw8bit"], "bitsandbytes"),
+        (["data.held_out=0", "samples.prompts=[]"], "training.validate_every=2: expected data.held_out > 0"),
+        (["data.dtype=bfloat16"], "data.dtype"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_mistakes_are_one_line(
+    overrides: list[str], message: str, shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["train", str(example("sd15")), *options(tmp_path, 3, cache=shared), *overrides]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("sipo: error: ") and message in error, error
+    assert not (tmp_path / "run" / "checkpoints").exists()

@@ -1,0 +1,140 @@
+"""What moves the weights (optimiser, learning rate, moving average), and who is told."""
+
+from __future__ import annotations
+
+import math
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from sipo.training import (
+    train,
+)
+from sipo.training.optimization import rate_factor
+from tests.training_cases import Pairs, fit, fresh_accelerate, loss, networks, predict, settings
+
+__all__ = ["fresh_accelerate"]  # a fixture that every test here runs in
+
+LN2 = math.log(2.0)
+
+
+# ---------------------------------------------------------------- what moves the weights
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]),
+        ("cosine", [0.5, 1.0, 1.0, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2]),
+    ],
+)
+def test_the_learning_rate_follows_its_schedule(tmp_path: Path, schedule: str, expected: list[float]) -> None:
+    _, result = fit(tmp_path, steps=6, warmup=2, learning_rate=1e-3, lr_schedule=schedule)
+    assert [line["learning_rate"] for line in result.history] == pytest.approx([1e-3 * rate for rate in expected])
+
+
+def test_the_rate_is_defined_where_the_warm_up_takes_all_steps(tmp_path: Path) -> None:
+    config = settings(tmp_path, steps=3, warmup=3, lr_schedule="cosine")
+    assert [rate_factor(config, step) for step in range(3)] == pytest.approx([1 / 3, 2 / 3, 1.0])
+    assert rate_factor(settings(tmp_path, steps=3, warmup=9), 2) == pytest.approx(1 / 3)
+
+
+def test_adamw_takes_its_settings(tmp_path: Path) -> None:
+    options = {"betas": (0.5, 0.6), "eps": 1e-3, "weight_decay": 0.1, "steps": 3, "max_grad_norm": None}
+    own, _ = fit(tmp_path / "own", **options)
+    policy, _ = networks()
+    given = torch.optim.AdamW(policy.parameters(), lr=1e-2, betas=(0.5, 0.6), eps=1e-3, weight_decay=0.1)
+    other, _ = fit(tmp_path / "given", policy=policy, optimizer=given, steps=3, max_grad_norm=None)
+    for a, b in zip(own.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("adamw8bit", "AdamW8bit"), ("paged_adamw8bit", "PagedAdamW8bit")])
+def test_bitsandbytes_is_asked_for_by_name_or_named_as_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kind: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ImportError, match=rf"optimizer='{name}': bitsandbytes is not installed, expected `pip"):
+        fit(tmp_path / "a", optimizer=name)
+    made: list[tuple[str, dict[str, Any]]] = []
+
+    def stand_in(which: str) -> Any:
+        def make(parameters: Any, **options: Any) -> torch.optim.Optimizer:
+            made.append((which, options))
+            return torch.optim.AdamW(parameters, **options)
+
+        return make
+
+    kinds = {k: stand_in(k) for k in ("AdamW8bit", "PagedAdamW8bit")}
+    module = types.SimpleNamespace(optim=types.SimpleNamespace(**kinds))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", module)
+    fit(tmp_path / "b", optimizer=name, steps=1)
+    assert made == [(kind, {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2})]
+
+
+def test_the_average_is_of_the_weights_after_each_step(tmp_path: Path) -> None:
+    def weights(folder: str, **options: Any) -> Tensor:
+        return fit(tmp_path / folder, **options)[0].outward.weight.detach()
+
+    # The first update takes the weights as they are, then the average forgets at no more than (1 + n) / (10 + n).
+    expected = weights("1", steps=1)
+    for steps in (2, 3, 4):
+        keep = min(0.2, steps / (9 + steps))
+        expected = keep * expected + (1 - keep) * weights(str(steps), steps=steps)
+    _, result = fit(tmp_path / "ema", steps=4, ema_decay=0.2)
+    assert result.ema is not None
+    torch.testing.assert_close(result.ema["outward.weight"], expected, rtol=1e-5, atol=1e-7)
+    policy, _ = networks()
+    assert not policy.load_state_dict(result.ema, strict=False).unexpected_keys
+
+
+# ---------------------------------------------------------------- trackers
+
+
+def test_trackers_are_accelerates_and_must_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="trackers='wandbb': expected one of aim, "):
+        fit(tmp_path, trackers=("wandbb",))
+    monkeypatch.setattr("accelerate.tracking._available_trackers", ["tensorboard"])
+    with pytest.raises(ImportError, match="trackers='wandb': not installed, expected `pip install wandb`"):
+        fit(tmp_path, trackers=("wandb",))
+
+
+def test_a_tracker_of_the_callers_sees_every_number_and_stays_open(tmp_path: Path) -> None:
+    from accelerate.tracking import GeneralTracker
+
+    class Keeping(GeneralTracker):
+        name = "keeping"
+        requires_logging_directory = False
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.lines: list[tuple[int | None, dict[str, Any]]] = []
+            self.finished = False
+
+        @property
+        def tracker(self) -> Any:
+            return self.lines
+
+        def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+            self.lines.append((step, values))
+
+        def finish(self) -> None:
+            self.finished = True
+
+    tracker = Keeping()
+    accelerator = Accelerator(cpu=True, log_with=[tracker])
+    accelerator.init_trackers("own")
+    policy, reference = networks()
+    config = settings(tmp_path, steps=2, validate_every=2)
+    result = train(policy, reference, loss(), Pairs(), predict, config, accelerator=accelerator, validation=Pairs(4))
+    assert [step for step, _ in tracker.lines] == [1, 2, 2]
+    assert tracker.lines[1][1]["train/loss"] == result.history[1]["loss"]
+    assert tracker.lines[2][1]["validation/implicit_acc"] == result.validation[0]["validation/implicit_acc"]
+    assert accelerator.trackers == [tracker] and not tracker.finished

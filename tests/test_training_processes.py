@@ -1,0 +1,250 @@
+"""Two processes do what one does at twice the batch: plain data parallelism and FSDP2, over gloo on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from sipo.training import gather_weights, storage, timesteps, train
+from tests.training_cases import Pairs, fresh_accelerate, loss, networks, predict, settings
+
+__all__ = ["fresh_accelerate"]  # a fixture that every test here runs in
+
+
+class Grouped(Pairs):
+    """Two shapes, and a condition for no caption."""
+
+    groups = (list(range(16)), list(range(16, 24)))
+    unconditional = {"class": torch.tensor(0)}  # noqa: RUF012 - as a data set has it
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = super().__getitem__(index)
+        if index >= 16:
+            item |= {half: item[half][:, :3] for half in ("winner", "loser")}
+        return item
+
+
+# What each pair of processes runs; one process then runs the same at twice the batch.
+SCENARIOS: dict[str, dict[str, Any]] = {
+    "gradient": {"steps": 1, "max_grad_norm": None, "rate": 1.0},
+    "steps": {"steps": 4, "checkpoint_every": 4},
+    "accumulation": {"steps": 3, "accumulation": 2},
+    "everything": {
+        "steps": 8,
+        "accumulation": 2,
+        "log_every": 2,
+        "validate_every": 4,
+        "ema_decay": 0.9,
+        "caption_dropout": 0.3,
+        "timestep_sampling": "informative",
+        "mask_threshold": 0.9,
+        "data": Grouped,
+    },
+    "sharded gradient": {"steps": 1, "max_grad_norm": None, "rate": 1.0},
+    "sharded": {"steps": 6, "checkpoint_every": 3, "ema_decay": 0.9, "validate_every": 3, "adamw": True},
+    "sharded resumed": {"steps": 6, "checkpoint_every": 3, "ema_decay": 0.9, "validate_every": 3, "adamw": True},
+    "skipping": {"steps": 10, "accumulation": 2, "skip_inactive": True, "mask_threshold": 0.9, "pairs": 1},
+    "sharded and skipping": {"steps": 10, "accumulation": 2, "skip_inactive": True, "mask_threshold": 0.9, "pairs": 1},
+}
+
+
+def run(folder: Path, accelerator: Accelerator, **options: Any) -> tuple[nn.Module, Any]:
+    """One scenario on this process, 8 pairs a pass in all and plain descent unless told else."""
+    batch = options.pop("pairs", 4) * 2 // accelerator.num_processes
+    policy, reference = networks()
+    data = options.pop("data", Pairs)()
+    validation = Pairs(7) if "validate_every" in options else None
+    loss_fn = loss(mask_threshold=options.pop("mask_threshold", 0.0))
+    rate = options.pop("rate", 0.05)
+    optimizer = None if options.pop("adamw", False) else torch.optim.SGD(policy.parameters(), lr=rate)
+    resume = options.pop("resume_from", None)
+    config = settings(folder, batch_size=batch, **options)
+    result = train(
+        policy,
+        reference,
+        loss_fn,
+        data,
+        predict,
+        config,
+        optimizer=optimizer,
+        accelerator=accelerator,
+        validation=validation,
+        resume_from=resume,
+    )
+    return policy, result
+
+
+def accelerator_for(name: str, accumulation: int) -> Accelerator:
+    """This process's; under FSDP2 for the scenarios that ask for it."""
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
+    if name.startswith("sharded"):
+        from accelerate import FullyShardedDataParallelPlugin
+        from accelerate.utils import DistributedType
+
+        # accelerate turns FSDP2 on for GPUs alone; all that it does afterwards works on the CPU as well.
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True)
+        plugin.cpu_ram_efficient_loading = False
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = plugin
+        assert accelerator.is_fsdp2
+    return accelerator
+
+
+def one_of_two(folder: str) -> None:
+    """What each of two processes does; torch.distributed finds the other through the environment."""
+    root = Path(folder)
+    timesteps.BINS = 5
+    for name, options in SCENARIOS.items():
+        options = dict(options)
+        accelerator = accelerator_for(name, options.get("accumulation", 1))
+        if name == "sharded resumed":
+            # A sharded run that went on from its third step, the one after which is damaged.
+            own = root / "sharded resumed"
+            if accelerator.is_main_process:
+                import shutil
+
+                shutil.copytree(root / "sharded", own, ignore=shutil.ignore_patterns("*.jsonl"))
+                (own / "checkpoints/step-00000006/optimizer.safetensors").unlink()
+            accelerator.wait_for_everyone()
+            options["resume_from"] = "latest"
+        policy, result = run(root / name, accelerator, **options)
+        weights = gather_weights(accelerator.unwrap_model(policy))
+        if accelerator.is_main_process:
+            save_file(weights, root / name / "weights.safetensors")
+            if result.ema is not None:
+                save_file(result.ema, root / name / "ema.safetensors")
+            placed = type(next(policy.parameters()).data).__name__
+            facts = {"history": result.history, "validation": result.validation, "placed": placed}
+            (root / name / "facts.json").write_text(json.dumps(facts))
+        accelerator.wait_for_everyone()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which two processes have run every scenario."""
+    folder = tmp_path_factory.mktemp("two")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    code = "import sys; from tests import test_training_processes as t; t.one_of_two(sys.argv[1])"
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(folder)],
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=150)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def few_bins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the two processes have it: few pairs are then enough for statistics."""
+    monkeypatch.setattr(timesteps, "BINS", 5)
+
+
+def alone(folder: Path, name: str) -> tuple[nn.Module, Any]:
+    options = dict(SCENARIOS[name])
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=options.get("accumulation", 1))
+    return run(folder, accelerator, **options)
+
+
+def facts(folder: Path, name: str) -> dict[str, Any]:
+    read: dict[str, Any] = json.loads((folder / name / "facts.json").read_text())
+    return read
+
+
+@pytest.mark.parametrize("name", [name for name in SCENARIOS if name != "sharded resumed"])
+def test_two_processes_do_what_one_does_at_twice_the_batch(two: Path, tmp_path: Path, name: str) -> None:
+    policy, result = alone(tmp_path, name)
+    found = facts(two, name)
+    assert (found["placed"] == "DTensor") == name.startswith("sharded")
+    got = load_file(two / name / "weights.safetensors")
+    assert got.keys() == dict(policy.named_parameters()).keys()
+    start, _ = networks()
+    # AdamW's first steps blow rounding up wherever a gradient is near 0.
+    tolerance = {"rtol": 1e-3, "atol": 1e-4} if "adamw" in SCENARIOS[name] else {"rtol": 1e-4, "atol": 2e-6}
+    for key, value in policy.named_parameters():
+        moved = value.detach() - dict(start.named_parameters())[key].detach()
+        assert moved.abs().max() > 1e-4
+        torch.testing.assert_close(got[key], value.detach(), **tolerance)
+    for got_line, line in zip(found["history"], result.history, strict=True):
+        # Of two processes one may have to go back for gradients to be reduced that one process has already.
+        for metric in set(line) - {"seconds", "skipped_passes"}:
+            assert got_line[metric] == pytest.approx(line[metric], rel=1e-3, abs=2e-6), metric
+    for got_line, line in zip(found["validation"], result.validation, strict=True):
+        for metric in set(line) - {"seconds", "kind"}:
+            assert got_line[metric] == pytest.approx(line[metric], rel=1e-3, abs=1e-5), metric
+    if result.ema is not None:
+        for key, value in load_file(two / name / "ema.safetensors").items():
+            torch.testing.assert_close(value, result.ema[key], **tolerance)
+
+
+def test_the_gradient_of_two_processes_is_that_of_one(two: Path, tmp_path: Path) -> None:
+    # One step of plain descent at a rate of 1 leaves the gradient between the weights and the start.
+    policy, _ = alone(tmp_path, "gradient")
+    start = dict(networks()[0].named_parameters())
+    for name in ("gradient", "sharded gradient"):
+        for key, value in load_file(two / name / "weights.safetensors").items():
+            expected = (start[key] - policy.state_dict()[key]).detach()
+            assert expected.norm() > 1e-3
+            torch.testing.assert_close(start[key].detach() - value, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_everything_was_at_work(two: Path) -> None:
+    lines = facts(two, "everything")["history"]
+    assert any(line["timestep_share"] < 1 for line in lines)
+    for name in ("skipping", "sharded and skipping"):
+        skipped = [line["skipped_passes"] for line in facts(two, name)["history"]]
+        assert 1 in skipped and 2 in skipped and 0 in skipped  # of a step's two passes
+    assert (two / "steps/checkpoints/step-00000004/process-00001.safetensors").exists()
+
+
+def test_a_sharded_checkpoint_is_whole_and_a_run_resumed_from_it_repeats_itself(two: Path) -> None:
+    saved = two / "sharded/checkpoints/step-00000006"
+    assert not storage.damage(saved)
+    shapes = {key: value.shape for key, value in networks()[0].named_parameters()}
+    weights = load_file(saved / "model.safetensors")
+    assert {key: value.shape for key, value in weights.items()} == shapes
+    moments = load_file(saved / "optimizer.safetensors")
+    assert sorted(tuple(t.shape) for key, t in moments.items() if key.endswith("exp_avg")) == sorted(
+        tuple(shape) for shape in shapes.values()
+    )
+    again = two / "sharded resumed"
+    assert [line["step"] for line in facts(two, "sharded resumed")["history"]] == [4, 5, 6]
+    for name in ("weights.safetensors", "ema.safetensors"):
+        for key, value in load_file(two / "sharded" / name).items():
+            assert torch.equal(load_file(again / name)[key], value), (name, key)
+    for name in ("model.safetensors", "optimizer.safetensors", "ema.safetensors"):
+        assert (saved / name).read_bytes() == (again / "checkpoints/step-00000006" / name).read_bytes()

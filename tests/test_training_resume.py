@@ -1,0 +1,348 @@
+"""Checkpoints: a run that goes on from one repeats an uninterrupted one, whatever killed it or spoilt its files."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from sipo.training import CheckpointError, TrainingWarning, storage, timesteps
+from sipo.training.logs import read_lines
+from tests.training_cases import Pairs, fit, fresh_accelerate, loss, networks, same, untimed
+
+__all__ = ["fresh_accelerate"]  # a fixture that every test here runs in
+
+# Everything that a checkpoint may hold: dropout, accumulation, an augmenting data set, a moving average, a schedule,
+# statistics of timesteps, validation, and checkpoints between two log lines.
+FULL: dict[str, Any] = {
+    "steps": 11,
+    "log_every": 4,
+    "checkpoint_every": 5,
+    "accumulation": 2,
+    "dropout": 0.3,
+    "warmup": 3,
+    "lr_schedule": "cosine",
+    "ema_decay": 0.9,
+    "timestep_sampling": "informative",
+    "skip_inactive": True,
+    "validate_every": 3,
+}
+
+
+def full(folder: Path, **options: Any) -> tuple[Any, Any]:
+    options = (
+        FULL | {"data": Pairs(augment=True), "validation": Pairs(5), "loss_fn": loss(mask_threshold=0.9)} | options
+    )
+    return fit(folder, **options)
+
+
+@pytest.fixture(autouse=True)
+def few_bins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that few pairs are enough for statistics."""
+    monkeypatch.setattr(timesteps, "BINS", 5)
+
+
+# ---------------------------------------------------------------- resuming
+
+
+def test_a_resumed_run_repeats_an_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:
+    random.seed(5)
+    np.random.seed(5)
+    straight, whole = full(tmp_path / "a")
+
+    random.seed(5)
+    np.random.seed(5)
+    folder = tmp_path / "b"
+    # In the ninth step: its log line of step 8 and the validation of step 6 are there already.
+    with pytest.raises(KeyboardInterrupt):
+        full(folder, data=Pairs(augment=True, fail_after=8 * 8 + 3))
+    assert [line["step"] for line in read_lines(folder / "metrics.jsonl")] == [1, 4, 8]
+    random.seed(99)
+    np.random.seed(99)
+    torch.manual_seed(99)
+    resumed, rest = full(folder, resume_from="latest")
+
+    assert same(straight, resumed)
+    assert [line["step"] for line in rest.history] == [8, 11]
+    assert whole.history[-1]["timestep_share"] < 1 < sum(line["skipped_passes"] for line in whole.history)
+    assert [line["step"] for line in rest.validation] == [6, 9, 11]
+    for kind, lines in (("training", whole.history), ("validation", whole.validation)):
+        assert untimed(read_lines(folder / "metrics.jsonl", kind)) == untimed(lines)
+    assert all(torch.equal(rest.ema[name], whole.ema[name]) for name in whole.ema)
+    names = sorted(path.name for path in (tmp_path / "a/checkpoints/step-00000011").iterdir())
+    assert len(names) == 5
+    for name in names:
+        paths = [tmp_path / run / "checkpoints" / "step-00000011" / name for run in "ab"]
+        assert paths[0].read_bytes() == paths[1].read_bytes(), name
+
+
+def test_a_run_can_be_made_longer(tmp_path: Path) -> None:
+    # Step 4 has a log line in the shorter run alone: what is drawn after it must not hang on that.
+    options: dict[str, Any] = {"timestep_sampling": "informative", "log_every": 3, "loss_fn": loss(mask_threshold=0.9)}
+    straight, _ = fit(tmp_path / "a", steps=8, **options)
+    fit(tmp_path / "b", steps=4, checkpoint_every=4, **options)
+    longer, result = fit(tmp_path / "b", steps=8, resume_from=tmp_path / "b/checkpoints/step-00000004", **options)
+    assert same(straight, longer)
+    assert [line["step"] for line in result.history] == [6, 8]
+    with pytest.raises(CheckpointError, match="made with log_every=3, expected this run's 2"):
+        fit(tmp_path / "b", steps=9, resume_from="latest", **(options | {"log_every": 2}))
+
+
+def test_a_falling_learning_rate_fixes_the_number_of_steps(tmp_path: Path) -> None:
+    fit(tmp_path, steps=4, checkpoint_every=2, lr_schedule="linear")
+    with pytest.raises(CheckpointError, match="made with steps=4, expected this run's 6"):
+        fit(tmp_path, steps=6, lr_schedule="linear", resume_from="latest")
+
+
+def test_checkpoints_hold_no_pickle_and_the_oldest_go(tmp_path: Path) -> None:
+    _, result = fit(tmp_path, steps=8, checkpoint_every=2, keep_checkpoints=2)
+    root = tmp_path / "checkpoints"
+    assert sorted(path.name for path in root.iterdir()) == ["step-00000006", "step-00000008"]
+    assert result.checkpoint == root / "step-00000008"
+    names = sorted(path.name for path in result.checkpoint.iterdir())
+    assert names == ["model.safetensors", "optimizer.safetensors", "process-00000.safetensors", "state.json"]
+    state = json.loads((result.checkpoint / "state.json").read_text())
+    assert state["step"] == 8
+    assert sorted(state["files"]) == names[:3]
+    assert state["files"]["model.safetensors"]["bytes"] == (result.checkpoint / names[0]).stat().st_size
+
+
+def test_only_what_is_trained_is_saved(tmp_path: Path) -> None:
+    policy, _ = networks()
+    policy.inward.requires_grad_(False)
+    frozen = policy.inward.weight.clone()
+    _, result = fit(tmp_path, policy=policy, checkpoint_every=4, ema_decay=0.99)
+    assert result.checkpoint is not None and result.ema is not None
+    saved = load_file(result.checkpoint / "model.safetensors")
+    averaged = load_file(result.checkpoint / "ema.safetensors")
+    assert (
+        sorted(saved) == sorted(averaged) == sorted(result.ema) == ["classes.weight", "outward.bias", "outward.weight"]
+    )
+    assert torch.equal(saved["outward.weight"], policy.outward.weight.detach())
+    assert torch.equal(averaged["outward.weight"], result.ema["outward.weight"])
+    assert torch.equal(policy.inward.weight, frozen)
+
+
+# ---------------------------------------------------------------- what is damaged, and what does not fit
+
+
+def _flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (lambda f: (f / "optimizer.safetensors").unlink(), "optimizer.safetensors is missing"),
+    "cut": (
+        lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-8]),
+        r"model.safetensors has \d+ bytes, expected \d+",
+    ),
+    "flipped": (
+        lambda f: _flip(f / "process-00000.safetensors", -1),
+        "process-00000.safetensors does not have the SHA-256 that state.json states",
+    ),
+    "no JSON": (lambda f: (f / "state.json").write_text("{"), "state.json is not JSON"),
+    "empty": (lambda f: (f / "state.json").write_text(""), "state.json is not JSON"),
+    "no state": (lambda f: (f / "state.json").unlink(), "state.json is missing"),
+    "format": (
+        lambda f: (f / "state.json").write_text(json.dumps(json.loads((f / "state.json").read_text()) | {"format": 9})),
+        "it has format 9, expected 2",
+    ),
+    "edited": (
+        lambda f: (f / "state.json").write_text((f / "state.json").read_text().replace('"lr": 0.01', '"lr": 0.02')),
+        "state.json does not have the SHA-256 that it states",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path: Path, what: str) -> None:
+    straight, _ = fit(tmp_path / "a", steps=5)
+    fit(tmp_path / "b", steps=4, checkpoint_every=2)
+    spoil, message = DAMAGE[what]
+    newest = tmp_path / "b/checkpoints/step-00000004"
+    before = (newest / "state.json").read_bytes()
+    spoil(newest)
+    assert what in ("missing", "cut", "flipped", "no state") or (newest / "state.json").read_bytes() != before
+
+    with pytest.raises(CheckpointError, match=f"step-00000004: damaged, {message}") as caught:
+        if what != "no state":
+            fit(tmp_path / "b", steps=5, resume_from=newest)
+        else:  # then it is not to be told from a folder of something else
+            raise CheckpointError(f"{newest}: damaged, {storage.damage(newest)}")
+    assert "\n" not in str(caught.value)
+    with pytest.warns(TrainingWarning, match=rf"step-00000004: damaged, {message}.*; resuming from .*step-00000002"):
+        policy, result = fit(tmp_path / "b", steps=5, resume_from="latest", checkpoint_every=2)
+    assert [line["step"] for line in result.history] == [3, 4, 5]
+    assert same(straight, policy)
+    assert not storage.damage(newest)  # the run has been there again
+
+
+def test_where_all_are_damaged_each_is_named(tmp_path: Path) -> None:
+    fit(tmp_path, steps=4, checkpoint_every=2)
+    for step in (2, 4):
+        (tmp_path / f"checkpoints/step-0000000{step}/model.safetensors").unlink()
+    with pytest.raises(
+        CheckpointError, match=r"step-00000004: damaged, .*; .*step-00000002: damaged, .*model.*missing"
+    ):
+        fit(tmp_path, steps=5, resume_from="latest")
+
+
+def test_a_sound_checkpoint_is_not_thrown_out_for_a_later_damaged_one(tmp_path: Path) -> None:
+    fit(tmp_path, steps=6, checkpoint_every=2, keep_checkpoints=2)
+    (tmp_path / "checkpoints/step-00000006/model.safetensors").unlink()
+    with pytest.warns(TrainingWarning), pytest.raises(KeyboardInterrupt):
+        # Stops in the sixth step: the checkpoint of step 5 is all that it adds, and all that it may keep.
+        data = Pairs(fail_after=7)
+        fit(tmp_path, data=data, steps=6, resume_from="latest", checkpoint_every=5, keep_checkpoints=1)
+    assert [path.name for path in storage.found(tmp_path / "checkpoints")] == ["step-00000005", "step-00000006"]
+    assert not storage.damage(tmp_path / "checkpoints/step-00000005")
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("model", r"'outward.weight' is \[1, 6, 3, 3\] in the checkpoint, \[1, 6, 1, 1\] in the policy"),
+        ("names", r"'extra' is in the policy and not in the checkpoint"),
+        ("seed", r"made with seed=0, expected this run's 1"),
+        ("data", r"made with dataset_length=24, expected this run's 20"),
+        ("loss", r"made with loss=.*beta=50"),
+        ("steps", r"steps=2: the checkpoint has 2 already, expected more"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(tmp_path: Path, what: str, message: str) -> None:
+    fit(tmp_path, steps=2, checkpoint_every=2)
+    policy, _ = networks()
+    if what == "model":
+        policy.outward = nn.Conv2d(6, 1, 1)
+    elif what == "names":
+        policy.extra = nn.Parameter(torch.zeros(1))
+    other = {"seed": {"seed": 1}, "data": {"data": Pairs(20)}, "loss": {"loss_fn": loss(beta=51.0)}}.get(what, {})
+    options: dict[str, Any] = {"steps": 2 if what == "steps" else 3} | other
+    with pytest.raises(ValueError, match=message) as caught:
+        fit(tmp_path, policy=policy, resume_from="latest", **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_absent_checkpoint_and_a_used_folder_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"resume_from='latest': no checkpoint in .*checkpoints"):
+        fit(tmp_path, resume_from="latest")
+    with pytest.raises(CheckpointError, match=r"resume_from='.*nowhere': no checkpoint there"):
+        fit(tmp_path, resume_from=str(tmp_path / "nowhere"))
+    fit(tmp_path, checkpoint_every=4)
+    with pytest.raises(ValueError, match="holds another run's checkpoints, expected resume_from"):
+        fit(tmp_path)
+
+
+# ---------------------------------------------------------------- killed
+
+KILLED = {"steps": 120, "checkpoint_every": 3, "log_every": 5, "validate_every": 20, "learning_rate": 1e-3}
+_CAMPAIGN = "import sys; from tests import test_training_resume as t; t.campaign(sys.argv[1])"
+_PLACES = ("save_file", "replace", "rmtree", "write_text", "backward")  # where a run kills itself, by name
+
+
+def _kill_at(place: str, count: int) -> None:
+    """Has this process killed as it begins, for the ``count``-th time from now, to do one thing."""
+    import shutil
+
+    from accelerate import Accelerator
+
+    owner, name = {
+        "save_file": (storage, "_hash"),  # after a file was written, before the folder is whole
+        "replace": (os, "replace"),
+        "rmtree": (shutil, "rmtree"),
+        "write_text": (Path, "write_text"),
+        "backward": (Accelerator, "backward"),
+    }[place]
+    former = getattr(owner, name)
+    left = count
+
+    def killing(*args: Any, **options: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return former(*args, **options)
+
+    setattr(owner, name, killing)
+
+
+def campaign(folder: str) -> None:
+    """Runs to the end in child after child, all but the last of which are killed; prints what became of each."""
+    torch.set_num_threads(1)
+    timesteps.BINS = 5
+    draw = random.Random(7)
+    orders: list[tuple[str, float]] = [("time", draw.uniform(0.0, 0.2)) for _ in range(6)]
+    orders += [(place, draw.randint(1, 9)) for place in _PLACES for _ in range(2)]
+    draw.shuffle(orders)
+    started = time.perf_counter()
+    full(Path(folder) / "warm", steps=2)  # what is imported late is imported before the clock runs
+    for place, amount in [*orders, ("none", 0)]:
+        child = os.fork()
+        if child == 0:
+            _child(Path(folder) / "killed", place, int(amount))
+        if place == "time":
+            time.sleep(amount)
+            os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        print(place, amount, "killed" if os.WIFSIGNALED(status) else f"exit {os.WEXITSTATUS(status)}", flush=True)
+    print(f"{time.perf_counter() - started:.1f} s", flush=True)
+
+
+def _child(folder: Path, place: str, count: int) -> None:
+    random.seed(5)
+    np.random.seed(5)
+    code = 1
+    try:
+        source = "latest" if storage.found(folder / "checkpoints") else None
+        if place not in ("time", "none"):
+            _kill_at(place, count)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*damaged")  # no kill may do that
+            full(folder, resume_from=source, **KILLED)
+        code = 0
+    except ValueError as error:
+        code = 3 if "already, expected more" in str(error) else 1
+        print(error, flush=True)
+    finally:
+        os._exit(code)
+
+
+def test_a_run_killed_at_any_point_ends_with_the_same_bits(tmp_path: Path) -> None:
+    random.seed(5)
+    np.random.seed(5)
+    straight, whole = full(tmp_path / "straight", **KILLED)
+    tests = Path(__file__).parent
+    process = subprocess.run(
+        [sys.executable, "-c", _CAMPAIGN, str(tmp_path)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tests.parent)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert process.returncode == 0, process.stderr
+    ends = [line.rsplit(" ", 2) for line in process.stdout.splitlines()[:-1]]
+    assert sum(end[-1] == "killed" for end in ends) >= 8, process.stdout
+    assert process.stdout.splitlines()[-2].startswith("none 0 exit"), process.stdout
+    saved = [tmp_path / run / "checkpoints" / "step-00000120" for run in ("straight", "killed")]
+    for name in ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "process-00000.safetensors"):
+        assert (saved[0] / name).read_bytes() == (saved[1] / name).read_bytes(), name
+    assert (saved[0] / "state.json").read_bytes() == (saved[1] / "state.json").read_bytes()
+    assert torch.equal(load_file(saved[1] / "model.safetensors")["outward.weight"], straight.outward.weight.detach())
+    for kind, lines in (("training", whole.history), ("validation", whole.validation)):
+        assert untimed(read_lines(tmp_path / "killed/metrics.jsonl", kind)) == untimed(lines)

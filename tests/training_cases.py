@@ -1,0 +1,116 @@
+"""A small network, pairs and one-call runs on the CPU, for the tests of training."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+
+from sipo import NoiseSchedule, SIPOLoss
+from sipo.training import TrainingConfig, TrainingResult, train
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    """accelerate keeps one state per process, mixed precision included."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+class Network(nn.Module):
+    """A few parameters that see the image, the timestep and the class."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.inward = nn.Conv2d(1, 6, 3, padding=1)
+        self.classes = nn.Embedding(3, 6)
+        self.dropout = nn.Dropout(dropout)
+        self.outward = nn.Conv2d(6, 1, 3, padding=1)
+
+    def forward(self, noisy: Tensor, timesteps: Tensor, classes: Tensor) -> Tensor:
+        shift = self.classes(classes) + timesteps[:, None] / 1000
+        hidden = torch.nn.functional.silu(self.inward(noisy) + shift[:, :, None, None])
+        return self.outward(self.dropout(hidden))
+
+
+def predict(module: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Any) -> Tensor:
+    return module(noisy, timesteps, condition["class"])
+
+
+class Pairs:
+    """Winners are bright, losers dark; ``augment`` draws from every generator that a data set may use."""
+
+    def __init__(self, count: int = 24, augment: bool = False, fail_after: int | None = None) -> None:
+        generator = torch.Generator().manual_seed(3)
+        self.images = torch.randn(count, 2, 1, 4, 4, generator=generator)
+        self.images[:, 0] += 0.5
+        self.augment = augment
+        self.left = fail_after
+        self.seen: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if self.left is not None:
+            self.left -= 1
+            if self.left < 0:
+                raise KeyboardInterrupt
+        self.seen.append(index)
+        winner, loser = self.images[index]
+        if self.augment:
+            winner = winner + 0.1 * torch.rand(()) + 0.1 * random.random() + 0.1 * np.random.rand()
+        return {"winner": winner, "loser": loser, "condition": {"class": torch.tensor(index % 3)}}
+
+
+def networks(dropout: float = 0.0) -> tuple[Network, Network]:
+    torch.manual_seed(1)
+    policy = Network(dropout)
+    return policy, copy.deepcopy(policy)
+
+
+def loss(**options: Any) -> SIPOLoss:
+    return SIPOLoss(NoiseSchedule.discrete(), **({"beta": 50.0, "mask_threshold": 0.0} | options))
+
+
+def settings(folder: Path, **options: Any) -> TrainingConfig:
+    quiet = {"steps": 4, "batch_size": 4, "learning_rate": 1e-2, "log_every": 1, "progress": False}
+    return TrainingConfig(output_dir=folder, **(quiet | {"tensorboard": False} | options))
+
+
+def fit(folder: Path, *, policy: Any = None, data: Any = None, **options: Any) -> tuple[Any, TrainingResult]:
+    """One run on the CPU; the policy and the result. ``options`` are the configuration's, or :func:`train`'s own."""
+    new, reference = networks(options.pop("dropout", 0.0))
+    policy = new if policy is None else policy
+    loss_fn = options.pop("loss_fn", None) or loss()
+    names = ("resume_from", "validation", "on_validation", "offload_reference", "optimizer")
+    own = {name: options.pop(name) for name in names if name in options and not isinstance(options[name], str)}
+    if "resume_from" in options:
+        own["resume_from"] = options.pop("resume_from")
+    reference = options.pop("reference", reference)
+    predictor = options.pop("predict", predict)
+    config = settings(folder, **options)
+    accelerator = Accelerator(
+        cpu=True, mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.accumulation
+    )
+    data = Pairs() if data is None else data
+    return policy, train(policy, reference, loss_fn, data, predictor, config, accelerator=accelerator, **own)
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    pairs = zip(a.state_dict().items(), b.state_dict().items(), strict=True)
+    return all(n == m and torch.equal(x, y) for (n, x), (m, y) in pairs)
+
+
+def untimed(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
