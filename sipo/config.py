@@ -84,6 +84,7 @@ class DataConfig:
         path: JSONL file, folder of parquet files, hub id of a data set, or VideoDPO folder; "toy" for a small one.
         format: of ``path``; "auto" looks.
         split: of a data set with several.
+        streaming: read a hub's data set row by row in place of downloading all of it first.
         cache: folder of latents, text embeddings and reference errors.
         sizes: heights and widths to train at, in pixels; a pair goes to the one nearest in shape.
         frames: of a clip; 1 for images.
@@ -105,6 +106,7 @@ class DataConfig:
     cache: str
     format: Literal["auto", "jsonl", "pickapic", "videodpo"] = "auto"
     split: str = "train"
+    streaming: bool = False
     sizes: list[tuple[int, int]] = field(default_factory=lambda: [(512, 512)])
     frames: int = 1
     fps: float | None = None

@@ -6,6 +6,7 @@ network, what of it is trained, what it is compared with), :func:`sipo.training.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import gc
@@ -145,7 +146,7 @@ def prepare_data(run: Run, *, verify: bool = False, progress: bool = True) -> tu
 
     Raises:
         CacheError: a cache of other settings.
-        BadPairError: a pair that cannot be used, without ``data.skip_bad``.
+        BadPair: a pair that cannot be used, without ``data.skip_bad``.
     """
     config, accelerator = run.config, run.accelerator
     marks, cache, summary = fingerprint(config.model, config.data), None, None
@@ -154,8 +155,9 @@ def prepare_data(run: Run, *, verify: bool = False, progress: bool = True) -> tu
             cache = open_cache(run.cache, marks)
         except CacheError:  # unfinished or damaged is mended below, and one of other settings is refused there
             cache = None
+        accelerator.wait_for_everyone()  # or one process would mend what another has yet to look at
     if cache is None:
-        reader = open_pairs(run.data_path, config.data.format, config.data.split)
+        reader = open_pairs(run.data_path, config.data.format, config.data.split, config.data.streaming)
         pipeline = run.family.load_encoders(run.model_path, dtype=getattr(torch, config.model.dtype), **run.hub)
         pipeline.to(accelerator.device)
         arguments: dict[str, Any] = {"settings": config.data, "model": config.model, "accelerator": accelerator}
@@ -164,19 +166,21 @@ def prepare_data(run: Run, *, verify: bool = False, progress: bool = True) -> tu
         _free()
         cache = open_cache(run.cache, marks)
     if config.data.reference_errors:
-        _references(run, cache, progress)
+        _references(run, cache, verify, progress)
     return cache, summary
 
 
-def _references(run: Run, cache: Cache, progress: bool) -> References:
+def _references(run: Run, cache: Cache, verify: bool, progress: bool) -> References:
     """The reference's errors at every draw, computed where they are not there yet."""
     config, accelerator = run.config, run.accelerator
     marks = reference_marks(config.model, config.training.mixed_precision)
     arguments: dict[str, Any] = {"reference": marks, **run.draws, "dtype": torch.float32}
-    try:
-        return open_references(cache, run.schedule, **arguments)
-    except CacheError:
-        pass
+    if not verify:
+        with contextlib.suppress(CacheError):
+            found = open_references(cache, run.schedule, **arguments)
+            accelerator.wait_for_everyone()
+            return found
+        accelerator.wait_for_everyone()
     dtype = getattr(torch, config.model.reference_dtype or config.model.dtype)
     network = run.family.load_network(run.model_path, dtype=dtype, **run.hub).to(accelerator.device)
     found = precompute_references(
@@ -276,7 +280,7 @@ def run_training(config: Config, *, resume: bool = False, accelerator: Accelerat
 
     Raises:
         ConfigError: what does not fit; a folder that holds another run.
-        CacheError, BadPairError: of the data.
+        CacheError, BadPair, DataError: of the data.
         CheckpointError, TrainingDiverged, TrainingInterrupted, TrainingOutOfMemory: of the loop.
     """
     training = config.training

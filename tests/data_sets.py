@@ -106,7 +106,7 @@ def faulty_images(folder: Path) -> Builder:
     builder = clean_images(folder)
     builder.add_line("row", '{"prompt": "a", "chosen": ')
     builder.add_line("row", '["prompt", "chosen", "rejected"]')
-    builder.add_line("row", b'{"prompt": "\xc3"}'.decode("latin-1").replace("\xc3", "\\ud800") + "x")
+    builder.add("row", prompt="\ud800")
     builder.add("row", rejected=None)
     builder.add("row", prompt=None)
     builder.add("row", chosen=7)

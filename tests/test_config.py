@@ -42,7 +42,7 @@ def test_examples_are_configurations(path: Path) -> None:
 
 def test_every_family_has_its_examples() -> None:
     names = {str(path.relative_to(ROOT / "examples")) for path in EXAMPLES}
-    families = ("sd15", "sdxl", "cogvideox", "wan")
+    families = ("sd15", "sdxl", "sd3", "cogvideox", "wan")
     assert names >= {f"{folder}{family}.yaml" for folder in ("", "toy/") for family in families}
 
 

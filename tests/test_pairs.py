@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator as Trainer
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
@@ -220,11 +222,24 @@ def forward(batch: dict[str, Any], schedule: NoiseSchedule, network: nn.Module) 
     return prediction, schedule.target(samples, noise, timesteps), timesteps
 
 
+@pytest.fixture
+def trainer(request: pytest.FixtureRequest) -> Iterator[Trainer]:
+    """accelerate keeps one state per process, mixed precision included."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield Trainer(cpu=True, mixed_precision=request.param)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.mark.parametrize("method", ["diffusion_dpo", "dpo_cm", "sipo", "sdpo"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "trainer"),
+    [(torch.float32, "no"), (torch.bfloat16, "no"), (torch.float32, "bf16")],
+    indirect=["trainer"],
+    ids=["float32", "bfloat16", "autocast"],
+)
 @pytest.mark.parametrize("schedule", [DISCRETE, FLOW], ids=["epsilon", "flow"])
 def test_losses_are_those_with_the_reference_present(
-    tmp_path: Path, method: str, dtype: torch.dtype, schedule: NoiseSchedule
+    tmp_path: Path, method: str, dtype: torch.dtype, trainer: Trainer, schedule: NoiseSchedule
 ) -> None:
     # In one batch, as below: a convolution rounds differently in another.
     cached = pairs_in(tmp_path, dtype=dtype, shard_pairs=12)
@@ -233,7 +248,7 @@ def test_losses_are_those_with_the_reference_present(
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    references = reference_errors(cached, schedule, network=reference, batch_size=36)
+    references = reference_errors(cached, schedule, network=reference, batch_size=36, accelerator=trainer)
     drawn = DrawnPairs(cached, 3, schedule, 2, "uniform", 0.3, references)
     batch = default_collate([drawn[index] for index in range(len(drawn))])
     assert batch["ref_error"].dtype == torch.float64 and batch["ref_error"].shape == (36, 2)
@@ -241,18 +256,19 @@ def test_losses_are_those_with_the_reference_present(
 
     def losses(reference: nn.Module | None) -> tuple[Tensor, Tensor, Tensor]:
         policy.zero_grad()
-        once = PairForward(loss_fn, SmallFamily().predict, reference, Trainer(cpu=True), offload=False)
+        once = PairForward(loss_fn, SmallFamily().predict, reference, trainer, offload=False)
         items = batch if reference is None else {key: value for key, value in batch.items() if key != "ref_error"}
         out: Any = once(policy, items, [], torch.empty(0), seed=0)[0]
         out.loss.sum().backward()
         return out.loss.detach(), out.mask, policy.inward.weight.grad.clone()
 
+    exact = dtype == torch.float32 and trainer.mixed_precision == "no"
     with_reference, mask, gradient = losses(reference)
     without, same_mask, same_gradient = losses(None)
     assert torch.equal(mask, same_mask) and mask.sum() > 10
     assert with_reference.unique().numel() > 10
     torch.testing.assert_close(without, with_reference, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(same_gradient, gradient, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+    torch.testing.assert_close(same_gradient, gradient, rtol=1e-5 if exact else 1e-2, atol=1e-6)
 
 
 def test_with_the_policy_equal_to_the_reference_the_gap_vanishes(tmp_path: Path) -> None:

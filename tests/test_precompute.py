@@ -226,7 +226,7 @@ def test_both_halves_are_flipped_and_cropped_alike(tmp_path: Path) -> None:
 def faulty() -> Records:
     """Rows 1 and 2 cannot be decoded, 4 has no files, 6 is a tie, 9 has no caption."""
     records = Records.make().records
-    records[1] = replace(records[1], rejected=records[1].rejected[:-20])
+    records[1] = replace(records[1], rejected=records[1].rejected[:700])
     records[2] = replace(records[2], chosen=b"no image")
     records[4] = replace(records[4], problem="label_0=None", chosen=b"", rejected=b"")
     records[6] = replace(records[6], tie=True)
@@ -236,7 +236,7 @@ def faulty() -> Records:
 
 def test_a_bad_pair_stops_the_run_and_what_is_finished_stays(tmp_path: Path) -> None:
     records = Records.make().records
-    records[7] = replace(records[7], rejected=records[7].rejected[:-20])
+    records[7] = replace(records[7], rejected=records[7].rejected[:700])
     with pytest.raises(BadPair, match=r"^row 7: rejected: .*cannot be decoded.*data\.skip_bad=true") as caught:
         build(tmp_path, Records(records))
     assert "\n" not in str(caught.value)
@@ -307,6 +307,8 @@ def test_sizes_are_checked_before_anything_is_read(tmp_path: Path) -> None:
     pipeline = Pipeline()
     with pytest.raises(ValueError, match="height=20, width=24: expected multiples of 8"):
         build(tmp_path / "none", pipeline=pipeline, sizes=[(16, 24), (20, 24)])
+    with pytest.raises(ValueError, match=r"data\.shard_pairs=0: expected at least 1"):
+        build(tmp_path / "none", pipeline=pipeline, shard_pairs=0)
     assert pipeline.encoded == 0 and not (tmp_path / "none").exists()
 
 

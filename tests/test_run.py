@@ -24,7 +24,7 @@ from sipo.run import SAMPLE_FPS
 from sipo.training.logs import read_lines
 
 ROOT = Path(__file__).parent.parent
-FAMILIES = ("sd15", "sdxl", "cogvideox", "wan")
+FAMILIES = ("sd15", "sdxl", "sd3", "cogvideox", "wan")
 SHORT = ["training.checkpoint_every=2", "training.validate_every=2", "samples.steps=2", "training.progress=false"]
 SHORT += ["training.log_every=1", "training.tensorboard=false"]
 

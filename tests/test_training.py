@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -359,3 +360,19 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
         train(policy, reference, loss(), Pairs(), predict, config, accelerator=cpu, validation=Pairs(0))
     with pytest.raises(ValueError, match="gradient_accumulation_steps=1: expected accumulation=2"):
         train(policy, reference, loss(), Pairs(), predict, settings(tmp_path, accumulation=2), accelerator=cpu)
+
+
+def test_deepspeed_is_told_what_it_cannot_have(tmp_path: Path) -> None:
+    policy, reference = networks()
+    accelerator = Accelerator(cpu=True)
+    accelerator.state.distributed_type = DistributedType.DEEPSPEED
+    for options, message in (
+        ({"checkpoint_every": 2}, "checkpoint_every=2: DeepSpeed keeps its state in pickled files"),
+        ({"skip_inactive": True}, "skip_inactive=True: DeepSpeed counts backward passes"),
+        ({"ema_decay": 0.9}, "ema_decay=0.9: DeepSpeed keeps the weights to itself"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(policy, reference, loss(), Pairs(), predict, settings(tmp_path, **options), accelerator=accelerator)
+    accelerator.state.distributed_type = DistributedType.MEGATRON_LM
+    with pytest.raises(ValueError, match="distributed_type='MEGATRON_LM': expected one device, plain data parallelism"):
+        train(policy, reference, loss(), Pairs(), predict, settings(tmp_path), accelerator=accelerator)

@@ -13,16 +13,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from sipo.training import (
-    train,
-)
+from sipo.training import train
 from sipo.training.optimization import rate_factor
-from tests.training_cases import Pairs, fit, fresh_accelerate, loss, networks, predict, settings
+from tests.training_cases import Pairs, fit, fresh_accelerate, loss, networks, predict, same, settings
 
 __all__ = ["fresh_accelerate"]  # a fixture that every test here runs in
-
-LN2 = math.log(2.0)
-
 
 # ---------------------------------------------------------------- what moves the weights
 
@@ -138,3 +133,35 @@ def test_a_tracker_of_the_callers_sees_every_number_and_stays_open(tmp_path: Pat
     assert tracker.lines[1][1]["train/loss"] == result.history[1]["loss"]
     assert tracker.lines[2][1]["validation/implicit_acc"] == result.validation[0]["validation/implicit_acc"]
     assert accelerator.trackers == [tracker] and not tracker.finished
+
+
+def test_an_optimiser_that_nests_its_state_resumes(tmp_path: Path) -> None:
+    """As bitsandbytes' do: tensors of the 8 bits one level down, and counts that are no tensors."""
+
+    class Nesting(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    state = self.state[parameter]
+                    inner = state.setdefault("inner", {"sum": torch.zeros_like(parameter), "count": 0})
+                    inner["count"] += 1
+                    inner["sum"] += parameter.grad
+                    parameter.data.sub_(0.01 * inner["sum"] / inner["count"])
+
+    results = []
+    for name, steps in (("whole", (4,)), ("parts", (2, 4))):
+        for number, last in enumerate(steps):
+            policy, _ = networks()
+            optimizer = Nesting(policy.parameters(), lr=0.1)
+            resume = {"resume_from": "latest"} if number else {}
+            fit(tmp_path / name, policy=policy, optimizer=optimizer, steps=last, checkpoint_every=2, **resume)
+        results.append(policy)
+    assert same(*results)
+
+
+def test_bitsandbytes_trains_and_resumes(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="an extra that is not always there")
+    whole, _ = fit(tmp_path / "whole", steps=4, optimizer="adamw8bit")
+    fit(tmp_path / "parts", steps=2, checkpoint_every=2, optimizer="adamw8bit")
+    resumed, _ = fit(tmp_path / "parts", steps=4, optimizer="adamw8bit", resume_from="latest")
+    assert same(whole, resumed)

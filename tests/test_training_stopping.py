@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 from pathlib import Path
@@ -12,15 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sipo.training import (
-    TrainingInterrupted,
-    TrainingOutOfMemory,
-)
+from sipo.training import TrainingInterrupted, TrainingOutOfMemory
 from tests.training_cases import Pairs, fit, fresh_accelerate, same
 
 __all__ = ["fresh_accelerate"]  # a fixture that every test here runs in
-
-LN2 = math.log(2.0)
 
 
 # ---------------------------------------------------------------- stopping

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,6 @@ from sipo.training.randomness import VALIDATION, derive_seed
 from tests.training_cases import Pairs, fit, fresh_accelerate, loss, networks, predict, same, untimed
 
 __all__ = ["fresh_accelerate"]  # a fixture that every test here runs in
-
-LN2 = math.log(2.0)
 
 
 # ---------------------------------------------------------------- validation

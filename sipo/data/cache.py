@@ -238,10 +238,6 @@ class ShardReader:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_checked": set(), "_open": OrderedDict()}
 
-    def keys(self, name: str) -> list[str]:
-        """Names of a shard's tensors."""
-        return list(self._file(name).keys())
-
     def tensor(self, name: str, key: str) -> Tensor:
         """A tensor of a shard, on the CPU; not to be written to.
 

@@ -117,9 +117,6 @@ def _read_image(source: Path | bytes) -> Tensor | None:
         with image:
             if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
                 return None
-            if image.format == "PNG":
-                image.verify()  # every chunk's checksum, which decoding alone does not look at
-        with Image.open(as_stream(source), formats=_IMAGE_FORMATS) as image:
             image.load()
             if image.mode in _DEEP_MODES:
                 raise ValueError(f"has mode {image.mode}, expected 8 bits a channel")
@@ -140,9 +137,9 @@ def nearest_size(height: int, width: int, sizes: Sequence[tuple[int, int]]) -> t
     """The size nearest in aspect ratio, and among equals in area; the first of equals."""
 
     def distance(size: tuple[int, int]) -> tuple[float, float]:
-        ratio = math.log((size[0] * width) / (size[1] * height))
-        # Rounded, so that sizes of one ratio are equals although their logarithms differ in the last bit.
-        return round(abs(ratio), 9), abs(math.log((size[0] * size[1]) / (height * width)))
+        # Of whole numbers, so that sizes of one ratio come out as equals to the last bit.
+        ratio = (size[0] * width) / (size[1] * height)
+        return abs(math.log(ratio)), abs(math.log((size[0] * size[1]) / (height * width)))
 
     return min(sizes, key=distance)
 

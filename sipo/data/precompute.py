@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,15 +42,13 @@ from sipo.data.cache import (
 )
 from sipo.data.check import BadPair, load_pair
 from sipo.data.media import fit, nearest_size
+from sipo.data.parts import Part, Tally, ahead, parts
 from sipo.data.records import PairReader, PairRecord
 from sipo.families.base import Condition, Family
 from sipo.training.data import derive_seed
 
 TEXT_BATCH = 16
 """Prompts in one call of the text encoders."""
-
-_T = TypeVar("_T")
-_R = TypeVar("_R")
 
 
 @dataclass(frozen=True)
@@ -118,6 +115,8 @@ def precompute_pairs(
     A pair's latents depend on its row, the settings and the encoders alone: both halves are encoded together and
     with nobody else, and every random number (the posterior's draw, a random crop, a flip, which both halves share) has
     the row for its seed. So it does not matter how many processes there are, or how often they were interrupted.
+    Where the source has changed since (a prompt, an image in memory, a file's name or size), the shards with the
+    change are encoded anew.
 
     Every process calls this, and reads the source from its start to find its own shards.
 
@@ -135,10 +134,12 @@ def precompute_pairs(
     Raises:
         BadPair: without ``settings.skip_bad``, a pair that cannot be used. What was finished stays.
         CacheError: the folder holds a cache of other settings; no pair can be used.
-        ValueError: a size that the family cannot take; rows of the source that do not grow.
+        ValueError: a setting out of its range; a size that the family cannot take; rows of the source that do not grow.
     """
     started = time.monotonic()
     folder = Path(folder)
+    if settings.shard_pairs < 1:
+        raise ValueError(f"data.shard_pairs={settings.shard_pairs}: expected at least 1")
     for height, width in settings.sizes:
         family.check_size(pipeline, height, width, settings.frames)
     marks = fingerprint(model, settings)
@@ -155,34 +156,6 @@ def precompute_pairs(
     if accelerator is not None:
         accelerator.wait_for_everyone()
     return _summary(folder, run.written, run.kept, time.monotonic() - started)
-
-
-@dataclass
-class _Tally:
-    """What was met on the way through the source; the same in every process."""
-
-    records: int = 0
-    ties: int = 0
-    parts: int = 0
-
-
-@dataclass
-class _Part:
-    """The records of one shard, and the prompts that no earlier one has."""
-
-    number: int
-    records: list[PairRecord] = field(default_factory=list)
-    prompts: list[str] = field(default_factory=list)
-    pairs: list[tuple[int, str, Tensor, Condition]] = field(default_factory=list)
-    skipped: list[tuple[int, str, str]] = field(default_factory=list)
-    source: str = ""
-    needs_latents: bool = True
-    needs_text: bool = True
-
-    def digest(self, marks: dict[str, Any]) -> str:
-        """What the shards' content depends on: the settings and the records, files by name and size."""
-        rows = [[r.row, r.prompt, _trace(r.chosen), _trace(r.rejected), r.problem] for r in self.records]
-        return digest([marks, rows, self.prompts])
 
 
 class _Prepared(NamedTuple):
@@ -204,7 +177,7 @@ class _Run:
         self.settings = settings
         self.marks = marks
         self.dtype: torch.dtype = getattr(torch, settings.dtype)
-        self.tally = _Tally()
+        self.tally = Tally()
         self.written = 0
         self.kept = 0
 
@@ -223,7 +196,7 @@ class _Run:
         with (
             ThreadPoolExecutor(workers, "decode") as pool,
             tqdm(desc="precompute", unit="pair", disable=not progress or rank != 0) as bar,
-            closing(_ahead(pool, self._prepare, self._todo(reader, rank, world), 2 * workers)) as pairs,
+            closing(ahead(pool, self._prepare, self._todo(reader, rank, world), 2 * workers)) as pairs,
         ):
             for (part, record), prepared in pairs:
                 if record is None or prepared is None:
@@ -273,9 +246,9 @@ class _Run:
             )
         return shard
 
-    def _todo(self, reader: PairReader, rank: int, world: int) -> Iterator[tuple[_Part, PairRecord | None]]:
+    def _todo(self, reader: PairReader, rank: int, world: int) -> Iterator[tuple[Part, PairRecord | None]]:
         """The records to encode, each with its part, and ``None`` after the last of a part."""
-        for part in _parts(reader, self.settings, self.tally):
+        for part in parts(reader, self.settings, self.tally):
             if part.number % world != rank:
                 continue
             self._look(part)
@@ -288,7 +261,7 @@ class _Run:
             part.records.clear()  # encoded images are large, and no longer needed once they are in line
             yield part, None
 
-    def _look(self, part: _Part) -> None:
+    def _look(self, part: Part) -> None:
         """Looks for what is there of a part and whole."""
         part.source = part.digest(self.marks)
         latents, text = (intact_shard(self.folder, shard_name(kind, part.number)) for kind in (LATENTS, TEXT))
@@ -298,7 +271,7 @@ class _Run:
             for row, kind, reason in latents.facts["skipped"]:
                 raise _stop(row, kind, reason)
 
-    def _prepare(self, item: tuple[_Part, PairRecord | None]) -> _Prepared | BadPair | None:
+    def _prepare(self, item: tuple[Part, PairRecord | None]) -> _Prepared | BadPair | None:
         """Decodes a pair and cuts it to size; runs in a thread."""
         _, record = item
         if record is None:
@@ -323,7 +296,7 @@ class _Run:
             pixels = pixels.unsqueeze(1)
         return _Prepared(pixels, stacked)
 
-    def _encode(self, part: _Part, record: PairRecord, prepared: _Prepared | BadPair) -> None:
+    def _encode(self, part: Part, record: PairRecord, prepared: _Prepared | BadPair) -> None:
         if isinstance(prepared, BadPair):
             return self._skip(part, record.row, prepared.kind, str(prepared))
         generator = None
@@ -333,12 +306,12 @@ class _Run:
         latents = self.family.encode_pixels(self.pipeline, prepared.pixels, generator).to(self.dtype)
         part.pairs.append((record.row, text_key(record.prompt), latents, prepared.own))
 
-    def _skip(self, part: _Part, row: int, kind: str, reason: str) -> None:
+    def _skip(self, part: Part, row: int, kind: str, reason: str) -> None:
         if not self.settings.skip_bad:
             raise _stop(row, kind, reason)
         part.skipped.append((row, kind, reason))
 
-    def _flush(self, part: _Part) -> None:
+    def _flush(self, part: Part) -> None:
         """Writes what a part lacks."""
         if part.needs_text:
             conditions: dict[str, Condition] = {}
@@ -352,7 +325,7 @@ class _Run:
             self._write_latents(part)
             self.written += 1
 
-    def _write_latents(self, part: _Part) -> None:
+    def _write_latents(self, part: Part) -> None:
         tensors: dict[str, Tensor] = {}
         pairs: list[tuple[int, str, list[int]]] = []
         for row, key, latents, own in part.pairs:
@@ -382,61 +355,6 @@ class _Run:
                     raise ValueError(f"{tensor_name} has shape {list(tensor.shape)}, expected {shapes[tensor_name]}")
                 tensors[f"{key}.{tensor_name}" if key else tensor_name] = trim(tensor)
         write_shard(self.folder, name, tensors, facts | {"shapes": shapes})
-
-
-def _parts(reader: PairReader, settings: DataConfig, tally: _Tally) -> Iterator[_Part]:
-    """Cuts the source into shards: which pair is in which follows from the source's order and nothing else."""
-    seen: set[str] = set()
-    part = _Part(0)
-    candidates, last = 0, -1
-    for record in reader:
-        if settings.max_pairs is not None and candidates == settings.max_pairs:
-            break
-        if record.row <= last:  # its latents are stored under it
-            raise ValueError(f"row {record.row} after row {last}: expected a source whose rows grow")
-        last = record.row
-        tally.records += 1
-        if record.tie:
-            tally.ties += 1
-            continue
-        candidates += 1
-        part.records.append(record)
-        if not record.problem and (key := text_key(record.prompt)) not in seen:
-            seen.add(key)
-            part.prompts.append(record.prompt)
-        if len(part.records) == settings.shard_pairs:
-            yield part
-            part = _Part(part.number + 1)
-        tally.parts = part.number
-    if part.records:
-        yield part
-        tally.parts = part.number + 1
-
-
-def _ahead(
-    pool: ThreadPoolExecutor, function: Callable[[_T], _R], items: Iterable[_T], depth: int
-) -> Generator[tuple[_T, _R], None, None]:
-    """``(item, function(item))`` in order, with no more than ``depth`` results computed or waiting."""
-    waiting: deque[tuple[_T, Future[_R]]] = deque()
-    try:
-        for item in items:
-            waiting.append((item, pool.submit(function, item)))
-            if len(waiting) > depth:
-                first, future = waiting.popleft()
-                yield first, future.result()
-        while waiting:
-            first, future = waiting.popleft()
-            yield first, future.result()
-    finally:
-        for _, future in waiting:
-            future.cancel()
-
-
-def _trace(source: Path | bytes) -> list[str | int]:
-    """What tells one image or clip from another that has taken its place, as far as that is cheap."""
-    if isinstance(source, bytes):
-        return [hashlib.sha256(source).hexdigest()]
-    return [source.name, source.stat().st_size if source.is_file() else -1]
 
 
 def _stop(row: int, kind: str, reason: str) -> BadPair:

@@ -112,6 +112,8 @@ class JsonlReader:
         for key in ("prompt", "chosen", "rejected"):
             if not isinstance(value.get(key), str):
                 return _bad(row, f"{key}={_short(value[key])}: expected text" if key in value else f"no key {key!r}")
+            if any("\ud800" <= character <= "\udfff" for character in value[key]):
+                return _bad(row, f"{key}={_short(value[key])}: holds half a character")  # which JSON lets through
         for key in ("chosen", "rejected"):
             if not value[key]:
                 return _bad(row, f"{key}='': expected a path", value["prompt"])

@@ -433,4 +433,7 @@ def _prepare(policy: nn.Module, optimizer: Any, config: TrainingConfig, accelera
     if own_forward is not None:
         policy.__dict__["forward"] = own_forward
     policy.__dict__.pop("_is_accelerate_prepared", None)  # or a second run with this policy would not be prepared
+    if accelerator.scaler is None and accelerator.distributed_type.value != "DEEPSPEED":
+        # Without a loss scaler accelerate's wrapper adds nothing but a search for packages at every step.
+        optimizer = optimizer.optimizer
     return prepared, optimizer

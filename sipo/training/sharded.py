@@ -1,10 +1,11 @@
 """Weights and optimiser state that FSDP2 has spread over the processes, gathered and dealt out again.
 
-For one device and for plain data parallelism every function here is an ordinary one.
+ZeRO-3's weights are gathered too, and no more than that. For one device and for plain data parallelism every function here is an ordinary one.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor's full value. Every process calls it."""
+    if hasattr(tensor, "ds_id"):  # ZeRO-3's mark
+        full: Tensor = import_module("deepspeed.utils").safe_get_full_fp32_param(tensor)
+        return full
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
@@ -57,7 +61,7 @@ def host_copy(tensor: Tensor) -> Tensor:
 def gather_weights(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
     """:func:`trained`, whole, in copies on the CPU. Every process calls it; nothing comes back without ``keep``.
 
-    This is how trained weights are had of a policy under FSDP2, which keeps its own shards after training.
+    This is how trained weights are had of a policy under FSDP2 or ZeRO-3, which keep their shards after training.
     """
     return _gathered(trained(model), keep)
 

@@ -1,0 +1,52 @@
+"""The toy set: the same files from the same arguments, and a preference that can be seen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sipo.data.media import Media, read_media
+from sipo.data.readers import JsonlReader
+from sipo.data.toy import FPS, make_toy_pairs
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("video", [False, True])
+def test_the_same_arguments_give_the_same_files(tmp_path: Path, video: bool) -> None:
+    """Several processes write them at once, each for all; x264 needs an option for it (see ``write_video``)."""
+    sets = []
+    for number in range(4):
+        make_toy_pairs(tmp_path / f"{number}", video=video, pairs=16)
+        sets.append(contents(tmp_path / f"{number}"))
+    assert len(sets[0]) == 33 and all(each == sets[0] for each in sets)
+    make_toy_pairs(tmp_path / "0", video=video, pairs=16)  # over the old ones, and nothing beside them
+    assert contents(tmp_path / "0") == sets[0]
+    make_toy_pairs(tmp_path / "other", video=video, pairs=16, seed=1)
+    other = contents(tmp_path / "other")
+    assert other.keys() == sets[0].keys() and sum(other[name] == sets[0][name] for name in other) == 0
+
+
+@pytest.mark.parametrize("video", [False, True])
+def test_the_chosen_one_is_more_colourful(tmp_path: Path, video: bool) -> None:
+    path = make_toy_pairs(tmp_path, video=video, pairs=12, height=24, width=40, frames=5)
+    records = list(JsonlReader(path))
+    assert len(records) == 12 and len({record.prompt for record in records}) > 4
+
+    def colour(media: Media) -> float:
+        pixels = media.pixels.float()
+        return float((pixels.amax(-3) - pixels.amin(-3)).mean())
+
+    for record in records:
+        chosen, rejected = (read_media(each, 5 if video else 1) for each in (record.chosen, record.rejected))
+        assert chosen.pixels.shape == rejected.pixels.shape == ((5, 3, 24, 40) if video else (3, 24, 40))
+        assert chosen.fps == rejected.fps == (FPS if video else None)
+        assert colour(chosen) > 1.2 * colour(rejected)
+        # Equally bright: it is colour alone that is preferred.
+        assert abs(float(chosen.pixels.float().mean() - rejected.pixels.float().mean())) < 2.0
+        if video:
+            assert not torch.equal(chosen.pixels[0], chosen.pixels[-1])
