@@ -282,11 +282,11 @@ def measure_case(
     bench = Bench(setup, device, folder)
     failed = dict(bench.missing)
     calls = {way.name: functools.partial(bench.run, way) for way in bench.ways}
-    for name, error in bench.errors().items():
+    gradient_errors = bench.errors()
+    for name, error in gradient_errors.items():
         if not error <= MAX_ERROR[case.precision]:  # NaN is no number below the limit
             failed[name] = f"wrong gradient, not timed: relative error {error:.3g}"
             del calls[name]
-    gradient_errors = bench.errors()
     load = OthersLoad()
     rounds = _rounds(calls, bench.clock, seconds)
     entry: dict[str, Any] = {

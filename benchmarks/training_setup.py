@@ -17,6 +17,7 @@ from benchmarks.step_network import PLAIN, make_network
 from sipo import NoiseSchedule
 
 PAIRS = 32
+INFERENCE_STEPS = 1000  # the smallest steps: importance ratios near 1, so that few pairs are masked, as in training
 LORA_RANK = 4
 FAMILY_NEEDS = ("accelerate", "diffusers", "transformers", "av")  # for a family's toy and a cache of its pairs
 
@@ -145,7 +146,7 @@ def _cached(case: TrainingCase, device: str, folder: Path) -> Setup:
         model=ModelConfig(family=case.family, path=str(model)),
         progress=False,
     )
-    cache, schedule = open_cache(data.cache), family.load_schedule(model)
+    cache, schedule = open_cache(data.cache), family.load_schedule(model, INFERENCE_STEPS)
     network: Any = family.load_network(model)
     base = type(network).from_config({**network.config, **case.network}).to(device)
     reference = copy.deepcopy(base)
@@ -171,7 +172,10 @@ def _in_memory(case: TrainingCase, device: str) -> Setup:
     from sipo import families  # needs torch alone until something is loaded
 
     family = families.get(case.family)
-    schedule = NoiseSchedule.discrete() if family.flow_timesteps is None else NoiseSchedule.flow(shift=3.0)
+    if family.flow_timesteps is None:
+        schedule = NoiseSchedule.discrete(num_inference_steps=INFERENCE_STEPS)
+    else:
+        schedule = NoiseSchedule.flow(shift=3.0, num_inference_steps=INFERENCE_STEPS)
     predict: Predict = family.predict
     targets = family.lora_targets
     base: nn.Module

@@ -57,7 +57,7 @@ def test_overrides_lie_over_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"training": {"learning_rat": 1.0}}, "training.learning_rat: no such key, did you mean training.learning_rate?"),
+        ({"training": {"learning_rat": 1}}, "training.learning_rat: no such key, did you mean training.learning_rate?"),
         ({"loss": {"learning_rate": 1.0}}, "loss.learning_rate: no such key, did you mean training.learning_rate?"),
         ({"model": {"lora": {"rnk": 3}}}, "model.lora.rnk: no such key, did you mean model.lora.rank?"),
         ({"optimizr": {}}, "optimizr: no such key, did you mean training.optimizer?"),

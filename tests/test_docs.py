@@ -8,6 +8,7 @@ reduction of what a command overrides. docs/README.md says so to the reader.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -30,6 +31,9 @@ from accelerate.state import AcceleratorState
 from sipo import cli
 from sipo.config import from_dict
 from sipo.data.readers import JsonlReader
+from sipo.data.savings import FULL_SIZE
+from sipo.families import get
+from sipo.training import TrainingConfig
 from tests.test_label import clip_folder
 
 __all__ = ["clip_folder"]  # a fixture: a CLIP model of random weights
@@ -72,6 +76,24 @@ MODELS = {
     "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "wan",
 }
+# What the two scripts of docs/moving.md take, at the commits that it names. Both's; the first one's alone; the second's.
+FLAGS_OF_BOTH = """
+    adam_beta1 adam_beta2 adam_epsilon adam_weight_decay allow_tf32 beta_dpo cache_dir checkpointing_steps
+    dataloader_num_workers dataset_name gradient_accumulation_steps gradient_checkpointing hub_model_id learning_rate
+    local_rank logging_dir lr_scheduler lr_warmup_steps max_grad_norm max_train_samples max_train_steps mixed_precision
+    no_hflip num_train_epochs output_dir pretrained_model_name_or_path pretrained_vae_model_name_or_path random_crop
+    report_to resolution resume_from_checkpoint revision scale_lr seed train_batch_size
+""".split()
+FLAGS_OF_TRAIN_PY = """
+    caption_column choice_model dataset_config_name dreamlike_pairs_only hard_skip_resume image_column
+    input_perturbation noise_offset proportion_empty_prompts sdxl sft split tracker_project_name train_data_dir unet_init
+    use_adafactor
+""".split()
+FLAGS_OF_DIFFUSERS = """
+    checkpoints_total_limit dataset_split_name enable_xformers_memory_efficient_attention hub_token loss_type
+    lr_num_cycles lr_power prior_generation_precision push_to_hub rank run_validation tracker_name use_8bit_adam
+    vae_encode_batch_size validation_steps variant
+""".split()
 LAUNCHED = 2  # processes, whatever a page's configuration of accelerate says
 
 
@@ -175,7 +197,11 @@ def test_every_page_is_in_the_index_and_short() -> None:
 @pytest.mark.parametrize("page", [*PAGES, "README"])
 def test_every_key_that_is_named_exists(page: str) -> None:
     known = known_keys()
-    named = [key for span in spans(page) for key in re.findall(r"\b(?:model|data|training|loss|samples)\.[a-z]\w*(?:\.\w+)*", span)]
+    named = [
+        key
+        for span in spans(page)
+        for key in re.findall(r"\b(?:model|data|training|loss|samples)\.[a-z]\w*(?:\.\w+)*", span)
+    ]
     assert page == "README" or named
     for key in named:
         assert key in known, f"{page}.md names {key}"
@@ -216,17 +242,83 @@ def test_every_message_that_is_quoted_is_one_of_ours() -> None:
         for piece in re.split("…", span)
         if len(piece.strip()) > 2
     ]
-    assert len(pieces) > 20
-    for page, piece in pieces:
-        assert piece in source, f"{page}.md quotes {piece!r}"
+    assert len(pieces) > 40
+    assert not [(page, piece) for page, piece in pieces if piece not in source]
 
 
 def test_commands_in_the_text_are_among_those_that_are_run() -> None:
-    run = [" ".join(command.words) for page in PAGES for b in blocks(page) if b.language == "sh" for command in commands(b)]
+    run = [
+        " ".join(command.words) for page in PAGES for b in blocks(page) if b.language == "sh" for command in commands(b)
+    ]
     for page in [*PAGES, "README"]:
         for span in spans(page):
             if span.startswith(("sipo ", "accelerate launch")):
                 assert any(command.startswith(span) for command in run), f"{page}.md: {span}"
+
+
+def test_every_flag_of_the_scripts_has_its_row() -> None:
+    found: dict[str, str] = {}
+    for line in page_text("moving").splitlines():
+        if line.startswith("| `--"):
+            flags, scripts = (cell.strip() for cell in line.split("|")[1:3])
+            names = re.findall(r"`--(\w+)`", flags)
+            where = [script.strip().removesuffix(" (SD)") for script in scripts.split(",")]
+            where = where * len(names) if len(where) == 1 else where
+            found |= dict(zip(names, where, strict=True))
+    wanted = dict.fromkeys(FLAGS_OF_BOTH, "a b") | dict.fromkeys(FLAGS_OF_TRAIN_PY, "a")
+    assert found == wanted | dict.fromkeys(FLAGS_OF_DIFFUSERS, "b")
+
+
+def test_what_may_change_when_a_run_is_resumed_is_what_the_page_says() -> None:
+    rows = [line.split("|")[1:3] for line in page_text("resuming").splitlines() if line.startswith("| `training.")]
+    may, must = (set(re.findall(r"`training\.(\w+)[`:]", " ".join(row[i] for row in rows[:7]))) for i in (0, 1))
+    plain = set(TrainingConfig(1, "o").identity())
+    assert must - {"steps"} == plain
+    assert may - {"lr_schedule", "timestep_sampling"} == {f.name for f in dataclasses.fields(TrainingConfig)} - plain
+    bound = TrainingConfig(1, "o", lr_schedule="cosine", timestep_sampling="informative")
+    assert set(bound.identity()) == plain | {"steps", "log_every"}
+
+
+def test_numbers_in_the_text_follow_from_the_models() -> None:
+    sd15, sdxl, wan = (FULL_SIZE[name].parameters for name in ("SD1.5", "SDXL", "Wan 2.1 1.3B"))
+    assert f"{sd15:,} weights,\n{sd15 * 12 / 1e9:.1f} GB a checkpoint" in page_text("resuming")
+    assert f"{46_448_640:,} weights, {46_448_640 * 12 / 1e9:.2f} GB" in page_text("resuming")
+    assert "46_448_640" in page_text("sdxl-pickapic") and f"{(77 * 2048 + 1280) * 2:,} bytes" in page_text(
+        "sdxl-pickapic"
+    )
+    assert f"{wan * 2 / 1e9:.2f} GB of frozen bfloat16 weights ({wan:,} of 2 bytes)" in page_text("wan-clips")
+    assert f"{47_185_920 * 16 / 1e9:.2f} GB of trained ones ({47_185_920:,} of LoRA rank 64" in page_text("wan-clips")
+    # The adapters themselves, counted on networks without storage.
+    import diffusers
+    from peft import LoraConfig
+
+    blocks_of_sdxl: dict[str, Any] = {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "block_out_channels": (320, 640, 1280),
+        "attention_head_dim": (5, 10, 20),
+        "transformer_layers_per_block": (1, 2, 10),
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    }
+    with torch.device("meta"):
+        networks = {
+            "sdxl": (diffusers.UNet2DConditionModel(**blocks_of_sdxl), 32, sdxl, 46_448_640),
+            "wan": (
+                diffusers.WanTransformer3DModel(num_attention_heads=12, ffn_dim=8960, num_layers=30),
+                64,
+                wan,
+                47_185_920,
+            ),
+        }
+        for family, (network, rank, parameters, adapted) in networks.items():
+            assert sum(p.numel() for p in network.parameters()) == parameters
+            network.requires_grad_(False)
+            network.add_adapter(LoraConfig(r=rank, target_modules=list(get(family).lora_targets)))
+            assert sum(p.numel() for p in network.parameters() if p.requires_grad) == adapted
 
 
 # ---- Running them ----

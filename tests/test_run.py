@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -173,6 +174,27 @@ def test_precomputed_reference_errors_give_the_losses_of_a_reference(shared: Pat
     for with_network, without in zip(losses["copy"], losses["errors"], strict=True):
         assert without == pytest.approx(with_network, rel=2e-5)
     assert len({tuple(values) for values in losses["errors"]}) > 4
+
+
+def test_precompute_mends_what_was_damaged(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache = tmp_path / "cache"
+    for kind in ("cache", "cache-toy"):
+        shutil.copytree(shared.with_name(kind), tmp_path / kind)
+    more = [*options(tmp_path, 3, cache=cache), "data.draws=2", "data.reference_errors=true", "samples.prompts=[]"]
+    precompute = ["precompute", str(example("sd15")), *more]
+    assert cli.main(precompute) == 0
+    kept = {path: path.read_bytes() for path in sorted(cache.rglob("*.safetensors"))}
+    assert any("errors" in path.name for path in kept) and any("latents" in path.name for path in kept)
+    for path in kept:  # one bit in the middle of the data of each
+        data = bytearray(kept[path])
+        data[-9] ^= 16
+        path.write_bytes(data)
+    assert cli.main(["train", *precompute[1:]]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert ".safetensors" in error and "sipo precompute" in error
+    assert cli.main(precompute) == 0
+    assert {path: path.read_bytes() for path in kept} == kept
+    train("sd15", *more)
 
 
 def test_other_options_train(shared: Path, tmp_path: Path) -> None:

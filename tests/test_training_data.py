@@ -7,7 +7,6 @@ import copy
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,19 @@ from torch import Tensor, nn
 
 from sipo.training import AdapterOff
 from sipo.training.data import StreamSampler, derive_seed, drop_captions, pair_noise
-from tests.training_cases import Network, Pairs, fit, fresh_accelerate, loss, networks, predict, same, untimed
+from tests.training_cases import (
+    Adapted,
+    Network,
+    Pairs,
+    fit,
+    fresh_accelerate,
+    loss,
+    networks,
+    predict,
+    same,
+    untimed,
+    without_adapter,
+)
 
 __all__ = ["fresh_accelerate"]  # a fixture that every test here runs in
 
@@ -287,32 +298,6 @@ def test_an_unconditional_that_does_not_fit_is_refused() -> None:
 # ---------------------------------------------------------------- the reference
 
 
-class Adapted(nn.Module):
-    """A frozen network and an adapter on its output."""
-
-    def __init__(self, base: Network) -> None:
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        self.adapter = nn.Conv2d(1, 1, 3, padding=1)
-        nn.init.zeros_(self.adapter.weight)
-        nn.init.zeros_(self.adapter.bias)
-        self.on = True
-
-    def forward(self, noisy: Tensor, timesteps: Tensor, classes: Tensor) -> Tensor:
-        out = self.base(noisy, timesteps, classes)
-        return out + self.adapter(noisy) if self.on else out
-
-
-@contextlib.contextmanager
-def without_adapter(network: nn.Module) -> Iterator[None]:
-    assert isinstance(network, Adapted) and not torch.is_grad_enabled()
-    network.on = False
-    try:
-        yield
-    finally:
-        network.on = True
-
-
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_the_policy_without_its_adapter_is_as_good_as_a_copy(tmp_path: Path, precision: str) -> None:
     results = []
@@ -327,7 +312,7 @@ def test_the_policy_without_its_adapter_is_as_good_as_a_copy(tmp_path: Path, pre
 
 
 def test_full_training_against_itself_keeps_its_gradients_under_autocast(tmp_path: Path) -> None:
-    # Autocast keeps the weights it has cast: were the reference's cast without gradients used again, none would flow.
+    # Were the weights that autocast has cast without gradients, for the reference, used again, none would flow.
     policy, _ = networks()
     before = copy.deepcopy(policy)
     itself = AdapterOff(lambda network: contextlib.nullcontext())

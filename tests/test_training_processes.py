@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,10 +16,21 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
-from sipo.training import gather_weights, storage, timesteps, train
-from tests.training_cases import Pairs, fresh_accelerate, loss, networks, predict, settings
+from sipo import NoiseSchedule, SIPOLoss
+from sipo.training import AdapterOff, TrainingInterrupted, gather_weights, storage, timesteps, train
+from tests.training_cases import (
+    Adapted,
+    Network,
+    Pairs,
+    fresh_accelerate,
+    loss,
+    networks,
+    predict,
+    settings,
+    without_adapter,
+)
 
 __all__ = ["fresh_accelerate"]  # a fixture that every test here runs in
 
@@ -52,6 +64,9 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "mask_threshold": 0.9,
         "data": Grouped,
     },
+    "adapter": {"steps": 4, "adapter": True},
+    "sharded adapter": {"steps": 4, "adapter": True},
+    "sharded bf16": {"steps": 2, "mixed_precision": "bf16", "flow": True},
     "sharded gradient": {"steps": 1, "max_grad_norm": None, "rate": 1.0},
     "sharded": {"steps": 6, "checkpoint_every": 3, "ema_decay": 0.9, "validate_every": 3, "adamw": True},
     "sharded resumed": {"steps": 6, "checkpoint_every": 3, "ema_decay": 0.9, "validate_every": 3, "adamw": True},
@@ -60,15 +75,31 @@ SCENARIOS: dict[str, dict[str, Any]] = {
 }
 
 
+def predict_flow(module: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Any) -> Tensor:
+    """With a timestep that weighs so much that its rounding shows."""
+    return predict(module, noisy, 5000 * timesteps, condition)
+
+
 def run(folder: Path, accelerator: Accelerator, **options: Any) -> tuple[nn.Module, Any]:
     """One scenario on this process, 8 pairs a pass in all and plain descent unless told else."""
     batch = options.pop("pairs", 4) * 2 // accelerator.num_processes
+    policy: Any
+    reference: Any
     policy, reference = networks()
+    if options.pop("adapter", False):
+        policy, reference = Adapted(policy), AdapterOff(without_adapter)
     data = options.pop("data", Pairs)()
     validation = Pairs(7) if "validate_every" in options else None
     loss_fn = loss(mask_threshold=options.pop("mask_threshold", 0.0))
+    flow = options.pop("flow", False)
+    if flow:
+        loss_fn = SIPOLoss(NoiseSchedule.flow(), beta=50.0, mask_threshold=0.0)
     rate = options.pop("rate", 0.05)
-    optimizer = None if options.pop("adamw", False) else torch.optim.SGD(policy.parameters(), lr=rate)
+    optimizer = (
+        None
+        if options.pop("adamw", False)
+        else torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=rate)
+    )
     resume = options.pop("resume_from", None)
     config = settings(folder, batch_size=batch, **options)
     result = train(
@@ -76,7 +107,7 @@ def run(folder: Path, accelerator: Accelerator, **options: Any) -> tuple[nn.Modu
         reference,
         loss_fn,
         data,
-        predict,
+        predict_flow if flow else predict,
         config,
         optimizer=optimizer,
         accelerator=accelerator,
@@ -86,10 +117,10 @@ def run(folder: Path, accelerator: Accelerator, **options: Any) -> tuple[nn.Modu
     return policy, result
 
 
-def accelerator_for(name: str, accumulation: int) -> Accelerator:
+def accelerator_for(name: str, accumulation: int = 1, mixed_precision: str = "no") -> Accelerator:
     """This process's; under FSDP2 for the scenarios that ask for it."""
     AcceleratorState._reset_state()
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation, mixed_precision=mixed_precision)
     if name.startswith("sharded"):
         from accelerate import FullyShardedDataParallelPlugin
         from accelerate.utils import DistributedType
@@ -97,6 +128,8 @@ def accelerator_for(name: str, accumulation: int) -> Accelerator:
         # accelerate turns FSDP2 on for GPUs alone; all that it does afterwards works on the CPU as well.
         plugin = FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True)
         plugin.cpu_ram_efficient_loading = False
+        if mixed_precision != "no":
+            plugin.set_mixed_precision(mixed_precision)
         accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = plugin
         assert accelerator.is_fsdp2
@@ -109,7 +142,8 @@ def one_of_two(folder: str) -> None:
     timesteps.BINS = 5
     for name, options in SCENARIOS.items():
         options = dict(options)
-        accelerator = accelerator_for(name, options.get("accumulation", 1))
+        precision = options.get("mixed_precision", "no")
+        accelerator = accelerator_for(name, options.get("accumulation", 1), precision)
         if name == "sharded resumed":
             # A sharded run that went on from its third step, the one after which is damaged.
             own = root / "sharded resumed"
@@ -130,7 +164,24 @@ def one_of_two(folder: str) -> None:
             facts = {"history": result.history, "validation": result.validation, "placed": placed}
             (root / name / "facts.json").write_text(json.dumps(facts))
         accelerator.wait_for_everyone()
+    _stop_one(root)
     torch.distributed.destroy_process_group()
+
+
+def _stop_one(root: Path) -> None:
+    """Asks the second process alone to stop, in its second step."""
+    accelerator = accelerator_for("plain")
+
+    class Asking(Pairs):
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            if accelerator.process_index == 1 and len(self.seen) == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().__getitem__(index)
+
+    try:
+        run(root / "stopped", accelerator, steps=9, log_every=4, data=Asking)
+    except TrainingInterrupted as stopped:
+        (root / f"stopped-{accelerator.process_index}").write_text(f"{stopped.step} {stopped.signal}")
 
 
 @pytest.fixture(scope="module")
@@ -185,20 +236,21 @@ def facts(folder: Path, name: str) -> dict[str, Any]:
     return read
 
 
-@pytest.mark.parametrize("name", [name for name in SCENARIOS if name != "sharded resumed"])
+@pytest.mark.parametrize("name", [n for n in SCENARIOS if n not in ("sharded resumed", "sharded bf16")])
 def test_two_processes_do_what_one_does_at_twice_the_batch(two: Path, tmp_path: Path, name: str) -> None:
     policy, result = alone(tmp_path, name)
     found = facts(two, name)
     assert (found["placed"] == "DTensor") == name.startswith("sharded")
     got = load_file(two / name / "weights.safetensors")
-    assert got.keys() == dict(policy.named_parameters()).keys()
-    start, _ = networks()
+    trained = {key: value.detach() for key, value in policy.named_parameters() if value.requires_grad}
+    assert got.keys() == trained.keys()
+    torch.manual_seed(1)
+    start = dict((Adapted(Network()) if "adapter" in name else networks()[0]).named_parameters())
     # AdamW's first steps blow rounding up wherever a gradient is near 0.
     tolerance = {"rtol": 1e-3, "atol": 1e-4} if "adamw" in SCENARIOS[name] else {"rtol": 1e-4, "atol": 2e-6}
-    for key, value in policy.named_parameters():
-        moved = value.detach() - dict(start.named_parameters())[key].detach()
-        assert moved.abs().max() > 1e-4
-        torch.testing.assert_close(got[key], value.detach(), **tolerance)
+    for key, value in trained.items():
+        assert (value - start[key].detach()).abs().max() > 1e-4
+        torch.testing.assert_close(got[key], value, **tolerance)
     for got_line, line in zip(found["history"], result.history, strict=True):
         # Of two processes one may have to go back for gradients to be reduced that one process has already.
         for metric in set(line) - {"seconds", "skipped_passes"}:
@@ -222,6 +274,13 @@ def test_the_gradient_of_two_processes_is_that_of_one(two: Path, tmp_path: Path)
             torch.testing.assert_close(start[key].detach() - value, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_in_bf16_a_sharded_policy_starts_as_its_reference_is(two: Path) -> None:
+    # FSDP2 alone would round the timesteps that it is called with to bfloat16, and the reference's not.
+    first, second = facts(two, "sharded bf16")["history"]
+    assert (first["reward_margin"], first["win_gap"], first["implicit_acc"]) == (0.0, 0.0, 0.5)
+    assert second["reward_margin"] != 0.0
+
+
 def test_everything_was_at_work(two: Path) -> None:
     lines = facts(two, "everything")["history"]
     assert any(line["timestep_share"] < 1 for line in lines)
@@ -229,6 +288,12 @@ def test_everything_was_at_work(two: Path) -> None:
         skipped = [line["skipped_passes"] for line in facts(two, name)["history"]]
         assert 1 in skipped and 2 in skipped and 0 in skipped  # of a step's two passes
     assert (two / "steps/checkpoints/step-00000004/process-00001.safetensors").exists()
+
+
+def test_processes_stop_together_at_the_next_log_line(two: Path) -> None:
+    assert (two / "stopped-0").read_text() == "4 another process"
+    assert (two / "stopped-1").read_text() == "4 SIGTERM"
+    assert not storage.damage(two / "stopped/checkpoints/step-00000004")
 
 
 def test_a_sharded_checkpoint_is_whole_and_a_run_resumed_from_it_repeats_itself(two: Path) -> None:

@@ -91,15 +91,23 @@ def test_a_resumed_run_repeats_an_uninterrupted_one_bit_for_bit(tmp_path: Path) 
 
 
 def test_a_run_can_be_made_longer(tmp_path: Path) -> None:
-    # Step 4 has a log line in the shorter run alone: what is drawn after it must not hang on that.
-    options: dict[str, Any] = {"timestep_sampling": "informative", "log_every": 3, "loss_fn": loss(mask_threshold=0.9)}
-    straight, _ = fit(tmp_path / "a", steps=8, **options)
-    fit(tmp_path / "b", steps=4, checkpoint_every=4, **options)
-    longer, result = fit(tmp_path / "b", steps=8, resume_from=tmp_path / "b/checkpoints/step-00000004", **options)
+    # Step 5 has a log line in the shorter run alone: what is drawn after it must not hang on that.
+    options: dict[str, Any] = {
+        "timestep_sampling": "informative",
+        "log_every": 4,
+        "batch_size": 12,
+        "learning_rate": 1e-3,
+        "loss_fn": loss(mask_threshold=0.9),
+    }
+    straight, whole = fit(tmp_path / "a", steps=11, **options)
+    fit(tmp_path / "b", steps=5, checkpoint_every=5, **options)
+    longer, result = fit(tmp_path / "b", steps=11, resume_from=tmp_path / "b/checkpoints/step-00000005", **options)
     assert same(straight, longer)
-    assert [line["step"] for line in result.history] == [6, 8]
-    with pytest.raises(CheckpointError, match="made with log_every=3, expected this run's 2"):
-        fit(tmp_path / "b", steps=9, resume_from="latest", **(options | {"log_every": 2}))
+    assert [line["step"] for line in result.history] == [8, 11]
+    shares = [line["timestep_share"] for line in whole.history]
+    assert 1 > shares[1] != shares[2]  # statistics were at work, and moved
+    with pytest.raises(CheckpointError, match="made with log_every=4, expected this run's 2"):
+        fit(tmp_path / "b", steps=12, resume_from="latest", **(options | {"log_every": 2}))
 
 
 def test_a_falling_learning_rate_fixes_the_number_of_steps(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import random
 from collections.abc import Iterator
@@ -77,6 +78,32 @@ def networks(dropout: float = 0.0) -> tuple[Network, Network]:
     torch.manual_seed(1)
     policy = Network(dropout)
     return policy, copy.deepcopy(policy)
+
+
+class Adapted(nn.Module):
+    """A frozen network and an adapter on its output."""
+
+    def __init__(self, base: Network) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.adapter = nn.Conv2d(1, 1, 3, padding=1)
+        nn.init.zeros_(self.adapter.weight)
+        nn.init.zeros_(self.adapter.bias)
+        self.on = True
+
+    def forward(self, noisy: Tensor, timesteps: Tensor, classes: Tensor) -> Tensor:
+        out = self.base(noisy, timesteps, classes)
+        return out + self.adapter(noisy) if self.on else out
+
+
+@contextlib.contextmanager
+def without_adapter(network: nn.Module) -> Iterator[None]:
+    assert isinstance(network, Adapted) and not torch.is_grad_enabled()
+    network.on = False
+    try:
+        yield
+    finally:
+        network.on = True
 
 
 def loss(**options: Any) -> SIPOLoss:

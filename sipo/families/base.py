@@ -332,9 +332,9 @@ def unwrapped(module: nn.Module) -> Any:
 def network_dtype(network: nn.Module) -> torch.dtype:
     """The type that a network computes in and takes its input in.
 
-    That is its weights', apart from adapters and from modules that diffusers keeps in float32.
+    That is its first weight's (an adapter's come after those they adapt), but for modules kept in float32.
     """
-    apart = ("lora_", *(getattr(network, "_keep_in_fp32_modules", None) or ()))
+    apart = getattr(network, "_keep_in_fp32_modules", None) or ()
     for name, parameter in network.named_parameters():
         if parameter.is_floating_point() and not any(part in name for part in apart):
             return parameter.dtype

@@ -38,7 +38,8 @@ class PairForward:
     Args:
         loss_fn: has the schedule too.
         predict: calls a network.
-        reference: see :data:`Reference`; moved to the accelerator's device and frozen.
+        reference: see :data:`Reference`; moved to the accelerator's device and frozen; under FSDP2
+            with mixed precision its weights are rounded as the policy's are.
         offload: keep a frozen copy in host memory while it is not running.
         accelerator: the run's.
     """
@@ -62,6 +63,8 @@ class PairForward:
         self.offloaded: list[tuple[Tensor, Tensor]] | None = None
         if isinstance(reference, nn.Module):
             reference.requires_grad_(False).eval()
+            if accelerator.is_fsdp2:
+                _round(reference, accelerator.state.fsdp_plugin.mixed_precision_policy)
             if offload:
                 self.offloaded = _to_host(reference, pin=self.device.type == "cuda")
             else:
@@ -105,7 +108,7 @@ class PairForward:
             errors = to_device(batch["ref_error"], self.device).transpose(0, 1).reshape(-1)
             loss: Any = self.loss_fn  # this argument is for those alone that take errors
             return loss(model_pred, None, target, both_levels, ref_error=errors), levels
-        # Two contexts: autocast keeps the weights it has cast, and those cast without gradients would do for both.
+        # Two contexts, so that no weight that was cast without gradients comes to the policy from autocast's cache.
         with torch.no_grad(), self.accelerator.autocast(), self._reference(policy) as network:
             ref_pred = self.predict(network, noisy, both_levels, condition)
         with self.accelerator.autocast():
@@ -153,6 +156,14 @@ class PairForward:
         if "own_condition" in batch and not isinstance(batch.get("condition", {}), dict):
             kind = type(batch["condition"]).__name__
             raise ValueError(f"items have 'own_condition' beside a condition that is a {kind}: expected a dictionary")
+
+
+def _round(reference: nn.Module, precision: Any) -> None:
+    """Rounds a copy's weights as FSDP2 rounds the policy's before it computes with them, or the two start apart."""
+    dtype = None if precision is None else precision.param_dtype
+    if dtype is not None:
+        for parameter in reference.parameters():
+            parameter.data = parameter.data.to(dtype)
 
 
 def _to_host(module: nn.Module, pin: bool) -> list[tuple[Tensor, Tensor]]:

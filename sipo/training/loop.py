@@ -7,7 +7,7 @@ gradients, or not at all. The host never waits for the device except when a log 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -426,6 +426,10 @@ def _prepare(policy: nn.Module, optimizer: Any, config: TrainingConfig, accelera
         for name, value in sizes.items():
             if settings.get(name, "auto") == "auto":
                 settings[name] = value
+    precision = accelerator.state.fsdp_plugin.mixed_precision_policy if accelerator.is_fsdp2 else None
+    if precision is not None:
+        # FSDP2 would round a flow's timesteps to bfloat16 on their way in. Autocast sees to what has to be cast.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = replace(precision, cast_forward_inputs=False)
     own_forward = policy.__dict__.get("forward")
     prepared, optimizer = accelerator.prepare(policy, optimizer)
     accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)

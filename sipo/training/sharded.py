@@ -1,6 +1,7 @@
 """Weights and optimiser state that FSDP2 has spread over the processes, gathered and dealt out again.
 
-ZeRO-3's weights are gathered too, and no more than that. For one device and for plain data parallelism every function here is an ordinary one.
+ZeRO-3's weights are gathered too, and no more than that. For one device and for plain data parallelism every function
+here is an ordinary one.
 """
 
 from __future__ import annotations

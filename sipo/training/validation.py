@@ -23,7 +23,8 @@ from sipo.training.stopping import release_signals
 OnValidation = Callable[[int, nn.Module], None]
 """Called with the optimiser steps done and the policy, unwrapped and in eval mode, without gradients, on every process.
 
-Whatever it draws at random, training goes on as if it had not been called. It must leave the weights as they are.
+Whatever it draws at random, training goes on as if it had not been called. It must leave the weights as they are. Under
+FSDP2 and ZeRO-3 a forward pass takes all processes.
 """
 
 _TOTAL = "nonfinite_pairs"  # a number of pairs, where the other metrics are means over them
