@@ -6,6 +6,7 @@ have it: log lines, TensorBoard where it is installed, checkpoints, the toy SD1.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
@@ -20,8 +21,10 @@ import torch
 
 from benchmarks.machine import ROOT
 
-SHARES = (0.05, 0.25, 0.5, 0.75, 1.0)  # of the steps; the first look is at a run that still warms up
-LIMIT_MB = 1.0  # per 1,000 steps: 100 log lines that the result keeps are 0.1 MB
+LOOKS = 20
+WARM = 0.25  # of the steps: what comes before is a run that warms up
+TELLING = 1000  # steps from which on a slope says something
+LIMIT_MB = 1.0  # per 1,000 steps: the 100 log lines that the result keeps are 0.1 MB, the rest is the allocator's noise
 BATCH_SIZE = 2
 
 
@@ -45,30 +48,32 @@ def growth(steps: int, device: str) -> tuple[dict[str, Any] | None, str]:
 
 
 def summarise(looks: list[dict[str, Any]]) -> dict[str, Any]:
-    """Growth by the straight line through all looks but the first.
+    """Growth by the straight line through the looks of the warm run; ``"met"`` is ``None`` for a run too short to tell.
 
     Args:
         looks: in the order of their ``step``, with ``rss_mb``.
     """
-    warm = looks[1:]
+    steps = looks[-1]["step"]
+    warm = [look for look in looks if look["step"] >= WARM * steps]
     line = statistics.linear_regression([look["step"] for look in warm], [look["rss_mb"] for look in warm])
     slope = 1000 * line.slope
     return {
-        "steps": looks[-1]["step"],
+        "steps": steps,
         "looks": looks,
         "growth_mb_per_1000_steps": slope,
         "limit_mb": LIMIT_MB,
-        "met": slope <= LIMIT_MB,
+        "met": slope <= LIMIT_MB if steps >= TELLING else None,
     }
 
 
 def print_growth(memory: dict[str, Any]) -> None:
     """A line: resident memory at each look, and how fast it grows."""
-    looks = ", ".join(f"{look['step']}: {look['rss_mb']:.1f}" for look in memory["looks"])
-    slope, limit = memory["growth_mb_per_1000_steps"], memory["limit_mb"]
+    shown = memory["looks"][:: max(1, len(memory["looks"]) // 4)] + memory["looks"][-1:]
+    looks = ", ".join(f"{look['step']}: {look['rss_mb']:.1f}" for look in shown)
+    verdict = {True: "met", False: "missed", None: "too short a run to tell"}[memory["met"]]
     print(
-        f"memory of the process in MB after steps {looks}; {slope:+.2f} MB per 1,000 steps "
-        f"(limit {limit:g}, {'met' if memory['met'] else 'missed'})",
+        f"memory of the process in MB after steps {looks}; {memory['growth_mb_per_1000_steps']:+.2f} MB per 1,000 steps "
+        f"(limit {memory['limit_mb']:g}: {verdict})",
         flush=True,
     )
 
@@ -84,7 +89,7 @@ def watch(steps: int, device: str, folder: Path) -> list[dict[str, Any]]:
     setup = make_setup(TrainingCase("SD1.5", "sd15", BATCH_SIZE, pixels=(32, 32, 1)), device, folder)
     policy = setup.base.requires_grad_(True)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, fused=True)
-    moments = {max(1, round(share * steps)) for share in SHARES}
+    moments = {max(1, steps * look // LOOKS) for look in range(1, LOOKS + 1)}
     looks: list[dict[str, Any]] = []
     done = 0
 
@@ -94,6 +99,7 @@ def watch(steps: int, device: str, folder: Path) -> list[dict[str, Any]]:
         if done not in moments:
             return
         gc.collect()
+        _give_back()
         found = {"step": done, "rss_mb": resident_mb(), "python_objects": len(gc.get_objects())}
         if device == "cuda":
             torch.cuda.synchronize()
@@ -102,7 +108,11 @@ def watch(steps: int, device: str, folder: Path) -> list[dict[str, Any]]:
 
     optimizer.register_step_post_hook(look)
     config = TrainingConfig(
-        steps=steps, output_dir=folder / "run", batch_size=BATCH_SIZE, progress=False, checkpoint_every=max(1, steps // 8)
+        steps=steps,
+        output_dir=folder / "run",
+        batch_size=BATCH_SIZE,
+        progress=False,
+        checkpoint_every=max(1, steps // 8),
     )
     loss = SIPOLoss(setup.schedule)
     train(
@@ -126,6 +136,13 @@ def resident_mb() -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
+
+
+def _give_back() -> None:
+    """Freed memory that glibc keeps goes back to the system, so that what is left is in use; elsewhere nothing."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 def main() -> None:

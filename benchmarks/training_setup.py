@@ -113,6 +113,15 @@ def frozen_copy(setup: Setup) -> nn.Module:
     return reference.to(torch.bfloat16) if setup.case.precision == "bf16" else reference
 
 
+def quiet() -> None:
+    """No progress bars of a toy's loading and saving."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
 def _cached(case: TrainingCase, device: str, folder: Path) -> Setup:
     """Toy pairs of images or clips, encoded by the family's toy pipeline into a cache, reference errors beside it."""
     missing = [name for name in FAMILY_NEEDS if importlib.util.find_spec(name) is None]
@@ -128,6 +137,7 @@ def _cached(case: TrainingCase, device: str, folder: Path) -> Setup:
     from sipo.data.toy import make_toy_pairs
     from sipo.families.toy import build_toy
 
+    quiet()
     assert case.pixels is not None
     height, width, frames = case.pixels
     family = families.get(case.family)

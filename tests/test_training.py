@@ -373,6 +373,17 @@ def test_deepspeed_is_told_what_it_cannot_have(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             train(policy, reference, loss(), Pairs(), predict, settings(tmp_path, **options), accelerator=accelerator)
+    with pytest.raises(ValueError, match="resume_from='latest': DeepSpeed keeps its state in pickled files"):
+        train(
+            policy,
+            reference,
+            loss(),
+            Pairs(),
+            predict,
+            settings(tmp_path),
+            accelerator=accelerator,
+            resume_from="latest",
+        )
     accelerator.state.distributed_type = DistributedType.MEGATRON_LM
     with pytest.raises(ValueError, match="distributed_type='MEGATRON_LM': expected one device, plain data parallelism"):
         train(policy, reference, loss(), Pairs(), predict, settings(tmp_path), accelerator=accelerator)

@@ -7,7 +7,7 @@ gradients, or not at all. The host never waits for the device except when a log 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,13 @@ from sipo.training.data import StreamSampler, drop_captions, step_timesteps
 from sipo.training.forward import PairForward, Reference
 from sipo.training.logs import ActiveFractionWatch, MetricWindow, Recorder
 from sipo.training.optimization import Average, make_optimizer, rate_factor
+from sipo.training.preparation import check_setup, prepare
 from sipo.training.protocols import PairDataset, PairLoss, PairLossResult, Predict
 from sipo.training.randomness import GLOBAL, WORKERS, derive_seed
 from sipo.training.sharded import local, reshard, whole
 from sipo.training.stopping import StopRequest, memory_advice, release_signals
 from sipo.training.timesteps import InformativeTimesteps
 from sipo.training.validation import OnValidation, Validation
-
-_PLAIN = ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU")
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,8 @@ def train(
     Args:
         policy: trained where ``requires_grad`` is set; moved to the accelerator's device.
         reference: what the policy is compared with: a frozen copy of it; :class:`AdapterOff` for LoRA; or ``None``
-            where the items carry its errors. A copy is moved to the device and set to eval mode, and may be bfloat16.
+            where the items carry its errors. A copy is moved to the device and set to eval mode, and may be bfloat16;
+            FSDP2 with mixed precision makes it so.
         loss_fn: the loss; its ``schedule`` is the one trained with.
         dataset: the pairs.
         predict: calls a network; see :class:`Predict`.
@@ -110,7 +110,9 @@ def train(
         accelerator = Accelerator(
             mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.accumulation
         )
-    _check(policy, reference, dataset, config, accelerator, resume_from)
+    check_setup(policy, reference, dataset, config, accelerator, resume_from)
+    if resume_from is None and checkpoint.found(config.checkpoints):
+        raise ValueError(f"{config.checkpoints} holds another run's checkpoints, expected resume_from or a new folder")
     if config.validate_every and validation is None and on_validation is None:
         raise ValueError(f"validate_every={config.validate_every}: expected pairs to validate on, or a hook")
     if validation is not None and len(validation) == 0:
@@ -120,45 +122,6 @@ def train(
     run.validation = Validation(validation, on_validation, forward, config, accelerator)
     with StopRequest() as request:
         return run.go(resume_from, request)
-
-
-def _check(
-    policy: nn.Module,
-    reference: Reference,
-    dataset: PairDataset,
-    config: TrainingConfig,
-    accelerator: Accelerator,
-    resume_from: str | Path | None,
-) -> None:
-    if policy is reference:
-        raise ValueError("policy and reference are one module, expected a frozen copy as the reference")
-    if not any(p.requires_grad for p in policy.parameters()):
-        raise ValueError("the policy has no parameter with requires_grad=True, expected something to train")
-    if len(dataset) == 0:
-        raise ValueError("the data set holds 0 pairs, expected at least 1")
-    if config.caption_dropout and getattr(dataset, "unconditional", None) is None:
-        raise ValueError(f"caption_dropout={config.caption_dropout}: expected a data set with 'unconditional'")
-    kind = accelerator.distributed_type.value
-    if kind not in (*_PLAIN, "DEEPSPEED") and not accelerator.is_fsdp2:
-        raise ValueError(f"distributed_type={kind!r}: expected one device, plain data parallelism, FSDP2 or DeepSpeed")
-    if kind == "DEEPSPEED":
-        _check_deepspeed(config, resume_from)
-    if accelerator.gradient_accumulation_steps != config.accumulation:
-        found = accelerator.gradient_accumulation_steps
-        raise ValueError(f"gradient_accumulation_steps={found}: expected accumulation={config.accumulation}")
-    if resume_from is None and checkpoint.found(config.checkpoints):
-        raise ValueError(f"{config.checkpoints} holds another run's checkpoints, expected resume_from or a new folder")
-
-
-def _check_deepspeed(config: TrainingConfig, resume_from: str | Path | None) -> None:
-    """DeepSpeed's own step goes around ours."""
-    reason = "DeepSpeed keeps its state in pickled files, which are not read here"
-    if config.checkpoint_every or resume_from is not None:
-        raise ValueError(f"checkpoint_every={config.checkpoint_every}: {reason}; expected 0, or FSDP2, which resumes")
-    if config.skip_inactive:
-        raise ValueError("skip_inactive=True: DeepSpeed counts backward passes, expected False")
-    if config.ema_decay is not None:
-        raise ValueError(f"ema_decay={config.ema_decay}: DeepSpeed keeps the weights to itself, expected None")
 
 
 class _Run:
@@ -186,7 +149,7 @@ class _Run:
         if optimizer is None:
             optimizer = make_optimizer(config, [p for p in policy.parameters() if p.requires_grad], self.device)
         self.base_rates = [group["lr"] for group in optimizer.param_groups]
-        self.policy, self.optimizer = _prepare(policy, optimizer, config, accelerator)
+        self.policy, self.optimizer = prepare(policy, optimizer, config, accelerator)
         # FSDP2 has put others in their places.
         self.names = {n: p for n, p in policy.named_parameters() if p.requires_grad}
         self.parameters = list(self.names.values())
@@ -412,32 +375,3 @@ class _Run:
         if self.informative is not None:
             self.informative.restore(progress["timesteps"], window["ratios"])
         return step
-
-
-def _prepare(policy: nn.Module, optimizer: Any, config: TrainingConfig, accelerator: Accelerator) -> tuple[Any, Any]:
-    """Hands policy and optimiser to accelerate, and gives the policy its own forward back.
-
-    For mixed precision accelerate puts a forward in its place that casts the prediction to float32: a copy of it that
-    the loss has no use for. Autocast is the loop's.
-    """
-    if accelerator.distributed_type.value == "DEEPSPEED":
-        settings: Any = accelerator.deepspeed_plugin.deepspeed_config
-        sizes = {"train_micro_batch_size_per_gpu": config.batch_size, "gradient_clipping": config.max_grad_norm or 0.0}
-        for name, value in sizes.items():
-            if settings.get(name, "auto") == "auto":
-                settings[name] = value
-    precision = accelerator.state.fsdp_plugin.mixed_precision_policy if accelerator.is_fsdp2 else None
-    if precision is not None:
-        # FSDP2 would round a flow's timesteps to bfloat16 on their way in. Autocast sees to what has to be cast.
-        accelerator.state.fsdp_plugin.mixed_precision_policy = replace(precision, cast_forward_inputs=False)
-    own_forward = policy.__dict__.get("forward")
-    prepared, optimizer = accelerator.prepare(policy, optimizer)
-    accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
-    policy.__dict__.pop("forward", None)
-    if own_forward is not None:
-        policy.__dict__["forward"] = own_forward
-    policy.__dict__.pop("_is_accelerate_prepared", None)  # or a second run with this policy would not be prepared
-    if accelerator.scaler is None and accelerator.distributed_type.value != "DEEPSPEED":
-        # Without a loss scaler accelerate's wrapper adds nothing but a search for packages at every step.
-        optimizer = optimizer.optimizer
-    return prepared, optimizer

@@ -1,0 +1,89 @@
+"""Before the first step: what cannot be trained is refused, and policy and optimiser are handed to accelerate."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+
+from sipo.training.config import TrainingConfig
+from sipo.training.forward import Reference
+from sipo.training.protocols import PairDataset
+
+_PLAIN = ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU")
+
+
+def check_setup(
+    policy: nn.Module,
+    reference: Reference,
+    dataset: PairDataset,
+    config: TrainingConfig,
+    accelerator: Accelerator,
+    resume_from: str | Path | None,
+) -> None:
+    """Refuses what cannot be trained.
+
+    Raises:
+        ValueError: in one line that says what was expected.
+    """
+    if policy is reference:
+        raise ValueError("policy and reference are one module, expected a frozen copy as the reference")
+    if not any(p.requires_grad for p in policy.parameters()):
+        raise ValueError("the policy has no parameter with requires_grad=True, expected something to train")
+    if len(dataset) == 0:
+        raise ValueError("the data set holds 0 pairs, expected at least 1")
+    if config.caption_dropout and getattr(dataset, "unconditional", None) is None:
+        raise ValueError(f"caption_dropout={config.caption_dropout}: expected a data set with 'unconditional'")
+    kind = accelerator.distributed_type.value
+    if kind not in (*_PLAIN, "DEEPSPEED") and not accelerator.is_fsdp2:
+        raise ValueError(f"distributed_type={kind!r}: expected one device, plain data parallelism, FSDP2 or DeepSpeed")
+    if kind == "DEEPSPEED":
+        _check_deepspeed(config, resume_from)
+    if accelerator.gradient_accumulation_steps != config.accumulation:
+        found = accelerator.gradient_accumulation_steps
+        raise ValueError(f"gradient_accumulation_steps={found}: expected accumulation={config.accumulation}")
+
+
+def _check_deepspeed(config: TrainingConfig, resume_from: str | Path | None) -> None:
+    """DeepSpeed's own step goes around ours."""
+    reason = "DeepSpeed keeps its state in pickled files, which are not read here"
+    if config.checkpoint_every:
+        raise ValueError(f"checkpoint_every={config.checkpoint_every}: {reason}; expected 0, or FSDP2, which resumes")
+    if resume_from is not None:
+        raise ValueError(f"resume_from={str(resume_from)!r}: {reason}; expected None, or FSDP2, which resumes")
+    if config.skip_inactive:
+        raise ValueError("skip_inactive=True: DeepSpeed counts backward passes, expected False")
+    if config.ema_decay is not None:
+        raise ValueError(f"ema_decay={config.ema_decay}: DeepSpeed keeps the weights to itself, expected None")
+
+
+def prepare(policy: nn.Module, optimizer: Any, config: TrainingConfig, accelerator: Accelerator) -> tuple[Any, Any]:
+    """Hands policy and optimiser to accelerate, and gives the policy its own forward back.
+
+    For mixed precision accelerate puts a forward in its place that casts the prediction to float32: a copy of it that
+    the loss has no use for. Autocast is the loop's.
+    """
+    if accelerator.distributed_type.value == "DEEPSPEED":
+        settings: Any = accelerator.deepspeed_plugin.deepspeed_config
+        sizes = {"train_micro_batch_size_per_gpu": config.batch_size, "gradient_clipping": config.max_grad_norm or 0.0}
+        for name, value in sizes.items():
+            if settings.get(name, "auto") == "auto":
+                settings[name] = value
+    precision = accelerator.state.fsdp_plugin.mixed_precision_policy if accelerator.is_fsdp2 else None
+    if precision is not None:
+        # FSDP2 would round a flow's timesteps to bfloat16 on their way in. Autocast sees to what has to be cast.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = replace(precision, cast_forward_inputs=False)
+    own_forward = policy.__dict__.get("forward")
+    prepared, optimizer = accelerator.prepare(policy, optimizer)
+    accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    policy.__dict__.pop("forward", None)
+    if own_forward is not None:
+        policy.__dict__["forward"] = own_forward
+    policy.__dict__.pop("_is_accelerate_prepared", None)  # or a second run with this policy would not be prepared
+    if accelerator.scaler is None and accelerator.distributed_type.value != "DEEPSPEED":
+        # Without a loss scaler accelerate's wrapper adds nothing but a search for packages at every step.
+        optimizer = optimizer.optimizer
+    return prepared, optimizer
