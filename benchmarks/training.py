@@ -2,87 +2,42 @@
 
 A step is everything from one update of the weights to the next: loading the batch, noise, forward passes, loss,
 backward, clipping, AdamW and, in ours, metrics and log lines (one in ten steps; no progress bar, no TensorBoard). The
-hand-written loop (``training_baseline.py``) has the published loss and no log at all. All of them train the same networks
-with the same AdamW on the same pairs, in chunks of some steps, in an order drawn anew each round. ``ratio`` is the mean
-step of a chunk over the mean step of the hand-written loop's chunk in the same round: log lines count, and a slow moment
-of the machine meets both.
+hand-written loop (``training_baseline.py``) has the published loss and no log at all. All of them train the same
+networks with the same AdamW on the same pairs, in chunks of some steps, in an order drawn anew each round. ``ratio`` is
+the mean step of a chunk over the mean step of the hand-written loop's chunk in the same round: log lines count, and a
+slow moment of the machine meets both.
 
-First of all, a process of its own trains for ``--steps`` steps and says how much memory it has on the way. Before anything is timed, each implementation's gradient is compared with the hand-written loop's on the same draws.
-Timings are results, never assertions.
+First of all, a process of its own trains for ``--steps`` steps and says how much memory it has on the way
+(``training_memory.py``). Before anything is timed, each implementation's gradient is compared with the hand-written
+loop's on the same draws. Timings are results, never assertions.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import functools
 import gc
-import importlib.util
 import itertools
 import random
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from benchmarks import baselines, measure
+from benchmarks import measure
 from benchmarks.footprint import extra_memory_mb
 from benchmarks.machine import OthersLoad
 from benchmarks.suite import default_output
-from benchmarks.training_baseline import MAX_GRAD_NORM, diffusion_dpo, hand_written
 from benchmarks.training_memory import growth, print_growth
-from benchmarks.training_setup import Setup, TrainingCase, frozen_copy, lora_networks, make_setup
-from sipo import SIPOLoss
+from benchmarks.training_setup import TrainingCase, make_setup
+from benchmarks.training_ways import COUNTED, HAND, HAND_LORA, SKIPPED, Bench, Clock
 
-SKIPPED = 5  # first steps of a chunk that do not count: the iterator starts, the first log line is written
-LOG_EVERY = 10
-COUNTED = 2 * LOG_EVERY  # whole rounds of log lines
 MIN_ROUNDS = 3
-LEARNING_RATE = 1e-6  # the policy hardly moves: the last step costs what the first did
-BETA = {"sd15": 5000.0, "wan": 2000.0}
-MAX_ERROR = {"no": 1e-3, "bf16": 0.05}  # of a gradient, relative
-PERTURBED = 1e-3  # for the comparison of gradients: a policy that is not its reference
 SECONDS = {"cpu": 120.0, "cuda": 60.0}
 
-
-@dataclass(frozen=True)
-class Way:
-    """One implementation.
-
-    Attributes:
-        name: in the results.
-        ours: ``sipo.training.train``, or the hand-written loop.
-        method: the loss.
-        lora: adapters on a frozen network, or all weights.
-        reference: "copy", "errors" or "adapter_off".
-        fused: whether AdamW is one call, as our loop has it unless told otherwise; torch's own default is not.
-        target: of its ratio, where the project has set itself one.
-    """
-
-    name: str
-    ours: bool = True
-    method: str = "sipo"
-    lora: bool = False
-    reference: str = "copy"
-    fused: bool = True
-    target: float | None = None
-
-
-HAND, HAND_LORA = "hand-written, two networks", "hand-written LoRA, two networks"
-WAYS = [
-    Way(HAND, ours=False, method="diffusion_dpo"),
-    Way("hand-written, AdamW as torch makes it", ours=False, method="diffusion_dpo", fused=False),
-    Way("ours, Diffusion-DPO, frozen copy", method="diffusion_dpo", target=1.0),
-    Way("ours, SIPO, frozen copy", target=1.0),
-    Way("ours, SIPO, reference errors", reference="errors", target=0.8),
-    Way(HAND_LORA, ours=False, method="diffusion_dpo", lora=True),
-    Way("ours, LoRA, SIPO, adapter off", lora=True, reference="adapter_off", target=1.0),
-]
 
 _WAN_WIDTH = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "text_dim": 1536}
 CASES = {
@@ -109,171 +64,6 @@ TINY = [
     TrainingCase("SD1.5, tiny", "sd15", 2, pixels=(32, 32, 1)),
     TrainingCase("Wan, tiny", "wan", 2, pixels=(32, 32, 5)),
 ]
-
-
-class Clock:
-    """The moments at which an optimiser has stepped: the host's, on a GPU also the device's."""
-
-    def __init__(self, device: str) -> None:
-        self.on_gpu = torch.device(device).type == "cuda"
-        self.host: list[float] = []
-        self.events: list[Any] = []
-
-    def __call__(self, *_: object) -> None:
-        self.host.append(time.perf_counter())
-        if self.on_gpu:
-            self.events.append(torch.cuda.Event(enable_timing=True))
-            self.events[-1].record()
-
-    def steps(self) -> tuple[list[float], list[float]]:
-        """Milliseconds of each counted step, on the device (on a CPU the host's) and on the host; starts anew."""
-        host = [1e3 * (end - begin) for begin, end in itertools.pairwise(self.host)]
-        device = host
-        if self.on_gpu:
-            torch.cuda.synchronize()
-            device = [begin.elapsed_time(end) for begin, end in itertools.pairwise(self.events)]
-        self.host, self.events = [], []
-        counted = slice(SKIPPED, SKIPPED + COUNTED)
-        return device[counted], host[counted]
-
-
-@dataclass
-class Trained:
-    """What one kind of tuning trains: shared by all implementations, which take turns."""
-
-    policy: nn.Module
-    reference: nn.Module
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        return [p for p in self.policy.parameters() if p.requires_grad]
-
-
-class Bench:
-    """A case's networks, data and optimisers; :meth:`run` trains for some steps in one of the ways."""
-
-    def __init__(self, setup: Setup, device: str, folder: Path) -> None:
-        self.setup, self.device, self.folder = setup, device, folder
-        self.clock = Clock(device)
-        self.trained = {False: Trained(copy.deepcopy(setup.base).requires_grad_(True), frozen_copy(setup))}
-        self.missing: dict[str, str] = {}
-        try:
-            self.trained[True] = Trained(*lora_networks(setup, device))
-        except ImportError as error:
-            self.missing = {way.name: str(error) for way in WAYS if way.lora}
-        if importlib.util.find_spec("accelerate") is None:
-            self.missing |= {way.name: "accelerate is not installed" for way in WAYS if way.ours}
-        self.ways = [way for way in WAYS if way.name not in self.missing]
-        self.optimizers: dict[tuple[bool, bool], torch.optim.Optimizer] = {}
-        for key in dict.fromkeys((way.lora, way.fused) for way in self.ways):
-            options = {"fused": True} if key[1] else {}
-            optimizer = torch.optim.AdamW(self.trained[key[0]].parameters, lr=LEARNING_RATE, **options)
-            optimizer.register_step_post_hook(self.clock)
-            self.optimizers[key] = optimizer
-        self.levels: tuple[Tensor, Tensor] | None = None
-        if setup.schedule.kind == "discrete":
-            alpha, sigma = setup.schedule.alpha_sigma(torch.arange(setup.schedule.num_train_timesteps))
-            self.levels = alpha.float().to(device), sigma.float().to(device)
-
-    def run(self, way: Way, steps: int, *, pairs: Any = None, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Trains for some steps; on the case's pairs and with the way's AdamW unless others are given."""
-        setup, case, trained = self.setup, self.setup.case, self.trained[way.lora]
-        if pairs is None:
-            pairs = setup.with_errors if way.reference == "errors" else setup.pairs
-        optimizer = optimizer or self.optimizers[way.lora, way.fused]
-        options: dict[str, Any] = {"steps": steps, "batch_size": case.batch_size}
-        if not way.ours:
-            hand_written(
-                trained.policy, trained.reference, pairs, setup.predict, self.levels, self._plain_loss(way), optimizer,
-                device=self.device, precision=case.precision, **options,
-            )  # fmt: skip
-            return
-        from accelerate import Accelerator
-
-        from sipo.families.tuning import adapter_off
-        from sipo.training import AdapterOff, TrainingConfig, train
-
-        references = {"copy": trained.reference, "errors": None, "adapter_off": AdapterOff(adapter_off)}
-        config = TrainingConfig(
-            output_dir=self.folder / "run", max_grad_norm=MAX_GRAD_NORM, mixed_precision=case.precision,  # type: ignore[arg-type]
-            log_every=LOG_EVERY, progress=False, tensorboard=False, **options,
-        )  # fmt: skip
-        train(
-            trained.policy,
-            references[way.reference],
-            SIPOLoss(setup.schedule, method=way.method, beta=BETA[case.family]),
-            pairs,
-            setup.predict,
-            config,
-            optimizer=optimizer,
-            accelerator=Accelerator(cpu=self.device == "cpu", mixed_precision=case.precision),
-        )
-
-    def gradient(self, way: Way) -> Tensor:
-        """The clipped gradient ``[P]`` of one step on fixed draws; weights stay as they are."""
-        items = sorted(range(len(self.setup.drawn)), key=lambda i: -float(self.setup.drawn[i]["timestep"]))
-        source = self.setup.with_errors if way.reference == "errors" else self.setup.drawn
-        # The noisiest: there SIPO's mask lets pairs through.
-        pairs = [source[i] for i in items[: self.setup.case.batch_size]]
-        parameters = self.trained[way.lora].parameters
-        optimizer = torch.optim.SGD(parameters, lr=0.0)
-        found: list[Tensor] = []
-
-        def keep(*_: object) -> None:
-            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-            found.append(torch.cat([g.double().flatten() for g in gradients]))
-
-        optimizer.register_step_pre_hook(keep)
-        self.run(way, 1, pairs=pairs, optimizer=optimizer)
-        return found[0]
-
-    def errors(self) -> tuple[dict[str, float], dict[str, str]]:
-        """Relative error of each way's gradient against the hand-written loop's, with SIPO's loss where the way has it.
-
-        Taken with a policy that has moved a little, so that the reference counts. The second dictionary has the ways
-        that are wrong or fail: name → why.
-        """
-        found, failed = {}, {}
-        limit = MAX_ERROR[self.setup.case.precision]
-        for lora, trained in self.trained.items():
-            kept = [p.detach().clone() for p in trained.parameters]
-            with torch.no_grad():
-                for p in trained.parameters:
-                    p += PERTURBED * torch.randn_like(p)
-            for way in self.ways:
-                if way.lora != lora:
-                    continue
-                true = self.gradient(Way("", ours=False, method=way.method, lora=lora))
-                try:
-                    error = float((self.gradient(way) - true).norm() / true.norm())
-                except Exception as problem:  # whatever an implementation dies of is a result, not the benchmark's end
-                    failed[way.name] = f"{type(problem).__name__}: {(str(problem) or '?').splitlines()[0][:200]}"
-                    continue
-                found[way.name] = error
-                if not error <= limit:  # NaN is no number below the limit
-                    failed[way.name] = f"wrong gradient, not timed: relative error {error:.3g}"
-            with torch.no_grad():
-                for p, value in zip(trained.parameters, kept, strict=True):
-                    p.copy_(value)
-        return found, failed
-
-    def resident_mb(self, way: Way) -> float:
-        """Weights, reference and AdamW's moments between two steps, in MB (1e6 bytes)."""
-        trained = self.trained[way.lora]
-        tensors: list[Any] = [*trained.policy.parameters(), *trained.policy.buffers()]
-        if way.reference == "copy":
-            tensors += [*trained.reference.parameters(), *trained.reference.buffers()]
-        for state in self.optimizers[way.lora, way.fused].state.values():
-            tensors += [value for value in state.values() if isinstance(value, Tensor)]
-        return sum(t.nbytes for t in tensors) / 1e6
-
-    def _plain_loss(self, way: Way) -> Any:
-        beta, schedule = BETA[self.setup.case.family], self.setup.schedule
-        if way.method == "diffusion_dpo":
-            return lambda model, ref, target, timesteps: diffusion_dpo(model, ref, target, beta)
-        return lambda model, ref, target, timesteps: baselines.upcast(
-            model, ref, target, schedule.ratio_scale(timesteps).float(), beta
-        )
 
 
 def measure_case(
@@ -323,7 +113,7 @@ def measure_case(
 
 
 def _rounds(
-    calls: dict[str, Callable[[int], None]], clock: Clock, seconds: float
+    calls: Mapping[str, Callable[[int], None]], clock: Clock, seconds: float
 ) -> dict[str, list[tuple[list[float], list[float]]]]:
     """Name → for each round, milliseconds of each counted step on the device and on the host."""
     chunk = SKIPPED + COUNTED + 1
@@ -350,8 +140,8 @@ def print_entry(entry: dict[str, Any]) -> None:
     """A line for each implementation: the step, over the hand-written loop's, memory."""
     shape = "×".join(map(str, entry["sample"]))
     print(
-        f"\n{entry['label']}: {entry['network']}, {entry['parameters'] / 1e6:.2f}M parameters, {entry['pairs']} pairs of "
-        f"{shape}, {entry['rounds']} rounds, others kept {entry['others_cores']} cores busy"
+        f"\n{entry['label']}: {entry['network']}, {entry['parameters'] / 1e6:.2f}M parameters, "
+        f"{entry['pairs']} pairs of {shape}, {entry['rounds']} rounds, others kept {entry['others_cores']} cores busy"
     )
     for name, result in entry["results"].items():
         low, high = result["step_ms"]["quartiles"]
@@ -368,7 +158,7 @@ def print_entry(entry: dict[str, Any]) -> None:
 
 
 def run(cases: Sequence[TrainingCase], device: str, seconds: float, steps: int, output: Path) -> dict[str, Any]:
-    """Measures memory over ``steps`` steps and then ``cases``, ``seconds`` of timing each; returns the file's content."""
+    """Measures memory over ``steps`` steps, then ``cases`` for ``seconds`` each; returns the file's content."""
     begin = time.perf_counter()
     results: dict[str, Any] = {
         "kind": "training",
@@ -393,7 +183,8 @@ def run(cases: Sequence[TrainingCase], device: str, seconds: float, steps: int, 
             print_growth(results["memory"])
         measure.write(results, output)
     for case in cases:
-        entry, failed = None, {}
+        entry: dict[str, Any] | None = None
+        failed: dict[str, str] = {}
         with tempfile.TemporaryDirectory() as folder:
             try:
                 entry, failed = measure_case(case, device, seconds, Path(folder))

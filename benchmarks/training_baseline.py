@@ -8,14 +8,15 @@ metrics, no logging, no ``.item()``, no images encoded again.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from benchmarks.training_setup import Predict
+if TYPE_CHECKING:  # accelerate comes with it
+    from sipo.training.protocols import Predict
 
 MAX_GRAD_NORM = 1.0
 

@@ -1,7 +1,7 @@
 """Whether a long run's memory grows: training in a process of its own, looked at a few times on the way.
 
-``python -m benchmarks.training_memory STEPS DEVICE`` is that process; it prints one JSON object. The run is one as users
-have it: log lines, TensorBoard where it is installed, checkpoints, the toy SD1.5 and a cache of toy pairs.
+``python -m benchmarks.training_memory STEPS DEVICE`` is that process; it prints one JSON object. The run is one as
+users have it: log lines, TensorBoard where it is installed, checkpoints, the toy SD1.5 and a cache of toy pairs.
 """
 
 from __future__ import annotations
@@ -71,9 +71,10 @@ def print_growth(memory: dict[str, Any]) -> None:
     shown = memory["looks"][:: max(1, len(memory["looks"]) // 4)] + memory["looks"][-1:]
     looks = ", ".join(f"{look['step']}: {look['rss_mb']:.1f}" for look in shown)
     verdict = {True: "met", False: "missed", None: "too short a run to tell"}[memory["met"]]
+    slope = memory["growth_mb_per_1000_steps"]
     print(
-        f"memory of the process in MB after steps {looks}; {memory['growth_mb_per_1000_steps']:+.2f} MB per 1,000 steps "
-        f"(limit {memory['limit_mb']:g}: {verdict})",
+        f"memory of the process in MB after steps {looks}; {slope:+.2f} MB per 1,000 steps (limit "
+        f"{memory['limit_mb']:g}: {verdict})",
         flush=True,
     )
 

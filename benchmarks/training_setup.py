@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from benchmarks.step_network import PLAIN, make_network
 from sipo import NoiseSchedule
 
+if TYPE_CHECKING:  # accelerate comes with it
+    from sipo.training.protocols import Predict
+
 PAIRS = 32
 INFERENCE_STEPS = 1000  # the smallest steps: importance ratios near 1, so that few pairs are masked, as in training
 LORA_RANK = 4
 FAMILY_NEEDS = ("accelerate", "diffusers", "transformers", "av")  # for a family's toy and a cache of its pairs
-
-Predict = Callable[[nn.Module, Tensor, Tensor, Any], Tensor]
 
 
 @dataclass(frozen=True)
@@ -172,9 +173,10 @@ def _cached(case: TrainingCase, device: str, folder: Path) -> Setup:
         **options,
     )
     pairs = CachedPairs(cache)
-    drawn = [DrawnPairs(pairs, schedule=schedule, references=found, **options) for found in (None, errors)]
+    drawn = DrawnPairs(pairs, schedule=schedule, **options)
+    with_errors = DrawnPairs(pairs, schedule=schedule, references=errors, **options)
     name = f"diffusers {type(base).__name__}"
-    return Setup(case, name, base, family.predict, schedule, pairs, *drawn, family.lora_targets)
+    return Setup(case, name, base, family.predict, schedule, pairs, drawn, with_errors, family.lora_targets)
 
 
 def _in_memory(case: TrainingCase, device: str) -> Setup:

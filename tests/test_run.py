@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 
 from sipo import cli, config
 from sipo.data.media import read_media, write_video
@@ -125,6 +125,9 @@ def test_a_resumed_run_ends_with_the_bits_of_one_that_was_not_stopped(
     train(name, *options(once, 6, cache=folder / "cache"))
     train(name, *options(folder, 6), "--resume")
     assert steps_of(folder) == [1, 2, 3, 4, 5, 6]
+    shutil.rmtree(folder / "run" / "weights")  # as if it had been stopped just before it wrote them
+    train(name, *options(folder, 6), "--resume")
+    assert steps_of(folder) == [1, 2, 3, 4, 5, 6]
     files = [place / "run" / "weights" / "pytorch_lora_weights.safetensors" for place in (once, folder)]
     one, other = map(load_file, files)
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
@@ -193,7 +196,12 @@ def test_precompute_mends_what_was_damaged(shared: Path, tmp_path: Path, capsys:
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert ".safetensors" in error and "sipo precompute" in error
     assert cli.main(precompute) == 0
-    assert {path: path.read_bytes() for path in kept} == kept
+    for path, data in kept.items():
+        if "errors" not in path.name:
+            assert path.read_bytes() == data, path.name
+        else:  # a network's passes may round otherwise where its memory lies otherwise
+            for key, tensor in load(data).items():
+                torch.testing.assert_close(load_file(path)[key], tensor, rtol=1e-6, atol=0)
     train("sd15", *more)
 
 

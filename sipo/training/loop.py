@@ -367,8 +367,8 @@ class _Run:
             average=self.average,
             accelerator=self.accelerator,
         )
-        if step >= self.config.steps:
-            raise ValueError(f"steps={self.config.steps}: the checkpoint has {step} already, expected more")
+        if step > self.config.steps:  # as many is a run that was stopped between its last step and what comes after
+            raise ValueError(f"steps={self.config.steps}: the checkpoint has {step} already, expected at least as many")
         self.window.restore(window)
         self.watch.lines = int(progress["low_active_lines"])
         self.skipped = int(progress["skipped"])
