@@ -87,7 +87,9 @@ def watch(steps: int, device: str, folder: Path) -> list[dict[str, Any]]:
     from sipo import SIPOLoss
     from sipo.training import TrainingConfig, train
 
-    setup = make_setup(TrainingCase("SD1.5", "sd15", BATCH_SIZE, pixels=(32, 32, 1)), device, folder)
+    case = TrainingCase("SD1.5", "sd15", BATCH_SIZE, pixels=(32, 32, 1))
+    setup = make_setup(case, device, folder)
+    reference = frozen_copy(setup.base, case, device)
     policy = setup.base.requires_grad_(True)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, fused=True)
     moments = {max(1, steps * look // LOOKS) for look in range(1, LOOKS + 1)}
@@ -118,7 +120,7 @@ def watch(steps: int, device: str, folder: Path) -> list[dict[str, Any]]:
     loss = SIPOLoss(setup.schedule)
     train(
         policy,
-        frozen_copy(setup),
+        reference,
         loss,
         setup.pairs,
         setup.predict,

@@ -105,13 +105,13 @@ def lora_networks(setup: Setup, device: str) -> tuple[nn.Module, nn.Module]:
         raise ImportError("diffusers is not installed, whose networks take adapters")
     policy = copy.deepcopy(setup.base)
     prepare_lora(policy, rank=LORA_RANK, target_modules=setup.lora_targets)
-    return policy.to(device), frozen_copy(setup)
+    return policy.to(device), frozen_copy(setup.base, setup.case, device)
 
 
-def frozen_copy(setup: Setup) -> nn.Module:
-    """A reference: in bfloat16 where the case is."""
-    reference = copy.deepcopy(setup.base).requires_grad_(False).eval()
-    return reference.to(torch.bfloat16) if setup.case.precision == "bf16" else reference
+def frozen_copy(base: nn.Module, case: TrainingCase, device: str) -> nn.Module:
+    """A reference: in bfloat16 where the case is, on a GPU (a CPU's autocast leaves norms out, and they fail then)."""
+    reference = copy.deepcopy(base).requires_grad_(False).eval()
+    return reference.to(torch.bfloat16) if case.precision == "bf16" and device != "cpu" else reference
 
 
 def quiet() -> None:
@@ -160,7 +160,7 @@ def _cached(case: TrainingCase, device: str, folder: Path) -> Setup:
     cache, schedule = open_cache(data.cache), family.load_schedule(model, INFERENCE_STEPS)
     network: Any = family.load_network(model)
     base = type(network).from_config({**network.config, **case.network}).to(device)
-    reference = copy.deepcopy(base)
+    reference = frozen_copy(base, case, device)
     options: dict[str, Any] = {"draws": 1, "seed": 0, "distribution": "uniform", "caption_dropout": 0.0}
     errors = precompute_references(
         cache,
@@ -199,7 +199,7 @@ def _in_memory(case: TrainingCase, device: str) -> Setup:
         base = getattr(diffusers, family.network_class)(**case.network).to(device)
         name = f"diffusers {family.network_class}"
     pairs, drawn, with_errors = [], [], []
-    reference = copy.deepcopy(base)
+    reference = frozen_copy(base, case, device)
     for _ in range(PAIRS):
         winner, loser, noise = torch.randn(3, *case.sample)
         condition = {"prompt_embeds": torch.randn(case.text)}

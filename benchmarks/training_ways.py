@@ -106,7 +106,9 @@ class Bench:
     def __init__(self, setup: Setup, device: str, folder: Path) -> None:
         self.setup, self.device, self.folder = setup, device, folder
         self.clock = Clock(device)
-        self.trained = {False: Trained(copy.deepcopy(setup.base).requires_grad_(True), frozen_copy(setup))}
+        self.trained = {
+            False: Trained(copy.deepcopy(setup.base).requires_grad_(True), frozen_copy(setup.base, setup.case, device))
+        }
         self.missing: dict[str, str] = {}
         try:
             self.trained[True] = Trained(*lora_networks(setup, device))

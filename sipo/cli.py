@@ -69,7 +69,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0, or 2 for a user error. Parsing errors and ``--help`` raise ``SystemExit`` instead.
     """
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options, rest = parser.parse_known_args(argv)
+    if rest:  # argparse takes no positional arguments after an option where some came before it
+        if not hasattr(options, "overrides") or any("=" not in word or word.startswith("-") for word in rest):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        options.overrides += rest
     try:
         status: int = options.run(options)
     except CommandError as error:

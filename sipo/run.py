@@ -292,12 +292,9 @@ def run_training(config: Config, *, resume: bool = False, accelerator: Accelerat
         )
     run = open_run(config, accelerator)
     loss_fn = make_loss(run)
-    _check_network_free(run)
-    if run.accelerator.is_main_process:
-        import yaml
-
-        training.folder.mkdir(parents=True, exist_ok=True)
-        write_aside(training.folder / "config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False))
+    _check_before_data(run)
+    if not there:
+        _write_config(run)
     cache, _ = prepare_data(run, progress=training.progress)
     pairs, held_out = datasets(run, cache)
     network, reference = build(run)
@@ -317,11 +314,32 @@ def run_training(config: Config, *, resume: bool = False, accelerator: Accelerat
         validation=validate,
         on_validation=look if training.validate_every else None,
         offload_reference=config.model.reference_offload,
+        identity=_identity(config, cache),
     )
+    if there:
+        _write_config(run)  # only now is it known to belong to the run that was there
     return Trained(result, save(run, network, result, cache, loss_fn, len(pairs) // max(1, config.data.draws)))
 
 
-def _check_network_free(run: Run) -> None:
+def _identity(config: Config, cache: Cache) -> dict[str, Any]:
+    """What a resumed run must share with the one it goes on from, beside the loop's own settings."""
+    free = ("gradient_checkpointing", "reference_offload")
+    model = {f"model.{name}": value for name, value in config.as_dict()["model"].items() if name not in free}
+    draws = {f"data.{name}": getattr(config.data, name) for name in ("draws", "held_out", "seed")}
+    return {**model, **draws, "model.reference": reference_kind(config), "data": file_hash(cache.folder / INDEX)}
+
+
+def _write_config(run: Run) -> None:
+    """Keeps the configuration beside what came of it."""
+    import yaml
+
+    if run.accelerator.is_main_process:
+        folder = run.config.training.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        write_aside(folder / "config.yaml", yaml.safe_dump(run.config.as_dict(), sort_keys=False))
+
+
+def _check_before_data(run: Run) -> None:
     """What :func:`sipo.training.train` would refuse after the data has been computed, refused before."""
     config = run.config
     if config.training.validate_every and not config.data.held_out and not config.samples.prompts:

@@ -139,6 +139,11 @@ def test_a_folder_with_a_run_is_not_overwritten(trained: tuple[str, Path], capsy
     assert cli.main(["train", str(example(name)), *options(folder, 9)]) == 2
     error = capsys.readouterr().err
     assert "holds a run already: --resume goes on with it" in error and error.count("\n") == 1
+    kept = (folder / "run" / "config.yaml").read_bytes()
+    assert cli.main(["train", str(example(name)), *options(folder, 9), "--resume", "model.lora.alpha=9"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "made with model.lora={'rank': 4, 'alpha': None" in error and "expected this run's" in error
+    assert (folder / "run" / "config.yaml").read_bytes() == kept
 
 
 # ---- Ways to train: full tuning, reference errors, averages, flows of both kinds ----
@@ -183,6 +188,7 @@ def test_precompute_mends_what_was_damaged(shared: Path, tmp_path: Path, capsys:
     cache = tmp_path / "cache"
     for kind in ("cache", "cache-toy"):
         shutil.copytree(shared.with_name(kind), tmp_path / kind)
+    shutil.rmtree(cache / "references", ignore_errors=True)  # of other draws, from another test
     more = [*options(tmp_path, 3, cache=cache), "data.draws=2", "data.reference_errors=true", "samples.prompts=[]"]
     precompute = ["precompute", str(example("sd15")), *more]
     assert cli.main(precompute) == 0

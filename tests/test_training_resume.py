@@ -253,7 +253,7 @@ def test_a_finished_run_resumes_to_its_end(tmp_path: Path) -> None:
     fit(tmp_path, policy=whole, steps=4, checkpoint_every=2)
     log = (tmp_path / "metrics.jsonl").read_text()
     policy, _ = networks()
-    result = fit(tmp_path, policy=policy, steps=4, checkpoint_every=2, resume_from="latest")
+    _, result = fit(tmp_path, policy=policy, steps=4, checkpoint_every=2, resume_from="latest")
     assert result.steps == 4 and result.history == []
     assert (tmp_path / "metrics.jsonl").read_text() == log
     for name, tensor in whole.state_dict().items():

@@ -40,11 +40,11 @@ def model_card(
         Markdown.
     """
     model, loss, data, training = config.model, config.loss, config.data, config.training
-    lora = model.tuning == "lora"
+    lora, method = model.tuning == "lora", loss.method.replace("_", "-")
     front: dict[str, Any] = {
         "library_name": "diffusers",
         "pipeline_tag": "text-to-video" if family.video else "text-to-image",
-        "tags": ["diffusers", "preference-optimisation", "sipo", loss.method.replace("_", "-")] + ["lora"] * lora,
+        "tags": ["diffusers", "preference-optimisation", *dict.fromkeys(("sipo", method))] + ["lora"] * lora,
     }
     if _is_hub_id(model.path):
         front = {"base_model": model.path} | front

@@ -7,6 +7,7 @@ gradients, or not at all. The host never waits for the device except when a log 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,7 @@ def train(
     validation: PairDataset | None = None,
     on_validation: OnValidation | None = None,
     offload_reference: bool = False,
+    identity: Mapping[str, Any] | None = None,
 ) -> TrainingResult:
     """Aligns ``policy`` on preference pairs, in place.
 
@@ -94,6 +96,7 @@ def train(
         validation: held-out pairs, measured every ``config.validate_every`` steps.
         on_validation: called at the same steps, to draw samples for instance; see :data:`OnValidation`.
         offload_reference: keep a frozen copy in host memory while it is not running.
+        identity: JSON values that a resumed run must share with the one it goes on from, beside the configuration's.
 
     Returns:
         How it went.
@@ -119,6 +122,7 @@ def train(
         raise ValueError("the validation set holds 0 pairs, expected at least 1")
     forward = PairForward(loss_fn, predict, reference, accelerator, offload=offload_reference)
     run = _Run(policy, forward, dataset, config, optimizer, accelerator)
+    run.identity.update(identity or {})
     run.validation = Validation(validation, on_validation, forward, config, accelerator)
     with StopRequest() as request:
         return run.go(resume_from, request)
