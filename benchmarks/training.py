@@ -35,7 +35,7 @@ from benchmarks.training_memory import growth, print_growth
 from benchmarks.training_setup import TrainingCase, make_setup
 from benchmarks.training_ways import COUNTED, HAND, HAND_LORA, SKIPPED, Bench, Clock
 
-MIN_ROUNDS = 3
+MIN_ROUNDS = 2
 SECONDS = {"cpu": 120.0, "cuda": 60.0}
 
 
@@ -210,11 +210,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default=measure.default_device())
     parser.add_argument("--seconds", type=float, help="of timing for each case (default 120, on a GPU 60)")
     parser.add_argument("--steps", type=int, help="of the memory run (default 2000); 0 leaves it out")
-    parser.add_argument("--quick", action="store_true", help="tiny networks and 200 steps, to see that it works")
+    parser.add_argument("--quick", action="store_true", help="tiny networks and 100 steps, to see that it works")
     parser.add_argument("--output", type=Path, help="results file (default benchmarks/results/training-<device>.json)")
     args = parser.parse_args(argv)
     seconds = args.seconds if args.seconds is not None else (4.0 if args.quick else SECONDS[args.device])
-    steps = args.steps if args.steps is not None else (200 if args.quick else 2000)
+    steps = args.steps if args.steps is not None else (100 if args.quick else 2000)
     output = args.output or default_output("training", args.device, partial=args.quick)
     run(TINY if args.quick else CASES[args.device], args.device, seconds, steps, output)
 

@@ -138,7 +138,7 @@ def _run_train(options: argparse.Namespace) -> int:
     import yaml
 
     from sipo import config as configuration
-    from sipo.run import run_training
+    from sipo.train import run_training
     from sipo.training import TrainingInterrupted
 
     config = configuration.load(options.config, options.overrides)

@@ -92,6 +92,7 @@ class DataConfig:
         crop: where an image is cut to size: "center", or "random" (SDXL is told).
         flip: mirror half of the pairs, both images of a pair alike.
         latents: "sample" draws once from the VAE's posterior, "mode" takes its mean.
+        tiling: encode and decode in overlapping tiles, which takes less memory and rounds a little otherwise.
         dtype: that latents and text embeddings are stored in.
         skip_bad: leave out pairs that cannot be used, and say how many; ``False`` stops at the first.
         max_pairs: use no more than the first so many.
@@ -113,6 +114,7 @@ class DataConfig:
     crop: Literal["center", "random"] = "center"
     flip: bool = False
     latents: Literal["sample", "mode"] = "sample"
+    tiling: bool = False
     dtype: Dtype = "bfloat16"
     skip_bad: bool = False
     max_pairs: int | None = None

@@ -21,7 +21,7 @@ from safetensors.torch import load, load_file
 from sipo import cli, config
 from sipo.data.media import read_media, write_video
 from sipo.families import get
-from sipo.run import SAMPLE_FPS
+from sipo.train import SAMPLE_FPS
 from sipo.training.logs import read_lines
 
 ROOT = Path(__file__).parent.parent
@@ -215,7 +215,8 @@ def test_other_options_train(shared: Path, tmp_path: Path) -> None:
     """bfloat16 weights under autocast, checkpointing, a learning rate that falls, dropped captions, skipped work."""
     more = ["model.dtype=bfloat16", "training.mixed_precision=bf16", "model.gradient_checkpointing=true"]
     more += ["training.lr_schedule=cosine", "training.caption_dropout=0.5", "training.timestep_sampling=informative"]
-    more += ["training.skip_inactive=true", "data.flip=true", "data.crop=random", "loss.method=dpo_cm"]
+    more += ["training.skip_inactive=true", "data.flip=true", "data.tiling=true", "data.crop=random"]
+    more += ["loss.method=dpo_cm"]
     train("sd15", *options(tmp_path, 4, *more))
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     rates = [line["learning_rate"] for line in lines]

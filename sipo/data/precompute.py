@@ -92,7 +92,7 @@ class CacheSummary:
 def fingerprint(model: ModelConfig, data: DataConfig) -> dict[str, Any]:
     """What the content of a cache depends on, by the names of the configuration's keys; JSON values."""
     of_model = ("family", "path", "revision", "variant", "dtype")
-    of_data = ("path", "format", "split", "sizes", "frames", "fps", "crop", "flip", "latents", "dtype")
+    of_data = ("path", "format", "split", "sizes", "frames", "fps", "crop", "flip", "latents", "tiling", "dtype")
     of_rows = ("max_pairs", "seed", "shard_pairs")
     marks = {f"model.{name}": getattr(model, name) for name in of_model}
     return marks | {f"data.{name}": getattr(data, name) for name in (*of_data, *of_rows)}

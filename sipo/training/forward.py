@@ -60,6 +60,8 @@ class PairForward:
         self.device: torch.device = accelerator.device
         self.generator = torch.Generator(self.device)
         self.reference = reference
+        self.wrapped: nn.Module | None = None
+        self.network: nn.Module | None = None
         self.offloaded: list[tuple[Tensor, Tensor]] | None = None
         if isinstance(reference, nn.Module):
             reference.requires_grad_(False).eval()
@@ -126,9 +128,11 @@ class PairForward:
     @contextmanager
     def _reference(self, policy: nn.Module) -> Iterator[nn.Module]:
         if isinstance(self.reference, AdapterOff):
-            network: nn.Module = self.accelerator.unwrap_model(policy)
-            with self.reference.switch(network):
-                yield network
+            if policy is not self.wrapped:  # accelerate looks at every module to find the one inside
+                self.wrapped, self.network = policy, self.accelerator.unwrap_model(policy)
+            assert self.network is not None
+            with self.reference.switch(self.network):
+                yield self.network
         elif self.offloaded is not None:
             for tensor, host in self.offloaded:
                 tensor.data = host.to(self.device, non_blocking=True)

@@ -277,9 +277,10 @@ class _Run:
             self.window.add_step(torch.tensor(math.nan if norm is None else float(norm), device=self.device))
             return
         broken = ~self.window.add_step(whole(norm))
-        for parameter in self.parameters:
-            if parameter.grad is not None:
-                local(parameter.grad).masked_fill_(broken, 0.0)
+        if self.device.type != "cpu" or broken:  # on the CPU asking costs nothing, and on others it would wait
+            for parameter in self.parameters:
+                if parameter.grad is not None:
+                    local(parameter.grad).masked_fill_(broken, 0.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.average is not None:

@@ -1,0 +1,190 @@
+"""``sipo train``: a run from its configuration to saved weights and their card."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from sipo.config import Config, ConfigError, reference_kind
+from sipo.data.cache import INDEX, Cache, file_hash
+from sipo.data.media import write_image_grid, write_video
+from sipo.families.card import model_card
+from sipo.families.tuning import save_full, save_lora
+from sipo.loss import SIPOLoss
+from sipo.run import Run, build, datasets, make_loss, open_run, prepare_data
+from sipo.training import TrainingResult, gather_weights, train
+from sipo.training import storage as checkpoints
+from sipo.training.logs import write_aside
+
+SAMPLE_FPS = 8.0
+"""Frames per second of the clips that validation writes where ``data.fps`` does not say."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How a run ended.
+
+    Attributes:
+        result: the loop's.
+        weights: folder with the trained weights, their card, and how to load them.
+    """
+
+    result: TrainingResult
+    weights: Path
+
+
+def run_training(config: Config, *, resume: bool = False, accelerator: Accelerator | None = None) -> Trained:
+    """A whole run of ``sipo train``.
+
+    Args:
+        config: the run.
+        resume: go on from the newest sound checkpoint in ``training.output_dir``, or start where there is none.
+        accelerator: made from the configuration if left out.
+
+    Returns:
+        Where the weights are.
+
+    Raises:
+        ConfigError: what does not fit; a folder that holds another run.
+        CacheError, BadPair, DataError: of the data.
+        CheckpointError, TrainingDiverged, TrainingInterrupted, TrainingOutOfMemory: of the loop.
+    """
+    training = config.training
+    there = bool(checkpoints.found(training.checkpoints))
+    if there and not resume:
+        raise ConfigError(
+            f"training.output_dir={str(training.output_dir)!r} holds a run already: --resume goes on with it, "
+            "another folder starts anew"
+        )
+    run = open_run(config, accelerator)
+    loss_fn = make_loss(run)
+    _check_before_data(run)
+    if not there:
+        _write_config(run)
+    cache, _ = prepare_data(run, progress=training.progress)
+    pairs, held_out = datasets(run, cache)
+    network, reference = build(run)
+    look = Look(run) if config.samples.prompts else None
+    if look is not None and not there:
+        look(0, network.to(run.accelerator.device))
+    validate = held_out if training.validate_every else None
+    result = train(
+        network,
+        reference,
+        loss_fn,
+        pairs,
+        run.family.predict,
+        training,
+        accelerator=run.accelerator,
+        resume_from=checkpoints.LATEST if there else None,
+        validation=validate,
+        on_validation=look if training.validate_every else None,
+        offload_reference=config.model.reference_offload,
+        identity=_identity(config, cache),
+    )
+    if there:
+        _write_config(run)  # only now is it known to belong to the run that was there
+    return Trained(result, save(run, network, result, cache, loss_fn, len(pairs) // max(1, config.data.draws)))
+
+
+def _identity(config: Config, cache: Cache) -> dict[str, Any]:
+    """What a resumed run must share with the one it goes on from, beside the loop's own settings."""
+    free = ("gradient_checkpointing", "reference_offload")
+    model = {f"model.{name}": value for name, value in config.as_dict()["model"].items() if name not in free}
+    draws = {f"data.{name}": getattr(config.data, name) for name in ("draws", "held_out", "seed")}
+    return {**model, **draws, "model.reference": reference_kind(config), "data": file_hash(cache.folder / INDEX)}
+
+
+def _write_config(run: Run) -> None:
+    """Keeps the configuration beside what came of it."""
+    import yaml
+
+    if run.accelerator.is_main_process:
+        folder = run.config.training.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        write_aside(folder / "config.yaml", yaml.safe_dump(run.config.as_dict(), sort_keys=False))
+
+
+def _check_before_data(run: Run) -> None:
+    """What :func:`sipo.training.train` would refuse after the data has been computed, refused before."""
+    config = run.config
+    if config.training.validate_every and not config.data.held_out and not config.samples.prompts:
+        every = config.training.validate_every
+        raise ConfigError(f"training.validate_every={every}: expected data.held_out > 0, or samples.prompts")
+    if config.training.timestep_sampling == "informative" and config.data.draws:
+        raise ConfigError("training.timestep_sampling='informative': expected data.draws=0, fixed draws have theirs")
+    try:
+        run.schedule.sample_timesteps(1, distribution=config.training.timestep_distribution)
+    except ValueError as error:
+        raise ConfigError(f"training.timestep_{error}") from error
+
+
+class Look:
+    """Draws samples from fixed prompts and seeds: ``samples/step-00000100.png``, or an mp4 for each prompt.
+
+    The encoders wait in host memory between looks.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.folder = run.config.training.folder / "samples"
+        self.drawn = not run.accelerator.is_fsdp2 and run.accelerator.distributed_type.value != "DEEPSPEED"
+        self.pipeline: Any = None
+        if run.accelerator.is_main_process and self.drawn:
+            self.pipeline = run.load_encoders()
+
+    def __call__(self, step: int, policy: nn.Module) -> None:
+        """Samples on the main process; a sharded network cannot be sampled by one process alone, and is not."""
+        if self.pipeline is None:
+            return
+        data, samples = self.run.config.data, self.run.config.samples
+        height, width = data.sizes[0]
+        self.pipeline.to(self.run.accelerator.device)
+        drawn = self.run.family.sample(
+            self.pipeline,
+            policy,
+            samples.prompts,
+            seed=samples.seed,
+            height=height,
+            width=width,
+            frames=data.frames,
+            steps=samples.steps,
+            guidance=samples.guidance,
+        )
+        self.pipeline.to("cpu")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self.run.family.video:
+            write_image_grid(self.folder / f"step-{step:08d}.png", drawn)
+            return
+        for number, clip in enumerate(drawn):
+            write_video(self.folder / f"step-{step:08d}-{number}.mp4", clip, data.fps or SAMPLE_FPS)
+
+
+def save(run: Run, network: nn.Module, result: TrainingResult, cache: Cache, loss_fn: SIPOLoss, pairs: int) -> Path:
+    """Writes the trained weights (their moving average, where one was kept) and their card; every process calls it.
+
+    Returns:
+        ``<output_dir>/weights``: for LoRA what ``pipeline.load_lora_weights`` takes, else the network's folder.
+    """
+    config, family, accelerator = run.config, run.family, run.accelerator
+    folder = config.training.folder / "weights"
+    main = accelerator.is_main_process
+    state: dict[str, Tensor] | None = result.ema
+    sharded = accelerator.is_fsdp2 or accelerator.distributed_type.value == "DEEPSPEED"
+    if state is None and sharded:
+        state = gather_weights(network, keep=main)
+    if main:
+        writer = save_lora if config.model.tuning == "lora" else save_full
+        if state is not None and writer is save_full:
+            state = {**network.state_dict(), **state}
+        writer(family, network, folder, state=state)
+        beta = loss_fn.default_beta(5 if family.video else 4) if loss_fn.beta is None else loss_fn.beta
+        data_hash = file_hash(cache.folder / INDEX)
+        card = model_card(family, config, beta=beta, pairs=pairs, data_hash=data_hash, steps=result.steps)
+        write_aside(folder / "README.md", card)
+    accelerator.wait_for_everyone()
+    return folder
