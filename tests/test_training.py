@@ -20,6 +20,7 @@ from sipo.training import (
     TrainingConfig,
     TrainingDiverged,
     TrainingWarning,
+    loop,
     train,
 )
 from sipo.training.data import StreamSampler, pair_noise, step_timesteps
@@ -184,7 +185,9 @@ class PlainLoss:
         return PlainOutput((model_pred - ref_pred - target.repeat(2, 1, 1, 1)).square().mean())
 
 
-def test_the_host_reads_nothing_between_log_lines(tmp_path: Path) -> None:
+def test_the_host_reads_nothing_between_log_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "ASKED", ())  # as on a GPU
+
     class Reads(TorchDispatchMode):
         count = 0
 
@@ -244,7 +247,11 @@ def test_a_run_of_broken_steps_ends_it_and_leaves_the_weights(tmp_path: Path, lo
     assert same(policy, before)
 
 
-def test_a_broken_step_moves_nothing_and_training_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("asked", [(), ("cpu",)], ids=["on the device", "asked"])
+def test_a_broken_step_moves_nothing_and_training_goes_on(
+    tmp_path: Path, asked: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "ASKED", asked)
     policy, reference = networks()
     config = settings(tmp_path, steps=6, log_every=3, max_nonfinite_steps=2)
     # Without momentum a step without gradient is no step at all: steps 2 and 5 never happened.
