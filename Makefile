@@ -23,7 +23,7 @@ demo: $(STAMP)  ## align a small model on real handwritten digits, under two min
 	$(BIN)/sipo demo $(ARGS)
 
 test: $(STAMP)  ## the whole test suite, with line coverage
-	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=4 --dist loadfile --cov --cov-report=term $(ARGS)
 
 bench: $(STAMP)  ## the pair loss against plain torch and torch.compile on this machine, in 15 minutes; ARGS=--quick: two
 	$(BIN)/python -m pytest benchmarks/test_kernel.py -q --benchmark-columns=median,iqr,rounds --benchmark-sort=name

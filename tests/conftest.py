@@ -16,6 +16,9 @@ from hypothesis import HealthCheck, settings
 from sipo_kernels import backends, cuda, native
 from tests import emulation
 
+# Tests run side by side on all cores, and what a run computes to the last bit may hang on how many threads it has.
+torch.set_num_threads(1)
+
 settings.register_profile(
     "sipo", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

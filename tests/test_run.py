@@ -30,15 +30,6 @@ SHORT = ["training.checkpoint_every=2", "training.validate_every=2", "samples.st
 SHORT += ["training.log_every=1", "training.tensorboard=false"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """As the processes that some tests start: the same bits, and no waiting for busy cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(autouse=True)
 def own_accelerator() -> Iterator[None]:
     """A process has one accelerator, whose precision cannot be changed."""
@@ -233,6 +224,15 @@ def start(name: str, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+def wait_for_lines(process: subprocess.Popen[str], log: Path, count: int) -> None:
+    """Until a run has written so many log lines."""
+    until = time.monotonic() + 120
+    while not (log.is_file() and len(log.read_text().splitlines()) > count):
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        assert time.monotonic() < until, "no log lines in two minutes"
+        time.sleep(0.02)
+
+
 def finish(process: subprocess.Popen[str]) -> str:
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output[-3000:]
@@ -244,9 +244,7 @@ def test_killed_and_resumed_ends_with_the_same_bits(shared: Path, tmp_path: Path
     train("sd15", *options(tmp_path / "once", 40, *arguments, cache=shared))
     log = tmp_path / "killed" / "run" / "metrics.jsonl"
     process = start("sd15", *options(tmp_path / "killed", 40, *arguments, cache=shared))
-    until = time.monotonic() + 120
-    while time.monotonic() < until and not (log.is_file() and len(log.read_text().splitlines()) > 12):
-        time.sleep(0.02)
+    wait_for_lines(process, log, 12)
     process.send_signal(signal.SIGKILL)
     process.wait()
     done = [line["step"] for line in map(json.loads, log.read_text().splitlines()[:-1])]
@@ -262,9 +260,7 @@ def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(shared: Path, tmp_path: 
     arguments = options(tmp_path, 4000, "samples.prompts=[]", "training.validate_every=0", cache=shared)
     process = start("sd15", *arguments)
     log = tmp_path / "run" / "metrics.jsonl"
-    until = time.monotonic() + 120
-    while time.monotonic() < until and not (log.is_file() and len(log.read_text().splitlines()) > 4):
-        time.sleep(0.02)
+    wait_for_lines(process, log, 4)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output[-3000:]

@@ -271,7 +271,8 @@ def test_the_gradient_of_two_processes_is_that_of_one(two: Path, tmp_path: Path)
         for key, value in load_file(two / name / "weights.safetensors").items():
             expected = (start[key] - policy.state_dict()[key]).detach()
             assert expected.norm() > 1e-3
-            torch.testing.assert_close(start[key].detach() - value, expected, rtol=1e-4, atol=1e-6)
+            # Added up in another order; the difference of two weights has their last bits, not its own.
+            assert (start[key].detach() - value - expected).norm() < 2e-5 * expected.norm() + 1e-6
 
 
 def test_in_bf16_a_sharded_policy_starts_as_its_reference_is(two: Path) -> None:
