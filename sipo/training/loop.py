@@ -31,7 +31,6 @@ from sipo.training.stopping import StopRequest, memory_advice, release_signals
 from sipo.training.timesteps import InformativeTimesteps
 from sipo.training.validation import OnValidation, Validation
 
-
 ASKED = ("cpu",)
 """Devices that are asked for a number at each step, as that does not make anybody wait there. Tests empty it."""
 
