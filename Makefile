@@ -12,10 +12,10 @@ STAMP  := $(VENV)/.sipo-installed
 INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench lint clean
+.PHONY: help setup demo test bench bench-training lint clean
 
 help:  ## what there is to make
-	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
 
 setup: $(STAMP)  ## .venv with the tested versions and the native library
 
@@ -30,6 +30,9 @@ bench: $(STAMP)  ## the pair loss against plain torch and torch.compile on this 
 	$(BIN)/python -m benchmarks.kernel $(ARGS)
 	$(BIN)/python -m benchmarks.sweep $(ARGS)
 	$(BIN)/python -m benchmarks.plots
+
+bench-training: $(STAMP)  ## whole training steps against a hand-written loop, and memory over 2,000 steps, in seven minutes
+	$(BIN)/python -m benchmarks.training $(ARGS)
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
