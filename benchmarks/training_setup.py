@@ -121,6 +121,7 @@ def quiet() -> None:
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
 
 
 def _cached(case: TrainingCase, device: str, folder: Path) -> Setup:

@@ -22,7 +22,7 @@ SKIPPED = 5  # first steps of a chunk that do not count: the iterator starts, th
 LOG_EVERY = 10
 COUNTED = 2 * LOG_EVERY  # whole rounds of log lines
 LEARNING_RATE = 1e-6  # the policy hardly moves: the last step costs what the first did
-BETA = {"sd15": 5000.0, "wan": 2000.0}
+BETA = {"sd15": 5000.0, "sdxl": 5000.0, "cogvideox": 2000.0, "wan": 2000.0}
 MAX_ERROR = {"no": 1e-3, "bf16": 0.1}  # of a gradient, relative; bfloat16's own error against float32 is as large
 PERTURBED = 1e-3  # for the comparison of gradients: a policy that is not its reference
 
