@@ -45,6 +45,7 @@ def hand_written(
     batch_size: int,
     device: str,
     precision: str = "no",
+    velocity: bool = False,
 ) -> None:
     """Trains ``policy`` for some optimiser steps.
 
@@ -53,13 +54,14 @@ def hand_written(
         reference: its frozen copy.
         pairs: a data set.
         predict: calls a network.
-        levels: α and σ by timestep, ``[T]`` on the device, for a network that predicts noise; ``None`` for a flow.
+        levels: α and σ by timestep, ``[T]`` on the device, of a discrete schedule; ``None`` for a flow.
         loss: of policy's prediction, reference's, target and timesteps.
         optimizer: of the policy.
         steps: how many.
         batch_size: pairs in a step.
         device: where the networks are.
         precision: "no" or "bf16".
+        velocity: whether a network that is no flow predicts v in place of noise.
     """
     loader: DataLoader[Any] = DataLoader(
         pairs, batch_size, shuffle=True, drop_last=True, pin_memory=device.startswith("cuda")
@@ -71,6 +73,8 @@ def hand_written(
         batch = next(batches)
         latents = torch.cat([batch["winner"], batch["loser"]]).to(device, non_blocking=True)
         condition = {name: torch.cat([t, t]).to(device, non_blocking=True) for name, t in batch["condition"].items()}
+        for name, own in batch.get("own_condition", {}).items():  # SDXL's time ids
+            condition[name] = torch.cat([own[:, 0], own[:, 1]]).to(device, non_blocking=True)
         noise, timesteps = _draw(batch, latents, levels)
         shape = (-1, *[1] * (latents.ndim - 1))
         if levels is None:
@@ -78,7 +82,8 @@ def hand_written(
             noisy, target = (1 - sigma) * latents + sigma * noise, noise - latents
         else:
             alpha, sigma = (level[timesteps].view(shape) for level in levels)
-            noisy, target = alpha * latents + sigma * noise, noise
+            noisy = alpha * latents + sigma * noise
+            target = alpha * noise - sigma * latents if velocity else noise
         with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
             model_pred = predict(policy, noisy, timesteps, condition)
             with torch.no_grad():

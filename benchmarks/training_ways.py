@@ -136,6 +136,7 @@ class Bench:
         optimizer = optimizer or self.optimizers[way.lora, way.fused]
         options: dict[str, Any] = {"steps": steps, "batch_size": case.batch_size}
         if not way.ours:
+            options["velocity"] = setup.schedule.prediction_type == "v_prediction"
             hand_written(
                 trained.policy, trained.reference, pairs, setup.predict, self.levels, self._plain_loss(way), optimizer,
                 device=self.device, precision=case.precision, **options,
