@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import sipo
-from sipo.cli_data import CommandError, add_commands
+from sipo.cli_data import CommandError, add_commands, missing_packages
 
 # Import name and distribution name of what `sipo demo` needs beyond the core.
 _DEMO_PACKAGES = {
@@ -118,9 +118,8 @@ def _add_demo(commands: argparse._SubParsersAction[_Parser]) -> None:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    missing = [name for module, name in _DEMO_PACKAGES.items() if importlib.util.find_spec(module) is None]
-    if missing:
-        return _fail(f"the demo needs {', '.join(missing)}: pip install 'sipo[demo]'")
+    if missing := missing_packages(_DEMO_PACKAGES):
+        return _fail(f"the demo needs {missing}: pip install 'sipo[demo]'")
     import torch
 
     from sipo.demo.run import DemoConfig, describe, run_demo

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,23 +99,28 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="laid over the file")
 
 
-def _guarded(work: Callable[[], int]) -> int:
-    """Runs a command; errors that a user can do something about become one line.
+def missing_packages(packages: Mapping[str, str]) -> str:
+    """Distributions whose module cannot be found, of a table from import name to distribution; "" if none."""
+    return ", ".join(name for module, name in packages.items() if importlib.util.find_spec(module) is None)
 
-    Raises:
-        CommandError: one of those.
-    """
-    missing = [name for module, name in _PACKAGES.items() if importlib.util.find_spec(module) is None]
-    if missing:
-        raise CommandError(f"this needs {', '.join(missing)}: pip install 'sipo[train]'")
-    from sipo.training import TrainingDiverged, TrainingOutOfMemory
 
-    _quieten()
-    try:
-        return work()
-    # OSError: files; ValueError: ours for data, caches, checkpoints and configurations.
-    except (OSError, ValueError, ImportError, TrainingDiverged, TrainingOutOfMemory) as error:
-        raise CommandError(str(error) or type(error).__name__) from error
+def _command(work: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """Errors that a user of a command can do something about become one line, a :class:`CommandError`."""
+
+    @functools.wraps(work)
+    def guarded(options: argparse.Namespace) -> int:
+        if missing := missing_packages(_PACKAGES):
+            raise CommandError(f"this needs {missing}: pip install 'sipo[train]'")
+        from sipo.training import TrainingDiverged, TrainingOutOfMemory
+
+        _quieten()
+        try:
+            return work(options)
+        # OSError: files; ValueError: ours for data, caches, checkpoints and configurations.
+        except (OSError, ValueError, ImportError, TrainingDiverged, TrainingOutOfMemory) as error:
+            raise CommandError(str(error) or type(error).__name__) from error
+
+    return guarded
 
 
 def _quieten() -> None:
@@ -130,19 +136,16 @@ def _quieten() -> None:
     transformers_logging.set_verbosity_error()
 
 
+@_command
 def _train(options: argparse.Namespace) -> int:
-    return _guarded(lambda: _run_train(options))
-
-
-def _run_train(options: argparse.Namespace) -> int:
     import yaml
 
     from sipo import config as configuration
     from sipo.train import run_training
-    from sipo.training import TrainingInterrupted
+    from sipo.training import TrainingInterrupted, make_accelerator
 
     config = configuration.load(options.config, options.overrides)
-    accelerator = _accelerator(config)
+    accelerator = make_accelerator(config.training)
     if accelerator.is_main_process:
         print(yaml.safe_dump(config.as_dict(), sort_keys=False), flush=True)
     try:
@@ -161,46 +164,30 @@ def _run_train(options: argparse.Namespace) -> int:
     return 0
 
 
-def _accelerator(config: Any) -> Any:
-    from accelerate import Accelerator
-
-    training = config.training
-    return Accelerator(mixed_precision=training.mixed_precision, gradient_accumulation_steps=training.accumulation)
-
-
+@_command
 def _precompute(options: argparse.Namespace) -> int:
-    return _guarded(lambda: _run_precompute(options))
-
-
-def _run_precompute(options: argparse.Namespace) -> int:
     from sipo import config as configuration
     from sipo.run import open_run, prepare_data
 
     config = configuration.load(options.config, options.overrides)
-    run = open_run(config, _accelerator(config))
-    _, summary = prepare_data(run, verify=True, progress=config.training.progress)
+    run = open_run(config)
+    summary = prepare_data(run, verify=True, progress=config.training.progress).summary
     if run.accelerator.is_main_process and summary is not None:
         print(summary.describe())
     return 0
 
 
+@_command
 def _check(options: argparse.Namespace) -> int:
-    def work() -> int:
-        from sipo.data.check import run_check
+    from sipo.data.check import run_check
 
-        report = {"streaming": options.streaming, "json_file": options.json, "rows": options.rows}
-        return run_check(
-            options.path, options.format, options.split, options.frames, options.fps, options.limit, **report
-        )
-
-    return _guarded(work)
+    report = {"streaming": options.streaming, "json_file": options.json, "rows": options.rows}
+    return run_check(options.path, options.format, options.split, options.frames, options.fps, options.limit, **report)
 
 
+@_command
 def _label(options: argparse.Namespace) -> int:
-    def work() -> int:
-        from sipo.data.label import run_label
+    from sipo.data.label import run_label
 
-        arguments = {name: value for name, value in vars(options).items() if name not in ("run", "source", "output")}
-        return run_label(options.source, options.output, **arguments)
-
-    return _guarded(work)
+    arguments = {name: value for name, value in vars(options).items() if name not in ("run", "source", "output")}
+    return run_label(options.source, options.output, **arguments)

@@ -13,13 +13,13 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
-from sipo.config import TOY, Config, ConfigError, reference_kind
+from sipo.config import TOY, Config, ConfigError, ModelConfig, reference_kind
 from sipo.data.cache import Cache, CacheError, open_cache
 from sipo.data.pairs import CachedPairs, DrawnPairs, split
 from sipo.data.precompute import CacheSummary, fingerprint, precompute_pairs
@@ -31,7 +31,7 @@ from sipo.families.toy import build_toy
 from sipo.families.tuning import adapter_off, prepare_full, prepare_lora
 from sipo.loss import SIPOLoss
 from sipo.schedule import DEFAULT_INFERENCE_STEPS, NoiseSchedule
-from sipo.training import AdapterOff, Reference
+from sipo.training import AdapterOff, Reference, make_accelerator
 from sipo.training.protocols import PairDataset
 
 
@@ -61,12 +61,6 @@ class Run:
         return Path(self.config.data.cache)
 
     @property
-    def hub(self) -> dict[str, str]:
-        """Options of every ``from_pretrained``."""
-        model = self.config.model
-        return {key: value for key in ("revision", "variant") if (value := getattr(model, key)) is not None}
-
-    @property
     def draws(self) -> dict[str, Any]:
         """What fixed draws, and the reference's errors at them, hang on."""
         data, training = self.config.data, self.config.training
@@ -77,13 +71,33 @@ class Run:
             "caption_dropout": training.caption_dropout,
         }
 
+    @property
+    def references(self) -> dict[str, Any]:
+        """What says which reference errors these are, for the functions of ``sipo.data.references``."""
+        marks = reference_marks(self.config.model, self.config.training.mixed_precision)
+        return {"reference": marks, **self.draws, "dtype": torch.float32}
+
     def load_encoders(self) -> Any:
         """The pipeline without its network, on the CPU."""
         dtype = getattr(torch, self.config.model.dtype)
-        pipeline = self.family.load_encoders(self.model_path, dtype=dtype, **self.hub)
+        pipeline = self.family.load_encoders(self.model_path, dtype=dtype, **_hub(self.config.model))
         if self.config.data.tiling:
             pipeline.vae.enable_tiling()
         return pipeline
+
+
+class Prepared(NamedTuple):
+    """What :func:`prepare_data` leaves.
+
+    Attributes:
+        cache: latents and text embeddings.
+        references: the reference's errors, where the configuration asks for them.
+        summary: what was done to the cache, if anything.
+    """
+
+    cache: Cache
+    references: References | None
+    summary: CacheSummary | None
 
 
 def open_run(config: Config, accelerator: Accelerator | None = None) -> Run:
@@ -93,7 +107,7 @@ def open_run(config: Config, accelerator: Accelerator | None = None) -> Run:
         ConfigError: a family, method or number that does not fit.
         FileNotFoundError, ValueError: a model that is not there or not of its family.
     """
-    training, model, data = config.training, config.model, config.data
+    model, data = config.model, config.data
     try:
         family = get(model.family)
     except ValueError as error:
@@ -101,9 +115,7 @@ def open_run(config: Config, accelerator: Accelerator | None = None) -> Run:
     if data.frames > 1 and not family.video:
         raise ConfigError(f"data.frames={data.frames}: expected 1, {family.name} makes images")
     if accelerator is None:
-        accelerator = Accelerator(
-            mixed_precision=training.mixed_precision, gradient_accumulation_steps=training.accumulation
-        )
+        accelerator = make_accelerator(config.training)
     model_path, data_path = model.path, data.path
     toys = Path(f"{data.cache}-toy")
     with accelerator.main_process_first():
@@ -115,12 +127,12 @@ def open_run(config: Config, accelerator: Accelerator | None = None) -> Run:
             data_path = str(
                 _made(toys / "pairs", lambda f: make_toy_pairs(f, video=family.video, seed=data.seed, **size))
             )
-    run = Run(config, family, accelerator, model_path, data_path, schedule=None)  # type: ignore[arg-type]
     steps = config.loss.num_inference_steps or DEFAULT_INFERENCE_STEPS
-    return dataclasses.replace(run, schedule=family.load_schedule(model_path, steps, **run.hub))
+    schedule = family.load_schedule(model_path, steps, **_hub(model))
+    return Run(config, family, accelerator, model_path, data_path, schedule)
 
 
-def prepare_data(run: Run, *, verify: bool = False, progress: bool = True) -> tuple[Cache, CacheSummary | None]:
+def prepare_data(run: Run, *, verify: bool = False, progress: bool = True) -> Prepared:
     """Opens the cache, and computes beforehand what it lacks: latents, text embeddings, the reference's errors.
 
     Args:
@@ -129,7 +141,7 @@ def prepare_data(run: Run, *, verify: bool = False, progress: bool = True) -> tu
         progress: whether to draw progress bars.
 
     Returns:
-        The cache, and what was done to it, if anything.
+        The data, and what was done to it, if anything.
 
     Raises:
         CacheError: a cache of other settings.
@@ -151,30 +163,27 @@ def prepare_data(run: Run, *, verify: bool = False, progress: bool = True) -> tu
         del pipeline
         _free()
         cache = open_cache(run.cache, marks)
-    if config.data.reference_errors:
-        _references(run, cache, verify, progress)
-    return cache, summary
+    references = _references(run, cache, verify, progress) if config.data.reference_errors else None
+    return Prepared(cache, references, summary)
 
 
 def _references(run: Run, cache: Cache, verify: bool, progress: bool) -> References:
     """The reference's errors at every draw, computed where they are not there yet."""
     config, accelerator = run.config, run.accelerator
-    marks = reference_marks(config.model, config.training.mixed_precision)
-    arguments: dict[str, Any] = {"reference": marks, **run.draws, "dtype": torch.float32}
     if not verify:
         with contextlib.suppress(CacheError):
-            found = open_references(cache, run.schedule, **arguments)
+            found = open_references(cache, run.schedule, **run.references)
             accelerator.wait_for_everyone()
             return found
         accelerator.wait_for_everyone()
     dtype = getattr(torch, config.model.reference_dtype or config.model.dtype)
-    network = run.family.load_network(run.model_path, dtype=dtype, **run.hub).to(accelerator.device)
+    network = run.family.load_network(run.model_path, dtype=dtype, **_hub(run.config.model)).to(accelerator.device)
     found = precompute_references(
         cache,
         network.requires_grad_(False),
         run.family.predict,
         run.schedule,
-        **arguments,
+        **run.references,
         batch_size=config.training.batch_size,
         accelerator=accelerator,
         num_workers=config.training.num_workers,
@@ -185,7 +194,7 @@ def _references(run: Run, cache: Cache, verify: bool, progress: bool) -> Referen
     return found
 
 
-def datasets(run: Run, cache: Cache) -> tuple[PairDataset, PairDataset | None]:
+def datasets(run: Run, cache: Cache, references: References | None) -> tuple[PairDataset, PairDataset | None]:
     """Pairs to train on and, with ``data.held_out``, to validate on.
 
     Items are float32: noisy latents and targets keep what half precision would round away, and the network takes them
@@ -198,10 +207,8 @@ def datasets(run: Run, cache: Cache) -> tuple[PairDataset, PairDataset | None]:
         raise ConfigError(f"data.{error}") from error
     if not config.data.draws:
         return training, held_out if len(held_out) else None
-    references = None
-    if reference_kind(config) == "errors":
-        marks = reference_marks(config.model, config.training.mixed_precision)
-        references = open_references(cache, run.schedule, reference=marks, **run.draws, dtype=torch.float32)
+    if reference_kind(config) != "errors":  # computed or not, a network is the reference
+        references = None
     options: dict[str, Any] = {**run.draws, "references": references}
     drawn = [
         DrawnPairs(pairs, schedule=run.schedule, **options) if len(pairs) else None for pairs in (training, held_out)
@@ -217,7 +224,7 @@ def build(run: Run) -> tuple[nn.Module, Reference]:
     lora = model.tuning == "lora"
     torch.manual_seed(config.training.seed)  # LoRA's first factors are drawn
     dtype = getattr(torch, model.dtype) if lora else torch.float32
-    network = family.load_network(run.model_path, dtype=dtype, **run.hub)
+    network = family.load_network(run.model_path, dtype=dtype, **_hub(run.config.model))
     reference: Reference = None
     if kind == "copy":
         reference = copy.deepcopy(network).to(getattr(torch, model.reference_dtype or model.dtype))
@@ -251,6 +258,11 @@ def make_loss(run: Run) -> SIPOLoss:
         return SIPOLoss(run.schedule, **options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"loss.{error}") from error
+
+
+def _hub(model: ModelConfig) -> dict[str, str]:
+    """Options of every ``from_pretrained``."""
+    return {key: value for key in ("revision", "variant") if (value := getattr(model, key)) is not None}
 
 
 def _made(folder: Path, make: Any) -> Any:

@@ -10,13 +10,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from sipo.config import Config, ConfigError, reference_kind
-from sipo.data.cache import INDEX, Cache, file_hash
+from sipo.data.cache import INDEX, file_hash
 from sipo.data.media import write_image_grid, write_video
 from sipo.families.card import model_card
 from sipo.families.tuning import save_full, save_lora
 from sipo.loss import SIPOLoss
 from sipo.run import Run, build, datasets, make_loss, open_run, prepare_data
-from sipo.training import TrainingResult, gather_weights, train
+from sipo.training import TrainingResult, gather_weights, is_sharded, train
 from sipo.training import storage as checkpoints
 from sipo.training.logs import write_aside
 
@@ -65,8 +65,9 @@ def run_training(config: Config, *, resume: bool = False, accelerator: Accelerat
     _check_before_data(run)
     if not there:
         _write_config(run)
-    cache, _ = prepare_data(run, progress=training.progress)
-    pairs, held_out = datasets(run, cache)
+    cache, references, _ = prepare_data(run, progress=training.progress)
+    data_hash = file_hash(cache.folder / INDEX)
+    pairs, held_out = datasets(run, cache, references)
     network, reference = build(run)
     look = Look(run) if config.samples.prompts else None
     if look is not None and not there:
@@ -84,19 +85,20 @@ def run_training(config: Config, *, resume: bool = False, accelerator: Accelerat
         validation=validate,
         on_validation=look if training.validate_every else None,
         offload_reference=config.model.reference_offload,
-        identity=_identity(config, cache),
+        identity=_identity(config, data_hash),
     )
     if there:
         _write_config(run)  # only now is it known to belong to the run that was there
-    return Trained(result, save(run, network, result, cache, loss_fn, len(pairs) // max(1, config.data.draws)))
+    number = len(pairs) // max(1, config.data.draws)
+    return Trained(result, save(run, network, result, loss_fn, pairs=number, data_hash=data_hash))
 
 
-def _identity(config: Config, cache: Cache) -> dict[str, Any]:
+def _identity(config: Config, data_hash: str) -> dict[str, Any]:
     """What a resumed run must share with the one it goes on from, beside the loop's own settings."""
     free = ("gradient_checkpointing", "reference_offload")
     model = {f"model.{name}": value for name, value in config.as_dict()["model"].items() if name not in free}
     draws = {f"data.{name}": getattr(config.data, name) for name in ("draws", "held_out", "seed")}
-    return {**model, **draws, "model.reference": reference_kind(config), "data": file_hash(cache.folder / INDEX)}
+    return {**model, **draws, "model.reference": reference_kind(config), "data": data_hash}
 
 
 def _write_config(run: Run) -> None:
@@ -132,9 +134,8 @@ class Look:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.folder = run.config.training.folder / "samples"
-        self.drawn = not run.accelerator.is_fsdp2 and run.accelerator.distributed_type.value != "DEEPSPEED"
         self.pipeline: Any = None
-        if run.accelerator.is_main_process and self.drawn:
+        if run.accelerator.is_main_process and not is_sharded(run.accelerator):
             self.pipeline = run.load_encoders()
 
     def __call__(self, step: int, policy: nn.Module) -> None:
@@ -164,7 +165,9 @@ class Look:
             write_video(self.folder / f"step-{step:08d}-{number}.mp4", clip, data.fps or SAMPLE_FPS)
 
 
-def save(run: Run, network: nn.Module, result: TrainingResult, cache: Cache, loss_fn: SIPOLoss, pairs: int) -> Path:
+def save(
+    run: Run, network: nn.Module, result: TrainingResult, loss_fn: SIPOLoss, *, pairs: int, data_hash: str
+) -> Path:
     """Writes the trained weights (their moving average, where one was kept) and their card; every process calls it.
 
     Returns:
@@ -174,8 +177,7 @@ def save(run: Run, network: nn.Module, result: TrainingResult, cache: Cache, los
     folder = config.training.folder / "weights"
     main = accelerator.is_main_process
     state: dict[str, Tensor] | None = result.ema
-    sharded = accelerator.is_fsdp2 or accelerator.distributed_type.value == "DEEPSPEED"
-    if state is None and sharded:
+    if state is None and is_sharded(accelerator):
         state = gather_weights(network, keep=main)
     if main:
         writer = save_lora if config.model.tuning == "lora" else save_full
@@ -183,7 +185,6 @@ def save(run: Run, network: nn.Module, result: TrainingResult, cache: Cache, los
             state = {**network.state_dict(), **state}
         writer(family, network, folder, state=state)
         beta = loss_fn.default_beta(5 if family.video else 4) if loss_fn.beta is None else loss_fn.beta
-        data_hash = file_hash(cache.folder / INDEX)
         card = model_card(family, config, beta=beta, pairs=pairs, data_hash=data_hash, steps=result.steps)
         write_aside(folder / "README.md", card)
     accelerator.wait_for_everyone()

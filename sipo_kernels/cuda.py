@@ -17,8 +17,6 @@ from torch import Tensor
 from sipo_kernels import build_info, native
 from sipo_kernels.contract import (
     DTYPES,
-    METHODS,
-    RATIOS,
     Settings,
     Stats,
     accumulate_dtype,
@@ -207,16 +205,7 @@ def forward(
 
     args.ratio_scale, args.error_weight = _numbers(ratio_scale), _numbers(error_weight)
     args.ref_error = _numbers(ref_error)
-    args.settings = native.CSettings(
-        beta=settings.beta,
-        clip_min=1 - settings.clip_low,
-        clip_max=1 + settings.clip_high,
-        mask_threshold=settings.mask_threshold,
-        loss_scale=settings.loss_scale(args.pairs),
-        method=METHODS.index(settings.method),
-        ratio=RATIOS.index(settings.ratio),
-        skip_nonfinite=settings.skip_nonfinite,
-    )
+    args.settings = native.CSettings.of(settings, args.pairs)
     args.loss, args.samples = stats.loss.data_ptr(), stats.samples.data_ptr()
     args.logits, args.mask = stats.logits.data_ptr(), stats.mask.data_ptr()
     args.loss_per_pair, args.double_stats = settings.reduction == "none", stats.logits.dtype == torch.float64

@@ -37,6 +37,20 @@ class CSettings(ctypes.Structure):
         *((name, ctypes.c_int) for name in ("method", "ratio", "skip_nonfinite")),
     ]
 
+    @classmethod
+    def of(cls, settings: Settings, pairs: int) -> CSettings:
+        """The settings of a call with so many pairs."""
+        return cls(
+            beta=settings.beta,
+            clip_min=1 - settings.clip_low,
+            clip_max=1 + settings.clip_high,
+            mask_threshold=settings.mask_threshold,
+            loss_scale=settings.loss_scale(pairs),
+            method=METHODS.index(settings.method),
+            ratio=RATIOS.index(settings.ratio),
+            skip_nonfinite=settings.skip_nonfinite,
+        )
+
 
 class _Args(ctypes.Structure):
     """``sipo::Args`` of csrc/cpu/pair_loss.cpp, field by field."""
@@ -144,16 +158,7 @@ def _template(
     if settings is not None:
         args.ratio_scale_dtype, args.error_weight_dtype, args.ref_error_dtype = numbers
         args.loss_per_pair = settings.reduction == "none"
-        args.settings = CSettings(
-            beta=settings.beta,
-            clip_min=1 - settings.clip_low,
-            clip_max=1 + settings.clip_high,
-            mask_threshold=settings.mask_threshold,
-            loss_scale=settings.loss_scale(samples // 2),
-            method=METHODS.index(settings.method),
-            ratio=RATIOS.index(settings.ratio),
-            skip_nonfinite=settings.skip_nonfinite,
-        )
+        args.settings = CSettings.of(settings, samples // 2)
     return bytes(args)
 
 

@@ -13,8 +13,9 @@ from sipo.training.config import (
 )
 from sipo.training.forward import AdapterOff, Reference
 from sipo.training.loop import TrainingResult, train
+from sipo.training.preparation import make_accelerator
 from sipo.training.protocols import PairDataset, PairLoss, PairLossResult, Predict, Schedule
-from sipo.training.sharded import gather_weights
+from sipo.training.sharded import gather_weights, is_sharded
 from sipo.training.validation import OnValidation
 
 __all__ = [
@@ -34,5 +35,7 @@ __all__ = [
     "TrainingResult",
     "TrainingWarning",
     "gather_weights",
+    "is_sharded",
+    "make_accelerator",
     "train",
 ]

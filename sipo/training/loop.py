@@ -23,10 +23,10 @@ from sipo.training.data import StreamSampler, drop_captions, step_timesteps
 from sipo.training.forward import PairForward, Reference
 from sipo.training.logs import ActiveFractionWatch, MetricWindow, Recorder
 from sipo.training.optimization import Average, make_optimizer, rate_factor
-from sipo.training.preparation import check_setup, prepare
+from sipo.training.preparation import check_setup, make_accelerator, prepare
 from sipo.training.protocols import PairDataset, PairLoss, PairLossResult, Predict
 from sipo.training.randomness import GLOBAL, WORKERS, derive_seed
-from sipo.training.sharded import local, reshard, whole
+from sipo.training.sharded import is_deepspeed, local, reshard, whole
 from sipo.training.stopping import StopRequest, memory_advice, release_signals
 from sipo.training.timesteps import InformativeTimesteps
 from sipo.training.validation import OnValidation, Validation
@@ -113,9 +113,7 @@ def train(
         TrainingOutOfMemory: says what to lower.
     """
     if accelerator is None:
-        accelerator = Accelerator(
-            mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.accumulation
-        )
+        accelerator = make_accelerator(config)
     check_setup(policy, reference, dataset, config, accelerator, resume_from)
     if resume_from is None and checkpoint.found(config.checkpoints):
         raise ValueError(f"{config.checkpoints} holds another run's checkpoints, expected resume_from or a new folder")
@@ -150,7 +148,7 @@ class _Run:
         self.device: torch.device = accelerator.device
         self.forward = forward
         self.dataset = dataset
-        self.deepspeed = accelerator.distributed_type.value == "DEEPSPEED"
+        self.deepspeed = is_deepspeed(accelerator)
         # Before the optimiser is made, so that it holds the parameters where they will be trained.
         policy.to(self.device).train()
         if optimizer is None:

@@ -12,8 +12,14 @@ from torch import nn
 from sipo.training.config import TrainingConfig
 from sipo.training.forward import Reference
 from sipo.training.protocols import PairDataset
+from sipo.training.sharded import is_deepspeed, is_sharded
 
 _PLAIN = ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU")
+
+
+def make_accelerator(config: TrainingConfig) -> Accelerator:
+    """The accelerator that a configuration asks for."""
+    return Accelerator(mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.accumulation)
 
 
 def check_setup(
@@ -38,9 +44,9 @@ def check_setup(
     if config.caption_dropout and getattr(dataset, "unconditional", None) is None:
         raise ValueError(f"caption_dropout={config.caption_dropout}: expected a data set with 'unconditional'")
     kind = accelerator.distributed_type.value
-    if kind not in (*_PLAIN, "DEEPSPEED") and not accelerator.is_fsdp2:
+    if kind not in _PLAIN and not is_sharded(accelerator):
         raise ValueError(f"distributed_type={kind!r}: expected one device, plain data parallelism, FSDP2 or DeepSpeed")
-    if kind == "DEEPSPEED":
+    if is_deepspeed(accelerator):
         _check_deepspeed(config, resume_from)
     if accelerator.gradient_accumulation_steps != config.accumulation:
         found = accelerator.gradient_accumulation_steps
@@ -66,7 +72,7 @@ def prepare(policy: nn.Module, optimizer: Any, config: TrainingConfig, accelerat
     For mixed precision accelerate puts a forward in its place that casts the prediction to float32: a copy of it that
     the loss has no use for. Autocast is the loop's.
     """
-    if accelerator.distributed_type.value == "DEEPSPEED":
+    if is_deepspeed(accelerator):
         settings: Any = accelerator.deepspeed_plugin.deepspeed_config
         sizes = {"train_micro_batch_size_per_gpu": config.batch_size, "gradient_clipping": config.max_grad_norm or 0.0}
         for name, value in sizes.items():
@@ -83,7 +89,7 @@ def prepare(policy: nn.Module, optimizer: Any, config: TrainingConfig, accelerat
     if own_forward is not None:
         policy.__dict__["forward"] = own_forward
     policy.__dict__.pop("_is_accelerate_prepared", None)  # or a second run with this policy would not be prepared
-    if accelerator.scaler is None and accelerator.distributed_type.value != "DEEPSPEED":
+    if accelerator.scaler is None and not is_deepspeed(accelerator):
         # Without a loss scaler accelerate's wrapper adds nothing but a search for packages at every step.
         optimizer = optimizer.optimizer
     return prepared, optimizer

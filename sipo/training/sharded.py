@@ -10,9 +10,20 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def is_deepspeed(accelerator: Accelerator) -> bool:
+    """Whether DeepSpeed takes the steps."""
+    return bool(accelerator.distributed_type.value == "DEEPSPEED")
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether a process may hold only a part of the weights."""
+    return accelerator.is_fsdp2 or is_deepspeed(accelerator)
 
 
 def whole(tensor: Tensor) -> Tensor:
