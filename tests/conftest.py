@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import torch
 
@@ -15,6 +16,10 @@ from hypothesis import HealthCheck, settings
 
 from sipo_kernels import backends, cuda, native
 from tests import emulation
+
+# A shell starts what runs in the background with Ctrl-C ignored, and what tests start inherits it; some send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tests run side by side on all cores, and what a run computes to the last bit may hang on how many threads it has.
 torch.set_num_threads(1)
