@@ -12,7 +12,19 @@ import numbers
 import torch
 from torch import Tensor
 
-from sipo_kernels.contract import DTYPES, LINKS, METHODS, NONFINITE, RATIOS, REDUCTIONS, SMOOTHED_LINKS
+from sipo_kernels.contract import (
+    DTYPES,
+    LINKS,
+    METHODS,
+    METRICS,
+    NONFINITE,
+    RATIOS,
+    REDUCTIONS,
+    SMOOTHED_LINKS,
+    STATISTICS,
+    Totals,
+    pair_dtype,
+)
 
 
 def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -144,3 +156,66 @@ def check_tensors(
         raise ValueError(f"ratio_scale=None: {needed}, only diffusion_dpo does not")
     if error_weight is not None:
         _check_per_sample("error_weight", error_weight, samples, device)
+
+
+def check_extras(expected_upstream: object, totals: object, model_pred: Tensor) -> None:
+    """Checks what a call may be given beside its tensors and settings.
+
+    Args:
+        expected_upstream: a number, a 0-d tensor, or ``None``.
+        totals: :class:`Totals`, or ``None``.
+        model_pred: checked already.
+
+    Raises:
+        TypeError: of the wrong type or dtype.
+        ValueError: of the wrong shape, or on another device than ``model_pred``.
+    """
+    device = model_pred.device
+    if isinstance(expected_upstream, Tensor):
+        dtype = pair_dtype(device)
+        _check_sums("expected_upstream", expected_upstream, (), dtype, device)
+    elif expected_upstream is not None and (
+        isinstance(expected_upstream, bool) or not isinstance(expected_upstream, numbers.Real)
+    ):
+        found = type(expected_upstream).__name__
+        raise TypeError(f"expected_upstream={expected_upstream!r} is a {found}: expected a number or a 0-d tensor")
+    if totals is None:
+        return
+    if not isinstance(totals, Totals):
+        raise TypeError(f"totals is a {type(totals).__name__}: expected sipo_kernels.Totals")
+    if totals.metrics is not None:
+        _check_sums("totals.metrics", totals.metrics, (2, len(METRICS)), torch.float32, device)
+    if totals.levels is not None:
+        bins = totals.levels.shape[-1] if isinstance(totals.levels, Tensor) and totals.levels.ndim else 1
+        _check_sums("totals.levels", totals.levels, (len(STATISTICS), max(bins, 1)), torch.float32, device)
+        _check_timesteps(totals, model_pred)
+
+
+def _check_sums(name: str, value: object, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}: expected a torch.Tensor")
+    if value.shape != shape:
+        raise ValueError(f"{name} has shape {list(value.shape)}: expected {list(shape)}")
+    if value.dtype != dtype:
+        raise TypeError(f"{name} has dtype {value.dtype}: expected {dtype}")
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device}: expected {device}, where model_pred is")
+    if value.requires_grad or not value.is_contiguous():
+        raise ValueError(f"{name} requires grad or is not contiguous: expected a plain buffer")
+
+
+def _check_timesteps(totals: Totals, model_pred: Tensor) -> None:
+    timesteps, samples = totals.timesteps, model_pred.shape[0]
+    if not isinstance(timesteps, Tensor) or timesteps.dtype == torch.bool or timesteps.is_complex():
+        found = timesteps.dtype if isinstance(timesteps, Tensor) else type(timesteps).__name__
+        raise TypeError(f"totals.timesteps is a {found}: expected a tensor of integers or real numbers")
+    if timesteps.shape != (samples,) and timesteps.shape != (samples // 2,):
+        raise ValueError(
+            f"totals.timesteps has shape {list(timesteps.shape)}: expected [{samples // 2}], or [{samples}]"
+        )
+    if timesteps.device != model_pred.device:
+        raise ValueError(
+            f"totals.timesteps is on {timesteps.device}: expected {model_pred.device}, where model_pred is"
+        )
+    if not 0 < totals.top < math.inf:
+        raise ValueError(f"totals.top={totals.top!r}: expected a finite number > 0")

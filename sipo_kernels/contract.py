@@ -20,8 +20,43 @@ SMOOTHED_LINKS = ("sigmoid", "dmpo")  # those that label_smoothing means somethi
 # dmpo's probability of the other label is at least this, as in its published code (§5): a logarithm is taken of it.
 LEAST_SMOOTHING = 1e-6
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# What a batch reports (§8), in the order in which the kernels write it.
+METRICS = (
+    "loss",
+    "implicit_acc",
+    "model_mse",
+    "ref_mse",
+    "reward_margin",
+    "win_gap",
+    "lose_gap",
+    "weight_mean",
+    "clip_fraction",
+    "active_fraction",
+    "nonfinite_pairs",
+)
+# Rows of the sums by noise level (§8): pairs that the sums are over, pairs that are left out, and what is summed.
+STATISTICS = (
+    "count",
+    "nonfinite",
+    "model_error_winner",
+    "model_error_loser",
+    "ref_error_winner",
+    "ref_error_loser",
+    "win_gap",
+    "lose_gap",
+    "ratio",
+    "weight",
+    "clipped",
+    "active",
+    "logits",
+    "logits_sq",
+    "implicit_acc",
+    "coef",
+    "coef_sq",
+    "grad_sq",
+)
 
-# Half-precision samples of fewer elements than this are accumulated in float64, like float32 ones of any size: long
+# Half-precision predictions of fewer elements than this are accumulated in float64, like float32 ones of any size: long
 # sums of short products average their rounding away, short ones may cancel and cannot.
 SMALL_SAMPLE = 1 << 16
 
@@ -56,8 +91,36 @@ class Settings(NamedTuple):
         return 1.0 / pairs if self.reduction == "mean" else 1.0
 
 
+class Inputs(NamedTuple):
+    """The tensors of one call, as :func:`sipo_kernels.pair_loss` takes them."""
+
+    model_pred: Tensor
+    ref_pred: Tensor | None
+    target: Tensor
+    ratio_scale: Tensor | None = None
+    error_weight: Tensor | None = None
+    ref_error: Tensor | None = None
+
+
+class Totals(NamedTuple):
+    """Running sums that a call adds its numbers to, on its device, so that many calls are read at once (§8).
+
+    Attributes:
+        metrics: ``[2, len(METRICS)]`` float32: sums of each metric's finite values, and how many there were.
+        levels: ``[len(STATISTICS), n]`` float32: sums over pairs by noise level, in n bins of equal width.
+        timesteps: where each pair is in them: ``[B]`` or ``[S]`` (then the winners'), of any type but bool.
+        top: the end of the noise levels: the number of training timesteps, or 1 for σ. Pair i is in bin
+            ``⌊timesteps[i] · n / top⌋``, the first or last where that lies outside.
+    """
+
+    metrics: Tensor | None = None
+    levels: Tensor | None = None
+    timesteps: Tensor | None = None
+    top: float = 1.0
+
+
 class Stats(NamedTuple):
-    """What a backend's forward returns, in the order of the operator ``sipo::pair_loss``.
+    """What a backend's forward returns; the first four in the order of the operator ``sipo::pair_loss``.
 
     Attributes:
         loss: scalar, or ``[B]`` for ``reduction="none"``.
@@ -67,6 +130,8 @@ class Stats(NamedTuple):
         logits: ``[B]``.
         mask: ``[B]`` bool.
         grad: the gradient, where the backend made it along the way, else empty.
+        numbers: ``[len(METRICS) + 1]``: the metrics of §8, and the upstream gradient that ``grad`` was made for;
+            ``None`` from a backend that leaves §8 to ``output.py`` (eager).
     """
 
     loss: Tensor
@@ -74,86 +139,7 @@ class Stats(NamedTuple):
     logits: Tensor
     mask: Tensor
     grad: Tensor
-
-
-class PairLossOutput(NamedTuple):
-    """Result of :func:`sipo_kernels.pair_loss` for ``B`` pairs, ``S = 2B`` samples. Names of ``docs/math.md``.
-
-    Attributes:
-        loss: scalar, or ``[B]`` for ``reduction="none"``; differentiable in ``model_pred``.
-        model_error: ``[S]`` mean squared error of the policy (§2).
-        ref_error: ``[S]`` the same of the reference.
-        reward_gap: ``[S]`` ``model_error − ref_error``, accumulated without cancellation.
-        log_ratio: ``[S]`` log importance ratio (§3); 0 where no ``ratio_scale`` was given.
-        weight: ``[S]`` clipped importance ratio (§4).
-        mask: ``[B]`` bool, the pairs that take part.
-        logits: ``[B]`` (§5).
-        coef: ``[S]`` factor of ``model_pred − target`` in the gradient (§6) for an upstream gradient of 1; with
-            ``winner_preserving``, the loser's has λ in it.
-        clip_range: the clip's bounds, ``None`` for a method that does not clip.
-        skip_nonfinite: whether non-finite pairs were left out.
-    """
-
-    loss: Tensor
-    model_error: Tensor
-    ref_error: Tensor
-    reward_gap: Tensor
-    log_ratio: Tensor
-    weight: Tensor
-    mask: Tensor
-    logits: Tensor
-    coef: Tensor
-    clip_range: tuple[float, float] | None = None
-    skip_nonfinite: bool = False
-
-    def finite_pairs(self) -> Tensor:
-        """``[B]`` bool: pairs whose errors, gaps and logits are all finite."""
-        sample = torch.isfinite(self.model_error) & torch.isfinite(self.reward_gap)
-        winner, loser = sample.chunk(2)
-        return winner & loser & torch.isfinite(self.logits)
-
-    def metrics(self) -> dict[str, Tensor]:
-        """What a batch reports (§8), as 0-d tensors on the device, made without a host synchronisation.
-
-        Means run over all pairs; with ``nonfinite="skip"`` over the finite ones (0 if there are none), so that one
-        broken pair does not blind the log. ``active_fraction`` always counts out of all pairs.
-        """
-        finite = self.finite_pairs()
-        real = self.logits.dtype
-
-        if self.skip_nonfinite:
-            count = finite.sum().clamp(min=1)
-
-            def mean(x: Tensor) -> Tensor:
-                keep = finite if x.shape[0] == finite.shape[0] else finite.repeat(2)
-                return torch.where(keep, x, 0).sum() / (count * (x.shape[0] // finite.shape[0]))
-
-        else:
-
-            def mean(x: Tensor) -> Tensor:
-                return x.mean()
-
-        win_gap, lose_gap = self.reward_gap.chunk(2)
-        correct = (self.logits > 0).to(real) + 0.5 * (self.logits == 0).to(real)  # a tie counts one half
-        if self.clip_range is None:
-            clipped = torch.zeros_like(self.log_ratio)
-        else:
-            ratio = torch.exp(self.log_ratio)
-            clipped = ((ratio < self.clip_range[0]) | (ratio > self.clip_range[1])).to(real)
-        loss = self.loss.detach()
-        return {
-            "loss": loss if loss.ndim == 0 else loss.mean(),
-            "implicit_acc": mean(correct),
-            "model_mse": mean(self.model_error),
-            "ref_mse": mean(self.ref_error),
-            "reward_margin": mean(self.logits),
-            "win_gap": mean(win_gap),
-            "lose_gap": mean(lose_gap),
-            "weight_mean": mean(self.weight),
-            "clip_fraction": mean(clipped),
-            "active_fraction": self.mask.to(real).mean(),
-            "nonfinite_pairs": (~finite).sum(),
-        }
+    numbers: Tensor | None = None
 
 
 def stats_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -164,20 +150,20 @@ def stats_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float32
 
 
-def accumulate_dtype(elements: int, *tensors: Tensor | None) -> torch.dtype:
+def accumulate_dtype(elements: int, target: Tensor, *predictions: Tensor | None) -> torch.dtype:
     """Type in which elements are subtracted, multiplied and summed.
 
-    float64 for float32 and float64 inputs: the gap is a sum that may cancel a thousandfold, and the gradient's relative
-    error is the logit's absolute one; float32 sums miss the error budget on unrelated predictions. The loss is
+    float64 for float32 and float64 predictions: the gap is a sum that may cancel a thousandfold, and the gradient's
+    relative error is the logit's absolute one; float32 sums miss the error budget on unrelated predictions. The loss is
     bound by memory traffic, which the wider arithmetic does not touch, once the latents outgrow the caches.
-    float32 where all inputs are half precision, whose products it holds almost exactly (``SMALL_SAMPLE`` excepted).
+    float32 for half-precision predictions, whose difference it holds exactly and their products almost, beside a target
+    of float32 or less (``SMALL_SAMPLE`` excepted): what is rounded in ``d`` is random and averages away.
     """
-    wide = elements < SMALL_SAMPLE
-    for tensor in tensors:
-        if tensor is not None:
-            if tensor.is_mps:
-                return torch.float32
-            wide = wide or tensor.dtype in (torch.float32, torch.float64)
+    if target.is_mps:
+        return torch.float32
+    wide = elements < SMALL_SAMPLE or target.dtype == torch.float64
+    for tensor in predictions:
+        wide = wide or (tensor is not None and tensor.dtype in (torch.float32, torch.float64))
     return torch.float64 if wide else torch.float32
 
 
@@ -236,12 +222,11 @@ def empty_grad(model_pred: Tensor) -> Tensor:
     return torch.empty_like(model_pred)
 
 
-def empty_stats(
-    model_pred: Tensor, ref_pred: Tensor | None, target: Tensor, settings: Settings, with_grad: bool
-) -> Stats:
+def empty_stats(inputs: Inputs, settings: Settings, with_grad: bool) -> Stats:
     """Uninitialised results of one call: the one place for their shapes, types and devices."""
+    model_pred = inputs.model_pred
     samples = model_pred.shape[0]
-    pairs, dtype = samples // 2, stats_dtype(model_pred, ref_pred, target)
+    pairs, dtype = samples // 2, stats_dtype(model_pred, inputs.ref_pred, inputs.target)
     rows = model_pred.new_empty((6, samples), dtype=dtype)
     return Stats(
         loss=rows.new_empty((pairs,) if settings.reduction == "none" else ()),
@@ -249,6 +234,7 @@ def empty_stats(
         logits=rows.new_empty(pairs),
         mask=rows.new_empty(pairs, dtype=torch.bool),
         grad=empty_grad(model_pred) if with_grad else model_pred.new_empty(0),
+        numbers=rows.new_empty(len(METRICS) + 1),
     )
 
 
@@ -259,6 +245,18 @@ def scaled_coef(coef: Tensor, upstream: Tensor) -> Tensor:
     """
     per_sample = upstream.repeat(2) if upstream.ndim else upstream
     return torch.where(coef == 0, 0, coef * per_sample.to(coef.dtype))
+
+
+def is_upstream(numbers: Tensor, upstream: Tensor) -> bool:
+    """Whether the gradient beside ``numbers`` was made for this upstream gradient. Reads both: for tensors on the host."""
+    made_for = numbers[-1]
+    return upstream.item() == made_for.item() if upstream.ndim == 0 else bool((upstream == made_for).all())
+
+
+def remember(remembered: Tensor, upstream: Tensor) -> None:
+    """Keeps what came, as far as it is a finite number, to be expected of the next call: the first pair's of ``[B]``."""
+    value = upstream if upstream.ndim == 0 else upstream[0]
+    remembered.copy_(torch.where(torch.isfinite(value), value, remembered))
 
 
 def dense_like(agreed: Tensor, grad: Tensor) -> Tensor:

@@ -11,7 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sipo_kernels.contract import Settings, Stats, accumulate_dtype, empty_grad, pair_dtype, scaled_coef, stats_dtype
+from sipo_kernels.contract import (
+    Inputs,
+    Settings,
+    Stats,
+    Totals,
+    accumulate_dtype,
+    empty_grad,
+    pair_dtype,
+    scaled_coef,
+    stats_dtype,
+)
 
 
 def _as_pairs(tensor: Tensor, pairs: int, dtype: torch.dtype) -> Tensor:
@@ -31,7 +41,7 @@ def _errors(
     With ``inner`` also §6's mean_D(d_w · d_l), ``[B]``.
     """
     pairs = model_pred.shape[0] // 2
-    term, out = accumulate_dtype(model_pred[0].numel(), model_pred, ref_pred, target), pair_dtype(model_pred.device)
+    term, out = accumulate_dtype(model_pred[0].numel(), target, model_pred, ref_pred), pair_dtype(model_pred.device)
     model, goal = _as_pairs(model_pred, pairs, term), _as_pairs(target, pairs, term)
     d = model - goal
     model_error = (d * d).mean(-1, dtype=out)
@@ -67,23 +77,24 @@ def _link(z: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
 
 
 def forward(
-    model_pred: Tensor,
-    ref_pred: Tensor | None,
-    target: Tensor,
-    ratio_scale: Tensor | None,
-    error_weight: Tensor | None,
-    ref_error: Tensor | None,
+    inputs: Inputs,
     settings: Settings,
-    with_grad: bool,
+    *,
+    with_grad: bool = False,
+    expected: Tensor | float = 1.0,
+    totals: Totals | None = None,
 ) -> Stats:
-    """Errors, ratios, mask, logits, loss and gradient coefficients of one batch.
+    """Errors, ratios, mask, logits, loss and gradient coefficients of one batch, and in a kernel's one pass the rest.
 
     Args:
-        model_pred, ref_pred, target: ``[S, ...]`` (``target`` also ``[B, ...]``), any layout and floating dtype.
-        ratio_scale, error_weight, ref_error: ``[S]`` or ``None``.
-        settings: the numbers and choices of the call.
-        with_grad: ignored: plain torch makes the gradient in the backward pass.
+        inputs: the call's tensors, in any layout and floating dtype.
+        settings: its numbers and choices.
+        with_grad: make the gradient as well. Ignored here, as are the next two: plain torch makes the gradient in the
+            backward pass, and ``output.py`` adds to the totals.
+        expected: the upstream gradient to make it for, a number or a 0-d ``pair_dtype`` tensor on the device.
+        totals: running sums to add the batch's numbers to.
     """
+    model_pred, ref_pred, target, ratio_scale, error_weight, ref_error = inputs
     samples, pairs = model_pred.shape[0], model_pred.shape[0] // 2
     model_error, ref_err, reward_gap, alignment = _errors(
         model_pred, ref_pred, target, ref_error, settings.winner_preserving is not None

@@ -20,13 +20,17 @@ from sipo_kernels.contract import (
     LINKS,
     METHODS,
     RATIOS,
+    Inputs,
     Settings,
     Stats,
+    Totals,
     accumulate_dtype,
     agree,
     dense_like,
     empty_grad,
     empty_stats,
+    is_upstream,
+    remember,
     scaled_coef,
 )
 
@@ -69,7 +73,9 @@ class _Args(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("model", "ref", "target")),
         *((name, ctypes.c_int64) for name in ("model_stride", "ref_stride", "target_stride", "pairs", "elements")),
         *((name, ctypes.c_void_p) for name in ("ratio_scale", "error_weight", "ref_error")),
-        *((name, ctypes.c_void_p) for name in ("loss", "samples", "logits", "coef", "mask", "grad")),
+        *((name, ctypes.c_void_p) for name in ("loss", "samples", "logits", "numbers", "coef", "mask", "grad")),
+        *((name, ctypes.c_void_p) for name in ("metrics", "levels", "timesteps")),
+        *((name, ctypes.c_double) for name in ("top", "upstream")),
         ("isa", ctypes.c_char_p),
         ("settings", CSettings),
         *(
@@ -81,6 +87,8 @@ class _Args(ctypes.Structure):
                 "ratio_scale_dtype",
                 "error_weight_dtype",
                 "ref_error_dtype",
+                "timesteps_dtype",
+                "bins",
                 "target_shared",
                 "wide_sums",
                 "double_stats",
@@ -136,7 +144,7 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-_CODE: dict[torch.dtype | None, int] = {None: 0, **{dtype: code for code, dtype in enumerate(DTYPES)}}
+_CODE: dict[torch.dtype | None, int] = {None: 0, **{dtype: code for code, dtype in enumerate((*DTYPES, torch.int64))}}
 
 
 @functools.lru_cache(maxsize=64)
@@ -193,63 +201,106 @@ def _run(name: str, args: _Args) -> None:
 
 
 def forward(
-    model_pred: Tensor,
-    ref_pred: Tensor | None,
-    target: Tensor,
-    ratio_scale: Tensor | None,
-    error_weight: Tensor | None,
-    ref_error: Tensor | None,
+    inputs: Inputs,
     settings: Settings,
-    with_grad: bool,
+    *,
+    with_grad: bool = False,
+    expected: Tensor | float = 1.0,
+    totals: Totals | None = None,
 ) -> Stats:
     """See :func:`sipo_kernels.eager.forward`; with ``with_grad`` the gradient comes out of the same call."""
     assert LIBRARY is not None  # backends.choose
-    model, (ref, goal) = agree(model_pred, ref_pred, target)
+    model, (ref, goal) = agree(inputs.model_pred, inputs.ref_pred, inputs.target)
     assert goal is not None
-    stats = empty_stats(model_pred, ref_pred, target, settings, with_grad)
+    stats = empty_stats(inputs, settings, with_grad)
+    assert stats.numbers is not None
     filled = dense_like(model, stats.grad) if with_grad else None
     samples = model.shape[0]
     elements = model.numel() // samples
-    numbers = [t if t is None else t.contiguous() for t in (ratio_scale, error_weight, ref_error)]
+    numbers = [t if t is None else t.contiguous() for t in inputs[3:]]
     template = _template(
         samples,
         elements,
         goal.shape[0] != samples,
         tuple([t if t is None else t.dtype for t in (model, ref, goal, *numbers)]),
         settings,
-        accumulate_dtype(elements, model, ref, goal) == torch.float64,
+        accumulate_dtype(elements, goal, model, ref) == torch.float64,
         stats.logits.dtype == torch.float64,
     )
     args = _args(template, model, ref, goal, filled)
     args.ratio_scale, args.error_weight, args.ref_error = map(_pointer, numbers)
-    args.loss, args.samples = stats.loss.data_ptr(), stats.samples.data_ptr()
+    args.loss, args.samples, args.numbers = stats.loss.data_ptr(), stats.samples.data_ptr(), stats.numbers.data_ptr()
     args.logits, args.mask = stats.logits.data_ptr(), stats.mask.data_ptr()
+    args.upstream = expected if isinstance(expected, float) else float(expected)
+    kept = None if totals is None else _add_to(args, totals)  # alive until the call is done
     _run("sipo_pair_loss", args)
+    del kept
     if filled is not None and filled is not stats.grad:
         stats.grad.copy_(filled)
     return stats
 
 
-def mend(fused: Tensor, model_pred: Tensor, target: Tensor, coef: Tensor, upstream: Tensor) -> Tensor:
-    """The gradient that ``forward`` made for an upstream gradient of 1, made right for another one.
+def _add_to(args: _Args, totals: Totals) -> Tensor | None:
+    """Has the call add to ``totals``; returns what must stay alive meanwhile."""
+    args.metrics, args.levels = _pointer(totals.metrics), _pointer(totals.levels)
+    if totals.levels is None or totals.timesteps is None:
+        return None
+    timesteps = totals.timesteps.contiguous()
+    if timesteps.dtype not in _CODE:
+        timesteps = timesteps.to(torch.int64)
+    args.timesteps, args.timesteps_dtype = timesteps.data_ptr(), _CODE[timesteps.dtype]
+    args.bins, args.top = totals.levels.shape[1], totals.top
+    return timesteps
 
-    Rebuilt from the inputs rather than scaled: what was rounded once already would be rounded again.
+
+def mend(
+    grad: Tensor,
+    model_pred: Tensor,
+    target: Tensor,
+    coef: Tensor,
+    upstream: Tensor,
+    numbers: Tensor,
+    remembered: Tensor | None = None,
+) -> Tensor:
+    """The gradient that a fused ``forward`` made for the upstream gradient ``numbers[-1]``, made right for what came.
+
+    Nothing is touched where they are equal. Else it is made again in place, from the inputs: what was rounded once
+    would be rounded a second time by scaling it. On a device all of this is one launch that no host waits for.
+
+    Args:
+        grad: of ``forward``.
+        model_pred, target, coef, upstream: as for :func:`sipo_kernels.eager.gradient`.
+        numbers: of the same ``forward``.
+        remembered: 0-d ``pair_dtype``: takes what came, to be expected of the next call, where it is finite.
     """
-    if upstream.item() == 1 if upstream.ndim == 0 else bool((upstream == 1).all()):
-        return fused
-    return gradient(model_pred, target, coef, upstream)
+    held = is_upstream(numbers, upstream)
+    if remembered is not None and not held:
+        remember(remembered, upstream)
+    if held:
+        return grad
+    model, (goal,) = agree(model_pred, target)
+    assert goal is not None
+    if dense_like(model, grad) is not grad:  # not a layout that the library writes
+        return gradient(model_pred, target, coef, upstream)
+    _write_gradient(grad, model, goal, coef, upstream)
+    return grad
 
 
 def gradient(model_pred: Tensor, target: Tensor, coef: Tensor, upstream: Tensor) -> Tensor:
     """See :func:`sipo_kernels.eager.gradient`."""
     model, (goal,) = agree(model_pred, target)
     assert goal is not None
-    coef, grad = scaled_coef(coef, upstream), empty_grad(model_pred)
+    grad = empty_grad(model_pred)
     filled = dense_like(model, grad)
+    _write_gradient(filled, model, goal, coef, upstream)
+    return grad if filled is grad else grad.copy_(filled)
+
+
+def _write_gradient(filled: Tensor, model: Tensor, goal: Tensor, coef: Tensor, upstream: Tensor) -> None:
+    coef = scaled_coef(coef, upstream)
     samples, double = model.shape[0], coef.dtype == torch.float64
     dtypes = (model.dtype, None, goal.dtype)
     template = _template(samples, model.numel() // samples, goal.shape[0] != samples, dtypes, None, False, double)
     args = _args(template, model, None, goal, filled)
     args.coef = coef.data_ptr()
     _run("sipo_pair_grad", args)
-    return grad if filled is grad else grad.copy_(filled)

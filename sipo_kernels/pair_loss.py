@@ -1,8 +1,9 @@
 """The pair loss: public function, ``torch.autograd.Function``, custom operators and their fakes.
 
 The way of one batch: :func:`pair_loss` checks it (``checks.py``), chooses a backend (``backends.py``) and calls it for
-every number of ``docs/math.md`` §2-5, one gradient coefficient per sample (§6) and, where the backend fuses it, the
-gradient. The backward pass hands that gradient out, or has it rebuilt from the inputs for another upstream gradient.
+every number of ``docs/math.md`` §2-5 and §8, one gradient coefficient per sample (§6) and, where the backend fuses it,
+the gradient for the upstream gradient that is expected. The backward pass hands that gradient out, made again from the
+inputs where another upstream gradient came.
 
 Ordinary tensors go to the backend directly (:class:`DirectPairLoss`). Where something else must see what happens
 (torch.compile, fake tensors, tracing, subclasses) the same backend runs behind the operators ``sipo::pair_loss`` and
@@ -12,6 +13,7 @@ Ordinary tensors go to the backend directly (:class:`DirectPairLoss`). Where som
 from __future__ import annotations
 
 import functools
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,7 +21,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from sipo_kernels import backends, checks
-from sipo_kernels.contract import PairLossOutput, Settings, empty_grad, empty_stats
+from sipo_kernels.contract import Inputs, Settings, Stats, Totals, empty_grad, empty_stats
+from sipo_kernels.output import PairLossOutput, add_totals
 
 _SETTINGS_SCHEMA = (
     "str method, float beta, str ratio, float clip_low, float clip_high, float mask_threshold, "
@@ -43,9 +46,8 @@ def _pair_loss_op(
     *options: Any,
 ) -> tuple[Tensor, ...]:
     *numbers, backend = options
-    return backends.module(backend).forward(
-        model_pred, ref_pred, target, ratio_scale, error_weight, ref_error, Settings(*numbers), False
-    )[:4]
+    inputs = Inputs(model_pred, ref_pred, target, ratio_scale, error_weight, ref_error)
+    return backends.module(backend).forward(inputs, Settings(*numbers))[:4]
 
 
 def _pair_loss_fake(
@@ -58,7 +60,8 @@ def _pair_loss_fake(
     *options: Any,
 ) -> tuple[Tensor, ...]:
     *numbers, _ = options
-    return empty_stats(model_pred, ref_pred, target, Settings(*numbers), False)[:4]
+    inputs = Inputs(model_pred, ref_pred, target, ratio_scale, error_weight, ref_error)
+    return empty_stats(inputs, Settings(*numbers), False)[:4]
 
 
 def _pair_grad_op(model_pred: Tensor, target: Tensor, coef: Tensor, upstream: Tensor, backend: str) -> Tensor:
@@ -98,24 +101,16 @@ def _refuse_double_backward() -> None:
 
 
 class PairLoss(torch.autograd.Function):
-    """By way of the operators: differentiable in ``model_pred``; returns the fields of :class:`Stats` but ``grad``.
+    """By way of the operators: differentiable in ``model_pred``; returns the first four fields of :class:`Stats`.
 
     Forward and backward stay functional, as a compiled graph must be: the gradient is made in the backward pass.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        model_pred: Tensor,
-        ref_pred: Tensor | None,
-        target: Tensor,
-        per_sample: tuple[Tensor | None, ...],
-        settings: Settings,
-        backend: str,
-    ) -> tuple[Tensor, ...]:
-        outputs = torch.ops.sipo.pair_loss(model_pred, ref_pred, target, *per_sample, *settings, backend)
+    def forward(ctx: Any, model_pred: Tensor, inputs: Inputs, settings: Settings, backend: str) -> tuple[Tensor, ...]:
+        outputs = torch.ops.sipo.pair_loss(model_pred, *inputs[1:], *settings, backend)
         samples = outputs[1]
-        ctx.save_for_backward(model_pred, target, samples)
+        ctx.save_for_backward(model_pred, inputs.target, samples)
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
         ctx.backend = backend
@@ -124,46 +119,70 @@ class PairLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         _refuse_double_backward()
-        nothing = (None,) * 5
         if upstream is None or not ctx.needs_input_grad[0]:
-            return (None, *nothing)
+            return None, None, None, None
         model_pred, target, samples = ctx.saved_tensors
-        return (torch.ops.sipo.pair_grad(model_pred, target, samples[5], upstream, ctx.backend), *nothing)
+        return torch.ops.sipo.pair_grad(model_pred, target, samples[5], upstream, ctx.backend), None, None, None
+
+
+class _Call:
+    """A direct call on its way through autograd: what the forward works on and, after it, what came out."""
+
+    __slots__ = ("backend", "expected", "fuse", "inputs", "rows", "settings", "stats", "totals")
+
+    stats: Stats
+    rows: tuple[Tensor, ...]  # of stats.samples
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        settings: Settings,
+        backend: str,
+        fuse: bool,
+        expected: Tensor | float,
+        totals: Totals | None,
+    ) -> None:
+        self.inputs, self.settings, self.backend = inputs, settings, backend
+        self.fuse, self.expected, self.totals = fuse, expected, totals
+
+    def run(self) -> ModuleType:
+        """Calls the backend, and returns it for the backward pass."""
+        module = backends.module(self.backend)
+        self.stats = module.forward(
+            self.inputs, self.settings, with_grad=self.fuse, expected=self.expected, totals=self.totals
+        )
+        self.rows = self.stats.samples.unbind()
+        return module
 
 
 class DirectPairLoss(torch.autograd.Function):
-    """Past the dispatcher, for ordinary tensors: returns the loss and appends the other :class:`Stats` to ``found``.
+    """Past the dispatcher, for ordinary tensors: returns the loss, and leaves all results in the :class:`_Call`.
 
-    Autograd is shown ``model_pred`` and the loss alone: each tensor more costs it microseconds. With ``with_grad`` the
-    forward also makes the gradient, for the upstream gradient of 1 that most calls get.
+    Autograd is shown ``model_pred`` and the loss alone: each tensor more costs it microseconds.
     """
 
     @staticmethod
-    def forward(ctx: Any, model_pred: Tensor, inputs: tuple[Any, ...], backend: str, found: list[Any]) -> Tensor:
-        ctx.module = backends.module(backend)
-        loss, samples, logits, mask, grad = ctx.module.forward(model_pred, *inputs)
-        rows = samples.unbind()
-        ctx.save_for_backward(model_pred, inputs[1], rows[5])
+    def forward(ctx: Any, model_pred: Tensor, call: _Call) -> Tensor:
+        ctx.module, ctx.backend = call.run(), call.backend
+        ctx.save_for_backward(model_pred, call.inputs.target, call.rows[5])
         ctx.set_materialize_grads(False)
-        ctx.backend = backend
-        ctx.fused_grad = grad if inputs[-1] else None
-        found += rows, logits, mask
-        return loss
+        ctx.fused_grad = call.stats.grad if call.fuse else None
+        ctx.numbers = call.stats.numbers
+        ctx.remembered = call.expected if isinstance(call.expected, Tensor) else None
+        return call.stats.loss
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, None]:
         _refuse_double_backward()
         if upstream is None or not ctx.needs_input_grad[0]:
-            return None, None, None, None
+            return None, None
         model_pred, target, coef = ctx.saved_tensors
-        fused, ctx.fused_grad = ctx.fused_grad, None  # handed out once: autograd may accumulate into what it is given
+        grad, ctx.fused_grad = ctx.fused_grad, None  # handed out once: autograd may accumulate into what it is given
         if not _is_ordinary(upstream):
-            grad = torch.ops.sipo.pair_grad(model_pred, target, coef, upstream, ctx.backend)
-        elif fused is None:
-            grad = ctx.module.gradient(model_pred, target, coef, upstream)
-        else:
-            grad = ctx.module.mend(fused, model_pred, target, coef, upstream)
-        return grad, None, None, None
+            return torch.ops.sipo.pair_grad(model_pred, target, coef, upstream, ctx.backend), None
+        if grad is None:
+            return ctx.module.gradient(model_pred, target, coef, upstream), None
+        return ctx.module.mend(grad, model_pred, target, coef, upstream, ctx.numbers, ctx.remembered), None
 
 
 def _checked_settings(
@@ -220,6 +239,8 @@ def pair_loss(
     link: str = "sigmoid",
     label_smoothing: float = 0.0,
     winner_preserving: float | None = None,
+    expected_upstream: Tensor | float | None = None,
+    totals: Totals | None = None,
     backend: str = "auto",
 ) -> PairLossOutput:
     """Preference loss of ``B`` pairs, from network outputs to gradient (``docs/math.md`` §2-6).
@@ -250,6 +271,13 @@ def pair_loss(
         winner_preserving: μ in [0, 1] of Safeguarded DPO, ``None`` for off: the loser's gradient is scaled down where
             it would undo the winner's (§6, relatives). The loss stays what it is, and the gradient is then no longer
             its gradient.
+        expected_upstream: the upstream gradient that ``backward`` will bring: 1/n under accumulation, times a loss
+            scale. The gradient is made for it in the forward pass; where another one comes it is made again, to the
+            same bits. A number, or a 0-d float64 tensor on ``model_pred``'s device (float32 where the device has no
+            float64), which the backward pass overwrites with what came, for the next call to expect. ``None`` expects
+            1, and for float16, whose gradients underflow without their scale, leaves the gradient to the backward.
+        totals: running sums on the device that the call's metrics and sums by noise level are added to (§8), without a
+            launch of their own.
         backend: ``"auto"``, ``"eager"``, ``"triton"``, ``"native"`` or ``"cuda"``; ``SIPO_BACKEND`` sets what
             ``"auto"`` means.
 
@@ -283,26 +311,29 @@ def pair_loss(
         error_weight=error_weight,
         ref_error=ref_error,
     )
+    if expected_upstream is not None or totals is not None:
+        checks.check_extras(expected_upstream, totals, model_pred)
     chosen = backends.choose(backend, model_pred.device)
     if compiling and nonfinite == "raise":
         raise ValueError(
             "nonfinite='raise' reads the loss on the host and cannot be compiled: expected 'propagate' or 'skip'"
         )
-    per_sample = (ratio_scale, error_weight, ref_error)
-    if _is_ordinary(model_pred, ref_pred, target, *per_sample):
-        # float16's gradients underflow without the loss scale, which only the backward pass knows.
+    inputs = Inputs(model_pred, ref_pred, target, ratio_scale, error_weight, ref_error)
+    numbers: Tensor | None = None
+    if _is_ordinary(*inputs):
         needs_grad = model_pred.requires_grad and torch.is_grad_enabled()
-        with_grad = needs_grad and chosen in backends.FUSED and model_pred.dtype != torch.float16
-        inputs = (ref_pred, target, *per_sample, settings, with_grad)
+        fuse = needs_grad and chosen in backends.FUSED
+        if expected_upstream is None:
+            fuse, expected_upstream = fuse and model_pred.dtype != torch.float16, 1.0
+        call = _Call(inputs, settings, chosen, fuse, expected_upstream, totals)
         if needs_grad:
-            found: list[Any] = []
-            loss = DirectPairLoss.apply(model_pred, inputs, chosen, found)
-            rows, logits, mask = found
+            loss = DirectPairLoss.apply(model_pred, call)
         else:
-            loss, samples, logits, mask, _ = backends.module(chosen).forward(model_pred, *inputs)
-            rows = samples.unbind()
+            call.run()
+            loss = call.stats.loss
+        rows, (_, _, logits, mask, _, numbers) = call.rows, call.stats
     else:
-        loss, samples, logits, mask = PairLoss.apply(model_pred, ref_pred, target, per_sample, settings, chosen)
+        loss, samples, logits, mask = PairLoss.apply(model_pred, inputs, settings, chosen)
         rows = samples.unbind()
     model_error, ref_err, reward_gap, log_ratio, weight, coef = rows
     output = PairLossOutput(
@@ -317,7 +348,11 @@ def pair_loss(
         coef,
         clip_range=None if method == "diffusion_dpo" else (1 - settings.clip_low, 1 + settings.clip_high),
         skip_nonfinite=settings.skip_nonfinite,
+        numbers=numbers,
     )
+    if totals is not None and numbers is None:  # no kernel has added to them
+        pairs = logits.shape[0]
+        add_totals(totals, output, model_pred[0].numel() / (settings.beta * settings.loss_scale(pairs)))
     if nonfinite == "raise":
         broken = (~output.finite_pairs()).nonzero().flatten().tolist()
         if broken:

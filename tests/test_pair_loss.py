@@ -505,7 +505,7 @@ def test_by_operator_and_past_it(backend: str, dtype: torch.dtype) -> None:
         listened, same_grad = run(batch, backend, method="sipo", beta=3.0)
     assert log.seen == ["pair_loss.default", "pair_grad.default"]
     _assert_same(grad, same_grad, backend)
-    for got, same in zip(listened, direct, strict=True):
+    for got, same in zip(listened[:-1], direct[:-1], strict=True):  # an operator leaves the metrics to torch
         if isinstance(got, torch.Tensor):
             _assert_same(got, same, backend)
         else:

@@ -20,6 +20,7 @@
 
 #include "cpu/kernels.h"
 #include "pair_math.h"
+#include "report.h"
 
 #define SIPO_API extern "C" __attribute__((visibility("default")))
 
@@ -147,14 +148,21 @@ struct Args {
   int64_t model_stride, ref_stride, target_stride;
   int64_t pairs, elements;
   const void *ratio_scale, *error_weight, *ref_error;  // [S] or null
-  void *loss, *samples, *logits;  // float or double; samples: [6][S], the rows of Stats in sipo_kernels/contract.py
-  const void* coef;               // sipo_pair_grad: [S], float or double
+  // Float or double; samples: [6][S], the rows of Stats in sipo_kernels/contract.py; numbers: [kMetrics + 1].
+  void *loss, *samples, *logits, *numbers;
+  const void* coef;  // sipo_pair_grad: [S], float or double, the upstream gradient included
   bool* mask;
-  void* grad;       // null: no gradient. Samples lie `elements` apart
+  void* grad;         // null: no gradient. Samples lie `elements` apart
+  float* metrics;     // Totals in sipo_kernels/contract.py: [2][kMetrics] or null
+  float* levels;      // [kStatistics][bins] or null
+  const void* timesteps;  // [B], where there are levels
+  double top;
+  double upstream;  // that the gradient is made for
   const char* isa;  // null: the widest
   Settings settings;
   int32_t model_dtype, ref_dtype, target_dtype;
-  int32_t ratio_scale_dtype, error_weight_dtype, ref_error_dtype;
+  int32_t ratio_scale_dtype, error_weight_dtype, ref_error_dtype, timesteps_dtype;
+  int32_t bins;
   int32_t target_shared;  // target is [B, ...]
   int32_t wide_sums;      // sum in double, whatever the types
   int32_t double_stats, loss_per_pair;
@@ -174,6 +182,7 @@ double get(const void* array, int64_t i, int dtype) {
     case kFloat32: return static_cast<const float*>(array)[i];
     case kBfloat16: return widen(static_cast<const bf16*>(array)[i]);
     case kFloat16: return widen(static_cast<const fp16*>(array)[i]);
+    case kInt64: return double(static_cast<const int64_t*>(array)[i]);
     default: return static_cast<const double*>(array)[i];
   }
 }
@@ -247,6 +256,45 @@ void grad_unit(const Args& a, const Kernels& k, int64_t pair, int64_t s, int64_t
                                         stream);
 }
 
+// §6: what a sample's gradient is made with. Rounded as `coef` and the product are in memory, so that a gradient made
+// for the upstream gradient that comes has the bits of one made again.
+double upstream_coef(const Args& a, double coef) {
+  if (a.double_stats) return coef == 0 ? 0.0 : coef * a.upstream;
+  const float c = float(coef);
+  return c == 0 ? 0.0f : c * float(a.upstream);
+}
+
+// §8 of a whole batch: metrics, and what is added to running sums, pair after pair.
+class Report {
+ public:
+  explicit Report(const Args& a) : a_(a) {}
+
+  void add(int64_t pair, const Sample& winner, const Sample& loser, const Pair& p) {
+    double facts[kFacts];
+    pair_facts(winner, loser, p, a_.settings, facts);
+    for (int k = 0; k < kFacts; ++k) sums_[k] += facts[k];
+    if (!a_.levels) return;
+    double rows[kStatistics];
+    pair_statistics(winner, loser, p, a_.settings, double(a_.elements), rows);
+    float* const bin = a_.levels + level_bin(get(a_.timesteps, pair, a_.timesteps_dtype), a_.bins, a_.top);
+    for (int i = 0; i < kStatistics; ++i) bin[i * a_.bins] += float(rows[i]);
+  }
+
+  void write() const {
+    for (int k = 0; k < kMetrics; ++k) {
+      const double value = metric(k, sums_[k], sums_[kCounted], double(a_.pairs), a_.settings, a_.loss_per_pair);
+      put(a_.numbers, k, value, a_.double_stats);
+      if (k == kLoss && !a_.loss_per_pair) put(a_.loss, 0, value, a_.double_stats);
+      if (a_.metrics) add_metric(a_.metrics, k, value);
+    }
+    put(a_.numbers, kMetrics, a_.upstream, a_.double_stats);
+  }
+
+ private:
+  const Args& a_;
+  double sums_[kFacts] = {};
+};
+
 int thread_count(const Args& a) {
   const int64_t useful = 2 * a.pairs * a.elements / kThreadWork;
   return int(std::max<int64_t>(1, std::min<int64_t>(a.threads, useful)));
@@ -275,7 +323,7 @@ SIPO_API int sipo_pair_loss(const Args* args) {
   const std::unique_ptr<Sums[]> partial(new Sums[2 * a.pairs * chunks]);  // not zeroed: each is written before it is read
   const bool preserving = a.settings.winner_preserving >= 0;
   const std::unique_ptr<double[]> inner(preserving ? new double[a.pairs * chunks] : nullptr);
-  std::vector<double> pair_losses(a.pairs);
+  Report report(a);  // of thread 0
   Barrier barrier;
   parallel(most, a.own_threads, [&](int thread, int threads) {
     for (int64_t first = 0; first < a.pairs; first += group) {
@@ -304,7 +352,7 @@ SIPO_API int sipo_pair_loss(const Args* args) {
         for (int64_t u = end - 1; u >= begin; --u) {
           g.locate(u, a.pairs, &pair, &s, &chunk);
           if (pair != known) know(pair);
-          grad_unit(a, k, pair, s, chunk, half[s != pair].coef, stream);
+          grad_unit(a, k, pair, s, chunk, upstream_coef(a, half[s != pair].coef), stream);
         }
       }
       if (thread == 0) {
@@ -314,18 +362,14 @@ SIPO_API int sipo_pair_loss(const Args* args) {
           write_sample(a, i + a.pairs, half[1]);
           put(a.logits, i, p.logits, a.double_stats);
           a.mask[i] = p.mask;
-          pair_losses[i] = p.loss;
+          if (a.loss_per_pair) put(a.loss, i, p.loss, a.double_stats);
+          report.add(i, half[0], half[1], p);
         }
       }
     }
   });
 
-  double loss = 0;
-  for (int64_t i = 0; i < a.pairs; ++i) {
-    if (a.loss_per_pair) put(a.loss, i, pair_losses[i], a.double_stats);
-    loss += pair_losses[i];
-  }
-  if (!a.loss_per_pair) put(a.loss, 0, loss * a.settings.loss_scale, a.double_stats);
+  report.write();
   return 0;
 }
 

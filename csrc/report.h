@@ -1,0 +1,85 @@
+// What a batch reports (docs/math.md §8): its metrics, and its sums by noise level. One source for CPU and CUDA; the
+// plain-torch twin is sipo_kernels/output.py.
+#pragma once
+#include "pair_math.h"
+
+namespace sipo {
+
+// The order of METRICS in sipo_kernels/contract.py; behind them, the pairs that the means are over.
+enum Metric : int {
+  kLoss, kImplicitAcc, kModelMse, kRefMse, kRewardMargin, kWinGap, kLoseGap, kWeightMean, kClipFraction,
+  kActiveFraction, kNonfinitePairs, kMetrics, kCounted = kMetrics, kFacts
+};
+// Rows of the sums by noise level: STATISTICS in sipo_kernels/contract.py.
+constexpr int kStatistics = 18;
+
+SIPO_HD bool finite_float(double x) { return finite(float(x)); }
+
+SIPO_HD double correct(double logits) { return logits > 0 ? 1.0 : (logits == 0 ? 0.5 : 0.0); }  // a tie counts one half
+
+SIPO_HD double clipped(const Sample& x, const Settings& s) {
+  return s.method != kDiffusionDpo && (x.ratio < s.clip_min || x.ratio > s.clip_max) ? 1.0 : 0.0;
+}
+
+// What one pair adds to each metric's sum: facts[kFacts].
+SIPO_HD void pair_facts(const Sample& winner, const Sample& loser, const Pair& p, const Settings& s, double* facts) {
+  const bool whole = finite(winner.model_error) && finite(winner.reward_gap) && finite(loser.model_error) &&
+                     finite(loser.reward_gap) && finite(p.logits);
+  const bool counted = whole || !s.skip_nonfinite;
+  facts[kLoss] = p.loss;
+  facts[kImplicitAcc] = counted ? correct(p.logits) : 0.0;
+  facts[kModelMse] = counted ? 0.5 * (winner.model_error + loser.model_error) : 0.0;
+  facts[kRefMse] = counted ? 0.5 * (winner.ref_error + loser.ref_error) : 0.0;
+  facts[kRewardMargin] = counted ? p.logits : 0.0;
+  facts[kWinGap] = counted ? winner.reward_gap : 0.0;
+  facts[kLoseGap] = counted ? loser.reward_gap : 0.0;
+  facts[kWeightMean] = counted ? 0.5 * (winner.weight + loser.weight) : 0.0;
+  facts[kClipFraction] = counted ? 0.5 * (clipped(winner, s) + clipped(loser, s)) : 0.0;
+  facts[kActiveFraction] = p.mask ? 1.0 : 0.0;
+  facts[kNonfinitePairs] = whole ? 0.0 : 1.0;
+  facts[kCounted] = counted ? 1.0 : 0.0;
+}
+
+// A metric from its sum over the batch, and that of kCounted.
+SIPO_HD double metric(int k, double sum, double counted, double pairs, const Settings& s, bool loss_per_pair) {
+  if (k == kLoss && !loss_per_pair) return sum * s.loss_scale;
+  if (k == kLoss || k == kActiveFraction) return sum / pairs;
+  if (k == kNonfinitePairs) return sum;
+  return counted > 0 ? sum / counted : 0.0;
+}
+
+// Running sums of many calls: the metric's finite values, and how many there were ([2][kMetrics]).
+SIPO_HD void add_metric(float* totals, int k, double value) {
+  if (!finite_float(value)) return;
+  totals[k] += float(value);
+  totals[kMetrics + k] += 1.0f;
+}
+
+// Of `bins` bins of equal width from 0 to `top`.
+SIPO_HD int level_bin(double timestep, int bins, double top) {
+  const double place = timestep * bins / top;
+  return place >= 0 ? (place < bins ? int(place) : bins - 1) : 0;  // NaN: 0
+}
+
+// What one pair adds to its bin: rows[kStatistics]; nothing but to `nonfinite` where a number is not finite in float.
+SIPO_HD void pair_statistics(const Sample& winner, const Sample& loser, const Pair& p, const Settings& s,
+                             double elements, double* rows) {
+  const double unit = elements / (s.beta * s.loss_scale), k_w = winner.coef * unit, k_l = loser.coef * unit;
+  rows[2] = winner.model_error, rows[3] = loser.model_error;
+  rows[4] = winner.ref_error, rows[5] = loser.ref_error;
+  rows[6] = winner.reward_gap, rows[7] = loser.reward_gap;
+  rows[8] = 0.5 * (winner.ratio + loser.ratio);
+  rows[9] = 0.5 * (winner.weight + loser.weight);
+  rows[10] = 0.5 * (clipped(winner, s) + clipped(loser, s));
+  rows[11] = p.mask ? 1.0 : 0.0;
+  rows[12] = p.logits, rows[13] = p.logits * p.logits;
+  rows[14] = correct(p.logits);
+  rows[15] = k_w, rows[16] = k_w * k_w;
+  rows[17] = k_w * k_w * winner.model_error + k_l * k_l * loser.model_error;
+  bool whole = true;
+  for (int i = 2; i < kStatistics; ++i) whole = whole && finite_float(rows[i]);
+  rows[0] = whole ? 1.0 : 0.0, rows[1] = whole ? 0.0 : 1.0;
+  for (int i = 2; i < kStatistics; ++i) rows[i] = whole ? rows[i] : 0.0;
+}
+
+}  // namespace sipo

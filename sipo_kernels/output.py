@@ -1,0 +1,143 @@
+"""What a call returns, and docs/math.md §8 in plain torch: the metrics of a batch and its sums by noise level.
+
+The kernels write the same numbers along the way (``csrc/report.h``, ``triton_math.py``). What is here serves outputs
+without them: of the plain-torch backend, of a compiled graph, of a loss that changes an output's fields.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sipo_kernels.contract import METRICS, Totals, pair_dtype
+
+
+class PairLossOutput(NamedTuple):
+    """Result of :func:`sipo_kernels.pair_loss` for ``B`` pairs, ``S = 2B`` samples. Names of ``docs/math.md``.
+
+    Attributes:
+        loss: scalar, or ``[B]`` for ``reduction="none"``; differentiable in ``model_pred``.
+        model_error: ``[S]`` mean squared error of the policy (§2).
+        ref_error: ``[S]`` the same of the reference.
+        reward_gap: ``[S]`` ``model_error − ref_error``, accumulated without cancellation.
+        log_ratio: ``[S]`` log importance ratio (§3); 0 where no ``ratio_scale`` was given.
+        weight: ``[S]`` clipped importance ratio (§4).
+        mask: ``[B]`` bool, the pairs that take part.
+        logits: ``[B]`` (§5).
+        coef: ``[S]`` factor of ``model_pred − target`` in the gradient (§6) for an upstream gradient of 1; with
+            ``winner_preserving``, the loser's has λ in it.
+        clip_range: the clip's bounds, ``None`` for a method that does not clip.
+        skip_nonfinite: whether non-finite pairs were left out.
+        numbers: the metrics as the kernel wrote them, in the order of ``METRICS`` and with one more number behind;
+            ``None``: they are made from the fields above. Who replaces one of those sets it to ``None``.
+    """
+
+    loss: Tensor
+    model_error: Tensor
+    ref_error: Tensor
+    reward_gap: Tensor
+    log_ratio: Tensor
+    weight: Tensor
+    mask: Tensor
+    logits: Tensor
+    coef: Tensor
+    clip_range: tuple[float, float] | None = None
+    skip_nonfinite: bool = False
+    numbers: Tensor | None = None
+
+    def finite_pairs(self) -> Tensor:
+        """``[B]`` bool: pairs whose errors, gaps and logits are all finite."""
+        sample = torch.isfinite(self.model_error) & torch.isfinite(self.reward_gap)
+        winner, loser = sample.chunk(2)
+        return winner & loser & torch.isfinite(self.logits)
+
+    def metrics(self) -> dict[str, Tensor]:
+        """What a batch reports (§8), as 0-d tensors on the device, without a host synchronisation.
+
+        Means run over all pairs; with ``nonfinite="skip"`` over the finite ones (0 if there are none), so that one
+        broken pair does not blind the log. ``active_fraction`` always counts out of all pairs.
+        """
+        numbers = _metrics(self) if self.numbers is None else self.numbers
+        return dict(zip(METRICS, numbers.unbind(), strict=False))
+
+
+def _clipped(output: Any, ratio: Tensor) -> Tensor:
+    """``[S]``: 1 where the ratio was clipped (§4)."""
+    clip_range = getattr(output, "clip_range", None)
+    if clip_range is None:
+        return torch.zeros_like(ratio)
+    return ((ratio < clip_range[0]) | (ratio > clip_range[1])).to(ratio.dtype)
+
+
+def _correct(logits: Tensor) -> Tensor:
+    """1 where the winner is told from the loser; a tie counts one half. NaN counts 0."""
+    return (logits > 0).to(logits.dtype) + 0.5 * (logits == 0).to(logits.dtype)
+
+
+def _metrics(output: PairLossOutput) -> Tensor:
+    """§8 as a vector, in the order of ``METRICS``."""
+    dtype = output.logits.dtype
+    finite, loss = output.finite_pairs(), output.loss.detach().to(dtype)
+    ratio = torch.exp(output.log_ratio)
+    samples = torch.stack([output.model_error, output.ref_error, output.weight, _clipped(output, ratio)])
+    model_mse, ref_mse, weight, clipped = samples.unflatten(1, (2, -1)).mean(1)
+    win_gap, lose_gap = output.reward_gap.chunk(2)
+    rows = torch.stack(
+        [_correct(output.logits), model_mse, ref_mse, output.logits, win_gap, lose_gap, weight, clipped]
+    ).to(pair_dtype(output.logits.device))
+    if output.skip_nonfinite:
+        means = torch.where(finite, rows, 0).sum(1) / finite.sum().clamp(min=1)
+    else:
+        means = rows.mean(1)
+    counts = torch.stack([output.mask.to(dtype).mean(), (~finite).sum().to(dtype)])
+    return torch.cat([loss.mean()[None], means.to(dtype), counts])
+
+
+def level_bins(timesteps: Tensor, bins: int, top: float) -> Tensor:
+    """Bin of each timestep, int64: ``bins`` of equal width from 0 to ``top``."""
+    place = timesteps.to(pair_dtype(timesteps.device)) * bins / top
+    return place.nan_to_num(0.0).clamp(0, bins - 1).long()
+
+
+def add_levels(levels: Tensor, bins: Tensor, output: Any, coef_unit: float) -> None:
+    """Adds a batch to sums by noise level, ``[len(STATISTICS), n]`` float32.
+
+    Args:
+        levels: the sums.
+        bins: ``[B]``, each pair's.
+        output: with the fields of :class:`PairLossOutput`, ``clip_range`` left out or not.
+        coef_unit: what a sample's coefficient is multiplied with to be §8's ``k``.
+    """
+    ratio = output.log_ratio.exp()
+    coef = output.coef * coef_unit
+    each = (output.model_error, output.ref_error, output.reward_gap, ratio, output.weight, _clipped(output, ratio))
+    halves = torch.stack([*each, coef]).float().unflatten(1, (2, -1))  # [7, winner and loser, B]
+    logits, coef = output.logits.float(), halves[6]
+    pair = (output.mask, logits, logits.square(), _correct(logits), coef[0], coef[0].square())
+    grad_sq = (coef.square() * halves[0]).sum(0)
+    rows = torch.cat([halves[:3].flatten(0, 1), halves[3:6].mean(1), torch.stack([*pair, grad_sq])])
+    finite = torch.isfinite(rows).all(0)
+    rows = torch.cat([torch.stack([finite, ~finite]), torch.where(finite, rows, 0.0)])
+    hits = bins == torch.arange(levels.shape[1], device=rows.device)[:, None]
+    # Not index_add, whose order of addition hangs on a GPU's mood, nor matmul, which may round to TF32.
+    levels += (rows[:, None] * hits).sum(-1)
+
+
+def add_metrics(totals: Tensor, values: Tensor) -> None:
+    """Adds a batch's numbers to ``[2, M]``: sums of the finite values, and how many those are."""
+    finite = torch.isfinite(values)
+    totals += torch.stack([torch.where(finite, values, 0.0), finite])
+
+
+def add_totals(totals: Totals, output: PairLossOutput, coef_unit: float) -> None:
+    """What a kernel does with ``totals``, for an output that no kernel made."""
+    with torch.no_grad():
+        if totals.metrics is not None:
+            add_metrics(totals.metrics, torch.stack(list(output.metrics().values())).float())
+        if totals.levels is not None:
+            assert totals.timesteps is not None  # checks.py
+            pairs = output.mask.shape[0]
+            bins = level_bins(totals.timesteps[:pairs], totals.levels.shape[1], totals.top)
+            add_levels(totals.levels, bins, output, coef_unit)
