@@ -16,27 +16,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sipo_kernels import STATISTICS, Totals
+from sipo_kernels.output import add_levels, level_bins
+
 BINS = 50
 """Bins of equal width over the schedule's noise levels."""
 
-MEANS = (
-    "model_error_winner",
-    "model_error_loser",
-    "ref_error_winner",
-    "ref_error_loser",
-    "win_gap",
-    "lose_gap",
-    "ratio",
-    "weight",
-    "clipped",
-    "active",
-    "logits",
-    "logits_sq",
-    "implicit_acc",
-    "coef",
-    "coef_sq",
-    "grad_sq",
-)
+MEANS = STATISTICS[2:]
 """Names of the means over a bin's pairs; the table in docs/math.md §8 says what each is."""
 
 _FIELDS = ("model_error", "ref_error", "reward_gap", "log_ratio", "weight", "mask", "logits", "coef")
@@ -67,9 +53,7 @@ class NoiseBins(NamedTuple):
 
     def __call__(self, timesteps: Tensor) -> Tensor:
         """Bin of each timestep, int64."""
-        if self.kind == "flow":
-            return (timesteps * self.bins).long().clamp(max=self.bins - 1)
-        return timesteps.long() * self.bins // self.levels
+        return level_bins(timesteps, self.bins, self.levels)
 
 
 class TimestepStatistics:
@@ -87,8 +71,7 @@ class TimestepStatistics:
     def __init__(self, loss_fn: Any, bins: NoiseBins, device: torch.device) -> None:
         self.loss_fn = loss_fn
         self.bins = bins
-        # Rows: pairs that the means are over, pairs that are left out, and the means' sums.
-        self.window = torch.zeros(2 + len(MEANS), bins.bins, device=device)
+        self.window = torch.zeros(len(STATISTICS), bins.bins, device=device)
 
     @classmethod
     def of(cls, loss_fn: Any, device: torch.device) -> TimestepStatistics | None:
@@ -96,36 +79,25 @@ class TimestepStatistics:
         bins = NoiseBins.of(loss_fn.schedule, BINS)
         return None if bins is None else cls(loss_fn, bins, device)
 
+    def totals(self, metrics: Tensor | None = None) -> Totals:
+        """What a loss that takes ``totals`` adds a pass to, all but the pass's timesteps.
+
+        Args:
+            metrics: of :class:`sipo_kernels.Totals`, to be added to along with the window.
+        """
+        return Totals(metrics, self.window, top=float(self.bins.levels))
+
     @torch.no_grad()
     def add(self, timesteps: Tensor, output: Any, shape: Sequence[int]) -> None:
-        """Adds one pass of ``B`` pairs.
+        """Adds one pass of ``B`` pairs, for a loss that does not take ``totals``.
 
         Args:
             timesteps: ``[B]`` on the device.
             output: as :class:`sipo_kernels.PairLossOutput`; one without its fields adds nothing.
             shape: of the winners, ``[B, ...]``.
         """
-        if not all(hasattr(output, name) for name in _FIELDS):
-            return
-        ratio = output.log_ratio.exp()
-        if getattr(output, "clip_range", None) is None:
-            clipped = torch.zeros_like(ratio)
-        else:
-            low, high = output.clip_range
-            clipped = ((ratio < low) | (ratio > high)).to(ratio.dtype)
-        coef = output.coef * self._coef_unit(shape)
-        samples = (output.model_error, output.ref_error, output.reward_gap, ratio, output.weight, clipped, coef)
-        halves = torch.stack(samples).float().unflatten(1, (2, -1))  # [7, winner and loser, B]
-        logits, coef = output.logits.float(), halves[6]
-        correct = 0.5 * (1 + logits.sign())  # a tie counts one half
-        pair = (output.mask, logits, logits.square(), correct, coef[0], coef[0].square())
-        grad_sq = (coef.square() * halves[0]).sum(0)
-        rows = torch.cat([halves[:3].flatten(0, 1), halves[3:6].mean(1), torch.stack([*pair, grad_sq])])
-        finite = torch.isfinite(rows).all(0)
-        rows = torch.cat([torch.stack([finite, ~finite]), torch.where(finite, rows, 0.0)])
-        hits = self.bins(timesteps) == torch.arange(self.bins.bins, device=rows.device)[:, None]
-        # Not index_add, whose order of addition hangs on a GPU's mood, nor matmul, which may round to TF32.
-        self.window += (rows[:, None] * hits).sum(-1)
+        if all(hasattr(output, name) for name in _FIELDS):
+            add_levels(self.window, self.bins(timesteps), output, self._coef_unit(shape))
 
     def _coef_unit(self, shape: Sequence[int]) -> float:
         """What the winner's coefficient (docs/math.md §6) is multiplied with to be ``a·c·b·mask·σ(−z)``: D·B/β."""

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from sipo.levels import check_count, check_positive
 from sipo.schedule import DEFAULT_INFERENCE_STEPS, NoiseSchedule
-from sipo_kernels import PairLossOutput, pair_loss
+from sipo_kernels import PairLossOutput, Totals, pair_loss
 from sipo_kernels.backends import BACKENDS
 from sipo_kernels.checks import check_choice, check_settings
+from sipo_kernels.contract import pair_dtype
 
 # docs/math.md §5, by method and number of dimensions of the batch: 4 for images, 5 for videos
 _DEFAULT_BETA = {
@@ -38,6 +39,10 @@ class SIPOLoss(torch.nn.Module):
         log(out.metrics())
 
     It has no parameters and no buffers; its schedule follows the device of the timesteps by itself.
+
+    It remembers the upstream gradient that the last backward pass brought (1/n where n passes accumulate, times a loss
+    scale) and has the next forward pass make the gradient for that. Where another one comes the gradient is made again:
+    results never depend on what was remembered, only time does.
 
     Args:
         schedule: A diffusers scheduler (see :meth:`NoiseSchedule.from_scheduler`) or a
@@ -114,6 +119,9 @@ class SIPOLoss(torch.nn.Module):
         self.label_smoothing = label_smoothing
         self.winner_preserving = winner_preserving
         self.backend = backend
+        # By device, written by backward passes. Not a buffer: those follow module.half(), which 1/3 does not survive,
+        # and are broadcast by DistributedDataParallel, which would cost a launch and mean nothing.
+        self._upstream: dict[torch.device, Tensor] = {}
 
     def forward(
         self,
@@ -124,6 +132,7 @@ class SIPOLoss(torch.nn.Module):
         *,
         error_weight: Tensor | None = None,
         ref_error: Tensor | None = None,
+        totals: Totals | None = None,
     ) -> PairLossOutput:
         """The loss of one batch of ``B`` pairs, ``S = 2B`` samples (§1).
 
@@ -136,6 +145,7 @@ class SIPOLoss(torch.nn.Module):
                 for a flow (not the 0 to 1000 that its network takes).
             error_weight: ``[S]``, the ω(λ_t) of Diffusion-DPO (§5).
             ref_error: ``[S]``, errors of the reference computed beforehand.
+            totals: Running sums that the batch's metrics, and its sums by noise level, are added to (§8).
 
         Returns:
             :class:`sipo_kernels.PairLossOutput`: the loss, differentiable in ``model_pred``, and every number
@@ -178,8 +188,19 @@ class SIPOLoss(torch.nn.Module):
             link=self.link,
             label_smoothing=self.label_smoothing,
             winner_preserving=self.winner_preserving,
+            expected_upstream=self._expected(model_pred),
+            totals=totals,
             backend=self.backend,
         )
+
+    def _expected(self, model_pred: Tensor) -> Tensor | None:
+        """What the last backward pass on this device brought; 1 at first. ``None``: nobody asks."""
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not isinstance(model_pred, Tensor):
+            return None
+        device = model_pred.device
+        if device not in self._upstream:
+            self._upstream[device] = torch.ones((), dtype=pair_dtype(device), device=device)
+        return self._upstream[device]
 
     def default_beta(self, ndim: int) -> float:
         """β of this method for a batch of ``ndim`` dimensions: 4 for images, 5 for videos (docs/math.md §5).

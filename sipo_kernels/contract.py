@@ -247,18 +247,6 @@ def scaled_coef(coef: Tensor, upstream: Tensor) -> Tensor:
     return torch.where(coef == 0, 0, coef * per_sample.to(coef.dtype))
 
 
-def is_upstream(numbers: Tensor, upstream: Tensor) -> bool:
-    """Whether the gradient beside ``numbers`` was made for this upstream gradient. Reads both: for tensors on the host."""
-    made_for = numbers[-1]
-    return upstream.item() == made_for.item() if upstream.ndim == 0 else bool((upstream == made_for).all())
-
-
-def remember(remembered: Tensor, upstream: Tensor) -> None:
-    """Keeps what came, as far as it is a finite number, to be expected of the next call: the first pair's of ``[B]``."""
-    value = upstream if upstream.ndim == 0 else upstream[0]
-    remembered.copy_(torch.where(torch.isfinite(value), value, remembered))
-
-
 def dense_like(agreed: Tensor, grad: Tensor) -> Tensor:
     """``grad`` itself where it lies in ``agreed``'s layout with its samples back to back, else a buffer that does.
 

@@ -96,8 +96,8 @@ def _metrics(output: PairLossOutput) -> Tensor:
 
 
 def level_bins(timesteps: Tensor, bins: int, top: float) -> Tensor:
-    """Bin of each timestep, int64: ``bins`` of equal width from 0 to ``top``."""
-    place = timesteps.to(pair_dtype(timesteps.device)) * bins / top
+    """Bin of each timestep, int64: ``bins`` of equal width from 0 to ``top``, told apart in float32, σ's own type."""
+    place = (timesteps.to(pair_dtype(timesteps.device)) * bins / top).float()
     return place.nan_to_num(0.0).clamp(0, bins - 1).long()
 
 

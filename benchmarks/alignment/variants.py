@@ -65,7 +65,7 @@ class MaskedByReference(torch.nn.Module):
         out: PairLossOutput = self.loss_fn(
             model_pred, ref_pred, target, timesteps, error_weight=mask.repeat(2).double()
         )
-        return out._replace(mask=mask)
+        return out._replace(mask=mask, numbers=None)
 
 
 class WinnersOnly(torch.nn.Module):
@@ -80,4 +80,4 @@ class WinnersOnly(torch.nn.Module):
         with torch.no_grad():
             out: PairLossOutput = self.loss_fn(model_pred, ref_pred, target, timesteps)
         pairs = len(out.mask)
-        return out._replace(loss=torch.nn.functional.mse_loss(model_pred[:pairs], target[:pairs]))
+        return out._replace(loss=torch.nn.functional.mse_loss(model_pred[:pairs], target[:pairs]), numbers=None)

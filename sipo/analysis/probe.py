@@ -125,8 +125,8 @@ def probe(run: Run, *, pairs: int, levels: int) -> Probe:
             for level in range(bins.bins):
                 timesteps = _within(bins, level, batch_rows, len(rows))
                 positions = [row * bins.bins + level for row in batch_rows]
-                output, on_device = forward(policy, batch, positions, timesteps, seed=seed)
-                statistics.add(on_device, output, batch["winner"].shape)
+                totals = statistics.totals()
+                output, on_device = forward(policy, batch, positions, timesteps, seed=seed, totals=totals)
                 out = ~output.mask & output.logits.isfinite()  # type: ignore[attr-defined]
                 highest = torch.maximum(highest, torch.where(out, on_device, 0).max())
                 dropped |= out.any()

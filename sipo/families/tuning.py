@@ -78,12 +78,12 @@ def freeze(network: nn.Module) -> nn.Module:
     return network.requires_grad_(False).eval()
 
 
-@contextmanager
-def adapter_off(network: nn.Module) -> Iterator[None]:
+class adapter_off:  # noqa: N801 (used like a function, as contextlib.suppress is)
     """Inside, a network with an adapter is the network below it, in eval mode: the reference.
 
     Afterwards, also after an error, everything is as before: the adapter on, ``requires_grad`` and the mode of
-    every module. Autograd graphs made before stay good.
+    every module. Autograd graphs made before stay good. May be entered again and again, once at a time: to list the
+    modules of a large network takes a while.
 
     Args:
         network: wrapped or not, prepared by :func:`prepare_lora`.
@@ -91,25 +91,33 @@ def adapter_off(network: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: a network without adapters.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
 
-    modules = list(network.modules())
-    layers: list[Any] = [module for module in modules if isinstance(module, BaseTunerLayer)]
-    if not layers:
-        raise ValueError(f"{type(unwrapped(network)).__name__} has no adapter to turn off: expected prepare_lora's")
-    before = [layer.disable_adapters for layer in layers]
-    with evaluating(modules):
-        try:
-            for layer in layers:
-                # What peft's enable_adapters() sets, without what it does besides: it switches requires_grad of every
-                # weight of the adapter, off and then on, whatever it was, which takes longer than all of the rest.
-                layer._disable_adapters = True
-            if not layers[0].disable_adapters:
-                raise RuntimeError("the adapter stayed on: expected a peft whose layers have _disable_adapters")
-            yield
-        finally:
-            for layer, disabled in zip(layers, before, strict=True):
-                layer._disable_adapters = disabled
+    reusable = True
+
+    def __init__(self, network: nn.Module) -> None:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        self._modules = list(network.modules())
+        self._layers: list[Any] = [module for module in self._modules if isinstance(module, BaseTunerLayer)]
+        if not self._layers:
+            raise ValueError(f"{type(unwrapped(network)).__name__} has no adapter to turn off: expected prepare_lora's")
+
+    def __enter__(self) -> None:
+        self._before = [layer._disable_adapters for layer in self._layers]
+        self._evaluating = evaluating(self._modules)
+        self._evaluating.__enter__()
+        for layer in self._layers:
+            # What peft's enable_adapters() sets, without what it does besides: it switches requires_grad of every
+            # weight of the adapter, off and then on, whatever it was, which takes longer than all of the rest.
+            layer._disable_adapters = True
+        if not self._layers[0].disable_adapters:
+            self.__exit__(None, None, None)
+            raise RuntimeError("the adapter stayed on: expected a peft whose layers have _disable_adapters")
+
+    def __exit__(self, *error: Any) -> None:
+        for layer, disabled in zip(self._layers, self._before, strict=True):
+            layer._disable_adapters = disabled
+        self._evaluating.__exit__(None, None, None)
 
 
 def save_lora(

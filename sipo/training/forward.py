@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from sipo.training.data import pair_noise, to_device, twice
 from sipo.training.protocols import PairLoss, PairLossResult, Predict, Schedule
+from sipo_kernels import Totals
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class AdapterOff:
 
     Attributes:
         switch: called with the policy, unwrapped; inside the context that it returns, the policy computes what it did
-            before training, dropout off. ``sipo.families.tuning.adapter_off`` is one.
+            before training, dropout off. ``sipo.families.tuning.adapter_off`` is one. A context with a true attribute
+            ``reusable`` is made once and entered at each pass; another kind is made anew for each.
     """
 
     switch: Callable[[nn.Module], AbstractContextManager[Any]]
@@ -30,6 +33,12 @@ class AdapterOff:
 
 Reference = nn.Module | AdapterOff | None
 """A frozen copy of the policy; the policy without its adapters; or none, where items carry ``"ref_error"``."""
+
+
+def takes_totals(loss_fn: Any) -> bool:
+    """Whether a loss adds its numbers to :class:`sipo_kernels.Totals` by itself, as :class:`sipo.SIPOLoss` does."""
+    call = loss_fn.forward if isinstance(loss_fn, nn.Module) else loss_fn
+    return "totals" in inspect.signature(call).parameters
 
 
 class PairForward:
@@ -62,6 +71,9 @@ class PairForward:
         self.reference = reference
         self.wrapped: nn.Module | None = None
         self.network: nn.Module | None = None
+        self.off: AbstractContextManager[Any] | None = None
+        # Without mixed precision there is nothing to switch, and asking accelerate takes longer than the loss.
+        self.autocast = nullcontext if accelerator.mixed_precision == "no" else accelerator.autocast
         self.offloaded: list[tuple[Tensor, Tensor]] | None = None
         if isinstance(reference, nn.Module):
             reference.requires_grad_(False).eval()
@@ -73,7 +85,14 @@ class PairForward:
                 reference.to(self.device)
 
     def __call__(
-        self, policy: nn.Module, batch: dict[str, Any], positions: Sequence[int], timesteps: Tensor, *, seed: int
+        self,
+        policy: nn.Module,
+        batch: dict[str, Any],
+        positions: Sequence[int],
+        timesteps: Tensor,
+        *,
+        seed: int,
+        totals: Totals | None = None,
     ) -> tuple[PairLossResult, Tensor]:
         """The loss, and the timesteps ``[B]`` on the device that it is for.
 
@@ -84,6 +103,7 @@ class PairForward:
                 nor are the next two.
             timesteps: ``[B]``.
             seed: of the noise.
+            totals: for a loss that takes them; the timesteps are filled in.
         """
         self._check(batch)
         winner, loser = to_device(batch["winner"], self.device), to_device(batch["loser"], self.device)
@@ -104,18 +124,20 @@ class PairForward:
         else:
             target = self.schedule.target(samples, both_noise, both_levels)
 
+        # These arguments are for losses alone that take them.
+        loss: Any = self.loss_fn
+        options: dict[str, Any] = {} if totals is None else {"totals": totals._replace(timesteps=levels)}
         if self.reference is None:
-            with self.accelerator.autocast():
+            with self.autocast():
                 model_pred = self.predict(policy, noisy, both_levels, condition)
-            errors = to_device(batch["ref_error"], self.device).transpose(0, 1).reshape(-1)
-            loss: Any = self.loss_fn  # this argument is for those alone that take errors
-            return loss(model_pred, None, target, both_levels, ref_error=errors), levels
+            options["ref_error"] = to_device(batch["ref_error"], self.device).transpose(0, 1).reshape(-1)
+            return loss(model_pred, None, target, both_levels, **options), levels
         # Two contexts, so that no weight that was cast without gradients comes to the policy from autocast's cache.
-        with torch.no_grad(), self.accelerator.autocast(), self._reference(policy) as network:
+        with torch.no_grad(), self.autocast(), self._reference(policy) as network:
             ref_pred = self.predict(network, noisy, both_levels, condition)
-        with self.accelerator.autocast():
+        with self.autocast():
             model_pred = self.predict(policy, noisy, both_levels, condition)
-        return self.loss_fn(model_pred, ref_pred, target, both_levels), levels
+        return loss(model_pred, ref_pred, target, both_levels, **options), levels
 
     def _condition(self, batch: dict[str, Any]) -> Any:
         """What both halves share, twice, and what each has of its own."""
@@ -130,8 +152,12 @@ class PairForward:
         if isinstance(self.reference, AdapterOff):
             if policy is not self.wrapped:  # accelerate looks at every module to find the one inside
                 self.wrapped, self.network = policy, self.accelerator.unwrap_model(policy)
+                self.off = None
             assert self.network is not None
-            with self.reference.switch(self.network):
+            off = self.off or self.reference.switch(self.network)
+            if getattr(off, "reusable", False):
+                self.off = off
+            with off:
                 yield self.network
         elif self.offloaded is not None:
             for tensor, host in self.offloaded:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sipo.diagnostics import scalars
 from sipo.training.config import TrainingConfig
+from sipo_kernels.output import add_metrics
 
 _COUNTED = "nonfinite_pairs"
 
@@ -25,15 +26,19 @@ class MetricWindow:
     A value that is not finite is left out of its mean, so that one broken step does not blind the line; the
     line counts such steps instead. ``nonfinite_pairs`` is a total.
 
+    Attributes:
+        totals: ``[2, M]``: sums of each metric's finite values, and how many there were. A loss that takes
+            :class:`sipo_kernels.Totals` adds its passes here by itself; :meth:`add` is for others.
+
     Args:
         device: where the metrics live.
+        names: of the metrics; the first :meth:`add` tells where they are left out.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, names: Sequence[str] = ()) -> None:
         self._device = device
-        self._names: list[str] = []
-        self._sums = torch.empty(0)
-        self._counts = torch.empty(0)
+        self._names = list(names)
+        self.totals = torch.zeros(2, len(names), device=device)
         # Optimiser steps in this window; those with a non-finite gradient: in this window, in a row until
         # now, the longest such row; the other steps' gradient norms: their sum, and squared deviations from their mean.
         self._steps = torch.zeros(6, device=device)
@@ -42,13 +47,9 @@ class MetricWindow:
         """Adds one pass's metrics, 0-d tensors under the same names each time."""
         if not self._names:
             self._names = list(metrics)
-            if self._sums.numel() != len(metrics):
-                self._sums = torch.zeros(len(metrics), device=self._device)
-                self._counts = torch.zeros(len(metrics), device=self._device)
-        values = torch.stack([metrics[name].detach().float() for name in self._names])
-        finite = torch.isfinite(values)
-        self._sums += torch.where(finite, values, 0.0)
-        self._counts += finite
+            if self.totals.shape[1] != len(metrics):  # else they are a checkpoint's
+                self.totals = torch.zeros(2, len(metrics), device=self._device)
+        add_metrics(self.totals, torch.stack([metrics[name].detach().float() for name in self._names]))
 
     def add_step(self, grad_norm: Tensor) -> Tensor:
         """Counts one optimiser step by its 0-d gradient norm; returns whether that is finite, as a tensor."""
@@ -76,7 +77,7 @@ class MetricWindow:
             (``grad_norm_std``, NaN for fewer than two) and ``nonfinite_steps``; the longest row of non-finite steps up
             to now, which may have begun before the window; and ``extra``'s sums over processes.
         """
-        sums = torch.cat([self._sums, self._counts, *([] if extra is None else [extra])])
+        sums = torch.cat([self.totals.flatten(), *([] if extra is None else [extra])])
         if accelerator.num_processes > 1:
             sums = accelerator.reduce(sums, reduction="sum")
         values = torch.cat([self._steps, sums]).tolist()
@@ -91,20 +92,18 @@ class MetricWindow:
         metrics["grad_norm"] = norms / finite if finite else math.nan
         metrics["grad_norm_std"] = math.sqrt(deviations / (finite - 1)) if finite > 1 else math.nan
         metrics["nonfinite_steps"] = int(broken)
-        self._sums.zero_()
-        self._counts.zero_()
+        self.totals.zero_()
         self._steps = torch.zeros_like(self._steps)
         self._steps[2:4] = row
         return metrics, int(longest), values[2 * n :]
 
     def state(self) -> dict[str, Tensor]:
         """The sums, for a checkpoint that falls between two log lines."""
-        return {"sums": self._sums, "counts": self._counts, "steps": self._steps}
+        return {"sums": self.totals[0], "counts": self.totals[1], "steps": self._steps}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Undoes :meth:`state`; the names follow with the next :meth:`add`."""
-        self._sums = state["sums"].to(self._device)
-        self._counts = state["counts"].to(self._device)
+        """Undoes :meth:`state`."""
+        self.totals = torch.stack([state["sums"], state["counts"]]).to(self._device)
         self._steps = state["steps"].to(self._device)
         if self._steps.numel() == 5:  # of a run before there was a spread: unknown until the next log line
             self._steps = torch.cat([self._steps, torch.full_like(self._steps[:1], math.nan)])

@@ -22,7 +22,7 @@ from sipo.diagnostics import AlarmWatch, TimestepStatistics
 from sipo.training import checkpoint
 from sipo.training.config import TrainingAlarm, TrainingConfig, TrainingDiverged, TrainingInterrupted, TrainingWarning
 from sipo.training.data import StreamSampler, drop_captions, step_timesteps
-from sipo.training.forward import PairForward, Reference
+from sipo.training.forward import PairForward, Reference, takes_totals
 from sipo.training.logs import MetricWindow, Recorder
 from sipo.training.optimization import Average, make_optimizer, rate_factor
 from sipo.training.preparation import check_setup, make_accelerator, prepare
@@ -32,6 +32,7 @@ from sipo.training.sharded import is_deepspeed, local, reshard, whole
 from sipo.training.stopping import StopRequest, memory_advice, release_signals
 from sipo.training.timesteps import InformativeTimesteps
 from sipo.training.validation import OnValidation, Validation
+from sipo_kernels import METRICS, Totals
 
 ASKED = ("cpu",)
 """Devices that are asked for a number at each step, as that does not make anybody wait there. Tests empty it."""
@@ -162,7 +163,9 @@ class _Run:
         self.names = {n: p for n, p in policy.named_parameters() if p.requires_grad}
         self.parameters = list(self.names.values())
         self.average = Average(self.names, config.ema_decay) if config.ema_decay is not None else None
-        self.window = MetricWindow(self.device)
+        # A loss that adds to sums on the device by itself saves a pass some thirty small operations.
+        self.adds = takes_totals(forward.loss_fn)
+        self.window = MetricWindow(self.device, METRICS if self.adds else ())
         self.watch = AlarmWatch()
         self.alarms: list[str] = []  # that the run stops for
         self.statistics = TimestepStatistics.of(forward.loss_fn, self.device) if config.timestep_statistics else None
@@ -251,10 +254,11 @@ class _Run:
         elif config.caption_dropout:
             empty = self.dataset.unconditional  # type: ignore[attr-defined]
             drop_captions(batch.get("condition"), empty, positions, config.seed, config.caption_dropout)
-        output, levels = self.forward(self.policy, batch, positions, timesteps, seed=config.seed)
+        totals = self._totals() if self.adds else None
+        output, levels = self.forward(self.policy, batch, positions, timesteps, seed=config.seed, totals=totals)
         if self.informative is not None:
             self.informative.add(levels, output)
-        if self.statistics is not None:
+        if self.statistics is not None and not self.adds:
             self.statistics.add(levels, output, batch["winner"].shape)
         if not config.skip_inactive or self._active(output):
             self.accelerator.backward(output.loss)
@@ -262,7 +266,13 @@ class _Run:
         else:
             self.skipped += 1
             reshard(self.policy)
-        self.window.add(output.metrics())
+        if not self.adds:
+            self.window.add(output.metrics())
+
+    def _totals(self) -> Totals:
+        """Where the metrics of a pass go, and its statistics by noise level."""
+        metrics = self.window.totals
+        return Totals(metrics) if self.statistics is None else self.statistics.totals(metrics)
 
     def _active(self, output: PairLossResult) -> bool:
         """Whether a backward pass is due: for a pair of any process, or to reduce the gradients of earlier passes."""

@@ -53,7 +53,9 @@ class PairLoss(Protocol):
     def __call__(self, model_pred: Tensor, ref_pred: Tensor, target: Tensor, timesteps: Tensor) -> PairLossResult:
         """Loss of ``[winners; losers]`` stacked along dimension 0.
 
-        Where items carry ``"ref_error"``, ``ref_pred`` is ``None`` and a keyword ``ref_error`` has them, ``[2B]``.
+        Where items carry ``"ref_error"``, ``ref_pred`` is ``None`` and a keyword ``ref_error`` has them, ``[2B]``. A
+        loss that has a keyword ``totals`` gets :class:`sipo_kernels.Totals` and adds its metrics and, where they are
+        given, its sums by noise level to them; for others the loop does it from what they return.
         """
 
 
