@@ -9,6 +9,7 @@ import json
 import re
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,39 +19,65 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sipo_kernels import triton_kernels as kernels
+from sipo_kernels import triton_passes as passes
 from sipo_kernels import triton_plan
+from sipo_kernels.contract import LINKS, METHODS, accumulate_dtype, stats_dtype
+from sipo_kernels.triton_kernels import FOLD
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+CAPABILITIES = (80, 90, 100)
+TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+TL = {torch.float32: tl.float32, torch.float64: tl.float64}
 STRIDES = ("elements", "model_stride", "ref_stride", "target_stride")
-COUNTS = ("pairs", "parts", "tiles", "distance", "keep")
+COUNTS = ("pairs", "parts", "tiles", "distance", "keep", "bins", "timestep_stride", "upstream_stride")
 # Name of each variant: kernel, and what it does beside its work.
 VARIANTS = {
-    "fused": (kernels.pair_forward, True),
-    "reduce": (kernels.pair_forward, False),
-    "gradient": (kernels.pair_backward, False),
-    "mend": (kernels.pair_backward, True),
+    "fused": (passes.pair_forward, True),
+    "reduce": (passes.pair_forward, False),
+    "gradient": (passes.pair_backward, False),
+    "mend": (passes.pair_backward, True),
 }
+# Of policy, reference and target. "small": of fewer elements than SMALL_SAMPLE.
+MIXES = {
+    "bf16": "bf16-bf16-bf16",
+    "fp32": "fp32-fp32-fp32",
+    "fp64": "fp64-fp64-fp64",
+    "mixed": "bf16-bf16-fp32",
+    "mixed16": "fp16-fp16-fp32",
+    "small": "bf16-bf16-fp32",
+}
+SHARED = {"SHARED_TARGET": True}
+TOTALS = {"METRICS_TOO": True, "LEVELS": True, "EXPECTED_ON_DEVICE": True}
+RELATIVES = {"LINK": LINKS.index("dmpo"), "SMOOTHED": True, "PRESERVING": True}
+# What is compiled for each capability: name, variant, mix, constants other than those of a plain SIPO batch.
+COMPILED: list[tuple[str, str, str, dict[str, Any]]] = [
+    *((f"{variant}-{mix}", variant, mix, {}) for mix in ("bf16", "fp32", "mixed") for variant in VARIANTS),
+    ("fused-small", "fused", "small", {}),
+    # What a training step asks for: running sums, and an upstream gradient that is read on the device.
+    ("fused-totals", "fused", "mixed16", SHARED | TOTALS),
+    # What takes the most registers: float64 everywhere, and all that a call can ask for with sums in float64.
+    ("fused-fp64", "fused", "fp64", {}),
+    ("fused-relatives", "fused", "small", RELATIVES | TOTALS),
+]
 
 
-def compile_for(variant: str, dtypes: str, capability: int, **changes: Any) -> Any:
+def compile_for(variant: str, mix: str, capability: int, **changes: Any) -> Any:
     """One kernel as the launcher would specialise it for a SIPO batch of real latents (D a multiple of 16).
 
     Args:
         variant: one of ``VARIANTS``.
-        dtypes: of policy, reference and target, "bf16-bf16-fp32", or one for all three.
+        mix: one of ``MIXES``.
         capability: 90 for sm_90.
         changes: constants other than SIPO's.
     """
     kernel, extra = VARIANTS[variant]
-    model, ref, target = dtypes.split("-") if "-" in dtypes else (dtypes,) * 3
-    wide = {"fp32", "fp64"} & {model, ref, target}
-    acc = torch.float64 if wide else torch.float32  # contract.accumulate_dtype
-    bytes_of = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
-    grad_acc = tl.float64 if "fp64" in (model, target) else tl.float32
+    model, ref, target = names = MIXES[mix].split("-")
+    inputs = [torch.empty(0, dtype=TYPES[name]) for name in names]
+    acc = accumulate_dtype(37 if mix == "small" else 1 << 20, inputs[2], *inputs[:2])
+    grad_acc = TL[stats_dtype(inputs[0], inputs[2])]
     constants = {
-        "METHOD": kernels.METHODS.index("sipo"),
-        "LINK": kernels.LINKS.index("sigmoid"),
+        "METHOD": METHODS.index("sipo"),
+        "LINK": LINKS.index("sigmoid"),
         "SMOOTHED": False,
         "PRESERVING": False,
         "MASKS": True,
@@ -62,15 +89,21 @@ def compile_for(variant: str, dtypes: str, capability: int, **changes: Any) -> A
         "HAS_WEIGHT": True,
         "SHARED_TARGET": False,
         "WITH_GRAD": extra,
+        "EXPECTED_ON_DEVICE": False,
+        "METRICS_TOO": False,
+        "LEVELS": False,
         "MEND": extra,
-        "ACC": grad_acc if kernel is kernels.pair_backward else {torch.float32: tl.float32}.get(acc, tl.float64),
+        "REMEMBER": extra,
+        "ACC": grad_acc if kernel is passes.pair_backward else TL[acc],
         "GRAD_ACC": grad_acc,
         "PARTS": triton_plan.MAX_PARTS,
-        "BLOCK": triton_plan.TILE_BYTES // max(bytes_of[name] for name in (model, ref, target)),
-        "FOLD": kernels.FOLD[acc],
+        "BLOCK": triton_plan.block(acc, *inputs),
+        "FOLD": FOLD[acc],
     } | changes
-    pointers = {"model": model, "ref": ref, "target": target, "grad": model}
-    pointers |= {"partial": "fp64" if wide else "fp32", "tickets": "i32", "pair_losses": "fp64", "mask": "i1"}
+    statistics = "fp64" if "fp64" in names else "fp32"
+    pointers = {"model": model, "ref": ref, "target": target, "grad": model, "partial": str(TL[acc])}
+    pointers |= {"tickets": "i32", "facts": "fp64", "mask": "i1", "expected": "fp64", "remembered": "fp64"}
+    pointers |= {"metrics": "fp32", "levels": "fp32", "timesteps": "i64"}
     signature: dict[str, str] = {}
     for parameter in kernel.params:
         name = parameter.name
@@ -79,7 +112,7 @@ def compile_for(variant: str, dtypes: str, capability: int, **changes: Any) -> A
         elif name in STRIDES + COUNTS:
             signature[name] = "i32"
         else:
-            signature[name] = parameter.annotation_type or "*" + pointers.get(name, "fp32")
+            signature[name] = parameter.annotation_type or "*" + pointers.get(name, statistics)
     order = list(signature)
     aligned = [n for n, kind in signature.items() if kind.startswith("*") or n in STRIDES]
     source = ASTSource(
@@ -89,7 +122,7 @@ def compile_for(variant: str, dtypes: str, capability: int, **changes: Any) -> A
         attrs={(order.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
     options = {"num_warps": triton_plan.WARPS}
-    if kernel is kernels.pair_forward:
+    if kernel is passes.pair_forward:
         options["maxnreg"] = triton_plan.REGISTERS
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
@@ -100,18 +133,20 @@ def read(binary: Any) -> dict[str, int]:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(binary.asm["cubin"])
         usage = _tool("cuobjdump", "-res-usage", str(cubin))
-        sass = _tool("nvdisasm", str(cubin))
-    loads, stores = re.findall(r"\bLDG\S*", sass), re.findall(r"\bSTG\S*", sass)
+        sass = _tool("nvdisasm", "-c", "-ndf", str(cubin))
+    # STRONG is what other programs wrote: partial sums and numbers of pairs, not the inputs.
+    loads = [name for name in re.findall(r"\bLDG\S*", sass) if "STRONG" not in name]
+    stores = re.findall(r"\bSTG\S*", sass)
     ptx = binary.asm["ptx"]
     # Scalars of the pair come as .b32 and .b64; a vector of inputs narrower than 16 bytes would be one of these.
-    narrower = re.findall(r"ld\.global(?:\.[a-z]\w*)*\.(?:v2\.b32|v4\.b16|v2\.b16|v2\.b64|b16)\b", ptx)
+    vectors = re.findall(r"ld\.global\S*\.(?:v2\.b32|v4\.b16|v2\.b16|v2\.b64|b16)\b", ptx)
     return {
         "wide_loads": sum(".128" in name for name in loads),
         "wide_stores": sum(".128" in name for name in stores),
         "kept_loads": len(re.findall(r"ld\.global\S*evict_last\S*\.v4\.b32", ptx)),
         "streamed_stores": len(re.findall(r"st\.global\.cs\.v4\.b32", ptx)),
         "narrow_stores": sum(".128" not in name for name in stores),
-        "input_loads_narrower": len(narrower),
+        "input_loads_narrower": sum(".cg." not in name for name in vectors),
         "local_instructions": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         **{
             key: int(re.search(rf"{name}:(\d+)", usage)[1])  # type: ignore[index]
@@ -125,18 +160,13 @@ def _tool(name: str, *arguments: str) -> str:
 
 
 def main() -> None:
-    found = {}
-    for capability in (80, 90, 100):
-        for dtype in ("bf16", "fp32"):
-            for variant in VARIANTS:
-                found[f"{variant}-{dtype}-{capability}"] = read(compile_for(variant, dtype, capability))
-        # What takes the most registers: float64 everywhere, and half-precision inputs whose sums are float64.
-        found[f"fused-fp64-{capability}"] = read(compile_for("fused", "fp64", capability))
-        found[f"fused-mixed-{capability}"] = read(compile_for("fused", "bf16-bf16-fp32", capability))
-        # And with a relative's link and the inner product of winner and loser.
-        relatives = {"LINK": kernels.LINKS.index("dmpo"), "SMOOTHED": True, "PRESERVING": True}
-        found[f"fused-relatives-{capability}"] = read(compile_for("fused", "bf16-bf16-fp32", capability, **relatives))
-    print(json.dumps(found, indent=1))
+    with ThreadPoolExecutor(1) as pool:  # one kernel is read while the next is compiled
+        found = {
+            f"{name}-{capability}": pool.submit(read, compile_for(variant, mix, capability, **changes))
+            for capability in CAPABILITIES
+            for name, variant, mix, changes in COMPILED
+        }
+    print(json.dumps({name: reading.result() for name, reading in found.items()}, indent=1))
 
 
 if __name__ == "__main__":

@@ -103,21 +103,30 @@ def test_scales(backend: str, exponent: int, dtype: torch.dtype, shape: tuple[in
     assert_within_budget(batch, out, grad, reference_grad(batch, **options), run_reference(batch, **options))
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16])
-def test_a_long_sample(backend: str, dtype: torch.dtype) -> None:
+# Types of real training first: half-precision predictions beside a float32 target.
+@pytest.mark.parametrize(
+    ("types", "shared"),
+    [((BF16, BF16, F32), False), ((BF16, BF16, F32), True), ((F16, F16, F32), True), ((F32,) * 3, False),
+     ((BF16,) * 3, False)],
+)  # fmt: skip
+def test_a_long_sample(backend: str, types: tuple[torch.dtype, ...], shared: bool) -> None:
     """Longer than SMALL_SAMPLE, so that float32 terms are summed, and over many chunks, blocks and threads."""
     shape = (4, 3, 211, 337) if backend == "triton" else (4, 7, 401, 353)
-    batch = make_batch(shape, (dtype,) * 3, distance=0.05, device=DEVICE)
+    batch = make_batch(shape, types, distance=0.05, shared_target=shared, device=DEVICE)
     options: dict[str, Any] = {"method": "dpo_cm", "mask_threshold": 0.0}
     options["beta"] = beta_for(batch, **options)
     out, grad = run(batch, backend, **options)
     assert_within_budget(batch, out, grad, reference_grad(batch, **options), run_reference(batch, **options))
 
 
-def test_long_sums_that_cancel(backend: str) -> None:
-    """Unrelated policy and reference: the gap is a hundredth of its terms. Summing in float32 misses the budget."""
-    for seed in range(8):
-        batch = make_batch((2, 4, 128, 128), distance=1.0, seed=seed, device=DEVICE)
+@pytest.mark.parametrize("types", [(F32,) * 3, (BF16, BF16, F32), (F16, F16, F32), (BF16,) * 3])
+def test_long_sums_that_cancel(backend: str, types: tuple[torch.dtype, ...]) -> None:
+    """Unrelated policy and reference: the gap is a hundredth of its terms.
+
+    Summing float32 predictions in float32 misses the budget; half-precision ones, whose differences are exact, do not.
+    """
+    for seed in range(8 if types[0] == F32 else 4):
+        batch = make_batch((2, 4, 128, 128), types, distance=1.0, seed=seed, device=DEVICE)
         options: dict[str, Any] = {"method": "dpo_cm", "mask_threshold": 0.0}
         options["beta"] = beta_for(batch, 20.0, **options)
         out, grad = run(batch, backend, **options)
@@ -674,15 +683,17 @@ def test_vmap_says_so() -> None:
         )
 
 
-def test_memory_is_the_gradient_and_little_else(backend: str) -> None:
-    """Contract 6: beyond the gradient, per-sample numbers and partial sums only."""
+@pytest.mark.parametrize(("upstream", "expected"), [(1.0, None), (0.125, None), (0.125, 0.125), (0.125, 1.0)])
+def test_memory_is_the_gradient_and_little_else(backend: str, upstream: float, expected: float | None) -> None:
+    """Contract 6: beyond the gradient, per-sample numbers and partial sums only, whatever the upstream gradient."""
     if backend == "eager":
         pytest.skip("plain torch keeps every intermediate tensor; the contract's memory clause is for the kernels")
     batch = make_batch((4, 5, 101, 103), (BF16, BF16, F32), device="cpu")
+    factor = torch.tensor(upstream)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with torch.profiler.profile(profile_memory=True) as profile:
-            run(batch, backend, method="sipo", beta=3.0)
+            run(batch, backend, upstream=factor, method="sipo", beta=3.0, expected_upstream=expected)
     allocated = sum(max(event.self_cpu_memory_usage, 0) for event in profile.key_averages())
     gradient = batch.model_pred.numel() * 2
     assert gradient <= allocated <= gradient + 16_384

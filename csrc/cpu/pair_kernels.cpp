@@ -225,8 +225,8 @@ template <class V> inline double lanes(V v) {
 template <class T> constexpr bool is_half = sizeof(T) == 2;
 
 // Which type the terms have is accumulate_dtype's decision (sipo_kernels/contract.py): double costs nothing while memory is
-// the limit. Float sums of half-precision terms are kept short.
-constexpr int64_t kRun = 1024;
+// the limit. Float sums of half-precision terms are kept short: 32 of them in each lane.
+constexpr int64_t kRun = 64 * Simd<float>::width;
 constexpr int64_t kAhead = 1024;  // bytes
 
 template <class Acc, class M, class R, class T>
