@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import sys
 from types import ModuleType
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from sipo_kernels import build_info, cuda, native
 from sipo_kernels.checks import check_choice
 
 BACKENDS = ("eager", "triton", "native", "cuda")
+_CHOICES = ("auto", *BACKENDS)
 # Backends whose forward also makes the gradient, in the same pass over memory.
 FUSED = ("native", "cuda", "triton")
 # What "auto" tries, in this order.
@@ -101,15 +103,16 @@ def choose(backend: str, device: torch.device) -> str:
         ValueError: no backend of that name.
         RuntimeError: a named backend that cannot run, with the reason and the remedy.
     """
-    check_choice("backend", backend, ("auto", *BACKENDS))
+    check_choice("backend", backend, _CHOICES)
     source = "backend"
     if backend == "auto":
         backend = os.environ.get("SIPO_BACKEND", "auto")
         source = "SIPO_BACKEND"
-        check_choice(source, backend, ("auto", *BACKENDS))
+        check_choice(source, backend, _CHOICES)
     if backend == "auto":
-        order = _ON_CPU if device.type == "cpu" else _ON_GPU
-        return next(name for name in order if status(name, device.type).available)
+        for name in _ON_CPU if device.type == "cpu" else _ON_GPU:
+            if status(name, device.type).available:
+                return name
     found = status(backend, device.type)
     if not found.available:
         raise RuntimeError(f"{source}={backend!r} cannot run: {found.reason} ({found.remedy})")
@@ -117,5 +120,6 @@ def choose(backend: str, device: torch.device) -> str:
 
 
 def module(backend: str) -> ModuleType:
-    """The module that implements a backend: ``forward`` and ``gradient``."""
-    return importlib.import_module(_MODULES[backend])
+    """The module that implements a backend: ``forward``, ``gradient``, and ``mend`` for those in ``FUSED``."""
+    name = _MODULES[backend]
+    return sys.modules.get(name) or importlib.import_module(name)

@@ -271,7 +271,7 @@ def mend(
         numbers: of the same ``forward``.
         remembered: 0-d ``pair_dtype``: takes what came, to be expected of the next call, where it is finite.
     """
-    came, made_for = (upstream if upstream.ndim == 0 else upstream[0]).item(), numbers[-1].item()
+    came, made_for = (upstream if upstream.ndim == 0 else upstream[0]).item(), numbers.tolist()[-1]
     if remembered is not None and came != remembered.item() and math.isfinite(came):
         remembered.fill_(came)
     if came == made_for and (upstream.ndim == 0 or bool((upstream == made_for).all())):

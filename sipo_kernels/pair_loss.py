@@ -83,14 +83,10 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 def _is_ordinary(*tensors: Tensor | None) -> bool:
     """Whether a backend may be called past the dispatcher: nothing traces, listens in, or is more than a plain tensor.
 
-    Modes of ``__torch_function__`` (``torch.set_default_device``) need no operator: a backend is made of torch calls.
+    Not to be asked while compiling. Modes of ``__torch_function__`` (``torch.set_default_device``) need no operator: a
+    backend is made of torch calls.
     """
-    return (
-        _PLAIN.issuperset(map(type, tensors))
-        and not torch.compiler.is_compiling()
-        and not is_in_torch_dispatch_mode()
-        and not torch.jit.is_tracing()
-    )
+    return _PLAIN.issuperset(map(type, tensors)) and not is_in_torch_dispatch_mode() and not torch._C._is_tracing()
 
 
 def _refuse_double_backward() -> None:
@@ -320,7 +316,7 @@ def pair_loss(
         )
     inputs = Inputs(model_pred, ref_pred, target, ratio_scale, error_weight, ref_error)
     numbers: Tensor | None = None
-    if _is_ordinary(*inputs):
+    if not compiling and _is_ordinary(*inputs):
         needs_grad = model_pred.requires_grad and torch.is_grad_enabled()
         fuse = needs_grad and chosen in backends.FUSED
         if expected_upstream is None:

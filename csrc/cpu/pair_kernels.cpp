@@ -321,6 +321,9 @@ void gradient(const void* mp, const void* tp, void* gp, int64_t n, double coef, 
     for (; i < n && (reinterpret_cast<uintptr_t>(g + i) & (unit - 1)); ++i) one(i);
   auto step = [&](bool past) {
     Vec vm[2], vt[2];
+    __builtin_prefetch(reinterpret_cast<const char*>(m + i) + kAhead);
+    __builtin_prefetch(reinterpret_cast<const char*>(t + i) + kAhead);
+    if (!past) __builtin_prefetch(reinterpret_cast<const char*>(g + i) + kAhead, 1);  // to be written
     load2<kEvenOdd>(m + i, vm[0], vm[1]);
     load2<kEvenOdd>(t + i, vt[0], vt[1]);
     store2<kEvenOdd>(g + i, c * (vm[0] - vt[0]), c * (vm[1] - vt[1]), past);
