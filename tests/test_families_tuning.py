@@ -10,6 +10,7 @@ import diffusers
 import pytest
 import torch
 import yaml
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from sipo import SIPOLoss
@@ -111,6 +112,25 @@ def test_everything_is_as_before_after_the_reference() -> None:
         adapter_off(get("sd15").load_network(folder_of("sd15"))),
     ):
         pass
+
+
+def test_the_reference_is_entered_again_and_leaves_replaced_forwards_alone() -> None:
+    network = lora_network("sd15")
+    given, family = network_input("sd15"), get("sd15")
+    first, second = [module for module in network.modules() if isinstance(module, BaseTunerLayer)][:2]
+    calls: list[str] = []
+    plain = second.forward
+    second.forward = lambda *args, **options: calls.append("hooked") or plain(*args, **options)
+    off = adapter_off(network)
+    with torch.no_grad(), evaluating(network.modules()):
+        expected = family.predict(freeze(family.load_network(folder_of("sd15"))), *given)
+        for _ in range(3):
+            with off:
+                assert "forward" in first.__dict__
+                assert torch.equal(family.predict(network, *given), expected)
+            assert "forward" not in first.__dict__ and "forward" in second.__dict__
+            assert not torch.equal(family.predict(network, *given), expected)
+    assert len(calls) == 6
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
