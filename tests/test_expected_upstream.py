@@ -50,16 +50,16 @@ def pick(upstream: float, kind: str, loss: Tensor) -> Tensor:
 def test_same_bits_whatever_was_expected(
     backend: str, mix: tuple[torch.dtype, ...], shared: bool, reduction: str
 ) -> None:
-    batch = batch_of(mix, shared)
+    slow = backend in ("triton", "cuda") and DEVICE == "cpu"  # interpreted and emulated
+    batch = batch_of(mix, shared, (6, 3, 37) if slow else (6, 3, 517))
     options = {**OPTIONS, "reduction": reduction}
-    values = UPSTREAMS if backend != "triton" else UPSTREAMS[1:2] + UPSTREAMS[3:5] + UPSTREAMS[6:]
-    for value in values:
+    for value in (1 / 8, math.inf) if slow else UPSTREAMS:
         out = pair_loss(*batch[:3], ratio_scale=batch.ratio_scale, backend=backend, **options)
         upstream = torch.full_like(out.loss, value)
         model, target = batch.model_pred.detach(), batch.target
         plain = backends.module(backend).gradient(model, target, out.coef, upstream)
         assert not plain[[1, 4]].any() and not bits(plain[[1, 4]]).any()
-        for expected in (value, 1.0, cell(value), cell(-7.0)):
+        for expected in (value, cell(-7.0)) if slow else (value, 1.0, cell(value), cell(-7.0)):
             _, grad = run(batch, backend, upstream=upstream, expected_upstream=expected, **options)
             assert torch.equal(bits(grad), bits(plain)), (value, expected)
             if isinstance(expected, Tensor) and backend in backends.FUSED and math.isfinite(value):
