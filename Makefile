@@ -29,6 +29,7 @@ bench: $(STAMP)  ## the pair loss against plain torch and torch.compile on this 
 	$(BIN)/python -m pytest benchmarks/test_kernel.py -q --benchmark-columns=median,iqr,rounds --benchmark-sort=name
 	$(BIN)/python -m benchmarks.kernel $(ARGS)
 	$(BIN)/python -m benchmarks.sweep $(ARGS)
+	$(BIN)/python -m benchmarks.host $(if $(filter --quick,$(ARGS)),--quick)
 	$(BIN)/python -m benchmarks.plots
 
 bench-training: $(STAMP)  ## whole training steps against a hand-written loop, and memory over 2,000 steps, in seven minutes

@@ -1,6 +1,7 @@
 """What the pair loss is measured against, and under which names: plain torch, torch.compile, each backend of ours.
 
-All compute the SIPO loss of ``docs/math.md`` §2-5 from the same inputs; nothing here is used by the package.
+All compute the SIPO loss of ``docs/math.md`` §2-5 from the same inputs, and their gradient for the same upstream
+gradient; nothing here is used by the package.
 """
 
 from __future__ import annotations
@@ -11,26 +12,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.cases import BETA
+from benchmarks.cases import BETA, Batch
 from sipo_kernels import backends, pair_loss
-
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
+from sipo_kernels.contract import pair_dtype
 
 PUBLISHED = "torch, input dtype"
 UPCAST = "torch, float32"
 COMPILED = "torch.compile, float32"
 AUTOTUNED = "torch.compile max-autotune, float32"
-# max-autotune replays CUDA graphs, which copy inputs that are not parameters: large latents are quicker without.
+# max-autotune replays CUDA graphs, which copy inputs that are not parameters: large latents are faster without.
 AUTOTUNED_NO_GRAPHS = "torch.compile max-autotune-no-cudagraphs, float32"
 _COMPILE_MODES = {COMPILED: None, AUTOTUNED: "max-autotune", AUTOTUNED_NO_GRAPHS: "max-autotune-no-cudagraphs"}
 OURS = "sipo "
 
 
-def published(model_pred: Tensor, ref_pred: Tensor, target: Tensor, ratio_scale: Tensor, beta: float) -> Tensor:
-    """The loss block of a Diffusion-DPO script with SIPO's weights, in whatever type the inputs have."""
-    dims = list(range(1, model_pred.ndim))
-    model_error = (model_pred - target).pow(2).mean(dim=dims)
-    ref_error = (ref_pred - target).pow(2).mean(dim=dims)
+def published(
+    model_pred: Tensor,
+    ref_pred: Tensor | None,
+    target: Tensor,
+    ratio_scale: Tensor,
+    beta: float,
+    ref_error: Tensor | None = None,
+) -> Tensor:
+    """The loss block of a Diffusion-DPO script with SIPO's weights, in whatever type the inputs have.
+
+    A target that a pair shares is read where it lies: a script's ``torch.cat`` would copy it.
+    """
+    model_error = _mean_squares(model_pred, target)
+    if ref_pred is not None:
+        ref_error = _mean_squares(ref_pred, target)
+    assert ref_error is not None  # one of the two is given
     ratio = torch.exp(-ratio_scale * model_error.detach())
     weight = ratio.clamp(0.9, 1.1)
     ratio_w, ratio_l = ratio.chunk(2)
@@ -39,17 +50,38 @@ def published(model_pred: Tensor, ref_pred: Tensor, target: Tensor, ratio_scale:
     return (mask * -F.logsigmoid(-0.5 * beta * (gap_w - gap_l))).mean()
 
 
-def upcast(model_pred: Tensor, ref_pred: Tensor, target: Tensor, ratio_scale: Tensor, beta: float) -> Tensor:
+def _mean_squares(pred: Tensor, target: Tensor) -> Tensor:
+    """``[S]`` mean squared differences."""
+    if target.shape == pred.shape:
+        difference = pred - target
+    else:
+        difference = (pred.unflatten(0, (2, -1)) - target).flatten(0, 1)
+    return difference.pow(2).mean(dim=list(range(1, pred.ndim)))
+
+
+def upcast(
+    model_pred: Tensor,
+    ref_pred: Tensor | None,
+    target: Tensor,
+    ratio_scale: Tensor,
+    beta: float,
+    ref_error: Tensor | None = None,
+) -> Tensor:
     """:func:`published` after ``.float()`` on every input, as careful scripts do."""
-    return published(model_pred.float(), ref_pred.float(), target.float(), ratio_scale, beta)
+    ref = None if ref_pred is None else ref_pred.float()
+    return published(model_pred.float(), ref, target.float(), ratio_scale, beta, ref_error)
 
 
-def truth(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Loss and ``model_pred``'s gradient in float64: what every implementation is checked with before it is timed."""
-    model, ref, target, scale = (t.detach().double() for t in inputs)
+def truth(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Loss, and ``model_pred``'s gradient for the batch's upstream gradient, in float64.
+
+    What every implementation is checked with before it is timed.
+    """
+    model, ref, target, scale, ref_error, upstream = (None if t is None else t.detach().double() for t in batch)
+    assert model is not None and target is not None and scale is not None and upstream is not None
     model.requires_grad_()
-    loss = published(model, ref, target, scale, BETA)
-    (grad,) = torch.autograd.grad(loss, model)
+    loss = published(model, ref, target, scale, BETA, ref_error)
+    (grad,) = torch.autograd.grad(loss, model, upstream)
     return loss.detach(), grad
 
 
@@ -78,22 +110,40 @@ def available(device: str) -> tuple[list[str], dict[str, str]]:
     return names, missing
 
 
-def implementations(inputs: Inputs, device: str, autotune: bool) -> dict[str, Callable[[], Tensor]]:
+def implementations(batch: Batch, device: str, autotune: bool) -> dict[str, Callable[[], Tensor]]:
     """Name → a function that makes the loss of the batch. Compilation waits for the first call."""
     torch._dynamo.reset()  # every case is compiled for its own sizes, and earlier CUDA graphs give their memory back
-    model, ref, target, scale = inputs
+    model, ref, target, scale, ref_error, _ = batch
+    tensors = model, ref, target, scale, BETA, ref_error
 
     def compiled(mode: str | None) -> Callable[[], Tensor]:
         function = torch.compile(upcast, mode=mode, dynamic=False, fullgraph=True)
-        return lambda: function(model, ref, target, scale, BETA)
-
-    def ours(backend: str) -> Callable[[], Tensor]:
-        return lambda: pair_loss(model, ref, target, method="sipo", beta=BETA, ratio_scale=scale, backend=backend).loss
+        return lambda: function(*tensors)
 
     found: dict[str, Callable[[], Tensor]] = {
-        PUBLISHED: lambda: published(model, ref, target, scale, BETA),
-        UPCAST: lambda: upcast(model, ref, target, scale, BETA),
+        PUBLISHED: lambda: published(*tensors),
+        UPCAST: lambda: upcast(*tensors),
     }
     found.update({name: compiled(_COMPILE_MODES[name]) for name in compiled_names(device, autotune)})
-    found.update({OURS + name: ours(name) for name in available(device)[0]})
+    found.update({OURS + name: ours(name, batch) for name in available(device)[0]})
     return found
+
+
+def ours(backend: str, batch: Batch, expected: Tensor | None = None) -> Callable[[], Tensor]:
+    """The loss of the batch as :class:`sipo.SIPOLoss` has it made in training: for the last upstream gradient again.
+
+    Args:
+        backend: which one.
+        batch: of one call after another.
+        expected: where the last upstream gradient is remembered, to be shared by several batches.
+    """
+    device = batch.model_pred.device
+    remembered = torch.ones((), dtype=pair_dtype(device), device=device) if expected is None else expected
+
+    def loss() -> Tensor:
+        return pair_loss(
+            *batch[:3], method="sipo", beta=BETA, ratio_scale=batch.ratio_scale, ref_error=batch.ref_error,
+            expected_upstream=remembered, backend=backend,
+        ).loss  # fmt: skip
+
+    return loss

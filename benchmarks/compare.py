@@ -1,10 +1,10 @@
-"""What became slower or quicker between two results files: ``python -m benchmarks.compare old.json new.json``.
+"""What became slower or faster between two results files: ``python -m benchmarks.compare old.json new.json``.
 
 A case of one implementation counts as changed when its quartiles do not overlap and its median moved by more than
 ``--percent`` (10). Cases of more bytes than the caches hold are bound by memory: their times are first scaled by how
 the machine's copy bandwidth changed between the runs, so that a slow day of a shared machine is not taken for a slow
 kernel. Wall time is compared, and on a GPU device time as well. Reads the results of ``benchmarks.kernel``,
-``benchmarks.sweep`` and ``benchmarks.step``.
+``benchmarks.sweep``, ``benchmarks.step`` and ``benchmarks.host``.
 
 Exit code: 0 nothing of ours became slower (``--everything``: nothing at all), 1 something did, 2 the files cannot be
 compared (another kind, another device; ``--force`` compares devices all the same).
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from benchmarks.baselines import OURS
 from benchmarks.machine import BUSY_CORES, caption
 
-KEY = ("label", "shape", "pairs", "dtype", "mode", "state")
+KEY = ("label", "shape", "pairs", "dtype", "target", "shared_target", "ref_error", "upstream", "mode", "state")
 CPU_CACHE_MIB = 32.0
 
 
@@ -32,11 +32,11 @@ class Change(NamedTuple):
     Attributes:
         case: what was measured, as text.
         implementation: its name.
-        time: ``"wall"``, ``"device"`` (:func:`times`).
+        time: ``"wall"``, ``"device"``, ... (:func:`times`).
         old: the median before, milliseconds.
         new: the median now.
         ratio: new over old, after the change of the copy bandwidth was taken out where the case is bound by memory.
-        verdict: ``"slower"``, ``"quicker"`` or ``""``.
+        verdict: ``"slower"``, ``"faster"`` or ``""``.
     """
 
     case: str
@@ -53,7 +53,9 @@ def key(entry: dict[str, Any]) -> str:
     parts = []
     for name in KEY:
         value = entry.get(name)
-        if value is not None:
+        if isinstance(value, bool) or value is None:
+            parts += [name] * bool(value)
+        else:
             parts.append("×".join(map(str, value)) if isinstance(value, list) else f"{value}")
     return " ".join(parts)
 
@@ -120,9 +122,11 @@ def changes(old: dict[str, Any], new: dict[str, Any], percent: float) -> list[Ch
 
 
 def times(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What is compared, by name: wall and device time, and in a step file those of the loss alone."""
+    """What is compared, by name: wall and device time; the loss alone's in a step file, host time in a host file."""
     direct = result.get("direct_ms") or {}
     found = {"wall": result.get("wall_ms"), "device": result.get("device_ms")}
+    if not found["wall"]:
+        found["host"] = result.get("host_ms")
     found.update({"loss alone, wall": direct.get("wall_ms"), "loss alone, device": direct.get("device_ms")})
     return {name: time for name, time in found.items() if time}
 
@@ -136,7 +140,7 @@ def _change(
     if low > old["quartiles"][1] and ratio > 1 + percent / 100:
         verdict = "slower"
     elif high < old["quartiles"][0] and ratio < 1 / (1 + percent / 100):
-        verdict = "quicker"
+        verdict = "faster"
     return Change(case, name, time, old["median"], new["median"], ratio, verdict)
 
 
@@ -174,10 +178,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{change.verdict:8} {change.ratio:6.2f}x  {change.old:9.3f} → {change.new:9.3f} ms  "
             f"{change.time:6}  {change.implementation:24}  {change.case}"
         )
-    slower = [c for c in found if c.verdict == "slower" and (args.everything or c.implementation.startswith(OURS))]
-    quicker = sum(change.verdict == "quicker" for change in found)
+    everything = args.everything or new["kind"] == "host"  # there, all is ours
+    slower = [c for c in found if c.verdict == "slower" and (everything or c.implementation.startswith(OURS))]
+    faster = sum(change.verdict == "faster" for change in found)
     unchanged = sum(not change.verdict for change in found)
-    print(f"{len(found)} times compared: {unchanged} unchanged, {quicker} quicker, {len(slower)} regressions")
+    print(f"{len(found)} times compared: {unchanged} unchanged, {faster} faster, {len(slower)} regressions")
     return 1 if slower else 0
 
 

@@ -1,99 +1,183 @@
 """Where the time of a large call goes on a CPU: ``python -m benchmarks.parts``.
 
 A pair of video latents is larger than a core's own caches, so the gradient reads policy and target a second time, from
-the last-level cache. Timed in one run, for 4 Wan 480p pairs: the whole call, its forward alone (3N·b from memory), that
-second reading of one pair that was just read (policy and target summed again, which is all that the gradient reads),
-and plain writes of the gradient's bytes to memory that is in use and to new memory. Forward + re-reading + write is the
-least that the call could take with these parts as they are; what is left above it is the kernel's.
+the last-level cache. Timed in one run, for each case: the whole call of torch.compile and of ours, our forward alone,
+that second reading for one pair that was just read (policy and target summed again, which is all that the gradient
+reads), and plain writes of the gradient's bytes to memory that is in use and to new memory. Forward, re-reading and
+write together are the least that the call could take with these parts as they are; what is left above is the kernel's.
+
+Beside each part stand the bytes that it has to move, and its page faults: memory that an allocator maps anew costs one
+on the first write to each page.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+import resource
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import measure
+from benchmarks import baselines, measure
 from benchmarks.baselines import COMPILED
-from benchmarks.cases import BETA, BOTH, FORWARD, SHAPES, Case, make_inputs
+from benchmarks.cases import BETA, DTYPES, FORWARD, SHAPES, TARGET, TRAINED, UPSTREAM, Batch, Case, make_inputs
+from benchmarks.machine import OthersLoad
 from benchmarks.suite import default_output, make_before, make_calls
 from sipo_kernels import pair_loss
 
 SECONDS = 6.0
-LABEL = "Wan 480p"
+# The cases without options: the videos of the headline table, and with more pairs.
+LABEL, PAIRS, TARGETS, UPSTREAMS = "Wan 480p", (1, 4), (TARGET, TRAINED), (UPSTREAM, 1.0)
 COMPILE, CALL, FORWARD_PART = "torch.compile, whole call", "native, whole call", "native, forward"
 AGAIN = "native, one pair's policy and target again"
 USED, NEW = "a write of the gradient's size, memory in use", "a write of the gradient's size, new memory"
+FAULT_RUNS = 9
+
+Call = Callable[[], Any]
 
 
-def calls_of(pairs: int, dtype: str) -> tuple[dict[str, Callable[[], Any]], Callable[[], None]]:
-    """What is timed, and what runs before each call."""
-    inputs = make_inputs(Case(LABEL, SHAPES[LABEL], pairs, dtype, BOTH), "cpu")
-    whole = make_calls(Case(LABEL, SHAPES[LABEL], pairs, dtype, BOTH), inputs, "cpu", autotune=False)
-    forward = make_calls(Case(LABEL, SHAPES[LABEL], pairs, dtype, FORWARD), inputs, "cpu", autotune=False)
-    model = inputs[0].detach()
-    one, one_target = model[:2].clone(), inputs[2][:2].clone()
+def calls_of(case: Case, batch: Batch) -> dict[str, Call]:
+    """What is timed, by name."""
+    whole = make_calls(case, batch, "cpu", autotune=False)
+    forward = baselines.ours("native", batch)
+    model = batch.model_pred.detach()
+    one, one_target = model[:2].clone(), batch.target[: 1 if case.shared_target else 2].clone()
     scale, error = torch.ones(2), torch.ones(2)
-    used = torch.ones(model.numel() * model.element_size(), dtype=torch.uint8)
+    used = torch.ones(model.nbytes, dtype=torch.uint8)
+
+    def forward_alone() -> Tensor:
+        with torch.no_grad():
+            return forward()
 
     def again() -> Tensor:
         options: dict[str, Any] = {"ratio_scale": scale, "ref_error": error, "backend": "native"}
         with torch.no_grad():
             return pair_loss(one, None, one_target, method="sipo", beta=BETA, **options).loss
 
-    calls = {
-        **({COMPILE: whole[COMPILED]} if COMPILED in whole else {}),
-        CALL: whole["sipo native"],
-        FORWARD_PART: forward["sipo native"],
+    return {
+        COMPILE: whole[COMPILED],
+        CALL: whole[baselines.OURS + "native"],
+        FORWARD_PART: forward_alone,
         USED: lambda: used.fill_(1),
         NEW: lambda: torch.empty_like(used).fill_(1),
+        AGAIN: again,
     }
-    return calls | {AGAIN: again}, make_before(inputs)
 
 
-def measure_parts(pairs: int, dtype: str, seconds: float, copy: measure.CopyBandwidth) -> dict[str, Any]:
+def bytes_of(case: Case) -> dict[str, int]:
+    """The bytes that each part has to move, from memory or, where it reads again, from a cache."""
+    return {
+        COMPILE: case.floor_bytes,
+        CALL: case.floor_bytes,
+        FORWARD_PART: replace(case, mode=FORWARD).floor_bytes,
+        USED: case.tensor_bytes,
+        NEW: case.tensor_bytes,
+        AGAIN: (case.tensor_bytes + case.target_bytes) // case.pairs,
+    }
+
+
+def page_faults(calls: Mapping[str, Call], before: Call, runs: int = FAULT_RUNS) -> dict[str, dict[str, Any]]:
+    """Minor page faults of this process during one call, in turns: median and quartiles, by name."""
+
+    def so_far() -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(runs):
+        for name, call in calls.items():
+            before()
+            start = so_far()
+            call()
+            found[name].append(so_far() - start)
+    return {name: measure.summary(values) for name, values in found.items()}
+
+
+def measure_parts(case: Case, seconds: float, copy: measure.CopyBandwidth) -> dict[str, Any]:
     """One entry of the results file."""
-    calls, before = calls_of(pairs, dtype)
-    measure.warm_up(calls, device="cpu", before=before)
+    batch = make_inputs(case, "cpu")
+    calls, before = calls_of(case, batch), make_before(batch)
+    failed = measure.warm_up(calls, device="cpu", before=before)
+    calls = {name: call for name, call in calls.items() if name not in failed}
     again = {AGAIN: calls.pop(AGAIN)}
     copy.measure("between", 15)
+    load = OthersLoad()
     times = measure.time_alternately(calls, seconds=seconds, device="cpu", before=before, state="in turn")
     times |= measure.time_alternately(again, seconds=seconds / 6, device="cpu", state="warm")
-    results = {name: t.summary() for name, t in times.items()}
+    faults, moved = page_faults(calls | again, before), bytes_of(case)
+    results = {name: {**t.summary(), "bytes": moved[name], "page_faults": faults[name]} for name, t in times.items()}
     medians = {name: result["wall_ms"]["median"] for name, result in results.items()}
-    least = medians[FORWARD_PART] + pairs * medians[AGAIN] + medians[USED]
-    case = Case(LABEL, SHAPES[LABEL], pairs, dtype, BOTH)
-    print(f"{case.name}")
+    least = medians[FORWARD_PART] + case.pairs * medians[AGAIN] + medians[USED]
+    print(f"\n{case.name}")
     for name, result in results.items():
         low, high = result["wall_ms"]["quartiles"]
-        print(f"  {name:<48}{medians[name]:8.3f} ms [{low:.3f}, {high:.3f}]")
-    print(f"  {'forward, re-reading of all pairs, write in use':<48}{least:8.3f} ms")
-    return {**case.fields(), "state": "in turn", "floor_bytes": case.floor_bytes, "results": results, "least_ms": least}
+        rate = f"{moved[name] / 1e6:8.1f} MB {moved[name] / medians[name] / 1e6:7.1f} GB/s"
+        print(f"  {name:46}{medians[name]:8.3f} ms [{low:.3f}, {high:.3f}] {rate}", end="")
+        print(f" {faults[name]['median']:8.0f} page faults", flush=True)
+    print(f"  {'forward, re-reading of all pairs, write in use':46}{least:8.3f} ms")
+    return {
+        **case.fields(),
+        "state": "in turn",
+        "elements": case.elements,
+        "floor_bytes": case.floor_bytes,
+        "others_cores": load.cores(),
+        "results": results,
+        "least_ms": least,
+        "failed": failed,
+    }
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(cases: Sequence[Case], seconds: float, output: Path) -> dict[str, Any]:
     """Measures and returns the results file's content."""
-    results: dict[str, Any] = {"kind": "parts", "machine": measure.machine("cpu"), "cases": []}
+    results: dict[str, Any] = {
+        "kind": "parts",
+        "machine": measure.machine("cpu"),
+        "options": {"seconds": seconds},
+        "complete": False,
+        "cases": [],
+    }
+    print(measure.caption(results["machine"]))
     copy = measure.CopyBandwidth("cpu")
-    results["cases"] = [measure_parts(args.pairs, dtype, args.seconds, copy) for dtype in ("bfloat16", "float32")]
+    for case in cases:
+        results["cases"].append(measure_parts(case, seconds, copy))
     results["copy_bandwidth_gb_s"] = copy.summary()
-    for entry in results["cases"]:
+    print(f"\nat the copy bandwidth of {copy.median:.1f} GB/s:")
+    for case, entry in zip(cases, results["cases"], strict=True):
         entry["floor_ms"] = entry["floor_bytes"] / copy.median / 1e6
-        print(f"{entry['dtype']}: {entry['floor_ms']:.3f} ms at the copy bandwidth of {copy.median:.1f} GB/s")
-    measure.write(results, args.output or default_output("parts", "cpu", partial=args.pairs != 4))
+        print(f"  {entry['floor_ms']:8.3f} ms  {case.name}")
+    results["complete"] = True
+    measure.write(results, output)
     return results
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.parts", description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=4, help="pairs of a Wan 480p batch (default %(default)s)")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="for each table (default %(default)s)")
+    parser.add_argument("--label", choices=SHAPES, default=LABEL, help="whose latents (default %(default)s)")
+    parser.add_argument("--pairs", type=int, nargs="+", default=PAIRS, help="default %(default)s")
+    parser.add_argument("--dtype", choices=DTYPES, default=TRAINED, help="of the predictions (default %(default)s)")
+    parser.add_argument("--target", choices=DTYPES, nargs="+", default=TARGETS, help="its types (default %(default)s)")
+    parser.add_argument("--upstream", type=float, nargs="+", default=UPSTREAMS, help="default %(default)s")
+    parser.add_argument("--shared-target", action="store_true", help="winner and loser of a pair have one target")
+    parser.add_argument("--ref-error", action="store_true", help="the reference's errors are numbers")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for each case (default %(default)s)")
     parser.add_argument("--output", type=Path, help="results file")
-    run(parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    cases = [
+        Case(
+            args.label, SHAPES[args.label], pairs, args.dtype, target,
+            upstream=upstream, shared_target=args.shared_target, ref_error=args.ref_error,
+        )
+        for pairs, target, upstream in product(args.pairs, args.target, args.upstream)
+    ]  # fmt: skip
+    usual = [
+        Case(LABEL, SHAPES[LABEL], pairs, TRAINED, target, upstream=upstream)
+        for pairs, target, upstream in product(PAIRS, TARGETS, UPSTREAMS)
+    ]
+    run(cases, args.seconds, args.output or default_output("parts", "cpu", partial=cases != usual))
 
 
 if __name__ == "__main__":

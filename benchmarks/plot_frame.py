@@ -13,7 +13,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from benchmarks.baselines import AUTOTUNED, AUTOTUNED_NO_GRAPHS, COMPILED, PUBLISHED, UPCAST
-from benchmarks.cases import count
+from benchmarks.cases import Case, count
 from benchmarks.compare import key as entry_key
 from benchmarks.machine import BUSY_CORES, caption
 
@@ -85,6 +85,12 @@ def copy_of(results: dict[str, Any]) -> float:
 def place(entry: Entry) -> str:
     """``"SDXL, 4 pairs"``."""
     return f"{entry['label']}, {count(entry['pairs'])}" if entry.get("pairs") else str(entry["label"])
+
+
+def described(entry: Entry) -> str:
+    """``"SDXL, 4 pairs, bfloat16, float32 target, upstream 1/8"``."""
+    case = Case.of(entry)
+    return case.name.removesuffix(f", {case.mode}")
 
 
 def tidy(ax: Axes, axis: Literal["both", "x", "y"] = "both") -> None:

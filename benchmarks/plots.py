@@ -19,18 +19,32 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import LogFormatterMathtext, LogLocator, NullLocator
 
 from benchmarks.baselines import AUTOTUNED, AUTOTUNED_NO_GRAPHS, COMPILED, UPCAST
-from benchmarks.cases import BOTH, FORWARD
+from benchmarks.cases import BOTH, DTYPES, FORWARD, TARGET, TRAINED, UPSTREAM, Case, headline_cases
 from benchmarks.measure import RESULTS
-from benchmarks.plot_frame import Entry, copy_of, implementations, load, paler, pick, place, save, style, tidy
+from benchmarks.plot_frame import (
+    Entry,
+    copy_of,
+    described,
+    implementations,
+    load,
+    paler,
+    pick,
+    place,
+    save,
+    style,
+    tidy,
+)
+from benchmarks.summary import STATES as SUMMARY_STATES
 
-# What ours is compared with: name, the baselines of which the quickest counts, colour.
+# What ours is compared with: name, the baselines of which the fastest counts, colour.
 RIVALS = {
     "torch": ("torch, float32", (UPCAST,), style(UPCAST)[0]),
     "compile": ("torch.compile", (COMPILED,), style(COMPILED)[0]),
-    "autotune": ("torch.compile max-autotune (the quicker of with and without CUDA graphs)",
+    "autotune": ("torch.compile max-autotune (the faster of with and without CUDA graphs)",
                  (AUTOTUNED, AUTOTUNED_NO_GRAPHS), style(AUTOTUNED)[0]),
 }  # fmt: skip
 LOSS = "#b3123f"
+PANELS = {"cold": "cold caches", "in turn": "in turn (caches as another implementation left them)"}
 TICKS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
 
 
@@ -38,7 +52,7 @@ TICKS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
 
 
 def ratios(entry: Entry, auto: str) -> dict[str, tuple[float, bool]]:
-    """How many times quicker than each of ``RIVALS`` ours is, and whether the difference shows.
+    """How many times as fast as each of ``RIVALS`` ours is, and whether the difference shows.
 
     By the medians of wall time; below 1 ours is slower. It does not show where the quartiles overlap.
     """
@@ -53,39 +67,69 @@ def ratios(entry: Entry, auto: str) -> dict[str, tuple[float, bool]]:
     return found
 
 
+def plot_headline(results: dict[str, Any], path: Path) -> Path | None:
+    """Bars for each case that is quoted, forward + backward, cold beside in turn; where ours is slower, in red."""
+    wanted = [case for group in headline_cases().values() for case in group]
+    entries = {(Case.of(entry), entry["state"]): entry for entry in results["cases"]}
+    panels = {
+        PANELS[state]: {
+            described(entries[case, state]): entries[case, state] for case in wanted if (case, state) in entries
+        }
+        for state in SUMMARY_STATES
+    }
+    rows = [described(case.fields()) for case in wanted]
+    title = f"How fast the pair loss is where training calls it: {results['auto']}, forward + backward"
+    return _speedups(results, panels, rows, path, title)
+
+
 def plot_speedup(results: dict[str, Any], dtype: str, state: str, path: Path) -> Path | None:
-    """Bars for each shape and number of pairs, forward + backward beside forward; where ours is slower, in red."""
+    """The same for tensors of one type and an upstream gradient of 1, by model and number of pairs, both modes."""
+    plain = {"dtype": dtype, "target": dtype, "shared_target": False, "ref_error": False, "upstream": 1.0}
+    panels = {
+        mode.replace("+", " + "): {place(entry): entry for entry in pick(results, mode=mode, state=state, **plain)}
+        for mode in (BOTH, FORWARD)
+    }
+    order = {
+        label: (entry["pairs"], entry["elements"]) for entries in panels.values() for label, entry in entries.items()
+    }
+    rows = sorted(order, key=lambda label: order[label])
+    title = f"How fast the pair loss is: {results['auto']}, {dtype}, upstream gradient 1, {state} caches"
+    return _speedups(results, panels, rows, path, title)
+
+
+def _speedups(
+    results: dict[str, Any], panels: dict[str, dict[str, Entry]], rows: list[str], path: Path, title: str
+) -> Path | None:
+    """Panels of bars: title → label of a row → entry. ``rows`` from top to bottom, as far as anything is there."""
     auto = results["auto"]
-    panels = [(mode, pick(results, dtype=dtype, mode=mode, state=state)) for mode in (BOTH, FORWARD)]
-    panels = [(mode, entries) for mode, entries in panels if entries]
-    found = [ratio for _, entries in panels for entry in entries for ratio, _ in ratios(entry, auto).values()]
+    panels = {name: entries for name, entries in panels.items() if entries}
+    everything = [ratios(entry, auto) for entries in panels.values() for entry in entries.values()]
+    found = [ratio for rivals in everything for ratio, _ in rivals.values()]
     if not found:
         return None
-    shown = [rival for rival in RIVALS if any(rival in ratios(entry, auto) for _, part in panels for entry in part)]
-    order = {place(entry): (entry["pairs"], entry["elements"]) for _, entries in panels for entry in entries}
-    rows = sorted(order, key=lambda label: order[label], reverse=True)
+    shown = [rival for rival in RIVALS if any(rival in rivals for rivals in everything)]
+    rows = [label for label in reversed(rows) if any(label in entries for entries in panels.values())]
+    width, height = 5.0 * len(panels) + 0.065 * max(map(len, rows)), (0.14 + 0.15 * len(shown)) * len(rows) + 0.9
     figure, axes = plt.subplots(
-        1, len(panels), figsize=(5.4 * len(panels) + 1, (0.14 + 0.15 * len(shown)) * len(rows) + 0.9),
-        sharey=True, sharex=True, layout="constrained", squeeze=False,
-    )  # fmt: skip
-    for ax, (mode, entries) in zip(axes[0], panels, strict=True):
-        for entry in entries:
-            _speedup_bars(ax, rows.index(place(entry)), ratios(entry, auto), shown)
+        1, len(panels), figsize=(width, height), sharey=True, sharex=True, layout="constrained", squeeze=False
+    )
+    for ax, (name, entries) in zip(axes[0], panels.items(), strict=True):
+        for label, entry in entries.items():
+            _speedup_bars(ax, rows.index(label), ratios(entry, auto), shown)
         ax.axvline(1, color="black", linewidth=0.8)
-        ax.set_title(mode.replace("+", " + "), fontsize=10)
-        ax.set_xlabel("times as quick (wall time, medians)")
+        ax.set_title(name, fontsize=10)
+        ax.set_xlabel("times as fast (wall time, medians)")
         tidy(ax, "x")
     left, right = min(0.6, 0.8 * min(found)), max(3.0, 1.9 * max(found))
     ticks = [tick for tick in TICKS if left < tick < right]
     axes[0][0].set(xscale="log", xlim=(left, right), ylim=(-0.6, len(rows) - 0.4), yticks=range(len(rows)))
-    axes[0][0].set_yticklabels(rows)
+    axes[0][0].set_yticklabels(rows, fontsize=8.5)
     axes[0][0].xaxis.set_major_locator(matplotlib.ticker.FixedLocator(ticks))
     axes[0][0].xaxis.set_major_formatter(lambda tick, _: f"{tick:g}×")
     axes[0][0].xaxis.set_minor_locator(NullLocator())
     handles = [Patch(color=RIVALS[rival][2], label=f"against {RIVALS[rival][0]}") for rival in shown]
     handles.append(Patch(facecolor="white", hatch="////", edgecolor=LOSS, label="ours is slower"))
     extra = "≈, pale: the quartiles overlap. A baseline that was not measured for a case has no bar."
-    title = f"How quick the pair loss is: {auto} against plain torch, {dtype}, {state} caches"
     return save(figure, results, path, title, handles, extra, 2)
 
 
@@ -140,7 +184,8 @@ def plot_bandwidth(results: dict[str, Any], state: str, path: Path) -> Path | No
     axes[0][0].set_ylabel("those bytes over the measured time, GB/s")
     basis = "device" if results["machine"]["device_type"] == "cuda" else "wall"
     extra = (
-        f"Bytes: inputs read once, gradient written once. Medians of {basis} time. Filled: bfloat16, hollow: float32."
+        "Bytes: inputs read once, gradient written once. "
+        f"Medians of {basis} time. Filled: predictions in bfloat16, hollow: float32."
     )
     if FORWARD in modes:
         extra += "\nA copy writes as much as it reads; the forward only reads, and may exceed it."
@@ -156,11 +201,10 @@ def _markers(names: list[str], line: Literal["-", "none"] = "none") -> list[Line
     ]
 
 
-def plot_memory(results: dict[str, Any], dtype: str, pairs: int, path: Path) -> Path | None:
-    """Memory beyond the inputs at the peak of one call, against the gradient's own."""
-    entries = sorted(
-        pick(results, dtype=dtype, pairs=pairs, mode=BOTH, state="cold"), key=lambda entry: -int(entry["elements"])
-    )
+def plot_memory(results: dict[str, Any], path: Path) -> Path | None:
+    """Memory beyond the inputs at the peak of one call, against the gradient's own: training's types, largest first."""
+    training = {"dtype": TRAINED, "target": TARGET, "ref_error": False, "upstream": UPSTREAM, "mode": BOTH}
+    entries = sorted(pick(results, state="cold", **training), key=lambda entry: -int(entry["elements"]))
     measured = [
         name
         for name in implementations(entries)
@@ -168,7 +212,7 @@ def plot_memory(results: dict[str, Any], dtype: str, pairs: int, path: Path) -> 
     ]
     if not measured:
         return None
-    figure, ax = plt.subplots(figsize=(8.6, 0.4 * len(entries) + 0.8), layout="constrained")
+    figure, ax = plt.subplots(figsize=(10.6, 0.4 * len(entries) + 0.8), layout="constrained")
     for name in measured:
         color, marker = style(name)
         points = [
@@ -180,16 +224,17 @@ def plot_memory(results: dict[str, Any], dtype: str, pairs: int, path: Path) -> 
             x, y = zip(*points, strict=True)
             ax.scatter(x, y, s=46, marker=marker, color=color, zorder=3, alpha=0.9)
     for row, entry in enumerate(entries):
-        gradient = entry["floor_bytes"] / 4e6
+        gradient = entry["elements"] * DTYPES[entry["dtype"]].itemsize / 1e6
         ax.plot([gradient, gradient], [row - 0.34, row + 0.34], color="black", linewidth=1.4, zorder=2)
-    ax.set_yticks(range(len(entries)), [place(entry) for entry in entries])
+    ax.set_yticks(range(len(entries)), [described(entry) for entry in entries])
+    ax.tick_params(axis="y", labelsize=8.5)
     ax.set(xscale="log", xlabel="memory beyond the inputs, MB", ylim=(-0.6, len(entries) - 0.4))
     tidy(ax, "x")
     extra = "Peak of torch's allocations during one call, minus what was there before."
     if AUTOTUNED in implementations(entries) and AUTOTUNED not in measured:
         extra += " A CUDA graph's own pool is not counted, nor shown."
     handles = [*_markers(measured), Line2D([], [], color="black", linewidth=1.4, label="the gradient itself")]
-    title = f"Peak memory of the pair loss: forward + backward, {dtype}"
+    title = "Peak memory of the pair loss: forward + backward"
     return save(figure, results, path, title, handles, extra)
 
 
@@ -213,8 +258,7 @@ def plot_times(results: dict[str, Any], entries: list[Entry], title: str, path: 
             _time_bars(ax, row, name, entry["results"][name], kinds)
         ax.set(yticks=range(len(names)), yticklabels=names, ylim=(-0.6, len(names) - 0.4))
         ax.tick_params(axis="y", labelsize=8.5)
-        parts = [entry.get("dtype"), (entry.get("mode") or "").replace("+", " + "), entry.get("state")]
-        ax.set_title(", ".join([place(entry), *(part for part in parts if part)]), fontsize=9.5, loc="left")
+        ax.set_title(f"{Case.of(entry).name}, {entry['state']}", fontsize=9.5, loc="left")
         tidy(ax, "x")
         ax.margins(x=0.14)
     axes[-1, 0].set_xlabel("milliseconds")
@@ -249,7 +293,7 @@ def plot_sweep(results: dict[str, Any], dtype: str, path: Path) -> Path | None:
         squeeze=False,
     )  # fmt: skip
     names = implementations(pick(results, dtype=dtype))
-    quickest = []
+    least = []
     for (top, bottom), state in zip(axes.T, states, strict=True):
         entries = sorted(pick(results, dtype=dtype, state=state), key=lambda entry: int(entry["elements"]))
         for name in names:
@@ -260,7 +304,7 @@ def plot_sweep(results: dict[str, Any], dtype: str, path: Path) -> Path | None:
             sizes = [size for size, _ in found]
             walls = [result["wall_ms"]["median"] for _, result in found]
             low, high = zip(*(result["wall_ms"]["quartiles"] for _, result in found), strict=True)
-            quickest.append(min(walls))
+            least.append(min(walls))
             top.plot(sizes, walls, color=color, marker=marker, markersize=4, linewidth=1.3)
             top.fill_between(sizes, low, high, color=color, alpha=0.18, linewidth=0)
             share = [100 * result["of_copy"] for _, result in found]
@@ -269,12 +313,12 @@ def plot_sweep(results: dict[str, Any], dtype: str, path: Path) -> Path | None:
         top.plot(sizes, [entry["floor_ms"] for entry in entries], "k--", linewidth=1)
         bottom.axhline(100, color="black", linestyle="--", linewidth=1)
         top.set_title(f"{state} caches", fontsize=10)
-        bottom.set_xlabel("elements of one stacked tensor (4 pairs)")
+        bottom.set_xlabel("elements of the stacked predictions (4 pairs)")
         tidy(top)
         tidy(bottom)
     ax = axes[0][0]
     ax.set(xscale="log", yscale="log", ylabel="wall time, ms (band: quartiles)")
-    ax.set_ylim(bottom=0.3 * min(quickest))
+    ax.set_ylim(bottom=0.3 * min(least))
     ax.xaxis.set_major_locator(LogLocator(base=2, numticks=9))
     ax.xaxis.set_major_formatter(LogFormatterMathtext(base=2))
     ax.xaxis.set_minor_locator(NullLocator())
@@ -283,7 +327,8 @@ def plot_sweep(results: dict[str, Any], dtype: str, path: Path) -> Path | None:
     axes[1][0].set_ylim(bottom=0)
     handles = _markers(names, "-")
     handles.append(Line2D([], [], color="black", linestyle="--", linewidth=1, label="floor: copy bandwidth"))
-    title = f"Where overhead ends and bandwidth begins: forward + backward, {dtype}"
+    types = Case.of(pick(results, dtype=dtype)[0]).types
+    title = f"Where overhead ends and bandwidth begins: forward + backward, {types}"
     extra = "Inputs of more than four times the caches are cold at every call, and not measured warm."
     return save(figure, results, path, title, handles, extra)
 
@@ -336,18 +381,17 @@ def draw(stem: str, results: dict[str, Any], folder: Path) -> list[Path]:
     made: list[Path | None] = []
     dtypes = list(dict.fromkeys(entry.get("dtype", "") for entry in results["cases"]))
     if results["kind"] == "kernel":
-        for dtype in dtypes:
-            for state in ("cold", "warm"):
-                made.append(plot_speedup(results, dtype, state, folder / f"{stem}-speedup-{dtype}-{state}.png"))
+        made.append(plot_headline(results, folder / f"{stem}-headline.png"))
+        made += [plot_speedup(results, dtype, "cold", folder / f"{stem}-speedup-{dtype}-cold.png") for dtype in dtypes]
         made.append(plot_bandwidth(results, "cold", folder / f"{stem}-bandwidth.png"))
-        made.append(plot_memory(results, "bfloat16", 4, folder / f"{stem}-memory.png"))
-        small = pick(results, label="SD1.5", pairs=1, dtype="bfloat16", mode=BOTH)
-        small = [entry for entry in small if entry["state"] != "in turn"]
+        made.append(plot_memory(results, folder / f"{stem}-memory.png"))
+        training = {"target": TARGET, "shared_target": False, "ref_error": False, "upstream": UPSTREAM, "mode": BOTH}
+        small = pick(results, label="SD1.5", pairs=1, dtype=TRAINED, **training)
         title = "One SD1.5 pair, where all is overhead"
         made.append(plot_times(results, small, title, folder / f"{stem}-one-pair.png"))
     elif results["kind"] == "sweep":
         made += [plot_sweep(results, dtype, folder / f"{stem}-{dtype}.png") for dtype in dtypes]
-    else:
+    elif results["kind"] == "step":
         made.append(plot_step(results, folder / f"{stem}.png"))
     return [path for path in made if path]
 

@@ -1,6 +1,7 @@
 """The loss's share of a whole training step: ``python -m benchmarks.step``.
 
 A step is what preference training does: forward of the policy, forward of the frozen reference, loss, backward, AdamW.
+The target is in float32, and the loss's upstream gradient 1/8, as for a pass of eight that make a step.
 The network is diffusers' ``WanTransformer3DModel`` at reduced depth (on a CPU, also at reduced width and with a smaller
 latent), so the shares here are upper bounds of those in a full network. Every loss takes its turn on the same network
 and data, next to a step with a trivial loss. What a loss costs is told in two ways: the step's time minus that of the
@@ -20,7 +21,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -28,66 +28,63 @@ import torch
 from torch import Tensor
 
 from benchmarks import baselines, measure
-from benchmarks.cases import BETA, DTYPES, SHAPES
+from benchmarks.cases import BETA, DTYPES, RATIO_SCALE, SHAPES, TARGET, UPSTREAM, Batch, Case
 from benchmarks.footprint import extra_memory_mb
 from benchmarks.machine import OthersLoad
 from benchmarks.step_network import make_network
-from benchmarks.suite import announce, default_output
-from sipo_kernels import backends, pair_loss
+from benchmarks.suite import MAX_ERROR, announce, default_output
+from sipo_kernels import backends
+from sipo_kernels.contract import pair_dtype
 
 TRIVIAL = "trivial loss (mean of the output)"
 MODE = "training step"
-MAX_ERROR = 0.05  # as in suite.py: of a gradient, relative, and of a loss
 SECONDS = {"cpu": 60.0, "cuda": 60.0}
 LEARNING_RATE = 1e-6  # the policy hardly moves: the last step costs what the first did
-RATIO_SCALE = 0.02  # ratios near 1: no pair is masked, as in most of training
 
-Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Loss = Callable[[Batch], Tensor]
 
 
-@dataclass(frozen=True)
-class StepCase:
-    """One network and batch.
+@dataclass(frozen=True, kw_only=True)
+class StepCase(Case):
+    """One network and batch; the loss's part of it is the :class:`~benchmarks.cases.Case`.
 
     Attributes:
         label: whose latents, and how much of the network.
         sample: one sample's latent ``[C, F, H, W]``.
-        pairs: ``B``.
-        dtype: a name in ``cases.DTYPES``, of weights, activations and latents.
+        dtype: also of weights, activations and latents.
         heads, head_dim, feed_forward, layers: the transformer's size.
         text_tokens: length of the prompt.
     """
 
-    label: str
-    sample: tuple[int, ...]
-    pairs: int
-    dtype: str
+    upstream: float = UPSTREAM
     heads: int
     head_dim: int
     feed_forward: int
     layers: int
     text_tokens: int
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (2 * self.pairs, *self.sample)
-
     def fields(self) -> dict[str, Any]:
         """The case's part of a results entry."""
-        named = {name: getattr(self, name) for name in ("label", "pairs", "dtype")}
-        return {**named, "shape": list(self.shape), "mode": MODE, "state": "in turn"}
+        return {**super().fields(), "mode": MODE, "state": "in turn"}
+
+
+def _case(label: str, sample: tuple[int, ...], pairs: int, dtype: str, *size: int) -> StepCase:
+    heads, head_dim, feed_forward, layers, text_tokens = size
+    return StepCase(
+        label, sample, pairs, dtype, TARGET,
+        heads=heads, head_dim=head_dim, feed_forward=feed_forward, layers=layers, text_tokens=text_tokens,
+    )  # fmt: skip
 
 
 _WAN = SHAPES["Wan 480p"]
 CASES = {
     # 1.3B's width; its depth is 30.
     "cuda": [
-        StepCase("Wan 480p, 1.3B with 2 of 30 layers", _WAN, pairs, "bfloat16", 12, 128, 8960, 2, 512)
-        for pairs in (1, 2)
+        _case("Wan 480p, 1.3B with 2 of 30 layers", _WAN, pairs, "bfloat16", 12, 128, 8960, 2, 512) for pairs in (1, 2)
     ],
-    "cpu": [StepCase("Wan, small", (16, 5, 16, 26), 1, "float32", 4, 32, 512, 2, 64)],
+    "cpu": [_case("Wan, small", (16, 5, 16, 26), 1, "float32", 4, 32, 512, 2, 64)],
 }
-TINY = StepCase("Wan, tiny", (16, 1, 4, 8), 1, "float32", 2, 12, 32, 1, 4)
+TINY = _case("Wan, tiny", (16, 1, 4, 8), 1, "float32", 2, 12, 32, 1, 4)
 
 
 class Step:
@@ -103,13 +100,11 @@ class Step:
         self.reference.requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=LEARNING_RATE)
 
-        def noise(*size: int) -> Tensor:
-            return torch.randn(size).to(device, dtype)
-
-        self.latents, self.target = noise(*case.shape), noise(*case.shape)
-        self.text = noise(case.shape[0], case.text_tokens, case.heads * case.head_dim)
+        self.latents, self.target = torch.randn(case.shape).to(device, dtype), torch.randn(case.shape).to(device)
+        self.text = torch.randn(case.shape[0], case.text_tokens, case.heads * case.head_dim).to(device, dtype)
         self.timesteps = torch.randint(1, 1000, (case.pairs,)).repeat(2).to(device)
         self.ratio_scale = torch.full((case.shape[0],), RATIO_SCALE, device=device)
+        self.upstream = torch.tensor(case.upstream, device=device)
 
     def predict(self) -> tuple[Tensor, Tensor]:
         """Outputs of policy and reference."""
@@ -120,33 +115,34 @@ class Step:
 
     def run(self, loss: Loss) -> None:
         """Forward, reference, loss, backward, AdamW."""
-        model_pred, ref_pred = self.predict()
-        loss(model_pred, ref_pred, self.target, self.ratio_scale).backward()
+        loss(self.batch(*self.predict())).backward(self.upstream)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def frozen(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def batch(self, model_pred: Tensor, ref_pred: Tensor) -> Batch:
+        """The loss's inputs."""
+        return Batch(model_pred, ref_pred, self.target, self.ratio_scale, None, self.upstream)
+
+    def frozen(self) -> Batch:
         """The loss's inputs in this step, cut off from the networks."""
         model_pred, ref_pred = self.predict()
-        return model_pred.detach().requires_grad_(), ref_pred, self.target, self.ratio_scale
+        return self.batch(model_pred.detach().requires_grad_(), ref_pred)
 
 
 def losses(device: str) -> dict[str, Loss]:
-    """Name → loss of policy, reference, target and ratio_scale; the trivial one first."""
-    compiled = torch.compile(baselines.upcast, dynamic=False, fullgraph=True)
+    """Name → loss of a batch; the trivial one first."""
     auto = backends.choose("auto", torch.device(device))
+    expected = torch.ones((), dtype=pair_dtype(torch.device(device)), device=device)
 
-    def ours(model_pred: Tensor, ref_pred: Tensor, target: Tensor, scale: Tensor) -> Tensor:
-        return pair_loss(
-            model_pred, ref_pred, target, method="sipo", beta=BETA, ratio_scale=scale, backend=auto
-        ).loss  # fmt: skip
+    def of(function: Callable[..., Tensor]) -> Loss:
+        return lambda batch: function(*batch[:4], BETA)
 
     return {
-        TRIVIAL: lambda model_pred, ref_pred, target, scale: model_pred.mean(),
-        baselines.PUBLISHED: functools.partial(baselines.published, beta=BETA),
-        baselines.UPCAST: functools.partial(baselines.upcast, beta=BETA),
-        baselines.COMPILED: functools.partial(compiled, beta=BETA),
-        baselines.OURS + auto: ours,
+        TRIVIAL: lambda batch: batch.model_pred.mean(),
+        baselines.PUBLISHED: of(baselines.published),
+        baselines.UPCAST: of(baselines.upcast),
+        baselines.COMPILED: of(torch.compile(baselines.upcast, dynamic=False, fullgraph=True)),
+        baselines.OURS + auto: lambda batch: baselines.ours(auto, batch, expected)(),
     }
 
 
@@ -159,8 +155,8 @@ def measure_case(
     functions = losses(device)
     calls = {name: functools.partial(step.run, function) for name, function in functions.items()}
     failed = measure.warm_up(calls, device=device, runs=3)
-    inputs = step.frozen()
-    errors = {name: _errors(functions[name], inputs) for name in functions if name not in failed and name != TRIVIAL}
+    batch = step.frozen()
+    errors = {name: _errors(functions[name], batch) for name in functions if name not in failed and name != TRIVIAL}
     for name, (loss_error, grad_error) in errors.items():
         # The published form is timed whatever it computes in half precision. NaN is no number below the limit.
         if name != baselines.PUBLISHED and not (loss_error <= MAX_ERROR and grad_error <= MAX_ERROR):
@@ -170,16 +166,15 @@ def measure_case(
     load = OthersLoad()
     times = measure.time_alternately(calls, seconds=0.8 * seconds, device=device, device_times=False)
     timed = {name: functions[name] for name in calls if name != TRIVIAL}
-    direct = _time_directly(timed, inputs, device, 0.2 * seconds)
-    elements, item = prod(case.shape), DTYPES[case.dtype].itemsize
+    direct = _time_directly(timed, batch, device, 0.2 * seconds)
     entry: dict[str, Any] = {
         **case.fields(),
         "network": step.network,
         "layers": case.layers,
         "parameters": sum(p.numel() for p in step.policy.parameters()),
-        "elements": elements,
-        "floor_bytes": 4 * elements * item,
-        "floor_ms": 4 * elements * item / copy_gb_s / 1e6,
+        "elements": case.elements,
+        "floor_bytes": case.floor_bytes,
+        "floor_ms": case.floor_bytes / copy_gb_s / 1e6,
         "copy_gb_s": copy_gb_s,
         "others_cores": load.cores(),
         "results": {},
@@ -205,22 +200,20 @@ def _alone(direct: dict[str, Any]) -> float:
     return float((direct["device_ms"] or direct["wall_ms"])["median"])
 
 
-def _errors(loss: Loss, inputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[float, float]:
+def _errors(loss: Loss, batch: Batch) -> tuple[float, float]:
     """Errors of loss and gradient against float64 on the step's own tensors: absolute, and relative in the L2 norm."""
-    true_loss, true_grad = baselines.truth(inputs)
-    value = loss(*inputs)
-    (grad,) = torch.autograd.grad(value, inputs[0])
+    true_loss, true_grad = baselines.truth(batch)
+    value = loss(batch)
+    (grad,) = torch.autograd.grad(value, batch.model_pred, batch.upstream)
     error = (grad.double() - true_grad).norm() / true_grad.norm()
     return abs(float(value.detach()) - float(true_loss)), float(error)
 
 
-def _time_directly(
-    functions: dict[str, Loss], inputs: tuple[Tensor, Tensor, Tensor, Tensor], device: str, seconds: float
-) -> dict[str, measure.Times]:
+def _time_directly(functions: dict[str, Loss], batch: Batch, device: str, seconds: float) -> dict[str, measure.Times]:
     """Forward and backward of each loss alone, caches cold as a network leaves them."""
 
     def work(function: Loss) -> None:
-        torch.autograd.grad(function(*inputs), inputs[0])
+        torch.autograd.grad(function(batch), batch.model_pred, batch.upstream)
 
     calls = {name: functools.partial(work, function) for name, function in functions.items()}
     measure.warm_up(calls, device=device, runs=3)
@@ -243,7 +236,7 @@ def print_entry(entry: dict[str, Any]) -> None:
     """A line for each loss: the step, what the loss adds to it, the loss alone, memory."""
     shape = "×".join(map(str, entry["shape"]))
     network = f"{entry['network']}, {entry['parameters'] / 1e6:.1f}M parameters"
-    print(f"\n{entry['label']} [{shape}] {entry['dtype']}, {network}")
+    print(f"\n{entry['label']} [{shape}] {entry['dtype']}, {entry['target']} target, {network}")
     for name, result in entry["results"].items():
         low, high = result["wall_ms"]["quartiles"]
         cells = [f"step {result['wall_ms']['median']:9.2f} ms [{low:.2f}, {high:.2f}]"]

@@ -4,15 +4,17 @@ A results file (``kind`` "kernel" or "sweep"; "step" files share the layout)::
 
     {"kind", "machine": {...}, "auto": the implementation users get, "options": {...}, "complete": bool,
      "copy_bandwidth_gb_s": {"median", "quartiles", "runs", "moments": {"start": ..., "between": ..., "end": ...}},
-     "cases": [{"label", "shape", "pairs", "dtype", "mode", "state", "elements", "floor_bytes", "floor_ms",
+     "cases": [{"label", "shape", "pairs", "dtype": of the predictions, "target": of the target, "shared_target",
+                "ref_error", "upstream", "mode", "state", "elements", "floor_bytes", "floor_ms",
                 "copy_gb_s": measured just before this case, "others_cores": busy with other processes meanwhile,
                 "results": {implementation: {"wall_ms", "host_ms", "device_ms": {"median", "quartiles", "runs"} | null,
                                              "gb_s", "of_copy", "extra_mb", "launches", "loss_error", "grad_error"}}}],
-     "skipped": [{"label", "pairs", "dtype", "mode", "state", "implementation": where they apply, "reason"}]}
+     "skipped": [{"label", ..., "mode", "state", "implementation": where they apply, "reason"}],
+     "summary": of a kernel file: the headline cases' ratios (summary.py)}
 
 ``gb_s`` is ``floor_bytes`` over the median of ``device_ms`` (``wall_ms`` on a CPU), and ``of_copy`` that over the run's
 median copy bandwidth. A copy reads and writes alike while the loss mostly reads, so ``of_copy`` may exceed 1; in the
-"warm" state it may by much, because caches are quicker than memory. ``grad_error`` is ‖grad − truth‖ / ‖truth‖ and
+"warm" state it may by much, because caches are faster than memory. ``grad_error`` is ‖grad − truth‖ / ‖truth‖ and
 ``loss_error`` |loss − truth|, the truth being float64; an implementation that misses is not timed but listed.
 """
 
@@ -30,8 +32,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import baselines, measure
-from benchmarks.baselines import AUTOTUNED, PUBLISHED, Inputs
-from benchmarks.cases import BOTH, Case, make_inputs
+from benchmarks.baselines import AUTOTUNED, PUBLISHED
+from benchmarks.cases import BOTH, Batch, Case, make_inputs
 from benchmarks.footprint import count_launches, extra_memory_mb
 from benchmarks.machine import BUSY_CORES, ROOT, OthersLoad
 from sipo_kernels import backends
@@ -93,9 +95,20 @@ class Suite:
         return time.perf_counter() - self.started
 
     def run(
-        self, cases: list[Case], states: tuple[str, ...], autotune: Callable[[Case], bool] = lambda _: False
+        self,
+        cases: list[Case],
+        states: tuple[str, ...],
+        autotune: Callable[[Case], bool] = lambda _: False,
+        longer: Callable[[Case], float] = lambda _: 1.0,
     ) -> list[Case]:
-        """Measures ``cases`` in their order until the budget is spent; returns those measured."""
+        """Measures ``cases`` in their order until the budget is spent; returns those measured.
+
+        Args:
+            cases: what to measure.
+            states: of the caches.
+            autotune: which cases torch.compile also gets max-autotune for.
+            longer: how many times :attr:`seconds` a case is timed.
+        """
         done = []
         share = 0.88 if self.device == "cuda" else 1.0  # the rest is for counting launches
         for case in cases:
@@ -108,7 +121,7 @@ class Suite:
                 continue
             begin = time.perf_counter()
             try:
-                self.measure_case(case, states, autotune(case))
+                self.measure_case(case, states, autotune(case), longer(case) * self.seconds)
             except torch.OutOfMemoryError as error:
                 self.skip(case, f"out of memory: {str(error).splitlines()[0]}"[:300])
                 continue
@@ -117,16 +130,16 @@ class Suite:
             done.append(case)
         return done
 
-    def measure_case(self, case: Case, states: tuple[str, ...], autotune: bool) -> None:
-        """All implementations of one case, in each cache state."""
-        inputs = make_inputs(case, self.device)
-        calls = make_calls(case, inputs, self.device, autotune)
-        before = make_before(inputs)
+    def measure_case(self, case: Case, states: tuple[str, ...], autotune: bool, seconds: float) -> None:
+        """All implementations of one case, in each cache state; ``seconds`` of timing in all."""
+        batch = make_inputs(case, self.device)
+        calls = make_calls(case, batch, self.device, autotune)
+        before = make_before(batch)
         failed = {name: why for name, (elements, why) in self.too_slow.items() if case.elements >= elements}
         calls = {name: call for name, call in calls.items() if name not in failed}
         failed.update(measure.warm_up(calls, device=self.device, before=before))
         calls = {name: call for name, call in calls.items() if name not in failed}
-        errors = self._check(case, inputs, calls, before)
+        errors = self._check(case, batch, calls, before)
         for name, error in errors.items():
             if error["seconds"] > MAX_CALL_SECONDS:
                 failed[name] = f"too slow to repeat: {error['seconds']:.1f} s a call with {case.elements} elements"
@@ -142,7 +155,7 @@ class Suite:
             return
 
         copy_gb_s = self.copy.measure("between", 3)
-        large = "cold" in states and 3 * case.tensor_bytes > ALWAYS_COLD * measure.cache_bytes(self.device)
+        large = "cold" in states and case.input_bytes > ALWAYS_COLD * measure.cache_bytes(self.device)
         entries = []
         for state in states:
             if large and state != "cold":
@@ -150,7 +163,7 @@ class Suite:
                 continue
             load = OthersLoad()
             times = measure.time_alternately(
-                calls, seconds=self.seconds / len(states), device=self.device, before=before, state=state
+                calls, seconds=seconds / len(states), device=self.device, before=before, state=state
             )
             entry: dict[str, Any] = {**case.fields(), "state": state, "elements": case.elements}
             entry.update(floor_bytes=case.floor_bytes, copy_gb_s=copy_gb_s, others_cores=load.cores())
@@ -168,11 +181,11 @@ class Suite:
         self.results["cases"] += entries
 
     def _check(
-        self, case: Case, inputs: Inputs, calls: dict[str, Callable[[], Tensor]], before: Callable[[], None]
+        self, case: Case, batch: Batch, calls: dict[str, Callable[[], Tensor]], before: Callable[[], None]
     ) -> dict[str, dict[str, Any]]:
         """Each implementation's errors against float64 (``None`` for a case too large for that), and time of a call."""
         known = case.elements <= CHECKED_ELEMENTS[self.device]
-        loss, grad = baselines.truth(inputs) if known else (None, None)
+        loss, grad = baselines.truth(batch) if known else (None, None)
         errors = {}
         for name, call in calls.items():
             before()
@@ -183,7 +196,7 @@ class Suite:
             if loss is not None:
                 found["loss_error"] = abs(value - float(loss))
             if grad is not None and case.mode == BOTH:
-                made = inputs[0].grad
+                made = batch.model_pred.grad
                 assert made is not None
                 found["grad_error"] = float((made.double() - grad).norm() / grad.norm())
             fine = all(error <= MAX_ERROR for error in found.values() if error is not None)  # NaN is not
@@ -197,8 +210,8 @@ class Suite:
             if self.spent() > self.budget:
                 self.skip(case, f"launches not counted: the run's budget of {self.budget:g} s was spent")
                 continue
-            inputs = make_inputs(case, self.device)
-            calls, before = make_calls(case, inputs, self.device, autotune(case)), make_before(inputs)
+            batch = make_inputs(case, self.device)
+            calls, before = make_calls(case, batch, self.device, autotune(case)), make_before(batch)
             failed = measure.warm_up(calls, device=self.device, before=before)
             for name, call in calls.items():
                 if name in failed:
@@ -210,8 +223,8 @@ class Suite:
         self.save()
 
 
-def make_calls(case: Case, inputs: Inputs, device: str, autotune: bool) -> dict[str, Callable[[], Tensor]]:
-    """Name → the work that is timed: the loss, and in that mode ``backward()``; returns the loss, detached."""
+def make_calls(case: Case, batch: Batch, device: str, autotune: bool) -> dict[str, Callable[[], Tensor]]:
+    """Name → the work that is timed: the loss, and in that mode ``backward``; returns the loss, detached."""
 
     def forward(function: Callable[[], Tensor]) -> Tensor:
         with torch.no_grad():
@@ -219,17 +232,17 @@ def make_calls(case: Case, inputs: Inputs, device: str, autotune: bool) -> dict[
 
     def both(function: Callable[[], Tensor]) -> Tensor:
         loss = function()
-        loss.backward()
+        loss.backward(batch.upstream)
         return loss.detach()
 
     work = both if case.mode == BOTH else forward
-    functions = baselines.implementations(inputs, device, autotune)
+    functions = baselines.implementations(batch, device, autotune)
     return {name: functools.partial(work, function) for name, function in functions.items()}
 
 
-def make_before(inputs: Inputs) -> Callable[[], None]:
+def make_before(batch: Batch) -> Callable[[], None]:
     """What precedes every call: no gradient there yet, and a new step for CUDA graphs."""
-    model = inputs[0]
+    model = batch.model_pred
 
     def before() -> None:
         model.grad = None
@@ -252,7 +265,7 @@ def lacks_memory(case: Case, device: str) -> str | None:
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
-    need, there = 3 * case.tensor_bytes + 24 * case.elements, measure.memory_bytes(device)
+    need, there = case.input_bytes + 24 * case.elements, measure.memory_bytes(device)
     if 0 < 0.85 * there < need:
         return f"needs about {need / 1e9:.1f} GB of memory, and {there / 1e9:.1f} GB are free"
     return None
@@ -260,8 +273,8 @@ def lacks_memory(case: Case, device: str) -> str | None:
 
 def print_entry(entry: dict[str, Any], auto: str) -> None:
     """A line for each implementation: times with quartiles, share of the copy bandwidth, memory."""
-    shape, state = "×".join(map(str, entry["shape"])), entry["state"]
-    print(f"\n{entry['label']} [{shape}] {entry['dtype']}, {entry['mode']}, {state}: floor {entry['floor_ms']:.3f} ms")
+    shape = "×".join(map(str, entry["shape"]))
+    print(f"\n[{shape}] {Case.of(entry).name}, {entry['state']}: floor {entry['floor_ms']:.3f} ms")
     ours = entry["results"].get(auto)
     for name, result in entry["results"].items():
         cells = []
@@ -308,9 +321,11 @@ def add_options(
     )
 
 
-def announce(device: str, info: dict[str, Any], copy: measure.CopyBandwidth) -> None:
+def announce(device: str, info: dict[str, Any], copy: measure.CopyBandwidth | None = None) -> None:
     """Says what is measured, first of all whether that is a GPU."""
     if device == "cpu":
         print("no GPU is measured: these are the CPU backends")
-    low, high = copy.summary()["quartiles"]
-    print(f"{measure.caption(info)}\ncopy bandwidth {copy.median:.1f} GB/s [{low:.1f}, {high:.1f}]", flush=True)
+    print(measure.caption(info), flush=True)
+    if copy is not None:
+        low, high = copy.summary()["quartiles"]
+        print(f"copy bandwidth {copy.median:.1f} GB/s [{low:.1f}, {high:.1f}]", flush=True)

@@ -1,8 +1,8 @@
 """Where launch overhead ends and bandwidth begins: ``python -m benchmarks.sweep``.
 
-Forward + backward of 4 pairs, from 2^12 elements in each stacked tensor to 2^31 on a GPU (as memory allows) and 2^27
-on a CPU, in bfloat16 (``--dtypes float32`` for others). Same implementations, timing and results file as
-``benchmarks.kernel``; cold and warm caches.
+Forward + backward of 4 pairs as training has them (predictions in bfloat16, ``--dtypes float32`` for others; a target
+in float32, an upstream gradient of 1/8), from 2^12 elements of the stacked predictions to 2^31 on a GPU (as memory
+allows) and 2^27 on a CPU. Same implementations, timing and results file as ``benchmarks.kernel``; cold and warm caches.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.cases import DTYPES, select, sweep_cases
+from benchmarks.cases import DTYPES, TRAINED, select, sweep_cases
 from benchmarks.suite import Suite, add_options, announce, default_output
 
 BUDGET = {"cuda": 240.0, "cpu": 240.0}
@@ -41,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_options(parser, "sweep", SECONDS, BUDGET)
     parser.add_argument("--low", type=int, default=LOW, help="smallest power of two (default %(default)s)")
     parser.add_argument("--high", type=int, help=f"largest (default {HIGH['cuda']} on a GPU, {HIGH['cpu']} on a CPU)")
-    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["bfloat16"], help="default %(default)s")
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=list(DTYPES), default=[TRAINED], help="of the predictions (default %(default)s)"
+    )
     run(parser.parse_args(argv))
 
 

@@ -17,15 +17,27 @@ from torch import Tensor
 from sipo_kernels import build_info, native
 from sipo_kernels.contract import (
     DTYPES,
+    Inputs,
     Settings,
     Stats,
+    Totals,
     accumulate_dtype,
     agree,
     dense_like,
     empty_grad,
     empty_stats,
 )
-from sipo_kernels.cuda_plan import ANY, BLOCKS_PER_SM, MIXED, SAME, Gpu, Plan, make_plan
+from sipo_kernels.cuda_plan import ANY, BLOCKS_PER_SM, MIXED, VECTOR, Call, Gpu, make_plan
+
+# Whole numbers are timesteps alone.
+_CODE = {dtype: code for code, dtype in enumerate((*DTYPES, torch.int64, torch.int32))}
+# Targets that the predictions of a type have kernels for: csrc/cuda/readers.h.
+_TARGETS = {
+    torch.bfloat16: (torch.bfloat16, torch.float32),
+    torch.float16: (torch.float16, torch.float32),
+    torch.float32: (torch.float32,),
+    torch.float64: (torch.float64,),
+}
 
 
 class _Numbers(ctypes.Structure):
@@ -38,9 +50,11 @@ class _Args(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("model", "ref", "target")),
         *((name, ctypes.c_int64) for name in ("model_stride", "ref_stride", "target_stride", "pairs", "elements")),
-        *((name, _Numbers) for name in ("ratio_scale", "error_weight", "ref_error")),
-        *((name, ctypes.c_void_p) for name in ("loss", "samples", "logits", "mask", "grad", "coef", "upstream")),
+        *((name, _Numbers) for name in ("ratio_scale", "error_weight", "ref_error", "timesteps", "upstream")),
+        *((name, ctypes.c_void_p) for name in ("loss", "samples", "logits", "numbers", "mask", "grad")),
+        *((name, ctypes.c_void_p) for name in ("metrics", "levels", "expected_at", "remembered", "coef")),
         *((name, ctypes.c_void_p) for name in ("workspace", "stream")),
+        *((name, ctypes.c_double) for name in ("expected", "top")),
         ("settings", native.CSettings),
         *(
             (name, ctypes.c_int32)
@@ -54,12 +68,11 @@ class _Args(ctypes.Structure):
                 "ref_dtype",
                 "target_dtype",
                 "reader",
+                "double_terms",
                 "target_shared",
                 "double_stats",
                 "loss_per_pair",
-                "double_coef",
-                "upstream_dtype",
-                "upstream_per_pair",
+                "bins",
                 "mend",
                 "device",
             )
@@ -74,7 +87,7 @@ def _load(library: ctypes.CDLL | None) -> tuple[ctypes.CDLL | None, str]:
     try:
         for name in ("sipo_cuda_args_size", "sipo_cuda_workspace_bytes"):
             getattr(library, name).restype = ctypes.c_int64
-        library.sipo_cuda_workspace_bytes.argtypes = [ctypes.c_int64] * 4
+        library.sipo_cuda_workspace_bytes.argtypes = [ctypes.POINTER(_Args)]
         library.sipo_cuda_error.restype = ctypes.c_char_p
         for name in ("sipo_cuda_pair_loss", "sipo_cuda_pair_grad"):
             getattr(library, name).argtypes = [ctypes.POINTER(_Args)]
@@ -112,9 +125,6 @@ def problem(index: int) -> str:
     return LIBRARY.sipo_cuda_error(code).decode() if code else ""
 
 
-_plan = lru_cache(maxsize=256)(make_plan)
-
-
 def _on(device: torch.device) -> AbstractContextManager[object]:
     """Makes the tensors' device torch's current one where it is not."""
     if device.type == "cpu" or device.index == torch.cuda.current_device():
@@ -122,134 +132,191 @@ def _on(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device)
 
 
-def _aligned(tensor: Tensor) -> bool:
-    """Whether every sample begins at a multiple of 16 bytes."""
-    return tensor.data_ptr() % 16 == 0 and tensor.stride(0) * tensor.element_size() % 16 == 0
+def _aligned(tensor: Tensor, step: int) -> bool:
+    """Whether ``step`` elements at the beginning of every sample can be read at once."""
+    size = tensor.element_size()
+    unit = min(16, step * size)
+    return tensor.data_ptr() % unit == 0 and tensor.stride(0) * size % unit == 0
 
 
-def _reader(elements: int, tensors: list[Tensor]) -> int:
-    """How the kernel may read: all of one type, any mix 16 bytes at a time, or one by one."""
-    model = tensors[0]
-    same = all(t.dtype == model.dtype for t in tensors)
-    if same and model.element_size() == 2 and accumulate_dtype(elements, model) == torch.float64:
-        same = False  # Same sums terms of half precision in float
-    vector = 16 // model.element_size() if same else 4
-    if elements % vector or not all(_aligned(t) for t in tensors):
+def _reader(elements: int, model: Tensor, ref: Tensor | None, target: Tensor, grad: Tensor | None) -> int:
+    """How the kernel may read: types that it was compiled for, any mix of them 4 elements at a time, or one by one."""
+    typed = target.dtype in _TARGETS[model.dtype] and (ref is None or ref.dtype == model.dtype)
+    step = 16 // target.element_size() if typed else 4
+    if elements % step or not all(_aligned(t, step) for t in (model, ref, target, grad) if t is not None):
         return ANY
-    return SAME if same else MIXED
+    return VECTOR if typed else MIXED
 
 
-def _numbers(tensor: Tensor | None) -> _Numbers:
-    if tensor is None:
-        return _Numbers(None, 0, 0)
-    return _Numbers(tensor.data_ptr(), tensor.stride(0), DTYPES.index(tensor.dtype))
-
-
-def _args(
-    model: Tensor, ref: Tensor | None, target: Tensor, grad: Tensor | None, with_grad: bool
-) -> tuple[_Args, Plan]:
-    """What forward and gradient have in common."""
+def _call(model: Tensor, ref: Tensor | None, target: Tensor, grad: Tensor | None) -> Call:
     samples = model.shape[0]
     elements = model.numel() // samples
-    index = model.device.index or 0
-    gpu = describe(index) if EMULATED is None else EMULATED
-    tensors = [t for t in (model, ref, target, grad) if t is not None]
-    plan = _plan(
-        gpu,
+    return Call(
         pairs=samples // 2,
         elements=elements,
         item_bytes=(model.element_size(), target.element_size()),
-        reader=_reader(elements, tensors),
+        reader=_reader(elements, model, ref, target, grad),
         shared_target=target.shape[0] != samples,
-        with_grad=with_grad,
+        with_grad=grad is not None,
     )
-    args = _Args()
-    args.model, args.target = model.data_ptr(), target.data_ptr()
-    args.model_stride, args.target_stride = model.stride(0), target.stride(0)
-    args.model_dtype, args.target_dtype = DTYPES.index(model.dtype), DTYPES.index(target.dtype)
-    args.ref_dtype = args.model_dtype
+
+
+@lru_cache(maxsize=256)
+def _template(
+    gpu: Gpu, call: Call, dtypes: tuple[torch.dtype, ...], double_terms: bool, settings: Settings | None
+) -> bytes:
+    """:class:`_Args` with all that stays the same from one training step to the next; no pointers, no strides.
+
+    Args:
+        gpu: to plan for.
+        call: to be planned.
+        dtypes: of policy, reference and target.
+        double_terms: whether half precision is summed in float64.
+        settings: ``None`` for the gradient alone.
+    """
+    plan = make_plan(gpu, call)
+    model, ref, target = map(_CODE.__getitem__, dtypes)
+    args = _Args(
+        pairs=call.pairs,
+        elements=call.elements,
+        tiles=plan.tiles,
+        blocks=min(plan.tiles * call.pairs, 2 * BLOCKS_PER_SM * gpu.sms),
+        reader=call.reader,
+        model_dtype=model,
+        ref_dtype=ref,
+        target_dtype=target,
+        target_shared=call.shared_target,
+        double_terms=double_terms,
+        double_stats=torch.float64 in dtypes,
+    )
+    if settings is not None:
+        for name in ("group", "blocks", "parts", "lead", "hold", "keep", "shared_bytes", "one_pass"):
+            setattr(args, name, getattr(plan, name))
+        args.settings = native.CSettings.of(settings, call.pairs)
+        args.loss_per_pair = settings.reduction == "none"
+    return bytes(args)
+
+
+def _args(
+    model: Tensor, ref: Tensor | None, target: Tensor, grad: Tensor | None, settings: Settings | None = None
+) -> _Args:
+    """What forward and gradient have in common."""
+    index = model.device.index or 0
+    gpu = describe(index) if EMULATED is None else EMULATED
+    call = _call(model, ref, target, grad)
+    dtypes = (model.dtype, model.dtype if ref is None else ref.dtype, target.dtype)
+    double_terms = accumulate_dtype(call.elements, target, model, ref) == torch.float64
+    args = _Args.from_buffer_copy(_template(gpu, call, dtypes, double_terms, settings))
+    args.model, args.model_stride = model.data_ptr(), model.stride(0)
+    args.target, args.target_stride = target.data_ptr(), target.stride(0)
     if ref is not None:
-        args.ref, args.ref_stride, args.ref_dtype = ref.data_ptr(), ref.stride(0), DTYPES.index(ref.dtype)
-    args.pairs, args.elements = samples // 2, elements
-    args.target_shared = target.shape[0] != samples
-    args.reader, args.tiles = plan.reader, plan.tiles
+        args.ref, args.ref_stride = ref.data_ptr(), ref.stride(0)
+    if grad is not None:
+        args.grad = grad.data_ptr()
     args.device = index
     args.stream = torch._C._cuda_getCurrentRawStream(index) if model.is_cuda else None
-    args.grad = None if grad is None else grad.data_ptr()
-    return args, plan
+    return args
 
 
-def _run(name: str, args: _Args) -> None:
+def _numbers(tensor: Tensor) -> _Numbers:
+    return _Numbers(tensor.data_ptr(), tensor.stride(0) if tensor.ndim else 0, _CODE[tensor.dtype])
+
+
+def _run(name: str, args: _Args, device: torch.device) -> None:
     assert LIBRARY is not None  # backends.choose
-    if code := getattr(LIBRARY, name)(ctypes.byref(args)):
+    with _on(device):
+        code = getattr(LIBRARY, name)(ctypes.byref(args))
+    if code:
         raise RuntimeError(f"{name} failed: {LIBRARY.sipo_cuda_error(code).decode()} (CUDA error {code})")
 
 
 def forward(
-    model_pred: Tensor,
-    ref_pred: Tensor | None,
-    target: Tensor,
-    ratio_scale: Tensor | None,
-    error_weight: Tensor | None,
-    ref_error: Tensor | None,
+    inputs: Inputs,
     settings: Settings,
-    with_grad: bool,
+    *,
+    with_grad: bool = False,
+    expected: Tensor | float = 1.0,
+    totals: Totals | None = None,
 ) -> Stats:
     """See :func:`sipo_kernels.eager.forward`; with ``with_grad`` the gradient comes out of the same launch."""
     assert LIBRARY is not None  # backends.choose
-    model, (ref, goal) = agree(model_pred, ref_pred, target)
+    model, (ref, goal) = agree(inputs.model_pred, inputs.ref_pred, inputs.target)
     assert goal is not None
-    stats = empty_stats(model_pred, ref_pred, target, settings, with_grad)
+    stats = empty_stats(inputs, settings, with_grad)
+    assert stats.numbers is not None
     filled = dense_like(model, stats.grad) if with_grad else None
-    args, plan = _args(model, ref, goal, filled, with_grad)
-
-    args.ratio_scale, args.error_weight = _numbers(ratio_scale), _numbers(error_weight)
-    args.ref_error = _numbers(ref_error)
-    args.settings = native.CSettings.of(settings, args.pairs)
-    args.loss, args.samples = stats.loss.data_ptr(), stats.samples.data_ptr()
+    args = _args(model, ref, goal, filled, settings)
+    for name in ("ratio_scale", "error_weight", "ref_error"):
+        if (tensor := getattr(inputs, name)) is not None:
+            setattr(args, name, _numbers(tensor))
+    args.loss, args.samples, args.numbers = stats.loss.data_ptr(), stats.samples.data_ptr(), stats.numbers.data_ptr()
     args.logits, args.mask = stats.logits.data_ptr(), stats.mask.data_ptr()
-    args.loss_per_pair, args.double_stats = settings.reduction == "none", stats.logits.dtype == torch.float64
-
-    args.group, args.blocks, args.parts, args.lead = plan.group, plan.blocks, plan.parts, plan.lead
-    args.hold, args.keep, args.shared_bytes, args.one_pass = plan.hold, plan.keep, plan.shared_bytes, plan.one_pass
-    preserving = settings.winner_preserving is not None
-    size = LIBRARY.sipo_cuda_workspace_bytes(args.pairs, plan.group, plan.parts, preserving)
-    workspace = model.new_empty(size, dtype=torch.uint8)
+    if isinstance(expected, Tensor):
+        args.expected_at = expected.data_ptr()
+    else:
+        args.expected = float(expected)
+    kept = None if totals is None else _add_to(args, totals)  # alive until the launch
+    workspace = model.new_empty(LIBRARY.sipo_cuda_workspace_bytes(args), dtype=torch.uint8)
     args.workspace = workspace.data_ptr()
-    with _on(model.device):
-        _run("sipo_cuda_pair_loss", args)
+    _run("sipo_cuda_pair_loss", args, model.device)
+    del kept
     if filled is not None and filled is not stats.grad:
         stats.grad.copy_(filled)
     return stats
 
 
-def _write_gradient(filled: Tensor, model: Tensor, goal: Tensor, coef: Tensor, upstream: Tensor, mend: bool) -> None:
-    args, plan = _args(model, None, goal, filled, True)
-    coef, upstream = coef.contiguous(), upstream.contiguous()
-    args.coef, args.double_coef = coef.data_ptr(), coef.dtype == torch.float64
-    args.upstream, args.upstream_dtype = upstream.data_ptr(), DTYPES.index(upstream.dtype)
-    args.upstream_per_pair, args.mend = upstream.ndim == 1, mend
-    gpu = describe(args.device) if EMULATED is None else EMULATED
-    args.blocks = min(2 * plan.tiles * args.pairs, 2 * BLOCKS_PER_SM[plan.reader] * gpu.sms)
-    with _on(model.device):
-        _run("sipo_cuda_pair_grad", args)
+def _add_to(args: _Args, totals: Totals) -> Tensor | None:
+    """Has the call add to ``totals``; returns what must stay alive meanwhile."""
+    if totals.metrics is not None:
+        args.metrics = totals.metrics.data_ptr()
+    if totals.levels is None or totals.timesteps is None:
+        return None
+    timesteps = totals.timesteps
+    if timesteps.dtype not in _CODE:  # a launch of its own, for types that no sampler of timesteps has
+        timesteps = timesteps.to(torch.float64 if timesteps.is_floating_point() else torch.int64)
+    args.timesteps, args.levels = _numbers(timesteps), totals.levels.data_ptr()
+    args.bins, args.top = totals.levels.shape[1], totals.top
+    return timesteps
 
 
 def gradient(model_pred: Tensor, target: Tensor, coef: Tensor, upstream: Tensor) -> Tensor:
     """See :func:`sipo_kernels.eager.gradient`: one launch."""
+    return _write_gradient(empty_grad(model_pred), model_pred, target, coef, upstream)
+
+
+def mend(
+    grad: Tensor,
+    model_pred: Tensor,
+    target: Tensor,
+    coef: Tensor,
+    upstream: Tensor,
+    numbers: Tensor,
+    remembered: Tensor | None = None,
+) -> Tensor:
+    """See :func:`sipo_kernels.native.mend`: one launch, which compares on the device and ends there where it held."""
+    return _write_gradient(grad, model_pred, target, coef, upstream, numbers, remembered)
+
+
+def _write_gradient(
+    grad: Tensor,
+    model_pred: Tensor,
+    target: Tensor,
+    coef: Tensor,
+    upstream: Tensor,
+    numbers: Tensor | None = None,
+    remembered: Tensor | None = None,
+) -> Tensor:
+    """Fills ``grad``, or with ``numbers`` what of it was made for another upstream gradient."""
     model, (goal,) = agree(model_pred, target)
     assert goal is not None
-    grad = empty_grad(model_pred)
     filled = dense_like(model, grad)
-    _write_gradient(filled, model, goal, coef, upstream, False)
+    args = _args(model, None, goal, filled)
+    coef = coef.contiguous()
+    args.coef, args.double_stats = coef.data_ptr(), coef.dtype == torch.float64
+    args.upstream = _numbers(upstream)
+    if remembered is not None:
+        args.remembered = remembered.data_ptr()
+    if numbers is not None and filled is grad:  # else it is not a layout that the kernel writes: make all of it again
+        args.numbers, args.mend = numbers.data_ptr(), True
+    _run("sipo_cuda_pair_grad", args, model.device)
     return grad if filled is grad else grad.copy_(filled)
-
-
-def mend(fused: Tensor, model_pred: Tensor, target: Tensor, coef: Tensor, upstream: Tensor) -> Tensor:
-    """See :func:`sipo_kernels.native.mend`: one launch, which reads ``upstream`` and ends there where it is 1."""
-    model, (goal,) = agree(model_pred, target)
-    assert goal is not None
-    if dense_like(model, fused) is not fused:
-        return gradient(model_pred, target, coef, upstream)
-    _write_gradient(fused, model, goal, coef, upstream, True)
-    return fused

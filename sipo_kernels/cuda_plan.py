@@ -1,4 +1,4 @@
-"""How the CUDA backend cuts one call into groups, tiles and blocks: a pure function of the shape and the GPU.
+"""How the CUDA backend cuts one call into groups, tiles and blocks: a pure function of the call and the GPU.
 
 The words are those of ``csrc/cuda/pair_loss.cu``, which carries the plan out: a pair is cut into tiles, pairs go
 through in groups, and each block reduces a run of tiles of a group and then comes back for their gradient. What it
@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-# Of csrc/cuda/pair_loss.cu.
+# Of csrc/cuda/readers.h.
 THREADS = 320
+BLOCKS_PER_SM = 2
 SCRATCH_BYTES = 1024
-SLOT_BYTES = 32 * THREADS  # one sample tile: 16 bytes of policy and of target for each thread
 
 # What the hardware keeps of shared memory for each block.
 RESERVED_BYTES = 1024
@@ -24,8 +24,7 @@ L2_SHARE = 0.6
 LEAD = 1
 
 # How a kernel reads its tensors: csrc/cuda/readers.h.
-SAME, MIXED, ANY = range(3)
-BLOCKS_PER_SM = {SAME: 2, MIXED: 1, ANY: 2}
+VECTOR, MIXED, ANY = range(3)
 
 
 class Gpu(NamedTuple):
@@ -46,11 +45,47 @@ class Gpu(NamedTuple):
     cooperative: bool = True
 
 
+class Call(NamedTuple):
+    """What the plan needs to know of a call.
+
+    Attributes:
+        pairs: B.
+        elements: D, elements of one sample.
+        item_bytes: bytes of one element of the predictions, and of the target.
+        reader: ``VECTOR``, ``MIXED`` or ``ANY``.
+        shared_target: whether both halves of a pair share the target.
+        with_grad: whether the gradient is made too. It changes how the pass goes on, never which sums are made.
+    """
+
+    pairs: int
+    elements: int
+    item_bytes: tuple[int, int]
+    reader: int
+    shared_target: bool = False
+    with_grad: bool = True
+
+    def bytes_twice(self, samples: int) -> int:
+        """Bytes of one element of policy and target, which are needed twice, in ``samples`` samples.
+
+        They are counted winner, loser, winner, ...; a shared target goes with the winner.
+        """
+        policy, target = self.item_bytes
+        return samples * policy + (-(-samples // 2) if self.shared_target else samples) * target
+
+    @property
+    def vector(self) -> int:
+        """Elements of a sample that a thread handles at a time."""
+        return {VECTOR: 16 // self.item_bytes[0], MIXED: 4, ANY: 1}[self.reader]
+
+    def slot_bytes(self, samples: int) -> int:
+        """Shared memory that so many sample tiles take."""
+        return THREADS * self.vector * self.bytes_twice(samples)
+
+
 class Plan(NamedTuple):
     """One call, planned.
 
     Attributes:
-        reader: ``SAME``, ``MIXED`` or ``ANY``.
         tile: elements of one sample in one tile.
         tiles: tiles of a pair.
         group: pairs that are reduced together before their gradient is written.
@@ -64,7 +99,6 @@ class Plan(NamedTuple):
         one_pass: whether reduction and gradient are one launch.
     """
 
-    reader: int
     tile: int
     tiles: int
     group: int
@@ -84,55 +118,58 @@ class Plan(NamedTuple):
         return [range(total * b // n, total * (b + 1) // n) for b in range(n)]
 
     def held_from(self, run: range) -> int:
-        """First tile of a run, counted from its begin, that is kept in shared memory."""
-        return max(self.lead, len(run) - (self.hold + 1) // 2)
+        """First tile of a run that is kept in shared memory."""
+        return max(run.start + self.lead, run.stop - (self.hold + 1) // 2)
+
+    def held(self, run: range) -> int:
+        """Sample tiles of a run that are kept in shared memory."""
+        return min(self.hold, 2 * max(0, run.stop - self.held_from(run)))
 
 
-def slots(gpu: Gpu, reader: int) -> int:
+class Traffic(NamedTuple):
+    """What a planned call, gradient included, is expected to move. Whole tiles are counted.
+
+    Attributes:
+        floor: bytes to and from memory if policy, reference and target are read once and the gradient is written once.
+        expected: the same, with what is not found again on the chip.
+        held: share of the policy's and the target's bytes that shared memory holds for the gradient.
+        waiting: most bytes of them that wait in the L2 cache at a time, where it keeps them all.
+    """
+
+    floor: int
+    expected: float
+    held: float
+    waiting: int
+
+
+def slots(gpu: Gpu, call: Call) -> int:
     """Sample tiles that fit into the shared memory of one block."""
-    if reader != SAME:
+    if call.reader != VECTOR:
         return 0
-    room = min(gpu.shared_bytes_per_sm // BLOCKS_PER_SM[reader] - RESERVED_BYTES, gpu.shared_bytes_per_block)
-    return max(0, (room - SCRATCH_BYTES) // SLOT_BYTES)
+    room = min(gpu.shared_bytes_per_sm // BLOCKS_PER_SM - RESERVED_BYTES, gpu.shared_bytes_per_block)
+    room -= SCRATCH_BYTES
+    hold = 2 * max(0, room // call.slot_bytes(2))
+    return hold + 1 if call.slot_bytes(hold + 1) <= room else hold
 
 
-def make_plan(
-    gpu: Gpu,
-    *,
-    pairs: int,
-    elements: int,
-    item_bytes: tuple[int, int],
-    reader: int,
-    shared_target: bool = False,
-    with_grad: bool = True,
-) -> Plan:
+def make_plan(gpu: Gpu, call: Call) -> Plan:
     """Plans one call.
-
-    Args:
-        gpu: the device.
-        pairs: B.
-        elements: D, elements of one sample.
-        item_bytes: bytes of one element of policy and target, the tensors that are read twice.
-        reader: ``SAME``, ``MIXED`` or ``ANY``.
-        shared_target: whether both halves of a pair share the target.
-        with_grad: whether the gradient is made too. It changes how the pass goes on, never which sums are made.
 
     Raises:
         ValueError: a sample too large for 32-bit tile numbers (from 2^40 elements on).
     """
-    vector = {SAME: 16 // item_bytes[0], MIXED: 4, ANY: 1}[reader]
-    tile = THREADS * vector
+    pairs, elements = call.pairs, call.elements
+    tile = THREADS * call.vector
     tiles = -(-elements // tile)
     if 2 * tiles > 2**31 - 1:
         raise ValueError(f"a sample has {elements} elements: expected at most {(2**30 - 1) * tile}")
-    most_blocks = BLOCKS_PER_SM[reader] * gpu.sms
-    hold = slots(gpu, reader)
+    most_blocks = BLOCKS_PER_SM * gpu.sms
+    hold = slots(gpu, call)
 
     # Bytes to be found again, of one pair and of one tile of each block, and the room for them.
-    pair_bytes = elements * (2 * item_bytes[0] + (1 if shared_target else 2) * item_bytes[1])
+    pair_bytes = elements * call.bytes_twice(2)
     step_bytes = most_blocks * pair_bytes * tile // max(elements, tile)
-    held_bytes = most_blocks * hold * SLOT_BYTES
-    room = held_bytes + L2_SHARE * gpu.l2_bytes
+    room = most_blocks * call.slot_bytes(hold) + L2_SHARE * gpu.l2_bytes
 
     # A group fills the chip, and half of the room: the other half is for what the estimate left out.
     group = max(1, -(-most_blocks // tiles), int(room / 2) // pair_bytes)
@@ -146,10 +183,10 @@ def make_plan(
     longest = -(-group * tiles // blocks)
     hold = min(hold, 2 * max(0, longest - lead))
 
-    unheld = group * pair_bytes * max(0, 2 * longest - hold) / (2 * longest) + (step_bytes if lead else 0)
+    share = call.bytes_twice(hold) / call.bytes_twice(2 * longest)
+    unheld = group * pair_bytes * max(0.0, 1 - share) + (step_bytes if lead else 0)
     keep = min(1.0, L2_SHARE * gpu.l2_bytes / unheld) if unheld else 1.0
     return Plan(
-        reader=reader,
         tile=tile,
         tiles=tiles,
         group=group,
@@ -159,6 +196,25 @@ def make_plan(
         lead=lead,
         hold=hold,
         keep=keep,
-        shared_bytes=SCRATCH_BYTES + (hold * SLOT_BYTES if with_grad else 0),
+        shared_bytes=SCRATCH_BYTES + (call.slot_bytes(hold) if call.with_grad else 0),
         one_pass=gpu.cooperative,
     )
+
+
+def traffic(plan: Plan, call: Call) -> Traffic:
+    """What the plan expects, of a call with a reference and a gradient."""
+    pair_bytes = plan.tiles * plan.tile * call.bytes_twice(2)
+    held, waiting = 0, []
+    for k in range(plan.groups):
+        members = min(plan.group, call.pairs - k * plan.group)
+        runs = plan.runs(members)
+        held_now = sum(call.slot_bytes(plan.held(run)) for run in runs)
+        held += held_now
+        lead = sum(min(plan.lead, len(run)) for run in runs) * plan.tile * call.bytes_twice(2)
+        waiting.append((members * pair_bytes - held_now, lead))
+    # When a group's gradient begins, the first tiles of the next group are there too.
+    most = max(here + lead for (here, _), (_, lead) in zip(waiting, [*waiting[1:], (0, 0)], strict=True))
+    once = plan.tiles * plan.tile * 4 * call.item_bytes[0]  # of a pair: the reference, and the gradient
+    floor = call.pairs * (pair_bytes + once)
+    missed = (1 - plan.keep) * (call.pairs * pair_bytes - held)
+    return Traffic(floor, floor + missed, held / (call.pairs * pair_bytes), most)

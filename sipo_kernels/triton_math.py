@@ -21,7 +21,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def _widen(x, ACC: tl.constexpr):
+def widen(x, ACC: tl.constexpr):
     if x.dtype == tl.bfloat16:  # the interpreter only knows its way to float32
         return x.to(tl.float32).to(ACC)
     return x.to(ACC)
@@ -69,22 +69,23 @@ def reduce_part(
     EVICT: tl.constexpr,  # how policy and target are to be cached
 ):
     """§2: one item's share of Σ d², Σ d_ref², Σ (m − r)(d + d_ref)."""
-    e = tl.zeros([BLOCK // FOLD], ACC)
-    f = tl.zeros([BLOCK // FOLD], ACC)
-    g = tl.zeros([BLOCK // FOLD], ACC)
+    e = tl.full([BLOCK // FOLD], 0.0, ACC)
+    f = tl.full([BLOCK // FOLD], 0.0, ACC)
+    g = tl.full([BLOCK // FOLD], 0.0, ACC)
     for tile in range(tiles):
         at = start + tile * BLOCK + tl.arange(0, BLOCK)
         inside = at < elements
-        m = _widen(tl.load(m_row + at, mask=inside, other=0.0, eviction_policy=EVICT), ACC)
-        t = _widen(tl.load(t_row + at, mask=inside, other=0.0, eviction_policy=EVICT), ACC)
+        m = widen(tl.load(m_row + at, mask=inside, other=0.0, eviction_policy=EVICT), ACC)
+        t = widen(tl.load(t_row + at, mask=inside, other=0.0, eviction_policy=EVICT), ACC)
         d = m - t
         e += _fold(d * d, FOLD)
         if HAS_REF:
-            r = _widen(tl.load(r_row + at, mask=inside, other=0.0, eviction_policy="evict_first"), ACC)
+            r = widen(tl.load(r_row + at, mask=inside, other=0.0, eviction_policy="evict_first"), ACC)
             d_ref = r - t
             f += _fold(d_ref * d_ref, FOLD)
             g += _fold((m - r) * (d + d_ref), FOLD)
-    return tl.sum(e, 0), tl.sum(f, 0), tl.sum(g, 0)
+    # In float64 from here on: each accumulator has seen a few dozen terms, and the threads' are many.
+    return tl.sum(e.to(tl.float64), 0), tl.sum(f.to(tl.float64), 0), tl.sum(g.to(tl.float64), 0)
 
 
 @triton.jit
@@ -101,16 +102,16 @@ def inner_part(
     FOLD: tl.constexpr,
 ):
     """§6, relatives: one part's share of Σ d_w · d_l. Its winner is in the cache, its loser will be read once more."""
-    total = tl.zeros([BLOCK // FOLD], ACC)
+    total = tl.full([BLOCK // FOLD], 0.0, ACC)
     for tile in range(tiles):
         at = start + tile * BLOCK + tl.arange(0, BLOCK)
         inside = at < elements
-        winner = _widen(tl.load(m_winner + at, mask=inside, other=0.0), ACC)
-        winner -= _widen(tl.load(t_winner + at, mask=inside, other=0.0), ACC)
-        loser = _widen(tl.load(m_loser + at, mask=inside, other=0.0), ACC)
-        loser -= _widen(tl.load(t_loser + at, mask=inside, other=0.0), ACC)
+        winner = widen(tl.load(m_winner + at, mask=inside, other=0.0), ACC)
+        winner -= widen(tl.load(t_winner + at, mask=inside, other=0.0), ACC)
+        loser = widen(tl.load(m_loser + at, mask=inside, other=0.0), ACC)
+        loser -= widen(tl.load(t_loser + at, mask=inside, other=0.0), ACC)
         total += _fold(winner * loser, FOLD)
-    return tl.sum(total, 0)
+    return tl.sum(total.to(tl.float64), 0)
 
 
 @triton.jit
@@ -120,10 +121,10 @@ def write_part(m_row, t_row, g_row, c, start, tiles, elements, BLOCK: tl.constex
         at = start + tile * BLOCK + tl.arange(0, BLOCK)
         inside = at < elements
         if c == 0:
-            grad = tl.zeros([BLOCK], c.dtype)
+            grad = tl.full([BLOCK], 0.0, c.dtype)
         else:
-            m = _widen(tl.load(m_row + at, mask=inside, other=0.0, eviction_policy="evict_first"), c.dtype)
-            t = _widen(tl.load(t_row + at, mask=inside, other=0.0, eviction_policy="evict_first"), c.dtype)
+            m = widen(tl.load(m_row + at, mask=inside, other=0.0, eviction_policy="evict_first"), c.dtype)
+            t = widen(tl.load(t_row + at, mask=inside, other=0.0, eviction_policy="evict_first"), c.dtype)
             grad = c * (m - t)
         tl.store(g_row + at, _narrow(grad, g_row.dtype.element_ty), mask=inside, cache_modifier=".cs")
 
@@ -134,7 +135,7 @@ def _nan_min(a, b):  # as torch.minimum: NaN wins
 
 
 @triton.jit
-def _finite(x):
+def finite(x):
     return x - x == 0
 
 
@@ -172,7 +173,8 @@ def _apply_link(z, smoothing, LINK: tl.constexpr, SMOOTHED: tl.constexpr):
     softplus = tl.where(z != z, z, tl.where(z < 0, -z, 0.0)) + tail  # of −z
     sigmoid = tl.where(z >= 0, decay, 1.0) / (1.0 + decay)  # of −z
     if LINK == DMPO:
-        other = tl.zeros([], tl.float64) + smoothing  # in the interpreter it is a number, of which log makes a float32
+        # A tensor, because in the interpreter it is a number, of which log makes a float32.
+        other = tl.full([], 0.0, tl.float64) + smoothing
         log_label = tl.log(1.0 - other)
         pull = sigmoid * (log_label - tl.log(other) - z)
         return pull - log_label - softplus, tl.where(z >= 0, 1.0, decay) / (1.0 + decay) * pull
@@ -227,11 +229,11 @@ def finish_pair(
     HAS_WEIGHT: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """§2-6 for one pair, in float64: stores its numbers and returns its loss. Vectors are [winner, loser]."""
+    """§2-6 for one pair, in float64: stores its results, returns what §8 is made of. Vectors are [winner, loser]."""
     half = tl.arange(0, 2)
     both = pair + half * pairs
     sign = 1.0 - 2.0 * half.to(tl.float64)
-    n = tl.zeros([], tl.float64) + elements
+    n = tl.full([], 0.0, tl.float64) + elements
     error, ref_err, gap = _sum_partials(partial, both, parts, PARTS)
     error /= n
     if HAS_REF:
@@ -246,7 +248,7 @@ def finish_pair(
         log_ratio = _log_ratio(tl.load(ratio_scale + both).to(tl.float64), error if POSTERIOR else gap)
         ratio = tl.exp(log_ratio)
     else:
-        log_ratio = tl.zeros([2], tl.float64)
+        log_ratio = tl.full([2], 0.0, tl.float64)
         ratio = tl.full([2], 1.0, tl.float64)
     weight = tl.where(ratio < clip_min, clip_min, tl.where(ratio > clip_max, clip_max, ratio))
     pair_weight = tl.reduce(weight, 0, _nan_min)
@@ -270,9 +272,9 @@ def finish_pair(
     penalty, pull = _apply_link(z, smoothing, LINK, SMOOTHED)
     pair_loss = b * active.to(tl.float64) * penalty
     if SKIP:
-        finite = (tl.sum(_finite(error + gap).to(tl.int32), 0) == 2) & _finite(z)
-        active = active & finite
-        pair_loss = tl.where(finite, pair_loss, 0.0)
+        whole = (tl.sum(finite(error + gap).to(tl.int32), 0) == 2) & finite(z)
+        active = active & whole
+        pair_loss = tl.where(whole, pair_loss, 0.0)
 
     # §6
     g = b * pull * (0.5 * beta * loss_scale) * (2.0 / n)
@@ -290,22 +292,10 @@ def finish_pair(
     tl.store(at + 5 * stride, coef)
     tl.store(logits + pair, z)
     tl.store(mask + pair, active)
-    return pair_loss
+    return error, ref_err, gap, ratio, weight, coef, z, pair_loss, active
 
 
 @triton.jit
-def sum_losses(pair_losses, pairs):
-    at = tl.arange(0, 128)
-    total = tl.zeros([], tl.float64)
-    for i in range(0, pairs, 128):
-        total += tl.sum(tl.load(pair_losses + i + at, mask=i + at < pairs, other=0.0, cache_modifier=".cg"), 0)
-    return total
-
-
-@triton.jit
-def all_ones(x, count):
-    at = tl.arange(0, 128)
-    others = 0
-    for i in range(0, count, 128):
-        others += tl.sum((tl.load(x + i + at, mask=i + at < count, other=1.0) != 1).to(tl.int32), 0)
-    return others == 0
+def upstream_coef(coef, upstream):
+    """§6: what a sample's gradient is made with. Rounded as ``coef`` is, whoever makes the gradient: the same bits."""
+    return tl.where(coef == 0, 0.0, coef * upstream.to(coef.dtype))

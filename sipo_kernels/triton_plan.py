@@ -88,6 +88,12 @@ def block(sums: torch.dtype, *inputs: torch.Tensor | None) -> int:
     return TILE_BYTES // max(sums.itemsize // 2, *(0 if t is None else t.element_size() for t in inputs))
 
 
+def kept_bytes(model: torch.Tensor, target: torch.Tensor) -> int:
+    """Of policy and target, for one element of a pair: both samples, a target that they share once."""
+    targets = 1 if target.shape[0] != model.shape[0] else 2
+    return 2 * model.element_size() + targets * target.element_size()
+
+
 def split(elements: int, block: int) -> tuple[int, int]:
     """Parts of a sample, and tiles of ``block`` elements in each of them."""
     blocks = -(-elements // block)
@@ -103,7 +109,7 @@ def plan(pairs: int, elements: int, block: int, kept_bytes: int, device: Device)
         pairs: ``B``.
         elements: ``D`` of one sample.
         block: elements of a tile.
-        kept_bytes: of policy and target, for one element of a pair: both samples, a shared target once.
+        kept_bytes: see :func:`kept_bytes`.
         device: the numbers of the device.
     """
     parts, tiles = split(elements, block)

@@ -102,7 +102,7 @@ def compile_for(variant: str, mix: str, capability: int, **changes: Any) -> Any:
     } | changes
     statistics = "fp64" if "fp64" in names else "fp32"
     pointers = {"model": model, "ref": ref, "target": target, "grad": model, "partial": str(TL[acc])}
-    pointers |= {"tickets": "i32", "facts": "fp64", "mask": "i1", "expected": "fp64", "remembered": "fp64"}
+    pointers |= {"tickets": "i32", "records": "fp64", "mask": "i1", "expected": "fp64", "remembered": "fp64"}
     pointers |= {"metrics": "fp32", "levels": "fp32", "timesteps": "i64"}
     signature: dict[str, str] = {}
     for parameter in kernel.params:

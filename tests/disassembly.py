@@ -21,15 +21,22 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parent.parent
 
 
+class Loop(NamedTuple):
+    """One loop: its opcodes, and the instructions that wait for a load of elements while others are yet to be started."""
+
+    opcodes: list[str]
+    early_uses: list[str]
+
+
 class Kernel(NamedTuple):
     """One kernel for one architecture."""
 
-    name: str  # without namespaces and parameters: "pair_kernel<Same<bf16>, float, false>"
+    name: str  # without namespaces and parameters: "pair_kernel<Vector<bf16, float>, float>"
     registers: int
     stack_bytes: int
     spill_bytes: int
     opcodes: list[str]  # with modifiers: "LDG.E.128.CONSTANT"; of the functions that it calls as well
-    element_loops: list[list[str]]  # opcodes of the innermost loops with 16-byte accesses to global memory
+    element_loops: list[Loop]  # the innermost ones with 16-byte accesses to global memory
 
 
 @functools.cache
@@ -110,26 +117,57 @@ def read_resources(said: str) -> Iterator[tuple[str, tuple[int, int, int]]]:
         yield name, (int(registers), sum(stack), sum(spills))
 
 
-def read_sass(listing: str) -> Iterator[tuple[str, tuple[list[str], list[list[str]]]]]:
-    """``(kernel, (opcodes, opcodes of each element loop))`` from what nvdisasm prints."""
+def read_sass(listing: str) -> Iterator[tuple[str, tuple[list[str], list[Loop]]]]:
+    """``(kernel, (opcodes, element loops))`` from what nvdisasm prints."""
     sections = re.split(r"^\.text\.(\S+):$", listing, flags=re.MULTILINE)[1:]
     for name, text in zip(sections[::2], sections[1::2], strict=True):
         blocks = _blocks(text.splitlines())
-        wide = [loop for loop in _loops(blocks) if any(_wide_global(op) for i in loop for op in blocks[i].opcodes)]
+        wide = [loop for loop in _loops(blocks) if any(_wide_global(it.opcode) for i in loop for it in blocks[i].code)]
         innermost = [loop for loop in wide if not any(other < loop for other in wide)]
-        loops = [[op for i in sorted(loop) for op in blocks[i].opcodes] for loop in innermost]
-        yield name, ([op for block in blocks for op in block.opcodes], loops)
+        codes = [[it for i in sorted(loop) for it in blocks[i].code] for loop in innermost]
+        loops = [Loop([it.opcode for it in code], early_uses(code)) for code in codes]
+        yield name, ([it.opcode for block in blocks for it in block.code], loops)
 
 
 def _wide_global(opcode: str) -> bool:
     return opcode.startswith(("LDG.", "STG.")) and ".128" in opcode
 
 
+class _Instruction(NamedTuple):
+    opcode: str
+    operands: str
+
+
+def early_uses(code: list[_Instruction]) -> list[str]:
+    """Instructions that read what a load of elements brings, although another such load comes behind them.
+
+    Elements are what nobody writes meanwhile (``LDG...CONSTANT``). In the order of the listing, whatever the branches.
+    """
+    loads = [i for i, it in enumerate(code) if it.opcode.startswith("LDG") and "CONSTANT" in it.opcode]
+    awaited: set[int] = set()
+    found = []
+    for i, (opcode, operands) in enumerate(code[: loads[-1] if loads else 0]):
+        first, _, others = operands.partition(",")
+        writes = re.fullmatch(r"\s*R(\d+)(\.reuse)?\s*", first) if not opcode.startswith("ST") else None
+        if awaited & _registers(others if writes else operands):
+            found.append(opcode + operands)
+        if writes:
+            width = 4 if ".128" in opcode else 2 if ".64" in opcode else 1
+            written = set(range(int(writes[1]), int(writes[1]) + width))
+            awaited = awaited | written if i in loads else awaited - written
+    return found
+
+
+def _registers(operands: str) -> set[int]:
+    found = re.findall(r"(?<![A-Z])R(\d+)(\.64)?", operands)
+    return {int(number) + more for number, wide in found for more in ((0, 1) if wide else (0,))}
+
+
 class _Block(NamedTuple):
     """Instructions that run one after another, the labels before them, and where they may jump in the end."""
 
     labels: list[str]
-    opcodes: list[str]
+    code: list[_Instruction]
     jumps: list[str]
     ends: list[bool]  # holds one item if the next block does not follow
 
@@ -146,12 +184,12 @@ def _blocks(lines: list[str]) -> list[_Block]:
     blocks = [_Block.new()]
     for line in lines:
         if label := _LABEL.match(line):
-            if blocks[-1].opcodes:
+            if blocks[-1].code:
                 blocks.append(_Block.new())
             blocks[-1].labels.append(label[1])
         elif found := _INSTRUCTION.match(line):
             predicate, opcode, operands = found.groups()
-            blocks[-1].opcodes.append(opcode)
+            blocks[-1].code.append(_Instruction(opcode, operands))
             if opcode.startswith(("BRA", "BRX", "JMP", "JMX", "CALL", "EXIT", "RET")):
                 blocks[-1].jumps.extend(re.findall(r"\.L\w+", operands))
                 # `BRA P1, (label)` has a condition too. A call returns; one of a label is a jump, and that is as well.
@@ -212,9 +250,9 @@ def main() -> None:
             f"{kernel.spill_bytes} spilled, {local} local accesses, {len(kernel.opcodes)} instructions"
         )
         for loop in kernel.element_loops:
-            memory = [op for op in loop if re.match(r"(LD|ST|ATOM|RED)[A-Z]*\b", op)]
+            memory = [op for op in loop.opcodes if re.match(r"(LD|ST|ATOM|RED)[A-Z]*\b", op)]
             counts = ", ".join(f"{memory.count(op)} {op}" for op in sorted(set(memory)))
-            print(f"    loop of {len(loop)}: {counts}")
+            print(f"    loop of {len(loop.opcodes)}, {len(loop.early_uses)} early uses: {counts}")
 
 
 if __name__ == "__main__":

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import baselines, step, step_network
+from benchmarks import baselines, measure, step, step_network
 from sipo_kernels import backends
 
 OURS = baselines.OURS + backends.choose("auto", torch.device("cpu"))
 
 
 @pytest.fixture(autouse=True)
-def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compilation takes longer than everything else here, and is torch's."""
+def small_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Compilation takes longer than everything else here, and is torch's; flushing real caches is next."""
+    measure._flusher.cache_clear()
+    monkeypatch.setattr(measure, "cache_bytes", lambda device: 1 << 18)
+    monkeypatch.setattr(measure, "memory_bytes", lambda device: 1 << 24)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    yield
+    measure._flusher.cache_clear()
 
 
 def test_a_tiny_run_from_end_to_end(tmp_path: Path) -> None:
@@ -31,6 +38,7 @@ def test_a_tiny_run_from_end_to_end(tmp_path: Path) -> None:
     (entry,) = results["cases"]
     assert entry["network"] == step_network.WAN and entry["shape"] == [2, 16, 1, 4, 8]
     assert entry["elements"] == 2 * 16 * 4 * 8 and entry["floor_bytes"] == 4 * 4 * entry["elements"]
+    assert (entry["mode"], entry["target"], entry["upstream"]) == (step.MODE, "float32", 1 / 8)
     assert list(entry["results"]) == [step.TRIVIAL, baselines.PUBLISHED, baselines.UPCAST, baselines.COMPILED, OURS]
     for name, result in entry["results"].items():
         assert result["wall_ms"]["runs"] >= 3 and result["peak_mb"] > 0
@@ -48,14 +56,27 @@ def test_a_tiny_run_from_end_to_end(tmp_path: Path) -> None:
 
 
 def test_a_wrong_loss_is_listed_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(*inputs: Any, beta: float) -> torch.Tensor:
-        return baselines.published(*inputs, beta=2 * beta)
+    def wrong(*tensors: Any) -> torch.Tensor:
+        *inputs, beta = tensors
+        return baselines.published(*inputs, 2 * beta)
 
     monkeypatch.setattr(baselines, "upcast", wrong)
     entry, failed = step.measure_case(step.TINY, "cpu", 0.0, 10.0)
     assert set(failed) == {baselines.UPCAST, baselines.COMPILED}
     assert failed[baselines.UPCAST].startswith("wrong result, not timed: ")
     assert list(entry["results"]) == [step.TRIVIAL, baselines.PUBLISHED, OURS]
+
+
+def test_half_predictions_meet_a_float32_target() -> None:
+    """The network's type is the predictions'; the loss's floor counts the target in its own."""
+    case = step.CASES["cuda"][0]
+    assert case.floor_bytes == 10 * case.elements
+    half = dataclasses.replace(step.TINY, dtype="bfloat16")
+    made = step.Step(half, "cpu")
+    batch = made.frozen()
+    assert [t.dtype for t in batch[:3] if t is not None] == [torch.bfloat16, torch.bfloat16, torch.float32]
+    loss_error, grad_error = step._errors(step.losses("cpu")[OURS], batch)
+    assert loss_error < 1e-5 and grad_error < 4e-3  # bfloat16 has 8 bits
 
 
 def test_a_step_trains_the_policy_alone() -> None:

@@ -21,13 +21,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import Batch, make_batch, reference_grad, run
+from cases import Batch, assert_within_budget, beta_for, make_batch, reference_grad, run, run_reference
 from conftest import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from sipo_kernels import backends, triton_kernels, triton_plan
-from sipo_kernels.contract import METHODS, Settings, Stats
+from sipo_kernels import eager, output, triton_kernels, triton_passes, triton_plan
+from sipo_kernels.contract import METHODS, METRICS, SMALL_SAMPLE, STATISTICS, Inputs, Settings, Stats, Totals
 from sipo_kernels.triton_plan import Device
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -63,14 +64,19 @@ batches = st.one_of(
     st.tuples(st.integers(1, 64), st.integers(1, 1 << 22)),
     st.tuples(st.integers(1, 4), st.integers(1 << 22, 1 << 30)),
 )
-element_bytes = st.sampled_from([(2, 2), (2, 4), (4, 4), (8, 8), (2, 1), (4, 2)])  # policy, target (shared: half)
+element_types = st.sampled_from([(BF16, BF16), (BF16, F32), (F16, F32), (F32, F32), (F64, F64), (F32, BF16)])
 
 
 @settings(max_examples=150)
-@given(batch=batches, sizes=element_bytes, device=st.sampled_from(list(DEVICES.values())))
-def test_schedule(batch: tuple[int, int], sizes: tuple[int, int], device: Device) -> None:
+@given(batch=batches, types=element_types, shared=st.booleans(), device=st.sampled_from(list(DEVICES.values())))
+def test_schedule(batch: tuple[int, int], types: tuple[torch.dtype, ...], shared: bool, device: Device) -> None:
+    """Of policy and target of these types."""
     pairs, elements = batch
-    block, kept_bytes = 8192 // max(2, *sizes), 2 * sum(sizes)
+    model, target = torch.empty(2, dtype=types[0]), torch.empty(1 if shared else 2, dtype=types[1])
+    sizes = types[0].itemsize, types[1].itemsize
+    block, kept_bytes = triton_plan.block(F32, model, target), triton_plan.kept_bytes(model, target)
+    assert block == 8192 // max(sizes)
+    assert kept_bytes == 2 * sizes[0] + (1 if shared else 2) * sizes[1]
     plan = triton_plan.plan(pairs, elements, block, kept_bytes, device)
     per_pair, part = 2 * plan.parts, plan.tiles * block
     items = pairs * per_pair
@@ -105,23 +111,26 @@ def test_schedule(batch: tuple[int, int], sizes: tuple[int, int], device: Device
 
 
 @pytest.mark.parametrize(
-    ("device", "pairs", "elements", "kept_share"),
+    ("device", "pairs", "elements", "kept_share"),  # in bfloat16, with a float32 target of each sample or of each pair
     [
-        ("H100", 32, 4 * 64 * 64, 1.0),  # Stable Diffusion, 512 px
-        ("H100", 32, 16 * 128 * 128, 1.0),  # FLUX, 1024 px
-        ("H100", 8, 16 * 13 * 60 * 90, 1.0),  # CogVideoX, 49 frames
-        ("A100", 8, 16 * 13 * 60 * 90, 1.0),
-        ("H200", 4, 16 * 21 * 60 * 104, 1.0),  # Wan 2.1, 81 frames at 480p
-        ("B200", 4, 16 * 21 * 60 * 104, 1.0),
-        ("L40S", 4, 16 * 21 * 60 * 104, 1.0),
-        ("H100", 2, 16 * 21 * 90 * 160, 0.65),  # at 720p: a pair's policy and target are 38.7 MB in bfloat16
-        ("B200", 2, 16 * 21 * 90 * 160, 1.0),
+        ("H100", 32, 4 * 64 * 64, (1.0, 1.0, 1.0)),  # Stable Diffusion, 512 px
+        ("H100", 32, 16 * 128 * 128, (1.0, 1.0, 1.0)),  # FLUX, 1024 px
+        ("H100", 8, 16 * 13 * 60 * 90, (1.0, 1.0, 1.0)),  # CogVideoX, 49 frames
+        ("A100", 8, 16 * 13 * 60 * 90, (1.0, 1.0, 1.0)),
+        ("H200", 4, 16 * 21 * 60 * 104, (1.0, 0.95, 1.0)),  # Wan 2.1, 81 frames at 480p
+        ("B200", 4, 16 * 21 * 60 * 104, (1.0, 1.0, 1.0)),
+        ("L40S", 4, 16 * 21 * 60 * 104, (1.0, 1.0, 1.0)),
+        ("H100", 2, 16 * 21 * 90 * 160, (0.65, 0.44, 0.65)),  # at 720p: 38.7 MB of policy and target in bfloat16
+        ("B200", 2, 16 * 21 * 90 * 160, (1.0, 0.98, 1.0)),
     ],
 )
-def test_what_stays_in_the_cache(device: str, pairs: int, elements: int, kept_share: float) -> None:
-    """In bfloat16; what stays is not read from device memory again."""
-    plan = triton_plan.plan(pairs, elements, 4096, 8, DEVICES[device])
-    assert plan.keep >= kept_share * 2 * plan.parts
+def test_what_stays_in_the_cache(device: str, pairs: int, elements: int, kept_share: tuple[float, ...]) -> None:
+    """What stays is not read from device memory again."""
+    half, single, shared = torch.empty(2, dtype=BF16), torch.empty(2), torch.empty(1)
+    for target, share in zip((half, single, shared), kept_share, strict=True):
+        block, kept_bytes = triton_plan.block(F32, half, target), triton_plan.kept_bytes(half, target)
+        plan = triton_plan.plan(pairs, elements, block, kept_bytes, DEVICES[device])
+        assert plan.keep >= share * 2 * plan.parts
 
 
 @settings(max_examples=40)
@@ -141,6 +150,7 @@ def test_no_order_of_execution_locks_up(
     distance = min(per_pair + lead, items)
     drawn, done = itertools.count(), [0] * pairs
     written: list[int] = []
+    reported: list[int] = []
 
     def program() -> Iterator[None]:
         while (step := next(drawn)) < items + distance:
@@ -156,6 +166,10 @@ def test_no_order_of_execution_locks_up(
                     yield
                 written.append(step - distance)
             yield
+        if step == items + distance:
+            while min(done) <= per_pair:
+                yield
+            reported.append(step)
 
     choose = random.Random(seed)
     waiting = [program() for _ in range(programs)]
@@ -168,7 +182,7 @@ def test_no_order_of_execution_locks_up(
         chosen = choose.choice(running)
         if next(chosen, chosen) is chosen:
             running.remove(chosen)
-    assert not running and sorted(written) == list(range(items))
+    assert not running and sorted(written) == list(range(items)) and len(reported) == 1
 
 
 def test_device_is_asked_once_and_can_be_overridden(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,6 +195,7 @@ def test_device_is_asked_once_and_can_be_overridden(monkeypatch: pytest.MonkeyPa
 def test_tiles_are_sized_by_the_widest_input() -> None:
     half, single, double = (torch.zeros(1, dtype=dtype) for dtype in (BF16, F32, F64))
     assert triton_plan.block(F32, half, None, half) == 4096
+    assert triton_plan.block(F32, half, half, single) == 2048
     assert triton_plan.block(F64, half, half, half) == 2048  # a small sample, summed in float64
     assert triton_plan.block(F64, half, half, single) == 2048
     assert triton_plan.block(F64, single, double, half) == 1024
@@ -201,9 +216,8 @@ def small_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.fixture
-def fused(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The public function takes the gradient from the forward; memory is NaN until something is written to it."""
-    monkeypatch.setattr(backends, "FUSED", (*backends.FUSED, "triton"))
+def poisoned() -> Iterator[None]:
+    """Memory is NaN until something is written to it."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -213,10 +227,16 @@ def _settings(**changes: Any) -> Settings:
     return Settings("sipo", 3.0, "posterior", 0.1, 0.1, 0.0, "mean", False)._replace(**changes)
 
 
-def _forward(batch: Batch, with_grad: bool, ref_error: torch.Tensor | None = None, **changes: Any) -> Stats:
+def _inputs(batch: Batch, ref_error: torch.Tensor | None = None) -> Inputs:
     model, ref, target, scale, weight = (None if t is None else t.detach() for t in batch)
-    ref = None if ref_error is not None else ref
-    return triton_kernels.forward(model, ref, target, scale, weight, ref_error, _settings(**changes), with_grad)
+    return Inputs(model, ref if ref_error is None else None, target, scale, weight, ref_error)
+
+
+def _forward(
+    batch: Batch, with_grad: bool, ref_error: torch.Tensor | None = None, expected: Any = 1.0, **changes: Any
+) -> Stats:
+    inputs = _inputs(batch, ref_error)
+    return triton_kernels.forward(inputs, _settings(**changes), with_grad=with_grad, expected=expected)
 
 
 def _both_ways(batch: Batch, ref_error: torch.Tensor | None = None, **changes: Any) -> tuple[Stats, Stats]:
@@ -244,7 +264,7 @@ DTYPES = [(F32, F32, F32), (BF16, BF16, BF16), (BF16, BF16, F32), (F32, BF16, F6
 @pytest.mark.parametrize("types", DTYPES, ids=lambda t: "-".join(str(x)[6:] for x in t))
 @pytest.mark.parametrize("shared", [False, True])
 def test_fusing_changes_no_bit(
-    types: tuple[torch.dtype, ...], shared: bool, monkeypatch: pytest.MonkeyPatch, fused: None
+    types: tuple[torch.dtype, ...], shared: bool, monkeypatch: pytest.MonkeyPatch, poisoned: None
 ) -> None:
     """Nor does the device."""
     monkeypatch.setattr(triton_plan, "TILE_BYTES", 1024)
@@ -259,7 +279,7 @@ def test_fusing_changes_no_bit(
 
 @pytest.mark.parametrize(("shape", "method"), [*zip([(2, 1), (2,), (2, 4099), (14, 5)], METHODS, strict=True)])
 def test_fusing_changes_no_bit_of_odd_shapes(
-    shape: tuple[int, ...], method: str, monkeypatch: pytest.MonkeyPatch, fused: None
+    shape: tuple[int, ...], method: str, monkeypatch: pytest.MonkeyPatch, poisoned: None
 ) -> None:
     monkeypatch.setattr(triton_plan, "TILE_BYTES", 512)
     batch = make_batch(shape, (F32,) * 3, device=DEVICE)
@@ -269,7 +289,7 @@ def test_fusing_changes_no_bit_of_odd_shapes(
     _assert_same_bits(*_both_ways(batch, method=method, link="dmpo", winner_preserving=0.25))
 
 
-def test_fusing_changes_no_bit_of_other_layouts(small_device: Device, fused: None) -> None:
+def test_fusing_changes_no_bit_of_other_layouts(small_device: Device, poisoned: None) -> None:
     batch = make_batch((6, 5, 7, 5), (BF16,) * 3, device=DEVICE)
     wide = torch.cat([batch.model_pred.detach(), batch.ref_pred], 1)
     innermost = batch.model_pred.detach().permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
@@ -281,8 +301,9 @@ def test_fusing_changes_no_bit_of_other_layouts(small_device: Device, fused: Non
         assert torch.equal(one.grad, plain.grad) and one.grad.stride() == torch.empty_like(model).stride()
 
 
-def test_masked_and_broken_pairs_stay_alone(small_device: Device, fused: None) -> None:
-    clean = make_batch((10, 3, 207), device=DEVICE)
+@pytest.mark.parametrize("small_device", SMALL_DEVICES[1:3], indirect=True)
+def test_masked_and_broken_pairs_stay_alone(small_device: Device, poisoned: None) -> None:
+    clean = make_batch((10, 3, 107), device=DEVICE)
     scale = clean.ratio_scale.clone()
     scale[[3, 8]] = math.inf  # pairs 3 masked by its winner, as a terminal step is
     model = clean.model_pred.detach().clone()
@@ -301,45 +322,100 @@ def test_masked_and_broken_pairs_stay_alone(small_device: Device, fused: None) -
     assert torch.equal(spread.grad[keep], before.grad[keep]) and bool(spread.grad[1].isnan().all())
 
 
-# ---- An upstream gradient other than 1 -------------------------------------------------------------------------------
+# ---- The upstream gradient that is expected, and another one ---------------------------------------------------------
+
+UPSTREAMS = (1.0, 1 / 8, 1 / 3, 65536.0, 0.0, -2.0, math.inf, math.nan)
+MIXES = [(F32,) * 3, (BF16,) * 3, (F16,) * 3, (BF16, BF16, F32), (F16, F16, F32), (F32, BF16, F64)]
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16])
+def _assert_equal(got: torch.Tensor, want: torch.Tensor) -> None:
+    """To the last bit; any NaN equals any other."""
+    assert got.dtype == want.dtype and got.stride() == want.stride()
+    assert torch.equal(got.isnan(), want.isnan())
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[got.element_size()]
+    assert torch.equal(got.nan_to_num(7.0).view(integer), want.nan_to_num(7.0).view(integer))
+
+
+def _cell(value: float) -> torch.Tensor:
+    return torch.tensor(value, dtype=F64, device=DEVICE)
+
+
+@pytest.mark.parametrize("types", MIXES, ids=lambda t: "-".join(str(x)[6:] for x in t))
+def test_fused_mended_or_made_alone_the_bits_are_the_same(
+    types: tuple[torch.dtype, ...], monkeypatch: pytest.MonkeyPatch, poisoned: None
+) -> None:
+    """Every other mix with a target of each pair; every other upstream gradient as a number, the rest on the device."""
+    monkeypatch.setattr(triton_plan, "TILE_BYTES", 512)
+    monkeypatch.setattr(triton_plan, "DEVICE_OVERRIDE", SMALL_DEVICES[1])
+    batch = make_batch((6, 101), types, shared_target=MIXES.index(types) % 2 == 1, device=DEVICE)
+    batch.ratio_scale[4] = math.inf  # pair 1 is masked
+    model, target = batch.model_pred.detach(), batch.target
+    plain = _forward(batch, True, mask_threshold=0.1)
+    coef = plain.samples[5]
+    assert coef.count_nonzero() == 4
+    for turn, value in enumerate(UPSTREAMS):
+        expected = _cell(value) if turn % 2 else value
+        fused = _forward(batch, True, expected=expected, mask_threshold=0.1)
+        upstream = torch.tensor(value, dtype=plain.loss.dtype, device=DEVICE)
+        made = triton_kernels.gradient(model, target, coef, upstream)
+        _assert_equal(made, eager.gradient(model, target, coef, upstream))
+        _assert_equal(fused.grad, made)
+        mended = triton_kernels.mend(plain.grad.clone(), model, target, coef, upstream, plain.numbers)
+        _assert_equal(mended, made)
+        _assert_same_bits(fused._replace(grad=made, numbers=plain.numbers), plain._replace(grad=made))
+        assert torch.equal(fused.numbers[:-1], plain.numbers[:-1])
+        _assert_equal(fused.numbers[-1], upstream)
+        for masked in (1, 4):
+            assert not fused.grad[masked].any() and not fused.grad[masked].signbit().any()
+
+
 @pytest.mark.parametrize("shared", [False, True])
-def test_mend(dtype: torch.dtype, shared: bool, small_device: Device) -> None:
-    batch = make_batch((8, 3, 207), (dtype,) * 3, shared_target=shared, device=DEVICE)
+def test_mend_touches_what_must_change_and_remembers(shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_plan, "TILE_BYTES", 512)
+    batch = make_batch((8, 3, 107), (BF16, BF16, F32), shared_target=shared, device=DEVICE)
     model, target = batch.model_pred.detach(), batch.target
     coef = torch.tensor([1.0, 0.0, -2.0, 0.5, 0.25, 0.0, 3.0, -1.0], device=DEVICE)
     marked = torch.full_like(model, 7.0)  # no gradient: shows what was left alone
+    third = torch.tensor(1 / 3, device=DEVICE)
+    numbers = torch.full((len(METRICS) + 1,), math.nan, device=DEVICE)
+    numbers[-1] = third
 
-    one = torch.ones((), device=DEVICE)
-    fused = marked.clone()
-    assert triton_kernels.mend(fused, model, target, coef, one) is fused
-    assert torch.equal(fused, marked)
-    assert torch.equal(triton_kernels.mend(marked.clone(), model, target, coef, one.expand(4)), marked)
+    def mend(upstream: torch.Tensor, remembered: torch.Tensor | None = None) -> torch.Tensor:
+        grad = marked.clone()
+        assert triton_kernels.mend(grad, model, target, coef, upstream, numbers, remembered) is grad
+        return grad
 
-    for value in (0.3, -1.0, 0.0, math.inf, math.nan):
+    remembered = _cell(7.0)
+    assert torch.equal(mend(third, remembered), marked) and remembered.item() == third.item()
+    assert torch.equal(mend(third.expand(4)), marked)
+    for value in (0.3, -1.0, 0.0, math.inf, -math.inf, math.nan):
         upstream = torch.tensor(value, device=DEVICE)
-        mended = triton_kernels.mend(marked.clone(), model, target, coef, upstream)
-        expected = triton_kernels.gradient(model, target, coef, upstream)
-        torch.testing.assert_close(mended, expected, rtol=0, atol=0, equal_nan=True)
+        before = remembered.item()
+        mended = mend(upstream, remembered)
+        _assert_equal(mended, triton_kernels.gradient(model, target, coef, upstream))
         assert not mended[[1, 5]].any()
+        assert remembered.item() == (upstream.item() if math.isfinite(value) else before)
 
-    per_pair = torch.tensor([1.0, -3.0, 0.0, 1.0], device=DEVICE)
-    mended = triton_kernels.mend(marked.clone(), model, target, coef, per_pair)
-    expected = triton_kernels.gradient(model, target, coef, per_pair)
-    assert torch.equal(mended[[0, 3, 4, 7]], marked[[0, 3, 4, 7]])
-    assert torch.equal(mended[[1, 2, 5, 6]], expected[[1, 2, 5, 6]])
+    per_pair = torch.stack([third, third * 0 - 3, third * 0, third])
+    for upstream in (per_pair, torch.stack([per_pair, per_pair], 1)[:, 1]):
+        mended = mend(upstream, remembered)
+        assert remembered.item() == third.item()
+        expected = triton_kernels.gradient(model, target, coef, upstream)
+        assert torch.equal(mended[[0, 3, 4, 7]], marked[[0, 3, 4, 7]])
+        assert torch.equal(mended[[1, 2, 5, 6]], expected[[1, 2, 5, 6]])
+    mend(per_pair.flip(0) * torch.tensor([math.inf, 1, 1, 1], device=DEVICE), remembered)
+    assert remembered.item() == third.item()
 
 
 @pytest.mark.parametrize("changed", [None, 0, 127, 128, 299])
 def test_mend_of_many_pairs(changed: int | None) -> None:
     batch = make_batch((600, 3), device=DEVICE)
-    upstream = torch.ones(300, dtype=F64, device=DEVICE)
+    upstream = torch.full((300,), 0.5, device=DEVICE)
     if changed is not None:
         upstream[changed] = 2.0
     coef, marked = torch.ones(600, device=DEVICE), torch.full((600, 3), 7.0, device=DEVICE)
-    mended = triton_kernels.mend(marked.clone(), batch.model_pred.detach(), batch.target, coef, upstream)
+    numbers = torch.full((len(METRICS) + 1,), 0.5, device=DEVICE)
+    mended = triton_kernels.mend(marked.clone(), batch.model_pred.detach(), batch.target, coef, upstream, numbers)
     left = torch.ones(600, dtype=torch.bool)
     if changed is not None:
         left[[changed, changed + 300]] = False
@@ -352,31 +428,136 @@ def test_mend_where_the_kernel_does_not_write_the_layout() -> None:
     batch = make_batch((6, 5, 7), device=DEVICE)
     model = batch.model_pred.detach().permute(1, 2, 0).contiguous().permute(2, 0, 1)
     coef = torch.linspace(-1, 1, 6, device=DEVICE)
+    numbers = torch.ones(len(METRICS) + 1, device=DEVICE)
     for value in (1.0, 0.5):
-        upstream = torch.tensor(value, device=DEVICE)
+        upstream, remembered = torch.tensor(value, device=DEVICE), _cell(7.0)
         expected = triton_kernels.gradient(batch.model_pred.detach(), batch.target, coef, upstream)
         fused = triton_kernels.gradient(model, batch.target, coef, torch.ones((), device=DEVICE))
-        mended = triton_kernels.mend(fused, model, batch.target, coef, upstream)
+        mended = triton_kernels.mend(fused, model, batch.target, coef, upstream, numbers, remembered)
+        assert mended is fused and remembered.item() == value
         assert torch.equal(mended, expected) and mended.stride() == model.stride()
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16, F16])
-def test_backward_through_the_public_function(dtype: torch.dtype, small_device: Device, fused: None) -> None:
-    batch = make_batch((6, 3, 207), (dtype,) * 3, device=DEVICE)
+@pytest.mark.parametrize("types", [(F32,) * 3, (BF16,) * 3, (F16, F16, F32)], ids=["fp32", "bf16", "fp16-fp32"])
+def test_backward_through_the_public_function(
+    types: tuple[torch.dtype, ...], monkeypatch: pytest.MonkeyPatch, poisoned: None
+) -> None:
+    monkeypatch.setattr(triton_plan, "TILE_BYTES", 512)
+    batch = make_batch((6, 3, 207), types, device=DEVICE)
     options: dict[str, Any] = {"method": "sipo", "beta": 3.0, "mask_threshold": 0.0, "reduction": "none"}
-    upstreams = [[1.0, 1.0, 1.0], [1.0, -3.0, 0.0]]
-    for upstream in (torch.tensor(values, device=DEVICE) for values in upstreams):
-        _, grad = run(batch, "triton", upstream=upstream, **options)
+    for values, expected in (([1.0, 1.0, 1.0], 1.0), ([1.0, -3.0, 0.0], _cell(1.0)), ([0.5, 0.5, 0.5], _cell(0.25))):
+        upstream = torch.tensor(values, device=DEVICE)
+        _, grad = run(batch, "triton", upstream=upstream, expected_upstream=expected, **options)
         exact = reference_grad(batch, grad_output=upstream.double(), **options)
-        rounding = (exact.to(dtype).double() - exact).norm()
+        rounding = (exact.to(types[0]).double() - exact).norm()
         assert (grad.double() - exact).norm() <= rounding + 1e-6 * exact.norm()
+        assert not isinstance(expected, torch.Tensor) or expected.item() == values[0]
+
+
+# ---- Metrics and running sums ----------------------------------------------------------------------------------------
+
+
+def _totals(timesteps: torch.Tensor, top: float = 1000.0, bins: int = 6) -> Totals:
+    levels = torch.zeros(len(STATISTICS), bins, device=DEVICE)
+    return Totals(torch.zeros(2, len(METRICS), device=DEVICE), levels, timesteps.to(DEVICE), top)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_numbers_and_totals_are_those_of_the_fields(method: str, poisoned: None) -> None:
+    """In float64, so that the fields are what the kernel worked with; some pairs are broken, and there are many."""
+    batch = make_batch((38, 5), (F64,) * 3, distance=1.0, weighted=True, device=DEVICE)
+    model = batch.model_pred.detach().clone()
+    model[4, 0], model[20, 1], model[5] = math.nan, math.inf, 1e30  # the last is too much for float32 alone
+    inputs = _inputs(batch._replace(model_pred=model))
+    timesteps = torch.arange(19, dtype=F32) * 170 % 1000
+    timesteps[7:10] = torch.tensor([-5.0, math.nan, math.inf])
+    got, want = _totals(timesteps), _totals(timesteps)
+    for reduction, skip in (("mean", False), ("none", True)):
+        settings = _settings(method=method, mask_threshold=0.9, reduction=reduction, skip_nonfinite=skip)
+        stats = triton_kernels.forward(inputs, settings, totals=got)
+        rows = stats.samples.unbind()
+        clip = None if method == "diffusion_dpo" else (0.9, 1.1)
+        fields = output.PairLossOutput(
+            stats.loss, *rows[:5], stats.mask, stats.logits, rows[5], clip_range=clip, skip_nonfinite=skip
+        )
+        truth = torch.stack(list(fields.metrics().values()))
+        torch.testing.assert_close(stats.numbers[:-1], truth, rtol=1e-12, atol=1e-15, equal_nan=True)
+        output.add_totals(want, fields, 5 / 3.0 * (19 if reduction == "mean" else 1))
+    assert torch.equal(got.metrics[1], want.metrics[1]) and torch.equal(got.levels[:2], want.levels[:2])
+    torch.testing.assert_close(got.metrics[0], want.metrics[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(got.levels[2:], want.levels[2:], rtol=2e-6, atol=1e-6)
+    assert got.levels[0].sum() == 2 * 16 and got.levels[1].sum() == 2 * 3 and bool((got.levels[0] > 0).all())
+    assert got.metrics[1, METRICS.index("ref_mse")] == 2 and got.metrics[0, METRICS.index("nonfinite_pairs")] == 2 * 2
+
+
+def test_the_order_of_programs_changes_no_sum(small_device: Device) -> None:
+    """Running sums are the same wherever the schedule puts the pairs, with the gradient or without."""
+    batch = make_batch((10, 3, 107), (BF16, BF16, F32), device=DEVICE)
+    timesteps = torch.tensor([10, 990, 10, 400, 10])
+    found = []
+    for device, with_grad in ((small_device, True), (small_device, False), (SMALL_DEVICES[0], True)):
+        triton_plan.DEVICE_OVERRIDE = device
+        sums = _totals(timesteps)
+        triton_kernels.forward(_inputs(batch), _settings(), with_grad=with_grad, totals=sums)
+        found.append(sums)
+    for other in found[1:]:
+        assert torch.equal(other.metrics, found[0].metrics) and torch.equal(other.levels, found[0].levels)
+    assert found[0].levels[0].tolist() == [3.0, 0.0, 1.0, 0.0, 0.0, 1.0]
+
+
+class _Launches(TorchDispatchMode):
+    """Notes what would run on a GPU: torch's operations but those that allocate or look, and kernels in our place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if not name.startswith(("empty", "new_empty", "select", "alias", "detach")):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *args, **constants: self.seen.append("kernel")
+
+
+@pytest.mark.parametrize("upstream", [torch.tensor(0.5), torch.tensor(0.5).expand(3)], ids=["mean", "none"])
+def test_three_launches_do_it_all(upstream: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    launches = _Launches()
+    monkeypatch.setattr(triton_kernels, "pair_forward", launches)
+    monkeypatch.setattr(triton_kernels, "pair_backward", launches)
+    batch = make_batch((6, 3, 8), (BF16, BF16, F32), shared_target=True, weighted=True, device=DEVICE)
+    inputs, remembered = _inputs(batch), _cell(0.25)
+    settings = _settings(reduction="none" if upstream.ndim else "mean")
+    sums = _totals(torch.tensor([[0, 1], [2, 3], [4, 5]], dtype=torch.uint8)[:, 1])
+    with launches:
+        stats = triton_kernels.forward(inputs, settings, with_grad=True, expected=remembered, totals=sums)
+        model, target, coef = inputs.model_pred, inputs.target, stats.samples[5]
+        triton_kernels.mend(stats.grad, model, target, coef, upstream.to(DEVICE), stats.numbers, remembered)
+    assert launches.seen == ["zeros", "kernel", "kernel"]
+
+
+# ---- Half-precision predictions beside a float32 target --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("half", [BF16, F16])
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_float32_target(half: torch.dtype, shared: bool) -> None:
+    """From SMALL_SAMPLE on in float32, over many tiles; below in float64."""
+    for elements in (SMALL_SAMPLE + 9, 1009):
+        batch = make_batch((2, elements), (half, half, F32), distance=0.05, shared_target=shared, device=DEVICE)
+        options: dict[str, Any] = {"method": "sipo", "mask_threshold": 0.0}
+        options["beta"] = beta_for(batch, **options)
+        out, grad = run(batch, "triton", expected_upstream=1.0, **options)
+        assert_within_budget(batch, out, grad, reference_grad(batch, **options), run_reference(batch, **options))
+
+
 
 
 # ---- The machine code ------------------------------------------------------------------------------------------------
 
 CAPABILITIES = (80, 90, 100)
-# Of one input and one tile: 8192 bytes over 128 threads, 16 at a time.
-PER_TILE = 4
 
 
 @pytest.fixture(scope="module")
@@ -389,29 +570,32 @@ def compiled() -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
+# 16-byte accesses of one tile and one thread: policy, reference, target and gradient. A tile of bfloat16 has 4096
+# elements, for 128 threads; beside a float32 target, half as many.
+ACCESSES = {"bf16": (4, 4, 4, 4), "fp32": (4, 4, 4, 4), "mixed": (2, 2, 4, 2)}
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize(
-    ("variant", "loads", "stores"),
-    # Loops over the three inputs: to be kept or not, or neither; and over policy, target and gradient.
-    [("fused", 2 * 3 + 2, 1), ("reduce", 3, 0), ("gradient", 2, 1), ("mend", 2, 1)],
-)
-def test_reads_and_writes_16_bytes_at_a_time(
-    compiled: dict[str, Any], variant: str, loads: int, stores: int, dtype: str, capability: int
-) -> None:
-    found = compiled[f"{variant}-{dtype}-{capability}"]
-    assert found["wide_loads"] == loads * PER_TILE and found["wide_stores"] == stores * PER_TILE
-    assert found["input_loads_narrower"] == 0  # the rest are partial sums and numbers of the pair
-    assert found["streamed_stores"] == found["wide_stores"]
-    assert found["kept_loads"] == (2 * PER_TILE if variant == "fused" else 0)
-    if variant in ("gradient", "mend"):
-        assert found["narrow_stores"] == 0
+def test_reads_and_writes_16_bytes_at_a_time(compiled: dict[str, Any], capability: int) -> None:
+    kernels = [(variant, mix) for mix in ACCESSES for variant in ("fused", "reduce", "gradient", "mend")]
+    for variant, mix in [*kernels, ("fused", "small"), ("fused", "totals")]:
+        model, ref, target, grad = ACCESSES.get(mix, ACCESSES["mixed"])
+        reads, writes = model + ref + target, model + target  # of a reduction, and of a gradient
+        # A fused kernel has two loops that reduce: inputs are to be kept in the cache or not.
+        loads = {"fused": 2 * reads + writes, "reduce": reads}.get(variant, writes)
+        found = compiled[f"{variant}-{mix}-{capability}"]
+        assert found["wide_loads"] == loads, (variant, mix)
+        assert found["wide_stores"] == found["streamed_stores"] == (0 if variant == "reduce" else grad), (variant, mix)
+        assert found["input_loads_narrower"] == 0, (variant, mix)  # the rest are partial sums and numbers of the pair
+        assert found["kept_loads"] == (writes if variant == "fused" else 0), (variant, mix)
+        if variant in ("gradient", "mend"):
+            assert found["narrow_stores"] == (1 if variant == "mend" else 0)  # what is remembered
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_no_spills_and_four_programs_at_a_time(compiled: dict[str, Any], capability: int) -> None:
     variants = {name: found for name, found in compiled.items() if name.endswith(f"-{capability}")}
-    assert len(variants) == 11
+    assert len(variants) == 16
     for name, found in variants.items():
         assert found["local_bytes"] == found["stack_bytes"] == found["local_instructions"] == 0, name
         assert 16 <= found["registers"] <= triton_plan.REGISTERS, name
@@ -421,11 +605,13 @@ def test_no_spills_and_four_programs_at_a_time(compiled: dict[str, Any], capabil
 
 def test_settings_reach_the_kernel_in_float64() -> None:
     """Triton passes Python's floats as float32 unless told otherwise: 0.9 would be 0.89999998."""
-    if not hasattr(triton_kernels.pair_forward, "params"):
+    kernel = triton_passes.pair_forward
+    if not hasattr(kernel, "params"):
         from triton.runtime.jit import JITFunction
 
-        parameters = JITFunction(triton_kernels.pair_forward.fn).params
-    else:
-        parameters = triton_kernels.pair_forward.params
-    wide = {p.name for p in parameters if p.annotation_type == "fp64"}
-    assert wide == {"beta", "clip_min", "clip_max", "mask_threshold", "loss_scale", "smoothing", "winner_preserving"}
+        kernel = JITFunction(kernel.fn)
+    wide = {p.name for p in kernel.params if p.annotation_type == "fp64"}
+    assert wide == {
+        *("beta", "clip_min", "clip_max", "mask_threshold", "loss_scale", "smoothing", "winner_preserving"),
+        *("top", "expected_number"),
+    }

@@ -8,7 +8,7 @@ Each backend of the device is held to ``sipo/reference.py`` in float64, to the p
     calls.py       layouts, broken pairs, autograd, repetition, autocast, torch.compile
     device.py      memory, launches, waiting, graphs, streams, more than 2^31 elements
     sanitizer.py   compute-sanitizer over a few small cases
-    faults.py      backends that are wrong on purpose: every check must catch its faults
+    faults.py      backends that are wrong on purpose (wrong_results.py, wrong_use.py), which the checks must catch
     processes.py   runs checks in processes of their own, so that one crash ends one check
     __main__.py    the command: build, run, report
 """

@@ -20,7 +20,7 @@ from benchmarks.gpu_check.context import (
     poisoned,
     same_bits,
 )
-from sipo_kernels import PairLossOutput, pair_loss
+from sipo_kernels import PairLossOutput, backends, pair_loss
 
 Options = dict[str, Any]
 
@@ -163,21 +163,78 @@ def check_upstream(ctx: Context) -> None:
     faint = ctx.batch((2, 40_000), F16, scale=0.01)  # unscaled, every gradient is below float16's smallest number
     scale = torch.tensor(2.0**20, device=ctx.device)
     exact = cases.reference_grad(faint, method="diffusion_dpo", beta=0.01, grad_output=scale.double())
-    _, grad = ctx.run(faint, upstream=scale, method="diffusion_dpo", beta=0.01)
-    ctx.gradient(grad, exact, "float16 through a loss scale")
+    for expected in (None, ctx.cell(2.0**20), 1.0):
+        _, grad = ctx.run(faint, upstream=scale, method="diffusion_dpo", beta=0.01, expected_upstream=expected)
+        ctx.gradient(grad, exact, f"float16 through a loss scale, expected {expected}")
 
 
-@check("accumulation", "calls", "upstream ignored", "scaled gradient")
+@check(
+    "expected upstream", "calls", "upstream ignored", "expectation ignored", "mend skipped", "mend scales",
+    "mend mixes pairs", "nothing remembered", "infinity remembered",
+)  # fmt: skip
+def check_expected(ctx: Context) -> None:
+    """The same bits whether the upstream gradient was expected, or another, or none; what came is remembered."""
+    mixes = ((F32, F32, F32), (BF16, BF16, BF16), (BF16, BF16, F32), (F16, F16, F32), (F32, BF16, F64))
+    shapes = [(6, 3, 517), (6, 4, 128, 128)] if ctx.on_gpu and not ctx.quick else [(6, 3, 51)]
+    values: tuple[float, ...] = (1.0, 1 / 8, 1 / 3, 65536.0, 0.0, -2.0, math.inf, math.nan)
+    slow = ctx.backend in ("cuda", "triton") and not ctx.on_gpu  # emulator and interpreter
+    if slow:
+        values = (1 / 8, 65536.0, math.inf)
+    kinds = itertools.product(shapes, mixes, (False, True), ("mean", "none"))
+    for turn, (shape, mix, shared, reduction) in enumerate(kinds):
+        if slow and turn % 3:
+            continue
+        batch = ctx.batch(shape, *mix, shared_target=shared)
+        options: Options = {"method": "sipo", "beta": 3.0, "mask_threshold": 0.0, "reduction": reduction}
+        out, _ = ctx.run(batch, upstream=_like(batch, reduction, [1.0] * 3), **options)
+        different: list[list[float]] = [[0.5, 0.5, -3.0], [0.25, 8.0, 0.0]] if reduction == "none" else []
+        for each in [[value] * 3 for value in values] + different:
+            upstream = _like(batch, reduction, each)
+            label = f"{mix[0]}, {mix[2]} target{', shared' * shared}, {reduction}, upstream {each}"
+            plain = backends.module(ctx.backend).gradient(batch.model_pred.detach(), batch.target, out.coef, upstream)
+            if math.isfinite(each[0]):
+                exact = cases.reference_grad(batch, grad_output=upstream.double(), **options)
+                ctx.gradient(plain, exact, label)
+            for expected in (each[0], ctx.cell(each[0]), ctx.cell(-7.0), 1.0):
+                _, grad = ctx.run(batch, upstream=upstream, expected_upstream=expected, **options)
+                ctx.same(_calm(grad), _calm(plain), f"{label}, expected {float(expected):g}")
+            if ctx.backend in backends.FUSED:
+                kept = ctx.cell(0.5)
+                ctx.run(batch, upstream=upstream, expected_upstream=kept, **options)
+                due = float(upstream.flatten()[0]) if math.isfinite(each[0]) else 0.5
+                ctx.require(float(kept) == due, f"{label}: {float(kept):g} is remembered")
+
+
+def _like(batch: cases.Batch, reduction: str, each: list[float]) -> Tensor:
+    """An upstream gradient as autograd brings it: in the loss's type, a scalar or one for each pair."""
+    wide = F64 in (batch.model_pred.dtype, batch.ref_pred.dtype, batch.target.dtype)
+    upstream = torch.tensor(each, dtype=F64 if wide else F32, device=batch.model_pred.device)
+    return upstream if reduction == "none" else upstream[0]
+
+
+def _calm(grad: Tensor) -> Tensor:
+    """Every NaN the same one."""
+    return torch.where(grad.isnan(), math.nan, grad)
+
+
+@check("accumulation", "calls", "upstream ignored", "scaled gradient", "expectation ignored", "mend skipped")
 def check_accumulation(ctx: Context) -> None:
-    """Two half batches at half the loss, accumulated into a parameter, give the whole batch's gradient."""
+    """Two half batches at half the loss, accumulated into a parameter, give the whole batch's gradient.
+
+    The second pass expects what the first one brought, as :class:`sipo.SIPOLoss` has it.
+    """
     for dtype in (F32, F64):
         batch = ctx.batch((8, 3, 13), dtype)
         options: Options = {"method": "sipo", "beta": 3.0, "mask_threshold": 0.0, "backend": ctx.backend}
         exact = cases.reference_grad(batch, **{k: v for k, v in options.items() if k != "backend"})
         weight = torch.ones_like(batch.model_pred, requires_grad=True)
+        remembered = ctx.cell(1.0)
         for rows in ([0, 1, 4, 5], [2, 3, 6, 7]):
             model = batch.model_pred.detach() * weight
-            out = pair_loss(model[rows], *(t[rows] for t in batch[1:3]), ratio_scale=batch.ratio_scale[rows], **options)
+            out = pair_loss(
+                model[rows], *(t[rows] for t in batch[1:3]), ratio_scale=batch.ratio_scale[rows],
+                expected_upstream=remembered, **options,
+            )  # fmt: skip
             (out.loss / 2).backward()
         assert weight.grad is not None
         expected = exact * batch.model_pred.detach().double()
@@ -201,7 +258,7 @@ def check_kept_graph(ctx: Context) -> None:
         ctx.gradient(third, 3 * exact, f"third backward, of three times the loss, {dtype}")
 
 
-@check("repetition", "calls", "wandering gradient", "wandering logits")
+@check("repetition", "calls", "wandering gradient", "wandering logits", "wandering totals")
 def check_repetition(ctx: Context) -> None:
     """20 runs with other work between (and, on a GPU, beside) them, on memory that holds NaN: one set of bits."""
     shapes = [(6, 5, 1999), (2, 16, 21, 60, 104), (64, 4, 64, 64)] if ctx.on_gpu else [(6, 5, 211)]
@@ -209,6 +266,8 @@ def check_repetition(ctx: Context) -> None:
     busy = torch.randn(1024, 1024, device=ctx.device) if ctx.on_gpu else torch.randn(32, 32)
     for shape, dtypes in itertools.product(shapes, ((BF16, BF16, F32), (BF16,), (F32,))):
         batch = ctx.batch(shape, *dtypes)
+        timesteps = torch.arange(shape[0] // 2) % 3 * 400  # several pairs to a bin
+        upstream, expected = torch.tensor(1 / 8, device=ctx.device), ctx.cell(1 / 8)
         first: list[Tensor] = []
         for turn in range(5 if ctx.quick else 20):
             size = batch.model_pred.numel() + 64 * turn
@@ -218,13 +277,19 @@ def check_repetition(ctx: Context) -> None:
                 with torch.cuda.stream(beside):  # takes multiprocessors away: blocks finish in another order
                     for _ in range(turn % 4):
                         busy @ busy
-            out, grad = cases.run(batch, ctx.backend, method="sipo", beta=30.0, mask_threshold=0.0)
-            found = [grad, *out[:8]]
+            sums = ctx.totals(timesteps)
+            assert sums.metrics is not None and sums.levels is not None
+            out, grad = cases.run(
+                batch, ctx.backend, upstream=upstream, expected_upstream=expected, totals=sums,
+                method="sipo", beta=30.0, mask_threshold=0.0,
+            )  # fmt: skip
+            found = [grad, *out[:8], sums.metrics, sums.levels]
             first = first or found
-            for name, got, expected in zip(("gradient", *PairLossOutput._fields), found, first, strict=False):
-                ctx.same(got, expected, f"run {turn} {list(shape)}: {name}")
+            names = ("gradient", *PairLossOutput._fields[:8], "sums of metrics", "sums by noise level")
+            for name, got, due in zip(names, found, first, strict=True):
+                ctx.same(got, due, f"run {turn} {list(shape)}: {name}")
             (busy @ busy).sum()
-        exact = cases.reference_grad(batch, method="sipo", beta=30.0, mask_threshold=0.0)
+        exact = cases.reference_grad(batch, method="sipo", beta=30.0, mask_threshold=0.0, grad_output=upstream.double())
         ctx.gradient(first[0], exact, f"{list(shape)}: gradient")
 
 

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sipo_kernels import PairLossOutput
+from sipo_kernels import METRICS, STATISTICS, PairLossOutput, Totals
+from sipo_kernels.contract import pair_dtype
 
 TESTS = Path(__file__).resolve().parents[2] / "tests"
 
@@ -43,6 +44,7 @@ else:
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 DTYPES = (F32, BF16, F16, F64)
+BINS = 7
 
 
 class CheckFailed(AssertionError):  # noqa: N818
@@ -82,6 +84,16 @@ class Context:
         """``cases.make_batch`` on this device; one dtype stands for all three."""
         kinds = dtypes * 3 if len(dtypes) == 1 else dtypes or (F32, F32, F32)
         return cases.make_batch(shape, kinds, device=self.device, **options)  # type: ignore[arg-type]
+
+    def cell(self, value: float) -> Tensor:
+        """What ``expected_upstream`` may be, and the backward pass writes."""
+        device = torch.device(self.device)
+        return torch.tensor(value, dtype=pair_dtype(device), device=device)
+
+    def totals(self, timesteps: Tensor, top: float = 1000.0) -> Totals:
+        """Empty running sums, with these timesteps."""
+        levels = torch.zeros(len(STATISTICS), BINS, device=self.device)
+        return Totals(torch.zeros(2, len(METRICS), device=self.device), levels, timesteps.to(self.device), top)
 
     def run(self, batch: Batch, **options: Any) -> tuple[PairLossOutput, Tensor]:
         """Forward and backward over poisoned memory."""
@@ -126,6 +138,7 @@ class Context:
             options: of ``pair_loss``, and ``upstream``.
         """
         upstream = options.pop("upstream", None)
+        beside = {name: options.pop(name) for name in ("expected_upstream", "totals") if name in options}
         options = {"method": "sipo", "mask_threshold": 0.0, **options}
         if "beta" not in options:
             options["beta"] = cases.beta_for(batch, logit, **options)
@@ -135,7 +148,7 @@ class Context:
         truth = cases.run_reference(batch, **options)
         if upstream is None and bool(truth.mask.any()):
             self.require(bool(exact.any()), f"{label}: there is a gradient to compare")
-        out, grad = self.run(batch, upstream=upstream, **options)
+        out, grad = self.run(batch, upstream=upstream, **options, **beside)
         expected = torch.empty_like(batch.model_pred)
         self.require(grad.dtype == expected.dtype and grad.stride() == expected.stride(), f"{label}: gradient's layout")
         self.compare(batch, out, grad, exact, truth, label)
@@ -203,7 +216,7 @@ class Check:
         name: unique.
         group: checks of a group share a process.
         run: raises where the contract is broken.
-        faults: names in ``gpu_faults.FAULTS``, each of which this check must catch.
+        faults: names in ``faults.FAULTS``, each of which this check must catch.
         needs_gpu: listed as not run in a rehearsal on a CPU.
     """
 

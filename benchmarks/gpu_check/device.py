@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import tempfile
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +14,48 @@ import torch
 from torch import Tensor
 
 from benchmarks.footprint import extra_memory_mb
-from benchmarks.gpu_check.context import BF16, F32, CheckFailed, Context, NotRun, cases, check, poisoned
+from benchmarks.gpu_check.context import BF16, F16, F32, CheckFailed, Context, NotRun, cases, check, poisoned
 from benchmarks.machine import memory_bytes
-from sipo_kernels import PairLossOutput, pair_loss
+from sipo_kernels import PairLossOutput, Totals, backends, pair_loss
 
 OPTIONS: dict[str, Any] = {"method": "sipo", "beta": 30.0, "mask_threshold": 0.0}
 MOST_LAUNCHES = 3
 SLEEP_CYCLES = 400_000_000  # about 0.2 s at 2 GHz: far longer than Python needs for a forward and a backward
 
 
-@check("memory", "device", "allocates a copy")
+def pass_of_training(
+    ctx: Context, batch: cases.Batch, upstream: Tensor, expected: Tensor | float | None
+) -> tuple[Callable[[], tuple[PairLossOutput, Tensor]], Totals]:
+    """Loss, gradient, metrics and statistics by noise level, as a training pass makes them; and the sums added to."""
+    timesteps = torch.arange(batch.model_pred.shape[0] // 2) * 100 % 1000
+    totals = ctx.totals(timesteps)
+
+    def work() -> tuple[PairLossOutput, Tensor]:
+        out, grad = cases.run(
+            batch, ctx.backend, upstream=upstream, expected_upstream=expected, totals=totals, **OPTIONS
+        )
+        out.metrics()
+        return out, grad
+
+    return work, totals
+
+
+@check("memory", "device", "allocates a copy", "mend beside")
 def check_memory(ctx: Context) -> None:
-    """Less than 1 MB beyond the gradient (a tenth of it in a rehearsal), in the peak of a forward and a backward."""
+    """Less than 1 MB beyond the gradient (a tenth of it in a rehearsal) in the peak of a pass, whatever comes down."""
     # On a GPU, a gradient so large that the allocator gives it memory of its own, not a hole that it counts whole.
     shape = (4, 16, 21, 60, 104) if ctx.on_gpu else (4, 5, 101, 103)
-    for dtype in (BF16, F32):
-        batch = ctx.batch(shape, dtype)
-        cases.run(batch, ctx.backend, **OPTIONS)
+    upstream = torch.tensor(1 / 8, device=ctx.device)
+    for types, expected in itertools.product(((BF16,), (F32,), (BF16, BF16, F32)), (1 / 8, 1.0)):
+        batch = ctx.batch(shape, *types)
+        work, _ = pass_of_training(ctx, batch, upstream, expected)
+        work()
         if ctx.on_gpu:
             torch.cuda.empty_cache()
-        extra = extra_memory_mb(partial(cases.run, batch, ctx.backend, **OPTIONS), device=ctx.device)
-        gradient = batch.model_pred.nbytes / 1e6
-        ctx.require(extra >= 0.99 * gradient, f"{dtype}: peak {extra:.2f} MB misses the gradient's {gradient:.2f} MB")
-        ctx.within(extra - gradient, 1.0 if ctx.on_gpu else gradient / 10, f"{dtype}: MB beyond the gradient")
+        extra = extra_memory_mb(work, device=ctx.device)
+        gradient, label = batch.model_pred.nbytes / 1e6, f"{types}, expected {expected:g}"
+        ctx.require(extra >= 0.99 * gradient, f"{label}: peak {extra:.2f} MB misses the gradient's {gradient:.2f} MB")
+        ctx.within(extra - gradient, 1.0 if ctx.on_gpu else gradient / 10, f"{label}: MB beyond the gradient")
 
 
 def is_ours(kernel: str) -> bool:
@@ -45,7 +64,7 @@ def is_ours(kernel: str) -> bool:
 
 
 def launched(work: Callable[[], Any]) -> list[str]:
-    """Names of the kernels that ``work`` launches, from the profiler; the driver's copies and fills are none."""
+    """Names of the kernels, copies and fills that ``work`` launches, from the profiler."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     for _ in range(2):  # the first profile of a process may miss what ran while its tools were being loaded
         with torch.profiler.profile(activities=activities) as profile:
@@ -54,59 +73,65 @@ def launched(work: Callable[[], Any]) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(trace))
-        return kernels_in(json.loads(trace.read_text(encoding="utf-8")))
+        return launches_in(json.loads(trace.read_text(encoding="utf-8")))
 
 
-def kernels_in(trace: dict[str, Any]) -> list[str]:
-    """Names of the kernels in a Chrome trace of torch's profiler."""
-    return [event["name"] for event in trace["traceEvents"] if event.get("cat") == "kernel"]
+def launches_in(trace: dict[str, Any]) -> list[str]:
+    """Names of the kernels, copies and fills in a Chrome trace of torch's profiler."""
+    kinds = ("kernel", "gpu_memcpy", "gpu_memset")
+    return [event["name"] for event in trace["traceEvents"] if event.get("cat") in kinds]
 
 
 def judge_launches(ctx: Context, names: list[str], what: str) -> None:
-    """At least one launch is ours, or the count is worth nothing; at most three are."""
-    ours = [name[:60] for name in names if is_ours(name)]
+    """At least one launch is ours, or the count is worth nothing; three there are at most, whoever's they are."""
+    short = [name[:60] for name in names]
     if not names:
         raise NotRun("the profiler recorded no kernel on this machine")
-    ctx.require(len(ours) > 0, f"{what}: no kernel of ours among {sorted({n[:60] for n in names})}")
-    ctx.within(len(ours), MOST_LAUNCHES, f"{what}: launches {ours}")
+    ctx.require(any(map(is_ours, names)), f"{what}: no kernel of ours among {sorted(set(short))}")
+    ctx.within(len(names), MOST_LAUNCHES, f"{what}: launches {short}")
 
 
-@check("launches", "profile", "launches again", needs_gpu=True)
+@check("launches", "profile", "launches again", "sums in torch", needs_gpu=True)
 def check_launches(ctx: Context) -> None:
-    """At most three kernels of ours for a forward and a backward."""
-    for shape in ((2, 4, 64, 64), (16, 4, 128, 128), (4, 16, 21, 60, 104)):
-        for dtype in (BF16, F32):
-            batch = ctx.batch(shape, dtype)
-            for _ in range(2):
-                cases.run(batch, ctx.backend, **OPTIONS)
-            names = launched(partial(cases.run, batch, ctx.backend, **OPTIONS))
-            judge_launches(ctx, names, f"{list(shape)} {dtype}")
+    """At most three launches for loss, gradient, metrics and statistics, whether the upstream gradient was expected."""
+    upstream = torch.tensor(1 / 8, device=ctx.device)
+    kinds = [((2, 4, 64, 64), (BF16,)), ((16, 4, 128, 128), (F32,)), ((4, 16, 21, 60, 104), (BF16, BF16, F32))]
+    for (shape, types), held in itertools.product(kinds, (True, False)):
+        work, _ = pass_of_training(ctx, ctx.batch(shape, *types), upstream, ctx.cell(1 / 8) if held else 1.0)
+        for _ in range(2):
+            work()
+        judge_launches(ctx, launched(work), f"{list(shape)} {types} {'as expected' if held else 'not expected'}")
 
 
-@check("no synchronisation", "device", "waits for the device", "reads on the host", needs_gpu=True)
+@check(
+    "no synchronisation", "device", "waits for the device", "reads on the host", "compares on the host", needs_gpu=True
+)
 def check_no_synchronisation(ctx: Context) -> None:
     """The host never waits: torch reports no synchronisation, and the calls return while the device still sleeps."""
-    for dtype, upstream in ((BF16, None), (F32, 3.0), (torch.float16, 65536.0)):
-        batch = ctx.batch((16, 4, 128, 128), dtype)
-        factor = None if upstream is None else torch.tensor(upstream, device=ctx.device)
+    mixes = ((BF16, BF16, BF16), (BF16, BF16, F32), (F32, F32, F32), (F16, F16, F16))
+    for types, expects in itertools.product(mixes, (None, 1.0, 65536.0)):
+        batch, upstream = ctx.batch((16, 4, 128, 128), *types), torch.tensor(65536.0, device=ctx.device)
+        expected = None if expects is None else ctx.cell(expects)
+        work, _ = pass_of_training(ctx, batch, upstream, expected)
+        label = f"{types}, expected {expects}"
         for _ in range(3):  # compiled, loaded, and the allocator has what it needs
-            result = cases.run(batch, ctx.backend, upstream=factor, **OPTIONS)[0].metrics()
+            result = work()[0].metrics()
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            result = cases.run(batch, ctx.backend, upstream=factor, **OPTIONS)[0].metrics()
+            result = work()[0].metrics()
         except RuntimeError as error:
-            raise CheckFailed(f"{dtype}, upstream {upstream}: {error}") from None
+            raise CheckFailed(f"{label}: {error}") from None
         finally:
             torch.cuda.set_sync_debug_mode("default")
         torch.cuda.synchronize()
         awake = torch.cuda.Event()
         torch.cuda._sleep(SLEEP_CYCLES)
         awake.record()
-        result = cases.run(batch, ctx.backend, upstream=factor, **OPTIONS)[0].metrics()
+        result = work()[0].metrics()
         waited = awake.query()
         torch.cuda.synchronize()
-        ctx.require(not waited, f"{dtype}, upstream {upstream}: the host waited for the device")
+        ctx.require(not waited, f"{label}: the host waited for the device")
         ctx.require(math.isfinite(float(result["loss"])), "the loss after it")
 
 
@@ -124,32 +149,42 @@ def capture(work: Callable[[], tuple[PairLossOutput, Tensor]]) -> tuple[Callable
     return graph.replay, out, grad
 
 
-@check("CUDA graph", "device", "frozen inputs", needs_gpu=True)
+@check("CUDA graph", "device", "frozen inputs", "frozen expectation", "mend skipped", needs_gpu=True)
 def check_graph(ctx: Context) -> None:
-    """Forward and backward captured once; each replay on new inputs is right, and has the bits of a plain call."""
-    for shape, dtype in (((4, 3, 97), F32), ((16, 4, 64, 64), BF16), ((2, 4, 128, 128), torch.float16)):
-        static = ctx.batch(shape, dtype)
+    """A pass captured once; each replay on new inputs and another upstream gradient has the bits of a plain call.
 
-        def work(static: cases.Batch = static) -> tuple[PairLossOutput, Tensor]:
-            return cases.run(static, ctx.backend, **OPTIONS)
-
+    The first replay's upstream gradient is not what was expected, the second one's is what the first remembered.
+    """
+    kinds = (((4, 3, 97), (F32,)), ((16, 4, 64, 64), (BF16,)), ((16, 4, 64, 64), (BF16, BF16, F32)))
+    for shape, types in (*kinds, ((2, 4, 128, 128), (F16,))):
+        static, upstream, expected = ctx.batch(shape, *types), torch.ones((), device=ctx.device), ctx.cell(1.0)
+        work, totals = pass_of_training(ctx, static, upstream, expected)
         replay, out, grad = capture(work)
-        for seed in (1, 2, 3):
-            fresh = ctx.batch(shape, dtype, seed=seed)
+        for seed, value in ((1, 1 / 8), (2, 1 / 3), (3, 1 / 8)):
+            fresh = ctx.batch(shape, *types, seed=seed)
             with torch.no_grad():
-                for place, value in zip(static[:4], fresh[:4], strict=True):
-                    place.copy_(value)
+                for place, new in zip((*static[:4], upstream), (*fresh[:4], torch.tensor(value)), strict=True):
+                    place.copy_(new)
                 for result in (grad, *out[:8]):
                     result.zero_()  # what the last replay left is not this one's
             for turn in range(2):
+                label = f"replay {turn} on inputs {seed} {list(shape)} {types}"
+                plain_work, plain_totals = pass_of_training(ctx, fresh, upstream, None)
+                plain, plain_grad = plain_work()
+                assert totals.metrics is not None and totals.levels is not None
+                totals.metrics.zero_()
+                totals.levels.zero_()
                 replay()
-                label = f"replay {turn} on inputs {seed} {list(shape)} {dtype}"
-                plain, plain_grad = cases.run(fresh, ctx.backend, **OPTIONS)
                 ctx.same(grad, plain_grad, f"{label}: gradient")
                 for name in ("loss", "logits", "mask", "weight", "reward_gap"):
                     ctx.same(getattr(out, name), getattr(plain, name), f"{label}: {name}")
-            exact, truth = cases.reference_grad(fresh, **OPTIONS), cases.run_reference(fresh, **OPTIONS)
-            ctx.compare(fresh, out, grad, exact, truth, f"replay on inputs {seed}")
+                assert plain_totals.metrics is not None and plain_totals.levels is not None
+                ctx.same(totals.metrics, plain_totals.metrics, f"{label}: sums of metrics")
+                ctx.same(totals.levels, plain_totals.levels, f"{label}: sums by noise level")
+                if ctx.backend in backends.FUSED:
+                    ctx.require(float(expected) == float(upstream), f"{label}: {float(expected):g} is remembered")
+            exact = cases.reference_grad(fresh, grad_output=upstream.double(), **OPTIONS)
+            ctx.compare(fresh, out, grad, exact, cases.run_reference(fresh, **OPTIONS), f"replay on inputs {seed}")
 
 
 @check("two streams", "device", "another stream", needs_gpu=True)

@@ -25,9 +25,9 @@ FINDINGS_EXIT_CODE = 99
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
 
-@check("sanitizer's cases", "device", "scaled gradient", "shifted logits")
+@check("sanitizer's cases", "device", "scaled gradient", "shifted logits", "mend skipped", "totals twice")
 def small_cases(ctx: Context) -> None:
-    """Odd and even sizes, one block and many, every path of the kernels: shared, weighted, masked, given errors."""
+    """Odd and even sizes, one block and many, every path of the kernels: shared, weighted, masked, mended, sums."""
     kinds: list[tuple[tuple[int, ...], tuple[torch.dtype, ...], dict[str, Any], dict[str, Any]]] = [
         ((2, 1), (F32,), {}, {}),
         ((4, 7), (BF16,), {"weighted": True}, {"reduction": "sum"}),
@@ -48,11 +48,20 @@ def small_cases(ctx: Context) -> None:
         ref, target, scale = (t.to(ctx.device) for t in (made.ref_pred, made.target, made.ratio_scale))
         weight = None if made.error_weight is None else made.error_weight.to(ctx.device)
         batch = cases.Batch(model, ref, target, scale, weight)
-        upstream = torch.ones(shape[0] // 2).to(ctx.device) if settings.get("reduction") == "none" else None
-        out, grad = cases.run(batch, ctx.backend, upstream=upstream, **settings)
-        on_cpu = PairLossOutput(*[t.detach().cpu() for t in out[:9]])  # type: ignore[arg-type]
-        exact, truth = cases.reference_grad(made, **settings), cases.run_reference(made, **settings)
-        ctx.compare(made, on_cpu, grad.cpu(), exact, truth, f"{list(shape)}")
+        on_cpu = torch.full((shape[0] // 2,) if settings.get("reduction") == "none" else (), 0.5)
+        upstream = on_cpu.to(ctx.device, F64 if F64 in dtypes else F32)
+        exact = cases.reference_grad(made, grad_output=on_cpu.double(), **settings)
+        truth = cases.run_reference(made, **settings)
+        sums = ctx.totals(torch.arange(shape[0] // 2) * 300 % 1000)
+        assert sums.metrics is not None and sums.levels is not None
+        for expected in (1.0, 0.5):  # made again in the backward pass, and not
+            out, grad = cases.run(
+                batch, ctx.backend, upstream=upstream, expected_upstream=expected, totals=sums, **settings
+            )
+            there = PairLossOutput(*[t.detach().cpu() for t in out[:9]])  # type: ignore[arg-type]
+            ctx.compare(made, there, grad.cpu(), exact, truth, f"{list(shape)}, expected {expected}")
+        counts = sums.metrics[1].cpu(), sums.levels[0].cpu().sum()
+        ctx.require(bool((counts[0] == 2).all()) and float(counts[1]) == shape[0], f"{list(shape)}: counts {counts}")
 
 
 def find_tool() -> str | None:

@@ -23,13 +23,21 @@ from benchmarks.gpu_check.context import (
     largest,
     poisoned,
 )
-from sipo_kernels import METHODS, pair_loss
+from sipo_kernels import METHODS, Totals, pair_loss
+from sipo_kernels.contract import SMALL_SAMPLE
+from sipo_kernels.output import add_totals
 
 
-@check("dtypes", "dtypes", "scaled gradient", "unwritten element", "shifted logits")
+@check(
+    "dtypes", "dtypes", "scaled gradient", "unwritten element", "shifted logits", "expectation ignored", "mend skipped"
+)
 def check_dtypes(ctx: Context) -> None:
-    """Each type of each input with each of every other (all 64 mixes where that costs no compilation)."""
-    shapes = [(4, 3, 37), (4, 4, 16, 64), (2, 8209)] if ctx.on_gpu else [(4, 3, 37)]
+    """Each type of each input with each of every other (all 64 mixes where that costs no compilation).
+
+    Then what training has: half-precision predictions beside a float32 target, shared by the pair or not, and an
+    upstream gradient of 1/8 that was expected or not; in samples whose sums are wide, and in such whose sums are not.
+    """
+    shapes: list[tuple[int, ...]] = [(4, 3, 37), (4, 4, 16, 64), (2, 8209)] if ctx.on_gpu else [(4, 3, 37)]
     if ctx.backend == "triton":
         del shapes[2:]  # a shape costs seconds of compilation for each mix
     for i, j, k in itertools.product(range(4), repeat=3):
@@ -38,6 +46,14 @@ def check_dtypes(ctx: Context) -> None:
         for shape in shapes:
             mix = DTYPES[i], DTYPES[j], DTYPES[k]
             ctx.hold(ctx.batch(shape, *mix), f"{mix}", method="dpo_cm")
+    if ctx.on_gpu or ctx.backend == "native":  # emulator and interpreter are slow
+        shapes.append((2, SMALL_SAMPLE + 5))
+    upstream = torch.tensor(1 / 8, device=ctx.device)
+    for shape, half, shared in itertools.product(shapes, (BF16, F16), (False, True)):
+        batch = ctx.batch(shape, half, half, F32, shared_target=shared)
+        for expected in (1 / 8, ctx.cell(1 / 8), 1.0):
+            what = f"{half}, float32 target, {'shared, ' if shared else ''}expected {float(expected):g}"
+            ctx.hold(batch, what, upstream=upstream, expected_upstream=expected)
 
 
 @check("sizes", "sizes", "scaled gradient", "unwritten element", "shifted logits")
@@ -107,6 +123,63 @@ def check_inputs(ctx: Context) -> None:
     ctx.hold(exact._replace(ratio_scale=endless), "error 0 at the terminal step", beta=3.0)
 
 
+@check("metrics and totals", "methods", "wrong metrics", "totals not added", "totals twice", "neighbour's bin")
+def check_totals(ctx: Context) -> None:
+    """§8 as the kernel writes it: metrics within float32 of the definition, running sums those of the same fields."""
+    timesteps = torch.tensor([0, 142, 143, 999, 500, 500])
+    kinds = list(itertools.product(METHODS, ("mean", "sum", "none"), ("propagate", "skip"), (False, True)))
+    slow = ctx.backend == "triton" and not ctx.on_gpu
+    for turn, (method, reduction, nonfinite, broken) in enumerate(kinds):
+        if turn % 5 and (slow or ctx.quick):
+            continue
+        options: dict[str, Any] = {"method": method, "reduction": reduction, "nonfinite": nonfinite, "beta": 3.0}
+        options["mask_threshold"] = (0.0, 0.9)[turn % 2]
+        upstream = torch.ones(6, device=ctx.device) if reduction == "none" else None
+        got, want = ctx.totals(timesteps), ctx.totals(timesteps)
+        for seed in range(2):  # the second call finds sums there
+            batch = ctx.batch((12, 3, 37), BF16, BF16, F32, distance=1.0, weighted=True, seed=seed)
+            if broken:
+                with torch.no_grad():
+                    batch.model_pred[4, 0, 0] = math.nan
+            out, _ = ctx.run(batch, upstream=upstream, totals=got, **options)
+            label = f"{describe(options)}{', a pair with NaN' * broken}"
+            truth = cases.run_reference(batch, **options).metrics()
+            fields = out._replace(numbers=None)
+            for name, value in out.metrics().items():
+                near = torch.isclose(value, fields.metrics()[name], rtol=2e-6, atol=1e-7, equal_nan=True)
+                ctx.require(near, f"{label}: {name} {float(value):g}, of the fields {float(fields.metrics()[name]):g}")
+                near = torch.isclose(value.double(), truth[name], rtol=2e-5, atol=2e-5, equal_nan=True)
+                ctx.require(near, f"{label}: {name} {float(value):g}, by definition {float(truth[name]):g}")
+            add_totals(want, fields, 111 / 3.0 * (6 if reduction == "mean" else 1))
+        _same_sums(ctx, got, want, label)
+    few = ctx.batch((16, 3), F32)
+    sigma = torch.tensor([1e-6, 1 / 7, 2 / 7, 0.999, 1.0, -3.0, math.inf, math.nan])
+    steps = torch.tensor([0, 1, 2, 6, 6, -3, 9, 0])
+    wide = torch.stack([sigma, sigma], 1).repeat(2, 1)[:, 0]  # strided, and one for each sample
+    for times, top in ((sigma, 1.0), (sigma.double(), 1.0), (wide, 1.0), (steps, 7.0), (steps.int(), 7.0)):
+        sums = ctx.totals(times, top)
+        ctx.run(few, totals=sums, method="diffusion_dpo", beta=3.0)
+        assert sums.levels is not None
+        found = [int(count) for count in sums.levels[0]]
+        ctx.require(found == [3, 1, 1, 0, 0, 0, 3], f"bins of {times.dtype}, up to {top:g}: {found}")
+    if ctx.on_gpu:  # more pairs than a block has threads, and than a group has pairs
+        many = ctx.batch((1400, 5), F32, distance=1.0)
+        got, want = (ctx.totals(torch.arange(700) * 1000 // 700) for _ in range(2))
+        out, _ = ctx.run(many, totals=got, method="sipo", beta=3.0)
+        add_totals(want, out._replace(numbers=None), 5 * 700 / 3.0)
+        _same_sums(ctx, got, want, "700 pairs", 1e-4)
+
+
+def _same_sums(ctx: Context, got: Totals, want: Totals, label: str, slack: float = 1e-6) -> None:
+    """Counts are equal, sums within the rounding of float32 fields, whose squares and differences they are made of."""
+    assert got.metrics is not None and want.metrics is not None and got.levels is not None and want.levels is not None
+    ctx.require(torch.equal(got.metrics[1], want.metrics[1]), f"{label}: counts of metrics")
+    ctx.require(torch.equal(got.levels[:2], want.levels[:2]), f"{label}: counts by noise level")
+    for what, mine, plain in (("metrics", got.metrics[0], want.metrics[0]), ("levels", got.levels, want.levels)):
+        near = torch.isclose(mine, plain, rtol=2e-5, atol=slack)
+        ctx.require(near.all(), f"{label}: sums of {what}, off by {float((mine - plain).abs().max()):.3g}")
+
+
 @check("scales", "sizes", "scaled gradient", "shifted logits")
 def check_scales(ctx: Context) -> None:
     """Values from 1e-4 to 1e4, gaps that cancel a hundredfold, logits far out on both sides."""
@@ -169,6 +242,8 @@ def check_without_gradient(ctx: Context) -> None:
         ctx.require(training.loss.requires_grad and not plain.loss.requires_grad, "who requires grad")
         for name in ("loss", "model_error", "ref_error", "reward_gap", "log_ratio", "weight", "mask", "logits"):
             ctx.same(getattr(plain, name), getattr(training, name), f"{name} without gradient")
+        for name, value in plain.metrics().items():
+            ctx.same(value, training.metrics()[name], f"metric {name} without gradient")
         equal = batch._replace(ref_pred=batch.model_pred.detach().clone())
         out, grad = ctx.run(equal, method="sipo", beta=2000.0, mask_threshold=0.0)
         ctx.require(bool((out.logits == 0).all()) and bool((out.reward_gap == 0).all()), "policy = reference: logits")

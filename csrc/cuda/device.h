@@ -4,6 +4,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #if defined(SIPO_EMULATE)
 #include "emulate.h"
@@ -35,24 +36,47 @@ __device__ __forceinline__ Policy normal() {
 
 struct alignas(16) Vec16 { uint32_t word[4]; };
 
-// Inputs only: nothing that this kernel writes. Past the first-level cache, which shared memory has squeezed small.
-__device__ __forceinline__ Vec16 load16(const void* p, Policy policy) {
-  Vec16 v;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.b32 {%0, %1, %2, %3}, [%4], %5;"
-               : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
-               : "l"(p), "l"(policy.bits));
-  return v;
+// Loads of inputs (nothing that this kernel writes) into v, which keeps what it holds where the load is not wanted: without
+// a branch, so that many loads are under way together. Past the first-level cache, which shared memory has squeezed small.
+__device__ __forceinline__ void load16(Vec16& v, const void* p, Policy policy, bool wanted) {
+  asm volatile(
+      "{\n\t.reg .pred wanted;\n\tsetp.ne.b32 wanted, %6, 0;\n\t"
+      "@wanted ld.global.nc.L1::no_allocate.L2::cache_hint.v4.b32 {%0, %1, %2, %3}, [%4], %5;\n\t}"
+      : "+r"(v.word[0]), "+r"(v.word[1]), "+r"(v.word[2]), "+r"(v.word[3])
+      : "l"(p), "l"(policy.bits), "r"(int(wanted)));
+}
+// Into two words of v, from `first` on.
+__device__ __forceinline__ void load8(Vec16& v, int first, const void* p, Policy policy, bool wanted) {
+  asm volatile(
+      "{\n\t.reg .pred wanted;\n\tsetp.ne.b32 wanted, %4, 0;\n\t"
+      "@wanted ld.global.nc.L1::no_allocate.L2::cache_hint.v2.b32 {%0, %1}, [%2], %3;\n\t}"
+      : "+r"(v.word[first]), "+r"(v.word[first + 1])
+      : "l"(p), "l"(policy.bits), "r"(int(wanted)));
 }
 __device__ __forceinline__ void store16(void* p, Vec16 v, Policy policy) {
   asm volatile("st.global.L1::no_allocate.L2::cache_hint.v4.b32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(p), "r"(v.word[0]),
                "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3]), "l"(policy.bits)
                : "memory");
 }
+__device__ __forceinline__ void store8(void* p, const Vec16& v, int first, Policy policy) {  // two words, from there on
+  asm volatile("st.global.L1::no_allocate.L2::cache_hint.v2.b32 [%0], {%1, %2}, %3;" ::"l"(p), "r"(v.word[first]),
+               "r"(v.word[first + 1]), "l"(policy.bits)
+               : "memory");
+}
 template <class T> __device__ __forceinline__ T load1(const T* p) { return *p; }
 template <class T> __device__ __forceinline__ void store1(T* p, T v) { *p = v; }
 
-// What another block wrote earlier in this launch; the order comes from the accesses below.
-__device__ __forceinline__ double load_shared_result(const double* p) { return __ldcg(p); }
+// What another block wrote earlier in this launch, made of doubles; the order comes from the accesses below.
+template <class T> __device__ __forceinline__ T load_shared_result(const T* p) {
+  constexpr int kWords = sizeof(T) / sizeof(double);
+  static_assert(sizeof(T) % sizeof(double) == 0);
+  double words[kWords];
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) words[i] = __ldcg(reinterpret_cast<const double*>(p) + i);
+  T value;
+  std::memcpy(&value, words, sizeof value);
+  return value;
+}
 
 __device__ __forceinline__ char* shared_memory() {
   extern __shared__ __align__(16) char memory[];
@@ -61,6 +85,13 @@ __device__ __forceinline__ char* shared_memory() {
 
 __device__ __forceinline__ double shuffle_down(double value, int delta) {
   return __shfl_down_sync(0xffffffffu, value, delta);
+}
+
+// x, of which the compiler knows nothing from here on: it cannot work out what follows from x ahead of a loop, and keep it
+// in registers all the way.
+__device__ __forceinline__ double opaque(double x) {
+  asm volatile("" : "+d"(x));
+  return x;
 }
 
 __device__ __forceinline__ uint32_t add_acquire_release(uint32_t* p, uint32_t v) {

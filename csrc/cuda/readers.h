@@ -1,9 +1,10 @@
-// How a thread reads and writes its elements, once for each kind of tensors: all of one type, 16 bytes at a time; of any
-// mix of types, 4 elements at a time; and of anything at any address, one by one.
+// How a thread reads and writes its elements, once for each kind of tensors: predictions and target of the usual types,
+// 16 bytes of the wider at a time; any mix of types, 4 elements at a time; and anything at any address, one by one.
 //
-// A reader has: kVector, the elements a thread handles at a time; Raw, what it gets from memory; load (many loads are
-// started before the first is used), widen and store; Wide, the type elements are widened to, in which the gradient is
-// computed. Offsets are in elements.
+// A reader has: kVector, the elements of a sample that a thread handles at a time, kStep of them in a row and the next a
+// block further on; Prediction and Target, what it gets from memory of the policy or the reference, and of the target;
+// load (many loads are started before the first is used), widen_all and store; Wide, a type that holds every element.
+// Offsets are in elements; `left` is how many the sample has from there on, and what lies beyond is 0.
 #pragma once
 #include <type_traits>
 
@@ -11,12 +12,13 @@
 #include "elements.h"
 
 namespace sipo {
+
+constexpr int kThreads = 320, kBlocksPerSm = 2;  // 96 registers for each thread
+
 namespace {
 
 using device::Policy;
 using device::Vec16;
-
-template <int kCount> struct Raw16 { Vec16 part[kCount]; };
 
 template <class T> __device__ __forceinline__ const T* at(const void* base, int64_t i) {
   return static_cast<const T*>(base) + i;
@@ -58,45 +60,98 @@ template <class T, class Acc, int N> __device__ __forceinline__ void pack(const 
   }
 }
 
-// All tensors of type T.
-template <class T> struct Same {
-  static constexpr int kVector = 16 / sizeof(T);
-  static constexpr bool kHolds = true;  // its Raw fits a slot of shared memory
-  using Raw = Raw16<1>;
-  using Wide = std::conditional_t<sizeof(T) == 8, double, float>;
+// A thread's own places in shared memory behind the scratch, 16 bytes each: what it puts there nobody else touches, so
+// that nothing has to be synchronised.
+constexpr int kScratchBytes = 1024;
 
-  static __device__ __forceinline__ void load(Raw& raw, const void* base, int64_t i, int, Policy policy) {
-    raw.part[0] = device::load16(at<T>(base, i), policy);
+__device__ __forceinline__ Vec16* place(int32_t slot) {
+  return reinterpret_cast<Vec16*>(device::shared_memory() + kScratchBytes) + slot * kThreads + threadIdx.x;
+}
+
+// N elements of type T.
+template <class T, int N> struct Elements {
+  static constexpr int kParts = N * sizeof(T) / 16;
+  Vec16 part[kParts];
+
+  __device__ __forceinline__ void put_aside(int32_t slot) const {
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) *place(slot + i) = part[i];
   }
-  template <class Acc> static __device__ __forceinline__ void widen_all(const Raw& raw, int, Acc (&out)[kVector]) {
-    unpack<T>(raw.part, out);
+  __device__ __forceinline__ void take_back(int32_t slot) {
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) part[i] = *place(slot + i);
+  }
+  // The others move up.
+  template <int kFirst> __device__ __forceinline__ void drop() {
+    constexpr int kWords = kParts * 4, kAway = kFirst * sizeof(T) / 4;
+#pragma unroll
+    for (int i = kAway; i < kWords; ++i) part[(i - kAway) / 4].word[(i - kAway) % 4] = part[i / 4].word[i % 4];
+  }
+};
+
+// Policy and reference of type P, target of type T, which is P or wider. Neighbouring threads ask for neighbouring bytes
+// of every tensor, hence the steps: two loads of 16 bytes in a row would ask for each sector of the target twice.
+template <class P, class T> struct Vector {
+  static_assert(sizeof(T) == sizeof(P) || sizeof(T) == 2 * sizeof(P));
+  static constexpr bool kTyped = true;  // by the template and not at run time; shared memory can hold such elements
+  static constexpr bool kHalf = sizeof(P) == 2;
+  static constexpr int kVector = 16 / sizeof(P), kStep = 16 / sizeof(T);
+  using Prediction = Elements<P, kVector>;
+  using Target = Elements<T, kVector>;
+  using Wide = std::conditional_t<sizeof(T) == 8, double, float>;
+  // Places of a sample in shared memory: of its target, and how many.
+  static constexpr int kTargetSlot = Prediction::kParts, kSlot = kTargetSlot + Target::kParts;
+
+  static __device__ __forceinline__ bool within(int step, int64_t left) {
+    return step == 0 || step * kThreads * kStep < left;
+  }
+  template <class E>
+  static __device__ __forceinline__ void load(Elements<E, kVector>& raw, const void* base, int64_t i, int64_t left, int,
+                                              Policy policy, bool wanted = true) {
+#pragma unroll
+    for (int s = 0; s < kVector / kStep; ++s) {
+      const E* p = at<E>(base, i) + s * kThreads * kStep;
+      if constexpr (sizeof(E) == sizeof(T)) device::load16(raw.part[s], p, policy, wanted && within(s, left));
+      else device::load8(raw.part[s / 2], s % 2 * 2, p, policy, wanted && within(s, left));
+    }
+  }
+  template <class E, class Acc, int N>
+  static __device__ __forceinline__ void widen_all(const Elements<E, kVector>& raw, int, Acc (&out)[N]) {
+    unpack<E>(raw.part, out);
   }
   template <class Acc>
-  static __device__ __forceinline__ void store(void* base, int64_t i, int, const Acc (&x)[kVector], Policy policy) {
+  static __device__ __forceinline__ void store(void* base, int64_t i, int64_t left, int, const Acc (&x)[kVector],
+                                               Policy policy) {
     Vec16 v;
-    pack<T>(x, &v);
-    device::store16(static_cast<T*>(base) + i, v, policy);
+    pack<P>(x, &v);
+#pragma unroll
+    for (int s = 0; s < kVector / kStep; ++s) {
+      P* const p = static_cast<P*>(base) + i + s * kThreads * kStep;
+      if (!within(s, left)) continue;
+      if constexpr (sizeof(P) == sizeof(T)) device::store16(p, v, policy);
+      else device::store8(p, v, 2 * s, policy);
+    }
   }
 };
 
 // Each tensor of its own type, known at run time: a branch that all threads take alike.
 struct Mixed {
-  static constexpr int kVector = 4;
-  static constexpr bool kHolds = false;
-  using Raw = Raw16<2>;
+  static constexpr bool kTyped = false, kHalf = false;
+  static constexpr int kVector = 4, kStep = 4, kTargetSlot = 0, kSlot = 0;
+  struct Prediction { Vec16 part[2]; };
+  using Target = Prediction;
   using Wide = double;
 
-  static __device__ __forceinline__ void load(Raw& raw, const void* base, int64_t i, int dtype, Policy policy) {
-    const char* p = static_cast<const char*>(base) + i * (dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2);
-    if (dtype == kFloat32 || dtype == kFloat64) {
-      raw.part[0] = device::load16(p, policy);
-      if (dtype == kFloat64) raw.part[1] = device::load16(p + 16, policy);
-    } else {
-      const uint64_t four = device::load1(reinterpret_cast<const uint64_t*>(p));
-      raw.part[0].word[0] = uint32_t(four), raw.part[0].word[1] = uint32_t(four >> 32);
-    }
+  static __device__ __forceinline__ void load(Prediction& raw, const void* base, int64_t i, int64_t, int dtype,
+                                              Policy policy, bool wanted = true) {
+    const bool half = dtype == kBfloat16 || dtype == kFloat16;
+    const char* p = static_cast<const char*>(base) + i * (half ? 2 : dtype == kFloat32 ? 4 : 8);
+    device::load8(raw.part[0], 0, p, policy, wanted && half);
+    device::load16(raw.part[0], p, policy, wanted && !half);
+    device::load16(raw.part[1], p + 16, policy, wanted && dtype == kFloat64);
   }
-  template <class Acc> static __device__ __forceinline__ void widen_all(const Raw& raw, int dtype, Acc (&out)[kVector]) {
+  template <class Acc>
+  static __device__ __forceinline__ void widen_all(const Prediction& raw, int dtype, Acc (&out)[kVector]) {
     if (dtype == kFloat32) unpack<float>(raw.part, out);
     else if (dtype == kBfloat16) unpack<bf16>(raw.part, out);
     else if (dtype == kFloat16) unpack<fp16>(raw.part, out);
@@ -108,14 +163,15 @@ struct Mixed {
     Vec16 v[2] = {};
     pack<T>(x, v);
     if constexpr (sizeof(T) == 2) {
-      device::store1(reinterpret_cast<uint64_t*>(to), uint64_t(v[0].word[0]) | uint64_t(v[0].word[1]) << 32);
+      device::store8(to, v[0], 0, policy);
     } else {
       device::store16(to, v[0], policy);
       if constexpr (sizeof(T) == 8) device::store16(to + 2, v[1], policy);
     }
   }
   template <class Acc>
-  static __device__ __forceinline__ void store(void* base, int64_t i, int dtype, const Acc (&x)[kVector], Policy policy) {
+  static __device__ __forceinline__ void store(void* base, int64_t i, int64_t, int dtype, const Acc (&x)[kVector],
+                                               Policy policy) {
     if (dtype == kFloat32) store_as<float>(base, i, x, policy);
     else if (dtype == kBfloat16) store_as<bf16>(base, i, x, policy);
     else if (dtype == kFloat16) store_as<fp16>(base, i, x, policy);
@@ -125,18 +181,22 @@ struct Mixed {
 
 // Anything, anywhere: sizes and addresses that do not fit 16 bytes.
 struct Any {
-  static constexpr int kVector = 1;
-  static constexpr bool kHolds = false;
-  struct Raw { double value; };  // holds every element of the four types exactly
+  static constexpr bool kTyped = false, kHalf = false;
+  static constexpr int kVector = 1, kStep = 1, kTargetSlot = 0, kSlot = 0;
+  struct Prediction { double value; };  // holds every element of the four types exactly
+  using Target = Prediction;
   using Wide = double;
 
-  static __device__ __forceinline__ void load(Raw& raw, const void* base, int64_t i, int dtype, Policy) {
+  static __device__ __forceinline__ void load(Prediction& raw, const void* base, int64_t i, int64_t, int dtype, Policy,
+                                              bool wanted = true) {
+    if (!wanted) return;
     if (dtype == kFloat32) raw.value = device::load1(at<float>(base, i));
     else if (dtype == kBfloat16) raw.value = widen(device::load1(at<bf16>(base, i)));
     else if (dtype == kFloat16) raw.value = widen(device::load1(at<fp16>(base, i)));
     else raw.value = device::load1(at<double>(base, i));
   }
-  template <class Acc> static __device__ __forceinline__ void widen_all(const Raw& raw, int, Acc (&out)[1]) {
+  template <class Acc>
+  static __device__ __forceinline__ void widen_all(const Prediction& raw, int, Acc (&out)[1]) {
     out[0] = raw.value;
   }
   template <class T> static __device__ __forceinline__ void store_as(void* base, int64_t i, double x) {
@@ -145,7 +205,7 @@ struct Any {
     device::store1(static_cast<T*>(base) + i, y);
   }
   template <class Acc>
-  static __device__ __forceinline__ void store(void* base, int64_t i, int dtype, const Acc (&x)[1], Policy) {
+  static __device__ __forceinline__ void store(void* base, int64_t i, int64_t, int dtype, const Acc (&x)[1], Policy) {
     if (dtype == kFloat32) store_as<float>(base, i, x[0]);
     else if (dtype == kBfloat16) store_as<bf16>(base, i, x[0]);
     else if (dtype == kFloat16) store_as<fp16>(base, i, x[0]);

@@ -149,9 +149,9 @@ inline void access(const void* p, size_t size, bool store, int kind) {
     }
   }
 }
-inline void check_alignment(const void* p, const char* what) {
-  if (uintptr_t(p) % 16 == 0) return;
-  report(kAlignment, "%s at %p, not a multiple of 16, by thread %u of block %u", what, p, threadIdx.x, blockIdx.x);
+inline void check_alignment(const void* p, unsigned bytes) {
+  if (uintptr_t(p) % bytes == 0) return;
+  report(kAlignment, "an access of %u bytes at %p by thread %u of block %u", bytes, p, threadIdx.x, blockIdx.x);
   leave();
 }
 
@@ -167,6 +167,8 @@ inline char* shared_memory() { return emulation::machine.running->block->memory.
 inline double shuffle_down(double value, int delta, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   return emulation::shuffle(value, delta, {file, line});
 }
+
+inline double opaque(double x) { return x; }
 
 // Others may run before an atomic operation, and after it before anything else that its thread does.
 inline uint32_t add_acquire_release(uint32_t* p, uint32_t v) {
@@ -206,17 +208,27 @@ inline Policy stream() { return {1}; }
 inline Policy normal() { return {2}; }
 
 struct alignas(16) Vec16 { uint32_t word[4]; };
-inline Vec16 load16(const void* p, Policy policy) {
-  emulation::check_alignment(p, "load16");
+inline void load16(Vec16& v, const void* p, Policy policy, bool wanted) {
+  if (!wanted) return;
+  emulation::check_alignment(p, 16);
   emulation::access(p, 16, false, policy.kind);
-  Vec16 v;
   std::memcpy(&v, p, 16);
-  return v;
+}
+inline void load8(Vec16& v, int first, const void* p, Policy policy, bool wanted) {
+  if (!wanted) return;
+  emulation::check_alignment(p, 8);
+  emulation::access(p, 8, false, policy.kind);
+  std::memcpy(v.word + first, p, 8);
 }
 inline void store16(void* p, Vec16 v, Policy policy) {
-  emulation::check_alignment(p, "store16");
+  emulation::check_alignment(p, 16);
   emulation::access(p, 16, true, policy.kind);
   std::memcpy(p, &v, 16);
+}
+inline void store8(void* p, const Vec16& v, int first, Policy policy) {
+  emulation::check_alignment(p, 8);
+  emulation::access(p, 8, true, policy.kind);
+  std::memcpy(p, v.word + first, 8);
 }
 template <class T> T load1(const T* p) {
   emulation::access(p, sizeof(T), false, normal().kind);

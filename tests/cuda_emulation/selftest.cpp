@@ -143,8 +143,10 @@ __global__ void wrong(Wrong p) {
     case 4: if (t % 32) __syncthreads(); else shuffle_down(0, 1); break;  // two kinds
     case 5: if (blockIdx.x == 1 && t == 3) shared_memory()[100] = 1; break;
     case 6: if (t == 3) shared_memory()[-1] = 1; break;
-    case 7: load16(p.data + 8, normal()); break;
+    case 7: { Vec16 v; load16(v, p.data + 8, normal(), true); break; }
     case 8: store16(p.data + 4, Vec16{}, normal()); break;
+    case 12: { Vec16 v; load8(v, 2, p.data + 4, normal(), true); break; }
+    case 13: { Vec16 v; load16(v, p.data + 8, normal(), false); break; }  // not done
     case 9: while (load_acquire(reinterpret_cast<uint32_t*>(p.data)) == 0) {} break;
     case 11:                                                 // two shuffles
       if (t % 32 < 5)
@@ -160,9 +162,10 @@ static void test_reports() {
   const struct { int how, code; const char* text; } expected[] = {
       {0, 701, "barrier divergence"}, {1, 701, "barrier divergence"}, {2, 701, "barrier divergence"},
       {3, 701, "barrier divergence"}, {4, 701, "barrier divergence"}, {5, 702, "block 1 wrote byte 100 of its 100"},
-      {6, 702, "wrote byte -1 of"},   {7, 716, "load16 at"},          {8, 716, "store16 at"},
+      {6, 702, "wrote byte -1 of"},   {7, 716, "of 16 bytes at"},     {8, 716, "of 16 bytes at"},
+      {12, 716, "of 8 bytes at"},
       {9, 700, "emulation: deadlock: "}, {10, 0, "no error"},
-      {11, 701, "barrier divergence"}};
+      {11, 701, "barrier divergence"}, {13, 0, "no error"}};
   for (const auto& e : expected) {
     const int code = launch(wrong, 2, 96, 100, false, nullptr, Wrong{data, e.how});
     CHECK(code == e.code && says(code, e.text), "case %d: code %d", e.how, code);
@@ -272,8 +275,9 @@ struct Copy { const char* in; char* out; int vectors, rounds; };
 __global__ void copy(Copy p) {  // `rounds` loads of every vector, the first kept, the others streamed; a tail of 3
   const int first = int(blockIdx.x * blockDim.x + threadIdx.x), step = int(gridDim.x * blockDim.x);
   for (int i = first; i < p.vectors; i += step) {
-    Vec16 v = load16(p.in + 16 * i, keep(1.0f));
-    for (int r = 1; r < p.rounds; ++r) v = load16(p.in + 16 * i, stream());
+    Vec16 v;
+    load16(v, p.in + 16 * i, keep(1.0f), true);
+    for (int r = 1; r < p.rounds; ++r) load16(v, p.in + 16 * i, stream(), true);
     store16(p.out + 16 * i, v, stream());
   }
   if (first < 3) store1(p.out + 16 * p.vectors + first, load1(p.in + 16 * p.vectors + first));

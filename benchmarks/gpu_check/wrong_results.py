@@ -1,0 +1,340 @@
+"""Backends whose results are wrong on purpose: gradients, what becomes of the upstream gradient, numbers and sums."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sipo_kernels import METRICS, Totals
+from sipo_kernels.contract import Inputs, Settings, Stats, dense_sample_strides
+
+# Rows of Stats.samples: see contract.py.
+COEF = 5
+
+
+class Faulty:
+    """A backend's module with one thing wrong; by itself, nothing is."""
+
+    def __init__(self, module: Any) -> None:
+        self.real = module
+
+    def forward(self, inputs: Inputs, settings: Settings, **options: Any) -> Stats:
+        """``options``: with_grad, expected and totals, as far as they are given."""
+        return self.real.forward(inputs, settings, **options)
+
+    def gradient(self, model: Tensor, target: Tensor, coef: Tensor, upstream: Tensor) -> Tensor:
+        return self.real.gradient(model, target, coef, upstream)
+
+    def mend(
+        self,
+        grad: Tensor,
+        model: Tensor,
+        target: Tensor,
+        coef: Tensor,
+        upstream: Tensor,
+        numbers: Tensor,
+        remembered: Tensor | None = None,
+    ) -> Tensor:
+        return self.real.mend(grad, model, target, coef, upstream, numbers, remembered)
+
+
+def made_for(numbers: Tensor, upstream: Tensor) -> bool:
+    """Whether a gradient beside these numbers was made for what came. Reads both: not for what must not wait."""
+    return bool((upstream == numbers[-1]).all())
+
+
+class _Gradient(Faulty):
+    """A fault in the gradient alone, wherever it comes from: :meth:`spoil` gets each one once."""
+
+    def spoil(self, grad: Tensor, model: Tensor, target: Tensor, coef: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, inputs: Inputs, settings: Settings, **options: Any) -> Stats:
+        stats = super().forward(inputs, settings, **options)
+        if stats.grad.numel() == 0:
+            return stats
+        return stats._replace(grad=self.spoil(stats.grad, inputs.model_pred, inputs.target, stats.samples[COEF]))
+
+    def gradient(self, model: Tensor, target: Tensor, coef: Tensor, upstream: Tensor) -> Tensor:
+        return self.spoil(super().gradient(model, target, coef, upstream), model, target, coef)
+
+    def mend(self, grad: Tensor, model: Tensor, target: Tensor, *rest: Any) -> Tensor:
+        coef, upstream, numbers = rest[:3]
+        found = super().mend(grad, model, target, *rest)
+        return found if made_for(numbers, upstream) else self.spoil(found, model, target, coef)
+
+
+class ScaledGradient(Faulty):
+    """A thousandth too large, before it is rounded."""
+
+    def forward(self, inputs: Inputs, settings: Settings, **options: Any) -> Stats:
+        stats = super().forward(inputs, settings, **options)
+        stats.samples[COEF] *= 1.001
+        if stats.grad.numel() and stats.numbers is not None:
+            coef, upstream = stats.samples[COEF], stats.numbers[-1].clone()
+            stats = stats._replace(grad=self.real.gradient(inputs.model_pred, inputs.target, coef, upstream))
+        return stats
+
+
+class UnwrittenElement(_Gradient):
+    """The last element holds what the memory held."""
+
+    def spoil(self, grad: Tensor, model: Tensor, target: Tensor, coef: Tensor) -> Tensor:
+        found = torch.empty_like(grad)
+        last = found.flatten()[-1].clone()
+        found.copy_(grad)
+        found[(-1,) * found.ndim] = last
+        return found
+
+
+class StorageOrder(_Gradient):
+    """Values in the order of indices, where the layout's own order is due."""
+
+    def spoil(self, grad: Tensor, model: Tensor, target: Tensor, coef: Tensor) -> Tensor:
+        if dense_sample_strides(grad) is None or grad.is_contiguous() or grad.ndim < 2:
+            return grad
+        plain = grad.contiguous()
+        found = torch.empty_like(grad)
+        found.as_strided((grad.numel(),), (1,)).copy_(plain.reshape(-1))
+        return found
+
+
+class WanderingGradient(_Gradient):
+    """One element moves by one unit in the last place from call to call."""
+
+    calls = 0
+
+    def spoil(self, grad: Tensor, model: Tensor, target: Tensor, coef: Tensor) -> Tensor:
+        type(self).calls += 1
+        if type(self).calls % 4 == 0:
+            first = (0,) * grad.ndim
+            grad[first] = torch.nextafter(grad[first], torch.full_like(grad[first], 1e4))
+        return grad
+
+
+class MaskedPairsLeak(_Gradient):
+    """A masked pair gets 0 · (its elements) in place of 0, which is NaN where one of them is not finite."""
+
+    def spoil(self, grad: Tensor, model: Tensor, target: Tensor, coef: Tensor) -> Tensor:
+        masked = (coef == 0).reshape(-1, *[1] * (model.ndim - 1))
+        grad.copy_(torch.where(masked, 0 * model.detach().to(grad.dtype), grad))
+        return grad
+
+
+class NanLeaks(_Gradient):
+    """One sum over the whole batch in every pair's gradient: nothing but where something is not finite."""
+
+    def spoil(self, grad: Tensor, model: Tensor, target: Tensor, coef: Tensor) -> Tensor:
+        nothing = 0 * (model.detach().double().sum() + target.double().sum())
+        return grad.add_(nothing.to(grad.dtype))
+
+
+class TwiceHandedOut(Faulty):
+    """The second backward gets the tensor that the first one handed out."""
+
+    last: Tensor | None = None
+
+    def forward(self, inputs: Inputs, settings: Settings, **options: Any) -> Stats:
+        stats = super().forward(inputs, settings, **options)
+        type(self).last = stats.grad if stats.grad.numel() else None
+        return stats
+
+    def gradient(self, model: Tensor, target: Tensor, coef: Tensor, upstream: Tensor) -> Tensor:
+        kept = type(self).last
+        if kept is not None and kept.shape == model.shape:
+            return kept
+        type(self).last = super().gradient(model, target, coef, upstream)
+        return type(self).last  # type: ignore[return-value]
+
+
+# ---- The upstream gradient -------------------------------------------------------------------------------------------
+
+
+class UpstreamIgnored(Faulty):
+    """As if every upstream gradient were 1."""
+
+    def forward(self, inputs: Inputs, settings: Settings, **options: Any) -> Stats:
+        return super().forward(inputs, settings, **{**options, "expected": 1.0})
+
+    def gradient(self, model: Tensor, target: Tensor, coef: Tensor, upstream: Tensor) -> Tensor:
+        return super().gradient(model, target, coef, torch.ones_like(upstream))
+
+    def mend(self, grad: Tensor, *rest: Any) -> Tensor:
+        return grad
+
+
+class ExpectationIgnored(Faulty):
+    """The gradient is made for 1, and said to be for what was expected."""
+
+    def forward(self, inputs: Inputs, settings: Settings, **options: Any) -> Stats:
+        expected = options.pop("expected", 1.0)
+        stats = super().forward(inputs, settings, **options)
+        if stats.numbers is not None:
+            stats.numbers[-1] = expected
+        return stats
+
+
+class MendSkipped(Faulty):
+    """The gradient that the forward pass made is handed out whatever came."""
+
+    def mend(self, grad: Tensor, *rest: Any) -> Tensor:
+        *_, upstream, _, remembered = rest
+        if remembered is not None:
+            remembered.copy_(upstream.flatten()[0])
+        return grad
+
+
+class MendScales(Faulty):
+    """What was made for another upstream gradient, and rounded, is scaled and rounded again."""
+
+    def mend(self, grad: Tensor, model: Tensor, target: Tensor, *rest: Any) -> Tensor:
+        coef, upstream, numbers, _ = rest
+        rounded = grad.clone()
+        found = super().mend(grad, model, target, *rest)
+        if made_for(numbers, upstream) or not bool(torch.isfinite(upstream / numbers[-1]).all()):
+            return found
+        factor = (upstream / numbers[-1]).expand(len(coef) // 2).repeat(2)
+        return found.copy_(rounded * factor.reshape(-1, *[1] * (rounded.ndim - 1)))
+
+
+class MendsOnePair(Faulty):
+    """Where pairs have upstream gradients of their own, the last one's comes to all that differ."""
+
+    def mend(self, grad: Tensor, model: Tensor, target: Tensor, *rest: Any) -> Tensor:
+        coef, upstream, numbers, remembered = rest
+        if upstream.ndim:
+            upstream = upstream[-1:].expand(upstream.shape)
+        return super().mend(grad, model, target, coef, upstream, numbers, remembered)
+
+
+class MendsBeside(Faulty):
+    """A second gradient is made beside the first."""
+
+    def mend(self, grad: Tensor, model: Tensor, target: Tensor, *rest: Any) -> Tensor:
+        coef, upstream, numbers, _ = rest
+        return grad if made_for(numbers, upstream) else self.real.gradient(model, target, coef, upstream)
+
+
+class NothingRemembered(Faulty):
+    """What came is not kept for the next call."""
+
+    def mend(self, grad: Tensor, model: Tensor, target: Tensor, *rest: Any) -> Tensor:
+        coef, upstream, numbers, _ = rest
+        return super().mend(grad, model, target, coef, upstream, numbers, None)
+
+
+class InfinityRemembered(Faulty):
+    """What came is kept whatever it is."""
+
+    def mend(self, grad: Tensor, *rest: Any) -> Tensor:
+        found = super().mend(grad, *rest)
+        *_, upstream, _, remembered = rest
+        if remembered is not None:
+            remembered.copy_(upstream.flatten()[0])
+        return found
+
+
+# ---- Numbers ---------------------------------------------------------------------------------------------------------
+
+
+class ShiftedLogits(Faulty):
+    """Logits, and the loss with them, off by 1e-3."""
+
+    def forward(self, inputs: Inputs, settings: Settings, **options: Any) -> Stats:
+        stats = super().forward(inputs, settings, **options)
+        return stats._replace(logits=stats.logits * 1.001 + 1e-3)
+
+
+class WanderingLogits(Faulty):
+    """The last logit moves by one unit in the last place from call to call."""
+
+    calls = 0
+
+    def forward(self, inputs: Inputs, settings: Settings, **options: Any) -> Stats:
+        stats = super().forward(inputs, settings, **options)
+        type(self).calls += 1
+        if type(self).calls % 4 == 0:
+            stats.logits[-1] = torch.nextafter(stats.logits[-1], torch.full_like(stats.logits[-1], 1e4))
+        return stats
+
+
+class WrongMetrics(Faulty):
+    """One metric in another one's place."""
+
+    def forward(self, inputs: Inputs, settings: Settings, **options: Any) -> Stats:
+        stats = super().forward(inputs, settings, **options)
+        if stats.numbers is not None:
+            win, lose = METRICS.index("win_gap"), METRICS.index("lose_gap")
+            stats.numbers[[win, lose]] = stats.numbers[[lose, win]]
+        return stats
+
+
+class _Sums(Faulty):
+    """A fault in what a call adds to its totals, and in nothing else."""
+
+    def spoil(self, before: Totals, after: Totals) -> None:
+        """Changes the sums ``after``, in place."""
+        raise NotImplementedError
+
+    def forward(self, inputs: Inputs, settings: Settings, **options: Any) -> Stats:
+        totals = options.get("totals")
+        if totals is None:
+            return super().forward(inputs, settings, **options)
+        metrics, levels = (None if sums is None else sums.clone() for sums in totals[:2])
+        before = totals._replace(metrics=metrics, levels=levels)
+        stats = super().forward(inputs, settings, **options)
+        self.spoil(before, totals)
+        return stats
+
+
+class TotalsNotAdded(_Sums):
+    """Sums begin anew at each call."""
+
+    def spoil(self, before: Totals, after: Totals) -> None:
+        for old, new in zip(before[:2], after[:2], strict=True):
+            if old is not None and new is not None:
+                new -= old
+
+
+class TotalsTwice(_Sums):
+    """Each call's numbers are added twice."""
+
+    def spoil(self, before: Totals, after: Totals) -> None:
+        for old, new in zip(before[:2], after[:2], strict=True):
+            if old is not None and new is not None:
+                new += new - old
+
+
+class NeighboursBin(_Sums):
+    """What belongs into a bin of noise levels is added to the next one."""
+
+    def spoil(self, before: Totals, after: Totals) -> None:
+        if before.levels is not None and after.levels is not None:
+            after.levels.copy_(before.levels + (after.levels - before.levels).roll(1, 1))
+
+
+class WanderingTotals(_Sums):
+    """A sum moves by one unit in the last place from call to call."""
+
+    calls = 0
+
+    def spoil(self, before: Totals, after: Totals) -> None:
+        type(self).calls += 1
+        if after.metrics is not None and type(self).calls % 4 == 0:
+            after.metrics[0, 0] = torch.nextafter(after.metrics[0, 0], torch.full_like(after.metrics[0, 0], 1e4))
+
+
+class SkipIgnored(Faulty):
+    """``nonfinite="skip"`` does nothing."""
+
+    def forward(self, inputs: Inputs, settings: Settings, **options: Any) -> Stats:
+        return super().forward(inputs, settings._replace(skip_nonfinite=False), **options)
+
+
+class MaskIgnored(Faulty):
+    """``mask_threshold`` does nothing."""
+
+    def forward(self, inputs: Inputs, settings: Settings, **options: Any) -> Stats:
+        return super().forward(inputs, settings._replace(mask_threshold=0.0), **options)

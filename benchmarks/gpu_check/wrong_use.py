@@ -1,0 +1,149 @@
+"""Backends that misuse their device on purpose: memory, launches, waiting, graphs, streams; or end their process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu_check.wrong_results import Faulty, made_for
+from sipo_kernels.contract import Inputs, Settings, Stats
+
+
+class AllocatesACopy(Faulty):
+    """A copy of the policy's output is alive beside the gradient."""
+
+    def gradient(self, model: Tensor, target: Tensor, coef: Tensor, upstream: Tensor) -> Tensor:
+        copy = model.clone()
+        return super().gradient(copy, target, coef, upstream)
+
+    def forward(self, inputs: Inputs, settings: Settings, **options: Any) -> Stats:
+        copy = inputs.model_pred.detach().clone()
+        stats = super().forward(inputs._replace(model_pred=copy), settings, **options)
+        return stats
+
+
+class LaunchesAgain(Faulty):
+    """The same forward four times over."""
+
+    def forward(self, inputs: Inputs, settings: Settings, **options: Any) -> Stats:
+        for _ in range(3):
+            super().forward(inputs, settings, **options)
+        return super().forward(inputs, settings, **options)
+
+
+class SumsInTorch(Faulty):
+    """Totals in operations of torch's own, after the kernel."""
+
+    def forward(self, inputs: Inputs, settings: Settings, **options: Any) -> Stats:
+        totals = options.pop("totals", None)
+        stats = super().forward(inputs, settings, **options)
+        if totals is not None and totals.metrics is not None and stats.numbers is not None:
+            totals.metrics[0] += stats.numbers[:-1]
+            totals.metrics[1] += 1
+        return stats
+
+
+class ReadsOnTheHost(Faulty):
+    """A look at the loss, once it is made."""
+
+    def forward(self, inputs: Inputs, settings: Settings, **options: Any) -> Stats:
+        stats = super().forward(inputs, settings, **options)
+        stats.loss.sum().item()
+        return stats
+
+
+class ComparesOnTheHost(Faulty):
+    """Whether to mend is decided by the host, which waits for both numbers."""
+
+    def mend(self, grad: Tensor, *rest: Any) -> Tensor:
+        *_, upstream, numbers, _ = rest
+        return grad if made_for(numbers, upstream) else super().mend(grad, *rest)
+
+
+class WaitsForTheDevice(Faulty):
+    """Waits in a way that torch's own watch does not see, as a library of ours could."""
+
+    def forward(self, inputs: Inputs, settings: Settings, **options: Any) -> Stats:
+        stats = super().forward(inputs, settings, **options)
+        torch.cuda.current_stream().synchronize()
+        return stats
+
+
+class FrozenInputs(Faulty):
+    """Works on what the inputs of this shape were when they were first seen."""
+
+    seen: ClassVar[dict[int, Tensor]] = {}
+
+    def _first(self, tensor: Tensor) -> Tensor:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return self.seen[tensor.data_ptr()]
+        return self.seen.setdefault(tensor.data_ptr(), tensor.detach().clone())
+
+    def forward(self, inputs: Inputs, settings: Settings, **options: Any) -> Stats:
+        first = inputs._replace(model_pred=self._first(inputs.model_pred), target=self._first(inputs.target))
+        return super().forward(first, settings, **options)
+
+    def gradient(self, model: Tensor, target: Tensor, coef: Tensor, upstream: Tensor) -> Tensor:
+        return super().gradient(self._first(model), self._first(target), coef, upstream)
+
+    def mend(self, grad: Tensor, model: Tensor, target: Tensor, *rest: Any) -> Tensor:
+        return super().mend(grad, self._first(model), self._first(target), *rest)
+
+
+class FrozenExpectation(Faulty):
+    """Reads on the host what is expected, and once: a graph's replays make their gradients for that."""
+
+    seen: ClassVar[dict[int, float]] = {}
+
+    def forward(self, inputs: Inputs, settings: Settings, **options: Any) -> Stats:
+        expected = options.get("expected")
+        if isinstance(expected, Tensor):
+            capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+            value = self.seen[expected.data_ptr()] if capturing else self.seen.setdefault(
+                expected.data_ptr(), float(expected)
+            )  # fmt: skip
+            stats = super().forward(inputs, settings, **{**options, "expected": value})
+            if stats.numbers is not None:
+                stats.numbers[-1] = expected
+            return stats
+        return super().forward(inputs, settings, **options)
+
+
+class AnotherStream(Faulty):
+    """Works in a stream of its own, which nobody waits for."""
+
+    def gradient(self, model: Tensor, target: Tensor, coef: Tensor, upstream: Tensor) -> Tensor:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(20_000_000)
+            return super().gradient(model, target, coef, upstream)
+
+    def forward(self, inputs: Inputs, settings: Settings, **options: Any) -> Stats:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(20_000_000)
+            return super().forward(inputs, settings, **options)
+
+
+class Crashes(Faulty):
+    """Ends the process, as an access through a wild pointer does."""
+
+    def forward(self, inputs: Inputs, settings: Settings, **options: Any) -> Stats:
+        os.kill(os.getpid(), signal.SIGSEGV)
+        time.sleep(60)
+        return super().forward(inputs, settings, **options)
+
+
+class Hangs(Faulty):
+    """Does not come back."""
+
+    def forward(self, inputs: Inputs, settings: Settings, **options: Any) -> Stats:
+        time.sleep(3600)
+        return super().forward(inputs, settings, **options)

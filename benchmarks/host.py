@@ -1,0 +1,144 @@
+"""What the loss costs Python, where arithmetic is nothing: ``python -m benchmarks.host``.
+
+Microseconds until a call returns, on batches so small that the rest is overhead: ``pair_loss`` forward and backward for
+one SD1.5 pair; and the loss of a training pass (with metrics and statistics by noise level, and the backward for an
+upstream gradient of 1/8) with its parts by themselves. Loops of many calls take turns in an order drawn anew each turn,
+nothing is cleared between them, and the results file has median and quartiles over the loops, for one call. Timings are
+results, never assertions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import baselines, measure
+from benchmarks.cases import BETA, SHAPES, TARGET, TRAINED, UPSTREAM, Batch, Case, make_inputs
+from benchmarks.machine import OthersLoad
+from benchmarks.suite import announce, default_output, make_before
+from sipo import NoiseSchedule, SIPOLoss
+from sipo.diagnostics import TimestepStatistics
+from sipo_kernels import METRICS, backends, pair_loss
+
+SECONDS = 6.0  # for each batch
+LOOP = 200  # calls
+TINY = (4, 8, 8)
+CASES = (
+    Case("SD1.5", SHAPES["SD1.5"], 1, TRAINED, TRAINED),
+    Case("SD1.5", SHAPES["SD1.5"], 1, "float32", "float32"),
+    Case("tiny", TINY, 1, TRAINED, TARGET, upstream=UPSTREAM),
+)
+LOSS = "pair_loss, forward + backward"
+PASS, METRIC_PASS = "SIPOLoss with totals, forward + backward", "SIPOLoss, metrics(), forward + backward"
+FORWARD, METRICS_ALONE = "pair_loss, forward without gradient", "metrics()"
+
+Call = Callable[[], Any]
+
+
+def calls_of(case: Case, device: str) -> dict[str, Call]:
+    """What is timed: name → one call."""
+    batch = make_inputs(case, device)
+    before = make_before(batch)
+    loss = baselines.ours(backends.choose("auto", torch.device(device)), batch)
+
+    def both() -> None:
+        before()
+        loss().backward(batch.upstream)
+
+    return {LOSS: both, **(_training_pass(batch, device) if case.label == "tiny" else {})}
+
+
+def _training_pass(batch: Batch, device: str) -> dict[str, Call]:
+    """A pass of ``sipo.training``'s loop without its networks, and its parts."""
+    loss_fn = SIPOLoss(NoiseSchedule.discrete())
+    statistics = TimestepStatistics.of(loss_fn, torch.device(device))
+    assert statistics is not None
+    timesteps = torch.full((batch.model_pred.shape[0],), 500, device=device)
+    totals = statistics.totals(torch.zeros(2, len(METRICS), device=device))
+    totals = totals._replace(timesteps=timesteps[: len(timesteps) // 2])
+    before = make_before(batch)
+    tensors = batch.model_pred, batch.ref_pred, batch.target, timesteps
+
+    def whole() -> None:
+        before()
+        loss_fn(*tensors, totals=totals).loss.backward(batch.upstream)
+
+    def with_metrics() -> None:
+        before()
+        out = loss_fn(*tensors)
+        out.loss.backward(batch.upstream)
+        out.metrics()
+
+    def forward() -> None:
+        with torch.no_grad():
+            pair_loss(*batch[:3], method="sipo", beta=BETA, ratio_scale=batch.ratio_scale)
+
+    return {PASS: whole, METRIC_PASS: with_metrics, FORWARD: forward, METRICS_ALONE: loss_fn(*tensors).metrics}
+
+
+def _loop(call: Call) -> None:
+    for _ in range(LOOP):
+        call()
+
+
+def measure_case(case: Case, device: str, seconds: float) -> dict[str, Any]:
+    """One entry of the results file."""
+    calls = calls_of(case, device)
+    loops = {name: functools.partial(_loop, call) for name, call in calls.items()}
+    failed = measure.warm_up(loops, device=device)
+    if failed:
+        raise RuntimeError(f"{case.name}: {failed}")
+    load = OthersLoad()
+    times = measure.time_alternately(loops, seconds=seconds, device=device, state="in turn", device_times=False)
+    entry: dict[str, Any] = {**case.fields(), "state": "in turn", "others_cores": load.cores(), "results": {}}
+    print(f"\n{case.name}")
+    for name, found in times.items():
+        each = [milliseconds / LOOP for milliseconds in found.host_ms or found.wall_ms]
+        entry["results"][name] = {"host_ms": measure.summary(each)}
+        low, high = (1e3 * quartile for quartile in entry["results"][name]["host_ms"]["quartiles"])
+        median = 1e3 * entry["results"][name]["host_ms"]["median"]
+        print(f"  {name:42} {median:8.1f} µs [{low:.1f}, {high:.1f}]  ({len(each)} loops of {LOOP})", flush=True)
+    return entry
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measures and writes the results file; returns its content."""
+    device = args.device
+    results: dict[str, Any] = {
+        "kind": "host",
+        "machine": measure.machine(device),
+        "auto": baselines.OURS + backends.choose("auto", torch.device(device)),
+        "options": {"seconds": args.seconds, "loop": LOOP},
+        "complete": False,
+        "cases": [],
+        "skipped": [],
+    }
+    announce(device, results["machine"])
+    output = args.output or default_output("host", device, partial=args.quick)
+    for case in CASES:
+        results["cases"].append(measure_case(case, device, args.seconds / (20 if args.quick else 1)))
+        measure.write(results, output)
+    results["complete"] = True
+    measure.write(results, output)
+    print(f"\n{len(results['cases'])} entries: {output}")
+    return results
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.host", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default=measure.default_device(), help="default %(default)s"
+    )
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for each batch (default %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="a twentieth of the time, to see that it works")
+    parser.add_argument("--output", type=Path, help="results file (default benchmarks/results/host-<device>.json)")
+    run(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""What a kernel results file says in a few numbers: how many times as fast as torch.compile the pair loss is.
+
+From the file alone, so that a page that quotes it can be held to it. ``python -m benchmarks.kernel --summary FILE``.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.baselines import COMPILED, UPCAST
+from benchmarks.cases import Case, headline_cases
+
+# Caches before each call (measure.py): as a network's pass leaves them, and as another implementation leaves them.
+STATES = ("cold", "in turn")
+
+
+def summarize(results: dict[str, Any]) -> dict[str, Any]:
+    """Ratios of the headline cases, forward + backward, by the medians of wall time; below 1 ours is slower.
+
+    Args:
+        results: a kernel results file.
+
+    Returns:
+        Group → state → ``{"compile": {case: ratio}, "torch": {case: ratio}, "geometric_mean", "smallest", "missing"}``:
+        ratios to torch.compile, whose mean and smallest follow, and to plain torch in float32; ``missing`` names the
+        cases that the file does not have.
+    """
+    return {
+        group: {state: _of_group(results, cases, state) for state in STATES}
+        for group, cases in headline_cases().items()
+    }
+
+
+def _of_group(results: dict[str, Any], cases: Sequence[Case], state: str) -> dict[str, Any]:
+    found: dict[str, dict[str, float]] = {"compile": {}, "torch": {}}
+    missing = []
+    entries = {Case.of(entry): entry for entry in results["cases"] if entry["state"] == state}
+    for case in cases:
+        timed = entries.get(case, {}).get("results", {})
+        ours = timed.get(results["auto"])
+        if ours is None or COMPILED not in timed:
+            missing.append(case.name)
+            continue
+        for rival, name in (("compile", COMPILED), ("torch", UPCAST)):
+            if name in timed:
+                found[rival][case.name] = timed[name]["wall_ms"]["median"] / ours["wall_ms"]["median"]
+    ratios = list(found["compile"].values())
+    return {
+        **found,
+        "geometric_mean": statistics.geometric_mean(ratios) if ratios else None,
+        "smallest": min(ratios, default=None),
+        "missing": missing,
+    }
+
+
+def print_summary(results: dict[str, Any]) -> None:
+    """The same as text."""
+    print(f"\n{results['auto']}: times as fast as torch.compile (and as plain torch), forward + backward, wall time")
+    for group, states in summarize(results).items():
+        for state, found in states.items():
+            print(f"{group}, {state}:" if found["compile"] else f"{group}, {state}: not measured")
+            for name, ratio in found["compile"].items():
+                torch = f" ({found['torch'][name]:.2f})" if name in found["torch"] else ""
+                print(f"  {ratio:6.2f}{torch:10}  {name}{'   SLOWER' if ratio < 1 else ''}")
+            if found["compile"]:
+                print(f"  {found['geometric_mean']:6.2f} geometric mean of {len(found['compile'])}, ", end="")
+                print(f"smallest {found['smallest']:.2f}")
+            if found["compile"] and found["missing"]:
+                print(f"  not measured: {len(found['missing'])}, e.g. {found['missing'][0]}")

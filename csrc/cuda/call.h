@@ -1,0 +1,140 @@
+// One call: what Python passes, the memory that it works in, how its pairs are grouped, and access to numbers of pairs
+// and samples, one by one.
+#pragma once
+#include <type_traits>
+
+#include "cuda/readers.h"
+#include "report.h"
+
+namespace sipo {
+
+// A number for each sample, of any type: element i lies i · stride further.
+struct Numbers {
+  const void* data;  // or null
+  int64_t stride;
+  int64_t dtype;
+};
+
+// Mirrored field by field in sipo_kernels/cuda.py. Strides are between samples, in elements.
+struct Args {
+  const void *model, *ref, *target;  // ref: null if ref_error is given
+  int64_t model_stride, ref_stride, target_stride;
+  int64_t pairs, elements;
+  Numbers ratio_scale, error_weight, ref_error;
+  Numbers timesteps;  // of pairs, where there are levels; integers too
+  Numbers upstream;   // sipo_cuda_pair_grad: of pairs, with stride 0 if there is one for all; none: 1
+  // Float or double; samples: [6][S], the rows of Stats in sipo_kernels/contract.py; numbers: [kMetrics + 1].
+  void *loss, *samples, *logits, *numbers;
+  bool* mask;
+  void* grad;                 // null: no gradient. Samples lie `elements` apart
+  float *metrics, *levels;    // Totals in sipo_kernels/contract.py: [2][kMetrics], [kStatistics][bins], or null
+  const double* expected_at;  // where the expected upstream gradient is to be read; null: it is `expected`
+  double* remembered;         // where the upstream gradient that came is to be kept, or null
+  const void* coef;           // sipo_cuda_pair_grad: [S]
+  void* workspace;
+  void* stream;
+  double expected, top;
+  Settings settings;
+  int32_t group, tiles;  // pairs of a group, tiles of a pair: see cuda_plan.py
+  int32_t blocks, parts, lead, hold, shared_bytes, one_pass;
+  float keep;
+  int32_t model_dtype, ref_dtype, target_dtype;
+  int32_t reader;         // 0: Vector, 1: Mixed, 2: Any
+  int32_t double_terms;   // half precision read by Vector is summed in double
+  int32_t target_shared;  // target is [B, ...]
+  int32_t double_stats, loss_per_pair;
+  int32_t bins;
+  int32_t mend;  // sipo_cuda_pair_grad: leave alone what was made for the upstream gradient that came (numbers' last)
+  int32_t device;
+};
+
+namespace {
+
+// Sums of a pair: three for each sample, and the inner product where the winner is preserved (§6, relatives).
+constexpr int kSums = 7;
+
+struct PairReport {  // §8 of one pair
+  double facts[kFacts], statistics[kStatistics];
+  double bin;
+};
+
+struct Workspace {
+  double *partial, *coef;     // [B][parts][sums]; [S], times the upstream gradient
+  Sample* samples;            // [S]
+  Pair* pairs;                // [B]
+  PairReport* reports;        // [B]
+  uint32_t *ready, *arrived;  // groups whose coefficients are there; for each group, blocks that have reduced
+  int64_t bytes = 0;
+
+  Workspace(const Args& a, int sums, int groups) {
+    const auto take = [&](auto*& part, int64_t count) {
+      part = reinterpret_cast<std::remove_reference_t<decltype(part)>>(uintptr_t(a.workspace) + bytes);
+      bytes += count * sizeof *part;
+    };
+    take(partial, a.pairs * a.parts * sums);
+    take(coef, 2 * a.pairs);
+    take(samples, 2 * a.pairs);
+    take(pairs, a.pairs);
+    take(reports, a.pairs);
+    take(ready, 1);
+    take(arrived, groups);
+  }
+};
+
+// What pair_kernel is given: a call, and what the host works out because the kernel has no registers to spare.
+struct Params : Args {
+  bool preserving;
+  int32_t sums, groups;  // sums of a pair
+  double size;           // elements
+  Workspace work;
+
+  explicit Params(const Args& a)
+      : Args(a),
+        preserving(a.settings.winner_preserving >= 0),
+        sums(preserving ? kSums : kSums - 1),
+        groups(int32_t((a.pairs + a.group - 1) / a.group)),
+        size(double(a.elements)),
+        work(a, sums, groups) {}
+};
+
+// Group k: its pairs, its tiles (numbered pair after pair), and how many blocks have a share of them.
+struct Group {
+  int32_t first_pair, pairs, tiles, blocks;
+
+  __device__ __forceinline__ Group(const Args& a, int32_t k) : first_pair(k * a.group) {
+    const int32_t left = int32_t(a.pairs) - first_pair;
+    pairs = left < a.group ? left : a.group;
+    tiles = pairs * a.tiles;  // cuda_plan.py keeps it below 2^31
+    blocks = tiles < int32_t(gridDim.x) ? tiles : int32_t(gridDim.x);
+  }
+  __device__ __forceinline__ int32_t first_tile(int32_t block) const { return int64_t(tiles) * block / blocks; }
+  __device__ __forceinline__ int32_t owner(int32_t tile) const {  // the block whose share it is in
+    return ((int64_t(tile) + 1) * blocks - 1) / tiles;
+  }
+};
+
+__device__ __forceinline__ double number(const Numbers& x, int64_t i, double otherwise) {
+  if (!x.data) return otherwise;
+  Any::Prediction raw;
+  Any::load(raw, x.data, i * x.stride, 1, int(x.dtype), Policy{});
+  return raw.value;
+}
+
+constexpr int kInt32 = kInt64 + 1;  // beside Dtype, of timesteps
+
+__device__ __forceinline__ double timestep(const Numbers& x, int64_t i) {
+  if (x.dtype == kInt64) return double(at<int64_t>(x.data, i * x.stride)[0]);
+  if (x.dtype == kInt32) return double(at<int32_t>(x.data, i * x.stride)[0]);
+  return number(x, i, 0.0);
+}
+
+__device__ __forceinline__ double get(const void* array, int64_t i, bool wide) {
+  return wide ? static_cast<const double*>(array)[i] : double(static_cast<const float*>(array)[i]);
+}
+__device__ __forceinline__ void put(void* array, int64_t i, double value, bool wide) {
+  if (wide) static_cast<double*>(array)[i] = value;
+  else static_cast<float*>(array)[i] = float(value);
+}
+
+}  // namespace
+}  // namespace sipo

@@ -1,0 +1,143 @@
+// The arithmetic of pairs: from partial sums to coefficients, a group at a time, and when all groups are done what the
+// batch reports. One block's work, with a thread for each sample or pair.
+#pragma once
+#include "cuda/gradient.h"
+
+namespace sipo {
+namespace {
+
+__device__ __forceinline__ double warp_sum(double x) {
+#pragma unroll
+  for (int delta = 16; delta; delta /= 2) x += device::shuffle_down(x, delta);
+  return x;  // of lane 0
+}
+
+struct Settling {
+  const Params& a;
+
+  __device__ __forceinline__ void group(int32_t k) const {
+    const Group g(a, k);
+    sum_parts(g);
+    __syncthreads();
+    // Samples and pairs go through memory: few registers.
+    for (int32_t i = threadIdx.x; i < 2 * g.pairs; i += kThreads)
+      sample(i < g.pairs ? g.first_pair + i : a.pairs + g.first_pair + i - g.pairs);
+    __syncthreads();
+    for (int32_t i = threadIdx.x; i < g.pairs; i += kThreads) pair(g.first_pair + i);
+    __syncthreads();
+    if (threadIdx.x == 0) device::store_release(a.work.ready, uint32_t(k + 1));
+  }
+
+  // The sums of each pair of the group, in place of its first part.
+  __device__ __forceinline__ void sum_parts(const Group& g) const {
+    for (int32_t i = threadIdx.x / 32; i < a.sums * g.pairs; i += kThreads / 32) {
+      const int32_t p = i / a.sums;
+      const int32_t parts = g.owner((p + 1) * a.tiles - 1) - g.owner(p * a.tiles) + 1;
+      double* first = sums_of(g.first_pair + p) + i % a.sums;
+      double sum = 0;
+      for (int32_t part = threadIdx.x % 32; part < parts; part += 32)
+        sum += device::load_shared_result(first + part * a.sums);
+      sum = warp_sum(sum);
+      if (threadIdx.x % 32 == 0) *first = sum;
+    }
+  }
+  __device__ __forceinline__ double* sums_of(int64_t pair) const {
+    return a.work.partial + pair * a.parts * a.sums;
+  }
+
+  __device__ __forceinline__ void sample(int64_t s) const {
+    const double* of = sums_of(s < a.pairs ? s : s - a.pairs) + (s < a.pairs ? 0 : 3);
+    Sample x;
+    x.model_error = device::load_shared_result(of) / a.size;
+    x.ref_error = a.ref ? device::load_shared_result(of + 1) / a.size : number(a.ref_error, s, 0.0);
+    x.reward_gap = a.ref ? device::load_shared_result(of + 2) / a.size : x.model_error - x.ref_error;
+    x.ratio_scale = number(a.ratio_scale, s, 0.0);
+    x.error_weight = number(a.error_weight, s, 1.0);
+    x.coef = 0;
+    weigh(x, a.settings, a.ratio_scale.data != nullptr);
+    const double rows[5] = {x.model_error, x.ref_error, x.reward_gap, x.log_ratio, x.weight};
+#pragma unroll
+    for (int i = 0; i < 5; ++i) put(a.samples, i * 2 * a.pairs + s, rows[i], a.double_stats);
+    a.work.samples[s] = x;
+  }
+
+  // The compiler shall not work out ahead, and keep through the main loops, what follows from these.
+  __device__ __forceinline__ Settings settings() const {
+    Settings s = a.settings;
+    s.beta = device::opaque(s.beta);
+    s.log_label = device::opaque(s.log_label);
+    s.winner_preserving = device::opaque(s.winner_preserving);
+    return s;
+  }
+
+  __device__ __forceinline__ double upstream() const { return a.expected_at ? *a.expected_at : a.expected; }
+
+  __device__ __forceinline__ void pair(int64_t i) const {
+    Sample winner = a.work.samples[i], loser = a.work.samples[i + a.pairs];
+    const Settings s = settings();
+    const double n = device::opaque(a.size);
+    double share = 1;  // of the loser's gradient (§6, relatives)
+    if (a.preserving) share = loser_share(winner, loser, s, device::load_shared_result(sums_of(i) + 6) / n);
+    const Pair p = judge(winner, loser, s, n, share);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t row = i + half * a.pairs;
+      const double coef = half ? loser.coef : winner.coef;
+      put(a.samples, 5 * 2 * a.pairs + row, coef, a.double_stats);
+      a.work.samples[row].coef = coef;
+      a.work.coef[row] = upstream_coef(coef, upstream(), a.double_stats);
+    }
+    put(a.logits, i, p.logits, a.double_stats);
+    a.mask[i] = p.mask;
+    a.work.pairs[i] = p;
+    if (a.loss_per_pair) put(a.loss, i, p.loss, a.double_stats);
+  }
+
+  // ---- §8 ----------------------------------------------------------------------------------------------------
+
+  __device__ __forceinline__ void report() const {
+    for (int32_t i = threadIdx.x; i < int32_t(a.pairs); i += kThreads) report_pair(i);
+    __syncthreads();
+    for (int k = threadIdx.x / 32; k < kMetrics; k += kThreads / 32) report_metric(k);
+    if (threadIdx.x == 0) put(a.numbers, kMetrics, upstream(), a.double_stats);
+    if (!a.levels) return;
+    for (int32_t i = threadIdx.x; i < kStatistics * a.bins; i += kThreads) add_level(i / kStatistics, i % kStatistics);
+  }
+
+  // Other blocks may have settled it.
+  __device__ __forceinline__ void report_pair(int64_t i) const {
+    const Sample winner = device::load_shared_result(a.work.samples + i);
+    const Sample loser = device::load_shared_result(a.work.samples + i + a.pairs);
+    const Pair p = device::load_shared_result(a.work.pairs + i);
+    PairReport& to = a.work.reports[i];
+    pair_facts(winner, loser, p, a.settings, to.facts);
+    if (!a.levels) return;
+    pair_statistics(winner, loser, p, a.settings, a.size, to.statistics);
+    to.bin = level_bin(timestep(a.timesteps, i), a.bins, a.top);
+  }
+
+  __device__ __forceinline__ void report_metric(int k) const {  // a warp's work
+    double sum = 0, counted = 0;
+    for (int32_t i = threadIdx.x % 32; i < int32_t(a.pairs); i += 32) {
+      sum += a.work.reports[i].facts[k];
+      counted += a.work.reports[i].facts[kCounted];
+    }
+    sum = warp_sum(sum), counted = warp_sum(counted);
+    if (threadIdx.x % 32) return;
+    const double value = metric(k, sum, counted, double(a.pairs), a.settings, a.loss_per_pair);
+    put(a.numbers, k, value, a.double_stats);
+    if (k == kLoss && !a.loss_per_pair) put(a.loss, 0, value, a.double_stats);
+    if (a.metrics) add_metric(a.metrics, k, value);
+  }
+
+  // One statistic's sum over the batch's pairs in one bin, in their order.
+  __device__ __forceinline__ void add_level(int32_t bin, int32_t row) const {
+    double sum = 0;
+    for (int32_t i = 0; i < int32_t(a.pairs); ++i)
+      if (a.work.reports[i].bin == bin) sum += a.work.reports[i].statistics[row];
+    a.levels[row * a.bins + bin] += float(sum);
+  }
+};
+
+}  // namespace
+}  // namespace sipo
