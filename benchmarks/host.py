@@ -25,7 +25,7 @@ from sipo import NoiseSchedule, SIPOLoss
 from sipo.diagnostics import TimestepStatistics
 from sipo_kernels import METRICS, backends, pair_loss
 
-SECONDS = 6.0  # for each batch
+SECONDS = 5.0  # for each batch
 LOOP = 200  # calls
 TINY = (4, 8, 8)
 CASES = (

@@ -13,7 +13,7 @@ from sipo_kernels.contract import METHODS, METRICS, STATISTICS
 from sipo_kernels.triton_math import widen
 
 DIFFUSION_DPO = tl.constexpr(METHODS.index("diffusion_dpo"))
-# A pair's facts are a row of these columns. What each metric sums up:
+# Columns of the metrics' sums; behind them, the pairs that the means are over.
 LOSS = tl.constexpr(METRICS.index("loss"))
 IMPLICIT_ACC = tl.constexpr(METRICS.index("implicit_acc"))
 MODEL_MSE = tl.constexpr(METRICS.index("model_mse"))
@@ -25,32 +25,13 @@ WEIGHT_MEAN = tl.constexpr(METRICS.index("weight_mean"))
 CLIP_FRACTION = tl.constexpr(METRICS.index("clip_fraction"))
 ACTIVE_FRACTION = tl.constexpr(METRICS.index("active_fraction"))
 NONFINITE_PAIRS = tl.constexpr(METRICS.index("nonfinite_pairs"))
-# ... the pairs that the means are over,
 COUNTED = tl.constexpr(len(METRICS))
-# ... the sums by noise level, which begin with count and nonfinite,
-FIRST = tl.constexpr(len(METRICS) + 1)
-MODEL_ERROR_W = tl.constexpr(FIRST.value + STATISTICS.index("model_error_winner"))
-MODEL_ERROR_L = tl.constexpr(FIRST.value + STATISTICS.index("model_error_loser"))
-REF_ERROR_W = tl.constexpr(FIRST.value + STATISTICS.index("ref_error_winner"))
-REF_ERROR_L = tl.constexpr(FIRST.value + STATISTICS.index("ref_error_loser"))
-GAP_W = tl.constexpr(FIRST.value + STATISTICS.index("win_gap"))
-GAP_L = tl.constexpr(FIRST.value + STATISTICS.index("lose_gap"))
-RATIO = tl.constexpr(FIRST.value + STATISTICS.index("ratio"))
-WEIGHT = tl.constexpr(FIRST.value + STATISTICS.index("weight"))
-CLIPPED = tl.constexpr(FIRST.value + STATISTICS.index("clipped"))
-ACTIVE = tl.constexpr(FIRST.value + STATISTICS.index("active"))
-LOGITS = tl.constexpr(FIRST.value + STATISTICS.index("logits"))
-LOGITS_SQ = tl.constexpr(FIRST.value + STATISTICS.index("logits_sq"))
-CORRECT = tl.constexpr(FIRST.value + STATISTICS.index("implicit_acc"))
-COEF = tl.constexpr(FIRST.value + STATISTICS.index("coef"))
-COEF_SQ = tl.constexpr(FIRST.value + STATISTICS.index("coef_sq"))
-GRAD_SQ = tl.constexpr(FIRST.value + STATISTICS.index("grad_sq"))
-# ... and the pair's bin.
-BIN = tl.constexpr(FIRST.value + len(STATISTICS))
-WIDTH = tl.constexpr(32)
-ROWS = tl.constexpr(8)  # pairs at a time
-# Rows of the records, each [B]: of winner and loser error, reference error, gap, ratio, weight and coefficient, in this
-# order, and of the pair:
+METRIC_COLUMNS = tl.constexpr(16)
+STATISTIC_COUNT = tl.constexpr(len(STATISTICS))
+STATISTIC_COLUMNS = tl.constexpr(32)
+ROWS = tl.constexpr(8)  # pairs at a time: few, for a thread holds all numbers of the pairs whose columns it makes
+# A pair's record, rows of [RECORD, B]: of winner and loser the error, reference error, gap, ratio, weight and coefficient,
+# in this order; and of the pair:
 PAIR_LOGITS = tl.constexpr(12)
 PAIR_LOSS = tl.constexpr(13)
 PAIR_ACTIVE = tl.constexpr(14)
@@ -73,112 +54,96 @@ def store_record(records, pair, pairs, error, ref_err, gap, ratio, weight, coef,
 
 
 @triton.jit
-def _facts(
-    records,
-    timesteps,
-    pair,  # [ROWS, 1]
-    pairs,
-    unit,  # §8: what frees a coefficient of sizes
-    clip_min,
-    clip_max,
-    timestep_stride,
-    bins,
-    top,
-    METHOD: tl.constexpr,
-    SKIP: tl.constexpr,
-    LEVELS: tl.constexpr,
-):
-    """``[ROWS, WIDTH]``: what these pairs add to each sum. Zeros for a pair that there is not."""
-    inside = pair < pairs
-    at = records + pair
+def _load(records, pair, pairs, number: tl.constexpr):
     # .cg: past the first-level cache, which is not coherent with what other programs just wrote.
-    error_w = tl.load(at, mask=inside, other=0.0, cache_modifier=".cg")
-    error_l = tl.load(at + pairs, mask=inside, other=0.0, cache_modifier=".cg")
-    ref_w = tl.load(at + 2 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
-    ref_l = tl.load(at + 3 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
-    gap_w = tl.load(at + 4 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
-    gap_l = tl.load(at + 5 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
-    ratio_w = tl.load(at + 6 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
-    ratio_l = tl.load(at + 7 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
-    weight_w = tl.load(at + 8 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
-    weight_l = tl.load(at + 9 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
-    z = tl.load(at + PAIR_LOGITS * pairs, mask=inside, other=0.0, cache_modifier=".cg")
-    pair_loss = tl.load(at + PAIR_LOSS * pairs, mask=inside, other=0.0, cache_modifier=".cg")
-    active = tl.load(at + PAIR_ACTIVE * pairs, mask=inside, other=0.0, cache_modifier=".cg")
+    return tl.load(records + number * pairs + pair, mask=pair < pairs, other=0.0, cache_modifier=".cg")
 
-    weight = 0.5 * (weight_w + weight_l)
-    correct = tl.where(z > 0, 1.0, tl.where(z == 0, 0.5, 0.0))  # a tie counts one half
+
+@triton.jit
+def _clipped(ratio_w, ratio_l, clip_min, clip_max, METHOD: tl.constexpr):
     if METHOD == DIFFUSION_DPO:
-        clipped = 0.0 * active
-    else:
-        clipped = 0.5 * ((ratio_w < clip_min) | (ratio_w > clip_max)).to(tl.float64)
-        clipped += 0.5 * ((ratio_l < clip_min) | (ratio_l > clip_max)).to(tl.float64)
+        return 0.0 * ratio_w
+    clipped_w = ((ratio_w < clip_min) | (ratio_w > clip_max)).to(tl.float64)
+    clipped_l = ((ratio_l < clip_min) | (ratio_l > clip_max)).to(tl.float64)
+    return 0.5 * (clipped_w + clipped_l)
+
+
+@triton.jit
+def _correct(z):  # a tie counts one half
+    return tl.where(z > 0, 1.0, tl.where(z == 0, 0.5, 0.0))
+
+
+@triton.jit
+def _metrics(records, pair, pairs, clip_min, clip_max, METHOD: tl.constexpr, SKIP: tl.constexpr):
+    """``[ROWS, METRIC_COLUMNS]``: what these pairs, ``[ROWS, 1]``, add to each metric's sum."""
+    inside = pair < pairs
+    column = tl.arange(0, METRIC_COLUMNS)[None, :]
+    error_w, error_l = _load(records, pair, pairs, 0), _load(records, pair, pairs, 1)
+    gap_w, gap_l = _load(records, pair, pairs, 4), _load(records, pair, pairs, 5)
+    z = _load(records, pair, pairs, PAIR_LOGITS)
     nothing = 0.0 * error_w + 0.0 * error_l + 0.0 * gap_w + 0.0 * gap_l + 0.0 * z  # NaN where one is not finite
     whole = (nothing == 0) & inside
     counted = whole if SKIP else inside  # means are over finite pairs alone where the others are skipped
 
-    column = tl.arange(0, WIDTH)[None, :]
-    facts = tl.where(column == IMPLICIT_ACC, correct, tl.full([ROWS, WIDTH], 0.0, tl.float64))
-    facts = tl.where(column == MODEL_MSE, 0.5 * (error_w + error_l), facts)
-    facts = tl.where(column == REF_MSE, 0.5 * (ref_w + ref_l), facts)
-    facts = tl.where(column == REWARD_MARGIN, z, facts)
-    facts = tl.where(column == WIN_GAP, gap_w, facts)
-    facts = tl.where(column == LOSE_GAP, gap_l, facts)
-    facts = tl.where(column == WEIGHT_MEAN, weight, facts)
-    facts = tl.where(column == CLIP_FRACTION, clipped, facts)
-    facts = tl.where(counted, facts, 0.0)
-    facts = tl.where(column == LOSS, pair_loss, facts)
-    facts = tl.where(column == ACTIVE_FRACTION, active, facts)
-    facts = tl.where(column == NONFINITE_PAIRS, (inside & ~whole).to(tl.float64), facts)
-    facts = tl.where(column == COUNTED, counted.to(tl.float64), facts)
-    if LEVELS:
-        k_w = unit * tl.load(at + 10 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
-        k_l = unit * tl.load(at + 11 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
-        facts = tl.where(column == MODEL_ERROR_W, error_w, facts)
-        facts = tl.where(column == MODEL_ERROR_L, error_l, facts)
-        facts = tl.where(column == REF_ERROR_W, ref_w, facts)
-        facts = tl.where(column == REF_ERROR_L, ref_l, facts)
-        facts = tl.where(column == GAP_W, gap_w, facts)
-        facts = tl.where(column == GAP_L, gap_l, facts)
-        facts = tl.where(column == RATIO, 0.5 * (ratio_w + ratio_l), facts)
-        facts = tl.where(column == WEIGHT, weight, facts)
-        facts = tl.where(column == CLIPPED, clipped, facts)
-        facts = tl.where(column == ACTIVE, active, facts)
-        facts = tl.where(column == LOGITS, z, facts)
-        facts = tl.where(column == LOGITS_SQ, z * z, facts)
-        facts = tl.where(column == CORRECT, correct, facts)
-        facts = tl.where(column == COEF, k_w, facts)
-        facts = tl.where(column == COEF_SQ, k_w * k_w, facts)
-        facts = tl.where(column == GRAD_SQ, k_w * k_w * error_w + k_l * k_l * error_l, facts)
-        # A pair with a number that is not finite in float32 counts, and adds nothing else.
-        statistics = tl.where(column < FIRST, 0.0, facts.to(tl.float32))
-        fits = (tl.sum(0.0 * statistics, 1) == 0)[:, None]
-        facts = tl.where(fits | (column < FIRST), facts, 0.0)
-        facts = tl.where(column == FIRST, (fits & inside).to(tl.float64), facts)
-        facts = tl.where(column == FIRST + 1, (inside & ~fits).to(tl.float64), facts)
-        timestep = widen(tl.load(timesteps + pair.to(tl.int64) * timestep_stride, mask=inside, other=0), tl.float64)
-        place = (timestep * bins / top).to(tl.float32)  # of σ in float32, its own type; NaN: 0
-        place = tl.where(place >= 0, tl.where(place < bins, place, bins - 1), 0.0)
-        facts = tl.where(column == BIN, place.to(tl.int32).to(tl.float64), facts)
-    return facts
+    x = tl.where(column == IMPLICIT_ACC, _correct(z), tl.full([ROWS, METRIC_COLUMNS], 0.0, tl.float64))
+    x = tl.where(column == MODEL_MSE, 0.5 * (error_w + error_l), x)
+    x = tl.where(column == REF_MSE, 0.5 * (_load(records, pair, pairs, 2) + _load(records, pair, pairs, 3)), x)
+    x = tl.where(column == REWARD_MARGIN, z, x)
+    x = tl.where(column == WIN_GAP, gap_w, x)
+    x = tl.where(column == LOSE_GAP, gap_l, x)
+    x = tl.where(column == WEIGHT_MEAN, 0.5 * (_load(records, pair, pairs, 8) + _load(records, pair, pairs, 9)), x)
+    ratio_w, ratio_l = _load(records, pair, pairs, 6), _load(records, pair, pairs, 7)
+    x = tl.where(column == CLIP_FRACTION, _clipped(ratio_w, ratio_l, clip_min, clip_max, METHOD), x)
+    x = tl.where(counted, x, 0.0)
+    x = tl.where(column == LOSS, _load(records, pair, pairs, PAIR_LOSS), x)
+    x = tl.where(column == ACTIVE_FRACTION, _load(records, pair, pairs, PAIR_ACTIVE), x)
+    x = tl.where(column == NONFINITE_PAIRS, (inside & ~whole).to(tl.float64), x)
+    return tl.where(column == COUNTED, counted.to(tl.float64), x)
 
 
 @triton.jit
-def _add_levels(levels, facts, count, bins):
-    """Adds so many rows of ``facts`` to their bins, one after another.
+def _statistics(records, pair, pairs, unit, clip_min, clip_max, METHOD: tl.constexpr):
+    """``[ROWS, STATISTIC_COLUMNS]`` float32: what these pairs add to their bins.
+
+    Nothing but to ``nonfinite`` where a number is not finite in float32.
+    """
+    column = tl.arange(0, STATISTIC_COLUMNS)[None, :]
+    x = tl.full([ROWS, STATISTIC_COLUMNS], 0.0, tl.float64)
+    error_w, error_l = _load(records, pair, pairs, 0), _load(records, pair, pairs, 1)
+    x = tl.where(column == 2, error_w, tl.where(column == 3, error_l, x))
+    x = tl.where(column == 4, _load(records, pair, pairs, 2), tl.where(column == 5, _load(records, pair, pairs, 3), x))
+    x = tl.where(column == 6, _load(records, pair, pairs, 4), tl.where(column == 7, _load(records, pair, pairs, 5), x))
+    ratio_w, ratio_l = _load(records, pair, pairs, 6), _load(records, pair, pairs, 7)
+    x = tl.where(column == 8, 0.5 * (ratio_w + ratio_l), x)
+    x = tl.where(column == 9, 0.5 * (_load(records, pair, pairs, 8) + _load(records, pair, pairs, 9)), x)
+    x = tl.where(column == 10, _clipped(ratio_w, ratio_l, clip_min, clip_max, METHOD), x)
+    x = tl.where(column == 11, _load(records, pair, pairs, PAIR_ACTIVE), x)
+    z = _load(records, pair, pairs, PAIR_LOGITS)
+    x = tl.where(column == 12, z, tl.where(column == 13, z * z, tl.where(column == 14, _correct(z), x)))
+    k_w, k_l = unit * _load(records, pair, pairs, 10), unit * _load(records, pair, pairs, 11)
+    x = tl.where(column == 15, k_w, tl.where(column == 16, k_w * k_w, x))
+    x = tl.where(column == 17, k_w * k_w * error_w + k_l * k_l * error_l, x)
+    single = x.to(tl.float32)
+    whole = (tl.sum(0.0 * single, 1) == 0)[:, None]
+    single = tl.where(whole, single, 0.0)
+    return tl.where(column == 0, whole.to(tl.float32), tl.where(column == 1, 1.0 - whole.to(tl.float32), single))
+
+
+@triton.jit
+def _add_levels(levels, bin_of, statistics, count, bins):
+    """Adds so many pairs to their bins, one after another.
 
     Each row works out what its bin holds in the end: those of the same bin come to the same number and all store it.
     """
     row = tl.arange(0, ROWS)[:, None]
-    column = tl.arange(0, WIDTH)[None, :]
-    bin_of = tl.sum(tl.where(column == BIN, facts, 0.0), 1).to(tl.int32)[:, None]
-    at = levels + (column - FIRST) * bins + bin_of
-    inside = (row < count) & (column >= FIRST) & (column < BIN)
+    column = tl.arange(0, STATISTIC_COLUMNS)[None, :]
+    at = levels + column * bins + bin_of
+    inside = (row < count) & (column < STATISTIC_COUNT)
     total = tl.load(at, mask=inside, other=0.0)
     for i in range(count):
-        one = tl.sum(tl.where(row == i, facts, 0.0), 0)[None, :]
+        one = tl.sum(tl.where(row == i, statistics, 0.0), 0)[None, :]
         its_bin = tl.sum(tl.where(row == i, bin_of, 0), 0)[None, :]
-        total += tl.where(its_bin == bin_of, one.to(tl.float32), 0.0)
+        total += tl.where(its_bin == bin_of, one, 0.0)
     tl.debug_barrier()  # until every thread has read what the others overwrite
     tl.store(at, total, mask=inside)
     tl.debug_barrier()
@@ -208,28 +173,11 @@ def report(
     LEVELS: tl.constexpr,
 ):
     """The batch's numbers, written and added to the running sums, once all pairs are recorded."""
-    column = tl.arange(0, WIDTH)
-    sums = tl.full([WIDTH], 0.0, tl.float64)
-    unit = (tl.full([], 0.0, tl.float64) + elements) / (beta * loss_scale)
+    column = tl.arange(0, METRIC_COLUMNS)
+    sums = tl.full([METRIC_COLUMNS], 0.0, tl.float64)
     for first in range(0, pairs, ROWS):
-        facts = _facts(
-            records,
-            timesteps,
-            first + tl.arange(0, ROWS)[:, None],
-            pairs,
-            unit,
-            clip_min,
-            clip_max,
-            timestep_stride,
-            bins,
-            top,
-            METHOD,
-            SKIP,
-            LEVELS,
-        )
-        sums += tl.sum(facts, 0)
-        if LEVELS:
-            _add_levels(levels, facts, min(pairs - first, ROWS), bins)
+        pair = first + tl.arange(0, ROWS)[:, None]
+        sums += tl.sum(_metrics(records, pair, pairs, clip_min, clip_max, METHOD, SKIP), 0)
     counted = tl.sum(tl.where(column == COUNTED, sums, 0.0), 0)
     value = tl.where(counted > 0, sums / tl.where(counted > 0, counted, 1.0), 0.0)
     value = tl.where(column == LOSS, sums / pairs if PER_PAIR else sums * loss_scale, value)
@@ -244,3 +192,12 @@ def report(
         at = metrics + column
         tl.store(at, tl.load(at, mask=kept) + single, mask=kept)
         tl.store(at + COUNTED, tl.load(at + COUNTED, mask=kept) + 1.0, mask=kept)
+    if LEVELS:
+        unit = (tl.full([], 0.0, tl.float64) + elements) / (beta * loss_scale)  # frees a coefficient of sizes
+        for first in range(0, pairs, ROWS):
+            pair = first + tl.arange(0, ROWS)[:, None]
+            statistics = _statistics(records, pair, pairs, unit, clip_min, clip_max, METHOD)
+            timestep = tl.load(timesteps + pair.to(tl.int64) * timestep_stride, mask=pair < pairs, other=0)
+            place = (widen(timestep, tl.float64) * bins / top).to(tl.float32)  # of σ in float32, its own type; NaN: 0
+            place = tl.where(place >= 0, tl.where(place < bins, place, bins - 1), 0.0)
+            _add_levels(levels, place.to(tl.int32), statistics, min(pairs - first, ROWS), bins)
