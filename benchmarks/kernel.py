@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks import baselines
 from benchmarks.cases import BOTH, Case, is_headline, kernel_cases, select, table_cases
 from benchmarks.suite import Suite, add_options, announce, default_output
-from benchmarks.summary import STATES, print_summary, summarize
+from benchmarks.summary import STATES, print_summary, summarize, table
 
 BUDGET = {"cuda": 470.0, "cpu": 570.0}
 SECONDS = {"cuda": 0.6, "cpu": 1.2}
@@ -139,10 +139,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         default="auto",
         help="cases torch.compile also gets mode='max-autotune' for (default: some on a GPU, none on a CPU)",
     )
-    parser.add_argument("--summary", metavar="FILE", type=Path, help="print the summary of a results file, and end")
+    parser.add_argument(
+        "--summary", metavar="FILE", type=Path, help="print a results file's summary and README's table of it, and end"
+    )
     args = parser.parse_args(argv)
     if args.summary:
-        print_summary(json.loads(args.summary.read_text(encoding="utf-8")))
+        results = json.loads(args.summary.read_text(encoding="utf-8"))
+        print_summary(results)
+        print(f"\n{table(results)}")
     else:
         run(args)
 

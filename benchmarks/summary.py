@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.baselines import COMPILED, UPCAST
-from benchmarks.cases import Case, headline_cases
+from benchmarks.cases import TRAINED, Case, count, fraction, headline_cases
 
 # Caches before each call (measure.py): as a network's pass leaves them, and as another implementation leaves them.
 STATES = ("cold", "in turn")
@@ -53,6 +53,47 @@ def _of_group(results: dict[str, Any], cases: Sequence[Case], state: str) -> dic
         "smallest": min(ratios, default=None),
         "missing": missing,
     }
+
+
+def table(results: dict[str, Any]) -> str:
+    """The headline cases as README.md quotes them: Markdown, a row for each, times *cold* / *in turn*."""
+    entries = {(Case.of(entry), entry["state"]): entry["results"] for entry in results["cases"]}
+    lines = [
+        "| batch | target | upstream | torch.compile, ms | ours, ms | as fast as torch.compile | as torch |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for case in dict.fromkeys(case for group in headline_cases().values() for case in group):
+        found = [entries.get((case, state), {}) for state in STATES]
+        names = (COMPILED, results["auto"], UPCAST)
+        compiled, ours, plain = (
+            [timed[name]["wall_ms"]["median"] if name in timed else None for timed in found] for name in names
+        )
+        if ours[0] is None:
+            continue
+        ratios = [_cell(_ratios(rival, ours), "×", lost=True) for rival in (compiled, plain)]
+        batch = f"{case.label}, {count(case.pairs)} `{list(case.shape)}`"
+        cells = [batch, _target(case), fraction(case.upstream), _cell(compiled), _cell(ours), *ratios]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _target(case: Case) -> str:
+    """``"float32, shared, errors given"``."""
+    given = [case.target] + ["shared"] * case.shared_target + ["errors given"] * case.ref_error
+    return ", ".join(given) + ("" if case.dtype == TRAINED else f" (predictions {case.dtype})")
+
+
+def _ratios(rival: Sequence[float | None], ours: Sequence[float | None]) -> list[float | None]:
+    return [a / b if a is not None and b is not None else None for a, b in zip(rival, ours, strict=True)]
+
+
+def _cell(values: Sequence[float | None], unit: str = "", lost: bool = False) -> str:
+    """``"0.47 / 0.15"``; a dash where a state was not measured, bold where a ratio is below 1."""
+    texts = []
+    for value in values:
+        text = "–" if value is None else f"{value:.2f}{unit}" if value < 10 else f"{value:.3g}{unit}"
+        texts.append(f"**{text}**" if lost and value is not None and value < 1 else text)
+    return " / ".join(texts)
 
 
 def print_summary(results: dict[str, Any]) -> None:

@@ -45,7 +45,7 @@ class _Numbers(ctypes.Structure):
 
 
 class _Args(ctypes.Structure):
-    """``sipo::Args`` of csrc/cuda/pair_loss.cu, field by field."""
+    """``sipo::Args`` of csrc/cuda/call.h, field by field."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("model", "ref", "target")),

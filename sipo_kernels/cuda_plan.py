@@ -64,22 +64,23 @@ class Call(NamedTuple):
     shared_target: bool = False
     with_grad: bool = True
 
-    def bytes_twice(self, samples: int) -> int:
-        """Bytes of one element of policy and target, which are needed twice, in ``samples`` samples.
-
-        They are counted winner, loser, winner, ...; a shared target goes with the winner.
-        """
-        policy, target = self.item_bytes
-        return samples * policy + (-(-samples // 2) if self.shared_target else samples) * target
-
     @property
     def vector(self) -> int:
         """Elements of a sample that a thread handles at a time."""
         return {VECTOR: 16 // self.item_bytes[0], MIXED: 4, ANY: 1}[self.reader]
 
-    def slot_bytes(self, samples: int) -> int:
-        """Shared memory that so many sample tiles take."""
-        return THREADS * self.vector * self.bytes_twice(samples)
+    @property
+    def slot_bytes(self) -> int:
+        """Shared memory for a sample tile's ``d``, in the type that the gradient is computed in."""
+        return THREADS * self.vector * (8 if 8 in self.item_bytes else 4)
+
+    def again(self, samples: int) -> int:
+        """Bytes of one element of policy and target that the gradient needs again, in so many samples.
+
+        Counted winner, loser, winner, ...; a shared target is needed until the loser's ``d`` is there.
+        """
+        policy, target = self.item_bytes
+        return samples * policy + (samples // 2 if self.shared_target else samples) * target
 
 
 class Plan(NamedTuple):
@@ -93,7 +94,7 @@ class Plan(NamedTuple):
         blocks: thread blocks of the launch.
         parts: most blocks that share one pair, and so partial sums of it.
         lead: tiles of the next group that a block reduces before this group's gradient.
-        hold: sample tiles that a block keeps in shared memory.
+        hold: sample tiles whose ``d`` a block keeps in shared memory.
         keep: fraction of the remaining lines that the L2 cache is asked to keep.
         shared_bytes: dynamic shared memory of a block.
         one_pass: whether reduction and gradient are one launch.
@@ -143,13 +144,11 @@ class Traffic(NamedTuple):
 
 
 def slots(gpu: Gpu, call: Call) -> int:
-    """Sample tiles that fit into the shared memory of one block."""
+    """Sample tiles whose ``d`` fits into the shared memory of one block."""
     if call.reader != VECTOR:
         return 0
     room = min(gpu.shared_bytes_per_sm // BLOCKS_PER_SM - RESERVED_BYTES, gpu.shared_bytes_per_block)
-    room -= SCRATCH_BYTES
-    hold = 2 * max(0, room // call.slot_bytes(2))
-    return hold + 1 if call.slot_bytes(hold + 1) <= room else hold
+    return max(0, (room - SCRATCH_BYTES) // call.slot_bytes)
 
 
 def make_plan(gpu: Gpu, call: Call) -> Plan:
@@ -166,10 +165,10 @@ def make_plan(gpu: Gpu, call: Call) -> Plan:
     most_blocks = BLOCKS_PER_SM * gpu.sms
     hold = slots(gpu, call)
 
-    # Bytes to be found again, of one pair and of one tile of each block, and the room for them.
-    pair_bytes = elements * call.bytes_twice(2)
+    # Bytes to be found again, of one pair and of one tile of each block, and what there is room for.
+    pair_bytes = elements * call.again(2)
     step_bytes = most_blocks * pair_bytes * tile // max(elements, tile)
-    room = most_blocks * call.slot_bytes(hold) + L2_SHARE * gpu.l2_bytes
+    room = most_blocks * tile * call.again(hold) + L2_SHARE * gpu.l2_bytes
 
     # A group fills the chip, and half of the room: the other half is for what the estimate left out.
     group = max(1, -(-most_blocks // tiles), int(room / 2) // pair_bytes)
@@ -183,7 +182,7 @@ def make_plan(gpu: Gpu, call: Call) -> Plan:
     longest = -(-group * tiles // blocks)
     hold = min(hold, 2 * max(0, longest - lead))
 
-    share = call.bytes_twice(hold) / call.bytes_twice(2 * longest)
+    share = call.again(hold) / call.again(2 * longest)
     unheld = group * pair_bytes * max(0.0, 1 - share) + (step_bytes if lead else 0)
     keep = min(1.0, L2_SHARE * gpu.l2_bytes / unheld) if unheld else 1.0
     return Plan(
@@ -196,25 +195,26 @@ def make_plan(gpu: Gpu, call: Call) -> Plan:
         lead=lead,
         hold=hold,
         keep=keep,
-        shared_bytes=SCRATCH_BYTES + (call.slot_bytes(hold) if call.with_grad else 0),
+        shared_bytes=SCRATCH_BYTES + (hold * call.slot_bytes if call.with_grad else 0),
         one_pass=gpu.cooperative,
     )
 
 
 def traffic(plan: Plan, call: Call) -> Traffic:
     """What the plan expects, of a call with a reference and a gradient."""
-    pair_bytes = plan.tiles * plan.tile * call.bytes_twice(2)
-    held, waiting = 0, []
+    tile_bytes = plan.tile * call.again(2)
+    held = waiting = unheld_before = 0
     for k in range(plan.groups):
         members = min(plan.group, call.pairs - k * plan.group)
         runs = plan.runs(members)
-        held_now = sum(call.slot_bytes(plan.held(run)) for run in runs)
+        # When a group's gradient begins, the first tiles of the next group wait as well.
+        waiting = max(waiting, unheld_before + sum(min(plan.lead, len(run)) for run in runs) * tile_bytes)
+        held_now = sum(call.again(plan.held(run)) for run in runs) * plan.tile
+        unheld_before = members * plan.tiles * tile_bytes - held_now
         held += held_now
-        lead = sum(min(plan.lead, len(run)) for run in runs) * plan.tile * call.bytes_twice(2)
-        waiting.append((members * pair_bytes - held_now, lead))
-    # When a group's gradient begins, the first tiles of the next group are there too.
-    most = max(here + lead for (here, _), (_, lead) in zip(waiting, [*waiting[1:], (0, 0)], strict=True))
+    waiting = max(waiting, unheld_before)
+    pair_bytes = plan.tiles * tile_bytes
     once = plan.tiles * plan.tile * 4 * call.item_bytes[0]  # of a pair: the reference, and the gradient
     floor = call.pairs * (pair_bytes + once)
     missed = (1 - plan.keep) * (call.pairs * pair_bytes - held)
-    return Traffic(floor, floor + missed, held / (call.pairs * pair_bytes), most)
+    return Traffic(floor, floor + missed, held / (call.pairs * pair_bytes), waiting)

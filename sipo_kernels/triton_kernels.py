@@ -6,6 +6,7 @@ What a backend offers (``forward``, ``gradient`` and ``mend``), each of them one
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -115,6 +116,8 @@ def forward(
             settings.mask_threshold,
             settings.loss_scale(pairs),
             settings.smoothing,
+            math.log1p(-settings.smoothing),
+            math.log(settings.smoothing) if settings.smoothing > 0 else -math.inf,
             settings.winner_preserving if preserving else 0.0,
             top,
             0.0 if isinstance(expected, Tensor) else float(expected),

@@ -158,8 +158,8 @@ def _sum_partials(partial, both, parts, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _apply_link(z, smoothing, LINK: tl.constexpr, SMOOTHED: tl.constexpr):
-    """§5's ℓ(z) and §6's −ℓ'(z). NaN stays NaN."""
+def _apply_link(z, smoothing, log_label, log_other, LINK: tl.constexpr, SMOOTHED: tl.constexpr):
+    """§5's ℓ(z) and §6's −ℓ'(z). NaN stays NaN. The logarithms are those of 1 − ε and ε."""
     if LINK == IPO:
         return (z - 0.5) * (z - 0.5), 1.0 - 2.0 * z
     if LINK == HINGE:
@@ -173,10 +173,7 @@ def _apply_link(z, smoothing, LINK: tl.constexpr, SMOOTHED: tl.constexpr):
     softplus = tl.where(z != z, z, tl.where(z < 0, -z, 0.0)) + tail  # of −z
     sigmoid = tl.where(z >= 0, decay, 1.0) / (1.0 + decay)  # of −z
     if LINK == DMPO:
-        # A tensor, because in the interpreter it is a number, of which log makes a float32.
-        other = tl.full([], 0.0, tl.float64) + smoothing
-        log_label = tl.log(1.0 - other)
-        pull = sigmoid * (log_label - tl.log(other) - z)
+        pull = sigmoid * (log_label - log_other - z)
         return pull - log_label - softplus, tl.where(z >= 0, 1.0, decay) / (1.0 + decay) * pull
     if SMOOTHED:  # (1 − ε) softplus(−z) + ε softplus(z)
         return tl.where(z < 0, (smoothing - 1.0) * z, smoothing * z) + tail, sigmoid - smoothing
@@ -216,6 +213,8 @@ def finish_pair(
     mask_threshold,
     loss_scale,
     smoothing,
+    log_label,
+    log_other,
     winner_preserving,
     METHOD: tl.constexpr,
     LINK: tl.constexpr,
@@ -269,7 +268,7 @@ def finish_pair(
     if HAS_WEIGHT:
         a *= tl.load(error_weight + both).to(tl.float64)
     z = -0.5 * beta * tl.sum(sign * a * gap, 0)
-    penalty, pull = _apply_link(z, smoothing, LINK, SMOOTHED)
+    penalty, pull = _apply_link(z, smoothing, log_label, log_other, LINK, SMOOTHED)
     pair_loss = b * active.to(tl.float64) * penalty
     if SKIP:
         whole = (tl.sum(finite(error + gap).to(tl.int32), 0) == 2) & finite(z)

@@ -30,8 +30,8 @@ METRIC_COLUMNS = tl.constexpr(16)
 STATISTIC_COUNT = tl.constexpr(len(STATISTICS))
 STATISTIC_COLUMNS = tl.constexpr(32)
 ROWS = tl.constexpr(8)  # pairs at a time: few, for a thread holds all numbers of the pairs whose columns it makes
-# A pair's record, rows of [RECORD, B]: of winner and loser the error, reference error, gap, ratio, weight and coefficient,
-# in this order; and of the pair:
+# A pair's record, rows of [RECORD, B]: of winner and loser the error, reference error, gap, ratio, weight and
+# coefficient, in this order; and of the pair:
 PAIR_LOGITS = tl.constexpr(12)
 PAIR_LOSS = tl.constexpr(13)
 PAIR_ACTIVE = tl.constexpr(14)
@@ -54,15 +54,9 @@ def store_record(records, pair, pairs, error, ref_err, gap, ratio, weight, coef,
 
 
 @triton.jit
-def _load(records, pair, pairs, number: tl.constexpr):
-    # .cg: past the first-level cache, which is not coherent with what other programs just wrote.
-    return tl.load(records + number * pairs + pair, mask=pair < pairs, other=0.0, cache_modifier=".cg")
-
-
-@triton.jit
 def _clipped(ratio_w, ratio_l, clip_min, clip_max, METHOD: tl.constexpr):
     if METHOD == DIFFUSION_DPO:
-        return 0.0 * ratio_w
+        return tl.full([ROWS, 1], 0.0, tl.float64)
     clipped_w = ((ratio_w < clip_min) | (ratio_w > clip_max)).to(tl.float64)
     clipped_l = ((ratio_l < clip_min) | (ratio_l > clip_max)).to(tl.float64)
     return 0.5 * (clipped_w + clipped_l)
@@ -77,26 +71,35 @@ def _correct(z):  # a tie counts one half
 def _metrics(records, pair, pairs, clip_min, clip_max, METHOD: tl.constexpr, SKIP: tl.constexpr):
     """``[ROWS, METRIC_COLUMNS]``: what these pairs, ``[ROWS, 1]``, add to each metric's sum."""
     inside = pair < pairs
-    column = tl.arange(0, METRIC_COLUMNS)[None, :]
-    error_w, error_l = _load(records, pair, pairs, 0), _load(records, pair, pairs, 1)
-    gap_w, gap_l = _load(records, pair, pairs, 4), _load(records, pair, pairs, 5)
-    z = _load(records, pair, pairs, PAIR_LOGITS)
+    at = records + pair
+    # .cg: past the first-level cache, which is not coherent with what other programs just wrote.
+    error_w = tl.load(at + 0 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
+    error_l = tl.load(at + 1 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
+    ref_w = tl.load(at + 2 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
+    ref_l = tl.load(at + 3 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
+    gap_w = tl.load(at + 4 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
+    gap_l = tl.load(at + 5 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
+    ratio_w = tl.load(at + 6 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
+    ratio_l = tl.load(at + 7 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
+    weight_w = tl.load(at + 8 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
+    weight_l = tl.load(at + 9 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
+    z = tl.load(at + PAIR_LOGITS * pairs, mask=inside, other=0.0, cache_modifier=".cg")
+    pair_loss = tl.load(at + PAIR_LOSS * pairs, mask=inside, other=0.0, cache_modifier=".cg")
+    active = tl.load(at + PAIR_ACTIVE * pairs, mask=inside, other=0.0, cache_modifier=".cg")
     nothing = 0.0 * error_w + 0.0 * error_l + 0.0 * gap_w + 0.0 * gap_l + 0.0 * z  # NaN where one is not finite
     whole = (nothing == 0) & inside
     counted = whole if SKIP else inside  # means are over finite pairs alone where the others are skipped
-
+    column = tl.arange(0, METRIC_COLUMNS)[None, :]
     x = tl.where(column == IMPLICIT_ACC, _correct(z), tl.full([ROWS, METRIC_COLUMNS], 0.0, tl.float64))
     x = tl.where(column == MODEL_MSE, 0.5 * (error_w + error_l), x)
-    x = tl.where(column == REF_MSE, 0.5 * (_load(records, pair, pairs, 2) + _load(records, pair, pairs, 3)), x)
+    x = tl.where(column == REF_MSE, 0.5 * (ref_w + ref_l), x)
     x = tl.where(column == REWARD_MARGIN, z, x)
-    x = tl.where(column == WIN_GAP, gap_w, x)
-    x = tl.where(column == LOSE_GAP, gap_l, x)
-    x = tl.where(column == WEIGHT_MEAN, 0.5 * (_load(records, pair, pairs, 8) + _load(records, pair, pairs, 9)), x)
-    ratio_w, ratio_l = _load(records, pair, pairs, 6), _load(records, pair, pairs, 7)
+    x = tl.where(column == WIN_GAP, gap_w, tl.where(column == LOSE_GAP, gap_l, x))
+    x = tl.where(column == WEIGHT_MEAN, 0.5 * (weight_w + weight_l), x)
     x = tl.where(column == CLIP_FRACTION, _clipped(ratio_w, ratio_l, clip_min, clip_max, METHOD), x)
     x = tl.where(counted, x, 0.0)
-    x = tl.where(column == LOSS, _load(records, pair, pairs, PAIR_LOSS), x)
-    x = tl.where(column == ACTIVE_FRACTION, _load(records, pair, pairs, PAIR_ACTIVE), x)
+    x = tl.where(column == LOSS, pair_loss, x)
+    x = tl.where(column == ACTIVE_FRACTION, active, x)
     x = tl.where(column == NONFINITE_PAIRS, (inside & ~whole).to(tl.float64), x)
     return tl.where(column == COUNTED, counted.to(tl.float64), x)
 
@@ -107,20 +110,33 @@ def _statistics(records, pair, pairs, unit, clip_min, clip_max, METHOD: tl.const
 
     Nothing but to ``nonfinite`` where a number is not finite in float32.
     """
-    column = tl.arange(0, STATISTIC_COLUMNS)[None, :]
+    inside = pair < pairs
+    at = records + pair
+    error_w = tl.load(at + 0 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
+    error_l = tl.load(at + 1 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
+    ref_w = tl.load(at + 2 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
+    ref_l = tl.load(at + 3 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
+    gap_w = tl.load(at + 4 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
+    gap_l = tl.load(at + 5 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
+    ratio_w = tl.load(at + 6 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
+    ratio_l = tl.load(at + 7 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
+    weight_w = tl.load(at + 8 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
+    weight_l = tl.load(at + 9 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
+    coef_w = tl.load(at + 10 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
+    coef_l = tl.load(at + 11 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
+    z = tl.load(at + PAIR_LOGITS * pairs, mask=inside, other=0.0, cache_modifier=".cg")
+    active = tl.load(at + PAIR_ACTIVE * pairs, mask=inside, other=0.0, cache_modifier=".cg")
+    k_w, k_l = unit * coef_w, unit * coef_l
+    column = tl.arange(0, STATISTIC_COLUMNS)[None, :]  # in the order of STATISTICS
     x = tl.full([ROWS, STATISTIC_COLUMNS], 0.0, tl.float64)
-    error_w, error_l = _load(records, pair, pairs, 0), _load(records, pair, pairs, 1)
     x = tl.where(column == 2, error_w, tl.where(column == 3, error_l, x))
-    x = tl.where(column == 4, _load(records, pair, pairs, 2), tl.where(column == 5, _load(records, pair, pairs, 3), x))
-    x = tl.where(column == 6, _load(records, pair, pairs, 4), tl.where(column == 7, _load(records, pair, pairs, 5), x))
-    ratio_w, ratio_l = _load(records, pair, pairs, 6), _load(records, pair, pairs, 7)
+    x = tl.where(column == 4, ref_w, tl.where(column == 5, ref_l, x))
+    x = tl.where(column == 6, gap_w, tl.where(column == 7, gap_l, x))
     x = tl.where(column == 8, 0.5 * (ratio_w + ratio_l), x)
-    x = tl.where(column == 9, 0.5 * (_load(records, pair, pairs, 8) + _load(records, pair, pairs, 9)), x)
+    x = tl.where(column == 9, 0.5 * (weight_w + weight_l), x)
     x = tl.where(column == 10, _clipped(ratio_w, ratio_l, clip_min, clip_max, METHOD), x)
-    x = tl.where(column == 11, _load(records, pair, pairs, PAIR_ACTIVE), x)
-    z = _load(records, pair, pairs, PAIR_LOGITS)
+    x = tl.where(column == 11, active, x)
     x = tl.where(column == 12, z, tl.where(column == 13, z * z, tl.where(column == 14, _correct(z), x)))
-    k_w, k_l = unit * _load(records, pair, pairs, 10), unit * _load(records, pair, pairs, 11)
     x = tl.where(column == 15, k_w, tl.where(column == 16, k_w * k_w, x))
     x = tl.where(column == 17, k_w * k_w * error_w + k_l * k_l * error_l, x)
     single = x.to(tl.float32)

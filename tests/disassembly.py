@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Loop(NamedTuple):
-    """One loop: its opcodes, and the instructions that wait for a load of elements while others are yet to be started."""
+    """One loop: its opcodes, and instructions that wait for a load of elements before another is under way."""
 
     opcodes: list[str]
     early_uses: list[str]
@@ -189,7 +189,7 @@ def _blocks(lines: list[str]) -> list[_Block]:
             blocks[-1].labels.append(label[1])
         elif found := _INSTRUCTION.match(line):
             predicate, opcode, operands = found.groups()
-            blocks[-1].code.append(_Instruction(opcode, operands))
+            blocks[-1].code.append(_Instruction(opcode, operands.rstrip()))
             if opcode.startswith(("BRA", "BRX", "JMP", "JMX", "CALL", "EXIT", "RET")):
                 blocks[-1].jumps.extend(re.findall(r"\.L\w+", operands))
                 # `BRA P1, (label)` has a condition too. A call returns; one of a label is a jump, and that is as well.

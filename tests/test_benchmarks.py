@@ -456,6 +456,12 @@ def test_before_runs_untimed_before_every_call() -> None:
     assert min(times["a"].wall_ms) < 2
 
 
+def test_the_readme_quotes_the_committed_file() -> None:
+    results = json.loads((measure.RESULTS / "kernel-cpu.json").read_text(encoding="utf-8"))
+    assert results["complete"] and not any(part["missing"] for part in results["summary"]["table"].values())
+    assert summaries.table(results) in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
 def test_summary_is_median_and_quartiles() -> None:
     assert measure.summary([5.0, 1.0, 3.0, 2.0, 4.0]) == {"median": 3.0, "quartiles": [2.0, 4.0], "runs": 5}
     assert measure.summary([7.0]) == {"median": 7.0, "quartiles": [7.0, 7.0], "runs": 1}

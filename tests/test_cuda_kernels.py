@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import ctypes
+import math
+import re
 import subprocess
-from pathlib import Path
-from typing import Any
+import warnings
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from sipo_kernels import cuda, pair_loss
-from sipo_kernels.cuda_plan import ANY, MIXED, SAME, THREADS, Gpu
+from sipo_kernels import METHODS, METRICS, STATISTICS, Totals, cuda, pair_loss
+from sipo_kernels.contract import Inputs, Settings, Stats
+from sipo_kernels.cuda_plan import ANY, BLOCKS_PER_SM, MIXED, SCRATCH_BYTES, THREADS, VECTOR, Gpu, Plan, make_plan
+from sipo_kernels.output import add_totals
 from tests import emulation
 from tests.cases import Batch, make_batch, run
 from tests.conftest import emulate
@@ -24,6 +30,7 @@ pytestmark = pytest.mark.skipif(
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 OPTIONS: dict[str, Any] = {"method": "sipo", "beta": 3.0, "mask_threshold": 0.0}
+SETTINGS = Settings("sipo", 3.0, "posterior", 0.1, 0.1, 0.0, "mean", False)
 KEEP, STREAM, NORMAL = range(3)  # kinds of policies in emulate.h
 
 
@@ -35,48 +42,82 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL:
     return library
 
 
-def plan_of(batch: Batch) -> cuda.Plan:
-    tensors = [batch.model_pred, batch.ref_pred, batch.target]
-    samples, elements = batch.model_pred.shape[0], batch.model_pred[0].numel()
-    assert cuda.EMULATED is not None
-    return cuda._plan(
-        cuda.EMULATED,
-        pairs=samples // 2,
-        elements=elements,
-        item_bytes=(batch.model_pred.element_size(), batch.target.element_size()),
-        reader=cuda._reader(elements, tensors),
-        shared_target=batch.target.shape[0] != samples,
-        with_grad=True,
-    )
+def launches(library: ctypes.CDLL) -> int:
+    """Kernels since the last call."""
+    counts = (ctypes.c_uint64 * 4)()
+    library.sipo_emulate_statistics(counts)
+    return int(counts[0])
 
 
+class Case(NamedTuple):
+    """Tensors to be read in one way: how, their shape and types, and the bytes of an access to each type's elements."""
+
+    reader: int
+    shape: tuple[int, int]
+    types: tuple[torch.dtype, torch.dtype, torch.dtype]
+
+    def batch(self, shared_target: bool = False) -> Batch:
+        return make_batch(self.shape, self.types, shared_target=shared_target)
+
+    def width(self, tensor: Tensor) -> int:
+        """Bytes of one access to its elements: as many of them as 16 bytes hold of the widest."""
+        if self.reader == ANY:
+            return tensor.element_size()
+        step = 4 if self.reader == MIXED else 16 // self.types[2].itemsize
+        return min(16, step * tensor.element_size())
+
+
+# Samples of SMALL_SAMPLE elements or more are summed in float32, if of half precision; others in float64.
 CASES = {
-    "bf16, several groups": (SAME, (6, 70_000), (BF16,) * 3),
-    "fp32, several groups": (SAME, (10, 16_384), (F32,) * 3),
-    "fp64": (SAME, (4, 6_002), (F64,) * 3),
-    "mixed": (MIXED, (8, 9_000), (BF16, F32, F16)),
-    "odd": (ANY, (8, 5_003), (BF16, F32, F16)),
-    "many small pairs": (MIXED, (60, 64), (BF16,) * 3),
-    "blocks with nothing to do in the last group": (ANY, (6, 1_023), (F32,) * 3),
+    "bf16, several groups": Case(VECTOR, (6, 70_000), (BF16, BF16, BF16)),
+    "bf16 beside fp32, several groups": Case(VECTOR, (6, 70_004), (BF16, BF16, F32)),
+    "fp16 beside fp32, several groups": Case(VECTOR, (4, 67_588), (F16, F16, F32)),
+    "small bf16": Case(VECTOR, (10, 9_000), (BF16, BF16, BF16)),
+    "small fp16 beside fp32, several groups": Case(VECTOR, (8, 25_604), (F16, F16, F32)),
+    "fp32, several groups": Case(VECTOR, (10, 16_384), (F32, F32, F32)),
+    "fp64": Case(VECTOR, (4, 6_002), (F64, F64, F64)),
+    "mixed": Case(MIXED, (8, 9_000), (BF16, F32, F16)),
+    "odd": Case(ANY, (8, 5_003), (BF16, F32, F16)),
+    "many small pairs": Case(VECTOR, (60, 64), (BF16, BF16, F32)),
+    "blocks with nothing to do in the last group": Case(ANY, (6, 1_023), (F32, F32, F32)),
 }
+cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+shared_or_not = pytest.mark.parametrize("shared", [False, True], ids=["own target", "shared target"])
+
+
+def plan_of(batch: Batch) -> Plan:
+    model, ref, target = batch[:3]
+    assert cuda.EMULATED is not None
+    return make_plan(cuda.EMULATED, cuda._call(model, ref, target, torch.empty_like(model)))
+
+
+def running_sums(pairs: int, bins: int = 5) -> Totals:
+    timesteps = torch.arange(pairs) * 7 % 11
+    return Totals(torch.zeros(2, len(METRICS)), torch.zeros(len(STATISTICS), bins), timesteps, 11.0)
+
+
+# ---- The schedule ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("preserving", [None, 0.5])
 @pytest.mark.parametrize("label", CASES)
 def test_same_bits_in_every_order(label: str, preserving: float | None, emulated: ctypes.CDLL) -> None:
-    reader, shape, dtypes = CASES[label]
-    batch = make_batch(shape, dtypes)
-    plan = plan_of(batch)
-    assert plan.reader == reader
-    if "several" in label:
-        assert plan.groups > 1 and plan.lead == 1
-    first: list[torch.Tensor] = []
+    """Gradient, every number, and what is added to running sums."""
+    case = CASES[label]
+    batch = case.batch()
+    plan, pairs = plan_of(batch), case.shape[0] // 2
+    assert cuda._call(*batch[:3], None).reader == case.reader
+    assert ("several groups" in label) <= (plan.groups > 1 and plan.lead == 1)
+    first: list[Tensor] = []
     for seed in range(12):
         emulated.sipo_emulate_configure(seed, 3, 0.2 * (seed % 3))
-        out, grad = run(batch, "cuda", **OPTIONS, winner_preserving=preserving)
-        found = [out.coef, out.loss.detach(), out.logits, out.reward_gap, out.model_error, grad]
+        sums = running_sums(pairs)
+        out, grad = run(batch, "cuda", **OPTIONS, winner_preserving=preserving, totals=sums)
+        assert out.numbers is not None and sums.metrics is not None and sums.levels is not None
+        found = [out.coef, out.logits, out.reward_gap, out.model_error, grad, out.numbers, sums.metrics, sums.levels]
         first = first or found
         assert all(torch.equal(a, b) for a, b in zip(first, found, strict=True)), seed
+    assert torch.equal(out.loss.detach(), first[5][0])
 
 
 def test_same_bits_in_every_order_without_gradient(emulated: ctypes.CDLL) -> None:
@@ -86,170 +127,333 @@ def test_same_bits_in_every_order_without_gradient(emulated: ctypes.CDLL) -> Non
     with torch.no_grad():
         for seed in range(60):
             emulated.sipo_emulate_configure(seed, 3, 0.3)
-            found.add(pair_loss(*batch[:3], ratio_scale=batch.ratio_scale, backend="cuda", **OPTIONS).loss.item())
+            out = pair_loss(*batch[:3], ratio_scale=batch.ratio_scale, backend="cuda", **OPTIONS)
+            assert out.numbers is not None
+            found.add((out.loss.item(), *out.numbers.tolist()))
     assert len(found) == 1
 
 
 def test_pair_after_pair_in_one_block(emulated: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
     """The block's sums of one pair are read while some of its warps are already at the next."""
     emulate(monkeypatch, emulation.SMALL._replace(l2_bytes=8 << 20))
-    batch = make_batch((40, 1_280), (BF16,) * 3)
-    assert plan_of(batch).groups == 1 and plan_of(batch).blocks == 3
+    batch = make_batch((80, 1_280), (BF16,) * 3)
+    assert plan_of(batch).groups == 1 and plan_of(batch).blocks == 6
     truth = run(batch, "eager", **OPTIONS)[0].logits
     for seed in range(20):
         emulated.sipo_emulate_configure(seed, 3, 0.0)
         torch.testing.assert_close(run(batch, "cuda", **OPTIONS)[0].logits, truth, rtol=1e-5, atol=1e-6)
 
 
-class Watch:
-    """Counts of loads and stores of one tensor's elements, filled while the emulator runs."""
+# ---- Accesses --------------------------------------------------------------------------------------------------------
 
-    def __init__(self, library: ctypes.CDLL, slot: int, tensor: torch.Tensor) -> None:
-        count = tensor.untyped_storage().nbytes() // tensor.element_size()
+
+class Watch:
+    """Counts of loads and stores of one tensor, by accesses of so many bytes, filled while the emulator runs."""
+
+    def __init__(self, library: ctypes.CDLL, slot: int, tensor: Tensor, width: int) -> None:
+        self.tensor, self.width = tensor, width
+        count = tensor.numel() * tensor.element_size() // width
         self.loads, self.stores = np.zeros(count, np.uint32), np.zeros(count, np.uint32)
         self.kinds = [np.zeros(count, np.uint32) for _ in range(3)]
-        size = tensor.element_size()
         library.sipo_emulate_watch(
-            slot, tensor.data_ptr(), count * size, size, self.loads.ctypes.data, self.stores.ctypes.data
+            slot, tensor.data_ptr(), count * width, width, self.loads.ctypes.data, self.stores.ctypes.data
         )
         for kind, counts in enumerate(self.kinds):
             library.sipo_emulate_watch_kind(slot, kind, counts.ctypes.data)
 
+    def by_element(self, counts: np.ndarray) -> np.ndarray:
+        """``counts`` in the tensor's shape."""
+        return np.repeat(counts, self.width // self.tensor.element_size()).reshape(self.tensor.shape)
+
 
 @pytest.fixture()
-def watched(emulated: ctypes.CDLL) -> Any:
-    def start(*tensors: torch.Tensor) -> list[Watch]:
-        return [Watch(emulated, slot, tensor) for slot, tensor in enumerate(tensors)]
+def watched(emulated: ctypes.CDLL) -> Iterator[Any]:
+    def start(case: Case, *tensors: Tensor) -> list[Watch]:
+        return [Watch(emulated, slot, tensor, case.width(tensor)) for slot, tensor in enumerate(tensors)]
 
     yield start
     for slot in range(8):
         emulated.sipo_emulate_watch(slot, None, 0, 1, None, None)
 
 
-def watch_forward(watched: Any, batch: Batch, with_grad: bool, **options: Any) -> tuple[list[Watch], torch.Tensor]:
+def watch_forward(watched: Any, case: Case, batch: Batch, with_grad: bool, **options: Any) -> tuple[list[Watch], Stats]:
     """Counts for policy, reference, target and gradient of one call of the backend."""
-    settings = cuda.Settings("sipo", 3.0, "posterior", 0.1, 0.1, 0.0, "mean", False)._replace(**options)
-    grads: list[torch.Tensor] = []
+    counts: list[list[Watch]] = []
     original = cuda.dense_like
 
-    def catch(model: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-        grads.append(original(model, grad))
-        counts.append(watched(batch.model_pred, batch.ref_pred, batch.target, grads[0]))
-        return grads[0]
+    def catch(model: Tensor, grad: Tensor) -> Tensor:
+        filled = original(model, grad)
+        counts.append(watched(case, *batch[:3], filled))
+        return filled
 
-    counts: list[list[Watch]] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "dense_like", catch)
         if not with_grad:
-            counts.append(watched(batch.model_pred, batch.ref_pred, batch.target))
-        stats = cuda.forward(
-            batch.model_pred.detach(), batch.ref_pred, batch.target, batch.ratio_scale, None, None, settings, with_grad
-        )
-    return counts[0], stats.grad
+            counts.append(watched(case, *batch[:3]))
+        inputs = Inputs(batch.model_pred.detach(), *batch[1:4])
+        stats = cuda.forward(inputs, SETTINGS._replace(**options), with_grad=with_grad)
+    return counts[0], stats
 
 
-@pytest.mark.parametrize("shared_target", [False, True])
+@shared_or_not
 @pytest.mark.parametrize("preserving", [None, 0.5])
-@pytest.mark.parametrize("label", CASES)
-def test_every_element_once(label: str, preserving: float | None, shared_target: bool, watched: Any) -> None:
-    """Read once from memory, once again from the cache unless shared memory holds it; the gradient written once.
+@cases
+def test_every_element_once(case: Case, preserving: float | None, shared: bool, watched: Any) -> None:
+    """Read once from memory, once again from the cache unless shared memory holds d; the gradient written once.
 
-    The inner product of winner and loser is made of what is there already.
+    Each time by one access of the full width. The inner product of winner and loser is made of what is there already.
     """
-    _, shape, dtypes = CASES[label]
-    batch = make_batch(shape, dtypes, shared_target=shared_target)
-    (model, ref, target, grad), _ = watch_forward(watched, batch, True, winner_preserving=preserving)
+    batch = case.batch(shared)
+    (model, ref, target, grad), _ = watch_forward(watched, case, batch, True, winner_preserving=preserving)
     assert (ref.loads == 1).all() and (grad.stores == 1).all() and (grad.loads == 0).all()
     assert not any(w.stores.any() for w in (model, ref, target))
-    plan = plan_of(batch)
-    again = model.loads - 1
-    assert set(np.unique(again)) <= {0, 1}
-    held = _held(plan, shape)
-    np.testing.assert_array_equal(again.reshape(shape) == 0, held)
-    if plan.reader == SAME:
+    held = _held(plan_of(batch), case.shape)
+    np.testing.assert_array_equal(model.by_element(model.loads), np.where(held, 1, 2))
+    # A shared target is read for both halves, and again unless the loser's d is held: its winner's is, then.
+    target_held = held[case.shape[0] // 2 :] if shared else held
+    np.testing.assert_array_equal(target.by_element(target.loads), np.where(target_held, 1, 2))
+    if case.reader != ANY:
         # What will be read again is asked to stay, what will not is not; the second time is the last.
-        np.testing.assert_array_equal(model.kinds[KEEP] == 1, again == 1)
-        assert (model.kinds[STREAM] == 1).all() and (ref.kinds[STREAM] == 1).all()
-    if not shared_target:
-        np.testing.assert_array_equal(target.loads, model.loads)
-    else:  # of both halves: once to reduce, and once more unless the winner's slot holds it
-        assert (target.loads <= 2).all() and (target.loads >= 1).all()
+        for watch in (model, target):
+            np.testing.assert_array_equal(watch.kinds[KEEP], watch.loads - 1)
+            assert (watch.kinds[STREAM] == 1).all()
+        assert (ref.kinds[STREAM] == 1).all()
 
 
-def _held(plan: cuda.Plan, shape: tuple[int, ...]) -> np.ndarray:
-    """Which elements of the policy shared memory holds, from the plan alone."""
+def _held(plan: Plan, shape: tuple[int, ...]) -> np.ndarray:
+    """Of which elements shared memory holds d, from the plan alone."""
     pairs, elements = shape[0] // 2, int(np.prod(shape[1:]))
     held = np.zeros((shape[0], elements), bool)
     for first in range(0, pairs, plan.group):
         for run_ in plan.runs(min(plan.group, pairs - first)):
-            for at, u in enumerate(run_):
+            for u in run_:
                 for half in range(2):
-                    if 0 <= 2 * (at - plan.held_from(run_)) + half < plan.hold:
+                    if 0 <= 2 * (u - plan.held_from(run_)) + half < plan.hold:
                         row = first + u // plan.tiles + half * pairs
                         begin = u % plan.tiles * plan.tile
                         held[row, begin : begin + plan.tile] = True
     return held.reshape(shape)
 
 
-@pytest.mark.parametrize("label", CASES)
-def test_without_gradient_one_read_and_no_more(label: str, watched: Any) -> None:
-    _, shape, dtypes = CASES[label]
-    counts, grad = watch_forward(watched, make_batch(shape, dtypes), False)
-    assert grad.numel() == 0
+def test_shared_memory_holds_a_part_of_some_cases() -> None:
+    """An odd number of sample tiles among them: the winner's without the loser's."""
+    for label, hold in (("bf16", 3), ("bf16 beside fp32", 3), ("small fp16 beside fp32", 2), ("fp32", 4)):
+        case = CASES[f"{label}, several groups"]
+        plan = plan_of(case.batch())
+        assert plan.hold == hold and 0 < _held(plan, case.shape).mean() < 1
+
+
+@cases
+def test_without_gradient_one_read_and_no_more(case: Case, watched: Any) -> None:
+    counts, stats = watch_forward(watched, case, case.batch(), False)
+    assert stats.grad.numel() == 0
     assert all((w.loads == 1).all() and not w.stores.any() and not w.kinds[KEEP].any() for w in counts)
 
 
-def test_a_masked_pair_is_not_read_again(watched: Any) -> None:
-    batch = make_batch((8, 9_000), (F32,) * 3)
-    batch.ratio_scale[:] = torch.tensor([0, 1e3, 0, 1e3, 0, 0, 0, 0])  # pairs 1 and 3
-    (model, _, _, grad), values = watch_forward(watched, batch, True, mask_threshold=0.9)
-    masked = [1, 3, 5, 7]
-    assert (model.loads.reshape(8, -1)[masked] == 1).all() and (grad.stores == 1).all()
-    assert (values[masked] == 0).all() and (values[[0, 2, 4, 6]] != 0).any()
+@pytest.mark.parametrize("label", ["fp32, several groups", "bf16 beside fp32, several groups", "mixed", "odd"])
+def test_a_masked_pair_is_not_read_again(label: str, watched: Any) -> None:
+    case = CASES[label]
+    batch = case.batch()
+    batch.ratio_scale[:] = 0
+    pairs = case.shape[0] // 2
+    masked = [1, 1 + pairs]
+    batch.ratio_scale[masked] = 1e3
+    (model, _, target, grad), stats = watch_forward(watched, case, batch, True, mask_threshold=0.9)
+    for watch in (model, target):
+        assert (watch.by_element(watch.loads)[masked] == 1).all()
+    assert (grad.stores == 1).all()
+    assert (stats.grad[masked] == 0).all() and (stats.grad[[0, pairs]] != 0).any()
 
 
-@pytest.mark.parametrize("label", CASES)
-def test_without_gradient_and_in_two_launches_the_bits_are_the_same(
-    label: str, emulated: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+@shared_or_not
+@cases
+def test_in_two_launches_and_without_gradient_the_bits_are_the_same(
+    case: Case, shared: bool, emulated: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where blocks cannot be asked to be there together: then only one at a time is."""
-    _, shape, dtypes = CASES[label]
-    batch = make_batch(shape, dtypes)
-    out, grad = run(batch, "cuda", **OPTIONS)
-    with torch.no_grad():
-        alone = pair_loss(*batch[:3], ratio_scale=batch.ratio_scale, backend="cuda", **OPTIONS)
-    assert torch.equal(alone.logits, out.logits) and torch.equal(alone.loss, out.loss)
+    batch = case.batch(shared)
+    inputs = Inputs(batch.model_pred.detach(), *batch[1:4])
+    together = cuda.forward(inputs, SETTINGS, with_grad=True, expected=1 / 3)
+    alone = cuda.forward(inputs, SETTINGS, expected=1 / 3)
     emulate(monkeypatch, emulation.SMALL._replace(cooperative=False))
     emulated.sipo_emulate_configure(1, 1, 0.0)
-    split, split_grad = run(batch, "cuda", **OPTIONS)
-    assert torch.equal(split.logits, out.logits) and torch.equal(split_grad, grad)
+    launches(emulated)
+    split = cuda.forward(inputs, SETTINGS, with_grad=True, expected=1 / 3)
+    assert launches(emulated) == 2
+    assert torch.equal(split.grad, together.grad) and alone.grad.numel() == 0
+    for other in (split, alone):
+        for got, want in zip([*other[:4], other.numbers], [*together[:4], together.numbers], strict=True):
+            assert got is not None and want is not None and torch.equal(got, want)
 
 
-@pytest.mark.parametrize("label", CASES)
-def test_upstream_of_one_touches_nothing(label: str, watched: Any) -> None:
-    _, shape, dtypes = CASES[label]
-    batch = make_batch(shape, dtypes)
-    fused = torch.full_like(batch.model_pred, 7.0).detach()
-    coef = torch.rand(shape[0])
-    for upstream in (torch.ones(()), torch.ones(shape[0] // 2)):
-        watches = watched(batch.model_pred, batch.target, fused)
-        cuda.mend(fused, batch.model_pred.detach(), batch.target, coef, upstream)
-        assert not any(w.loads.any() or w.stores.any() for w in watches)
-        assert (fused == 7).all()
+# ---- The upstream gradient ------------------------------------------------------------------------------------------
+
+
+def numbers_for(made_for: float, dtype: torch.dtype) -> Tensor:
+    numbers = torch.zeros(len(METRICS) + 1, dtype=dtype)
+    numbers[-1] = made_for
+    return numbers
+
+
+@shared_or_not
+@cases
+def test_what_was_expected_touches_nothing_and_what_was_not_is_made_once(
+    case: Case, shared: bool, watched: Any, emulated: ctypes.CDLL
+) -> None:
+    """In one launch, whatever comes: every input read once, the gradient written once."""
+    batch = case.batch(shared)
+    model, pairs = batch.model_pred.detach(), case.shape[0] // 2
+    stats = F64 if F64 in case.types else F32
+    coef = torch.rand(case.shape[0], dtype=stats) + 1
+    for made_for in (1.0, 0.125, 1 / 3):
+        for shape in ((), (pairs,)):
+            held = torch.full(shape, made_for, dtype=stats)
+            for upstream in (held, held + 1, torch.full(shape, math.nan, dtype=stats)):
+                fused = torch.full_like(model, 7.0)
+                remembered = torch.tensor(5.0, dtype=F64)
+                watches = watched(case, model, batch.target, fused)
+                launches(emulated)
+                args = (model, batch.target, coef, upstream)
+                assert cuda.mend(fused, *args, numbers_for(made_for, stats), remembered) is fused
+                assert launches(emulated) == 1
+                if upstream is held:
+                    assert not any(w.loads.any() or w.stores.any() for w in watches) and (fused == 7).all()
+                else:
+                    assert all((w.loads == 1).all() for w in watches[:2]) and (watches[2].stores == 1).all()
+                    assert bits_equal(fused, cuda.gradient(*args))
+                assert remembered.item() == (upstream.flatten()[0].item() if upstream.isfinite().all() else 5.0)
 
 
 def test_upstream_per_pair_mends_only_what_differs(watched: Any) -> None:
-    batch = make_batch((8, 5_000), (F32,) * 3)
-    model, coef = batch.model_pred.detach(), torch.rand(8)
+    case = CASES["bf16 beside fp32, several groups"]
+    batch = case.batch(shared_target=True)
+    model, coef = batch.model_pred.detach(), torch.rand(6)
+    upstream = torch.tensor([0.5, 2.0, 0.5])
     fused = torch.full_like(model, 7.0)
-    upstream = torch.tensor([1.0, 2.0, 1.0, 0.0])
-    (w,) = watched(fused)
-    cuda.mend(fused, model, batch.target, coef, upstream)
-    expected = cuda.gradient(model, batch.target, coef, upstream)
-    touched = [1, 3, 5, 7]
-    assert (w.stores.reshape(8, -1)[touched] == 1).all() and (w.stores.reshape(8, -1)[[0, 2, 4, 6]] == 0).all()
-    assert torch.equal(fused[touched], expected[touched]) and (fused[[0, 2, 4, 6]] == 7).all()
-    assert (fused[[3, 7]] == 0).all()
+    remembered = torch.zeros((), dtype=F64)
+    (w,) = watched(case, fused)
+    cuda.mend(fused, model, batch.target, coef, upstream, numbers_for(0.5, F32), remembered)
+    touched = w.by_element(w.stores).reshape(6, -1)
+    assert (touched[[1, 4]] == 1).all() and (touched[[0, 2, 3, 5]] == 0).all()
+    assert torch.equal(fused[[1, 4]], cuda.gradient(model, batch.target, coef, upstream)[[1, 4]])
+    assert remembered.item() == 0.5  # the first pair's
+    spread = torch.full((3, 2), 2.0)[:, 0]  # read where it lies
+    cuda.mend(fused, model, batch.target, coef, spread, numbers_for(0.5, F32))
+    assert torch.equal(fused, cuda.gradient(model, batch.target, coef, torch.tensor(2.0)))
+
+
+def bits_equal(a: Tensor, b: Tensor) -> bool:
+    """NaN equals NaN."""
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+UPSTREAMS = (1.0, 1 / 8, 1 / 3, 65536.0, 0.0, -2.0, math.inf, math.nan)
+MIXES = [(F32,) * 3, (F64,) * 3, (BF16,) * 3, (F16,) * 3, (BF16, BF16, F32), (F16, F16, F32), (BF16, F32, F16)]
+MIXES += [(BF16, F64, F32), (BF16, BF16, F64)]
+
+
+@shared_or_not
+@pytest.mark.parametrize("elements", [1_280, 1_283])
+@pytest.mark.parametrize("mix", MIXES, ids=lambda mix: "-".join(str(t)[6:] for t in mix))
+def test_same_bits_fused_mended_and_alone(mix: Any, elements: int, shared: bool) -> None:
+    """For every upstream gradient, given as a number or read on the device, one for all or one a pair."""
+    batch = make_batch((6, elements), mix, shared_target=shared)
+    batch.ratio_scale[[1, 4]] = 100.0  # masked
+    model, target = batch.model_pred.detach(), batch.target
+    inputs = Inputs(model, *batch[1:4])
+    stats = F64 if F64 in mix else F32
+    for reduction in ("mean", "none"):
+        settings = SETTINGS._replace(mask_threshold=0.9, reduction=reduction)
+        plain = cuda.forward(inputs, settings)
+        coef = plain.samples[5]
+        for value in UPSTREAMS:
+            upstream = torch.full((3,) if reduction == "none" else (), value, dtype=stats)
+            alone = cuda.gradient(model, target, coef, upstream)
+            assert (alone[[1, 4]] == 0).all()
+            for expected in (value, torch.tensor(value, dtype=F64)):
+                fused = cuda.forward(inputs, settings, with_grad=True, expected=expected)
+                assert bits_equal(fused.grad, alone), value
+                assert fused.numbers is not None and bits_equal(fused.numbers[-1], upstream.flatten()[0])
+                assert torch.equal(fused.samples, plain.samples)
+            other = cuda.forward(inputs, settings, with_grad=True, expected=-7.0)
+            assert other.numbers is not None
+            assert bits_equal(cuda.mend(other.grad, model, target, coef, upstream, other.numbers), alone), value
+
+
+def test_the_gradient_does_not_depend_on_how_it_is_read() -> None:
+    """Types and alignment choose a reader; the bits are those of the types of policy and target."""
+    for mix in MIXES:
+        batch = make_batch((4, 1_288), mix)
+        model, target = batch.model_pred.detach(), batch.target
+        coef = torch.rand(4, dtype=F64 if F64 in mix else F32)
+        aligned = cuda.gradient(model, target, coef, torch.tensor(1 / 3, dtype=coef.dtype))
+        shifted = torch.cat([model.new_zeros(1), model.flatten()])[1:].view(model.shape)
+        assert cuda._call(shifted, None, target, None).reader == ANY != cuda._call(model, None, target, None).reader
+        assert torch.equal(cuda.gradient(shifted, target, coef, torch.tensor(1 / 3, dtype=coef.dtype)), aligned)
+
+
+@pytest.mark.parametrize("mix", [(BF16, BF16, F32), (F16, F16, F16), (BF16, F32, F16)], ids=["vector", "fp16", "mixed"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_memory_is_the_gradient_and_little_else_whatever_comes(mix: Any, reduction: str, emulated: ctypes.CDLL) -> None:
+    batch = make_batch((4, 5, 101, 104), mix)
+    for value in (1.0, 3.0):
+        upstream = torch.full((2,) if reduction == "none" else (), value)
+        launches(emulated)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with torch.profiler.profile(profile_memory=True) as profile:
+                run(batch, "cuda", upstream, **OPTIONS, reduction=reduction, expected_upstream=1.0)
+        assert launches(emulated) == 2
+        allocated = sum(max(event.self_cpu_memory_usage, 0) for event in profile.key_averages())
+        gradient = batch.model_pred.numel() * 2
+        assert gradient <= allocated <= gradient + 16_384
+
+
+# ---- What a batch reports --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
+@pytest.mark.parametrize("label", ["small fp16 beside fp32, several groups", "many small pairs", "fp64"])
+def test_metrics_and_running_sums_are_those_of_the_fields(label: str, nonfinite: str) -> None:
+    """Against output.py on the same output, with a pair that is not finite among the others; sums start anywhere."""
+    case = CASES[label]
+    pairs, elements = case.shape[0] // 2, case.shape[1]
+    for method in METHODS:
+        batch = case.batch()
+        with torch.no_grad():
+            batch.model_pred[pairs + 1, 3] = math.nan
+        got = running_sums(pairs)
+        assert got.metrics is not None and got.levels is not None
+        got.metrics.fill_(0.5)
+        got.levels.fill_(0.25)
+        want = got._replace(metrics=got.metrics.clone(), levels=got.levels.clone())
+        options: dict[str, Any] = {"method": method, "beta": 3.0, "mask_threshold": 0.98}
+        out, _ = run(batch, "cuda", **options, nonfinite=nonfinite, totals=got)
+        fields = out._replace(numbers=None)
+        add_totals(want, fields, elements * pairs / 3.0)
+        for name, value in fields.metrics().items():
+            torch.testing.assert_close(out.metrics()[name], value, rtol=1e-5, atol=1e-8, equal_nan=True, msg=name)
+        torch.testing.assert_close(got.metrics, want.metrics, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(got.levels, want.levels, rtol=1e-5, atol=1e-6)
+        assert want.levels is not None and got.levels[0].sum() - 0.25 * 5 == pairs - 1
+        assert out.metrics()["nonfinite_pairs"].item() == got.levels[1].sum().item() - 0.25 * 5 == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, F32, F64, BF16, F16, torch.int16, torch.uint8])
+def test_timesteps_are_read_where_they_lie(dtype: torch.dtype) -> None:
+    """Of the usual types; what a call is given is not copied, but for types that nobody samples."""
+    batch = make_batch((8, 64))
+    place = torch.tensor([0.0, 3.0, 10.0, 7.0], dtype=F64)
+    for timesteps in (place.to(dtype), place.repeat(2).to(dtype), place.to(dtype).repeat_interleave(3)[::3]):
+        sums = running_sums(4)._replace(timesteps=timesteps)
+        args = cuda._Args()
+        kept = cuda._add_to(args, sums)
+        assert kept is not None and (kept is timesteps) == (dtype not in (torch.int16, torch.uint8))
+        run(batch, "cuda", **OPTIONS, totals=sums)
+        assert sums.levels is not None and sums.levels[0].tolist() == [1.0, 1.0, 0.0, 1.0, 1.0]
+    one = running_sums(4)._replace(timesteps=torch.tensor(3).to(dtype).expand(8))
+    run(batch, "cuda", **OPTIONS, totals=one)
+    assert one.levels is not None and one.levels[0].tolist() == [0.0, 4.0, 0.0, 0.0, 0.0]
 
 
 def test_per_sample_numbers_of_any_type_and_stride() -> None:
@@ -266,6 +470,9 @@ def test_per_sample_numbers_of_any_type_and_stride() -> None:
         assert torch.equal(run(rounded, "cuda", **OPTIONS)[0].logits, run(same, "cuda", **OPTIONS)[0].logits)
 
 
+# ---- Python and C++, the emulator ------------------------------------------------------------------------------------
+
+
 def test_errors_of_the_device_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """More shared memory than there is: the call fails with the device's words, and the next one works."""
     batch = make_batch((6, 16_384), (F32,) * 3)
@@ -277,12 +484,21 @@ def test_errors_of_the_device_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     run(batch, "cuda", **OPTIONS)
 
 
-def test_tile_matches_the_source() -> None:
-    source = (emulation.ROOT / emulation.SOURCE).read_text()
-    assert f"kThreads = {THREADS}," in source
+def test_arguments_are_mirrored_field_by_field() -> None:
+    """By name and order; their sizes are compared when the library is loaded."""
+    source = (emulation.ROOT / "csrc/cuda/call.h").read_text(encoding="utf-8")
+    body = re.sub(r"//.*", "", source.partition("struct Args {")[2].partition("};")[0])
+    names = [name for line in body.split(";") for name in re.findall(r"(\w+)\s*(?:,|$)", line.strip())]
+    assert names == [name for name, *_ in cuda._Args._fields_]
 
 
-def test_the_emulator_finds_what_it_is_for(tmp_path: Path) -> None:
+def test_numbers_of_the_plan_are_those_of_the_source() -> None:
+    source = (emulation.ROOT / "csrc/cuda/readers.h").read_text(encoding="utf-8")
+    assert f"kThreads = {THREADS}, kBlocksPerSm = {BLOCKS_PER_SM};" in source
+    assert f"kScratchBytes = {SCRATCH_BYTES};" in source
+
+
+def test_the_emulator_finds_what_it_is_for(tmp_path: Any) -> None:
     """Its own test: right kernels pass; a race, a deadlock, a divergent barrier and a stray write are found."""
     binary = tmp_path / "selftest"
     command = emulation.compiler()

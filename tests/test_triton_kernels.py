@@ -613,5 +613,5 @@ def test_settings_reach_the_kernel_in_float64() -> None:
     wide = {p.name for p in kernel.params if p.annotation_type == "fp64"}
     assert wide == {
         *("beta", "clip_min", "clip_max", "mask_threshold", "loss_scale", "smoothing", "winner_preserving"),
-        *("top", "expected_number"),
+        *("log_label", "log_other", "top", "expected_number"),
     }

@@ -93,6 +93,10 @@ __device__ __forceinline__ double opaque(double x) {
   asm volatile("" : "+d"(x));
   return x;
 }
+__device__ __forceinline__ int32_t opaque(int32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 
 __device__ __forceinline__ uint32_t add_acquire_release(uint32_t* p, uint32_t v) {
   uint32_t old;

@@ -23,28 +23,38 @@ __device__ __forceinline__ double upstream_coef(double coef, double upstream, bo
   return c == 0 ? 0.0f : c * float(upstream);
 }
 
-template <class T> __device__ __forceinline__ T gradient_of(T c, T model, T target) {
-  return c == 0 ? T(0) : c * (model - target);  // exact zeros, whatever was loaded
+// The type that the gradient is computed in: double where model or target is, else float, whatever the reader.
+template <class Reader> __device__ __forceinline__ bool in_double(const Args& a) {
+  if constexpr (Reader::kTyped) return std::is_same_v<typename Reader::Wide, double>;
+  return a.model_dtype == kFloat64 || a.target_dtype == kFloat64;
 }
 
-// Of one thread's elements of a sample. In double where model or target is, else in float, whatever the reader.
+// d of one thread's elements, rounded to that type.
 template <class Reader>
-__device__ __forceinline__ void write_gradient(const Args& a, const typename Reader::Prediction& m,
-                                               const typename Reader::Target& t, double coef, int64_t sample,
-                                               int64_t i, Policy policy) {
-  using Wide = typename Reader::Wide;
-  const bool wide = Reader::kTyped ? std::is_same_v<Wide, double>
-                                   : a.model_dtype == kFloat64 || a.target_dtype == kFloat64;
-  Wide x[Reader::kVector], y[Reader::kVector];
+__device__ __forceinline__ void difference(const Args& a, const typename Reader::Prediction& m,
+                                           const typename Reader::Target& t,
+                                           typename Reader::Wide (&d)[Reader::kVector]) {
+  typename Reader::Wide x[Reader::kVector], y[Reader::kVector];
   Reader::widen_all(m, a.model_dtype, x);
   Reader::widen_all(t, a.target_dtype, y);
 #pragma unroll
-  for (int j = 0; j < Reader::kVector; ++j)
-    x[j] = wide ? Wide(gradient_of<double>(coef, x[j], y[j])) : Wide(gradient_of<float>(coef, x[j], y[j]));
-  Reader::store(a.grad, sample * a.elements + i, a.elements - i, a.model_dtype, x, policy);
+  for (int j = 0; j < Reader::kVector; ++j) d[j] = in_double<Reader>(a) ? x[j] - y[j] : float(x[j]) - float(y[j]);
 }
 
-// Of one thread's elements of a pair. slots: where shared memory holds its policy and, behind it, its target; or -1.
+// Of one thread's elements of a sample.
+template <class Reader>
+__device__ __forceinline__ void write_gradient(const Args& a, typename Reader::Wide (&d)[Reader::kVector], double coef,
+                                               int64_t sample, int64_t i, Policy policy) {
+  const float c = float(coef);
+#pragma unroll
+  for (int j = 0; j < Reader::kVector; ++j) {  // exact zeros, whatever was loaded
+    if (in_double<Reader>(a)) d[j] = coef == 0 ? 0 : coef * d[j];
+    else d[j] = c == 0 ? 0 : c * float(d[j]);
+  }
+  Reader::store(a.grad, sample * a.elements + i, a.elements - i, a.model_dtype, d, policy);
+}
+
+// Of one thread's elements of a pair. slots: where shared memory holds their d, or -1.
 template <class Reader>
 __device__ __forceinline__ void gradient_tile(const Args& a, int64_t pair, int32_t tile, const double (&coef)[2],
                                               const int32_t (&slots)[2], Policy out) {
@@ -53,23 +63,24 @@ __device__ __forceinline__ void gradient_tile(const Args& a, int64_t pair, int32
   const Policy pass = device::stream();
   typename Reader::Prediction m[2] = {};
   typename Reader::Target t[2] = {};
-  const bool shared = a.target_shared && coef[0] != 0;  // the winner's target is here and is the loser's too
+  bool wanted[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int64_t sample = pair + half * a.pairs;
-    const int32_t slot = a.target_shared ? slots[0] : slots[half];
-    const bool wanted = coef[half] != 0, target_wanted = wanted && !(half && shared);
-    Reader::load(m[half], a.model, sample * a.model_stride + i, left, a.model_dtype, pass, wanted && slots[half] < 0);
-    Reader::load(t[half], a.target, target_row(a, pair, half) + i, left, a.target_dtype, pass, target_wanted && slot < 0);
-    if constexpr (Reader::kTyped) {
-      if (wanted && slots[half] >= 0) m[half].take_back(slots[half]);
-      if (target_wanted && slot >= 0) t[half].take_back(slot + Reader::kTargetSlot);
-    }
+    wanted[half] = coef[half] != 0 && slots[half] < 0;
+    const int64_t at = (pair + half * a.pairs) * a.model_stride + i;
+    Reader::load(m[half], a.model, at, left, a.model_dtype, pass, wanted[half]);
+    Reader::load(t[half], a.target, target_row(a, pair, half) + i, left, a.target_dtype, pass,
+                 wanted[half] && !(half && a.target_shared && wanted[0]));
   }
-  if (shared) t[1] = t[0];
+  if (a.target_shared && wanted[0]) t[1] = t[0];
 #pragma unroll
-  for (int half = 0; half < 2; ++half)
-    write_gradient<Reader>(a, m[half], t[half], coef[half], pair + half * a.pairs, i, out);
+  for (int half = 0; half < 2; ++half) {
+    typename Reader::Wide d[Reader::kVector];
+    difference<Reader>(a, m[half], t[half], d);
+    if constexpr (Reader::kTyped)
+      if (slots[half] >= 0) Reader::take_back(slots[half], d);
+    write_gradient<Reader>(a, d, coef[half], pair + half * a.pairs, i, out);
+  }
 }
 
 template <class Reader>

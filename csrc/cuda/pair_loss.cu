@@ -4,8 +4,8 @@
 //
 // A pair is cut into tiles: kThreads · kVector elements of the winner and the same ones of the loser. The pairs go
 // through in groups; within a group each block has a run of consecutive tiles, and comes back for the gradient of the
-// same run, whose policy and target are by then in its own shared memory (the last `hold` sample tiles) or in the L2
-// cache (the rest, loaded with the advice to stay; the reference and the gradient pass through it).
+// same run. By then its own shared memory holds d = policy − target of the last `hold` sample tiles; policy and target of
+// the others, loaded with the advice to stay, are in the L2 cache, which the reference and the gradient pass through.
 // The last block to have reduced its part of a group does the arithmetic of the group's pairs. Meanwhile the others
 // reduce the first `lead` tiles of the next group, so that memory is never idle:
 //
@@ -47,13 +47,10 @@ template <class Reader, class Acc> struct Block {
 
   __device__ __forceinline__ explicit Block(const Params& params) : a(params) {}
 
-  // Where a thread keeps what it loaded of a sample tile: the policy, then the target, unless it is the winner's too.
-  // Counted in its places in shared memory; -1: nowhere.
+  // Where a thread keeps d of its elements of a sample tile for the gradient; -1: nowhere.
   __device__ __forceinline__ int32_t slot(const Run& r, int32_t u, int half) const {
     const int32_t i = 2 * (u - r.held_from) + half;
-    if (!Reader::kTyped || i < 0 || i >= a.hold) return -1;
-    return (u - r.held_from) * (2 * Reader::kSlot - (a.target_shared ? Reader::kSlot - Reader::kTargetSlot : 0)) +
-           half * Reader::kSlot;
+    return Reader::kTyped && i >= 0 && i < a.hold ? i : -1;
   }
 
   // ---- Reduction ---------------------------------------------------------------------------------------------
@@ -64,24 +61,25 @@ template <class Reader, class Acc> struct Block {
     if (left <= 0) return;
     Prediction m[2] = {}, ref[2] = {};
     Target t[2] = {};
-    int32_t slots[2];
+    const int32_t slots[2] = {a.grad ? slot(r, u, 0) : -1, a.grad ? slot(r, u, 1) : -1};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {  // all loads are under way before the first is waited for
-      slots[half] = a.grad ? slot(r, u, half) : -1;
       const int64_t sample = pair + half * a.pairs;
-      const Policy again = a.grad && slots[half] < 0 ? stay : pass;
-      Reader::load(m[half], a.model, sample * a.model_stride + i, left, a.model_dtype, again);
-      Reader::load(t[half], a.target, target_row(a, pair, half) + i, left, a.target_dtype, again,
+      // A shared target is needed again as long as the loser is not held, which comes after the winner.
+      const bool again = a.grad && slots[half] < 0, target_again = a.target_shared ? a.grad && slots[1] < 0 : again;
+      Reader::load(m[half], a.model, sample * a.model_stride + i, left, a.model_dtype, again ? stay : pass);
+      Reader::load(t[half], a.target, target_row(a, pair, half) + i, left, a.target_dtype, target_again ? stay : pass,
                    !half || !a.target_shared);
-      Reader::load(ref[half], a.ref, sample * a.ref_stride + i, left, a.ref_dtype, pass, a.ref);
+      Reader::load(ref[half], a.ref, sample * a.ref_stride + i, left, a.ref_dtype, pass, a.ref != nullptr);
     }
     if (a.target_shared) t[1] = t[0];
     if constexpr (Reader::kTyped) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         if (slots[half] < 0) continue;
-        m[half].put_aside(slots[half]);
-        if (!half || !a.target_shared) t[half].put_aside(slots[half] + Reader::kTargetSlot);
+        typename Reader::Wide d[Reader::kVector];
+        difference<Reader>(a, m[half], t[half], d);
+        Reader::put_aside(slots[half], d);
       }
     }
     // In float few terms at a time; in double the sums themselves, which saves registers.

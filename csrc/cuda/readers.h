@@ -3,8 +3,8 @@
 //
 // A reader has: kVector, the elements of a sample that a thread handles at a time, kStep of them in a row and the next a
 // block further on; Prediction and Target, what it gets from memory of the policy or the reference, and of the target;
-// load (many loads are started before the first is used), widen_all and store; Wide, a type that holds every element.
-// Offsets are in elements; `left` is how many the sample has from there on, and what lies beyond is 0.
+// load (if wanted; many loads are started before the first is used), widen_all and store; Wide, a type that holds every
+// element. Offsets are in elements; `left` is how many the sample has from there on. What is not loaded is what it was.
 #pragma once
 #include <type_traits>
 
@@ -60,28 +60,12 @@ template <class T, class Acc, int N> __device__ __forceinline__ void pack(const 
   }
 }
 
-// A thread's own places in shared memory behind the scratch, 16 bytes each: what it puts there nobody else touches, so
-// that nothing has to be synchronised.
-constexpr int kScratchBytes = 1024;
-
-__device__ __forceinline__ Vec16* place(int32_t slot) {
-  return reinterpret_cast<Vec16*>(device::shared_memory() + kScratchBytes) + slot * kThreads + threadIdx.x;
-}
-
 // N elements of type T.
 template <class T, int N> struct Elements {
   static constexpr int kParts = N * sizeof(T) / 16;
   Vec16 part[kParts];
 
-  __device__ __forceinline__ void put_aside(int32_t slot) const {
-#pragma unroll
-    for (int i = 0; i < kParts; ++i) *place(slot + i) = part[i];
-  }
-  __device__ __forceinline__ void take_back(int32_t slot) {
-#pragma unroll
-    for (int i = 0; i < kParts; ++i) part[i] = *place(slot + i);
-  }
-  // The others move up.
+  // Without the first ones: the others move up.
   template <int kFirst> __device__ __forceinline__ void drop() {
     constexpr int kWords = kParts * 4, kAway = kFirst * sizeof(T) / 4;
 #pragma unroll
@@ -89,18 +73,24 @@ template <class T, int N> struct Elements {
   }
 };
 
+// A thread's own places in shared memory, behind the scratch: what it puts there no other thread touches, so that nothing
+// has to be synchronised.
+constexpr int kScratchBytes = 1024;
+
+__device__ __forceinline__ Vec16* place(int32_t number) {
+  return reinterpret_cast<Vec16*>(device::shared_memory() + kScratchBytes) + number * kThreads + threadIdx.x;
+}
+
 // Policy and reference of type P, target of type T, which is P or wider. Neighbouring threads ask for neighbouring bytes
 // of every tensor, hence the steps: two loads of 16 bytes in a row would ask for each sector of the target twice.
 template <class P, class T> struct Vector {
   static_assert(sizeof(T) == sizeof(P) || sizeof(T) == 2 * sizeof(P));
-  static constexpr bool kTyped = true;  // by the template and not at run time; shared memory can hold such elements
+  static constexpr bool kTyped = true;  // by the template and not at run time; with slots in shared memory
   static constexpr bool kHalf = sizeof(P) == 2;
   static constexpr int kVector = 16 / sizeof(P), kStep = 16 / sizeof(T);
   using Prediction = Elements<P, kVector>;
   using Target = Elements<T, kVector>;
   using Wide = std::conditional_t<sizeof(T) == 8, double, float>;
-  // Places of a sample in shared memory: of its target, and how many.
-  static constexpr int kTargetSlot = Prediction::kParts, kSlot = kTargetSlot + Target::kParts;
 
   static __device__ __forceinline__ bool within(int step, int64_t left) {
     return step == 0 || step * kThreads * kStep < left;
@@ -132,12 +122,26 @@ template <class P, class T> struct Vector {
       else device::store8(p, v, 2 * s, policy);
     }
   }
+
+  // To and from slot number `slot`.
+  static __device__ __forceinline__ void put_aside(int32_t slot, const Wide (&x)[kVector]) {
+    Elements<Wide, kVector> raw;
+    pack<Wide>(x, raw.part);
+#pragma unroll
+    for (int i = 0; i < raw.kParts; ++i) *place(slot * raw.kParts + i) = raw.part[i];
+  }
+  static __device__ __forceinline__ void take_back(int32_t slot, Wide (&x)[kVector]) {
+    Elements<Wide, kVector> raw;
+#pragma unroll
+    for (int i = 0; i < raw.kParts; ++i) raw.part[i] = *place(slot * raw.kParts + i);
+    unpack<Wide>(raw.part, x);
+  }
 };
 
 // Each tensor of its own type, known at run time: a branch that all threads take alike.
 struct Mixed {
   static constexpr bool kTyped = false, kHalf = false;
-  static constexpr int kVector = 4, kStep = 4, kTargetSlot = 0, kSlot = 0;
+  static constexpr int kVector = 4, kStep = 4;
   struct Prediction { Vec16 part[2]; };
   using Target = Prediction;
   using Wide = double;
@@ -182,7 +186,7 @@ struct Mixed {
 // Anything, anywhere: sizes and addresses that do not fit 16 bytes.
 struct Any {
   static constexpr bool kTyped = false, kHalf = false;
-  static constexpr int kVector = 1, kStep = 1, kTargetSlot = 0, kSlot = 0;
+  static constexpr int kVector = 1, kStep = 1;
   struct Prediction { double value; };  // holds every element of the four types exactly
   using Target = Prediction;
   using Wide = double;

@@ -96,46 +96,48 @@ struct Settling {
   // ---- §8 ----------------------------------------------------------------------------------------------------
 
   __device__ __forceinline__ void report() const {
-    for (int32_t i = threadIdx.x; i < int32_t(a.pairs); i += kThreads) report_pair(i);
+    const int32_t pairs = device::opaque(int32_t(a.pairs)), bins = device::opaque(a.bins);
+    for (int32_t i = threadIdx.x; i < pairs; i += kThreads) report_pair(i, i + pairs, bins);
     __syncthreads();
-    for (int k = threadIdx.x / 32; k < kMetrics; k += kThreads / 32) report_metric(k);
+    for (int k = threadIdx.x / 32; k < kMetrics; k += kThreads / 32) report_metric(k, pairs);
     if (threadIdx.x == 0) put(a.numbers, kMetrics, upstream(), a.double_stats);
     if (!a.levels) return;
-    for (int32_t i = threadIdx.x; i < kStatistics * a.bins; i += kThreads) add_level(i / kStatistics, i % kStatistics);
+    for (int32_t i = threadIdx.x; i < kStatistics * bins; i += kThreads)
+      a.levels[i % kStatistics * bins + i / kStatistics] += float(level_sum(i / kStatistics, i % kStatistics, pairs));
   }
 
   // Other blocks may have settled it.
-  __device__ __forceinline__ void report_pair(int64_t i) const {
+  __device__ __forceinline__ void report_pair(int32_t i, int32_t of_loser, int32_t bins) const {
     const Sample winner = device::load_shared_result(a.work.samples + i);
-    const Sample loser = device::load_shared_result(a.work.samples + i + a.pairs);
+    const Sample loser = device::load_shared_result(a.work.samples + of_loser);
     const Pair p = device::load_shared_result(a.work.pairs + i);
     PairReport& to = a.work.reports[i];
     pair_facts(winner, loser, p, a.settings, to.facts);
     if (!a.levels) return;
     pair_statistics(winner, loser, p, a.settings, a.size, to.statistics);
-    to.bin = level_bin(timestep(a.timesteps, i), a.bins, a.top);
+    to.bin = level_bin(timestep(a.timesteps, i), bins, a.top);
   }
 
-  __device__ __forceinline__ void report_metric(int k) const {  // a warp's work
+  __device__ __forceinline__ void report_metric(int k, int32_t pairs) const {  // a warp's work
     double sum = 0, counted = 0;
-    for (int32_t i = threadIdx.x % 32; i < int32_t(a.pairs); i += 32) {
+    for (int32_t i = threadIdx.x % 32; i < pairs; i += 32) {
       sum += a.work.reports[i].facts[k];
       counted += a.work.reports[i].facts[kCounted];
     }
     sum = warp_sum(sum), counted = warp_sum(counted);
     if (threadIdx.x % 32) return;
-    const double value = metric(k, sum, counted, double(a.pairs), a.settings, a.loss_per_pair);
+    const double value = metric(k, sum, counted, double(pairs), a.settings, a.loss_per_pair);
     put(a.numbers, k, value, a.double_stats);
     if (k == kLoss && !a.loss_per_pair) put(a.loss, 0, value, a.double_stats);
     if (a.metrics) add_metric(a.metrics, k, value);
   }
 
-  // One statistic's sum over the batch's pairs in one bin, in their order.
-  __device__ __forceinline__ void add_level(int32_t bin, int32_t row) const {
+  // Of one statistic of the pairs in one bin, in their order.
+  __device__ __forceinline__ double level_sum(int32_t bin, int32_t row, int32_t pairs) const {
     double sum = 0;
-    for (int32_t i = 0; i < int32_t(a.pairs); ++i)
+    for (int32_t i = 0; i < pairs; ++i)
       if (a.work.reports[i].bin == bin) sum += a.work.reports[i].statistics[row];
-    a.levels[row * a.bins + bin] += float(sum);
+    return sum;
   }
 };
 

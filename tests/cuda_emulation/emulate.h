@@ -168,7 +168,7 @@ inline double shuffle_down(double value, int delta, const char* file = __builtin
   return emulation::shuffle(value, delta, {file, line});
 }
 
-inline double opaque(double x) { return x; }
+template <class T> T opaque(T x) { return x; }
 
 // Others may run before an atomic operation, and after it before anything else that its thread does.
 inline uint32_t add_acquire_release(uint32_t* p, uint32_t v) {
