@@ -30,7 +30,7 @@ namespace {
 constexpr int64_t kChunk = 8192;             // elements
 constexpr int64_t kThreadWork = 1 << 16;     // elements that pay for one more thread
 constexpr int64_t kStreamBytes = 8 << 20;    // gradients from here on bypass the caches
-constexpr int64_t kHugePageBytes = 32 << 20;  // and from here on, where malloc maps fresh memory, ask for huge pages
+constexpr int64_t kHugePageBytes = 8 << 20;  // and from here on, where they may lie in fresh memory, ask for huge pages
 
 const int kBytesOf[kDtypes] = {4, 2, 2, 8};
 
