@@ -231,8 +231,10 @@ def test_the_kernel_suite_writes_every_case_and_lists_what_it_left_out(
     assert results["summary"] == json.loads(json.dumps(summaries.summarize(results)))
     assert [len(results["summary"][group]["cold"]["compile"]) for group in results["summary"]] == [4, 3, 1]
     kernel.main(["--summary", str(path)])
-    printed = capsys.readouterr().out
-    assert printed in out and "geometric mean of 4" in printed
+    printed, table = capsys.readouterr().out.split("\n| batch |")
+    assert printed.strip() in out and "geometric mean of 4" in printed
+    rows = table.strip().splitlines()[2:]
+    assert len(rows) == 8 and all(row.count(" | ") == 6 for row in rows)
 
 
 def test_memory_beyond_the_inputs_is_the_gradient_for_ours_and_more_for_plain_torch(tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ class Alone:
 
     device: torch.device
     is_fsdp2: bool = False
+    mixed_precision: str = "no"
 
     def autocast(self) -> AbstractContextManager[None]:
         """Networks compute in the types that they have."""
