@@ -1,6 +1,6 @@
 """What a call returns, and docs/math.md §8 in plain torch: the metrics of a batch and its sums by noise level.
 
-The kernels write the same numbers along the way (``csrc/report.h``, ``triton_math.py``). What is here serves outputs
+The kernels write the same numbers along the way (``csrc/report.h``, ``triton_report.py``). What is here serves outputs
 without them: of the plain-torch backend, of a compiled graph, of a loss that changes an output's fields.
 """
 
