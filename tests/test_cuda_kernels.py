@@ -120,27 +120,37 @@ def test_same_bits_in_every_order(label: str, preserving: float | None, emulated
     assert torch.equal(out.loss.detach(), first[5][0])
 
 
-def test_same_bits_in_every_order_without_gradient(emulated: ctypes.CDLL) -> None:
+@pytest.mark.parametrize("sms", [1, 3])
+def test_same_bits_in_every_order_without_gradient(
+    sms: int, emulated: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing waits then: blocks run ahead of each other, those with nothing to do by a whole group."""
-    batch = make_batch((6, 1_023), (F32,) * 3)
+    emulate(monkeypatch, emulation.SMALL._replace(sms=sms, l2_bytes=1))
+    batch = make_batch((6, 1_023 if sms == 3 else 255), (F32,) * 3)
+    plan = plan_of(batch)
+    assert plan.groups == 2 and plan.blocks == 2 * sms > len(plan.runs(1))
     found = set()
     with torch.no_grad():
         for seed in range(60):
-            emulated.sipo_emulate_configure(seed, 3, 0.3)
+            emulated.sipo_emulate_configure(seed, 2 * sms, 0.3)
             out = pair_loss(*batch[:3], ratio_scale=batch.ratio_scale, backend="cuda", **OPTIONS)
             assert out.numbers is not None
             found.add((out.loss.item(), *out.numbers.tolist()))
     assert len(found) == 1
 
 
-def test_pair_after_pair_in_one_block(emulated: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shape", [(80, 1_280), (14, 7_000)], ids=["whole pairs", "runs that begin within a pair"])
+def test_pair_after_pair_in_one_block(
+    shape: tuple[int, int], emulated: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The block's sums of one pair are read while some of its warps are already at the next."""
     emulate(monkeypatch, emulation.SMALL._replace(l2_bytes=8 << 20))
-    batch = make_batch((80, 1_280), (BF16,) * 3)
-    assert plan_of(batch).groups == 1 and plan_of(batch).blocks == 6
+    batch = make_batch(shape, (BF16,) * 3)
+    plan = plan_of(batch)
+    assert plan.groups == 1 and plan.blocks == 6 and plan.tiles == (1 if shape[0] == 80 else 3)
     truth = run(batch, "eager", **OPTIONS)[0].logits
     for seed in range(20):
-        emulated.sipo_emulate_configure(seed, 3, 0.0)
+        emulated.sipo_emulate_configure(seed, 6, 0.0)
         torch.testing.assert_close(run(batch, "cuda", **OPTIONS)[0].logits, truth, rtol=1e-5, atol=1e-6)
 
 
@@ -358,6 +368,7 @@ MIXES += [(BF16, F64, F32), (BF16, BF16, F64)]
 def test_same_bits_fused_mended_and_alone(mix: Any, elements: int, shared: bool) -> None:
     """For every upstream gradient, given as a number or read on the device, one for all or one a pair."""
     batch = make_batch((6, elements), mix, shared_target=shared)
+    batch.ratio_scale[:] = 0.001
     batch.ratio_scale[[1, 4]] = 100.0  # masked
     model, target = batch.model_pred.detach(), batch.target
     inputs = Inputs(model, *batch[1:4])
@@ -369,7 +380,7 @@ def test_same_bits_fused_mended_and_alone(mix: Any, elements: int, shared: bool)
         for value in UPSTREAMS:
             upstream = torch.full((3,) if reduction == "none" else (), value, dtype=stats)
             alone = cuda.gradient(model, target, coef, upstream)
-            assert (alone[[1, 4]] == 0).all()
+            assert (alone[[1, 4]] == 0).all() and (alone[[0, 2, 3, 5]] != 0).any(1).all() == (value != 0)
             for expected in (value, torch.tensor(value, dtype=F64)):
                 fused = cuda.forward(inputs, settings, with_grad=True, expected=expected)
                 assert bits_equal(fused.grad, alone), value

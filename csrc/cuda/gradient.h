@@ -29,7 +29,7 @@ template <class Reader> __device__ __forceinline__ bool in_double(const Args& a)
   return a.model_dtype == kFloat64 || a.target_dtype == kFloat64;
 }
 
-// d of one thread's elements, rounded to that type.
+// d of one thread's elements.
 template <class Reader>
 __device__ __forceinline__ void difference(const Args& a, const typename Reader::Prediction& m,
                                            const typename Reader::Target& t,
@@ -38,10 +38,10 @@ __device__ __forceinline__ void difference(const Args& a, const typename Reader:
   Reader::widen_all(m, a.model_dtype, x);
   Reader::widen_all(t, a.target_dtype, y);
 #pragma unroll
-  for (int j = 0; j < Reader::kVector; ++j) d[j] = in_double<Reader>(a) ? x[j] - y[j] : float(x[j]) - float(y[j]);
+  for (int j = 0; j < Reader::kVector; ++j) d[j] = x[j] - y[j];
 }
 
-// Of one thread's elements of a sample.
+// Of one thread's elements of a sample. A d in double, of types that float holds, rounds to what float arithmetic makes.
 template <class Reader>
 __device__ __forceinline__ void write_gradient(const Args& a, typename Reader::Wide (&d)[Reader::kVector], double coef,
                                                int64_t sample, int64_t i, Policy policy) {
