@@ -8,8 +8,8 @@
 
 namespace sipo {
 
-// The order of DTYPES in sipo_kernels/contract.py; int64 is for timesteps alone.
-enum Dtype : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kFloat64 = 3, kDtypes = 4, kInt64 = 4 };
+// The order of DTYPES in sipo_kernels/contract.py; behind them, types that timesteps alone may have.
+enum Dtype : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kFloat64 = 3, kDtypes = 4, kInt64 = 4, kInt32 = 5 };
 
 namespace {
 

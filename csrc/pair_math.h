@@ -127,6 +127,14 @@ SIPO_HD Pair judge(Sample& winner, Sample& loser, const Settings& s, double elem
   return p;
 }
 
+// §6: a coefficient for the upstream gradient that came or is expected. Both and their product are rounded as `coef` is in
+// memory (double if `wide`), so that a gradient has the same bits whenever it is made.
+SIPO_HD double upstream_coef(double coef, double upstream, bool wide) {
+  if (wide) return coef == 0 ? 0.0 : coef * upstream;
+  const float c = float(coef);
+  return c == 0 ? 0.0f : c * float(upstream);
+}
+
 // §3 to §6 of one pair; `inner` is read where the winner is preserved.
 SIPO_HD Pair pair_math(Sample& winner, Sample& loser, const Settings& s, double elements, bool has_ratio,
                        double inner) {

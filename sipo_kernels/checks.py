@@ -91,9 +91,13 @@ def _check_tensor(name: str, value: object) -> Tensor:
     return value
 
 
-def _check_beside(name: str, value: Tensor, device: torch.device, remedy: str = "") -> None:
+def _check_device(name: str, value: Tensor, device: torch.device) -> None:
     if value.device != device:
         raise ValueError(f"{name} is on {value.device}: expected {device}, where model_pred is")
+
+
+def _check_beside(name: str, value: Tensor, device: torch.device, remedy: str = "") -> None:
+    _check_device(name, value, device)
     if value.requires_grad and torch.is_grad_enabled():
         remedy = remedy or f"pass {name}.detach()"
         raise ValueError(f"{name} requires grad, but gradients flow to model_pred alone: {remedy}")
@@ -198,8 +202,7 @@ def _check_sums(name: str, value: object, shape: tuple[int, ...], dtype: torch.d
         raise ValueError(f"{name} has shape {list(value.shape)}: expected {list(shape)}")
     if value.dtype != dtype:
         raise TypeError(f"{name} has dtype {value.dtype}: expected {dtype}")
-    if value.device != device:
-        raise ValueError(f"{name} is on {value.device}: expected {device}, where model_pred is")
+    _check_device(name, value, device)
     if value.requires_grad or not value.is_contiguous():
         raise ValueError(f"{name} requires grad or is not contiguous: expected a plain buffer")
 
@@ -213,9 +216,6 @@ def _check_timesteps(totals: Totals, model_pred: Tensor) -> None:
         raise ValueError(
             f"totals.timesteps has shape {list(timesteps.shape)}: expected [{samples // 2}], or [{samples}]"
         )
-    if timesteps.device != model_pred.device:
-        raise ValueError(
-            f"totals.timesteps is on {timesteps.device}: expected {model_pred.device}, where model_pred is"
-        )
+    _check_device("totals.timesteps", timesteps, model_pred.device)
     if not 0 < totals.top < math.inf:
         raise ValueError(f"totals.top={totals.top!r}: expected a finite number > 0")

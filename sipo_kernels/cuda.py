@@ -16,7 +16,6 @@ from torch import Tensor
 
 from sipo_kernels import build_info, native
 from sipo_kernels.contract import (
-    DTYPES,
     Inputs,
     Settings,
     Stats,
@@ -29,8 +28,6 @@ from sipo_kernels.contract import (
 )
 from sipo_kernels.cuda_plan import ANY, BLOCKS_PER_SM, MIXED, VECTOR, Call, Gpu, make_plan
 
-# Whole numbers are timesteps alone.
-_CODE = {dtype: code for code, dtype in enumerate((*DTYPES, torch.int64, torch.int32))}
 # Targets that the predictions of a type have kernels for: csrc/cuda/readers.h.
 _TARGETS = {
     torch.bfloat16: (torch.bfloat16, torch.float32),
@@ -175,7 +172,7 @@ def _template(
         settings: ``None`` for the gradient alone.
     """
     plan = make_plan(gpu, call)
-    model, ref, target = map(_CODE.__getitem__, dtypes)
+    model, ref, target = map(native.CODE.__getitem__, dtypes)
     args = _Args(
         pairs=call.pairs,
         elements=call.elements,
@@ -219,7 +216,7 @@ def _args(
 
 
 def _numbers(tensor: Tensor) -> _Numbers:
-    return _Numbers(tensor.data_ptr(), tensor.stride(0) if tensor.ndim else 0, _CODE[tensor.dtype])
+    return _Numbers(tensor.data_ptr(), tensor.stride(0) if tensor.ndim else 0, native.CODE[tensor.dtype])
 
 
 def _run(name: str, args: _Args, device: torch.device) -> None:
@@ -271,9 +268,7 @@ def _add_to(args: _Args, totals: Totals) -> Tensor | None:
         args.metrics = totals.metrics.data_ptr()
     if totals.levels is None or totals.timesteps is None:
         return None
-    timesteps = totals.timesteps
-    if timesteps.dtype not in _CODE:  # a launch of its own, for types that no sampler of timesteps has
-        timesteps = timesteps.to(torch.float64 if timesteps.is_floating_point() else torch.int64)
+    timesteps = native.readable(totals.timesteps)
     args.timesteps, args.levels = _numbers(timesteps), totals.levels.data_ptr()
     args.bins, args.top = totals.levels.shape[1], totals.top
     return timesteps

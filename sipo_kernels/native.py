@@ -142,7 +142,16 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-_CODE: dict[torch.dtype | None, int] = {None: 0, **{dtype: code for code, dtype in enumerate((*DTYPES, torch.int64))}}
+# Of csrc/elements.h: whole numbers are timesteps alone, None is a tensor that is not there.
+CODE: dict[torch.dtype | None, int] = {dtype: i for i, dtype in enumerate((*DTYPES, torch.int64, torch.int32))}
+CODE[None] = 0
+
+
+def readable(timesteps: Tensor) -> Tensor:
+    """Timesteps in a type that the library reads: as they are, but for types that no sampler of timesteps has."""
+    if timesteps.dtype in CODE:
+        return timesteps
+    return timesteps.to(torch.float64 if timesteps.is_floating_point() else torch.int64)
 
 
 @functools.lru_cache(maxsize=64)
@@ -159,7 +168,7 @@ def _template(
 
     ``dtypes``: of model_pred, ref_pred, target, ratio_scale, error_weight and ref_error, as far as they matter.
     """
-    model, ref, target, *numbers = map(_CODE.__getitem__, dtypes)
+    model, ref, target, *numbers = map(CODE.__getitem__, dtypes)
     args = _Args(
         pairs=samples // 2,
         elements=elements,
@@ -243,10 +252,8 @@ def _add_to(args: _Args, totals: Totals) -> Tensor | None:
     args.metrics, args.levels = _pointer(totals.metrics), _pointer(totals.levels)
     if totals.levels is None or totals.timesteps is None:
         return None
-    timesteps = totals.timesteps.contiguous()
-    if timesteps.dtype not in _CODE:
-        timesteps = timesteps.to(torch.int64)
-    args.timesteps, args.timesteps_dtype = timesteps.data_ptr(), _CODE[timesteps.dtype]
+    timesteps = readable(totals.timesteps).contiguous()
+    args.timesteps, args.timesteps_dtype = timesteps.data_ptr(), CODE[timesteps.dtype]
     args.bins, args.top = totals.levels.shape[1], totals.top
     return timesteps
 

@@ -121,7 +121,7 @@ def add_levels(levels: Tensor, bins: Tensor, output: Any, coef_unit: float) -> N
     finite = torch.isfinite(rows).all(0)
     rows = torch.cat([torch.stack([finite, ~finite]), torch.where(finite, rows, 0.0)])
     hits = bins == torch.arange(levels.shape[1], device=rows.device)[:, None]
-    # Not index_add, whose order of addition hangs on a GPU's mood, nor matmul, which may round to TF32.
+    # Not index_add, whose order of addition is not fixed on a GPU, nor matmul, which may round to TF32.
     levels += (rows[:, None] * hits).sum(-1)
 
 
@@ -135,7 +135,7 @@ def add_totals(totals: Totals, output: PairLossOutput, coef_unit: float) -> None
     """What a kernel does with ``totals``, for an output that no kernel made."""
     with torch.no_grad():
         if totals.metrics is not None:
-            add_metrics(totals.metrics, torch.stack(list(output.metrics().values())).float())
+            add_metrics(totals.metrics, _metrics(output).float())
         if totals.levels is not None:
             assert totals.timesteps is not None  # checks.py
             pairs = output.mask.shape[0]

@@ -68,8 +68,8 @@ def _correct(z):  # a tie counts one half
 
 
 @triton.jit
-def _metrics(records, pair, pairs, clip_min, clip_max, METHOD: tl.constexpr, SKIP: tl.constexpr):
-    """``[ROWS, METRIC_COLUMNS]``: what these pairs, ``[ROWS, 1]``, add to each metric's sum."""
+def _of_samples(records, pair, pairs):
+    """What both sums need of these pairs' samples: error, reference error, gap, ratio and weight, winner before loser."""
     inside = pair < pairs
     at = records + pair
     # .cg: past the first-level cache, which is not coherent with what other programs just wrote.
@@ -83,6 +83,17 @@ def _metrics(records, pair, pairs, clip_min, clip_max, METHOD: tl.constexpr, SKI
     ratio_l = tl.load(at + 7 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
     weight_w = tl.load(at + 8 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
     weight_l = tl.load(at + 9 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
+    return error_w, error_l, ref_w, ref_l, gap_w, gap_l, ratio_w, ratio_l, weight_w, weight_l
+
+
+@triton.jit
+def _metrics(records, pair, pairs, clip_min, clip_max, METHOD: tl.constexpr, SKIP: tl.constexpr):
+    """``[ROWS, METRIC_COLUMNS]``: what these pairs, ``[ROWS, 1]``, add to each metric's sum."""
+    inside = pair < pairs
+    at = records + pair
+    error_w, error_l, ref_w, ref_l, gap_w, gap_l, ratio_w, ratio_l, weight_w, weight_l = _of_samples(
+        records, pair, pairs
+    )
     z = tl.load(at + PAIR_LOGITS * pairs, mask=inside, other=0.0, cache_modifier=".cg")
     pair_loss = tl.load(at + PAIR_LOSS * pairs, mask=inside, other=0.0, cache_modifier=".cg")
     active = tl.load(at + PAIR_ACTIVE * pairs, mask=inside, other=0.0, cache_modifier=".cg")
@@ -112,16 +123,9 @@ def _statistics(records, pair, pairs, unit, clip_min, clip_max, METHOD: tl.const
     """
     inside = pair < pairs
     at = records + pair
-    error_w = tl.load(at + 0 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
-    error_l = tl.load(at + 1 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
-    ref_w = tl.load(at + 2 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
-    ref_l = tl.load(at + 3 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
-    gap_w = tl.load(at + 4 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
-    gap_l = tl.load(at + 5 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
-    ratio_w = tl.load(at + 6 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
-    ratio_l = tl.load(at + 7 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
-    weight_w = tl.load(at + 8 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
-    weight_l = tl.load(at + 9 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
+    error_w, error_l, ref_w, ref_l, gap_w, gap_l, ratio_w, ratio_l, weight_w, weight_l = _of_samples(
+        records, pair, pairs
+    )
     coef_w = tl.load(at + 10 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
     coef_l = tl.load(at + 11 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
     z = tl.load(at + PAIR_LOGITS * pairs, mask=inside, other=0.0, cache_modifier=".cg")

@@ -133,6 +133,19 @@ def test_the_reference_is_entered_again_and_leaves_replaced_forwards_alone() -> 
     assert len(calls) == 6
 
 
+def test_a_reference_that_cannot_be_entered_leaves_everything_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = lora_network("sd15").train()
+    layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+    off = adapter_off(network)
+    broken = layers[1]
+    base = broken._modules.pop("base_layer")
+    with pytest.raises(AttributeError, match="base_layer"), off:
+        pass
+    broken._modules["base_layer"] = base
+    assert not any(layer._disable_adapters or "forward" in layer.__dict__ for layer in layers)
+    assert all(module.training for module in network.modules())
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @each_toy
 def test_the_reference_between_forward_and_backward_changes_no_gradient(toy: str, checkpointing: bool) -> None:

@@ -115,7 +115,7 @@ class FrozenExpectation(Faulty):
 
 
 class AnotherStream(Faulty):
-    """Works in a stream of its own, which nobody waits for."""
+    """Runs in a separate stream, with which the caller's stream does not synchronise."""
 
     def gradient(self, model: Tensor, target: Tensor, coef: Tensor, upstream: Tensor) -> Tensor:
         side = torch.cuda.Stream()

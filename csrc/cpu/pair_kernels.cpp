@@ -168,22 +168,24 @@ template <class Half> inline void store(Half* p, vdouble v, bool) {
 }
 
 // The even and the odd elements of two neighbouring vectors.
-inline void part(vfloat a, vfloat b, vfloat& even, vfloat& odd) {
-  vu32 evens, odds;
-  for (unsigned i = 0; i < Simd<float>::width; ++i) evens[i] = 2 * i, odds[i] = 2 * i + 1;  // constants once compiled
+inline void deinterleave(vfloat a, vfloat b, vfloat& even, vfloat& odd) {
 #if defined(__AVX512F__)
-  even = bits<vfloat>(_mm512_permutex2var_ps(bits<__m512>(a), bits<__m512i>(evens), bits<__m512>(b)));
-  odd = bits<vfloat>(_mm512_permutex2var_ps(bits<__m512>(a), bits<__m512i>(odds), bits<__m512>(b)));
+  vu32 evens;
+  for (unsigned i = 0; i < Simd<float>::width; ++i) evens[i] = 2 * i;  // a constant once compiled
+  const auto pick = [&](vu32 from) {
+    return bits<vfloat>(_mm512_permutex2var_ps(bits<__m512>(a), bits<__m512i>(from), bits<__m512>(b)));
+  };
+  even = pick(evens), odd = pick(evens + 1);
 #elif defined(__AVX2__)
   const __m256 low = _mm256_permute2f128_ps(bits<__m256>(a), bits<__m256>(b), 0x20);
   const __m256 high = _mm256_permute2f128_ps(bits<__m256>(a), bits<__m256>(b), 0x31);
   even = bits<vfloat>(_mm256_shuffle_ps(low, high, 0x88));
   odd = bits<vfloat>(_mm256_shuffle_ps(low, high, 0xdd));
-  (void)evens, (void)odds;
 #else
-  for (unsigned i = 0; i < Simd<float>::width; ++i) {
-    even[i] = evens[i] < Simd<float>::width ? a[evens[i]] : b[evens[i] - Simd<float>::width];
-    odd[i] = odds[i] < Simd<float>::width ? a[odds[i]] : b[odds[i] - Simd<float>::width];
+  constexpr int kHalf = Simd<float>::width / 2;
+  for (int i = 0; i < kHalf; ++i) {
+    even[i] = a[2 * i], odd[i] = a[2 * i + 1];
+    even[kHalf + i] = b[2 * i], odd[kHalf + i] = b[2 * i + 1];
   }
 #endif
 }
@@ -192,7 +194,7 @@ inline void part(vfloat a, vfloat b, vfloat& even, vfloat& odd) {
 // and a mask in place of three shuffles, and whole cache lines to store.
 template <bool kEvenOdd, class T, class V> inline void load2(const T* p, V& a, V& b) {
   if constexpr (kEvenOdd && std::is_same_v<T, float>) {
-    part(load_raw<vfloat>(p), load_raw<vfloat>(p + Simd<float>::width), a, b);
+    deinterleave(load_raw<vfloat>(p), load_raw<vfloat>(p + Simd<float>::width), a, b);
   } else if constexpr (kEvenOdd) {
     const vu32 both = load_raw<vu32>(p);
     a = bits<V>(both << 16);
@@ -210,9 +212,9 @@ template <bool kEvenOdd, class T, class V> inline void store2(T* p, V a, V b, bo
     store(p + sizeof(V) / sizeof(a[0]), b, stream);
   }
 }
-template <class... T> constexpr bool all_bf16 = (std::is_same_v<T, bf16> && ...);
+template <class T> constexpr bool is_bf16 = std::is_same_v<T, bf16>;
 // Beside bfloat16 predictions, a target that can be had as even and odd elements.
-template <class T> constexpr bool parts = std::is_same_v<T, bf16> || std::is_same_v<T, float>;
+template <class T> constexpr bool has_even_odd = is_bf16<T> || std::is_same_v<T, float>;
 
 template <class V> inline double lanes(V v) {
   double sum = 0;
@@ -233,7 +235,7 @@ template <class Acc, class M, class R, class T>
 void reduce(const void* mp, const void* rp, const void* tp, int64_t n, double sums[3]) {
   using Vec = typename Simd<Acc>::vec;
   constexpr int W = Simd<Acc>::width;
-  constexpr bool kEvenOdd = std::is_same_v<Acc, float> && all_bf16<M, R> && parts<T>;
+  constexpr bool kEvenOdd = std::is_same_v<Acc, float> && is_bf16<M> && is_bf16<R> && has_even_odd<T>;
   const M* m = static_cast<const M*>(mp);
   const R* r = static_cast<const R*>(rp);
   const T* t = static_cast<const T*>(tp);
@@ -315,7 +317,7 @@ void gradient(const void* mp, const void* tp, void* gp, int64_t n, double coef, 
   const Acc c = Acc(coef);
   auto one = [&](int64_t i) { narrow(c * (Acc(widen(m[i])) - Acc(widen(t[i]))), g[i]); };
   int64_t i = 0;
-  constexpr bool kEvenOdd = all_bf16<M> && parts<T>;
+  constexpr bool kEvenOdd = is_bf16<M> && has_even_odd<T>;
   constexpr uintptr_t unit = 64;  // streaming stores must be aligned, and fill cache lines
   if (stream)
     for (; i < n && (reinterpret_cast<uintptr_t>(g + i) & (unit - 1)); ++i) one(i);

@@ -183,6 +183,7 @@ double get(const void* array, int64_t i, int dtype) {
     case kBfloat16: return widen(static_cast<const bf16*>(array)[i]);
     case kFloat16: return widen(static_cast<const fp16*>(array)[i]);
     case kInt64: return double(static_cast<const int64_t*>(array)[i]);
+    case kInt32: return double(static_cast<const int32_t*>(array)[i]);
     default: return static_cast<const double*>(array)[i];
   }
 }
@@ -254,14 +255,6 @@ void grad_unit(const Args& a, const Kernels& k, int64_t pair, int64_t s, int64_t
   k.grad[a.model_dtype][a.target_dtype](at(a.model, s * a.model_stride + begin, a.model_dtype),
                                         at(a.target, t * a.target_stride + begin, a.target_dtype), out, n, coef,
                                         stream);
-}
-
-// §6: what a sample's gradient is made with. Rounded as `coef` and the product are in memory, so that a gradient made
-// for the upstream gradient that comes has the bits of one made again.
-double upstream_coef(const Args& a, double coef) {
-  if (a.double_stats) return coef == 0 ? 0.0 : coef * a.upstream;
-  const float c = float(coef);
-  return c == 0 ? 0.0f : c * float(a.upstream);
 }
 
 // §8 of a whole batch: metrics, and what is added to running sums, pair after pair.
@@ -352,7 +345,7 @@ SIPO_API int sipo_pair_loss(const Args* args) {
         for (int64_t u = end - 1; u >= begin; --u) {
           g.locate(u, a.pairs, &pair, &s, &chunk);
           if (pair != known) know(pair);
-          grad_unit(a, k, pair, s, chunk, upstream_coef(a, half[s != pair].coef), stream);
+          grad_unit(a, k, pair, s, chunk, upstream_coef(half[s != pair].coef, a.upstream, a.double_stats), stream);
         }
       }
       if (thread == 0) {

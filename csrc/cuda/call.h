@@ -120,8 +120,6 @@ __device__ __forceinline__ double number(const Numbers& x, int64_t i, double oth
   return raw.value;
 }
 
-constexpr int kInt32 = kInt64 + 1;  // beside Dtype, of timesteps
-
 __device__ __forceinline__ double timestep(const Numbers& x, int64_t i) {
   if (x.dtype == kInt64) return double(at<int64_t>(x.data, i * x.stride)[0]);
   if (x.dtype == kInt32) return double(at<int32_t>(x.data, i * x.stride)[0]);

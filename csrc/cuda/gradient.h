@@ -15,14 +15,6 @@ __device__ __forceinline__ int64_t target_row(const Args& a, int64_t pair, int h
   return (a.target_shared ? pair : pair + half * a.pairs) * a.target_stride;
 }
 
-// A coefficient for the upstream gradient that came or is expected. Rounded as `coef` and the product are in memory, so
-// that a gradient has the same bits whenever it is made.
-__device__ __forceinline__ double upstream_coef(double coef, double upstream, bool wide) {
-  if (wide) return coef == 0 ? 0.0 : coef * upstream;
-  const float c = float(coef);
-  return c == 0 ? 0.0f : c * float(upstream);
-}
-
 // The type that the gradient is computed in: double where model or target is, else float, whatever the reader.
 template <class Reader> __device__ __forceinline__ bool in_double(const Args& a) {
   if constexpr (Reader::kTyped) return std::is_same_v<typename Reader::Wide, double>;

@@ -107,6 +107,13 @@ class adapter_off:  # noqa: N801 (used like a function, as contextlib.suppress i
         self._direct: list[dict[str, Any]] = []
         self._evaluating = evaluating(self._modules)
         self._evaluating.__enter__()
+        try:
+            self._turn_off()
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def _turn_off(self) -> None:
         for layer in self._layers:
             # What peft's enable_adapters() sets, without what it does besides: it switches requires_grad of every
             # weight of the adapter, off and then on, whatever it was, which takes longer than all of the rest.
@@ -117,7 +124,6 @@ class adapter_off:  # noqa: N801 (used like a function, as contextlib.suppress i
                 layer.__dict__["forward"] = layer.base_layer.__call__
                 self._direct.append(layer.__dict__)
         if not self._layers[0].disable_adapters:
-            self.__exit__(None, None, None)
             raise RuntimeError("the adapter stayed on: expected a peft whose layers have _disable_adapters")
 
     def __exit__(self, *error: Any) -> None:
