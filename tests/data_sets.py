@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,50 @@ def damage(path: Path, share: float = 0.6, count: int = 40) -> None:
     for place in range(start, min(start + count, len(content))):
         content[place] ^= 0xFF
     path.write_bytes(content)
+
+
+def encode_clip(
+    path: Path,
+    pixels: Tensor,
+    *,
+    codec: str = "libx264",
+    pix_fmt: str = "yuv420p",
+    aspect: Fraction | None = None,
+    rotation: tuple[float, bool, bool] | None = None,
+    times: Sequence[int] | None = None,
+    options: Mapping[str, str] | None = None,
+) -> None:
+    """Writes ``[F, C, H, W]`` uint8 (4 channels: with alpha) at 8 frames a second as :func:`write_video` never would.
+
+    Args:
+        path: its ending gives the container.
+        pixels: the stored frames.
+        codec: FFmpeg's name.
+        pix_fmt: stored pixel format.
+        aspect: sample aspect ratio: width over height of a pixel.
+        rotation: display matrix: degrees counterclockwise, then mirrored left and right, then top and bottom.
+        times: when each frame is shown, in milliseconds.
+        options: the encoder's.
+    """
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=8)
+        stream.height, stream.width, stream.pix_fmt = *pixels.shape[-2:], pix_fmt
+        stream.options = dict(options or ({"crf": "5"} if codec == "libx264" else {}))
+        if aspect is not None:
+            stream.codec_context.sample_aspect_ratio = aspect
+        if rotation is not None:
+            stream.set_display_rotation(rotation[0], hflip=rotation[1], vflip=rotation[2])
+        if times is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        layout = "rgba" if pixels.shape[1] == 4 else "rgb24"
+        for index, array in enumerate(pixels.permute(0, 2, 3, 1).contiguous().numpy()):
+            frame = av.VideoFrame.from_ndarray(array, format=layout)
+            if times is not None:
+                frame.pts, frame.time_base = times[index], Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
 
 
 class Builder:
@@ -142,6 +187,10 @@ def faulty_images(folder: Path) -> Builder:
     chosen.with_suffix(".mp4").replace(chosen)
     _, rejected = builder.add("shift", rejected="lose/900001.png")
     rejected.replace(rejected.with_name("900001.png"))
+    chosen, _ = builder.add("alpha")
+    write_rgba(chosen, noise(1003, 4, 16, 24))
+    _, rejected = builder.add("pixels")
+    set_density(rejected, 96, 72)
     builder.lines.append("")  # a line of its own, and no row
     builder.add()
     return builder
@@ -175,7 +224,30 @@ def faulty_clips(folder: Path) -> Builder:
     chosen.with_suffix(".png").replace(chosen)
     shutil.copy(*builder.add("identical"))
     builder.add("caption", prompt="")
+    chosen, _ = builder.add("pixels")  # shown as 16x16, which the other one is
+    encode_clip(chosen, clip(2006, width=12), aspect=Fraction(4, 3))
+    _, rejected = builder.add("interlaced")
+    encode_clip(rejected, clip(2007), options={"flags": "+ildct+ilme", "x264-params": "tff=1"})
+    chosen, _ = builder.add("alpha")
+    transparent = torch.cat([clip(2008), noise(2009, 6, 1, 16, 16)], dim=1)
+    encode_clip(chosen.with_suffix(".mkv"), transparent, codec="ffv1", pix_fmt="bgra")
+    chosen.with_suffix(".mkv").replace(chosen)
     return builder
+
+
+def write_rgba(path: Path, pixels: Tensor) -> None:
+    """Writes ``[4, H, W]`` uint8 as a PNG with an alpha channel."""
+    from PIL import Image
+
+    Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy(), "RGBA").save(path, "PNG")
+
+
+def set_density(path: Path, across: int, down: int) -> None:
+    """Makes an image say how many of its pixels go to an inch."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        image.save(path, dpi=(across, down))
 
 
 def encoded(pixels: Tensor, folder: Path, suffix: str = ".jpg") -> bytes:

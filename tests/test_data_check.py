@@ -6,6 +6,7 @@ import json
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,15 @@ from tests.data_sets import (
     clean_clips,
     clean_images,
     clip,
+    encode_clip,
     faulty_clips,
     faulty_images,
     faulty_pickapic,
     faulty_videodpo,
     noise,
+    set_density,
     write_lines,
+    write_rgba,
 )
 
 
@@ -150,6 +154,32 @@ def test_sizes_are_counted_and_small_pairs_listed(tmp_path: Path) -> None:
     ]
     assert "       3  pairs at 16x24" in report.describe()
     assert report.skipped == 0
+
+
+def test_how_a_file_is_to_be_shown_is_told(tmp_path: Path) -> None:
+    """One line for a pair and kind, with what was done about it; nothing is skipped for it."""
+    stills = clean_images(tmp_path / "stills", 0)
+    chosen, rejected = stills.add()
+    pixels = noise(5, 4, 16, 24)
+    pixels[3] = 255
+    pixels[3, :4] = 0
+    write_rgba(chosen, pixels)
+    set_density(rejected, 100, 200)
+    moving = clean_clips(tmp_path / "moving", 0)
+    chosen, rejected = moving.add()
+    encode_clip(chosen, clip(6, height=16, width=32), aspect=Fraction(1, 2))
+    encode_clip(rejected, clip(7, height=32, width=16), aspect=Fraction(2))
+    found = {}
+    for name, builder, frames in (("stills", stills, 1), ("moving", moving, 6)):
+        report = check_pairs(open_pairs(builder.save()), frames=frames)
+        assert report.skipped == 0
+        found[name] = {(finding.kind, finding.text) for finding in report.findings}
+    assert found["stills"] == {
+        ("alpha", "25% of chosen is transparent"),
+        ("pixels", "rejected has pixels of 2:1, taken as square"),
+    }
+    shapes = "chosen has pixels of 1:2, scaled to 32x32; rejected has pixels of 2:1, scaled to 32x32"
+    assert found["moving"] == {("pixels", shapes)}
 
 
 def test_clips_that_start_alike_are_not_the_same(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from PIL import Image, ImageFile
 from torch import Tensor
 
+from sipo.data.clips import BACKGROUND
 from sipo.data.media import (
     MediaError,
     fit,
@@ -23,7 +26,7 @@ from sipo.data.media import (
     write_image_grid,
     write_video,
 )
-from tests.data_sets import clip, cut_short, damage, noise
+from tests.data_sets import clip, cut_short, damage, encode_clip, noise
 
 STEP = 5
 """Grey levels between one frame of :func:`counted` and the next."""
@@ -80,21 +83,198 @@ def test_lossy_image_comes_back_nearly(format: str) -> None:
 
 def test_other_modes_become_rgb() -> None:
     red = Image.new("RGB", (4, 3), (200, 10, 30))
-    transparent = red.convert("RGBA")
-    transparent.putalpha(0)
-    palette = red.quantize(4)
-    palette.info["transparency"] = b"\x00\xff"
-    for image in (transparent, palette):
-        assert torch.equal(read_media(encode(image, "PNG")).pixels[:, 0, 0], torch.tensor([200, 10, 30]))
-    grey = read_media(encode(Image.new("L", (4, 3), 77), "PNG")).pixels
-    assert grey.shape == (3, 3, 4) and torch.equal(grey.unique(), torch.tensor([77]))
+    for image, expected in (
+        (Image.new("L", (4, 3), 77), (77, 77, 77)),
+        (Image.new("1", (4, 3), 1), (255, 255, 255)),
+        (red.quantize(4), (200, 10, 30)),
+    ):
+        media = read_media(encode(image, "PNG"))
+        assert torch.equal(media.pixels, torch.tensor(expected, dtype=torch.uint8)[:, None, None].expand(3, 3, 4))
+        assert media.transparent == 0
+    # Inks without a colour profile: what each lacks of full ink is what is left of its light.
+    for ink, colour in (((0, 255, 255, 0), (255, 0, 0)), ((255, 0, 0, 0), (0, 255, 255)), ((0, 0, 0, 155), (100,) * 3)):
+        for format in ("JPEG", "TIFF"):
+            seen = read_media(encode(Image.new("CMYK", (16, 16), ink), format)).pixels[:, 8, 8]
+            assert (seen.float() - torch.tensor(colour).float()).abs().max() <= 3, (ink, format, seen)
 
 
-def test_image_is_turned_upright() -> None:
+# ---- What is transparent ----
+
+
+def faded() -> Image.Image:
+    """Noise, its left third opaque, its middle at alpha 128, its right third at alpha 0 (a part of which is black)."""
+    pixels = torch.cat([noise(7, 6, 9, 3), torch.zeros(6, 9, 1, dtype=torch.uint8)], dim=-1)
+    pixels[:, :3, 3], pixels[:, 3:6, 3] = 255, 128
+    pixels[:, 8, :3] = 0
+    return Image.fromarray(pixels.numpy(), "RGBA")
+
+
+def on_white(image: Image.Image) -> Tensor:
+    """``[3, H, W]`` float64: the definition of "over" with a white background."""
+    value = torch.frombuffer(bytearray(image.convert("RGBA").tobytes()), dtype=torch.uint8).double()
+    colour, alpha = value.view(image.height, image.width, 4).permute(2, 0, 1).split([3, 1])
+    return alpha / 255 * colour + (1 - alpha / 255) * 255
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "TIFF"])
+def test_transparent_pixels_are_shown_on_white(format: str) -> None:
+    image = faded()
+    options = {"WEBP": {"lossless": True, "exact": True}}.get(format, {})
+    media = read_media(encode(image, format, **options))
+    assert (media.pixels - on_white(image)).abs().max() <= 0.5
+    assert torch.equal(media.pixels[:, :, 6:].unique(), torch.tensor([255])) and BACKGROUND == 255
+    assert torch.equal(media.pixels[:, :, :3], noise(7, 6, 9, 3).permute(2, 0, 1)[:, :, :3])
+    assert media.transparent == pytest.approx(2 / 3)
+
+
+def test_every_kind_of_transparency_counts() -> None:
+    """A palette's, one transparent colour's, grey with alpha, and what a turned image has."""
+    red = Image.new("RGB", (4, 3), (200, 10, 30))
+    red.paste((0, 0, 0), (0, 0, 2, 3))
+    palette = red.quantize(2, dither=Image.Dither.NONE)
+    colours = palette.getpalette() or []
+    alphas = bytes(0 if colours[3 * index] == 0 else 255 for index in range(2))
+    grey = Image.new("LA", (4, 3), (90, 255))
+    grey.paste((90, 0), (0, 0, 2, 3))
     exif = Image.Exif()
-    exif[0x0112] = 6  # a quarter turn clockwise to be upright
-    turned = read_media(encode(picture(), "PNG", exif=exif)).pixels
-    assert torch.equal(turned, torch.rot90(noise(7, 20, 30, 3).permute(2, 0, 1), -1, (1, 2)))
+    exif[0x0112] = 2  # mirrored
+    kinds: dict[str, tuple[bytes, tuple[int, int, int]]] = {
+        "palette": (encode(palette, "PNG", transparency=alphas), (200, 10, 30)),
+        "gif": (encode(palette, "GIF", transparency=alphas.index(0)), (200, 10, 30)),
+        "one colour": (encode(red, "PNG", transparency=(0, 0, 0)), (200, 10, 30)),
+        "one grey": (encode(red.convert("L"), "PNG", transparency=0), (69, 69, 69)),
+        "grey": (encode(grey, "PNG"), (90, 90, 90)),
+        "turned": (encode(grey.transpose(Image.Transpose.FLIP_LEFT_RIGHT), "PNG", exif=exif), (90, 90, 90)),
+    }
+    for name, (content, colour) in kinds.items():
+        media = read_media(content)
+        assert torch.equal(media.pixels[:, :, :2].unique(), torch.tensor([255])), name
+        assert media.pixels[:, 0, 3].tolist() == list(colour), name
+        assert media.transparent == 0.5, name
+
+
+def test_an_alpha_channel_that_hides_nothing_changes_nothing() -> None:
+    image = picture()
+    image.putalpha(255)
+    media = read_media(encode(image, "PNG"))
+    assert torch.equal(media.pixels, noise(7, 20, 30, 3).permute(2, 0, 1)) and media.transparent == 0
+
+
+@pytest.mark.parametrize(
+    ("codec", "pix_fmt", "suffix", "rounding"),
+    [
+        ("ffv1", "bgra", "mkv", 0.5),
+        ("qtrle", "argb", "mov", 0.5),
+        ("png", "rgba", "mov", 0.5),
+        ("prores_ks", "yuva444p10le", "mov", 6),
+    ],
+)
+def test_transparent_clips_are_shown_on_white(
+    tmp_path: Path, codec: str, pix_fmt: str, suffix: str, rounding: float
+) -> None:
+    pixels = torch.cat([clip(3, frames=3, height=16, width=48), torch.zeros(3, 1, 16, 48, dtype=torch.uint8)], dim=1)
+    pixels[:, 3, :, :16], pixels[:, 3, :, 16:32] = 255, 128
+    path = tmp_path / f"clip.{suffix}"
+    encode_clip(path, pixels, codec=codec, pix_fmt=pix_fmt)
+    alpha = pixels[:, 3:].double() / 255
+    expected = alpha * pixels[:, :3] + (1 - alpha) * 255
+    media = read_media(path, 3)
+    # Not at the edges, where a codec that is not lossless mixes both sides.
+    inside = torch.cat([torch.arange(start + 4, start + 12) for start in (0, 16, 32)])
+    assert (media.pixels - expected)[..., inside].abs().max() <= rounding
+    assert media.transparent == pytest.approx(2 / 3, abs=0.05)
+    assert read_spaced(path, 1).transparent == probe_media(path).transparent == pytest.approx(2 / 3, abs=0.05)
+
+
+def test_transparent_gif_is_shown_on_white() -> None:
+    frames = [faded().point(lambda level: 255 if level > 200 else 0) for _ in range(2)]
+    frames[1].paste((255, 0, 0, 255), (0, 0, 3, 6))
+    media = read_media(encode(frames[0], "GIF", save_all=True, append_images=frames[1:], disposal=2), 2)
+    assert torch.equal(media.pixels[:, :, :, 3:].unique(), torch.tensor([255]))
+    assert media.pixels[1, :, 0, 0].tolist() == [255, 0, 0] and media.transparent == pytest.approx(2 / 3)
+
+
+# ---- How an image is to be shown ----
+
+
+ORIENTED = {
+    1: lambda image: image,
+    2: lambda image: image.flip(-1),
+    3: lambda image: image.flip(-1, -2),
+    4: lambda image: image.flip(-2),
+    5: lambda image: image.transpose(-1, -2),
+    6: lambda image: torch.rot90(image, -1, (-2, -1)),
+    7: lambda image: image.transpose(-1, -2).flip(-1, -2),
+    8: lambda image: torch.rot90(image, 1, (-2, -1)),
+}
+"""What each value of EXIF's orientation asks a viewer to do."""
+
+
+@pytest.mark.parametrize("orientation", ORIENTED)
+@pytest.mark.parametrize("format", ["PNG", "TIFF", "WEBP"])
+def test_image_is_turned_upright(format: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True} if format == "WEBP" else {}
+    turned = read_media(encode(picture(), format, exif=exif, **options)).pixels
+    assert torch.equal(turned, ORIENTED[orientation](noise(7, 20, 30, 3).permute(2, 0, 1)))
+    # SDXL is told the size that the image is shown at.
+    assert fit(turned, 16, 16).original_size == ((20, 30) if orientation < 5 else (30, 20))
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "TIFF", "BMP"])
+def test_density_of_an_image_is_told_and_not_followed(format: str) -> None:
+    """Browsers, Pillow and every training script take an image's pixels as square."""
+    media = read_media(encode(picture(), format, dpi=(72, 144)))
+    assert media.pixels.shape == (3, 20, 30)
+    assert media.pixel_aspect == pytest.approx(2.0, rel=0.01)
+    for density in ((72, 72), (300, 299)):
+        assert read_media(encode(picture(), format, dpi=density)).pixel_aspect == 1
+    assert read_media(encode(picture(), format)).pixel_aspect == 1
+
+
+def test_density_without_a_unit() -> None:
+    """A JPEG, or a PNG, whose two densities say their ratio alone."""
+    jpeg = bytearray(encode(picture(), "JPEG"))
+    place = jpeg.index(b"JFIF\x00") + 7
+    jpeg[place : place + 5] = struct.pack(">BHH", 0, 3, 4)
+    assert read_media(bytes(jpeg)).pixel_aspect == pytest.approx(4 / 3)
+    jpeg[place : place + 5] = struct.pack(">BHH", 0, 0, 4)  # senseless
+    assert read_media(bytes(jpeg)).pixel_aspect == 1
+    tiff = encode(picture(), "TIFF", dpi=(72, 144))
+    without = tiff.replace(struct.pack("<II", 144, 1), bytes(8))  # 0/0
+    assert without != tiff and read_media(without).pixel_aspect == 1
+
+
+def test_first_image_of_a_camera_s_file_is_the_picture() -> None:
+    """MPO: a JPEG with a preview, or a second eye's view, behind it."""
+    photo = Image.fromarray(smooth().permute(1, 2, 0).numpy())
+    content = encode(photo, "MPO", save_all=True, append_images=[Image.new("RGB", (8, 8))], quality=95)
+    assert (read_media(content).pixels.float() - smooth().float()).abs().mean() < 2.0
+
+
+def test_sixteen_bits_of_a_colour_become_eight() -> None:
+    """The upper eight of each, as viewers show them; Pillow writes no such PNG, so that this one is made by hand."""
+    import zlib
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    for colour_type, values in ((2, (0x1234, 0xFF00, 0x80FF)), (6, (0x1234, 0xFF00, 0x80FF, 0xFFFF))):
+        row = b"\0" + struct.pack(f">{len(values)}H", *values) * 2
+        header = struct.pack(">IIBBBBB", 2, 1, 16, colour_type, 0, 0, 0)
+        chunks = [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(row)), chunk(b"IEND", b"")]
+        content = b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+        assert read_media(content).pixels[:, 0, 1].tolist() == [0x12, 0xFF, 0x80]
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("frames", [1, 2])
+def test_several_images_in_one_file_are_refused_by_name(format: str, frames: int) -> None:
+    content = encode(picture(), format, save_all=True, append_images=[Image.new("RGB", (30, 20))])
+    with pytest.raises(MediaError, match=f"holds 2 images in one {format} file, expected one image") as caught:
+        read_media(content, frames)
+    assert caught.value.kind == "medium"
 
 
 def test_deep_image_is_refused() -> None:
@@ -293,22 +473,124 @@ def test_text_and_playlists_are_no_clips(tmp_path: Path) -> None:
             assert caught.value.kind == "undecodable"
 
 
-def test_turned_clip_is_turned_upright(tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", ["mp4", "mov"])
+@pytest.mark.parametrize("degrees", [0, 90, 180, 270])
+@pytest.mark.parametrize("mirrored", [(False, False), (True, False), (False, True)])
+def test_turned_clip_is_turned_upright(
+    tmp_path: Path, suffix: str, degrees: int, mirrored: tuple[bool, bool]
+) -> None:
+    """All eight display matrices: a mirrored one (front cameras) is no turn by 180 degrees."""
     pixels = smooth(16, 32).expand(3, 3, 16, 32).contiguous()
+    path = tmp_path / f"clip.{suffix}"
+    encode_clip(path, pixels, rotation=(degrees, *mirrored))
+    # As FFmpeg has it: turned, counterclockwise, and then mirrored.
+    expected = torch.rot90(pixels, degrees // 90, (2, 3))
+    expected = expected.flip([axis for axis, flipped in zip((3, 2), mirrored, strict=True) if flipped])
+    for media in (read_media(path, 3), read_spaced(path, 3)):
+        assert media.pixels.shape == expected.shape
+        assert (media.pixels.float() - expected.float()).abs().mean() < 3.0
+    assert probe_media(path).pixels.shape[-2:] == expected.shape[-2:]
+
+
+def test_clip_turned_by_a_few_degrees_is_refused(tmp_path: Path) -> None:
+    encode_clip(tmp_path / "clip.mp4", clip(1), rotation=(30.0, False, False))
+    with pytest.raises(MediaError, match=r"clip\.mp4: is turned by 30 degrees, expected a multiple of 90") as caught:
+        read_media(tmp_path / "clip.mp4", 3)
+    assert caught.value.kind == "undecodable"
+
+
+def framed(height: int, width: int, top: int, left: int, tall: int, wide: int) -> Tensor:
+    """``[3, 3, height, width]``: a white rectangle on black."""
+    pixels = torch.zeros(3, 3, height, width, dtype=torch.uint8)
+    pixels[..., top : top + tall, left : left + wide] = 255
+    return pixels
+
+
+def rectangle(pixels: Tensor) -> tuple[float, float]:
+    """Height and width of the white rectangle of :func:`framed`, in pixels, to a part of one."""
+    light = pixels[0].float().mean(0) / 255
+    return float(light.max(1).values.sum()), float(light.max(0).values.sum())
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mov", "mkv", "avi", "ts"])
+def test_pixels_that_are_not_square_are_scaled_to_display_size(tmp_path: Path, suffix: str) -> None:
+    """A square that is stored as 48 rows of 36 columns of 4:3, or as 36 rows of 48 columns of 3:4, is shown square."""
+    path = tmp_path / f"clip.{suffix}"
+    for aspect, stored, shown in (
+        (Fraction(4, 3), framed(60, 60, 6, 12, 48, 36), (60, 80)),
+        (Fraction(3, 4), framed(60, 64, 12, 8, 36, 48), (80, 64)),
+    ):
+        encode_clip(path, stored, aspect=aspect)
+        for media in (read_media(path, 3), read_media(path, 2, 4.0), read_spaced(path, 2), probe_media(path)):
+            assert media.pixels.shape[-2:] == shown and media.pixel_aspect == aspect
+            assert rectangle(media.pixels) == pytest.approx((48, 48), abs=1.5)
+        assert fit(media.pixels, 40, 40).original_size == shown
+
+
+def test_turned_pixels_that_are_not_square(tmp_path: Path) -> None:
+    """The shape of a pixel is that of the stored frame: it is scaled first and turned then."""
     path = tmp_path / "clip.mp4"
+    encode_clip(path, framed(60, 60, 6, 12, 48, 36), aspect=Fraction(4, 3), rotation=(90, False, False))
+    media = read_media(path, 3)
+    assert media.pixels.shape == (3, 3, 80, 60)
+    assert rectangle(media.pixels) == pytest.approx((48, 48), abs=1.5)
+
+
+def test_square_pixels_come_back_as_they_are_decoded(tmp_path: Path) -> None:
+    """Said to be square, nothing said, and a ratio that is less than half a pixel off: the same bits."""
+    pixels = noise(1, 3, 3, 16, 32)
+    found = []
+    for name, aspect in (("none", None), ("one", Fraction(1)), ("near", Fraction(1000, 1001))):
+        encode_clip(tmp_path / f"{name}.mp4", pixels, aspect=aspect)
+        found.append(read_media(tmp_path / f"{name}.mp4", 3))
+        assert found[-1].pixel_aspect == (aspect or 1)
+    assert torch.equal(found[0].pixels, found[1].pixels) and torch.equal(found[0].pixels, found[2].pixels)
+
+
+def test_senseless_shape_of_a_pixel_is_refused(tmp_path: Path) -> None:
+    """Before a frame of that size is made."""
+    encode_clip(tmp_path / "clip.mp4", clip(1), aspect=Fraction(1, 10))
+    with pytest.raises(MediaError, match=r"has pixels of 1:10, expected between 1:4 and 4:1") as caught:
+        read_media(tmp_path / "clip.mp4", 3)
+    assert caught.value.kind == "undecodable"
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_frames_at_a_rate_follow_their_times(tmp_path: Path, suffix: str) -> None:
+    """Phones record at a rate that varies; the number of a frame says nothing about its time."""
+    path = tmp_path / f"clip.{suffix}"
+    encode_clip(path, counted(6), times=[0, 100, 150, 900, 1000, 2000])
+    assert numbers(read_media(path, 3, 1.0).pixels) == [0, 4, 5]
+    assert numbers(read_media(path, 3, 2.0).pixels) == [0, 2, 4]
+    assert numbers(read_media(path, 6).pixels) == list(range(6))
+
+
+def test_interlaced_clip_is_told(tmp_path: Path) -> None:
+    encode_clip(tmp_path / "clip.mp4", clip(1), options={"flags": "+ildct+ilme", "x264-params": "tff=1"})
+    assert read_media(tmp_path / "clip.mp4", 6).interlaced
+    encode_clip(tmp_path / "clip.mp4", clip(1))
+    assert not read_media(tmp_path / "clip.mp4", 6).interlaced
+
+
+@pytest.mark.parametrize("matrix", ["ITU709", "ITU601", "BT2020"])
+@pytest.mark.parametrize("levels", ["MPEG", "JPEG"])
+def test_colours_follow_the_matrix_and_range_that_a_clip_names(tmp_path: Path, matrix: str, levels: str) -> None:
+    from av.video.reformatter import ColorRange, Colorspace
+
+    path = tmp_path / "clip.mp4"
+    space, depth = Colorspace[matrix], ColorRange[levels]
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=8)
-        stream.height, stream.width, stream.pix_fmt = 16, 32, "yuv420p"
-        stream.options = {"crf": "5"}
-        stream.set_display_rotation(90)
-        for frame in pixels.permute(0, 2, 3, 1).contiguous().numpy():
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        stream.height, stream.width, stream.pix_fmt, stream.options = 16, 32, "yuv420p", {"crf": "1"}
+        stream.codec_context.colorspace, stream.codec_context.color_range = int(space), int(depth)
+        plain = torch.tensor([200, 40, 90], dtype=torch.uint8).expand(16, 32, 3).contiguous().numpy()
+        frame = av.VideoFrame.from_ndarray(plain, format="rgb24")
+        frame = frame.reformat(format="yuv420p", dst_colorspace=space, dst_color_range=depth)
+        frame.colorspace, frame.color_range = int(space), int(depth)
+        container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    with av.open(str(path)) as container:
-        turn = next(iter(container.decode(video=0))).rotation
-    assert turn in (90, -90)
-    expected = torch.rot90(pixels, turn // 90, (2, 3)).float()
-    assert (read_media(path, 3).pixels.float() - expected).abs().mean() < 3.0
+    seen = probe_media(path).pixels[0, :, 8, 16].float()
+    assert (seen - torch.tensor([200.0, 40.0, 90.0])).abs().max() <= 3
 
 
 def test_spaced_frames_and_probe(tmp_path: Path) -> None:

@@ -48,6 +48,9 @@ NOTED = {
     "resolution": "pairs of two resolutions",
     "length": "pairs of two lengths",
     "enlarged": "pairs smaller than the size they are trained at",
+    "alpha": "pairs with transparent pixels, which are shown on white",
+    "pixels": "pairs whose pixels are said not to be square",
+    "interlaced": "pairs of interlaced clips",
 }
 """Kinds of findings that training does not skip: it takes each pair by itself, and can."""
 
@@ -286,7 +289,26 @@ def _examine(
     if size is not None and any(height < size[0] or width < size[1] for height, width in shapes):
         smaller = min(shapes)
         notes.append(("enlarged", f"{_by(smaller)} is enlarged to {_by(size)}"))
+    notes += _notes_on_files({"chosen": chosen, "rejected": rejected})
     return _Examined(None, tuple(notes), (_digest(record.chosen), _digest(record.rejected)), size)
+
+
+def _notes_on_files(sides: dict[str, Media]) -> Iterator[tuple[str, str]]:
+    """What a file says about how it is to be shown, where that makes a difference."""
+    alpha = [f"{side.transparent:.0%} of {name}" for name, side in sides.items() if side.transparent]
+    if alpha:
+        yield "alpha", f"{' and '.join(alpha)} is transparent"
+    aspects = []
+    for name, side in sides.items():
+        if side.pixel_aspect != 1:
+            ratio = f"{side.pixel_aspect.numerator}:{side.pixel_aspect.denominator}"
+            done = "taken as square" if side.fps is None else f"scaled to {_by(tuple(side.pixels.shape[-2:]))}"
+            aspects.append(f"{name} has pixels of {ratio}, {done}")
+    if aspects:
+        yield "pixels", "; ".join(aspects)
+    interlaced = [name for name, side in sides.items() if side.interlaced]
+    if interlaced:
+        yield "interlaced", f"{' and '.join(interlaced)}: each frame has lines of two moments, expected of one"
 
 
 def _examine_all(

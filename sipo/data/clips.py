@@ -1,15 +1,18 @@
-"""Decoding clips, whole or not at all.
+"""Decoding clips, whole or not at all, and as a player shows them.
 
 FFmpeg would rather show something than stop: it fills in what a damaged area held, and takes a file that is cut short
-for one that ends. Here both are errors, as far as a file's format lets a decoder know.
+for one that ends. Here both are errors, as far as a file's format lets a decoder know. What a file says about how its
+frames are to be shown is followed: the shape of a pixel, a turn or a mirror image, transparency.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -22,6 +25,11 @@ _OPEN_OPTIONS = {
     "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,mpeg,mpegvideo,flv,asf,ogg,h264,hevc",
 }
 
+BACKGROUND = 255
+"""Level of red, green and blue that stands behind transparent pixels: white, as in most viewers of images."""
+
+_WIDEST_PIXEL = 4  # times as wide as high, or the reverse: a file that says more is damaged, and would take much memory
+
 Kind = Literal["missing", "undecodable", "medium", "short", "rate"]
 
 
@@ -30,8 +38,8 @@ class MediaError(ValueError):
 
     Attributes:
         kind: "missing": no such file; "undecodable": damaged, cut short, or of no known format; "medium": an image
-            where a clip was asked for, or the reverse; "short": fewer frames than asked for; "rate": fewer frames a
-            second than asked for.
+            where a clip was asked for, the reverse, or several images in one file; "short": fewer frames than asked
+            for; "rate": fewer frames a second than asked for.
     """
 
     def __init__(self, kind: Kind, source: Path | bytes, problem: str) -> None:
@@ -45,25 +53,33 @@ class Media:
     """A decoded image or clip.
 
     Attributes:
-        pixels: uint8, ``[3, H, W]`` of an image, ``[F, 3, H, W]`` of a clip.
+        pixels: uint8, ``[3, H, W]`` of an image, ``[F, 3, H, W]`` of a clip: upright, and transparent ones on
+            :data:`BACKGROUND`. A clip's are scaled to be square.
         fps: frames per second of ``pixels``; ``None`` for an image.
         length: frames in the file, of which ``pixels`` may be the first few; 1 for an image.
+        pixel_aspect: width over height of a stored pixel, as the file says. A clip has been scaled by it; an image
+            has not, as browsers and image viewers do not.
+        transparent: share of ``pixels`` that are transparent in the file, wholly or in part.
+        interlaced: whether one of the frames is interlaced; ``pixels`` then are, too.
     """
 
     pixels: Tensor
     fps: float | None = None
     length: int = 1
+    pixel_aspect: Fraction = Fraction(1)
+    transparent: float = 0.0
+    interlaced: bool = False
 
 
 class Selection(Protocol):
     """Which of a clip's frames are wanted.
 
     Attributes:
-        picked: those taken so far, ``[3, H, W]`` each.
+        picked: those taken so far, as PyAV's frames.
         done: whether the rest need not be decoded.
     """
 
-    picked: list[Tensor]
+    picked: list[Any]
     done: bool
 
     def offer(self, frame: Any, time: float) -> None:
@@ -77,14 +93,14 @@ class First:
     """The first ``frames`` as they come."""
 
     def __init__(self, frames: int, decode_all: bool = False) -> None:
-        self.picked: list[Tensor] = []
+        self.picked: list[Any] = []
         self.frames = frames
         self.decode_all = decode_all
         self.done = frames == 0
 
     def offer(self, frame: Any, time: float) -> None:
         if len(self.picked) < self.frames:
-            self.picked.append(_rgb(frame))
+            self.picked.append(frame)
         self.done = len(self.picked) >= self.frames and not self.decode_all
 
     def finish(self, source: Path | bytes, length: int, rate: float) -> float:
@@ -97,14 +113,14 @@ class Numbered:
     """Those at certain places."""
 
     def __init__(self, indices: Sequence[int]) -> None:
-        self.picked: list[Tensor] = []
+        self.picked: list[Any] = []
         self.indices = indices
         self.seen = 0
         self.done = False
 
     def offer(self, frame: Any, time: float) -> None:
         if not self.done and self.seen == self.indices[len(self.picked)]:
-            self.picked.append(_rgb(frame))
+            self.picked.append(frame)
         self.seen += 1
         self.done = len(self.picked) == len(self.indices)
 
@@ -122,7 +138,7 @@ class AtRate:
     """
 
     def __init__(self, frames: int, fps: float) -> None:
-        self.picked: list[Tensor] = []
+        self.picked: list[Any] = []
         self.frames = frames
         self.fps = fps
         self.done = False
@@ -141,7 +157,7 @@ class AtRate:
     def _take(self, frame: Any) -> None:
         self.repeated |= frame is self.taken
         self.taken = frame
-        self.picked.append(_rgb(frame))
+        self.picked.append(frame)
         self.done = len(self.picked) == self.frames or self.repeated
 
     def finish(self, source: Path | bytes, length: int, rate: float) -> float:
@@ -192,20 +208,16 @@ def read_clip(source: Path | bytes, selection: Selection) -> Media:
                     start = time if index == 0 else start
                     selection.offer(frame, time - start)
                     index += 1
+            if length == 0 or not rate > 0:
+                raise MediaError("undecodable", source, "holds no frames, or no frame rate")
+            if end < expected - 2.5 / rate:
+                raise MediaError("undecodable", source, f"is cut short after {end:.2f} s of {expected:.2f} s")
+            fps = selection.finish(source, length, rate)
+            return _shown(source, selection.picked, fps, length, stream.sample_aspect_ratio or Fraction(1))
     except (av.FFmpegError, OSError, ValueError) as error:
         if isinstance(error, MediaError):
             raise
         raise MediaError("undecodable", source, f"cannot be decoded: {error}") from error
-    if length == 0 or not rate > 0:
-        raise MediaError("undecodable", source, "holds no frames, or no frame rate")
-    if end < expected - 2.5 / rate:
-        raise MediaError("undecodable", source, f"is cut short after {end:.2f} s of {expected:.2f} s")
-    fps = selection.finish(source, length, rate)
-    if not selection.picked:
-        return Media(torch.empty(0, 3, 0, 0, dtype=torch.uint8), fps, length)
-    if len({pixels.shape for pixels in selection.picked}) > 1:
-        raise MediaError("undecodable", source, "changes its size on the way, expected frames of one size")
-    return Media(torch.stack(selection.picked), fps, length)
 
 
 def _seconds(clock: str) -> float:
@@ -214,10 +226,78 @@ def _seconds(clock: str) -> float:
     return 0.0 if parts is None else int(parts[1]) * 3600 + int(parts[2]) * 60 + float(parts[3])
 
 
-def _rgb(frame: Any) -> Tensor:
-    """A decoded frame as ``[3, H, W]`` uint8, turned as the file says (phones film sideways)."""
-    pixels = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)
-    return torch.rot90(pixels, round(frame.rotation / 90) % 4, dims=(-2, -1)).contiguous()
+# ---- As a player shows it ----
+
+
+def _shown(source: Path | bytes, frames: list[Any], fps: float, length: int, aspect: Fraction) -> Media:
+    """What was picked, as pixels; empties ``frames``, each of which may hold megabytes."""
+    if not 1 / _WIDEST_PIXEL <= aspect <= _WIDEST_PIXEL:
+        shape = f"{aspect.numerator}:{aspect.denominator}"
+        raise MediaError(
+            "undecodable", source, f"has pixels of {shape}, expected between 1:{_WIDEST_PIXEL} and {_WIDEST_PIXEL}:1"
+        )
+    interlaced = any(frame.interlaced_frame for frame in frames)
+    pixels: list[Tensor] = []
+    transparent = 0.0
+    while frames:
+        frame = frames.pop(0)
+        colours, share = _rgb(frame, aspect)
+        pixels.append(_upright(source, colours, frame))
+        transparent += share
+    if len({each.shape for each in pixels}) > 1:
+        raise MediaError("undecodable", source, "changes its size on the way, expected frames of one size")
+    stacked = torch.stack(pixels) if pixels else torch.empty(0, 3, 0, 0, dtype=torch.uint8)
+    return Media(stacked, fps, length, aspect, transparent / max(1, len(pixels)), interlaced)
+
+
+def _rgb(frame: Any, aspect: Fraction) -> tuple[Tensor, float]:
+    """A decoded frame of square pixels, ``[3, H, W]`` uint8, and the share of transparent ones.
+
+    The side that is too short grows, as in players, so that nothing is lost.
+    """
+    size = (frame.height, max(1, round(frame.width * aspect)))
+    if aspect < 1:
+        size = (max(1, round(frame.height / aspect)), frame.width)
+    scaling: dict[str, Any] = {}
+    if size != (frame.height, frame.width):
+        scaling = {"height": size[0], "width": size[1], "interpolation": "BICUBIC"}
+    if frame.format.has_palette or any(component.is_alpha for component in frame.format.components):
+        return on_background(torch.from_numpy(frame.to_ndarray(format="rgba", **scaling)))
+    return torch.from_numpy(frame.to_ndarray(format="rgb24", **scaling)).permute(2, 0, 1), 0.0
+
+
+def _upright(source: Path | bytes, pixels: Tensor, frame: Any) -> Tensor:
+    """Turned and mirrored as the file says: phones film sideways, and their front cameras into a mirror."""
+    found = [data for data in frame.side_data if data.type.name == "DISPLAYMATRIX"]
+    if not found:
+        return pixels.contiguous()
+    # x' = a x + c y and y' = b x + d y, with y downwards: a 3x3 matrix of which the third column is of no interest.
+    a, b, _, c, d = torch.frombuffer(bytearray(found[0]), dtype=torch.int32)[:5].tolist()
+    degrees = math.degrees(math.atan2(-b, a))
+    if abs(degrees - 90 * round(degrees / 90)) > 1:
+        raise MediaError("undecodable", source, f"is turned by {degrees:.0f} degrees, expected a multiple of 90")
+    across, down = a, d
+    if abs(a) < abs(b):
+        pixels, across, down = pixels.transpose(-2, -1), c, b
+    return pixels.flip([axis for axis, sign in ((-1, across), (-2, down)) if sign < 0]).contiguous()
+
+
+def on_background(rgba: Tensor) -> tuple[Tensor, float]:
+    """Puts :data:`BACKGROUND` behind an image.
+
+    Args:
+        rgba: uint8, ``[H, W, 4]``; colours not multiplied by alpha.
+
+    Returns:
+        uint8 ``[3, H, W]``, and the share of pixels that are not opaque. Opaque ones keep their bits.
+    """
+    colours, alpha = rgba.permute(2, 0, 1).split([3, 1])
+    opaque = alpha == 255
+    if opaque.all():
+        return colours, 0.0
+    weight = alpha.int()
+    mixed = (colours.int() * weight + BACKGROUND * (255 - weight) + 127).div(255, rounding_mode="floor")
+    return mixed.to(torch.uint8), 1.0 - float(opaque.float().mean())
 
 
 def as_stream(source: Path | bytes) -> Any:

@@ -1,4 +1,4 @@
-"""Images and clips: decoding them whole or not at all, fitting them to a size, writing them.
+"""Images and clips: decoding them whole or not at all and as they are shown, fitting them to a size, writing them.
 
 A file that is cut short or damaged is an error that names it. Nothing is ever put in its place: no grey area for what a
 damaged image lacks, no repeated frame for what a clip lacks.
@@ -13,13 +13,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sipo.data.clips import AtRate, First, Media, MediaError, Numbered, as_stream, read_clip
+from sipo.data.clips import AtRate, First, Media, MediaError, Numbered, as_stream, on_background, read_clip
 
 # Named, so that no file is ever handed to one of Pillow's rarer decoders (one of which starts another program).
 _IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -33,7 +33,7 @@ class Fitted:
     Attributes:
         pixels: float32 in [-1, 1], shaped as what was fitted, at the new height and width.
         crop_top_left: (top, left) of what was kept, in pixels of the resized (and mirrored) image.
-        original_size: (height, width) before anything was done.
+        original_size: (height, width) before that: of the upright image, in square pixels.
     """
 
     pixels: Tensor
@@ -47,9 +47,14 @@ class Fitted:
 def read_media(source: Path | bytes, frames: int = 1, fps: float | None = None) -> Media:
     """Decodes an image, or a clip's first frames at a rate.
 
-    An image is turned as its EXIF orientation says and converted to RGB (without its alpha channel). A clip's frame
-    ``k`` is the one nearest to the time ``k / fps`` after its first, of two equally near ones the earlier. The whole
-    file is read, also behind the last frame that is wanted, so that one that is cut short is noticed.
+    Both come as they are shown. An image is turned as its EXIF orientation says; a clip is turned or mirrored as its
+    display matrix says, and scaled to square pixels where its sample aspect ratio is another (the shorter side grows).
+    Transparent pixels are on :data:`sipo.data.clips.BACKGROUND`. An image's density and colour profile are not
+    followed, and no clip is deinterlaced.
+
+    A clip's frame ``k`` is the one nearest to the time ``k / fps`` after its first, of two equally near ones the
+    earlier. The whole file is read, also behind the last frame that is wanted, so that one that is cut short is
+    noticed.
 
     Args:
         source: a file, or an encoded image or clip.
@@ -68,7 +73,7 @@ def read_media(source: Path | bytes, frames: int = 1, fps: float | None = None) 
     if image is not None:
         if frames > 1:
             raise MediaError("medium", source, f"is an image, expected a clip of {frames} frames")
-        return Media(image)
+        return image
     if frames == 1:
         read_clip(source, First(1, decode_all=True))  # an error, if it is not even that
         raise MediaError("medium", source, "is a clip, expected an image (frames=1)")
@@ -81,8 +86,7 @@ def probe_media(source: Path | bytes) -> Media:
     Raises:
         MediaError: missing or undecodable.
     """
-    image = _read_image(source)
-    return Media(image) if image is not None else read_clip(source, First(1, decode_all=True))
+    return _read_image(source) or read_clip(source, First(1, decode_all=True))
 
 
 def read_spaced(source: Path | bytes, count: int) -> Media:
@@ -93,14 +97,14 @@ def read_spaced(source: Path | bytes, count: int) -> Media:
     """
     image = _read_image(source)
     if image is not None:
-        return Media(image)
+        return image
     length = read_clip(source, First(0)).length
     indices = [int((part + 0.5) * length / count) for part in range(count)] if length > count else range(length)
     return read_clip(source, Numbered(indices))
 
 
-def _read_image(source: Path | bytes) -> Tensor | None:
-    """``[3, H, W]`` uint8, or ``None`` where the file is no image but may be a clip."""
+def _read_image(source: Path | bytes) -> Media | None:
+    """An image, or ``None`` where the file is none but may be a clip."""
     from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
     # Some package may have switched it on: a damaged image would come with a grey rest.
@@ -115,19 +119,38 @@ def _read_image(source: Path | bytes) -> Tensor | None:
         raise MediaError("undecodable", source, f"cannot be decoded: {error}") from error
     try:
         with image:
-            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+            count = getattr(image, "n_frames", 1)
+            if count > 1 and image.format == "GIF":
                 return None
+            if count > 1 and image.format != "MPO":  # whose first is the picture
+                expected = "expected one image, or a clip as GIF or in a video format"
+                raise MediaError("medium", source, f"holds {count} images in one {image.format} file, {expected}")
+            aspect = _pixel_aspect(image)
             image.load()
             if image.mode in _DEEP_MODES:
                 raise ValueError(f"has mode {image.mode}, expected 8 bits a channel")
             upright = ImageOps.exif_transpose(image)
-            if upright.has_transparency_data:
-                upright = upright.convert("RGBA")
-            rgb = upright.convert("RGB")
+            transparent = upright.has_transparency_data
+            # By way of RGBA also where only one colour is transparent, or some of a palette's.
+            colours = upright.convert("RGBA" if transparent else "RGB")
+    except MediaError:
+        raise
     except Exception as error:  # Pillow's decoders raise whatever a damaged file makes them stumble over
         raise MediaError("undecodable", source, f"cannot be decoded: {error}") from error
-    flat = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
-    return flat.view(rgb.height, rgb.width, 3).permute(2, 0, 1).contiguous()
+    flat = torch.frombuffer(bytearray(colours.tobytes()), dtype=torch.uint8)
+    pixels = flat.view(colours.height, colours.width, -1)
+    pixels, share = on_background(pixels) if transparent else (pixels.permute(2, 0, 1), 0.0)
+    return Media(pixels.contiguous(), pixel_aspect=aspect, transparent=share)
+
+
+def _pixel_aspect(image: Any) -> Fraction:
+    """Width over height of a pixel by an image's densities; 1 where they differ by less than scanners' rounding."""
+    # A JPEG or a PNG without a unit has a ratio, and no "dpi".
+    density = image.info.get("dpi") or image.info.get("jfif_density") or image.info.get("aspect") or (1, 1)
+    across, down = map(float, density)
+    if not (0 < across < math.inf and 0 < down < math.inf) or abs(down / across - 1) < 0.02:
+        return Fraction(1)
+    return Fraction(down / across).limit_denominator(100)
 
 
 # ---- Fitting ----
