@@ -150,7 +150,7 @@ def make_workspace(folder: Path, clip: Path) -> Path:
     for path in (folder / "stabilityai").rglob("*.safetensors"):
         path.rename(path.with_suffix(".fp16.safetensors"))  # examples/sdxl.yaml asks for this variant
     shutil.copytree(clip, folder / "yuvalkirstain" / "PickScore_v1")
-    make_pickapic(make_toy_pairs(folder / "images", video=False, pairs=14), folder / "yuvalkirstain" / "pickapic_v2")
+    make_pickapic(make_toy_pairs(folder / "images", video=False, pairs=14), folder / "liuhuohuo2" / "pick-a-pic-v2")
     pairs = make_toy_pairs(folder / "data", video=True, pairs=12)
     lines = [json.loads(line) for line in pairs.read_text().splitlines()]
     candidates = [{"prompt": line["prompt"], "candidates": [line["chosen"], line["rejected"]]} for line in lines]

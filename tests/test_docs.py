@@ -145,6 +145,20 @@ def test_every_message_that_is_quoted_is_one_of_ours() -> None:
     assert not [(page, piece) for page, piece in pieces if piece not in source]
 
 
+def test_the_format_of_pairs_stands_in_one_page_that_the_guides_link() -> None:
+    with_pairs = {page for page in PAGES for b in blocks(page) if b.language == "json" and '"chosen"' in b.text}
+    assert with_pairs == {"jsonl"}
+    for page in ("sdxl-pickapic", "wan-clips", "moving"):
+        assert "(jsonl.md)" in page_text(page), page
+    assert "(docs/jsonl.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_nothing_names_a_data_set_that_the_hub_no_longer_has() -> None:
+    """Pick-a-Pic's own repositories have been gone since 2025."""
+    for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.yaml")):
+        assert "yuvalkirstain/pickapic" not in path.read_text(encoding="utf-8"), path.name
+
+
 def test_commands_in_the_text_are_among_those_that_are_run() -> None:
     run = [
         " ".join(command.words) for page in PAGES for b in blocks(page) if b.language == "sh" for command in commands(b)

@@ -123,8 +123,11 @@ def _read_image(source: Path | bytes) -> Media | None:
             if count > 1 and image.format == "GIF":
                 return None
             if count > 1 and image.format != "MPO":  # whose first is the picture
-                expected = "expected one image, or a clip as GIF or in a video format"
-                raise MediaError("medium", source, f"holds {count} images in one {image.format} file, {expected}")
+                raise MediaError(
+                    "medium",
+                    source,
+                    f"holds {count} images in one {image.format} file, expected one image, or a clip as GIF or video",
+                )
             aspect = _pixel_aspect(image)
             image.load()
             if image.mode in _DEEP_MODES:
