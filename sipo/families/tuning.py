@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,9 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from sipo.families.base import Family, evaluating, unwrapped
+from sipo.families.lora_files import Adapter, read_adapter, scaled, write_adapter
 
 ADAPTER = "default"
 """The adapter's name inside the network, which is peft's default."""
+
+# Modules that compute by nothing but an operator on autocast's list of those in lower precision.
+_AUTOCAST = (
+    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
 
 
 def prepare_lora(
@@ -76,6 +83,30 @@ def prepare_full(network: nn.Module, *, gradient_checkpointing: bool = False) ->
 def freeze(network: nn.Module) -> nn.Module:
     """A reference: nothing trainable, in eval mode."""
     return network.requires_grad_(False).eval()
+
+
+def frozen_copy(network: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """A frozen copy that predicts as ``network`` does under ``torch.autocast(dtype=dtype)``, to the bit.
+
+    Autocast rounds the weights of linear layers and convolutions before it multiplies by them, so the copy holds just
+    these rounded. Norms, embeddings, tables and buffers keep their type, as autocast computes with them as they are: in
+    half precision they would be another network's. Biases, which autocast rounds as well, are too small to matter.
+
+    Args:
+        network: in float32, or in any type with ``dtype`` left out.
+        dtype: that autocast computes in; ``None`` rounds nothing.
+
+    Returns:
+        A network that shares no tensor with the first.
+    """
+    # What is in the memo is not copied: a large network never stands in memory twice in float32.
+    rounded: dict[int, Any] = {}
+    if dtype is not None:
+        for module in network.modules():
+            if isinstance(module, _AUTOCAST):
+                weight = nn.Parameter(module.weight.detach().to(dtype, copy=True), requires_grad=False)
+                rounded[id(module.weight)] = weight
+    return freeze(copy.deepcopy(network, rounded))
 
 
 class adapter_off:  # noqa: N801 (used like a function, as contextlib.suppress is)
@@ -139,7 +170,8 @@ def save_lora(
 ) -> Path:
     """Writes the adapter as ``pytorch_lora_weights.safetensors``, which ``pipeline.load_lora_weights(folder)`` takes.
 
-    Rank and alpha go into the file's metadata, so that the adapter counts there what it counted here.
+    The scale alpha / rank is in the weights (``lora_files.py`` says why), so that the adapter counts there what it
+    counted here.
 
     Args:
         family: the network's.
@@ -150,26 +182,21 @@ def save_lora(
     Returns:
         The file.
     """
-    import diffusers
+    from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
     from peft.utils import get_peft_model_state_dict
 
     inner = unwrapped(network)
     if not hasattr(inner, "peft_config"):
         raise ValueError(f"{type(inner).__name__} has no adapter to save: expected prepare_lora's")
     layers = get_peft_model_state_dict(inner, state_dict=None if state is None else dict(state), adapter_name=ADAPTER)
-    # On the CPU and contiguous: safetensors takes no views, and no other device's memory is needed twice.
-    layers = {name: tensor.detach().cpu().contiguous() for name, tensor in layers.items()}
-    config = inner.peft_config[ADAPTER].to_dict()
+    config = inner.peft_config[ADAPTER]
+    options = {"target_modules": config.target_modules, "dropout": config.lora_dropout}
+    adapter = Adapter.of_tensors(layers, config.lora_alpha / config.r, **options)
     folder = Path(folder)
-    with _aside(folder, "lora") as aside:
-        getattr(diffusers, family.pipeline_class).save_lora_weights(
-            aside,
-            **{f"{family.network}_lora_layers": layers, f"{family.network}_lora_adapter_metadata": config},
-        )
-        (written,) = aside.iterdir()
-        final = folder / written.name
-        os.replace(written, final)
-    return final
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / LORA_WEIGHT_NAME_SAFE
+    write_adapter(family, adapter, file)
+    return file
 
 
 def save_full(
@@ -206,6 +233,10 @@ def save_full(
 def load_saved(family: Family, network: nn.Module, folder: str | Path) -> None:
     """Puts what :func:`save_lora` or :func:`save_full` wrote into a network prepared as it was for training.
 
+    An adapter counts what it counted when it was saved, whatever the network's own alpha is. Its second factors come
+    back to a rounding of float32, since alpha / rank was multiplied in and is divided out; exactly where that is a
+    power of two.
+
     Args:
         family: the network's.
         network: of :func:`prepare_lora`, with the same rank and targets, or of :func:`prepare_full`.
@@ -213,42 +244,59 @@ def load_saved(family: Family, network: nn.Module, folder: str | Path) -> None:
 
     Raises:
         FileNotFoundError: no such weights in the folder.
-        ValueError: weights of another network, adapter, rank or alpha.
+        ValueError: weights of another network, adapter or rank; a damaged file.
     """
-    from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
+    if hasattr(network, "peft_config"):
+        _load_lora(family, network, Path(folder))
+    else:
+        _load_full(family, network, Path(folder))
+
+
+def _load_lora(family: Family, network: Any, folder: Path) -> None:
+    from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
     from peft.utils import set_peft_model_state_dict
-    from safetensors import safe_open
+
+    file = folder / LORA_WEIGHT_NAME_SAFE
+    adapter, config = read_adapter(family, file), network.peft_config[ADAPTER]
+    tensors = {}
+    for module, (a, b) in adapter.layers.items():
+        tensors[f"{module}.lora_A.weight"] = a
+        tensors[f"{module}.lora_B.weight"] = scaled(b, config.r / config.lora_alpha)
+    with _one_line(file):
+        found: Any = set_peft_model_state_dict(network, tensors, adapter_name=ADAPTER)
+        wrong = found.unexpected_keys or [name for name in found.missing_keys if "lora_" in name]
+        if wrong:
+            raise RuntimeError(f"{wrong[0]} is in one of them alone")
+
+
+def _load_full(family: Family, network: nn.Module, folder: Path) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    folder = Path(folder)
-    adapted = hasattr(network, "peft_config")
-    files = [folder / LORA_WEIGHT_NAME_SAFE] if adapted else sorted((folder / family.network).glob("*.safetensors"))
-    if not files or not files[0].is_file():
-        kind, name = ("LoRA", LORA_WEIGHT_NAME_SAFE) if adapted else ("full", f"{family.network}/*.safetensors")
-        raise FileNotFoundError(f"{folder}: no {name}, expected the weights of a run with {kind} tuning")
-    state = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    files = sorted((folder / family.network).glob("*.safetensors"))
+    if not files:
+        expected = "expected the weights of a run with full tuning"
+        raise FileNotFoundError(f"{folder}: no {family.network}/*.safetensors, {expected}")
+    state: dict[str, Tensor] = {}
+    for file in files:
+        with _one_line(file):
+            try:
+                state |= load_file(file)
+            except SafetensorError as error:
+                raise RuntimeError(str(error)) from error
+    with _one_line(files[0]):
+        network.load_state_dict(state)
+
+
+@contextmanager
+def _one_line(file: Path) -> Iterator[None]:
+    """torch has a line for the network's class, and one for each tensor that differs: one of these is enough."""
     try:
-        if adapted:
-            start = f"{family.network}."
-            layers = {name.removeprefix(start): tensor for name, tensor in state.items()}
-            found: Any = set_peft_model_state_dict(network, layers, adapter_name=ADAPTER)
-            wrong = found.unexpected_keys or [name for name in found.missing_keys if "lora_" in name]
-            if wrong:
-                raise RuntimeError(f"{wrong[0]} is in one of them alone")
-        else:
-            network.load_state_dict(state)
+        yield
     except RuntimeError as error:
-        # torch has a line for the network's class, and one for each tensor that differs: one of these is enough.
         first, *others = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = others[0].rstrip(".") if others else first
-        raise ValueError(f"{files[0]}: {reason}, expected weights of this model") from error
-    if adapted:
-        with safe_open(files[0], "pt") as file:
-            known = json.loads((file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
-        alpha: Any = network.peft_config[ADAPTER].lora_alpha  # type: ignore[union-attr,index] # hasattr above
-        saved = known.get(f"{family.network}.lora_alpha", alpha)  # LoRA of another program need not say it
-        if saved != alpha:
-            raise ValueError(f"{files[0]}: made with alpha {saved:g}, this network has {alpha:g}: expected the same")
+        raise ValueError(f"{file}: {reason}, expected weights of this model") from error
 
 
 @contextmanager

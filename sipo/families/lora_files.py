@@ -1,0 +1,232 @@
+"""LoRA adapters in files: in diffusers' format, kohya's and ComfyUI's, each at the strength it was trained at.
+
+Readers disagree about where an adapter's scale, alpha / rank, is written: in metadata, in a tensor beside each layer,
+or nowhere, which is a scale of 1. So it is multiplied into the weights here, and what a file then says of its alpha is
+the rank: a reader that looks and one that does not apply the same.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sipo.families import lora_names
+from sipo.families.base import Family
+
+FORMATS = ("diffusers", "kohya", "comfyui")
+_LAYER = re.compile(r"(.+)\.lora_([AB])\.weight")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A network's LoRA.
+
+    Attributes:
+        layers: by the module's name in diffusers' network, float32 ``(A [rank, in, ...], B [out, rank, ...])``:
+            the layer's weight counts as if it were greater by ``B @ A``.
+        target_modules: names, or last parts of names, that the adapted modules have.
+        dropout: of the adapters' input, in training.
+    """
+
+    layers: dict[str, tuple[Tensor, Tensor]]
+    target_modules: tuple[str, ...]
+    dropout: float = 0.0
+
+    @classmethod
+    def of_tensors(
+        cls, tensors: Mapping[str, Tensor], scale: float, target_modules: Iterable[str] = (), dropout: float = 0.0
+    ) -> Adapter:
+        """An adapter of peft's tensors, under its names without the adapter's own.
+
+        Args:
+            tensors: ``<module>.lora_A.weight`` and ``<module>.lora_B.weight``, on any device.
+            scale: that the layers' outputs were multiplied by, alpha / rank.
+            target_modules: the modules themselves if left out.
+            dropout: see :class:`Adapter`.
+
+        Raises:
+            ValueError: a tensor that is no factor of LoRA, or one without the other; several ranks; no tensor at all.
+        """
+        factors: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            match = _LAYER.fullmatch(name)
+            if match is None:
+                raise ValueError(f"{name} is no weight of LoRA, expected <module>.lora_A.weight or lora_B.weight")
+            factors.setdefault(match[1], {})[match[2]] = tensor.detach().cpu().contiguous().float()
+        if not factors:
+            raise ValueError("no weights, expected <module>.lora_A.weight and lora_B.weight")
+        for module, pair in factors.items():
+            if len(pair) < 2:
+                raise ValueError(f"{module} has lora_{'/'.join(pair)} alone, expected lora_A and lora_B")
+        ranks = sorted({len(pair["A"]) for pair in factors.values()})
+        if len(ranks) > 1:
+            raise ValueError(f"layers of ranks {ranks}, expected one rank")
+        layers = {module: (pair["A"], scaled(pair["B"], scale)) for module, pair in sorted(factors.items())}
+        return cls(layers, tuple(sorted(target_modules)) or tuple(layers), dropout)
+
+    @property
+    def rank(self) -> int:
+        """Of every layer."""
+        return len(next(iter(self.layers.values()))[0])
+
+
+def scaled(tensor: Tensor, scale: float) -> Tensor:
+    """A float32 tensor times a scale, rounded once; exact where the scale is a power of two."""
+    return tensor if scale == 1 else (tensor.double() * scale).float()
+
+
+def formats_of(family: Family) -> tuple[str, ...]:
+    """The formats of :data:`FORMATS` that a family's LoRA can be written in."""
+    known = {"diffusers": True, "kohya": family.name in _KOHYA, "comfyui": family.name in _COMFYUI}
+    return tuple(name for name in FORMATS if known[name])
+
+
+def check_format(family: Family, format: str) -> None:
+    """Refuses a format that a family does not have.
+
+    Raises:
+        ValueError: with those that it has.
+    """
+    if format not in formats_of(family):
+        raise ValueError(
+            f"format={format!r}: no LoRA of {family.name} is read in it, expected {' or '.join(formats_of(family))}"
+        )
+
+
+def needs_network_config(family: Family, format: str) -> bool:
+    """Whether :func:`write_adapter` has to know the network's configuration for a format."""
+    return family.name == "sdxl" and format != "diffusers"
+
+
+def write_adapter(
+    family: Family, adapter: Adapter, file: Path, format: str = "diffusers", config: Mapping[str, Any] | None = None
+) -> None:
+    """Writes an adapter to a file, which appears whole or not at all.
+
+    Args:
+        family: the network's.
+        adapter: what to write.
+        file: to write; its folder is there.
+        format: "diffusers", for ``pipeline.load_lora_weights``; "kohya" or "comfyui".
+        config: the network's, where :func:`needs_network_config` says so.
+
+    Raises:
+        ValueError: a format that the family does not have, a module that the format has no name for.
+        OSError: the file cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    check_format(family, format)
+    writers: dict[str, Mapping[str, _Writer]] = {"kohya": _KOHYA, "comfyui": _COMFYUI}
+    writer = _diffusers if format == "diffusers" else writers[format][family.name]
+    metadata = {"format": "pt"}
+    if writer is _diffusers:
+        from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+
+        metadata[LORA_ADAPTER_METADATA_KEY] = json.dumps(_metadata(family, adapter), indent=2, sort_keys=True)
+    tensors = writer(family, adapter, config or {})
+    aside = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        save_file(tensors, aside, metadata=metadata)
+        os.replace(aside, file)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def read_adapter(family: Family, file: Path) -> Adapter:
+    """Reads a file in diffusers' format, whoever wrote it; a scale in its metadata is multiplied into the weights.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not such a file, or a kind of LoRA that is not plain.
+    """
+    from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+    from safetensors import SafetensorError, safe_open
+
+    if not file.is_file():
+        raise FileNotFoundError(f"{file.parent}: no {file.name}, expected the weights of a run with LoRA tuning")
+    start = f"{family.network}."
+    try:
+        with safe_open(file, "pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
+            known = json.loads((opened.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
+        known = {name.removeprefix(start): value for name, value in known.items() if name.startswith(start)}
+        tensors = {name.removeprefix(start): tensor for name, tensor in tensors.items()}
+        rank = known.get("r") or min((len(t) for name, t in tensors.items() if ".lora_A." in name), default=1)
+        options = {"target_modules": known.get("target_modules") or (), "dropout": known.get("lora_dropout", 0.0)}
+        return Adapter.of_tensors(tensors, _scale(known, rank), **options)
+    except (SafetensorError, ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{file}: {' '.join(str(error).split())}; expected LoRA of a {family.network}") from error
+
+
+def _scale(config: Mapping[str, Any], rank: int) -> float:
+    """What peft multiplies a layer's output by, from an adapter's configuration."""
+    for name in ("alpha_pattern", "rank_pattern", "use_dora"):
+        if config.get(name):
+            raise ValueError(f"its metadata has {name}={config[name]!r}, expected one scale for all layers")
+    return float(config.get("lora_alpha", rank)) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _metadata(family: Family, adapter: Adapter) -> dict[str, Any]:
+    """What diffusers makes peft's LoraConfig of. A release of peft refuses names that came after it: no defaults."""
+    rank, targets = adapter.rank, list(adapter.target_modules)
+    config: dict[str, Any] = {"r": rank, "lora_alpha": rank, "target_modules": targets}
+    if adapter.dropout:
+        config["lora_dropout"] = adapter.dropout
+    return {f"{family.network}.{name}": value for name, value in config.items()}
+
+
+_Writer = Callable[[Family, Adapter, Mapping[str, Any]], dict[str, Tensor]]
+
+
+def _diffusers(family: Family, adapter: Adapter, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    return _peft_names(adapter.layers, f"{family.network}.")
+
+
+def _native(family: Family, adapter: Adapter, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """ComfyUI's general form: the names of the model's own code behind "diffusion_model."."""
+    return _peft_names(lora_names.original_layers(family.name, adapter.layers, config), "diffusion_model.")
+
+
+def _peft_names(layers: Mapping[str, tuple[Tensor, Tensor]], start: str) -> dict[str, Tensor]:
+    return {
+        f"{start}{module}.lora_{letter}.weight": factor
+        for module, pair in layers.items()
+        for letter, factor in zip("AB", pair, strict=True)
+    }
+
+
+def _kohya(family: Family, adapter: Adapter, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """kohya-ss's names: underscores for dots, "down" for A, "up" for B, and an alpha beside them."""
+    # Its scripts train SD1.5 on diffusers' network, and every other model on a copy of the original code.
+    own = family.name == "sd15"
+    layers = adapter.layers if own else lora_names.original_layers(family.name, adapter.layers, config)
+    tensors: dict[str, Tensor] = {}
+    for module, (a, b) in layers.items():
+        name = f"lora_unet_{module.replace('.', '_')}"
+        tensors |= {
+            f"{name}.lora_down.weight": a,
+            f"{name}.lora_up.weight": b,
+            f"{name}.alpha": torch.tensor(float(len(a))),
+        }
+    return tensors
+
+
+_KOHYA: dict[str, _Writer] = dict.fromkeys(("sd15", "sdxl", "sd3", "wan"), _kohya)
+# ComfyUI reads kohya's names for what its UNets are called there, and diffusers' names of SD3.
+_COMFYUI: dict[str, _Writer] = {
+    "sd15": _kohya,
+    "sdxl": _kohya,
+    "sd3": _diffusers,
+    "cogvideox": _native,
+    "wan": _native,
+}

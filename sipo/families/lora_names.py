@@ -1,0 +1,151 @@
+"""What the modules of diffusers' networks are called in the models' original code, which other tools go by.
+
+The names are those of the published checkpoints (for CogVideoX, of ComfyUI's own code, which alone uses them).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Layers = Mapping[str, tuple[Tensor, Tensor]]
+
+_PART = "#"  # before the part of a module that holds several of diffusers': "attn.qkv#k"
+
+# From diffusers' name, whole, to the original one.
+_SD3 = (
+    (r"transformer_blocks\.(\d+)\.(attn2?)\.to_([qkv])", r"joint_blocks.\1.x_block.\2.qkv#\3"),
+    (r"transformer_blocks\.(\d+)\.attn\.add_([qkv])_proj", r"joint_blocks.\1.context_block.attn.qkv#\2"),
+    (r"transformer_blocks\.(\d+)\.(attn2?)\.to_out\.0", r"joint_blocks.\1.x_block.\2.proj"),
+    (r"transformer_blocks\.(\d+)\.attn\.to_add_out", r"joint_blocks.\1.context_block.attn.proj"),
+    (r"transformer_blocks\.(\d+)\.ff\.net\.0\.proj", r"joint_blocks.\1.x_block.mlp.fc1"),
+    (r"transformer_blocks\.(\d+)\.ff\.net\.2", r"joint_blocks.\1.x_block.mlp.fc2"),
+    (r"transformer_blocks\.(\d+)\.ff_context\.net\.0\.proj", r"joint_blocks.\1.context_block.mlp.fc1"),
+    (r"transformer_blocks\.(\d+)\.ff_context\.net\.2", r"joint_blocks.\1.context_block.mlp.fc2"),
+    (r"transformer_blocks\.(\d+)\.norm1\.linear", r"joint_blocks.\1.x_block.adaLN_modulation.1"),
+    (r"transformer_blocks\.(\d+)\.norm1_context\.linear", r"joint_blocks.\1.context_block.adaLN_modulation.1"),
+    (r"time_text_embed\.timestep_embedder\.linear_1", "t_embedder.mlp.0"),
+    (r"time_text_embed\.timestep_embedder\.linear_2", "t_embedder.mlp.2"),
+    (r"time_text_embed\.text_embedder\.linear_1", "y_embedder.mlp.0"),
+    (r"time_text_embed\.text_embedder\.linear_2", "y_embedder.mlp.2"),
+    (r"pos_embed\.proj", "x_embedder.proj"),
+    (r"context_embedder", "context_embedder"),
+    (r"norm_out\.linear", "final_layer.adaLN_modulation.1"),
+    (r"proj_out", "final_layer.linear"),
+)
+_WAN = (
+    (r"blocks\.(\d+)\.attn1\.to_([qkv])", r"blocks.\1.self_attn.\2"),
+    (r"blocks\.(\d+)\.attn1\.to_out\.0", r"blocks.\1.self_attn.o"),
+    (r"blocks\.(\d+)\.attn2\.to_([qkv])", r"blocks.\1.cross_attn.\2"),
+    (r"blocks\.(\d+)\.attn2\.to_out\.0", r"blocks.\1.cross_attn.o"),
+    (r"blocks\.(\d+)\.ffn\.net\.0\.proj", r"blocks.\1.ffn.0"),
+    (r"blocks\.(\d+)\.ffn\.net\.2", r"blocks.\1.ffn.2"),
+    (r"condition_embedder\.(time|text)_embedder\.linear_1", r"\1_embedding.0"),
+    (r"condition_embedder\.(time|text)_embedder\.linear_2", r"\1_embedding.2"),
+    (r"condition_embedder\.time_proj", "time_projection.1"),
+    (r"patch_embedding", "patch_embedding"),
+    (r"proj_out", "head.head"),
+)
+_COGVIDEOX = (
+    (r"transformer_blocks\.(\d+)\.attn1\.to_([qkv])", r"blocks.\1.\2"),
+    (r"transformer_blocks\.(\d+)\.attn1\.to_out\.0", r"blocks.\1.attn_out"),
+    (r"transformer_blocks\.(\d+)\.ff\.net\.0\.proj", r"blocks.\1.ff_proj"),
+    (r"transformer_blocks\.(\d+)\.ff\.net\.2", r"blocks.\1.ff_out"),
+    (r"transformer_blocks\.(\d+)\.(norm[12])\.linear", r"blocks.\1.\2.linear"),
+    (r"time_embedding\.(linear_[12])", r"time_embedding_\1"),
+    (r"(patch_embed\.proj|patch_embed\.text_proj|norm_out\.linear|proj_out)", r"\1"),
+)
+_TABLES: dict[str, Sequence[tuple[str, str]]] = {"sd3": _SD3, "wan": _WAN, "cogvideox": _COGVIDEOX}
+
+# The UNets of SD1.5 and SDXL, whose blocks are numbered through in the original code.
+_UNET_ENDS = {
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.1": "middle_block.2",
+}
+_UNET_RESNET = {
+    "conv1": "in_layers.2",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+}
+
+
+def original_layers(family: str, layers: Layers, config: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
+    """LoRA layers under the original names.
+
+    Where the original has one module for several of diffusers' (SD3's queries, keys and values), their layers become
+    one of the sum of their ranks, and nothing of it is rounded.
+
+    Args:
+        family: by name.
+        layers: by diffusers' names, ``(A [rank, in, ...], B [out, rank, ...])``.
+        config: of the network, for SDXL alone.
+
+    Raises:
+        ValueError: a module that has no name there.
+    """
+    plain: dict[str, tuple[Tensor, Tensor]] = {}
+    parts: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+    for module, (a, b) in layers.items():
+        name, _, part = _original(family, module, config).partition(_PART)
+        if part:
+            parts.setdefault(name, {})[part] = (a, b)
+            continue
+        if family == "sd3" and "adaLN_modulation" in name and len(b) == 2 * a.shape[1]:
+            b = torch.cat(b.chunk(2)[::-1])  # shift, then scale; diffusers has the scale first
+        plain[name] = (a, b)
+    return plain | {name: _stacked(held) for name, held in parts.items()}
+
+
+def _stacked(parts: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """One layer for queries, keys and values below one another; a part that is not adapted gets zeros."""
+    (rows,) = {len(b) for _, b in parts.values()}
+    total = sum(len(a) for a, _ in parts.values())
+    up, column = torch.zeros(3 * rows, total), 0
+    for place, part in enumerate("qkv"):
+        if part in parts:
+            b = parts[part][1]
+            up[place * rows : (place + 1) * rows, column : column + b.shape[1]] = b
+            column += b.shape[1]
+    return torch.cat([parts[part][0] for part in "qkv" if part in parts]), up
+
+
+def _original(family: str, module: str, config: Mapping[str, Any]) -> str:
+    if family == "sdxl":
+        found = _unet(module, config)
+    else:
+        matches = ((re.fullmatch(pattern, module), name) for pattern, name in _TABLES[family])
+        found = next((match.expand(name) for match, name in matches if match), None)
+    if found is None:
+        raise ValueError(f"{module}: {family}'s original code has no module for it, expected another target_modules")
+    return found
+
+
+def _unet(module: str, config: Mapping[str, Any]) -> str | None:
+    layers = config["layers_per_block"]
+    match = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", module)
+    if match is None:
+        for ours, theirs in _UNET_ENDS.items():
+            if module == ours or module.startswith(f"{ours}."):
+                inner = module.removeprefix(ours).removeprefix(".")
+                return ".".join(filter(None, (theirs, _UNET_RESNET.get(inner, inner))))
+        return None
+    side, block, kind, layer, inner = match[1], int(match[2]), match[3], int(match[4]), match[5]
+    if kind == "downsamplers":
+        return f"input_blocks.{(layers + 1) * (block + 1)}.0.op"
+    first = 1 + (layers + 1) * block if side == "down" else (layers + 1) * block
+    place = f"{'input' if side == 'down' else 'output'}_blocks.{first + (layers if kind == 'upsamplers' else layer)}"
+    if kind == "upsamplers":
+        return f"{place}.{2 if 'CrossAttn' in config['up_block_types'][block] else 1}.{inner}"
+    return f"{place}.1.{inner}" if kind == "attentions" else f"{place}.0.{_UNET_RESNET.get(inner, inner)}"
