@@ -26,6 +26,7 @@ from sipo.data.media import (
     write_image_grid,
     write_video,
 )
+from sipo.families import get
 from tests.data_sets import clip, cut_short, damage, encode_clip, noise
 
 STEP = 5
@@ -220,6 +221,15 @@ def test_image_is_turned_upright(format: str, orientation: int) -> None:
     assert torch.equal(turned, ORIENTED[orientation](noise(7, 20, 30, 3).permute(2, 0, 1)))
     # SDXL is told the size that the image is shown at.
     assert fit(turned, 16, 16).original_size == ((20, 30) if orientation < 5 else (30, 20))
+
+
+def test_sdxl_is_told_sizes_and_crops_of_the_upright_image() -> None:
+    """20x30 is shown as 30x20 and covers 16x16 as 24x16, of which 4 rows go at the top and 4 at the bottom."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    fitted = fit(read_media(encode(picture(), "PNG", exif=exif)).pixels, 16, 16)
+    own = get("sdxl").own_condition(fitted.original_size, fitted.crop_top_left, (16, 16))
+    assert own["time_ids"].tolist() == [30, 20, 4, 0, 16, 16]
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "TIFF", "BMP"])

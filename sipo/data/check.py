@@ -295,20 +295,17 @@ def _examine(
 
 def _notes_on_files(sides: dict[str, Media]) -> Iterator[tuple[str, str]]:
     """What a file says about how it is to be shown, where that makes a difference."""
-    alpha = [f"{side.transparent:.0%} of {name}" for name, side in sides.items() if side.transparent]
-    if alpha:
-        yield "alpha", f"{' and '.join(alpha)} is transparent"
-    aspects = []
+    found: dict[str, list[str]] = {}
     for name, side in sides.items():
+        if side.transparent:
+            found.setdefault("alpha", []).append(f"{side.transparent:.0%} of {name} is transparent")
         if side.pixel_aspect != 1:
             ratio = f"{side.pixel_aspect.numerator}:{side.pixel_aspect.denominator}"
             done = "taken as square" if side.fps is None else f"scaled to {_by(tuple(side.pixels.shape[-2:]))}"
-            aspects.append(f"{name} has pixels of {ratio}, {done}")
-    if aspects:
-        yield "pixels", "; ".join(aspects)
-    interlaced = [name for name, side in sides.items() if side.interlaced]
-    if interlaced:
-        yield "interlaced", f"{' and '.join(interlaced)}: each frame has lines of two moments, expected of one"
+            found.setdefault("pixels", []).append(f"{name} has pixels of {ratio}, {done}")
+        if side.interlaced:
+            found.setdefault("interlaced", []).append(f"{name} has lines of two moments in each frame, expected of one")
+    return ((kind, "; ".join(texts)) for kind, texts in found.items())
 
 
 def _examine_all(
