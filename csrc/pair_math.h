@@ -27,6 +27,7 @@ struct Settings {
   double winner_preserving;   // μ; negative: off
   int method, ratio, link;
   int skip_nonfinite;
+  int double_stats;  // whether results are returned as double, else as float
 };
 
 struct Sample {  // in: errors, scale and weight of one sample; out: log ratio, ratio, weight, gradient coefficient
@@ -37,7 +38,7 @@ struct Sample {  // in: errors, scale and weight of one sample; out: log ratio, 
 
 struct Pair {
   double logits, loss;  // loss before the reduction
-  bool mask;
+  bool mask, finite;
 };
 
 // §3. An infinite scale is the terminal step: −inf by definition, also at error 0; NaN stays NaN.
@@ -51,6 +52,7 @@ SIPO_HD double clip(double w, double low, double high) { return w < low ? low : 
 SIPO_HD double smaller(double a, double b) { return (a < b || a != a) ? a : b; }
 
 SIPO_HD bool finite(double x) { return x - x == 0; }
+SIPO_HD bool finite_float(double x) { return finite(float(x)); }
 
 struct Linked {
   double loss, pull;  // ℓ(z) and −ℓ'(z)
@@ -104,6 +106,13 @@ SIPO_HD double loser_share(const Sample& winner, const Sample& loser, const Sett
   return aligned > 0 && room < 1 ? room : 1.0;
 }
 
+// Whether what a pair's results are made of is finite in their type; `penalty` is the loss before b and the mask.
+SIPO_HD bool all_finite(const Sample& winner, const Sample& loser, double logits, double penalty, const Settings& s) {
+  const auto whole = [&](double x) { return s.double_stats ? finite(x) : finite_float(x); };
+  return whole(winner.model_error) && whole(winner.reward_gap) && whole(loser.model_error) &&
+         whole(loser.reward_gap) && whole(logits) && whole(penalty);
+}
+
 // §4 to §6 of one pair of weighed samples, whose coefficients it sets. `elements` is D, the size of one sample; `share` is
 // that of the loser's gradient, 1 where the winner is not preserved.
 SIPO_HD Pair judge(Sample& winner, Sample& loser, const Settings& s, double elements, double share) {
@@ -115,8 +124,8 @@ SIPO_HD Pair judge(Sample& winner, Sample& loser, const Settings& s, double elem
   p.logits = -0.5 * s.beta * (a_w * winner.reward_gap - a_l * loser.reward_gap);
   const Linked linked = apply_link(p.logits, s);
   p.loss = b * (p.mask ? 1.0 : 0.0) * linked.loss;
-  if (s.skip_nonfinite && !(finite(winner.model_error + winner.reward_gap) &&
-                            finite(loser.model_error + loser.reward_gap) && finite(p.logits))) {
+  p.finite = all_finite(winner, loser, p.logits, linked.loss, s);
+  if (s.skip_nonfinite && !p.finite) {
     p.mask = false;
     p.loss = 0.0;
   }

@@ -13,8 +13,6 @@ enum Metric : int {
 // Rows of the sums by noise level: STATISTICS in sipo_kernels/contract.py.
 constexpr int kStatistics = 18;
 
-SIPO_HD bool finite_float(double x) { return finite(float(x)); }
-
 SIPO_HD double correct(double logits) { return logits > 0 ? 1.0 : (logits == 0 ? 0.5 : 0.0); }  // a tie counts one half
 
 SIPO_HD double clipped(const Sample& x, const Settings& s) {
@@ -23,9 +21,7 @@ SIPO_HD double clipped(const Sample& x, const Settings& s) {
 
 // What one pair adds to each metric's sum: facts[kFacts].
 SIPO_HD void pair_facts(const Sample& winner, const Sample& loser, const Pair& p, const Settings& s, double* facts) {
-  const bool whole = finite(winner.model_error) && finite(winner.reward_gap) && finite(loser.model_error) &&
-                     finite(loser.reward_gap) && finite(p.logits);
-  const bool counted = whole || !s.skip_nonfinite;
+  const bool counted = p.finite || !s.skip_nonfinite;
   facts[kLoss] = p.loss;
   facts[kImplicitAcc] = counted ? correct(p.logits) : 0.0;
   facts[kModelMse] = counted ? 0.5 * (winner.model_error + loser.model_error) : 0.0;
@@ -36,7 +32,7 @@ SIPO_HD void pair_facts(const Sample& winner, const Sample& loser, const Pair& p
   facts[kWeightMean] = counted ? 0.5 * (winner.weight + loser.weight) : 0.0;
   facts[kClipFraction] = counted ? 0.5 * (clipped(winner, s) + clipped(loser, s)) : 0.0;
   facts[kActiveFraction] = p.mask ? 1.0 : 0.0;
-  facts[kNonfinitePairs] = whole ? 0.0 : 1.0;
+  facts[kNonfinitePairs] = p.finite ? 0.0 : 1.0;
   facts[kCounted] = counted ? 1.0 : 0.0;
 }
 

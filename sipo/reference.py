@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sipo_kernels.checks import check_settings, check_tensors
-from sipo_kernels.contract import LEAST_SMOOTHING
+from sipo_kernels.contract import LEAST_SMOOTHING, stats_dtype
 
 
 class ReferenceOutput(NamedTuple):
@@ -34,7 +34,8 @@ class ReferenceOutput(NamedTuple):
         logits: ``[B]``, §5.
         clipped: ``[S]`` bool, the samples whose ratio the clip changes; all False for a method that does not
             clip.
-        finite: ``[B]`` bool, the pairs whose errors, gaps and logits are all finite.
+        finite: ``[B]`` bool, the pairs whose errors, gaps, logits and losses before the mask are all finite, in the
+            type that the backends return them in: float32, or float64 where a large input is.
         skip_nonfinite: Whether pairs that are not finite were left out (``nonfinite="skip"``).
     """
 
@@ -222,6 +223,7 @@ class _Inputs(NamedTuple):
     link: str
     label_smoothing: float
     winner_preserving: float | None
+    returned: torch.dtype = torch.float64  # what the backends return; here it is only asked what is finite in it
 
     def checked(self) -> _Inputs:
         """The same in float64, once the checks that every backend shares have passed."""
@@ -247,7 +249,8 @@ class _Inputs(NamedTuple):
             error_weight=self.error_weight,
             ref_error=self.ref_error,
         )
-        return self._replace(model_pred=self.model_pred.double())
+        returned = stats_dtype(self.model_pred, self.ref_pred, self.target)
+        return self._replace(model_pred=self.model_pred.double(), returned=returned)
 
 
 def _evaluate(inputs: _Inputs) -> ReferenceOutput:
@@ -302,12 +305,13 @@ def _evaluate(inputs: _Inputs) -> ReferenceOutput:
         loser_term = torch.where(torch.isfinite(loser_term), let_through, loser_term)
     logits = -0.5 * inputs.beta * (winner_term - loser_term)
 
-    winner_finite, loser_finite = (torch.isfinite(model_error) & torch.isfinite(reward_gap)).chunk(2)
-    finite = (winner_finite & loser_finite & torch.isfinite(logits)).detach()
+    penalty = _link(inputs, logits)
+    of_pairs = [*model_error.chunk(2), *reward_gap.chunk(2), logits, penalty]
+    finite = torch.stack([torch.isfinite(value.detach().to(inputs.returned)) for value in of_pairs]).all(0)
     if inputs.nonfinite == "raise" and not bool(finite.all()):
         pairs = ", ".join(str(i) for i in (~finite).nonzero().flatten().tolist())
         raise FloatingPointError(f"pairs {pairs} of {len(finite)} are not finite, expected finite errors and logits")
-    pair_losses = b * mask * _link(inputs, logits)
+    pair_losses = b * mask * penalty
     if inputs.nonfinite == "skip":
         mask = mask & finite
         pair_losses = torch.where(finite, pair_losses, 0.0)

@@ -23,6 +23,7 @@ from sipo_kernels.contract import (
     SMOOTHED_LINKS,
     STATISTICS,
     Totals,
+    has_lazy_bit,
     pair_dtype,
 )
 
@@ -36,7 +37,10 @@ def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
 def _check_number(name: str, value: object, low: float, high: float, expected: str) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}: expected a number, {expected}")
-    if not low <= float(value) <= high or math.isinf(float(value)):
+    # Compiled, the value may be a symbol, which neither math.isinf nor a string takes.
+    if not low <= value <= high or value == math.inf:
+        if torch.compiler.is_compiling():
+            raise ValueError(f"{name}: expected {expected}")
         raise ValueError(f"{name}={value!r}: expected {expected}")
 
 
@@ -65,9 +69,7 @@ def check_settings(
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("nonfinite", nonfinite, NONFINITE)
     check_choice("link", link, LINKS)
-    _check_number("beta", beta, 0.0, math.inf, "a finite number > 0")
-    if beta == 0:
-        raise ValueError(f"beta={beta!r}: expected a finite number > 0")
+    _check_number("beta", beta, math.ulp(0.0), math.inf, "a finite number > 0")
     _check_number("clip_low", clip_low, 0.0, 1.0, "0 <= clip_low <= 1 (weights are clipped below at 1 - clip_low)")
     _check_number("clip_high", clip_high, 0.0, math.inf, "clip_high >= 0 (weights are clipped above at 1 + clip_high)")
     _check_number("mask_threshold", mask_threshold, 0.0, 1.0, "0 <= mask_threshold <= 1 (0 turns the mask off)")
@@ -84,8 +86,9 @@ def check_settings(
 def _check_tensor(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}: expected a torch.Tensor")
-    if value.layout != torch.strided:
-        raise TypeError(f"{name} has layout {value.layout}: expected a dense (strided) tensor")
+    if value.layout != torch.strided or value.is_nested:
+        layout = "nested" if value.is_nested else value.layout
+        raise TypeError(f"{name} has layout {layout}: expected a dense (strided) tensor")
     if value.dtype not in DTYPES:
         raise TypeError(f"{name} has dtype {value.dtype}: expected float32, bfloat16, float16 or float64")
     return value
@@ -203,8 +206,10 @@ def _check_sums(name: str, value: object, shape: tuple[int, ...], dtype: torch.d
     if value.dtype != dtype:
         raise TypeError(f"{name} has dtype {value.dtype}: expected {dtype}")
     _check_device(name, value, device)
-    if value.requires_grad or not value.is_contiguous():
-        raise ValueError(f"{name} requires grad or is not contiguous: expected a plain buffer")
+    if value.requires_grad or not value.is_contiguous() or has_lazy_bit(value):
+        raise ValueError(
+            f"{name} requires grad, is not contiguous or has a lazy negative or zero bit: expected a plain buffer"
+        )
 
 
 def _check_timesteps(totals: Totals, model_pred: Tensor) -> None:

@@ -142,6 +142,11 @@ class Stats(NamedTuple):
     numbers: Tensor | None = None
 
 
+def has_lazy_bit(tensor: Tensor) -> bool:
+    """Whether a tensor's values are not those in its memory: a pending negation (``x.conj().imag``), or no memory."""
+    return tensor.is_neg() or tensor._is_zerotensor()
+
+
 def stats_dtype(*tensors: Tensor | None) -> torch.dtype:
     """Type of per-sample and per-pair results: float64 if any input is, else float32."""
     for tensor in tensors:

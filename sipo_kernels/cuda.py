@@ -67,7 +67,6 @@ class _Args(ctypes.Structure):
                 "reader",
                 "double_terms",
                 "target_shared",
-                "double_stats",
                 "loss_per_pair",
                 "bins",
                 "mend",
@@ -115,11 +114,19 @@ def describe(index: int) -> Gpu:
 
 
 @cache
-def problem(index: int) -> str:
-    """Why CUDA device ``index`` and its driver cannot run the kernels, or nothing."""
+def _problem(index: int) -> str:
     assert LIBRARY is not None
     code = LIBRARY.sipo_cuda_status(index)
     return LIBRARY.sipo_cuda_error(code).decode() if code else ""
+
+
+def problem(index: int) -> str:
+    """Why CUDA device ``index`` and its driver cannot run the kernels, or nothing."""
+    return _problem(index)
+
+
+# A call by ctypes cannot be traced. torch.compiler.assume_constant_result sets this, and imports all of Dynamo.
+problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
@@ -184,12 +191,11 @@ def _template(
         target_dtype=target,
         target_shared=call.shared_target,
         double_terms=double_terms,
-        double_stats=torch.float64 in dtypes,
     )
     if settings is not None:
         for name in ("group", "blocks", "parts", "lead", "hold", "keep", "shared_bytes", "one_pass"):
             setattr(args, name, getattr(plan, name))
-        args.settings = native.CSettings.of(settings, call.pairs)
+        args.settings = native.CSettings.of(settings, call.pairs, torch.float64 in dtypes)
         args.loss_per_pair = settings.reduction == "none"
     return bytes(args)
 
@@ -307,7 +313,7 @@ def _write_gradient(
     filled = dense_like(model, grad)
     args = _args(model, None, goal, filled)
     coef = coef.contiguous()
-    args.coef, args.double_stats = coef.data_ptr(), coef.dtype == torch.float64
+    args.coef, args.settings.double_stats = coef.data_ptr(), coef.dtype == torch.float64
     args.upstream = _numbers(upstream)
     if remembered is not None:
         args.remembered = remembered.data_ptr()

@@ -132,8 +132,9 @@ def forward(
     logits = -0.5 * settings.beta * (weighted_gap[0] - weighted_gap[1])
     penalty, pull = _link(logits, settings)
     pair_loss = b * mask * penalty
-    if settings.skip_nonfinite:
-        finite = torch.isfinite(model_error + reward_gap).all(0) & torch.isfinite(logits)
+    dtype = stats_dtype(model_pred, ref_pred, target)
+    if settings.skip_nonfinite:  # in the type of the results, in which an overflow would be seen
+        finite = torch.isfinite(torch.stack([*model_error, *reward_gap, logits, penalty]).to(dtype)).all(0)
         mask = mask & finite
         pair_loss = torch.where(finite, pair_loss, 0)
     loss = pair_loss if settings.reduction == "none" else pair_loss.sum() * settings.loss_scale(pairs)
@@ -147,7 +148,6 @@ def forward(
         share = torch.where((inner > 0) & (room < 1), room, 1)
     coef = torch.where(mask, torch.stack([g, -g * share]) * a * (2.0 / model_pred[0].numel()), 0)
 
-    dtype = stats_dtype(model_pred, ref_pred, target)
     rows = (model_error, ref_err, reward_gap, log_ratio, weight, coef)
     per_sample = torch.stack([x.reshape(samples) for x in rows]).to(dtype)
     return Stats(loss.to(dtype), per_sample, logits.to(dtype), mask, model_pred.new_empty(0))

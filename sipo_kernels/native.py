@@ -41,12 +41,12 @@ class CSettings(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_double) for name in ("beta", "clip_min", "clip_max", "mask_threshold", "loss_scale")),
         *((name, ctypes.c_double) for name in ("smoothing", "log_label", "log_other", "winner_preserving")),
-        *((name, ctypes.c_int) for name in ("method", "ratio", "link", "skip_nonfinite")),
+        *((name, ctypes.c_int) for name in ("method", "ratio", "link", "skip_nonfinite", "double_stats")),
     ]
 
     @classmethod
-    def of(cls, settings: Settings, pairs: int) -> CSettings:
-        """The settings of a call with so many pairs."""
+    def of(cls, settings: Settings, pairs: int, double_stats: bool) -> CSettings:
+        """The settings of a call with so many pairs, whose results are float64 or float32."""
         return cls(
             beta=settings.beta,
             clip_min=1 - settings.clip_low,
@@ -61,6 +61,7 @@ class CSettings(ctypes.Structure):
             ratio=RATIOS.index(settings.ratio),
             link=LINKS.index(settings.link),
             skip_nonfinite=settings.skip_nonfinite,
+            double_stats=double_stats,
         )
 
 
@@ -89,7 +90,6 @@ class _Args(ctypes.Structure):
                 "bins",
                 "target_shared",
                 "wide_sums",
-                "double_stats",
                 "loss_per_pair",
                 "threads",
                 "own_threads",
@@ -178,12 +178,12 @@ def _template(
         target_dtype=target,
         target_shared=target_shared,
         wide_sums=wide_sums,
-        double_stats=double_stats,
+        settings=CSettings(double_stats=double_stats),
     )
     if settings is not None:
         args.ratio_scale_dtype, args.error_weight_dtype, args.ref_error_dtype = numbers
         args.loss_per_pair = settings.reduction == "none"
-        args.settings = CSettings.of(settings, samples // 2)
+        args.settings = CSettings.of(settings, samples // 2, double_stats)
     return bytes(args)
 
 

@@ -29,6 +29,7 @@ class PairLossOutput(NamedTuple):
         coef: ``[S]`` factor of ``model_pred − target`` in the gradient (§6) for an upstream gradient of 1; with
             ``winner_preserving``, the loser's has λ in it.
         clip_range: the clip's bounds, ``None`` for a method that does not clip.
+        link: the loss of a logit.
         skip_nonfinite: whether non-finite pairs were left out.
         numbers: the metrics as the kernel wrote them, in the order of ``METRICS`` and with one more number behind;
             ``None``: they are made from the fields above. Who replaces one of those sets it to ``None``.
@@ -44,14 +45,16 @@ class PairLossOutput(NamedTuple):
     logits: Tensor
     coef: Tensor
     clip_range: tuple[float, float] | None = None
+    link: str = "sigmoid"
     skip_nonfinite: bool = False
     numbers: Tensor | None = None
 
     def finite_pairs(self) -> Tensor:
-        """``[B]`` bool: pairs whose errors, gaps and logits are all finite."""
+        """``[B]`` bool: pairs whose errors, gaps, logits and losses (of ``"ipo"``: z²) are finite, as they are here."""
         sample = torch.isfinite(self.model_error) & torch.isfinite(self.reward_gap)
         winner, loser = sample.chunk(2)
-        return winner & loser & torch.isfinite(self.logits)
+        penalty = (self.logits - 0.5).square() if self.link == "ipo" else self.logits
+        return winner & loser & torch.isfinite(penalty)
 
     def metrics(self) -> dict[str, Tensor]:
         """What a batch reports (§8), as 0-d tensors on the device, without a host synchronisation.

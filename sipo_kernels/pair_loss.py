@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from sipo_kernels import backends, checks
-from sipo_kernels.contract import Inputs, Settings, Stats, Totals, empty_grad, empty_stats
+from sipo_kernels.contract import Inputs, Settings, Stats, Totals, empty_grad, empty_stats, has_lazy_bit
 from sipo_kernels.output import PairLossOutput, add_totals
 
 _SETTINGS_SCHEMA = (
@@ -86,7 +87,18 @@ def _is_ordinary(*tensors: Tensor | None) -> bool:
     Not to be asked while compiling. Modes of ``__torch_function__`` (``torch.set_default_device``) need no operator: a
     backend is made of torch calls.
     """
-    return _PLAIN.issuperset(map(type, tensors)) and not is_in_torch_dispatch_mode() and not torch._C._is_tracing()
+    if not _PLAIN.issuperset(map(type, tensors)) or is_in_torch_dispatch_mode() or torch._C._is_tracing():
+        return False
+    # The dispatcher gives an operator real memory in place of a lazy negative and of zeros without memory.
+    return not any(tensor is not None and has_lazy_bit(tensor) for tensor in tensors)
+
+
+def _refuse_tangents(**tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                f"{name} has a tangent, and pair_loss does not support forward-mode AD: use loss.backward()"
+            )
 
 
 def _refuse_double_backward() -> None:
@@ -260,7 +272,8 @@ def pair_loss(
         mask_threshold: pairs whose smaller ratio lies below are masked, in [0, 1]; 0 turns the mask off.
         reduction: ``"mean"`` over the B pairs, ``"sum"`` or ``"none"`` (``[B]``).
         nonfinite: ``"propagate"`` NaN and infinity as torch would; ``"skip"`` such a pair as if masked; ``"raise"``
-            (reads the result on the host).
+            (reads the result on the host). A pair is finite if its errors, gaps and logit, and its logit's square
+            with ``link="ipo"``, are finite in the type that they are returned in.
         link: the loss of a logit: ``"sigmoid"``, ``"ipo"``, ``"hinge"`` or ``"dmpo"`` (§5, relatives).
         label_smoothing: share of pairs whose labels are taken to be swapped, in [0, 0.5); for ``"sigmoid"`` and
             ``"dmpo"``.
@@ -285,12 +298,22 @@ def pair_loss(
         ValueError: shapes, devices, ranges or choices that do not fit; a gradient asked of anything but
             ``model_pred``.
         RuntimeError: a named backend that cannot run here, with the reason.
+        NotImplementedError: under a ``torch.func`` transform, or with an input that has a tangent (forward-mode AD).
         FloatingPointError: ``nonfinite="raise"`` and a pair that is not finite.
     """
     compiling = torch.compiler.is_compiling()
     if not compiling and torch._C._are_functorch_transforms_active():
         raise NotImplementedError(
             "pair_loss does not support torch.func transforms (vmap, grad, jvp): use loss.backward() on stacked pairs"
+        )
+    if not compiling and forward_ad._current_level >= 0:
+        _refuse_tangents(
+            model_pred=model_pred,
+            ref_pred=ref_pred,
+            target=target,
+            ratio_scale=ratio_scale,
+            error_weight=error_weight,
+            ref_error=ref_error,
         )
     choices = (method, beta, ratio, clip_low, clip_high, mask_threshold, reduction, nonfinite)
     relatives = (link, label_smoothing, winner_preserving)
@@ -316,7 +339,7 @@ def pair_loss(
         )
     inputs = Inputs(model_pred, ref_pred, target, ratio_scale, error_weight, ref_error)
     numbers: Tensor | None = None
-    if not compiling and _is_ordinary(*inputs):
+    if not compiling and _is_ordinary(*inputs, None if totals is None else totals.timesteps):
         needs_grad = model_pred.requires_grad and torch.is_grad_enabled()
         fuse = needs_grad and chosen in backends.FUSED
         if expected_upstream is None:
@@ -343,6 +366,7 @@ def pair_loss(
         logits,
         coef,
         clip_range=None if method == "diffusion_dpo" else (1 - settings.clip_low, 1 + settings.clip_high),
+        link=link,
         skip_nonfinite=settings.skip_nonfinite,
         numbers=numbers,
     )

@@ -140,6 +140,13 @@ def finite(x):
 
 
 @triton.jit
+def _all_finite(error, gap, z, penalty, DTYPE: tl.constexpr):
+    """Whether a pair's numbers are finite in the type that they are returned in. Vectors are [winner, loser]."""
+    samples = finite(error.to(DTYPE)) & finite(gap.to(DTYPE))
+    return (tl.sum(samples.to(tl.int32), 0) == 2) & finite(z.to(DTYPE)) & finite(penalty.to(DTYPE))
+
+
+@triton.jit
 def _log_ratio(scale, error):  # §3: an infinite scale is the terminal step, also at error 0; NaN stays NaN
     return tl.where((scale == float("inf")) & (error == error), -float("inf"), -scale * error)
 
@@ -270,8 +277,8 @@ def finish_pair(
     z = -0.5 * beta * tl.sum(sign * a * gap, 0)
     penalty, pull = _apply_link(z, smoothing, log_label, log_other, LINK, SMOOTHED)
     pair_loss = b * active.to(tl.float64) * penalty
+    whole = _all_finite(error, gap, z, penalty, logits.dtype.element_ty)
     if SKIP:
-        whole = (tl.sum(finite(error + gap).to(tl.int32), 0) == 2) & finite(z)
         active = active & whole
         pair_loss = tl.where(whole, pair_loss, 0.0)
 
@@ -291,7 +298,7 @@ def finish_pair(
     tl.store(at + 5 * stride, coef)
     tl.store(logits + pair, z)
     tl.store(mask + pair, active)
-    return error, ref_err, gap, ratio, weight, coef, z, pair_loss, active
+    return error, ref_err, gap, ratio, weight, coef, z, pair_loss, active, whole
 
 
 @triton.jit

@@ -157,7 +157,7 @@ def pair_forward(
             # The stores must be seen by whoever counts the pair's last item: a barrier, then acquire-release.
             tl.debug_barrier()
             if tl.atomic_add(tickets + 2 + pair, 1, sem="acq_rel") == per_pair - 1:
-                error, ref_err, gap, ratio, weight, coef, z, pair_loss, active = finish_pair(
+                error, ref_err, gap, ratio, weight, coef, z, pair_loss, active, whole = finish_pair(
                     partial,
                     ratio_scale,
                     error_weight,
@@ -192,7 +192,9 @@ def pair_forward(
                 )
                 if PER_PAIR:
                     tl.store(loss + pair, pair_loss)
-                store_record(records, pair, pairs, error, ref_err, gap, ratio, weight, coef, z, pair_loss, active)
+                store_record(
+                    records, pair, pairs, error, ref_err, gap, ratio, weight, coef, z, pair_loss, active, whole
+                )
                 tl.debug_barrier()
                 if WITH_GRAD:
                     tl.atomic_add(tickets + 2 + pair, 1, sem="release")

@@ -35,11 +35,12 @@ ROWS = tl.constexpr(8)  # pairs at a time: few, for a thread holds all numbers o
 PAIR_LOGITS = tl.constexpr(12)
 PAIR_LOSS = tl.constexpr(13)
 PAIR_ACTIVE = tl.constexpr(14)
-RECORD = 15
+PAIR_FINITE = tl.constexpr(15)
+RECORD = 16
 
 
 @triton.jit
-def store_record(records, pair, pairs, error, ref_err, gap, ratio, weight, coef, z, pair_loss, active):
+def store_record(records, pair, pairs, error, ref_err, gap, ratio, weight, coef, z, pair_loss, active, whole):
     """Keeps a pair's numbers for :func:`report`. Vectors are [winner, loser]."""
     at = records + pair + tl.arange(0, 2) * pairs
     tl.store(at, error)
@@ -51,6 +52,7 @@ def store_record(records, pair, pairs, error, ref_err, gap, ratio, weight, coef,
     tl.store(records + PAIR_LOGITS * pairs + pair, z)
     tl.store(records + PAIR_LOSS * pairs + pair, pair_loss)
     tl.store(records + PAIR_ACTIVE * pairs + pair, active.to(tl.float64))
+    tl.store(records + PAIR_FINITE * pairs + pair, whole.to(tl.float64))
 
 
 @triton.jit
@@ -97,8 +99,7 @@ def _metrics(records, pair, pairs, clip_min, clip_max, METHOD: tl.constexpr, SKI
     z = tl.load(at + PAIR_LOGITS * pairs, mask=inside, other=0.0, cache_modifier=".cg")
     pair_loss = tl.load(at + PAIR_LOSS * pairs, mask=inside, other=0.0, cache_modifier=".cg")
     active = tl.load(at + PAIR_ACTIVE * pairs, mask=inside, other=0.0, cache_modifier=".cg")
-    nothing = 0.0 * error_w + 0.0 * error_l + 0.0 * gap_w + 0.0 * gap_l + 0.0 * z  # NaN where one is not finite
-    whole = (nothing == 0) & inside
+    whole = tl.load(at + PAIR_FINITE * pairs, mask=inside, other=0.0, cache_modifier=".cg") > 0
     counted = whole if SKIP else inside  # means are over finite pairs alone where the others are skipped
     column = tl.arange(0, METRIC_COLUMNS)[None, :]
     x = tl.where(column == IMPLICIT_ACC, _correct(z), tl.full([ROWS, METRIC_COLUMNS], 0.0, tl.float64))

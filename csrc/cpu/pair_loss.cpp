@@ -165,7 +165,7 @@ struct Args {
   int32_t bins;
   int32_t target_shared;  // target is [B, ...]
   int32_t wide_sums;      // sum in double, whatever the types
-  int32_t double_stats, loss_per_pair;
+  int32_t loss_per_pair;
   int32_t threads;
   int32_t own_threads;  // not torch's: what happens anyway where torch's OpenMP runtime is not to be found
 };
@@ -222,7 +222,7 @@ Sample read_sample(const Args& a, const Sums* partial, int64_t s, int64_t chunks
 
 void write_sample(const Args& a, int64_t s, const Sample& x) {
   const double rows[6] = {x.model_error, x.ref_error, x.reward_gap, x.log_ratio, x.weight, x.coef};
-  for (int i = 0; i < 6; ++i) put(a.samples, i * 2 * a.pairs + s, rows[i], a.double_stats);
+  for (int i = 0; i < 6; ++i) put(a.samples, i * 2 * a.pairs + s, rows[i], a.settings.double_stats);
 }
 
 void reduce_unit(const Args& a, const Kernels& k, int64_t pair, int64_t s, int64_t chunk, Sums& sums) {
@@ -276,11 +276,11 @@ class Report {
   void write() const {
     for (int k = 0; k < kMetrics; ++k) {
       const double value = metric(k, sums_[k], sums_[kCounted], double(a_.pairs), a_.settings, a_.loss_per_pair);
-      put(a_.numbers, k, value, a_.double_stats);
-      if (k == kLoss && !a_.loss_per_pair) put(a_.loss, 0, value, a_.double_stats);
+      put(a_.numbers, k, value, a_.settings.double_stats);
+      if (k == kLoss && !a_.loss_per_pair) put(a_.loss, 0, value, a_.settings.double_stats);
       if (a_.metrics) add_metric(a_.metrics, k, value);
     }
-    put(a_.numbers, kMetrics, a_.upstream, a_.double_stats);
+    put(a_.numbers, kMetrics, a_.upstream, a_.settings.double_stats);
   }
 
  private:
@@ -345,7 +345,7 @@ SIPO_API int sipo_pair_loss(const Args* args) {
         for (int64_t u = end - 1; u >= begin; --u) {
           g.locate(u, a.pairs, &pair, &s, &chunk);
           if (pair != known) know(pair);
-          grad_unit(a, k, pair, s, chunk, upstream_coef(half[s != pair].coef, a.upstream, a.double_stats), stream);
+          grad_unit(a, k, pair, s, chunk, upstream_coef(half[s != pair].coef, a.upstream, a.settings.double_stats), stream);
         }
       }
       if (thread == 0) {
@@ -353,9 +353,9 @@ SIPO_API int sipo_pair_loss(const Args* args) {
           const Pair p = know(i);
           write_sample(a, i, half[0]);
           write_sample(a, i + a.pairs, half[1]);
-          put(a.logits, i, p.logits, a.double_stats);
+          put(a.logits, i, p.logits, a.settings.double_stats);
           a.mask[i] = p.mask;
-          if (a.loss_per_pair) put(a.loss, i, p.loss, a.double_stats);
+          if (a.loss_per_pair) put(a.loss, i, p.loss, a.settings.double_stats);
           report.add(i, half[0], half[1], p);
         }
       }
@@ -379,7 +379,7 @@ SIPO_API int sipo_pair_grad(const Args* args) {
     int64_t pair, s, chunk;
     for (int64_t u = g.size() * thread / threads; u < g.size() * (thread + 1) / threads; ++u) {
       g.locate(u, a.pairs, &pair, &s, &chunk);
-      const double coef = a.double_stats ? static_cast<const double*>(a.coef)[s] : static_cast<const float*>(a.coef)[s];
+      const double coef = a.settings.double_stats ? static_cast<const double*>(a.coef)[s] : static_cast<const float*>(a.coef)[s];
       grad_unit(a, k, pair, s, chunk, coef, grad_bytes >= kStreamBytes);
     }
   });

@@ -42,7 +42,7 @@ struct Args {
   int32_t reader;         // 0: Vector, 1: Mixed, 2: Any
   int32_t double_terms;   // half precision read by Vector is summed in double
   int32_t target_shared;  // target is [B, ...]
-  int32_t double_stats, loss_per_pair;
+  int32_t loss_per_pair;
   int32_t bins;
   int32_t mend;  // sipo_cuda_pair_grad: leave alone what was made for the upstream gradient that came (numbers' last)
   int32_t device;

@@ -79,7 +79,7 @@ template <class Reader>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm) grad_kernel(const __grid_constant__ Args a) {
   const double first = number(a.upstream, 0, 1.0);
   if (a.remembered && blockIdx.x == 0 && threadIdx.x == 0 && finite(first)) *a.remembered = first;
-  const auto done = [&](double came) { return a.mend && came == get(a.numbers, kMetrics, a.double_stats); };
+  const auto done = [&](double came) { return a.mend && came == get(a.numbers, kMetrics, a.settings.double_stats); };
   if (!a.upstream.stride && done(first)) return;
   const int64_t all = a.pairs * a.tiles, end = all * (blockIdx.x + 1) / gridDim.x;
   for (int64_t u = all * blockIdx.x / gridDim.x; u < end;) {
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) grad_kernel(const __gr
     double coef[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half)
-      coef[half] = upstream_coef(get(a.coef, pair + half * a.pairs, a.double_stats), came, a.double_stats);
+      coef[half] = upstream_coef(get(a.coef, pair + half * a.pairs, a.settings.double_stats), came, a.settings.double_stats);
     if (done(came)) u = next;
     for (; u < next; ++u) gradient_tile<Reader>(a, pair, u - pair * a.tiles, coef, {-1, -1}, device::normal());
   }

@@ -249,7 +249,7 @@ template <class Reader, class Acc> int pair_loss(const Args& args) {
   a.grad = nullptr;
   error = device::launch(kernel, a.blocks, kThreads, kScratchBytes, false, a.stream, a);
   if (error || !args.grad) return error;
-  a.grad = args.grad, a.coef = a.work.coef, a.double_stats = 1, a.upstream = {};  // which is in these coefficients
+  a.grad = args.grad, a.coef = a.work.coef, a.settings.double_stats = 1, a.upstream = {};  // which is in these coefficients
   return gradient_alone<Reader>(a);
 }
 

@@ -57,7 +57,7 @@ struct Settling {
     weigh(x, a.settings, a.ratio_scale.data != nullptr);
     const double rows[5] = {x.model_error, x.ref_error, x.reward_gap, x.log_ratio, x.weight};
 #pragma unroll
-    for (int i = 0; i < 5; ++i) put(a.samples, i * 2 * a.pairs + s, rows[i], a.double_stats);
+    for (int i = 0; i < 5; ++i) put(a.samples, i * 2 * a.pairs + s, rows[i], a.settings.double_stats);
     a.work.samples[s] = x;
   }
 
@@ -83,14 +83,14 @@ struct Settling {
     for (int half = 0; half < 2; ++half) {
       const int64_t row = i + half * a.pairs;
       const double coef = half ? loser.coef : winner.coef;
-      put(a.samples, 5 * 2 * a.pairs + row, coef, a.double_stats);
+      put(a.samples, 5 * 2 * a.pairs + row, coef, a.settings.double_stats);
       a.work.samples[row].coef = coef;
-      a.work.coef[row] = upstream_coef(coef, upstream(), a.double_stats);
+      a.work.coef[row] = upstream_coef(coef, upstream(), a.settings.double_stats);
     }
-    put(a.logits, i, p.logits, a.double_stats);
+    put(a.logits, i, p.logits, a.settings.double_stats);
     a.mask[i] = p.mask;
     a.work.pairs[i] = p;
-    if (a.loss_per_pair) put(a.loss, i, p.loss, a.double_stats);
+    if (a.loss_per_pair) put(a.loss, i, p.loss, a.settings.double_stats);
   }
 
   // ---- §8 ----------------------------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ struct Settling {
     for (int32_t i = threadIdx.x; i < pairs; i += kThreads) report_pair(i, i + pairs, bins);
     __syncthreads();
     for (int k = threadIdx.x / 32; k < kMetrics; k += kThreads / 32) report_metric(k, pairs);
-    if (threadIdx.x == 0) put(a.numbers, kMetrics, upstream(), a.double_stats);
+    if (threadIdx.x == 0) put(a.numbers, kMetrics, upstream(), a.settings.double_stats);
     if (!a.levels) return;
     for (int32_t i = threadIdx.x; i < kStatistics * bins; i += kThreads)
       a.levels[i % kStatistics * bins + i / kStatistics] += float(level_sum(i / kStatistics, i % kStatistics, pairs));
@@ -127,8 +127,8 @@ struct Settling {
     sum = warp_sum(sum), counted = warp_sum(counted);
     if (threadIdx.x % 32) return;
     const double value = metric(k, sum, counted, double(pairs), a.settings, a.loss_per_pair);
-    put(a.numbers, k, value, a.double_stats);
-    if (k == kLoss && !a.loss_per_pair) put(a.loss, 0, value, a.double_stats);
+    put(a.numbers, k, value, a.settings.double_stats);
+    if (k == kLoss && !a.loss_per_pair) put(a.loss, 0, value, a.settings.double_stats);
     if (a.metrics) add_metric(a.metrics, k, value);
   }
 
