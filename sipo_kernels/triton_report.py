@@ -71,7 +71,7 @@ def _correct(z):  # a tie counts one half
 
 @triton.jit
 def _of_samples(records, pair, pairs):
-    """What both sums need of these pairs' samples: error, reference error, gap, ratio and weight, winner before loser."""
+    """What both sums need of the samples: error, reference error, gap, ratio and weight, winner before loser."""
     inside = pair < pairs
     at = records + pair
     # .cg: past the first-level cache, which is not coherent with what other programs just wrote.
