@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -57,7 +58,7 @@ def encode_clip(
     codec: str = "libx264",
     pix_fmt: str = "yuv420p",
     aspect: Fraction | None = None,
-    rotation: tuple[float, bool, bool] | None = None,
+    matrix: tuple[float, float, float, float] | None = None,
     times: Sequence[int] | None = None,
     options: Mapping[str, str] | None = None,
 ) -> None:
@@ -69,7 +70,7 @@ def encode_clip(
         codec: FFmpeg's name.
         pix_fmt: stored pixel format.
         aspect: sample aspect ratio: width over height of a pixel.
-        rotation: display matrix: degrees counterclockwise, then mirrored left and right, then top and bottom.
+        matrix: of MP4 and MOV, ``(a, b, c, d)``: a pixel is shown at ``x' = a x + c y`` and ``y' = b x + d y``.
         times: when each frame is shown, in milliseconds.
         options: the encoder's.
     """
@@ -81,8 +82,6 @@ def encode_clip(
         stream.options = dict(options or ({"crf": "5"} if codec == "libx264" else {}))
         if aspect is not None:
             stream.codec_context.sample_aspect_ratio = aspect
-        if rotation is not None:
-            stream.set_display_rotation(rotation[0], hflip=rotation[1], vflip=rotation[2])
         if times is not None:
             stream.codec_context.time_base = Fraction(1, 1000)
         layout = "rgba" if pixels.shape[1] == 4 else "rgb24"
@@ -92,6 +91,12 @@ def encode_clip(
                 frame.pts, frame.time_base = times[index], Fraction(1, 1000)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+    if matrix is not None:
+        # By hand, for PyAV learnt it late: nine numbers at a fixed place in the track's header.
+        content = bytearray(path.read_bytes())
+        a, b, c, d = (round(value * 65536) for value in matrix)
+        struct.pack_into(">9i", content, content.index(b"tkhd") + 44, a, b, 0, c, d, 0, 0, 0, 1 << 30)
+        path.write_bytes(content)
 
 
 class Builder:

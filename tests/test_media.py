@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import struct
 from fractions import Fraction
 from pathlib import Path
@@ -483,19 +484,27 @@ def test_text_and_playlists_are_no_clips(tmp_path: Path) -> None:
             assert caught.value.kind == "undecodable"
 
 
+SHOWN = {
+    (1, 0, 0, 1): lambda frames: frames,
+    (0, -1, 1, 0): lambda frames: torch.rot90(frames, 1, (-2, -1)),
+    (-1, 0, 0, -1): lambda frames: frames.flip(-1, -2),
+    (0, 1, -1, 0): lambda frames: torch.rot90(frames, -1, (-2, -1)),
+    (-1, 0, 0, 1): lambda frames: frames.flip(-1),
+    (1, 0, 0, -1): lambda frames: frames.flip(-2),
+    (0, 1, 1, 0): lambda frames: frames.transpose(-1, -2),
+    (0, -1, -1, 0): lambda frames: frames.transpose(-1, -2).flip(-1, -2),
+}
+"""What each display matrix ``(a, b, c, d)`` asks a player to do: ``x' = a x + c y``, ``y' = b x + d y``."""
+
+
 @pytest.mark.parametrize("suffix", ["mp4", "mov"])
-@pytest.mark.parametrize("degrees", [0, 90, 180, 270])
-@pytest.mark.parametrize("mirrored", [(False, False), (True, False), (False, True)])
-def test_turned_clip_is_turned_upright(
-    tmp_path: Path, suffix: str, degrees: int, mirrored: tuple[bool, bool]
-) -> None:
-    """All eight display matrices: a mirrored one (front cameras) is no turn by 180 degrees."""
+@pytest.mark.parametrize("matrix", SHOWN)
+def test_turned_clip_is_turned_upright(tmp_path: Path, suffix: str, matrix: tuple[int, int, int, int]) -> None:
+    """A mirrored one (front cameras) is not turned by 180 degrees."""
     pixels = smooth(16, 32).expand(3, 3, 16, 32).contiguous()
     path = tmp_path / f"clip.{suffix}"
-    encode_clip(path, pixels, rotation=(degrees, *mirrored))
-    # As FFmpeg has it: turned, counterclockwise, and then mirrored.
-    expected = torch.rot90(pixels, degrees // 90, (2, 3))
-    expected = expected.flip([axis for axis, flipped in zip((3, 2), mirrored, strict=True) if flipped])
+    encode_clip(path, pixels, matrix=matrix)
+    expected = SHOWN[matrix](pixels)
     for media in (read_media(path, 3), read_spaced(path, 3)):
         assert media.pixels.shape == expected.shape
         assert (media.pixels.float() - expected.float()).abs().mean() < 3.0
@@ -503,7 +512,8 @@ def test_turned_clip_is_turned_upright(
 
 
 def test_clip_turned_by_a_few_degrees_is_refused(tmp_path: Path) -> None:
-    encode_clip(tmp_path / "clip.mp4", clip(1), rotation=(30.0, False, False))
+    cos, sin = math.cos(math.radians(30)), math.sin(math.radians(30))
+    encode_clip(tmp_path / "clip.mp4", clip(1), matrix=(cos, -sin, sin, cos))
     with pytest.raises(MediaError, match=r"clip\.mp4: is turned by 30 degrees, expected a multiple of 90") as caught:
         read_media(tmp_path / "clip.mp4", 3)
     assert caught.value.kind == "undecodable"
@@ -540,7 +550,7 @@ def test_pixels_that_are_not_square_are_scaled_to_display_size(tmp_path: Path, s
 def test_turned_pixels_that_are_not_square(tmp_path: Path) -> None:
     """The shape of a pixel is that of the stored frame: it is scaled first and turned then."""
     path = tmp_path / "clip.mp4"
-    encode_clip(path, framed(60, 60, 6, 12, 48, 36), aspect=Fraction(4, 3), rotation=(90, False, False))
+    encode_clip(path, framed(60, 60, 6, 12, 48, 36), aspect=Fraction(4, 3), matrix=(0, -1, 1, 0))
     media = read_media(path, 3)
     assert media.pixels.shape == (3, 3, 80, 60)
     assert rectangle(media.pixels) == pytest.approx((48, 48), abs=1.5)
@@ -582,25 +592,28 @@ def test_interlaced_clip_is_told(tmp_path: Path) -> None:
     assert not read_media(tmp_path / "clip.mp4", 6).interlaced
 
 
-@pytest.mark.parametrize("matrix", ["ITU709", "ITU601", "BT2020"])
-@pytest.mark.parametrize("levels", ["MPEG", "JPEG"])
-def test_colours_follow_the_matrix_and_range_that_a_clip_names(tmp_path: Path, matrix: str, levels: str) -> None:
-    from av.video.reformatter import ColorRange, Colorspace
-
+@pytest.mark.parametrize(("space", "red", "blue"), [(1, 0.2126, 0.0722), (5, 0.299, 0.114), (9, 0.2627, 0.0593)])
+@pytest.mark.parametrize("full", [False, True])
+def test_colours_follow_the_matrix_and_range_that_a_clip_names(
+    tmp_path: Path, space: int, red: float, blue: float, full: bool
+) -> None:
+    """BT.709, BT.601 and BT.2020, by the definition of Y'CbCr."""
+    colour = torch.tensor([200.0, 40.0, 90.0])
+    luma = red * colour[0] + (1 - red - blue) * colour[1] + blue * colour[2]
+    chroma = [(colour[2] - luma) / (2 - 2 * blue), (colour[0] - luma) / (2 - 2 * red)]
+    levels = [luma, *chroma] if full else [16 + luma * 219 / 255, *(each * 224 / 255 for each in chroma)]
+    planes = [torch.full((16, 32), levels[0]), *(torch.full((4, 32), 128 + level) for level in levels[1:])]
     path = tmp_path / "clip.mp4"
-    space, depth = Colorspace[matrix], ColorRange[levels]
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=8)
-        stream.height, stream.width, stream.pix_fmt, stream.options = 16, 32, "yuv420p", {"crf": "1"}
-        stream.codec_context.colorspace, stream.codec_context.color_range = int(space), int(depth)
-        plain = torch.tensor([200, 40, 90], dtype=torch.uint8).expand(16, 32, 3).contiguous().numpy()
-        frame = av.VideoFrame.from_ndarray(plain, format="rgb24")
-        frame = frame.reformat(format="yuv420p", dst_colorspace=space, dst_color_range=depth)
-        frame.colorspace, frame.color_range = int(space), int(depth)
+        stream.height, stream.width, stream.options = 16, 32, {"crf": "1"}
+        stream.pix_fmt = "yuvj420p" if full else "yuv420p"
+        stream.codec_context.colorspace, stream.codec_context.color_range = space, 1 + full
+        frame = av.VideoFrame.from_ndarray(torch.cat(planes).round().to(torch.uint8).numpy(), format=stream.pix_fmt)
+        frame.colorspace, frame.color_range = space, 1 + full
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    seen = probe_media(path).pixels[0, :, 8, 16].float()
-    assert (seen - torch.tensor([200.0, 40.0, 90.0])).abs().max() <= 3
+    assert (probe_media(path).pixels[0, :, 8, 16].float() - colour).abs().max() <= 3
 
 
 def test_spaced_frames_and_probe(tmp_path: Path) -> None:

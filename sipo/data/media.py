@@ -150,7 +150,10 @@ def _pixel_aspect(image: Any) -> Fraction:
     """Width over height of a pixel by an image's densities; 1 where they differ by less than scanners' rounding."""
     # A JPEG or a PNG without a unit has a ratio, and no "dpi".
     density = image.info.get("dpi") or image.info.get("jfif_density") or image.info.get("aspect") or (1, 1)
-    across, down = map(float, density)
+    try:
+        across, down = map(float, density)
+    except ZeroDivisionError:  # a rational number of 0/0
+        return Fraction(1)
     if not (0 < across < math.inf and 0 < down < math.inf) or abs(down / across - 1) < 0.02:
         return Fraction(1)
     return Fraction(down / across).limit_denominator(100)
