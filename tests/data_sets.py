@@ -79,7 +79,8 @@ def encode_clip(
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=8)
         stream.height, stream.width, stream.pix_fmt = *pixels.shape[-2:], pix_fmt
-        stream.options = dict(options or ({"crf": "5"} if codec == "libx264" else {}))
+        usual = {"libx264": {"crf": "5"}, "libvpx": {"auto-alt-ref": "0"}}  # the latter where there is an alpha channel
+        stream.options = dict(options or usual.get(codec, {}))
         if aspect is not None:
             stream.codec_context.sample_aspect_ratio = aspect
         if times is not None:

@@ -30,6 +30,9 @@ BACKGROUND = 255
 
 _WIDEST_PIXEL = 4  # times as wide as high, or the reverse: a file that says more is damaged, and would take much memory
 
+# WebM's transparent clips: FFmpeg's own decoders leave out the alpha channel, and show what lies hidden.
+_ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+
 Kind = Literal["missing", "undecodable", "medium", "short", "rate"]
 
 
@@ -187,8 +190,11 @@ def read_clip(source: Path | bytes, selection: Selection) -> Media:
             if any(entry.pos + entry.size > size for entry in stream.index_entries):
                 raise MediaError("undecodable", source, f"is cut short at {size} bytes")
             # Decoders would rather guess what a damaged area held. One thread: callers decode in several.
-            stream.codec_context.options = {"err_detect": "explode"}
-            stream.codec_context.thread_count = 1
+            decoder = stream.codec_context
+            if stream.metadata.get("alpha_mode") == "1" and decoder.name in _ALPHA_DECODERS:
+                decoder = av.CodecContext.create(_ALPHA_DECODERS[decoder.name], "r")
+            decoder.options = {"err_detect": "explode"}
+            decoder.thread_count = 1
             rate = float(stream.average_rate or stream.guessed_rate or 0)
             expected = _seconds(stream.metadata.get("DURATION", ""))
             timed = container.format.name != "avi"  # which has no times but those of decoding
@@ -201,7 +207,7 @@ def read_clip(source: Path | bytes, selection: Selection) -> Media:
                     end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
                 if selection.done:
                     continue
-                for frame in packet.decode():
+                for frame in decoder.decode(packet):
                     if frame.is_corrupt:
                         raise MediaError("undecodable", source, f"frame {index} is damaged")
                     time = frame.time if timed and frame.time is not None else index / (rate or 1.0)
