@@ -77,33 +77,66 @@ def vp_tables(alphas_cumprod: Tensor, num_inference_steps: int, prediction_type:
     }
 
 
-def flow_ratio_scale(sigma: Tensor, shift: float, num_inference_steps: int, prediction_type: str, eps: float) -> Tensor:
-    """``ratio_scale`` of a rectified flow at σ in (0, 1], ``[N]``; inf for a σ outside that range.
+def terminal_stretch(shift: float, num_inference_steps: int, shift_terminal: float) -> float:
+    """``c`` of a flow's grid 1 − c (1 − σ), stretched so that its last level before 0 is ``shift_terminal`` (§3).
+
+    Raises:
+        TypeError, ValueError: ``shift_terminal`` outside (0, 1), or a sampler of one step, which has no such level.
+    """
+    check_positive("shift_terminal", shift_terminal)
+    if shift_terminal >= 1:
+        raise ValueError(f"shift_terminal={shift_terminal!r}: expected a number in (0, 1)")
+    if num_inference_steps < 2:
+        raise ValueError(f"num_inference_steps={num_inference_steps!r} with shift_terminal: expected at least 2")
+    return (1 - shift_terminal) * (num_inference_steps + shift - 1) / (num_inference_steps - 1)
+
+
+def flow_ratio_scale(
+    sigma: Tensor,
+    shift: float,
+    num_inference_steps: int,
+    prediction_type: str,
+    eps: float,
+    stretch: float = 1.0,
+    subtracted: bool = False,
+) -> Tensor:
+    """``ratio_scale`` of a rectified flow at σ in (0, 1], ``[N]``; NaN where σ is.
 
     Args:
-        sigma: ``[N]``, float32 or wider.
+        sigma: ``[N]``, float32 or wider; what rounding carried above 1 counts as 1.
         shift: ``k``.
         num_inference_steps: Steps of the sampler.
         prediction_type: ``"flow"`` or ``"sample"``.
         eps: Machine epsilon of the type that σ was given in: within its rounding, u' ≤ 0 is terminal.
+        stretch: ``c`` of :func:`terminal_stretch`; 1 for a grid that is not stretched.
+        subtracted: Whether σ was made by a subtraction from 1, which leaves it an error of eps and not of eps · σ.
     """
     step = 1 / num_inference_steps
-    inside = (sigma > 0) & (sigma <= 1 + ROUNDING * eps)
     sigma = sigma.clamp(max=1)
-    q = sigma + shift * (1 - sigma)
-    u = sigma / q
+    distance = 1 - sigma
+    # before the stretch: σ there, and its distance from 1; what lies below its 0 is terminal
+    unstretched = sigma if stretch == 1 else (1 - distance / stretch).clamp(min=0)
+    unstretched_distance = distance if stretch == 1 else 1 - unstretched
+    q = unstretched + shift * unstretched_distance
+    u = unstretched / q
     previous = u - step
-    # The last step's u, which is 1 / num_inference_steps, is as uncertain as its σ, times (du/dσ)·(σ/u),
-    # which is 1 + (k − 1) u there; never so uncertain that the step before might be meant. A NaN is not above
-    # anything.
-    uncertainty = step * min(ROUNDING * eps * max(1.0, 1 + (shift - 1) * step), 0.5)
-    terminal = ~(inside & (previous > uncertainty))
-    previous = torch.where(terminal, 1, previous)
-    one_minus_previous = shift * (1 - sigma) / q + step
+    # How uncertain the last step's u, 1 / num_inference_steps, is: du/dσ, which is slope² / k there, times an error of
+    # a few units in the last place of σ = k · step / slope, or of 1. Never so uncertain that the step before might be
+    # meant.
+    slope = 1 + (shift - 1) * step
+    size = max(step, slope**2 / (shift * stretch) if subtracted else step * slope)
+    uncertainty = min(ROUNDING * eps * size, step / 2)
+    # σ' times 1 + (k − 1) u'; not above 0 where a stretch carries u' > 0 below its own 0
+    scaled_previous = shift * previous
+    if stretch != 1:
+        scaled_previous = stretch * scaled_previous + (1 - stretch) * (1 + (shift - 1) * previous)
+    terminal = (previous <= uncertainty) | (scaled_previous <= 0)
+    scaled_previous = torch.where(terminal, 1, scaled_previous)
+    one_minus_previous = shift * unstretched_distance / q + step
     # (SNR' − SNR) σ² = A² − B² = (A − B)(A + B) with A = σ (1 − σ') / σ' and B = 1 − σ; A and both factors
     # are written as sums of positive terms
-    difference = step * q / (shift * previous)
-    total = (1 - sigma) + sigma * one_minus_previous / (shift * previous)
+    difference = stretch * step * q / scaled_previous
+    total = distance + sigma * stretch * one_minus_previous / scaled_previous
     scale = 0.5 * difference * total
     if prediction_type == "sample":
         scale = scale / sigma**2

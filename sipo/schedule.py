@@ -5,6 +5,7 @@ The formulas are in ``levels.py``. Needs torch alone: ``diffusers_schedulers.py`
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,15 @@ import torch
 from torch import Tensor
 
 from sipo.diffusers_schedulers import read_scheduler
-from sipo.levels import ROUNDING, check_count, check_positive, flow_ratio_scale, vp_alphas_cumprod, vp_tables
+from sipo.levels import (
+    check_count,
+    check_positive,
+    flow_ratio_scale,
+    terminal_stretch,
+    vp_alphas_cumprod,
+    vp_tables,
+)
+from sipo.timestep_checks import checked_levels, in_range
 from sipo_kernels.checks import check_choice
 from sipo_kernels.contract import pair_dtype
 
@@ -21,7 +30,6 @@ _DISTRIBUTIONS = {
     "discrete": ("uniform",),
     "flow": ("uniform", "logit_normal", "shifted", "shifted_logit_normal"),
 }
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 DEFAULT_INFERENCE_STEPS = 50
 
 
@@ -36,11 +44,13 @@ class NoiseSchedule:
     - ``kind="discrete"``: indices in ``[0, num_train_timesteps)`` of any integer type, or float32/float64
       holding whole numbers, as some diffusers schedulers hand them out (half types cannot hold every index
       and are refused).
-    - ``kind="flow"``: σ in (0, 1] of any floating-point type. The model's own timesteps, in 0 to 1000 for
-      most, are ``σ * num_train_timesteps``.
+    - ``kind="flow"``: σ in (0, 1] of any floating-point type, the share of noise. The model's own timesteps, in 0
+      to 1000 for most, are ``σ * num_train_timesteps``, or ``(1 − σ) * num_train_timesteps`` with ``invert_sigmas``.
 
-    Their values are checked where that costs nothing: on the CPU, outside ``torch.compile``. Elsewhere an
-    index out of range trips the device's own assertion, and a σ out of range counts as terminal.
+    A value out of range, or NaN, is a ValueError on the CPU. Under ``torch.compile`` and on CUDA it trips an
+    assertion that no host waits for (``torch._assert_async``): a RuntimeError with the same text from a compiled
+    function on the CPU; on CUDA the text on stderr, and "device-side assert triggered" at the next synchronisation.
+    Where there is no assertion (``torch.jit.trace``, other devices) such a σ becomes NaN, and with it the loss.
 
     Attributes:
         kind: ``"discrete"`` (variance preserving, α² + σ² = 1) or ``"flow"`` (rectified flow, α = 1 − σ).
@@ -49,6 +59,8 @@ class NoiseSchedule:
         num_inference_steps: Steps of the sampler whose previous level enters :meth:`ratio_scale`.
         num_train_timesteps: Number of discrete levels; for a flow, what the model's timesteps are scaled by.
         shift: ``k`` of the flow's sampling grid σ = k·u / (1 + (k − 1)·u); 1 for a discrete schedule.
+        shift_terminal: Last level above 0 that a flow's sampling grid is stretched to end at; ``None`` if it is not.
+        invert_sigmas: The flow's network predicts x₀ − ε and is told the share of data in place of noise (Mochi).
     """
 
     def __init__(
@@ -59,6 +71,8 @@ class NoiseSchedule:
         num_inference_steps: int,
         num_train_timesteps: int,
         shift: float = 1.0,
+        shift_terminal: float | None = None,
+        invert_sigmas: bool = False,
         alphas_cumprod: Tensor | None = None,
     ) -> None:
         """Prefer the named constructors; this one takes what they have worked out."""
@@ -77,6 +91,12 @@ class NoiseSchedule:
         self.num_inference_steps = num_inference_steps
         self.num_train_timesteps = num_train_timesteps
         self.shift = float(shift)
+        self.shift_terminal = shift_terminal
+        self.invert_sigmas = invert_sigmas
+        self._in_range = in_range(kind, num_train_timesteps)
+        self._stretch = 1.0
+        if shift_terminal is not None:
+            self._stretch = terminal_stretch(self.shift, num_inference_steps, shift_terminal)
         self._tables: dict[str, Tensor] = {}
         if alphas_cumprod is not None:
             self._tables = vp_tables(alphas_cumprod, num_inference_steps, prediction_type)
@@ -90,14 +110,15 @@ class NoiseSchedule:
         prediction_type: str | None = None,
         *,
         shift: float | None = None,
+        image_seq_len: int | None = None,
     ) -> NoiseSchedule:
         """The schedule of a diffusers scheduler (or of a subclass of one).
 
-        Known are DDPM, DDIM, PNDM, EulerDiscrete, DPMSolverMultistep, UniPCMultistep (the last two also with
-        ``use_flow_sigmas``), CogVideoXDDIM, CogVideoXDPM and FlowMatchEulerDiscrete. A discrete schedule is
-        read from the scheduler's own ``alphas_cumprod``, so that one that was changed by hand is taken as it
-        is; most are float32, which leaves ``ratio_scale`` good to 1e-4 for Stable Diffusion's β and to a few
-        1e-3 for those that start nearer to 0. How the sampler spaces its steps (``timestep_spacing``, Karras
+        A flow is read from FlowMatchEulerDiscrete, FlowMatchHeunDiscrete, FlowMatchLCM and from those solvers that
+        have ``use_flow_sigmas`` set (DPMSolver, UniPC, DEIS, SASolver). Every other scheduler that has
+        ``alphas_cumprod`` is a discrete schedule, read from that table, so that one that was changed by hand is
+        taken as it is; most are float32, which leaves ``ratio_scale`` good to 1e-4 for Stable Diffusion's β and to a
+        few 1e-3 for those that start nearer to 0. How the sampler spaces its steps (``timestep_spacing``, Karras
         sigmas, ...) plays no part there: §3's stride is uniform.
 
         Args:
@@ -105,22 +126,27 @@ class NoiseSchedule:
             num_inference_steps: Steps of the sampler (§3), whatever the scheduler is set to at present.
             prediction_type: In place of the scheduler's own; ``"flow"`` and diffusers' ``"flow_prediction"``
                 are the same.
-            shift: ``k`` in place of the scheduler's; needed for a flow with ``use_dynamic_shifting``.
+            shift: ``k`` in place of the scheduler's.
+            image_seq_len: Number of tokens of the resolution trained on, (height / 16) · (width / 16) for Stable
+                Diffusion 3 and Flux. With ``use_dynamic_shifting`` it gives ``k``, as it does in diffusers'
+                pipelines; such a scheduler needs it or ``shift``. Others do not look at it.
 
         Raises:
-            ValueError: A scheduler that is not known, or an option of it that is not modelled.
+            TypeError: A number of the wrong type.
+            ValueError: A scheduler that is not modelled (with the reason), or an option of it that is not.
         """
-        facts = read_scheduler(scheduler, shift)
+        facts = read_scheduler(scheduler, shift, image_seq_len)
         prediction_type = facts.prediction_type if prediction_type is None else prediction_type
         if facts.alphas_cumprod is not None:
             return cls.from_alphas_cumprod(facts.alphas_cumprod, prediction_type, num_inference_steps)
-        assert facts.shift is not None  # for the type checker: a scheduler has the one or the other
         return cls(
             "flow",
             prediction_type=prediction_type,
             num_inference_steps=num_inference_steps,
             num_train_timesteps=facts.num_train_timesteps,
             shift=facts.shift,
+            shift_terminal=facts.shift_terminal,
+            invert_sigmas=facts.invert_sigmas,
         )
 
     @classmethod
@@ -226,6 +252,8 @@ class NoiseSchedule:
             self.num_inference_steps,
             self.prediction_type,
             torch.finfo(timesteps.dtype).eps,
+            self._stretch,
+            subtracted=self.invert_sigmas or self.shift_terminal is not None,
         )
 
     def alpha_sigma(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
@@ -256,6 +284,8 @@ class NoiseSchedule:
     def target(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What the network should predict: ε, v = α·ε − σ·x₀, ε − x₀ (flow) or x₀, by ``prediction_type``.
 
+        With ``invert_sigmas`` a flow's target is x₀ − ε.
+
         Arguments, result and errors as for :meth:`add_noise`.
         """
         alpha, sigma, work = self._coefficients(sample, noise, timesteps)
@@ -264,7 +294,8 @@ class NoiseSchedule:
         if self.prediction_type == "sample":
             return sample
         if self.prediction_type == "flow":
-            return (noise.to(work) - sample.to(work)).to(sample.dtype)
+            flow = noise.to(work) - sample.to(work)
+            return (-flow if self.invert_sigmas else flow).to(sample.dtype)
         return (alpha * noise.to(work) - sigma * sample.to(work)).to(sample.dtype)
 
     def sample_timesteps(
@@ -287,8 +318,9 @@ class NoiseSchedule:
         ``shifted_logit_normal`` logit-normal, then shifted         SD3 with ``"logit_normal"``
         ======================== ================================== ==========================================
 
-        Shifted is σ = k·u / (1 + (k − 1)·u) with k = ``shift``. (SD3's scripts shift because the scheduler's
-        own table of σ, from which they pick, is shifted; Flux's is not, as it shifts dynamically.)
+        Shifted is σ = k·u / (1 + (k − 1)·u) with k = ``shift``; it is not stretched to ``shift_terminal``. (SD3's
+        scripts shift because the scheduler's own table of σ, from which they pick, is shifted; Flux's is not, as it
+        shifts dynamically.)
 
         Args:
             n: How many.
@@ -309,19 +341,28 @@ class NoiseSchedule:
         if self.kind == "discrete":
             u = torch.randint(self.num_train_timesteps, (n,), generator=generator, device=drawn_on)
         elif distribution.endswith("logit_normal"):
-            u = torch.randn(n, generator=generator, device=drawn_on).sigmoid()
+            u = torch.randn(n, generator=generator, device=drawn_on, dtype=torch.float32).sigmoid()
         else:
-            u = 1 - torch.rand(n, generator=generator, device=drawn_on)  # rand is in [0, 1)
+            u = 1 - torch.rand(n, generator=generator, device=drawn_on, dtype=torch.float32)  # rand is in [0, 1)
         if distribution.startswith("shifted"):  # the shift keeps 0 and 1 where they are
             u = (self.shift * u / (1 + (self.shift - 1) * u)).clamp(max=1)
         return u.to(out_device)
 
     def __repr__(self) -> str:
-        shift = f", shift={self.shift:g}" if self.kind == "flow" else ""
-        return (
-            f"NoiseSchedule(kind={self.kind!r}, prediction_type={self.prediction_type!r}{shift}, "
-            f"num_inference_steps={self.num_inference_steps}, num_train_timesteps={self.num_train_timesteps})"
-        )
+        """With all that the numbers depend on: it is part of a checkpoint's identity."""
+        fields = [f"kind={self.kind!r}", f"prediction_type={self.prediction_type!r}"]
+        if self.kind == "flow":
+            fields.append(f"shift={self.shift:.12g}")
+        else:
+            # in float32, whose digits do not depend on how a library rounds the last one of a float64
+            table = self._tables["alpha"].square().float().numpy().tobytes()
+            fields.append(f"alphas_cumprod='sha256:{hashlib.sha256(table).hexdigest()[:12]}'")
+        fields += [f"num_inference_steps={self.num_inference_steps}", f"num_train_timesteps={self.num_train_timesteps}"]
+        if self.shift_terminal is not None:
+            fields.append(f"shift_terminal={self.shift_terminal:.12g}")
+        if self.invert_sigmas:
+            fields.append("invert_sigmas=True")
+        return f"NoiseSchedule({', '.join(fields)})"
 
     def _table(self, name: str, device: torch.device) -> Tensor:
         # Kept per device, so that a call uploads nothing. torch.compile traces this as it stands and guards
@@ -335,50 +376,7 @@ class NoiseSchedule:
 
     def _levels(self, timesteps: Tensor) -> Tensor:
         """Checked timesteps: int64 indices, or σ in the type that results have."""
-        if not isinstance(timesteps, Tensor):
-            raise TypeError(f"timesteps is a {type(timesteps).__name__}: expected a torch.Tensor")
-        if timesteps.ndim != 1:
-            raise ValueError(f"timesteps has shape {list(timesteps.shape)}: expected [N], one a sample")
-        if self.kind == "discrete":
-            if timesteps.dtype not in (*_INTEGERS, torch.float32, torch.float64):
-                raise TypeError(
-                    f"timesteps has dtype {timesteps.dtype}: "
-                    "expected an integer type (or whole numbers in float32 or float64)"
-                )
-            levels = timesteps.to(torch.int64)
-        else:
-            if not timesteps.dtype.is_floating_point:
-                raise TypeError(
-                    f"timesteps has dtype {timesteps.dtype}: expected floating-point sigma in (0, 1], "
-                    f"which is t / {self.num_train_timesteps}"
-                )
-            levels = timesteps.to(pair_dtype(timesteps.device))
-        if timesteps.device.type == "cpu" and not torch.compiler.is_compiling():
-            self._check_values(timesteps, levels)
-        return levels
-
-    def _check_values(self, timesteps: Tensor, levels: Tensor) -> None:
-        if levels.numel() == 0:
-            return
-        # Lowest and highest first: one small operation where all is well, three times in each pass of training.
-        low, high = (bound.item() for bound in levels.aminmax())
-        if self.kind == "discrete":
-            whole = not timesteps.dtype.is_floating_point or torch.equal(timesteps, levels.to(timesteps.dtype))
-            if whole and low >= 0 and high < self.num_train_timesteps:
-                return
-            wrong = (timesteps != levels) | (levels < 0) | (levels >= self.num_train_timesteps)
-            expected = f"an integer in [0, {self.num_train_timesteps})"
-        else:
-            most = 1 + ROUNDING * torch.finfo(timesteps.dtype).eps  # σ = 1 may have been rounded up on the way
-            if low > 0 and high <= most:  # not so for NaN
-                return
-            wrong = ~((levels > 0) & (levels <= most))
-            expected = "sigma in (0, 1]"
-        i = int(wrong.nonzero()[0])
-        value = timesteps[i].item()
-        if self.kind == "flow" and 1 < value <= self.num_train_timesteps:
-            expected += f", which is t / {self.num_train_timesteps} for a timestep t"
-        raise ValueError(f"timesteps[{i}]={value!r}: expected {expected}")
+        return checked_levels(timesteps, self.kind, self.num_train_timesteps, self._in_range)
 
     def _coefficients(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor, torch.dtype]:
         """α and σ shaped to multiply ``sample``, and the type to compute in: float32 or wider."""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from golden_cases import load_ratio_scales
 from torch import Tensor
 
 from sipo import NoiseSchedule
+from sipo.diffusers_schedulers import with_settings
 
 BY_NAME = {case.name: case for case in load_ratio_scales()}
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -160,6 +163,88 @@ def test_flow_noise_is_that_of_the_scheduler() -> None:
     close(noisy, solver.add_noise(sample, noise, solver.timesteps[:5]), rtol=1e-6, atol=1e-7)
 
 
+def scheduler_classes() -> list[Any]:
+    """Every scheduler class that diffusers has here; those that need a library that is missing are stand-ins."""
+    names = [name for name in dir(diffusers.schedulers) if name.endswith("Scheduler")]
+    classes = {each for each in (getattr(diffusers.schedulers, name) for name in names) if inspect.isclass(each)}
+    return sorted(classes, key=lambda each: each.__name__)
+
+
+DISCRETE_OPTIONS: list[dict[str, Any]] = [
+    {},
+    SD,
+    {"trained_betas": np.linspace(1e-4, 0.03, 1000, dtype=np.float32)},
+    {"beta_schedule": "squaredcos_cap_v2"},
+    {"beta_schedule": "sigmoid"},
+    {"beta_schedule": "laplace"},
+    SD | {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+]
+
+
+def variants(scheduler_class: Any) -> list[Any]:
+    """Schedulers of a class, with those of the above options that it takes."""
+    known, made = inspect.signature(scheduler_class).parameters.values(), []
+    if any(each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD for each in known):
+        return [object.__new__(scheduler_class)]  # of tokens or proteins, with arguments that have no default
+    for options in DISCRETE_OPTIONS:
+        if options.keys() <= {each.name for each in known}:
+            try:
+                made.append(scheduler_class(**options))
+            except (NotImplementedError, ValueError):  # a beta_schedule that this one does not have
+                assert "beta_schedule" in options and options is not SD
+    return made
+
+
+def own_noise(scheduler: Any, timesteps: Tensor) -> Tensor:
+    """Noisy latents at each timestep, as the network of a discrete scheduler sees them."""
+    sample, noise = latents()
+    if isinstance(scheduler, (diffusers.RePaintScheduler, diffusers.DDIMInverseScheduler)):  # they only sample
+        return diffusers.DDPMScheduler.from_config(scheduler.config).add_noise(sample, noise, timesteps)
+    if not hasattr(scheduler, "sigmas"):
+        return scheduler.add_noise(sample, noise, timesteps)
+    if "timestep_spacing" in scheduler.config:
+        scheduler.register_to_config(timestep_spacing="trailing")
+        scheduler.set_timesteps(100)  # every tenth, down from the last; what is between these is interpolated
+    else:
+        scheduler.set_timesteps(1000)
+    seen = []
+    for x0, eps, t in zip(sample.split(1), noise.split(1), timesteps.split(1), strict=True):
+        t = t.to(scheduler.timesteps.dtype)
+        scheduler._step_index = None
+        seen.append(scheduler.scale_model_input(scheduler.add_noise(x0, eps, t), t[0]))
+    return torch.cat(seen)
+
+
+@pytest.mark.parametrize("scheduler_class", scheduler_classes(), ids=lambda each: each.__name__)
+def test_every_scheduler_is_read_as_it_adds_noise_or_refused(scheduler_class: Any) -> None:
+    """Any that a model repository may name; flows, with grids of their own, have their own tests below."""
+    name = scheduler_class.__name__
+    if hasattr(scheduler_class, "_backends"):
+        pytest.skip(f"needs {scheduler_class._backends}")
+    schedulers = variants(scheduler_class)
+    assert schedulers
+    for scheduler in schedulers:
+        if name in FLOWS:
+            assert NoiseSchedule.from_scheduler(scheduler).kind == "flow"
+        elif not hasattr(scheduler, "alphas_cumprod"):
+            for options in ({}, {"shift": 3.0}):
+                with pytest.raises(ValueError, match=f"^scheduler {name} is not modelled, .*: expected one") as caught:
+                    NoiseSchedule.from_scheduler(scheduler, **options)
+                assert "\n" not in str(caught.value) and "it has no alphas_cumprod" not in str(caught.value)
+        else:
+            schedule = NoiseSchedule.from_scheduler(scheduler)
+            assert schedule.kind == "discrete"
+            assert schedule.prediction_type == getattr(scheduler.config, "prediction_type", "epsilon")
+            close(schedule.alpha_sigma(ALL_STEPS)[0] ** 2, scheduler.alphas_cumprod.double(), atol=1e-15)
+            t = torch.tensor([9, 19, 499, 899, 989])
+            # its tables are float32, and some are taken to powers and logarithms first
+            close(schedule.add_noise(*latents(), t), own_noise(scheduler, t), rtol=1e-4, atol=1e-5)
+
+
+FLOW_UNIPC: dict[str, Any] = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+FLOWS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
+
+
 def test_shift_of_a_scheduler() -> None:
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     assert NoiseSchedule.from_scheduler(scheduler).shift == 3.0
@@ -173,6 +258,103 @@ def test_shift_of_a_scheduler() -> None:
     sigma = dynamic.sigmas[:2].double()
     u = sigma / (schedule.shift - (schedule.shift - 1) * sigma)
     close(u, torch.tensor([1.0, 0.5]), rtol=1e-6)
+
+
+QWEN = {"base_shift": 0.5, "max_shift": 0.9, "base_image_seq_len": 256, "max_image_seq_len": 8192}
+
+
+@pytest.mark.parametrize(
+    ("options", "tokens", "shift"),
+    [
+        ({}, 256, math.exp(0.5)),
+        ({}, 4096, math.exp(1.15)),
+        ({}, 2176, math.exp(0.825)),
+        (QWEN, 8192, math.exp(0.9)),
+        (QWEN | {"time_shift_type": "linear"}, 4224, 0.7),
+        ({"time_shift_type": "linear"}, 4096, 1.15),
+    ],
+)
+@pytest.mark.parametrize("name", ["FlowMatchEulerDiscrete", "FlowMatchLCM"])
+def test_dynamic_shift_of_a_resolution(name: str, options: dict[str, Any], tokens: int, shift: float) -> None:
+    scheduler = getattr(diffusers, f"{name}Scheduler")(use_dynamic_shifting=True, **options)
+    schedule = NoiseSchedule.from_scheduler(scheduler, 10, image_seq_len=tokens)
+    assert schedule.shift == pytest.approx(shift, rel=1e-12)
+    mu = shift if options.get("time_shift_type") == "linear" else math.log(shift)
+    check_grid(scheduler, schedule, mu=mu)
+    # one that was named is taken as it is
+    assert NoiseSchedule.from_scheduler(scheduler, shift=2.0, image_seq_len=tokens).shift == 2.0
+
+
+def test_dynamic_shift_of_solvers_has_the_pipelines_defaults() -> None:
+    for name in ("UniPCMultistep", "DPMSolverMultistep", "DPMSolverSinglestep", "DEISMultistep"):
+        scheduler = getattr(diffusers, f"{name}Scheduler")(**FLOW_UNIPC, use_dynamic_shifting=True)
+        assert NoiseSchedule.from_scheduler(scheduler, image_seq_len=4096).shift == pytest.approx(math.exp(1.15))
+
+
+def check_grid(scheduler: Any, schedule: NoiseSchedule, **options: Any) -> None:
+    """Every step of the sampler, on the grid that pipelines ask for: Euler's step with the schedule's own target leads
+    from its noisy sample at one level to that at the next, and ratio_scale is that of these two levels."""
+    steps = schedule.num_inference_steps
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps).tolist(), **options)
+    sigma = (1 - scheduler.sigmas if schedule.invert_sigmas else scheduler.sigmas).double().clamp(0, 1)
+    assert sigma[0] == 1 and sigma[-1] == 0 and len(sigma) == steps + 1
+    snr = ((1 - sigma) / sigma) ** 2
+    exact = 0.5 * (snr[1:-1] - snr[:-2]) * sigma[:-2] ** 2
+    scale = schedule.ratio_scale(sigma[:-1].float())
+    assert scale[-1] == math.inf
+    close(scale[:-1], exact, rtol=2e-5)  # the grid is float32
+    sample, noise = (each.double() for each in latents(1))
+    velocity = schedule.target(sample, noise, sigma[:1])
+    for now, then, step in zip(sigma[:-1], sigma[1:], scheduler.sigmas.diff(), strict=True):
+        moved = schedule.add_noise(sample, noise, now[None]) + step.double() * velocity
+        expected = schedule.add_noise(sample, noise, then[None]) if then > 0 else sample
+        close(moved, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"shift": 3.0},
+        {"shift": 0.5},
+        {"shift": 3.0, "shift_terminal": 0.02},
+        {"shift": 3.0, "shift_terminal": 0.5},
+        {"shift": 1.0, "invert_sigmas": True},
+        {"shift": 3.0, "invert_sigmas": True, "shift_terminal": 0.1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["FlowMatchEulerDiscrete", "FlowMatchLCM"])
+def test_the_grid_of_a_flow_is_the_samplers(name: str, options: dict[str, Any]) -> None:
+    scheduler = getattr(diffusers, f"{name}Scheduler")(**options)
+    schedule = NoiseSchedule.from_scheduler(scheduler, 10)
+    assert (schedule.shift, schedule.shift_terminal) == (options["shift"], options.get("shift_terminal"))
+    assert schedule.invert_sigmas == options.get("invert_sigmas", False)
+    check_grid(scheduler, schedule)
+
+
+def test_flows_of_other_classes() -> None:
+    assert NoiseSchedule.from_scheduler(diffusers.FlowMatchHeunDiscreteScheduler(shift=3.0)).shift == 3.0
+    solvers = ("DPMSolverMultistep", "DPMSolverMultistepInverse", "DPMSolverSinglestep", "DEISMultistep", "SASolver")
+    for name in (*solvers, "UniPCMultistep"):
+        schedule = NoiseSchedule.from_scheduler(getattr(diffusers, f"{name}Scheduler")(**FLOW_UNIPC, flow_shift=5.0))
+        assert (schedule.kind, schedule.prediction_type, schedule.shift) == ("flow", "flow", 5.0)
+    wan = diffusers.UniPCMultistepScheduler(**FLOW_UNIPC, flow_shift=3.0, shift_terminal=0.1)
+    assert NoiseSchedule.from_scheduler(wan, 10).shift_terminal == 0.1
+
+
+def test_settings_of_a_user_hold_for_the_sampler_too() -> None:
+    sd = diffusers.DDIMScheduler(**SD)
+    assert with_settings(sd) is sd
+    changed = with_settings(sd, "v_prediction")
+    assert (changed.config.prediction_type, sd.config.prediction_type) == ("v_prediction", "epsilon")
+    assert torch.equal(changed.alphas_cumprod, sd.alphas_cumprod)
+    dynamic = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.1)
+    static = with_settings(dynamic, "flow_prediction", 3.0)
+    schedule = NoiseSchedule.from_scheduler(static, 10)
+    assert (schedule.shift, schedule.shift_terminal) == (3.0, 0.1)
+    check_grid(static, schedule)
+    wan = with_settings(diffusers.UniPCMultistepScheduler(**FLOW_UNIPC, flow_shift=3.0), shift=5.0)
+    assert (wan.config.flow_shift, NoiseSchedule.from_scheduler(wan).shift) == (5.0, 5.0)
 
 
 def test_subclass_of_a_scheduler() -> None:
@@ -198,17 +380,41 @@ class NotAScheduler:
     config = None
 
 
-FLOW_UNIPC = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-
-
-read = NoiseSchedule.from_scheduler
+read, DYNAMIC = NoiseSchedule.from_scheduler, diffusers.FlowMatchEulerDiscreteScheduler
 ERRORS: list[tuple[Any, type, str]] = [
-    (lambda: read(NotAScheduler()), ValueError, "scheduler NotAScheduler is not known: expected one of DDPM"),
-    (lambda: read(diffusers.LCMScheduler()), ValueError, "scheduler LCMScheduler is not known"),
     (
-        lambda: read(diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)),
+        lambda: read(NotAScheduler()),
         ValueError,
-        "use_dynamic_shifting=True: expected shift=",
+        "scheduler NotAScheduler is not modelled, it has no alphas_cumprod: expected one with alphas_cumprod",
+    ),
+    *[
+        (
+            lambda kind=kind: read(DYNAMIC(use_dynamic_shifting=True, time_shift_type=kind)),
+            ValueError,
+            f"use_dynamic_shifting=True: expected image_seq_len=, the number of tokens of the resolution trained on, "
+            f"or shift=, which is {shift} there",
+        )
+        for kind, shift in (("exponential", "exp(mu)"), ("linear", "mu"))
+    ],
+    (lambda: read(DYNAMIC(use_dynamic_shifting=True), image_seq_len=0), ValueError, "image_seq_len=0: expected an"),
+    (lambda: read(DYNAMIC(use_dynamic_shifting=True), image_seq_len=9.0), TypeError, "image_seq_len=9.0 is a float"),
+    (
+        lambda: read(DYNAMIC(use_dynamic_shifting=True, base_image_seq_len=4096), image_seq_len=9),
+        ValueError,
+        "base_image_seq_len=4096: expected another than max_image_seq_len",
+    ),
+    (lambda: read(DYNAMIC(shift_terminal=1.5)), ValueError, "shift_terminal=1.5: expected a number in (0, 1)"),
+    (
+        lambda: read(DYNAMIC(shift_terminal=0.1), 1),
+        ValueError,
+        "num_inference_steps=1 with shift_terminal: expected at least 2",
+    ),
+    (lambda: with_settings(diffusers.DDPMScheduler(), shift=3.0), ValueError, "shift=3.0: expected None"),
+    (lambda: with_settings(DYNAMIC(), shift=0.0), ValueError, "shift=0.0: expected a finite number > 0"),
+    (
+        lambda: with_settings(DYNAMIC(), "epsilon"),
+        ValueError,
+        "prediction_type='epsilon': expected 'flow_prediction', FlowMatchEulerDiscreteScheduler samples no other",
     ),
     *[
         (
@@ -219,8 +425,6 @@ ERRORS: list[tuple[Any, type, str]] = [
         for option, value in (
             ("use_karras_sigmas", True),
             ("use_exponential_sigmas", True),
-            ("shift_terminal", 0.02),
-            ("invert_sigmas", True),
         )
     ],
     (

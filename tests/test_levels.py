@@ -25,15 +25,36 @@ def table(schedule: NoiseSchedule) -> Tensor:
     return schedule.ratio_scale(torch.arange(schedule.num_train_timesteps))
 
 
-def exact_flow_ratio_scale(sigma: Fraction, shift: Fraction, steps: int) -> Fraction | None:
+def exact_flow_ratio_scale(
+    sigma: Fraction, shift: Fraction, steps: int, terminal: Fraction | None = None
+) -> Fraction | None:
     """§3 for a flow in rational arithmetic; ``None`` at the terminal step."""
-    u = sigma / (shift - (shift - 1) * sigma)
+    stretch = Fraction(1)
+    if terminal is not None:
+        last = shift / (steps + shift - 1)  # of the grid that is not stretched
+        stretch = (1 - terminal) / (1 - last)
+    unstretched = 1 - (1 - sigma) / stretch
+    u = unstretched / (shift - (shift - 1) * unstretched)
     previous = u - Fraction(1, steps)
-    if previous <= 0:
+    if unstretched <= 0 or previous <= 0:
         return None
-    before = shift * previous / (1 + (shift - 1) * previous)
+    before = 1 - stretch * (1 - shift * previous / (1 + (shift - 1) * previous))
+    if before <= 0:
+        return None
     snr, snr_before = ((1 - s) ** 2 / s**2 for s in (sigma, before))
     return (snr_before - snr) * sigma**2 / 2
+
+
+def flow(shift: float, steps: int, terminal: float | None = None, inverted: bool = False) -> NoiseSchedule:
+    return NoiseSchedule(
+        "flow",
+        prediction_type="flow",
+        num_inference_steps=steps,
+        num_train_timesteps=1000,
+        shift=shift,
+        shift_terminal=terminal,
+        invert_sigmas=inverted,
+    )
 
 
 @given(
@@ -54,6 +75,41 @@ def test_flow_is_accurate_everywhere(millionths: int, shift: float, steps: int) 
     else:
         # u' = u − 1 / steps costs what it costs, nothing else does
         assert scale == pytest.approx(float(exact), rel=1e-13 + 1e-15 / float(previous))
+
+
+@given(
+    st.integers(1, 10**6),
+    st.sampled_from([0.25, 1.0, 1.15, 3.0, 100.0]),
+    st.sampled_from([2, 7, 50]),
+    st.sampled_from([0.02, 0.1, 0.5, 0.9]),
+)
+@settings(max_examples=300, deadline=None)
+def test_stretched_flow_is_accurate_everywhere(millionths: int, shift: float, steps: int, terminal: float) -> None:
+    sigma = millionths / 10**6
+    exact = exact_flow_ratio_scale(Fraction(sigma), Fraction(shift), steps, Fraction(terminal))
+    scale = flow(shift, steps, terminal).ratio_scale(torch.tensor([sigma], dtype=torch.float64)).item()
+    if exact is None or exact > 10**9:  # σ' near 0, by a subtraction
+        assert scale > 10**8.9
+    else:
+        assert scale == pytest.approx(float(exact), rel=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shift", [0.25, 1.0, 3.0, 17.0])
+@pytest.mark.parametrize("terminal", [0.02, 0.1, 0.5])
+@pytest.mark.parametrize("inverted", [False, True])
+def test_only_the_last_step_of_a_stretched_or_inverted_flow_is_terminal(
+    dtype: torch.dtype, shift: float, terminal: float, inverted: bool
+) -> None:
+    for steps in (2, 3, 7, 28, 50):
+        u = torch.arange(1, steps + 1, dtype=torch.float64) / steps
+        sigma = shift * u / (1 + (shift - 1) * u)
+        if not inverted:
+            sigma = 1 - (1 - sigma) * (1 - terminal) / (1 - sigma[0])
+            assert sigma[0].item() == pytest.approx(terminal)
+        sigma = 1 - (1 - sigma).to(torch.promote_types(dtype, torch.float32))  # as schedulers do
+        scale = flow(shift, steps, None if inverted else terminal, inverted).ratio_scale(sigma.to(dtype))
+        assert scale.isinf().tolist() == [True] + [False] * (steps - 1)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample", "flow"])
