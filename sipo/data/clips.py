@@ -190,7 +190,7 @@ def read_clip(source: Path | bytes, selection: Selection) -> Media:
             if any(entry.pos + entry.size > size for entry in stream.index_entries):
                 raise MediaError("undecodable", source, f"is cut short at {size} bytes")
             # Decoders would rather guess what a damaged area held. One thread: callers decode in several.
-            decoder = stream.codec_context
+            decoder: Any = stream.codec_context
             if stream.metadata.get("alpha_mode") == "1" and decoder.name in _ALPHA_DECODERS:
                 decoder = av.CodecContext.create(_ALPHA_DECODERS[decoder.name], "r")
             decoder.options = {"err_detect": "explode"}
