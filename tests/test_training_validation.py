@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from sipo import NoiseSchedule
 from sipo.training.data import pair_noise, step_timesteps
+from sipo.training.forward import PairForward
 from sipo.training.logs import read_lines, step_mean
 from sipo.training.randomness import VALIDATION, derive_seed
-from tests.training_cases import Pairs, fit, fresh_accelerate, loss, networks, predict, same, untimed
+from sipo.training.validation import Validation
+from tests.training_cases import Pairs, fit, fresh_accelerate, loss, networks, predict, same, settings, untimed
 
 __all__ = ["fresh_accelerate"]  # a fixture that every test here runs in
 
@@ -84,3 +88,130 @@ def test_validation_is_the_loss_of_every_pair_once(tmp_path: Path) -> None:
     for name, value in out.metrics().items():
         assert two[f"validation/{name}"] == pytest.approx(value.item(), rel=1e-5, abs=1e-7), name
     assert 0 < two["validation/implicit_acc"] < 1
+
+
+# ---------------------------------------------------------------- pairs that are not finite
+
+
+class Spoilt(Pairs):
+    """Held-out pairs of which some are NaN."""
+
+    def __init__(self, count: int, spoilt: tuple[int, ...], draws: int = 1) -> None:
+        super().__init__(count)
+        self.images[list(spoilt), 0] = math.nan
+        self.draws = draws
+
+
+def validation_of(data: Any, loss_fn: Any, accelerator: Any = None, batch_size: int = 4) -> Validation:
+    accelerator = Accelerator(cpu=True) if accelerator is None else accelerator
+    forward = PairForward(loss_fn, predict, networks()[1], accelerator, offload=False)
+    return Validation(data, None, forward, settings(Path("unused"), batch_size=batch_size), accelerator)
+
+
+def moved() -> nn.Module:
+    """A policy that is not the reference."""
+    policy, _ = networks()
+    with torch.no_grad():
+        policy.outward.weight += 0.1
+    return policy
+
+
+@pytest.mark.parametrize("nonfinite", ["skip", "propagate"])
+def test_pairs_that_are_not_finite_are_left_out_and_the_others_count_alike(nonfinite: str) -> None:
+    """Batches of 4, 4 and 2 pairs, with 1, 4 and 0 finite ones: as one batch of all ten."""
+    spoilt = (0, 1, 3)
+    options: dict[str, Any] = {"method": "sipo", "mask_threshold": 0.8}
+    whole = validation_of(Spoilt(10, spoilt), loss(nonfinite="skip", **options), batch_size=10)(moved(), 1)
+    assert whole["nonfinite_pairs"] == 3 and whole["pairs"] == 7 and 0 < whole["active_fraction"] < 0.7
+    for size in (4, 1):
+        parts = validation_of(Spoilt(10, spoilt), loss(nonfinite=nonfinite, **options), batch_size=size)(moved(), 1)
+        assert parts == pytest.approx(whole, rel=1e-6), size
+
+
+@pytest.mark.parametrize("nonfinite", ["skip", "propagate"])
+def test_a_validation_without_a_finite_pair_claims_nothing(nonfinite: str) -> None:
+    found = validation_of(Spoilt(5, (0, 1, 2, 3, 4)), loss(nonfinite=nonfinite))(moved(), 1)
+    assert found.pop("nonfinite_pairs") == 5 and found.pop("pairs") == 0
+    assert all(math.isnan(value) for value in found.values()) and "loss" in found
+
+
+def test_pairs_that_are_not_finite_can_still_raise() -> None:
+    with pytest.raises(FloatingPointError):
+        validation_of(Spoilt(5, (3,)), loss(nonfinite="raise"))(moved(), 1)
+
+
+class Own(NamedTuple):
+    loss: torch.Tensor
+
+    def metrics(self) -> dict[str, torch.Tensor]:
+        return {"loss": self.loss.detach()}
+
+
+class OwnLoss:
+    """A loss of one's own, which knows nothing of pairs that are left out."""
+
+    schedule = NoiseSchedule.discrete()
+
+    def __call__(self, model_pred: Any, ref_pred: Any, target: Any, timesteps: Any) -> Own:
+        return Own((model_pred - ref_pred).square().mean() + 0 * model_pred.sum())
+
+
+def test_a_batch_that_a_loss_cannot_measure_does_not_blank_the_line() -> None:
+    found = validation_of(Spoilt(10, (5,)), OwnLoss())(moved(), 1)
+    assert found["loss"] > 0 and found.keys() == {"loss", "pairs"}
+    one, two = (validation_of(Spoilt(10, spoilt), OwnLoss())(moved(), 1)["loss"] for spoilt in (range(4, 10), range(8)))
+    assert found["loss"] == pytest.approx((4 * one + 2 * two) / 6, rel=1e-6)
+
+
+class OneOfTwo:
+    """An accelerator's part of one process of two; sums are added up by hand."""
+
+    def __init__(self, rank: int, sums: list[torch.Tensor]) -> None:
+        self.inner, self.process_index, self.num_processes = Accelerator(cpu=True), rank, 2
+        self.sums = sums
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def reduce(self, tensor: torch.Tensor, reduction: str) -> torch.Tensor:
+        self.sums.append(tensor)
+        return sum(self.sums[:2]) if len(self.sums) > 1 else tensor
+
+
+def test_processes_with_different_numbers_of_finite_pairs_count_them_alike() -> None:
+    spoilt, found, sums = (0, 1, 2, 9), {}, []
+    for rank in (0, 1):
+        found = validation_of(Spoilt(10, spoilt), loss(nonfinite="skip"), OneOfTwo(rank, sums))(moved(), 1)
+    alone = validation_of(Spoilt(10, spoilt), loss(nonfinite="skip"))(moved(), 1)
+    assert found == pytest.approx(alone, rel=1e-9) and alone["pairs"] == 6
+
+
+# ---------------------------------------------------------------- what it is compared with
+
+
+@pytest.mark.parametrize("method", ["diffusion_dpo", "dpo_cm", "sipo", "sdpo"])
+@pytest.mark.parametrize(
+    "relative",
+    [{}, {"label_smoothing": 0.2}, {"link": "ipo"}, {"link": "hinge"}, {"link": "dmpo", "label_smoothing": 0.1}],
+    ids=lambda relative: relative.get("link", "sigmoid"),
+)
+def test_the_loss_of_no_preference_is_that_of_the_reference_itself(method: str, relative: dict[str, Any]) -> None:
+    loss_fn = loss(method=method, mask_threshold=0.8, **relative)
+    policy, _ = networks()  # equal to the reference: every logit is 0
+    found = validation_of(Pairs(10), loss_fn)(policy, 1)
+    assert found["no_preference_loss"] == pytest.approx(found["loss"], rel=1e-6) and found["loss"] > 0
+    each = {"sigmoid": math.log(2), "ipo": 0.25, "hinge": 1.0, "dmpo": -math.log(2 * math.sqrt(0.1 * 0.9))}
+    value = each[relative.get("link", "sigmoid")] * found["active_fraction"]
+    if method == "dpo_cm":  # weights between 0.9 and 1
+        assert 0.9 * value <= found["loss"] < value
+    else:
+        assert found["loss"] == pytest.approx(value, rel=1e-6)
+    assert (found["active_fraction"] < 1) == (method != "diffusion_dpo")
+    other = validation_of(Pairs(10), loss_fn)(moved(), 1)
+    assert other["loss"] != pytest.approx(other["no_preference_loss"], rel=1e-3)
+
+
+def test_a_sum_over_pairs_is_validated_as_a_mean_and_draws_of_a_pair_are_one_pair() -> None:
+    mean, total = (validation_of(Pairs(10), loss(reduction=name))(moved(), 1) for name in ("mean", "sum"))
+    assert mean == total and mean["pairs"] == 10
+    assert validation_of(Spoilt(10, (), draws=5), loss())(moved(), 1)["pairs"] == 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,14 +13,16 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from sipo.loss import SIPOLoss
 from sipo.training import randomness
 from sipo.training.config import TrainingConfig
 from sipo.training.data import step_timesteps
 from sipo.training.forward import PairForward
-from sipo.training.protocols import PairDataset
+from sipo.training.protocols import PairDataset, PairLoss
 from sipo.training.randomness import VALIDATION, derive_seed
 from sipo.training.sharded import reshard
 from sipo.training.stopping import release_signals
+from sipo_kernels import pair_loss
 
 OnValidation = Callable[[int, nn.Module], None]
 """Called with the optimiser steps done and the policy, unwrapped and in eval mode, without gradients, on every process.
@@ -28,12 +32,16 @@ FSDP2 and ZeRO-3 a forward pass takes all processes.
 """
 
 _TOTAL = "nonfinite_pairs"  # a number of pairs, where the other metrics are means over them
+# Means over all pairs, of which one that is left out has 0; the others are means over the finite ones (§8).
+_OVER_ALL = ("loss", "active_fraction", "no_preference_loss")
 
 
 class Validation:
     """The loss and its metrics on held-out pairs, each with one draw of noise and timestep that stays the same.
 
-    Items with draws of their own keep those. Every pair counts alike, whatever its batch.
+    Items with draws of their own keep those. Every pair counts alike, whatever its batch and process. A pair with a NaN
+    or an infinity is left out and counted, also where training lets it through (``nonfinite="propagate"``): one would
+    blank the line, and here no gradient needs saving from it. ``nonfinite="raise"`` raises here as well.
 
     Args:
         dataset: the pairs; none to run the hook alone.
@@ -53,7 +61,7 @@ class Validation:
     ) -> None:
         self.dataset = dataset
         self.hook = hook
-        self.forward = forward
+        self.forward = _measuring(forward)
         self.config = config
         self.accelerator = accelerator
         self.timesteps = torch.empty(0)
@@ -67,7 +75,10 @@ class Validation:
             self.batches = [list(group[i : i + size]) for group in groups for i in range(0, len(group), size)]
 
     def __call__(self, policy: nn.Module, step: int) -> dict[str, float]:
-        """Means over all pairs, by the names of docs/math.md §8; empty without pairs. Every process calls it."""
+        """Means by the names of docs/math.md §8, where it lists what a validation has beside; empty without pairs.
+
+        Every process calls it. NaN where no pair is finite.
+        """
         network = self.accelerator.unwrap_model(policy)
         with randomness.kept(self.accelerator.device), torch.no_grad(), _eval(network):
             metrics = self._measure(network) if self.batches else {}
@@ -88,16 +99,15 @@ class Validation:
             pin_memory=self.accelerator.device.type == "cuda",
             worker_init_fn=release_signals,
         )
-        sums: Tensor | None = None
         names: list[str] = []
+        sums: Tensor | None = None
         seed = derive_seed(self.config.seed, VALIDATION, 1)
         for number, batch in enumerate(loader):
             rows = own[number] if number < len(own) else self.batches[0]
             output, _ = self.forward(network, batch, rows, self.timesteps[rows], seed=seed)
-            metrics = output.metrics()
+            metrics = output.metrics() | _no_preference(self.forward.loss_fn, output)
             names = list(metrics)
-            values = [metrics[n].detach().double() * (1 if n == _TOTAL else len(rows)) for n in names]
-            counted = torch.stack([*values, torch.tensor(float(len(rows)), device=values[0].device).double()])
+            counted = _weighed(metrics, len(rows), skips=getattr(output, "skip_nonfinite", False))
             if number >= len(own):
                 counted = torch.zeros_like(counted)
             sums = counted if sums is None else sums + counted
@@ -105,8 +115,60 @@ class Validation:
         if world > 1:
             sums = self.accelerator.reduce(sums, reduction="sum")
         assert isinstance(sums, Tensor)
-        *totals, pairs = sums.tolist()
-        return {n: int(t) if n == _TOTAL else t / pairs for n, t in zip(names, totals, strict=True)}
+        totals, weights = sums.tolist()
+        whole = weights.pop()
+        found: dict[str, float] = {}
+        for name, total, weight in zip(names, totals, weights, strict=False):
+            found[name] = int(total) if name == _TOTAL else total / weight if weight and whole else math.nan
+        # Draws of one pair are no more evidence than the pair.
+        return found | {"pairs": int(whole // getattr(self.dataset, "draws", 1))}
+
+
+def _measuring(forward: PairForward) -> PairForward:
+    """The same passes with a loss that is a mean over pairs, of which it leaves out those that are not finite."""
+    if not isinstance(forward.loss_fn, SIPOLoss):
+        return forward
+    loss_fn, forward = copy.copy(forward.loss_fn), copy.copy(forward)
+    loss_fn.reduction = "mean"
+    if loss_fn.nonfinite == "propagate":
+        loss_fn.nonfinite = "skip"
+    forward.loss_fn = loss_fn
+    return forward
+
+
+def _no_preference(loss_fn: PairLoss, output: Any) -> dict[str, Tensor]:
+    """What ``loss`` would be if every logit were 0: pairs that are masked have none, and dpo_cm weighs the others."""
+    if not isinstance(loss_fn, SIPOLoss):
+        return {}
+    same = torch.zeros(2, 1)
+    relative = {"link": loss_fn.link, "label_smoothing": loss_fn.label_smoothing}
+    each = pair_loss(same, same, same, method="diffusion_dpo", beta=1.0, backend="eager", **relative).loss.item()
+    weight = torch.minimum(*output.weight.chunk(2)) if loss_fn.method == "dpo_cm" else torch.ones_like(output.logits)
+    return {"no_preference_loss": each * torch.where(output.mask, weight, 0.0).mean()}
+
+
+def _weighed(metrics: dict[str, Tensor], pairs: int, *, skips: bool) -> Tensor:
+    """``[2, M + 1]``: a batch's metrics times the pairs that each is a mean over, and these; last the finite pairs.
+
+    Args:
+        metrics: of the batch.
+        pairs: in it.
+        skips: whether means are over its finite pairs, as far as :data:`_OVER_ALL` does not say otherwise.
+    """
+    values = torch.stack([value.detach().double() for value in metrics.values()])
+    whole = pairs - metrics[_TOTAL].detach().double() if _TOTAL in metrics else values.new_tensor(float(pairs))
+    weights = torch.stack(
+        [
+            torch.ones_like(whole) if name == _TOTAL
+            else whole if skips and name not in _OVER_ALL
+            else torch.full_like(whole, pairs)
+            for name in metrics
+        ]
+    )  # fmt: skip
+    finite = torch.isfinite(values)  # a batch of a loss of one's own that does not leave pairs out
+    weights = torch.where(finite, weights, 0.0)
+    totals = torch.where(finite, values, 0.0) * weights
+    return torch.stack([torch.cat([totals, whole[None]]), torch.cat([weights, whole[None]])])
 
 
 @contextmanager
