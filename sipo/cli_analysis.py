@@ -19,7 +19,12 @@ def add_commands(commands: Any) -> None:
     )
     analyze.add_argument("target", type=Path, help="folder of a run, or YAML file")
     analyze.add_argument("overrides", nargs="*", metavar="section.key=value", help="laid over the file")
-    analyze.add_argument("--output", type=Path, metavar="FILE", help="page to write (default: report.html of the run)")
+    analyze.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="page to write (default: report.html in the run's folder; of a YAML file, before-training.html there)",
+    )
     analyze.add_argument("--pairs", type=int, help="of a YAML file: pairs to look at (default 32)")
     analyze.add_argument("--levels", type=int, help="of a YAML file: noise levels (default 50)")
     analyze.set_defaults(run=_analyze)
@@ -38,7 +43,9 @@ def add_commands(commands: Any) -> None:
     score.add_argument(
         "--of", choices=("auto", "held-out", "training", "all"), default="auto", help="auto: held-out pairs, if any"
     )
-    score.add_argument("--output", type=Path, default=Path("scores.jsonl"), help="JSONL file (default %(default)s)")
+    score.add_argument(
+        "--output", type=Path, metavar="FILE", help="JSONL file (default: scores.jsonl in the run's folder)"
+    )
     score.set_defaults(run=_score)
 
 
@@ -93,7 +100,7 @@ def _score(options: argparse.Namespace) -> int:
     from sipo.analysis.score_run import score_run
 
     _check_there(options.target)
-    scores, weights = score_run(
+    scored = score_run(
         options.target,
         options.overrides,
         options.output,
@@ -102,7 +109,5 @@ def _score(options: argparse.Namespace) -> int:
         draws=options.draws,
         seed=options.seed,
     )
-    print(scores.describe())
-    print(f"weights: {weights}")
-    print(f"scores: {options.output}")
+    print(scored.describe())
     return 0

@@ -16,9 +16,12 @@ from sipo.families.card import model_card
 from sipo.families.tuning import save_full, save_lora
 from sipo.loss import SIPOLoss
 from sipo.run import Run, build, datasets, make_loss, open_run, prepare_data
-from sipo.training import TrainingResult, gather_weights, is_sharded, train
+from sipo.training import TrainingConfig, TrainingResult, gather_weights, is_sharded, train
 from sipo.training import storage as checkpoints
 from sipo.training.logs import write_aside
+
+WEIGHTS = "weights"
+"""Folder in ``training.output_dir`` that a run's trained weights are written to, once it has ended."""
 
 SAMPLE_FPS = 8.0
 """Frames per second of the clips that validation writes where ``data.fps`` does not say."""
@@ -42,7 +45,7 @@ def run_training(config: Config, *, resume: bool = False, accelerator: Accelerat
 
     Args:
         config: the run.
-        resume: go on from the newest sound checkpoint in ``training.output_dir``, or start where there is none.
+        resume: go on from the newest sound checkpoint in ``training.output_dir``, or start where there is none yet.
         accelerator: made from the configuration if left out.
 
     Returns:
@@ -54,12 +57,7 @@ def run_training(config: Config, *, resume: bool = False, accelerator: Accelerat
         CheckpointError, TrainingAlarm, TrainingDiverged, TrainingInterrupted, TrainingOutOfMemory: of the loop.
     """
     training = config.training
-    there = bool(checkpoints.found(training.checkpoints))
-    if there and not resume:
-        raise ConfigError(
-            f"training.output_dir={str(training.output_dir)!r} holds a run already: --resume goes on with it, "
-            "another folder starts anew"
-        )
+    there = _check_folder(training, resume)
     run = open_run(config, accelerator)
     loss_fn = make_loss(run)
     _check_before_data(run)
@@ -91,6 +89,29 @@ def run_training(config: Config, *, resume: bool = False, accelerator: Accelerat
         _write_config(run)  # only now is it known to belong to the run that was there
     number = len(pairs) // max(1, config.data.draws)
     return Trained(result, save(run, network, result, loss_fn, pairs=number, data_hash=data_hash))
+
+
+def _check_folder(training: TrainingConfig, resume: bool) -> bool:
+    """Whether the folder has checkpoints to go on from; a run in it that would be overwritten is refused."""
+    saved = checkpoints.found(training.checkpoints)
+    log, weights = training.metrics_path, training.folder / WEIGHTS
+    logged, finished = log.is_file() and log.stat().st_size > 0, weights.exists()
+    if (saved and resume) or not (saved or logged or finished):
+        return bool(saved)
+    names = [f"{training.checkpoints.name}/{saved[-1].name}"] if saved else []
+    names += [path.name for path, there in ((log, logged), (weights, finished)) if there]
+    held = f"training.output_dir={str(training.output_dir)!r} holds a run already ({', '.join(names)}): "
+    if saved:
+        raise ConfigError(f"{held}--resume goes on with it, another training.output_dir starts anew")
+    if finished:
+        expected = "expected another training.output_dir, or this folder deleted"
+        raise ConfigError(f"{held}it has no checkpoint to go on from, {expected}")
+    if not resume:
+        raise ConfigError(
+            f"{held}it has no checkpoint yet, --resume starts it over and keeps the log that is there, another "
+            "training.output_dir leaves all as it is"
+        )
+    return False
 
 
 def _identity(config: Config, data_hash: str) -> dict[str, Any]:
@@ -174,7 +195,7 @@ def save(
         ``<output_dir>/weights``: for LoRA what ``pipeline.load_lora_weights`` takes, else the network's folder.
     """
     config, family, accelerator = run.config, run.family, run.accelerator
-    folder = config.training.folder / "weights"
+    folder = config.training.folder / WEIGHTS
     main = accelerator.is_main_process
     state: dict[str, Tensor] | None = result.ema
     if state is None and is_sharded(accelerator):

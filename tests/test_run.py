@@ -129,12 +129,79 @@ def test_a_folder_with_a_run_is_not_overwritten(trained: tuple[str, Path], capsy
     name, folder = trained
     assert cli.main(["train", str(example(name)), *options(folder, 9)]) == 2
     error = capsys.readouterr().err
-    assert "holds a run already: --resume goes on with it" in error and error.count("\n") == 1
+    assert "holds a run already (checkpoints/step-" in error and "--resume goes on with it" in error
+    assert error.count("\n") == 1
     kept = (folder / "run" / "config.yaml").read_bytes()
     assert cli.main(["train", str(example(name)), *options(folder, 9), "--resume", "model.lora.alpha=9"]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "made with model.lora={'rank': 4, 'alpha': None" in error and "expected this run's" in error
     assert (folder / "run" / "config.yaml").read_bytes() == kept
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """The one line of a command that does nothing else."""
+    assert cli.main([*words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("sipo: error: ") and error.count("\n") == 1
+    return error
+
+
+def test_a_run_without_checkpoints_is_not_overwritten_either(
+    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = ["training.checkpoint_every=0", "training.validate_every=0", "samples.prompts=[]"]
+    command = ["train", str(example("sd15")), *options(tmp_path, 2, *plain, cache=shared)]
+    page = tmp_path / "run" / "before-training.html"
+    # A look at what a run would be leaves a page in its folder: that is no run.
+    assert cli.main(["analyze", *command[1:], "--pairs", "2", "--levels", "2"]) == 0 and page.is_file()
+    assert cli.main(command) == 0
+    report = tmp_path / "run" / "report.html"
+    assert cli.main(["analyze", str(tmp_path / "run")]) == 0 and report.is_file()
+    # A look before the next one leaves the report of this one alone.
+    kept = contents(tmp_path / "run")
+    assert cli.main(["analyze", *command[1:], "loss.beta=20", "--pairs", "2", "--levels", "2"]) == 0
+    changed = contents(tmp_path / "run")
+    assert {name for name in changed if changed[name] != kept.get(name)} == {"before-training.html"}
+    # And no second run replaces it, whether it is to go on or to start: refused before anything is opened.
+    monkeypatch.setattr("sipo.train.open_run", None)
+    for resume in ((), ("--resume",)):
+        error = refused(capsys, *command, *resume)
+        assert f"training.output_dir='{tmp_path / 'run'}' holds a run already (metrics.jsonl, weights): " in error
+        assert "no checkpoint to go on from, expected another training.output_dir, or this folder deleted" in error
+    assert contents(tmp_path / "run") == changed
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_starts_over_and_keeps_its_log(
+    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = options(tmp_path, 2, "training.validate_every=0", "samples.prompts=[]", cache=shared)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").touch()  # ended before its first step: nothing to keep
+    train("sd15", *arguments)
+    finished = contents(run)
+    old = {"metrics.jsonl": finished["metrics.jsonl"], "timesteps.jsonl": finished["timesteps.jsonl"]}
+    shutil.rmtree(run / "checkpoints")
+    shutil.rmtree(run / "weights")
+    error = refused(capsys, "train", str(example("sd15")), *arguments)
+    assert "holds a run already (metrics.jsonl): it has no checkpoint yet, --resume starts it over and keeps" in error
+    for number in (1, 2):
+        train("sd15", *arguments, "--resume")
+        kept = contents(run)
+        for name, text in old.items():
+            assert kept[name.replace(".", f".{number}.")] == text, name
+        assert kept.keys() - finished.keys() == {
+            f"{name}.{n}.jsonl" for name in ("metrics", "timesteps") for n in range(1, number + 1)
+        }
+        one, other = (load(files["weights/pytorch_lora_weights.safetensors"]) for files in (finished, kept))
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+        old = {name: kept[name] for name in old}
+        shutil.rmtree(run / "checkpoints")
+        shutil.rmtree(run / "weights")
 
 
 # ---- Ways to train: full tuning, reference errors, averages, flows of both kinds ----

@@ -17,7 +17,7 @@ from sipo.analysis import figures
 from sipo.analysis.facts import is_plain, let_go
 from sipo.analysis.figures import finite
 from sipo.analysis.page import Page, Picture
-from sipo.analysis.report import REPORT, flat, gradient_coefficient, gradient_share
+from sipo.analysis.report import PAGE, flat, gradient_coefficient, gradient_share
 from sipo.analysis.verdicts import LOOSE, Finding, percent, sort
 from sipo.config import Config
 from sipo.diagnostics import NoiseBins, TimestepStatistics
@@ -26,6 +26,9 @@ from sipo.run import Run, build, datasets, loss_beta, make_loss, open_run, prepa
 from sipo.training.data import step_timesteps
 from sipo.training.forward import PairForward
 from sipo.training.logs import check_output, write_aside
+
+BEFORE = "before-training.html"
+"""The page, beside ``report.html`` of the run."""
 
 PAIRS, LEVELS = 32, 50
 
@@ -69,7 +72,7 @@ def analyze_start(
 
     Args:
         config: the run that it would be.
-        output: the page; ``report.html`` in ``training.output_dir`` if left out.
+        output: the page; ``before-training.html`` in ``training.output_dir`` if left out.
         pairs: to look at, the first of the training set.
         levels: of noise, evenly over the schedule.
 
@@ -83,8 +86,8 @@ def analyze_start(
     for name, value in (("pairs", pairs), ("levels", levels)):
         if value < 1:
             raise ValueError(f"{name}={value}: expected at least 1")
-    output = config.training.folder / REPORT if output is None else output
-    check_output(output)
+    output = config.training.folder / BEFORE if output is None else output
+    check_output(output, *PAGE)
     run = open_run(with_network(config))
     found = probe(run, pairs=pairs, levels=levels)
     findings = judge_start(found)

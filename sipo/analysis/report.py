@@ -19,6 +19,7 @@ from sipo.diagnostics import MEANS, merge, over_bins, read_statistics, read_step
 from sipo.training.logs import check_output, pluck, write_aside
 
 REPORT = "report.html"
+PAGE = ("<!doctype html>", "a page of `sipo analyze`")  # how it begins, and what it is
 
 Line = dict[str, Any]
 _LEAST_PAIRS = 12  # of a bin on average; wider bins where there are fewer
@@ -77,7 +78,7 @@ def report_run(folder: Path, output: Path | None = None) -> tuple[Path, list[Fin
     run = read_run(folder)
     findings = run.findings()
     output = folder / REPORT if output is None else output
-    check_output(output)
+    check_output(output, *PAGE)
     write_aside(output, run_page(run, findings).html())
     return output, findings
 

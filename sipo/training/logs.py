@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -113,8 +114,9 @@ class Recorder:
     """Writes log lines; on the main process only, the others keep quiet.
 
     ``metrics.jsonl`` is appended to line by line, so that a run can be watched; a resumed run first drops the
-    lines after its checkpoint. Lines of a validation have ``"kind": "validation"``, and :func:`read_lines` tells them
-    from those of training. ``timesteps.jsonl`` is written likewise, where there are statistics.
+    lines after its checkpoint, and one that starts keeps the log of an earlier one as ``metrics.1.jsonl``. Lines of a
+    validation have ``"kind": "validation"``, and :func:`read_lines` tells them from those of training.
+    ``timesteps.jsonl`` is written likewise, where there are statistics.
 
     Args:
         config: the run's.
@@ -139,9 +141,12 @@ class Recorder:
         if not accelerator.is_main_process:
             return
         config.folder.mkdir(parents=True, exist_ok=True)
-        _keep_lines(config.metrics_path, first_step)
-        if self._statistics_path.exists():
-            _keep_lines(self._statistics_path, first_step)
+        logs = [path for path in (config.metrics_path, self._statistics_path) if path.exists()]
+        if first_step == 0:
+            _set_aside(logs)
+        else:
+            for path in logs:
+                _keep_lines(path, first_step)
         self._file = config.metrics_path.open("a", encoding="utf-8")
         if config.progress:
             from tqdm.auto import tqdm
@@ -254,14 +259,23 @@ def read_lines(path: Path, kind: str = "training") -> list[dict[str, Any]]:
     return [line for line in lines if line.get("kind", "training") == kind]
 
 
-def check_output(path: Path) -> None:
+def check_output(path: Path, begins: str, what: str) -> None:
     """Makes the folder of a file that :func:`write_aside` is to write after long work.
 
+    Args:
+        path: the file.
+        begins: how an earlier output of the same kind begins; that is replaced, and no other file.
+        what: the kind, for the message.
+
     Raises:
-        OSError: no file can be written there.
+        OSError: no file can be written there, or one of another kind would be lost.
     """
     if path.is_dir():
         raise IsADirectoryError(f"{path}: is a folder, expected a file to write")
+    if path.is_file() and path.stat().st_size:
+        with path.open("rb") as file:
+            if file.read(len(begins.encode())) != begins.encode():
+                raise FileExistsError(f"{path}: is there already and not {what}, expected a new file")
     path.parent.mkdir(parents=True, exist_ok=True)
 
 
@@ -278,15 +292,25 @@ def write_aside(path: Path, text: str) -> None:
 def _keep_lines(path: Path, last_step: int) -> None:
     """Drops the lines after ``last_step``, and a last line that a crash cut short."""
     kept: list[str] = []
-    if last_step and path.exists():
-        for text in path.read_text(encoding="utf-8").splitlines():
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError:
-                continue
-            if line["step"] <= last_step:
-                kept.append(text + "\n")
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        if line["step"] <= last_step:
+            kept.append(text + "\n")
     write_aside(path, "".join(kept))
+
+
+def _set_aside(logs: Sequence[Path]) -> None:
+    """Renames the logs of an earlier run in the same folder, all with the next free number: ``metrics.1.jsonl``."""
+    written = [path for path in logs if path.stat().st_size]
+    for number in itertools.count(1):
+        names = [path.with_name(f"{path.stem}.{number}{path.suffix}") for path in written]
+        if not any(name.exists() for name in names):
+            break
+    for path, name in zip(written, names, strict=True):
+        path.rename(name)
 
 
 def _short(value: Any) -> str:
