@@ -203,8 +203,8 @@ def _try_backend(name: str, device: str) -> str | None:
     from sipo_kernels import pair_loss
 
     try:
-        model_pred = torch.zeros(4, 8, device=device, requires_grad=True)
-        reference, target = torch.zeros(4, 8, device=device), torch.ones(4, 8, device=device)
+        model_pred = torch.zeros(4, 8, dtype=torch.float32, device=device, requires_grad=True)
+        reference, target = torch.zeros_like(model_pred), torch.ones_like(model_pred)
         pair_loss(model_pred, reference, target, method="diffusion_dpo", beta=1.0, backend=name).loss.backward()
         gradient = model_pred.grad
         # With the policy equal to the reference: sigmoid(0) * beta/2 / B * (2/D) * (0 - 1), by docs/math.md §6.

@@ -71,7 +71,7 @@ class TimestepStatistics:
     def __init__(self, loss_fn: Any, bins: NoiseBins, device: torch.device) -> None:
         self.loss_fn = loss_fn
         self.bins = bins
-        self.window = torch.zeros(len(STATISTICS), bins.bins, device=device)
+        self.window = torch.zeros(len(STATISTICS), bins.bins, dtype=torch.float32, device=device)
 
     @classmethod
     def of(cls, loss_fn: Any, device: torch.device) -> TimestepStatistics | None:

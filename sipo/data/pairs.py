@@ -147,11 +147,12 @@ class DrawnPairs:
         pair, draw = divmod(range(len(self))[index], self.draws)
         item = self.cached[pair]
         row = int(self.cached.cache.rows[self.cached.places[pair]])
-        item["noise"] = torch.randn(item["winner"].shape, generator=self._generator(NOISE, row, draw))
+        generator = self._generator(NOISE, row, draw)
+        item["noise"] = torch.randn(item["winner"].shape, generator=generator, dtype=torch.float32)
         item["timestep"] = self.schedule.sample_timesteps(
             1, self._generator(TIMESTEP, row, draw), distribution=self.distribution
         )[0]
-        if torch.rand((), generator=self._generator(CAPTION, row, draw)) < self.caption_dropout:
+        if torch.rand((), generator=self._generator(CAPTION, row, draw), dtype=torch.float32) < self.caption_dropout:
             item["condition"] = self.cached.unconditional
         if self.references is not None:
             errors, timesteps = self.references.at(int(self.cached.places[pair]))

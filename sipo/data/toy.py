@@ -85,12 +85,12 @@ def _clip(
     generator: torch.Generator,
 ) -> Tensor:
     """``[frames, 3, height, width]`` in [0, 1]: the shape on a slightly uneven dark ground."""
-    top, left, size = torch.rand(3, generator=generator).tolist()
+    top, left, size = torch.rand(3, generator=generator, dtype=torch.float32).tolist()
     radius = (0.18 + 0.12 * size) * min(height, width)
-    y = torch.arange(height)[:, None] + 0.5 - (radius + top * (height - 2 * radius))
-    travel = torch.linspace(0.0, 0.25 * width, frames)[:, None, None]
-    x = torch.arange(width)[None] + 0.5 - (radius + left * (0.75 * width - 2 * radius) + travel)
+    y = torch.arange(height, dtype=torch.float32)[:, None] + 0.5 - (radius + top * (height - 2 * radius))
+    travel = torch.linspace(0.0, 0.25 * width, frames, dtype=torch.float32)[:, None, None]
+    x = torch.arange(width, dtype=torch.float32)[None] + 0.5 - (radius + left * (0.75 * width - 2 * radius) + travel)
     distance = (x.square() + y.square()).sqrt() if shape == "disc" else torch.maximum(x.abs(), y.abs())
     inside = (radius - distance + 0.5).clamp(0.0, 1.0)[:, None]
-    ground = 0.15 + 0.02 * torch.randn(3, height, width, generator=generator)
-    return (inside * torch.tensor(colour)[:, None, None] + (1.0 - inside) * ground).clamp(0.0, 1.0)
+    ground = 0.15 + 0.02 * torch.randn(3, height, width, generator=generator, dtype=torch.float32)
+    return (inside * torch.tensor(colour, dtype=torch.float32)[:, None, None] + (1.0 - inside) * ground).clamp(0.0, 1.0)

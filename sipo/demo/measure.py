@@ -71,7 +71,7 @@ def weight_by_timestep(
     items = [pairs[i] for i in range(min(count, len(pairs)))]
     images = torch.stack([item[half] for half in ("winner", "loser") for item in items]).to(policy.device)
     classes = torch.stack([item["condition"] for item in items]).repeat(2).to(policy.device)
-    noise = torch.randn(len(items), *images.shape[1:], generator=generator).to(policy.device)
+    noise = torch.randn(len(items), *images.shape[1:], generator=generator, dtype=torch.float32).to(policy.device)
     means = []
     for timestep in timesteps.tolist():
         levels = torch.full((len(images),), timestep, device=images.device)

@@ -99,7 +99,8 @@ def sample(model: Any, scheduler: Any, classes: Tensor, seed: int) -> Tensor:
     ddim = DDIMScheduler.from_config(scheduler.config, set_alpha_to_one=False)
     ddim.set_timesteps(SAMPLING_STEPS)
     generator = torch.Generator().manual_seed(seed)
-    images = torch.randn(len(classes), 1, IMAGE_SIZE, IMAGE_SIZE, generator=generator).to(model.device)
+    size = (len(classes), 1, IMAGE_SIZE, IMAGE_SIZE)
+    images = torch.randn(size, generator=generator, dtype=torch.float32).to(model.device)
     classes = classes.to(model.device)
     for timestep in ddim.timesteps:
         noise = predict(model, images, timestep, classes)

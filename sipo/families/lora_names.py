@@ -112,7 +112,7 @@ def _stacked(parts: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor
     """One layer for queries, keys and values below one another; a part that is not adapted gets zeros."""
     (rows,) = {len(b) for _, b in parts.values()}
     total = sum(len(a) for a, _ in parts.values())
-    up, column = torch.zeros(3 * rows, total), 0
+    up, column = torch.zeros(3 * rows, total, dtype=torch.float32), 0
     for place, part in enumerate("qkv"):
         if part in parts:
             b = parts[part][1]

@@ -66,7 +66,7 @@ class InformativeTimesteps:
         self.bins = noise_bins.bins
         self.seed = seed
         self.distribution = distribution
-        self.window = torch.zeros(2, self.bins, device=device)  # sums of ratios, and counts of pairs
+        self.window = torch.zeros(2, self.bins, dtype=torch.float32, device=device)  # sums of ratios, and counts of pairs
         self.numbers = torch.arange(self.bins, device=device)[:, None]
         self.means = [0.0] * self.bins
         self.counts = [0.0] * self.bins
@@ -80,7 +80,7 @@ class InformativeTimesteps:
         drawn = self.schedule.sample_timesteps(_ROUNDS * n, generator, distribution=self.distribution)
         drawn = drawn.view(_ROUNDS, n)
         taken = ~left_out[self.bin_of(drawn)]
-        taken[0] |= torch.rand(n, generator=generator) < EXPLORATION
+        taken[0] |= torch.rand(n, generator=generator, dtype=torch.float32) < EXPLORATION
         first = taken.int().argmax(dim=0, keepdim=True)  # 0 where none is taken
         return drawn.gather(0, first)[0]
 
