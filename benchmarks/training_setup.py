@@ -105,13 +105,14 @@ def lora_networks(setup: Setup, device: str) -> tuple[nn.Module, nn.Module]:
         raise ImportError("diffusers is not installed, whose networks take adapters")
     policy = copy.deepcopy(setup.base)
     prepare_lora(policy, rank=LORA_RANK, target_modules=setup.lora_targets)
-    return policy.to(device), frozen_copy(setup.base, setup.case, device)
+    return policy.to(device), reference_for(setup.base, setup.case)
 
 
-def frozen_copy(base: nn.Module, case: TrainingCase, device: str) -> nn.Module:
-    """A reference: in bfloat16 where the case is, on a GPU (a CPU's autocast leaves norms out, and they fail then)."""
-    reference = copy.deepcopy(base).requires_grad_(False).eval()
-    return reference.to(torch.bfloat16) if case.precision == "bf16" and device != "cpu" else reference
+def reference_for(base: nn.Module, case: TrainingCase) -> nn.Module:
+    """A frozen copy, in bfloat16 where the case is."""
+    from sipo.families.tuning import frozen_copy
+
+    return frozen_copy(base, torch.bfloat16 if case.precision == "bf16" else None)
 
 
 def quiet() -> None:
@@ -152,7 +153,7 @@ def _cached(case: TrainingCase, device: str, folder: Path) -> Setup:
     precompute_pairs(
         open_pairs(source, "jsonl"),
         family,
-        family.load_encoders(model),
+        lambda: family.load_encoders(model),
         data.cache,
         settings=data,
         model=ModelConfig(family=case.family, path=str(model)),
@@ -161,7 +162,7 @@ def _cached(case: TrainingCase, device: str, folder: Path) -> Setup:
     cache, schedule = open_cache(data.cache), family.load_schedule(model, INFERENCE_STEPS)
     network: Any = family.load_network(model)
     base = type(network).from_config({**network.config, **case.network}).to(device)
-    reference = frozen_copy(base, case, device)
+    reference = reference_for(base, case)
     options: dict[str, Any] = {"draws": 1, "seed": 0, "distribution": "uniform", "caption_dropout": 0.0}
     errors = precompute_references(
         cache,
@@ -200,7 +201,7 @@ def _in_memory(case: TrainingCase, device: str) -> Setup:
         base = getattr(diffusers, family.network_class)(**case.network).to(device)
         name = f"diffusers {family.network_class}"
     pairs, drawn, with_errors = [], [], []
-    reference = frozen_copy(base, case, device)
+    reference = reference_for(base, case)
     for _ in range(PAIRS):
         winner, loser, noise = torch.randn(3, *case.sample)
         condition = {"prompt_embeds": torch.randn(case.text)}

@@ -1,4 +1,7 @@
-"""The commands of ``sipo`` that need data or a configuration: ``train``, ``precompute``, ``data check``, ``label``."""
+"""The commands of ``sipo`` that need data or a configuration: ``train``, ``precompute``, ``data check``, ``label``.
+
+And ``export``, which needs the configuration that a run has kept.
+"""
 
 from __future__ import annotations
 
@@ -49,10 +52,16 @@ def add_commands(commands: Any) -> None:
         "precompute",
         help="encode the pairs of a configuration, and what else it wants beforehand",
         description="Writes latents, text embeddings and, where asked for, the reference's errors "
-        "into data.cache. What is there is checked and kept, so that it goes on where it was stopped.",
+        "into data.cache. What is there is checked and kept, so that it goes on where it was stopped; "
+        "what has changed since is encoded anew.",
     )
     _add_config(precompute)
+    precompute.add_argument(
+        "--verify", action="store_true", help="read every file again, also where size and times are as they were"
+    )
     precompute.set_defaults(run=_precompute)
+
+    _add_export(commands)
 
     data = commands.add_parser("data", help="look at preference data").add_subparsers(required=True, metavar="COMMAND")
     check = data.add_parser(
@@ -92,6 +101,24 @@ def add_commands(commands: Any) -> None:
     label.add_argument("--device", default="cpu", help="of the scorer (default %(default)s)")
     label.add_argument("--skip-bad", action="store_true", help="leave out files that cannot be read, and count them")
     label.set_defaults(run=_label)
+
+
+def _add_export(commands: Any) -> None:
+    from sipo.families.lora_files import FORMATS
+
+    export = commands.add_parser(
+        "export",
+        help="a run's LoRA as one file for diffusers, kohya's scripts or ComfyUI",
+        description="Writes the LoRA of a run of `sipo train`, or of one of its checkpoints, in the format that "
+        "another tool reads, with its strength in the weights.",
+    )
+    export.add_argument("target", type=Path, metavar="RUN", help="folder of the run (training.output_dir)")
+    export.add_argument("overrides", nargs="*", metavar="section.key=value", help="model.path, if it has moved")
+    export.add_argument("--format", choices=FORMATS, required=True, help="of the file")
+    export.add_argument("--checkpoint", metavar="STEP", help='of a checkpoint, by step or "latest" (default: weights)')
+    export.add_argument("--output", type=Path, metavar="FILE", help="to write (default: named after the run, in it)")
+    export.add_argument("--force", action="store_true", help="replace a file that is there")
+    export.set_defaults(run=_export)
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
@@ -180,7 +207,7 @@ def _precompute(options: argparse.Namespace) -> int:
 
     config = configuration.load(options.config, options.overrides)
     run = open_run(config)
-    summary = prepare_data(run, verify=True, progress=config.training.progress).summary
+    summary = prepare_data(run, repair=True, verify=options.verify, progress=config.training.progress).summary
     if run.accelerator.is_main_process and summary is not None:
         print(summary.describe())
     return 0
@@ -200,3 +227,13 @@ def _label(options: argparse.Namespace) -> int:
 
     arguments = {name: value for name, value in vars(options).items() if name not in ("run", "source", "output")}
     return run_label(options.source, options.output, **arguments)
+
+
+@one_line_errors
+def _export(options: argparse.Namespace) -> int:
+    from sipo.export import export_run
+
+    arguments = {"checkpoint_step": options.checkpoint, "output": options.output, "force": options.force}
+    file, adapter = export_run(options.target, options.overrides, format=options.format, **arguments)
+    print(f"{file}: {len(adapter.layers)} layers of rank {adapter.rank}, to be loaded at strength 1")
+    return 0

@@ -6,33 +6,46 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import gc
 import os
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
 
-from sipo.config import TOY, Config, ConfigError, ModelConfig, reference_kind
-from sipo.data.cache import Cache, CacheError, open_cache
+from sipo.config import (
+    TOY,
+    Config,
+    ConfigError,
+    ModelConfig,
+    differing_types,
+    policy_dtype,
+    reference_dtype,
+    reference_kind,
+)
+from sipo.data.cache import Cache, CacheError, OtherSettingsError, open_cache, other_path, pairs_are_whole
 from sipo.data.pairs import CachedPairs, DrawnPairs, split
 from sipo.data.precompute import CacheSummary, fingerprint, precompute_pairs
 from sipo.data.readers import open_pairs
+from sipo.data.records import DataError
 from sipo.data.references import References, open_references, precompute_references, reference_marks
 from sipo.data.toy import make_toy_pairs
+from sipo.data.weights import PLACE, weight_hashes
 from sipo.families import Family, get
 from sipo.families.toy import build_toy
-from sipo.families.tuning import adapter_off, prepare_full, prepare_lora
+from sipo.families.tuning import adapter_off, freeze, frozen_copy, prepare_full, prepare_lora
 from sipo.loss import SIPOLoss
 from sipo.schedule import DEFAULT_INFERENCE_STEPS, NoiseSchedule
-from sipo.training import AdapterOff, Reference, make_accelerator
+from sipo.training import AdapterOff, Reference, TrainingWarning, make_accelerator
 from sipo.training.protocols import PairDataset
+from sipo.training.sharded import round_whole, whole_dtype
 
 
 @dataclass(frozen=True)
@@ -74,8 +87,17 @@ class Run:
     @property
     def references(self) -> dict[str, Any]:
         """What says which reference errors these are, for the functions of ``sipo.data.references``."""
-        marks = reference_marks(self.config.model, self.config.training.mixed_precision)
+        marks = reference_marks(self.config, whole_dtype(self.accelerator))
+        marks = {key: value for key, value in marks.items() if key not in PLACE} | self.weights(network=True)
         return {"reference": marks, **self.draws, "dtype": torch.float32}
+
+    def weights(self, *, network: bool, verify: bool = False) -> dict[str, str]:
+        """Hashes of the files of the network, or of what encodes (:func:`sipo.data.weights.weight_hashes`)."""
+        # The first process reads and writes down, the others find it written.
+        with self.accelerator.main_process_first():
+            main = self.accelerator.is_main_process
+            options = {"network": network, "verify": verify and main}
+            return weight_hashes(self.family, self.model_path, self.config.model, self.cache, **options)
 
     def load_encoders(self) -> Any:
         """The pipeline without its network, on the CPU."""
@@ -116,11 +138,14 @@ def open_run(config: Config, accelerator: Accelerator | None = None) -> Run:
         raise ConfigError(f"data.frames={data.frames}: expected 1, {family.name} makes images")
     if accelerator is None:
         accelerator = make_accelerator(config.training)
+    types = differing_types(config)
+    if types is not None and reference_kind(config) != "adapter_off" and accelerator.is_main_process:
+        warnings.warn(types, TrainingWarning, stacklevel=2)
     model_path, data_path = model.path, data.path
     toys = Path(f"{data.cache}-toy")
     with accelerator.main_process_first():
         if model.path == TOY:
-            model_path = str(_made(toys / "model", lambda folder: build_toy(model.family, folder)))
+            model_path = str(_made(Path(model_folder(config)), lambda folder: build_toy(model.family, folder)))
         if data.path == TOY:
             height, width = data.sizes[0]
             size = {"height": height, "width": width, "frames": data.frames}
@@ -132,55 +157,114 @@ def open_run(config: Config, accelerator: Accelerator | None = None) -> Run:
     return Run(config, family, accelerator, model_path, data_path, schedule)
 
 
-def prepare_data(run: Run, *, verify: bool = False, progress: bool = True) -> Prepared:
-    """Opens the cache, and computes beforehand what it lacks: latents, text embeddings, the reference's errors.
+def model_folder(config: Config) -> str:
+    """``config.model.path``, or the folder that a toy is built in."""
+    return str(Path(f"{config.data.cache}-toy") / "model") if config.model.path == TOY else config.model.path
+
+
+def prepare_data(
+    run: Run,
+    *,
+    repair: bool = False,
+    verify: bool = False,
+    refuse_changes: bool = False,
+    progress: bool = True,
+) -> Prepared:
+    """Computes beforehand what the cache lacks, or has otherwise than the source says: latents, text, reference errors.
+
+    What has changed since is said in a line; what cannot be compared, as its source is not there, is used as it is, and
+    that is said too.
 
     Args:
         run: of :func:`open_run`.
-        verify: look at every shard and every row again, also where the cache is finished.
+        repair: read every shard, also where the cache is finished, and write those anew that are damaged.
+        verify: read every file of the source and of the model, also where size and times are as they were.
+        refuse_changes: an error at the first change, before anything is encoded anew.
         progress: whether to draw progress bars.
 
     Returns:
-        The data, and what was done to it, if anything.
+        The data, and what was done to it, if it could be compared.
 
     Raises:
-        CacheError: a cache of other settings.
+        CacheError: a cache of other settings or weights; a change, where they are refused.
         BadPair: a pair that cannot be used, without ``data.skip_bad``.
+        DataError: no source, and no finished cache of it.
     """
     config, accelerator = run.config, run.accelerator
-    marks, cache, summary = fingerprint(config.model, config.data), None, None
-    if not verify:
-        try:
-            cache = open_cache(run.cache, marks)
-        except CacheError:  # unfinished or damaged is mended below, and one of other settings is refused there
-            cache = None
-        accelerator.wait_for_everyone()  # or one process would mend what another has yet to look at
-    if cache is None:
-        reader = open_pairs(run.data_path, config.data.format, config.data.split, config.data.streaming)
-        pipeline = run.load_encoders().to(accelerator.device)
-        arguments: dict[str, Any] = {"settings": config.data, "model": config.model, "accelerator": accelerator}
-        summary = precompute_pairs(reader, run.family, pipeline, run.cache, progress=progress, **arguments)
-        del pipeline
-        _free()
-        cache = open_cache(run.cache, marks)
-    references = _references(run, cache, verify, progress) if config.data.reference_errors else None
+    run.cache.mkdir(parents=True, exist_ok=True)
+    weights = run.weights(network=False, verify=verify)
+    if verify and config.data.reference_errors:
+        run.weights(network=True, verify=True)
+    marks, summary = fingerprint(config.model, config.data, weights), None
+    whole = pairs_are_whole(run.cache, marks)
+    accelerator.wait_for_everyone()  # or one process would mend what another has yet to look at
+    try:
+        summary = precompute_pairs(
+            open_pairs(run.data_path, config.data.format, config.data.split, config.data.streaming),
+            run.family,
+            lambda: run.load_encoders().to(accelerator.device),
+            run.cache,
+            settings=config.data,
+            model=config.model,
+            weights=weights,
+            check_hashes=repair or not whole,
+            verify=verify,
+            refuse_changes=refuse_changes,
+            accelerator=accelerator,
+            progress=progress,
+        )
+    except DataError as error:
+        if verify or not pairs_are_whole(run.cache, marks):
+            raise
+        said = [f"not compared with its pairs, used as they were encoded: {error}"]
+    else:
+        summary = _of_all(summary, accelerator)
+        said = summary.news()
+    _free()
+    cache = open_cache(run.cache, marks)
+    if cache.path != config.data.path:
+        raise other_path(run.cache, cache.path, config.data.path)
+    if accelerator.is_main_process:
+        for line in said:
+            print(f"{run.cache}: {line}", flush=True)
+    references = None
+    if config.data.reference_errors:
+        references = _references(run, cache, repair, refuse_changes, progress)
     return Prepared(cache, references, summary)
 
 
-def _references(run: Run, cache: Cache, verify: bool, progress: bool) -> References:
+def _of_all(summary: CacheSummary, accelerator: Accelerator) -> CacheSummary:
+    """What all processes have done to the cache, each with shards of its own."""
+    if accelerator.num_processes == 1:
+        return summary
+    all_of_them: list[CacheSummary] = gather_object([summary])
+    return dataclasses.replace(
+        summary,
+        written=sum(each.written for each in all_of_them),
+        kept=sum(each.kept for each in all_of_them),
+        absent=sum(each.absent for each in all_of_them),
+        changes=[change for each in all_of_them for change in each.changes],
+    )
+
+
+def _references(run: Run, cache: Cache, repair: bool, refuse_changes: bool, progress: bool) -> References:
     """The reference's errors at every draw, computed where they are not there yet."""
     config, accelerator = run.config, run.accelerator
-    if not verify:
+    if not repair:
         with contextlib.suppress(CacheError):
-            found = open_references(cache, run.schedule, **run.references)
+            try:
+                found = open_references(cache, run.schedule, **run.references)
+            except OtherSettingsError as error:
+                if refuse_changes:  # those of the run are there, and this run's are others
+                    raise ConfigError(str(error)) from error
+                raise
             accelerator.wait_for_everyone()
             return found
         accelerator.wait_for_everyone()
-    dtype = getattr(torch, config.model.reference_dtype or config.model.dtype)
-    network = run.family.load_network(run.model_path, dtype=dtype, **_hub(run.config.model)).to(accelerator.device)
+    network = round_whole(frozen_reference(run), accelerator).to(accelerator.device)
     found = precompute_references(
         cache,
-        network.requires_grad_(False),
+        network,
         run.family.predict,
         run.schedule,
         **run.references,
@@ -223,11 +307,8 @@ def build(run: Run) -> tuple[nn.Module, Reference]:
     model, kind = config.model, reference_kind(config)
     lora = model.tuning == "lora"
     torch.manual_seed(config.training.seed)  # LoRA's first factors are drawn
-    dtype = getattr(torch, model.dtype) if lora else torch.float32
-    network = family.load_network(run.model_path, dtype=dtype, **_hub(run.config.model))
-    reference: Reference = None
-    if kind == "copy":
-        reference = copy.deepcopy(network).to(getattr(torch, model.reference_dtype or model.dtype))
+    network = _load_network(run, policy_dtype(config))
+    reference = frozen_reference(run, network) if kind == "copy" else None
     checkpointing = model.gradient_checkpointing
     if not lora:
         prepare_full(network, gradient_checkpointing=checkpointing)
@@ -244,6 +325,26 @@ def build(run: Run) -> tuple[nn.Module, Reference]:
     except ValueError as error:
         raise ConfigError(f"model.lora.{error}") from error
     return network, AdapterOff(adapter_off) if kind == "adapter_off" else reference
+
+
+def frozen_reference(run: Run, network: nn.Module | None = None) -> nn.Module:
+    """A network that predicts what the policy does before training, in ``model.reference_dtype``, on the CPU.
+
+    Args:
+        run: of :func:`open_run`.
+        network: the policy's, before adapters are put into it; loaded if left out.
+    """
+    ours, theirs = policy_dtype(run.config), reference_dtype(run.config)
+    if differing_types(run.config) is not None:  # it cannot predict the same: at least it is what diffusers makes of it
+        return freeze(_load_network(run, theirs))
+    if network is None and theirs == ours:
+        return freeze(_load_network(run, ours))
+    network = _load_network(run, ours) if network is None else network
+    return frozen_copy(network, None if theirs == ours else getattr(torch, theirs))
+
+
+def _load_network(run: Run, dtype: str) -> nn.Module:
+    return run.family.load_network(run.model_path, dtype=getattr(torch, dtype), **_hub(run.config.model))
 
 
 def make_loss(run: Run) -> SIPOLoss:

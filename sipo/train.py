@@ -9,15 +9,16 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from sipo.config import Config, ConfigError, reference_kind
-from sipo.data.cache import INDEX, file_hash
+from sipo.config import Config, ConfigError, differing_types, reference_kind
 from sipo.data.media import write_image_grid, write_video
+from sipo.data.weights import PLACE
 from sipo.families.card import model_card
 from sipo.families.tuning import save_full, save_lora
 from sipo.loss import SIPOLoss
 from sipo.run import Run, build, datasets, make_loss, open_run, prepare_data
 from sipo.training import TrainingConfig, TrainingResult, gather_weights, is_sharded, train
 from sipo.training import storage as checkpoints
+from sipo.training.first_step import Mismatch
 from sipo.training.logs import write_aside
 
 WEIGHTS = "weights"
@@ -54,7 +55,8 @@ def run_training(config: Config, *, resume: bool = False, accelerator: Accelerat
     Raises:
         ConfigError: what does not fit; a folder that holds another run.
         CacheError, BadPair, DataError: of the data.
-        CheckpointError, TrainingAlarm, TrainingDiverged, TrainingInterrupted, TrainingOutOfMemory: of the loop.
+        CheckpointError, TrainingAlarm, TrainingDiverged, TrainingInterrupted, TrainingMismatch, TrainingOutOfMemory: of
+            the loop.
     """
     training = config.training
     there = _check_folder(training, resume)
@@ -63,8 +65,8 @@ def run_training(config: Config, *, resume: bool = False, accelerator: Accelerat
     _check_before_data(run)
     if not there:
         _write_config(run)
-    cache, references, _ = prepare_data(run, progress=training.progress)
-    data_hash = file_hash(cache.folder / INDEX)
+    cache, references, _ = prepare_data(run, refuse_changes=there, progress=training.progress)
+    data_hash = cache.content_hash()
     pairs, held_out = datasets(run, cache, references)
     network, reference = build(run)
     look = Look(run) if config.samples.prompts else None
@@ -83,7 +85,8 @@ def run_training(config: Config, *, resume: bool = False, accelerator: Accelerat
         validation=validate,
         on_validation=look if training.validate_every else None,
         offload_reference=config.model.reference_offload,
-        identity=_identity(config, data_hash),
+        identity=_identity(run, f"{len(cache)} pairs, {data_hash}"),
+        mismatch=_mismatch(config, network),
     )
     if there:
         _write_config(run)  # only now is it known to belong to the run that was there
@@ -114,12 +117,25 @@ def _check_folder(training: TrainingConfig, resume: bool) -> bool:
     return False
 
 
-def _identity(config: Config, data_hash: str) -> dict[str, Any]:
+def _mismatch(config: Config, network: nn.Module) -> Mismatch:
+    """Policy and reference have the same weights: where nothing else that is known sets them apart, they are equal."""
+    types = reference_kind(config) != "adapter_off" and differing_types(config) is not None
+    # An adapter's own dropout changes nothing at first, as its second factor is 0.
+    dropout = any(isinstance(m, nn.Dropout) and m.p > 0 and "lora_" not in n for n, m in network.named_modules())
+    return "warn" if types or dropout else "raise"
+
+
+def _identity(run: Run, data: str) -> dict[str, Any]:
     """What a resumed run must share with the one it goes on from, beside the loop's own settings."""
-    free = ("gradient_checkpointing", "reference_offload")
+    config = run.config
+    free = ("gradient_checkpointing", "reference_offload", *PLACE)
     model = {f"model.{name}": value for name, value in config.as_dict()["model"].items() if name not in free}
+    # In which type the reference is held makes no other run of one that predicts as the policy does.
+    same = reference_kind(config) == "adapter_off" or differing_types(config) is None
+    model["model.reference_dtype"] = "as the policy's" if same else config.model.reference_dtype
+    weights = {f"model.{name}": value for name, value in run.weights(network=True).items()}
     draws = {f"data.{name}": getattr(config.data, name) for name in ("draws", "held_out", "seed")}
-    return {**model, **draws, "model.reference": reference_kind(config), "data": data_hash}
+    return {**model, **weights, **draws, "model.reference": reference_kind(config), "data": data}
 
 
 def _write_config(run: Run) -> None:

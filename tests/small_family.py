@@ -144,12 +144,15 @@ def settings(**changes: Any) -> DataConfig:
 def build(
     folder: Path, reader: Any = None, pipeline: Pipeline | None = None, accelerator: Any = None, **changes: Any
 ) -> CacheSummary:
-    """Runs :func:`precompute_pairs`."""
+    """Runs :func:`precompute_pairs`; ``check_hashes``, ``verify`` and ``refuse_changes`` are its own."""
+    own = {name: changes.pop(name) for name in ("check_hashes", "verify", "refuse_changes") if name in changes}
+    pipeline = pipeline or Pipeline()
     return precompute_pairs(
         Records.make() if reader is None else reader,
         SmallFamily(),
-        pipeline or Pipeline(),
+        lambda: pipeline,
         folder,
+        **own,
         settings=settings(**changes),
         model=MODEL,
         accelerator=accelerator,

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
 from sipo import NoiseSchedule, SIPOLoss
-from sipo.config import ModelConfig
+from sipo.config import Config, DataConfig, ModelConfig
 from sipo.data.cache import CacheError, DamagedError, open_cache
 from sipo.data.pairs import CachedPairs, DrawnPairs, split
 from sipo.data.references import References, open_references, precompute_references, reference_marks
 from sipo.data.savings import FULL_SIZE, ModelSize, describe_savings, savings_table
+from sipo.training.config import TrainingConfig
 from sipo.training.forward import PairForward
 from tests.small_family import Accelerator, Network, Records, SmallFamily, build, files, in_processes
 
@@ -370,11 +371,42 @@ def test_errors_of_latents_that_have_changed_are_not_used(tmp_path: Path) -> Non
     reader.records[5] = replace(reader.records[5], chosen=reader.records[3].chosen)
     build(tmp_path, reader)
     changed = CachedPairs(open_cache(tmp_path))
-    with pytest.raises(DamagedError, match=r"errors-00001\.safetensors: computed from another latents-00001"):
+    with pytest.raises(DamagedError, match=r"errors-00001\.safetensors: computed from other pairs than those"):
         open_references(changed.cache, DISCRETE, **arguments())
     predict = Fails()
     reference_errors(changed, predict=predict)
     assert predict.calls == 3
+
+
+def test_errors_follow_the_prompt_where_no_file_of_tensors_has_changed(tmp_path: Path) -> None:
+    cached = pairs_in(tmp_path)
+    reference_errors(cached)
+    tensors = {name: data for name, data in files(tmp_path).items() if name.endswith("safetensors")}
+    reader = Records.make()
+    reader.records[2] = replace(reader.records[2], prompt=reader.records[3].prompt)  # of the same shard of text
+    build(tmp_path, reader)
+    assert {name: data for name, data in files(tmp_path).items() if name.endswith("safetensors")} == tensors
+    changed = CachedPairs(open_cache(tmp_path))
+    with pytest.raises(DamagedError, match=r"errors-00000\.safetensors: computed from other pairs"):
+        open_references(changed.cache, DISCRETE, **arguments())
+    predict = Fails()
+    reference_errors(changed, predict=predict)
+    assert predict.calls == 3
+
+
+@pytest.mark.parametrize("rows", [8, 16])
+def test_errors_of_fewer_or_more_pairs_are_not_used(tmp_path: Path, rows: int) -> None:
+    cached = pairs_in(tmp_path)
+    reference_errors(cached)
+    build(tmp_path, Records.make(rows))
+    changed = CachedPairs(open_cache(tmp_path))
+    with pytest.raises(DamagedError, match=f"errors of 3 shards of pairs, expected {rows // 4}"):
+        open_references(changed.cache, DISCRETE, **arguments())
+    predict = Fails()
+    found = reference_errors(changed, predict=predict)
+    assert predict.calls == max(0, 3 * (rows - 12) // 4)
+    assert found.at(rows - 1)[0].isfinite().all()
+    assert len(list(found.folder.glob("*.safetensors"))) == rows // 4
 
 
 @pytest.mark.parametrize(
@@ -407,7 +439,9 @@ def test_of_several_sets_of_errors_the_nearest_says_what_differs(tmp_path: Path)
 
 def test_a_reference_is_marked_by_how_it_is_loaded_and_run() -> None:
     model = ModelConfig(family="sdxl", path="a", revision="b", dtype="bfloat16")
-    assert reference_marks(model, "bf16") == {
+    training = TrainingConfig(steps=1, output_dir="out", mixed_precision="bf16")
+    config = Config(model=model, data=DataConfig(path="a", cache="b"), training=training)
+    assert reference_marks(config) == {
         "family": "sdxl",
         "path": "a",
         "revision": "b",
@@ -415,7 +449,12 @@ def test_a_reference_is_marked_by_how_it_is_loaded_and_run() -> None:
         "dtype": "bfloat16",
         "mixed_precision": "bf16",
     }
-    assert reference_marks(replace(model, reference_dtype="float16"))["dtype"] == "float16"
+    # Full tuning is in float32, and autocast rounds weights held in bfloat16 no more: the errors are the same.
+    full = {None: "float32", "float32": "float32", "bfloat16": "float32", "float16": "float16"}
+    for dtype, expected in full.items():
+        other = replace(config, model=replace(model, tuning="full", reference_dtype=dtype))
+        assert reference_marks(other)["dtype"] == expected
+    assert reference_marks(config, torch.bfloat16)["dtype"] == "bfloat16, norms too"
 
 
 def test_errors_of_another_schedule_are_not_used(tmp_path: Path) -> None:

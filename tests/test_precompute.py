@@ -278,9 +278,16 @@ def test_latents_that_are_not_finite_are_a_bad_pair(tmp_path: Path) -> None:
     from tests.small_family import MODEL, settings
 
     def run(skip_bad: bool) -> Any:
-        wanted = settings(dtype="float16", skip_bad=skip_bad)
+        wanted, pipeline = settings(dtype="float16", skip_bad=skip_bad), Pipeline()
         return precompute_pairs(
-            Records.make(), Overflows(), Pipeline(), tmp_path, settings=wanted, model=MODEL, workers=1, progress=False
+            Records.make(),
+            Overflows(),
+            lambda: pipeline,
+            tmp_path,
+            settings=wanted,
+            model=MODEL,
+            workers=1,
+            progress=False,
         )
 
     with pytest.raises(BadPair, match="row 1: its latents are not finite in float16"):
@@ -345,7 +352,14 @@ def test_real_families_from_files_to_reference_errors(tmp_path: Path, name: str)
     )
     pipeline = family.load_encoders(model.path)
     summary = precompute_pairs(
-        open_pairs(data), family, pipeline, tmp_path / "cache", settings=wanted, model=model, workers=1, progress=False
+        open_pairs(data),
+        family,
+        lambda: pipeline,
+        tmp_path / "cache",
+        settings=wanted,
+        model=model,
+        workers=1,
+        progress=False,
     )
     assert (summary.pairs, summary.skipped) == (5, {})
     cached = CachedPairs(open_cache(tmp_path / "cache"))

@@ -6,7 +6,11 @@ A cache is a folder. A shard is a safetensors file with a JSON file of the same 
     text-00000.safetensors      <key>.<name> for the prompts that no earlier shard has; trailing rows of zeros left out
     unconditional.safetensors   <name> of what caption dropout puts in a prompt's place
     index.json                  what the content depends on, and the size, hash and content of every shard
+    weights.json                hashes of the model's files, so that each is read once (weights.py)
     references/                 errors of the reference (references.py)
+
+The JSON file of a shard of latents also has the rows and the files that it was made of (changes.py); the index, which
+is read at every start, has one digest of them for each shard.
 
 Each file is written under another name and renamed, the index's ``complete`` comes last, and a row's content depends on
 the row and the settings alone. So a cache that was interrupted is taken up where it stopped, and a damaged shard is
@@ -34,7 +38,8 @@ from torch import Tensor
 from sipo.families.base import Condition
 from sipo.training.logs import write_aside
 
-FORMAT = 1
+# Another one whenever files are laid out otherwise, or the same pixels and text are encoded otherwise.
+FORMAT = 2
 INDEX = "index.json"
 LATENTS, TEXT, UNCONDITIONAL = "latents", "text", "unconditional"
 
@@ -43,6 +48,7 @@ FLIP, CROP, POSTERIOR, NOISE, TIMESTEP, CAPTION, HELD_OUT = range(100, 107)
 
 # Names that files are written under: write_shard's, write_aside's, and safetensors' own.
 _LEFTOVER = re.compile(r"\.((latents|text|errors)-\d+|unconditional|index)\..*|\.tmp\w{6}")
+_WHOLE = {"path", "state", "pairs", "records", "ties", "skipped", "text_shapes", "text", "latents"}  # in an index
 _OPEN_SHARDS = 32  # that a process keeps open: there may be more shards than file handles
 _REMEDY = "`sipo precompute` rebuilds it"
 
@@ -53,6 +59,10 @@ class CacheError(ValueError):
 
 class DamagedError(CacheError):
     """A file of a cache that is missing, cut short or changed: precomputing again replaces it, and nothing else."""
+
+
+class OtherSettingsError(CacheError):
+    """A cache of other settings or weights, sound in itself."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +166,14 @@ def remove_leftovers(folder: Path) -> None:
             path.unlink()
 
 
+def remove_shards(folder: Path, kinds: Sequence[str], count: int) -> None:
+    """Removes shards beyond the first so many of each kind, which a longer source had."""
+    for path in folder.iterdir():
+        kind, _, number = path.name.partition(".")[0].rpartition("-")
+        if kind in kinds and number.isdecimal() and int(number) >= count:
+            path.unlink()
+
+
 def read_shard(folder: Path, name: str) -> Shard | None:
     """What a shard's JSON file says; ``None`` if there is none that can be read. The tensors are not looked at."""
     try:
@@ -193,15 +211,23 @@ def check_fingerprint(where: Path, found: Mapping[str, Any], wanted: Mapping[str
     """Compares what a content depends on.
 
     Raises:
-        CacheError: the first key, in the order of ``wanted``, that differs, with both values.
+        OtherSettingsError: the first key, in the order of ``wanted``, that differs, with both values.
     """
     wanted = json.loads(json.dumps(wanted))  # tuples become lists, as they did in the file
     for key in [*wanted, *(key for key in found if key not in wanted)]:
         if found.get(key) != wanted.get(key):
-            raise CacheError(
+            raise OtherSettingsError(
                 f"{where}: made with {key}={json.dumps(found.get(key))}, expected this run's "
                 f"{json.dumps(wanted.get(key))}: use another folder, or the settings it was made with"
             )
+
+
+def other_path(where: Path, found: Any, wanted: str) -> CacheError:
+    """The error of a cache of another ``data.path``, whose pairs are other ones or cannot be compared."""
+    return CacheError(
+        f"{where}: made with data.path={json.dumps(found)}, expected this run's {json.dumps(wanted)}, whose pairs are "
+        "others: use another folder, or the settings it was made with"
+    )
 
 
 def trim(tensor: Tensor) -> Tensor:
@@ -278,6 +304,7 @@ class Cache:
     Attributes:
         folder: where it is.
         fingerprint: what its content depends on.
+        path: ``data.path`` of its pairs, as it was when they were last compared.
         rows: ``[N]`` int64, each pair's row in the source.
         shapes: the shapes that latents have.
         shape_of: ``[N]`` int64, each pair's place in ``shapes``.
@@ -290,6 +317,7 @@ class Cache:
     def __init__(self, folder: Path, index: dict[str, Any], check_hashes: bool = True) -> None:
         self.folder = folder
         self.fingerprint: dict[str, Any] = index["fingerprint"]
+        self.path: str = index["path"]
         latents = [shard_from_entry(entry) for entry in index["latents"]]
         text = [shard_from_entry(entry) for entry in index["text"]]
         # All of this is copied into every worker process: pairs in tensors, and no facts that nobody asks for again.
@@ -335,11 +363,22 @@ class Cache:
         return range(self._starts[number], self._starts[number + 1])
 
     def shard_digest(self, number: int) -> str:
-        """What everything computed from the pairs of one shard of latents depends on: its bytes and its prompts'."""
+        """What everything computed from one shard of latents depends on: its bytes, and which prompt is whose."""
         places = self.shard_places(number)
-        used = self._text_shard_of[self.prompt_of[places.start : places.stop]].unique().tolist()
+        prompts = self.prompt_of[places.start : places.stop]
+        used = self._text_shard_of[prompts].unique().tolist()
         names = [self.latents[number].name, UNCONDITIONAL, *(self._text_names[n] for n in used)]
-        return digest([self._reader.shards[name].sha256 for name in names])
+        return digest([[self._reader.shards[name].sha256 for name in names], self._pairs(places.start, places.stop)])
+
+    def content_hash(self) -> str:
+        """Of all that training reads: tensors, rows and prompts; not of where and when they were encoded."""
+        shards = {name: shard.sha256 for name, shard in self._reader.shards.items()}
+        return digest([shards, self._pairs(0, len(self))])
+
+    def _pairs(self, start: int, stop: int) -> list[tuple[int, str]]:
+        """Rows and prompts' keys."""
+        prompts = self.prompt_of[start:stop].tolist()
+        return [(row, self.prompt_keys[n]) for row, n in zip(self.rows[start:stop].tolist(), prompts, strict=True)]
 
     def _text(self, shard: str, prefix: str) -> Condition:
         return {
@@ -360,11 +399,9 @@ def open_cache(folder: str | Path, fingerprint: Mapping[str, Any] | None = None,
         CacheError: no cache, an unfinished one, one of other settings, a file cut short.
     """
     folder = Path(folder)
-    index = read_index(folder)
+    index = read_pairs_index(folder, fingerprint)
     if index is None:
         raise CacheError(f"{folder}: no cache there, expected {INDEX}; `sipo precompute` makes one")
-    if fingerprint is not None:
-        check_fingerprint(folder, index["fingerprint"], fingerprint)
     if not index["complete"]:
         raise CacheError(f"{folder}: a cache that is not finished; `sipo precompute` goes on where it stopped")
     try:
@@ -376,6 +413,18 @@ def open_cache(folder: str | Path, fingerprint: Mapping[str, Any] | None = None,
     return cache
 
 
+def pairs_are_whole(folder: Path, fingerprint: Mapping[str, Any]) -> bool:
+    """Whether a finished cache of these settings is there, with every file of the size that it should have."""
+    try:
+        index = read_pairs_index(folder, fingerprint)
+        if index is None or not index["complete"]:
+            return False
+        check_sizes(folder, [shard_from_entry(entry) for entry in (*index["latents"], *index["text"])])
+    except (CacheError, KeyError, TypeError):
+        return False
+    return True
+
+
 def read_index(folder: Path) -> dict[str, Any] | None:
     """The index, finished or not; ``None`` where there is none.
 
@@ -384,9 +433,29 @@ def read_index(folder: Path) -> dict[str, Any] | None:
     """
     index = read_json(folder / INDEX)
     if index is not None and index.get("format") != FORMAT:
-        raise CacheError(f"{folder / INDEX}: cache format {index.get('format')!r}, expected {FORMAT}")
+        raise CacheError(
+            f"{folder / INDEX}: cache format {index.get('format')!r}, expected {FORMAT}: it was written by another "
+            "version of sipo; use another folder, or delete this one, and the pairs are encoded anew"
+        )
     if index is not None and not {"fingerprint", "complete"} <= index.keys():
         raise DamagedError(f"{folder / INDEX}: not an index of a cache; {_REMEDY}")
+    return index
+
+
+def read_pairs_index(folder: Path, fingerprint: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+    """The same of pairs, compared with what they are expected to depend on.
+
+    Raises:
+        CacheError: as for :func:`read_index`, or a cache of other settings.
+    """
+    index = read_index(folder)
+    if index is None:
+        return None
+    if fingerprint is not None:
+        check_fingerprint(folder, index["fingerprint"], fingerprint)
+    missing = sorted((_WHOLE if index["complete"] else {"path"}) - index.keys())
+    if missing:
+        raise DamagedError(f"{folder / INDEX}: not a whole index, {missing[0]!r} is missing; {_REMEDY}")
     return index
 
 

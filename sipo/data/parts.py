@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import Tensor
 
 from sipo.config import DataConfig
 from sipo.data.cache import digest, text_key
+from sipo.data.changes import FileRecord, Row, side_name, stamp
 from sipo.data.records import PairReader, PairRecord
 from sipo.families.base import Condition
 
@@ -32,27 +32,64 @@ class Tally:
 
 @dataclass
 class Part:
-    """The records of one shard, and the prompts that no earlier one has."""
+    """The records of one shard, and the prompts that no earlier one has.
+
+    Attributes:
+        number: of the shard.
+        prefix: the source's folder with a slash at its end, which the names of its files leave out.
+        records: of the shard's pairs; let go once they are in line to be encoded.
+        keys: of their prompts.
+        prompts: that no earlier part has.
+        rows: what latents depend on beside the files' content.
+        paths: of all files, by name.
+        seen: digest of settings, rows, prompts and of the files' sizes and times.
+        pairs: what has been encoded: row, key, latents, and what each half is told.
+        skipped: row, kind and reason of pairs that cannot be used.
+        files: what has been read.
+    """
 
     number: int
+    prefix: str
     records: list[PairRecord] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
     prompts: list[str] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    paths: dict[str, Path] = field(default_factory=dict)
+    seen: str = ""
     pairs: list[tuple[int, str, Tensor, Condition]] = field(default_factory=list)
     skipped: list[tuple[int, str, str]] = field(default_factory=list)
-    source: str = ""
+    files: dict[str, FileRecord] = field(default_factory=dict)
     needs_latents: bool = True
     needs_text: bool = True
 
-    def digest(self, marks: dict[str, Any]) -> str:
-        """What the shards' content depends on: the settings and the records, files by name and size."""
-        rows = [[r.row, r.prompt, _trace(r.chosen), _trace(r.rejected), r.problem] for r in self.records]
-        return digest([marks, rows, self.prompts])
+    def look(self, settings: str) -> None:
+        """Fills in ``rows``, ``paths`` and ``seen``.
+
+        Args:
+            settings: digest of what else the content depends on.
+        """
+        for record in self.records:
+            names = []
+            for source in (record.chosen, record.rejected):
+                names.append(side_name(source, self.prefix))
+                if isinstance(source, Path):
+                    self.paths[names[-1]] = source
+            self.rows.append([record.row, *names, record.problem, bool(record.prompt.strip())])
+        stamps = [stamp(path) for path in self.paths.values()]
+        self.seen = digest([settings, self.rows, self.keys, stamps])
+
+    @property
+    def new_keys(self) -> list[str]:
+        """Of ``prompts``."""
+        return [text_key(prompt) for prompt in self.prompts]
 
 
 def parts(reader: PairReader, settings: DataConfig, tally: Tally) -> Iterator[Part]:
     """Cuts the source into shards: which pair is in which follows from the source's order and nothing else."""
     seen: set[str] = set()
-    part = Part(0)
+    root = getattr(reader, "root", None)
+    prefix = "" if root is None else f"{root.as_posix().rstrip('/')}/"
+    part = Part(0, prefix)
     candidates, last = 0, -1
     for record in reader:
         if settings.max_pairs is not None and candidates == settings.max_pairs:
@@ -65,13 +102,15 @@ def parts(reader: PairReader, settings: DataConfig, tally: Tally) -> Iterator[Pa
             tally.ties += 1
             continue
         candidates += 1
+        key = text_key(record.prompt)
         part.records.append(record)
-        if not record.problem and (key := text_key(record.prompt)) not in seen:
+        part.keys.append(key)
+        if not record.problem and key not in seen:
             seen.add(key)
             part.prompts.append(record.prompt)
         if len(part.records) == settings.shard_pairs:
             yield part
-            part = Part(part.number + 1)
+            part = Part(part.number + 1, prefix)
         tally.parts = part.number
     if part.records:
         yield part
@@ -96,9 +135,3 @@ def ahead(
         for _, future in waiting:
             future.cancel()
 
-
-def _trace(source: Path | bytes) -> list[str | int]:
-    """What tells one image or clip from another that has taken its place, as far as that is cheap."""
-    if isinstance(source, bytes):
-        return [hashlib.sha256(source).hexdigest()]
-    return [source.name, source.stat().st_size if source.is_file() else -1]

@@ -24,6 +24,8 @@ _JSONL_NAME = "pairs.jsonl"
 _METADATA, _PAIRS = "metadata.json", "pair.json"
 _PAIR_KEYS = ("prompt", "chosen", "rejected", "chosen_score", "rejected_score")
 _PICKAPIC_COLUMNS = ("jpg_0", "jpg_1", "label_0", "label_1", "caption")
+_HALF = re.compile("[\ud800-\udfff]")  # of a character beyond 16 bits
+_HUB_SECONDS = 10.0  # to wait for an answer
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -101,18 +103,24 @@ class JsonlReader:
 
     path: Path
 
-    def __iter__(self) -> Iterator[PairRecord]:
-        for row, value in read_lines(self.path):
-            yield self._record(row, value)
+    @property
+    def root(self) -> Path:
+        """The folder that paths are relative to."""
+        return self.path.parent
 
-    def _record(self, row: int, value: dict[str, Any] | str) -> PairRecord:
+    def __iter__(self) -> Iterator[PairRecord]:
+        folder = self.root
+        for row, value in read_lines(self.path):
+            yield self._record(row, value, folder)
+
+    def _record(self, row: int, value: dict[str, Any] | str, folder: Path) -> PairRecord:
         if isinstance(value, str):
             return _bad(row, value)
         extra = {key: item for key, item in value.items() if key not in _PAIR_KEYS}
         for key in ("prompt", "chosen", "rejected"):
             if not isinstance(value.get(key), str):
                 return _bad(row, f"{key}={_short(value[key])}: expected text" if key in value else f"no key {key!r}")
-            if any("\ud800" <= character <= "\udfff" for character in value[key]):
+            if not value[key].isascii() and _HALF.search(value[key]):
                 return _bad(row, f"{key}={_short(value[key])}: holds half a character")  # which JSON lets through
         for key in ("chosen", "rejected"):
             if not value[key]:
@@ -123,7 +131,6 @@ class JsonlReader:
         better, worse = value.get("chosen_score"), value.get("rejected_score")
         if better is not None and worse is not None and better < worse:
             return _bad(row, f"chosen_score={better} is below rejected_score={worse}", value["prompt"])
-        folder = self.path.parent
         return PairRecord(
             row,
             value["prompt"],
@@ -209,6 +216,26 @@ class PickapicReader:
         for row, value in enumerate(self._rows()):
             yield _pickapic_record(row, value)
 
+    def state(self) -> Any:
+        """Names, sizes and times of the local files, or the commit that the hub has; images are not read.
+
+        Raises:
+            DataError: nothing there, or a hub that cannot be reached.
+        """
+        from sipo.data.changes import stamp
+
+        place = Path(self.path)
+        if place.exists():
+            found = [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file())
+            return [[path.relative_to(place).as_posix(), *stamp(path)] for path in found]
+        from huggingface_hub import HfApi
+
+        try:
+            return {"commit": HfApi().dataset_info(self.path, timeout=_HUB_SECONDS).sha}
+        except Exception as error:  # of the hub's library, of the one below it for HTTP, and of the network
+            missing = f"{self.path}: no such file or folder, and not found on the hub"
+            raise DataError(f"{missing}: {_one_line(error)}") from error
+
     def _rows(self) -> Iterator[Mapping[str, Any]]:
         from datasets import Image, load_dataset
         from datasets.exceptions import DatasetNotFoundError
@@ -283,6 +310,11 @@ class VideoDpoReader:
     """
 
     folder: Path
+
+    @property
+    def root(self) -> Path:
+        """The folder that paths are relative to."""
+        return self.folder
 
     def __iter__(self) -> Iterator[PairRecord]:
         clips = [_clip(self.folder, item) for item in _load_list(self.folder / _METADATA)]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
-from sipo.config import ModelConfig
+from sipo.config import Config, differing_types, policy_dtype, reference_dtype
 from sipo.data.cache import (
     FORMAT,
     INDEX,
@@ -35,6 +35,7 @@ from sipo.data.cache import (
     read_index,
     read_shard,
     remove_leftovers,
+    remove_shards,
     shard_from_entry,
     shard_name,
     write_json,
@@ -98,10 +99,19 @@ def reference_fingerprint(
     }
 
 
-def reference_marks(model: ModelConfig, mixed_precision: str = "no") -> dict[str, Any]:
-    """A configuration's reference, as ``reference`` of the other functions here."""
-    marks = {name: getattr(model, name) for name in ("family", "path", "revision", "variant")}
-    return marks | {"dtype": model.reference_dtype or model.dtype, "mixed_precision": mixed_precision}
+def reference_marks(config: Config, whole: torch.dtype | None = None) -> dict[str, Any]:
+    """A configuration's reference, as ``reference`` of the other functions here.
+
+    Args:
+        config: the run's.
+        whole: see :func:`sipo.training.sharded.whole_dtype`.
+    """
+    marks = {name: getattr(config.model, name) for name in ("family", "path", "revision", "variant")}
+    # One that predicts as the policy does has the policy's type: in which it is held changes no error.
+    dtype = policy_dtype(config) if differing_types(config) is None else reference_dtype(config)
+    if whole is not None:
+        dtype = f"{str(whole).removeprefix('torch.')}, norms too"
+    return marks | {"dtype": dtype, "mixed_precision": config.training.mixed_precision}
 
 
 def open_references(
@@ -142,12 +152,17 @@ def open_references(
         raise CacheError(f"{cache.folder / FOLDER}: no reference errors, expected some; `sipo precompute` makes them")
     if not index["complete"]:
         raise CacheError(f"{folder}: reference errors that are not finished; `sipo precompute` goes on with them")
+    if len(index["shards"]) != len(cache.latents):
+        raise DamagedError(
+            f"{folder}: errors of {len(index['shards'])} shards of pairs, expected {len(cache.latents)}; "
+            "`sipo precompute` rebuilds them"
+        )
     references = References(cache, folder, index, check_hashes)
     check_sizes(folder, references.shards)
     for number, shard in enumerate(references.shards):
         if shard.facts["inputs"] != cache.shard_digest(number):
             raise DamagedError(
-                f"{folder / shard.file}: computed from another {cache.latents[number].file}; "
+                f"{folder / shard.file}: computed from other pairs than those of {cache.latents[number].file}; "
                 "`sipo precompute` rebuilds it"
             )
     return references
@@ -240,6 +255,7 @@ def precompute_references(
                 raise CacheError(f"{file}: missing, expected it from another process: all must see one folder")
         whole = [shard.as_dict() for shard in shards if shard is not None]
         write_json(folder / INDEX, unfinished | {"complete": True, "shards": whole})
+        remove_shards(folder, (ERRORS,), len(whole))
         remove_leftovers(folder)
     if accelerator is not None:
         accelerator.wait_for_everyone()
@@ -299,7 +315,7 @@ def _errors_of_shards(
             errors[places] = batch_errors.to("cpu", torch.float64)
             timesteps[places] = batch_timesteps.cpu()
         if timesteps is None:  # every pair of the shard was left out
-            timesteps = torch.empty(0)
+            timesteps = torch.empty(0, dtype=torch.float32)
         yield number, errors.view(pairs, drawn.draws, 2), timesteps.view(pairs, drawn.draws)
 
 

@@ -1,0 +1,126 @@
+"""Whether rows, files and weights still are what a cache was made of.
+
+A file is known by its size and times, and by its content (SHA-256) where the size is as it was and a time is not: after
+a copy or a clone every time is another, and nothing has changed. Content that changes while size and times stay is
+found where everything is to be verified.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Executor
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sipo.data.cache import file_hash
+
+Row = list[Any]
+"""``[row, chosen, rejected, problem, whether it has a caption]``; a side is a path or ``sha256:...`` of bytes."""
+
+FileRecord = list[Any]
+"""``[bytes, mtime_ns, ctime_ns, sha256]`` of a file; empty where there was none."""
+
+_SIDES = ("chosen", "rejected")
+_IN_MEMORY = "sha256:"
+
+
+def stamp(path: str | Path) -> list[int]:
+    """Size in bytes and times in nanoseconds, modification's and status change's; empty where there is no file.
+
+    The second time is what a file put in another's place, or written over and dated back, cannot keep.
+    """
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):  # ValueError: a null byte in the name
+        return []
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns] if stat.S_ISREG(found.st_mode) else []
+
+
+def record_file(path: Path) -> FileRecord:
+    """A file's stamp and hash, in that order: what changes in between is found the next time."""
+    found = stamp(path)
+    try:
+        return [*found, file_hash(path)] if found else []
+    except OSError:  # not readable, which decoding says better
+        return []
+
+
+def side_name(source: Path | bytes, prefix: str) -> str:
+    """What tells one side of a pair from another: its path without the source's folder, or the hash of its bytes."""
+    if isinstance(source, bytes):
+        return _IN_MEMORY + hashlib.sha256(source).hexdigest()
+    return source.as_posix().removeprefix(prefix)
+
+
+class Comparison(NamedTuple):
+    """What has become of the files of a shard, or of weights.
+
+    Attributes:
+        change: the first change in words, without the row; empty where all is as it was.
+        name: of the file that has changed.
+        files: up-to-date records by name, where nothing has changed.
+        absent: whether none of the files is there any more, so that they cannot be compared.
+    """
+
+    change: str
+    name: str
+    files: dict[str, FileRecord]
+    absent: bool
+
+
+def compare_files(
+    records: Mapping[str, FileRecord], path_of: Callable[[str], Path], executor: Executor, verify: bool = False
+) -> Comparison:
+    """Compares files with what was recorded of them; reads those whose times alone have changed.
+
+    Args:
+        records: by name.
+        path_of: where a name is now.
+        executor: reads.
+        verify: read all of them.
+    """
+    stamps = {name: stamp(path_of(name)) for name in records}
+    there = [name for name, record in records.items() if record]
+    if there and not any(stamps.values()):
+        return Comparison("", "", dict(records), absent=True)
+    for name, record in records.items():
+        now = stamps[name]
+        if bool(now) != bool(record):
+            return Comparison("is there now" if now else "is not there any more", name, {}, absent=False)
+        if now and now[0] != record[0]:
+            return Comparison(f"has other content ({now[0]} bytes, {record[0]} before)", name, {}, absent=False)
+    doubtful = [name for name in there if verify or stamps[name] != records[name][:3]]
+    files = dict(records)
+    for name, now in zip(doubtful, executor.map(record_file, map(path_of, doubtful)), strict=True):
+        if not now or now[3] != records[name][3]:
+            return Comparison("has other content", name, {}, absent=False)
+        files[name] = now
+    return Comparison("", "", files, absent=False)
+
+
+def first_row_change(before: Iterable[Row], after: Iterable[Row]) -> str:
+    """The first row that differs, in words; empty where all are alike."""
+    for old, new in zip_longest(before, after):
+        if old == new:
+            continue
+        if new is None or (old is not None and old[0] < new[0]):
+            return f"row {old[0]}: no longer a pair"
+        if old is None or new[0] < old[0]:
+            return f"row {new[0]}: a new pair"
+        for side, was, now in zip(_SIDES, old[1:3], new[1:3], strict=True):
+            if was != now:
+                in_memory = was.startswith(_IN_MEMORY) and now.startswith(_IN_MEMORY)
+                return f"row {new[0]}: {side} " + ("has other content" if in_memory else f"is {now}, was {was}")
+        if old[3] != new[3]:
+            return f"row {new[0]}: {new[3] or 'its fault is mended'}"
+        return f"row {new[0]}: its caption"
+    return ""
+
+
+def row_of(rows: Iterable[Row], name: str) -> int:
+    """The first row that has a file."""
+    return next((int(row[0]) for row in rows if name in row[1:3]), -1)

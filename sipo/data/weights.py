@@ -1,0 +1,102 @@
+"""What a model's files are, so that weights that were replaced under the same path are not taken for what they were.
+
+A local folder's files are known by their hashes. They are kept in the cache with sizes and times, so that each file is
+read once, and again where its size or a time is another. What a hub has is known by its commit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from sipo.config import ModelConfig
+from sipo.data.cache import CacheError, read_json, write_json
+from sipo.data.changes import FileRecord, record_file, stamp
+from sipo.families.base import Family
+
+PLACE = ("path", "revision", "variant")
+"""Keys of a model's configuration that say where weights come from: the weights themselves stand in for them."""
+
+RECORDS = "weights.json"
+_INDEX = "model_index.json"
+_DIGITS = 16  # of a hash that is kept as a mark
+_OF_TEXT = (".json", ".txt", ".model", ".jinja")
+_SHARD = re.compile(r"-\d{5}-of-\d{5}")
+
+
+def weight_hashes(
+    family: Family, path: str, model: ModelConfig, cache: Path, *, network: bool, verify: bool = False
+) -> dict[str, str]:
+    """What says which weights these are.
+
+    Args:
+        family: the model's.
+        path: of the model: ``model.path``, or where a toy is.
+        model: gives revision and variant.
+        cache: folder that hashes are kept in, in ``weights.json``.
+        network: of the network that is trained; else of what encodes: VAE, text encoders and tokenizers.
+        verify: read every file, also one whose size and times are as they were.
+
+    Returns:
+        The first 16 hexadecimal digits of each file's SHA-256 by its path in the folder; of a hub ``path`` and
+        ``commit``, and the variant where there is one.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        variant = {} if model.variant is None else {"variant": model.variant}
+        return {"path": path, "commit": _commit(path, model.revision), **variant}
+    kept = _kept(cache)
+    records: dict[str, FileRecord] = {}
+    used = [_used(folder, part, model.variant) for part in _parts(family, folder, network)]
+    names = {name: file for files in used for name, file in files}
+    doubtful = [name for name, file in names.items() if verify or kept.get(name, [])[:3] != stamp(file)]
+    with ThreadPoolExecutor(4, "hash") as pool:
+        records.update(zip(doubtful, pool.map(record_file, [names[name] for name in doubtful]), strict=True))
+    if records and cache.is_dir():
+        with contextlib.suppress(OSError):  # a cache that may only be read
+            write_json(cache / RECORDS, kept | records)
+    found = {name: records.get(name) or kept.get(name) or [] for name in sorted(names)}
+    return {name: str(record[3])[:_DIGITS] for name, record in found.items() if record}
+
+
+def _kept(cache: Path) -> dict[str, FileRecord]:
+    try:
+        kept = read_json(cache / RECORDS) or {}
+    except CacheError:  # it only saves time
+        return {}
+    return {name: record for name, record in kept.items() if isinstance(record, list) and len(record) == 4}
+
+
+def _parts(family: Family, folder: Path, network: bool) -> list[str]:
+    """Names of the pipeline's components, which are its subfolders."""
+    if network:
+        return [family.network]
+    index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+    left_out = {family.network, *family._without, "scheduler"}  # noise levels are no part of what is encoded
+    return [name for name, value in index.items() if isinstance(value, list) and all(value) and name not in left_out]
+
+
+def _used(folder: Path, part: str, variant: str | None) -> list[tuple[str, Path]]:
+    """The files of a component that are read: weights of the variant where there are any, and what describes them."""
+    files = [path for path in sorted((folder / part).rglob("*")) if path.is_file()]
+    weights = [path for path in files if path.suffix == ".safetensors" or ".index." in path.name]
+    chosen = [path for path in weights if _variant(path) == variant] or [p for p in weights if _variant(p) is None]
+    chosen += [path for path in files if path.suffix in _OF_TEXT and path not in weights]
+    return [(path.relative_to(folder).as_posix(), path) for path in chosen]
+
+
+def _variant(path: Path) -> str | None:
+    """"fp16" of ``model.fp16-00001-of-00002.safetensors`` and of ``model.safetensors.index.fp16.json``."""
+    inner = {_SHARD.sub("", part) for part in path.name.split(".")[1:-1]} - {"safetensors", "index"}
+    return inner.pop() if inner else None
+
+
+def _commit(path: str, revision: str | None) -> str:
+    """The commit of a hub's model that is at hand; opening its pipeline has asked the hub for the newest."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(path, _INDEX, revision=revision)
+    return Path(found).parent.name if isinstance(found, str) else "unknown"

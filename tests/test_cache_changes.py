@@ -1,0 +1,525 @@
+"""A cache and its pairs and weights: what has changed is encoded anew or refused, never used as it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sipo import cli
+from sipo.data import changes
+from sipo.data.cache import INDEX, CacheError, open_cache
+from sipo.data.check import BadPair
+from sipo.data.media import write_image
+from sipo.data.precompute import CacheSummary
+from sipo.data.readers import JsonlReader, PickapicReader
+from sipo.data.records import DataError
+from sipo.families.toy import build_toy
+from tests.data_sets import PickapicBuilder, noise
+from tests.small_family import Accelerator, Pipeline, build, in_processes
+
+Lines = list[dict[str, Any]]
+Change = Callable[[Lines], Any]
+
+
+def make_pairs(folder: Path, pairs: int = 6) -> Path:
+    """Files of one size, in two folders under the same names, and of times that a clock of milliseconds can tell."""
+    lines = []
+    for row in range(pairs):
+        names = [f"{side}/{row}.bmp" for side in "ab"]
+        for side, name in enumerate(names):
+            write_image(folder / name, noise(2 * row + side, 3, 32, 32))
+        lines.append({"prompt": f"prompt {row // 2}", "chosen": names[0], "rejected": names[1]})
+    return write(folder / "pairs.jsonl", lines)
+
+
+def read(path: Path) -> Lines:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write(path: Path, lines: Lines) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def written_at(cache: Path) -> dict[str, int]:
+    """Every file of latents and text, by when it was written."""
+    return {path.name: path.stat().st_mtime_ns for path in sorted(cache.glob("*-0*.safetensors"))}
+
+
+def changed(before: dict[str, int], cache: Path) -> list[str]:
+    """Files that were written since."""
+    return [name.removesuffix(".safetensors") for name, at in written_at(cache).items() if before.get(name) != at]
+
+
+# ---- Three shards of two pairs, without a model ----
+
+
+def encode(data: Path, pipeline: Pipeline | None = None, **options: Any) -> CacheSummary:
+    settings: dict[str, Any] = {"sizes": [(32, 32)], "shard_pairs": 2, "path": "the pairs", "check_hashes": False}
+    return build(data.parent.parent / "cache", JsonlReader(data), pipeline, **settings | options)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Pairs that have been encoded."""
+    path = make_pairs(tmp_path / "data")
+    encode(path)
+    return path
+
+
+def assert_as_new(data: Path) -> None:
+    """The cache is the one that would be made today."""
+    folder = data.parent.parent
+    build(folder / "new", JsonlReader(data), sizes=[(32, 32)], shard_pairs=2, path="the pairs")
+    found, wanted = open_cache(folder / "cache"), open_cache(folder / "new")
+    assert found.rows.tolist() == wanted.rows.tolist()
+    for place in range(len(wanted)):
+        assert all(map(torch.equal, found.pair(place)[:2], wanted.pair(place)[:2]))
+        assert all(torch.equal(found.text(place)[name], tensor) for name, tensor in wanted.text(place).items())
+    names = [sorted(path.name for path in place.glob("*.safetensors")) for place in (folder / "cache", folder / "new")]
+    assert names[0] == names[1]
+    counts = [json.loads((place / INDEX).read_text()) for place in (folder / "cache", folder / "new")]
+    for name in ("pairs", "records", "ties", "skipped"):
+        assert counts[0][name] == counts[1][name]
+
+
+def swap(lines: Lines) -> None:
+    lines[3]["chosen"], lines[3]["rejected"] = lines[3]["rejected"], lines[3]["chosen"]
+
+
+def edit(lines: Lines) -> None:
+    lines[3]["prompt"] = "prompt 0"
+
+
+def edit_all(lines: Lines) -> None:
+    for line in lines:
+        line["prompt"] += " in the rain"
+
+
+def drop(lines: Lines) -> None:
+    del lines[5]
+
+
+def drop_first(lines: Lines) -> None:
+    del lines[0]
+
+
+def drop_shard(lines: Lines) -> None:
+    del lines[4:]
+
+
+def add(lines: Lines) -> None:
+    lines.append(lines[0] | {"prompt": "another"})
+
+
+def tie(lines: Lines) -> None:
+    lines[5] |= {"chosen_score": 1, "rejected_score": 1}
+
+
+def empty_caption(lines: Lines) -> None:
+    lines[3]["prompt"] = " "
+
+
+EVERYTHING = [f"{kind}-0000{n}" for kind in ("latents", "text") for n in range(3)]
+ROWS: list[tuple[Change, list[str], str]] = [
+    (swap, ["latents-00001"], "row 3: chosen is b/3.bmp, was a/3.bmp"),
+    (edit, [], "row 3: another prompt"),
+    (edit_all, ["text-00000", "text-00001", "text-00002"], "row 0: another prompt"),
+    (drop, ["latents-00002"], "row 5: no longer a pair"),
+    (drop_first, EVERYTHING, "row 0: chosen is a/1.bmp, was a/0.bmp"),
+    (drop_shard, [], "row 4: no longer a pair"),
+    (add, ["latents-00003", "text-00003"], "row 6: a new pair"),
+    (tie, ["latents-00002"], "row 5: no longer a pair"),
+]
+
+
+@pytest.mark.parametrize(("change", "wanted", "said"), ROWS)
+def test_rows_that_have_changed_are_encoded_anew_and_no_others(
+    data: Path, change: Change, wanted: list[str], said: str
+) -> None:
+    before, lines = written_at(data.parent.parent / "cache"), read(data)
+    change(lines)
+    write(data, lines)
+    summary = encode(data)
+    assert summary.changes[0] == said and said in summary.news()[0]
+    assert f"{summary.written} of {len(lines) // 2 + len(lines) % 2} shards encoded anew" in summary.news()[0]
+    assert changed(before, data.parent.parent / "cache") == wanted
+    assert_as_new(data)
+    before, pipeline = written_at(data.parent.parent / "cache"), Pipeline()
+    again = encode(data, pipeline)
+    assert not again.news() and not changed(before, data.parent.parent / "cache") and not pipeline.encoded
+
+
+def test_ties_are_counted_as_they_are_now(data: Path) -> None:
+    lines = read(data)
+    write(data, [*lines, lines[0] | {"chosen_score": 1, "rejected_score": 1}])
+    before = written_at(data.parent.parent / "cache")
+    assert (encode(data).ties, encode(data).records) == (1, 7)
+    assert not changed(before, data.parent.parent / "cache")
+    assert_as_new(data)
+
+
+def test_a_caption_that_is_empty_now_is_a_bad_pair(data: Path) -> None:
+    lines = read(data)
+    empty_caption(lines)
+    write(data, lines)
+    with pytest.raises(BadPair, match="row 3: the caption is empty"):
+        encode(data)
+    assert encode(data, skip_bad=True).skipped == {"caption": 1}
+
+
+def test_what_is_no_part_of_a_pair_changes_nothing(data: Path) -> None:
+    lines = read(data)
+    write(data, [line | {"note": "seen", "chosen_score": 2, "rejected_score": 1} for line in lines])
+    assert encode(data).kept == 3 and not encode(data).news()
+
+
+@pytest.mark.parametrize("change", [change for change, _, _ in ROWS])
+def test_changes_are_refused_where_a_run_goes_on(data: Path, change: Change) -> None:
+    before, kept = written_at(data.parent.parent / "cache"), (data.parent.parent / "cache" / INDEX).read_bytes()
+    lines = read(data)
+    (data.parent / "a" / "0.bmp").touch()  # a new time is no change
+    change(lines)
+    write(data, lines)
+    with pytest.raises(CacheError, match=r"^the pairs: row \d: .*expected the data that the run has been trained on"):
+        encode(data, refuse_changes=True)
+    assert not changed(before, data.parent.parent / "cache")
+    assert (data.parent.parent / "cache" / INDEX).read_bytes() == kept
+
+
+def swap_files(folder: Path) -> None:
+    a, b = folder / "a" / "4.bmp", folder / "b" / "4.bmp"
+    a.rename(folder / "aside")
+    b.rename(a)
+    (folder / "aside").rename(b)
+
+
+def overwrite(folder: Path, number: int = 4) -> None:
+    write_image(folder / "a" / f"{number}.bmp", noise(99, 3, 32, 32))
+
+
+def shorten(folder: Path) -> None:
+    (folder / "a" / "4.bmp").write_bytes((folder / "a" / "5.bmp").read_bytes() + b"\0")
+
+
+@pytest.mark.parametrize("change", [swap_files, overwrite, shorten])
+def test_files_that_have_changed_are_encoded_anew(data: Path, change: Callable[[Path], None]) -> None:
+    before = written_at(data.parent.parent / "cache")
+    change(data.parent)
+    with pytest.raises(CacheError, match=r"row 4: a/4\.bmp has other content"):
+        encode(data, refuse_changes=True)
+    summary = encode(data)
+    assert summary.changes[0].startswith("row 4: a/4.bmp has other content")
+    assert (summary.written, summary.kept) == (1, 2)
+    assert changed(before, data.parent.parent / "cache") == ["latents-00002"]
+    assert_as_new(data)
+
+
+def test_files_of_one_time_that_change_places_are_told_apart(tmp_path: Path) -> None:
+    """As out of an archive: size and modification time are equal."""
+    path = make_pairs(tmp_path / "data")
+    for file in path.parent.glob("?/*.bmp"):
+        os.utime(file, ns=(10**18, 10**18))
+    encode(path)
+    swap_files(path.parent)
+    assert encode(path).written == 1
+    assert_as_new(path)
+
+
+def test_new_times_alone_encode_nothing_and_are_read_once(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a clone."""
+    before = written_at(data.parent.parent / "cache")
+    shutil.copytree(data.parent, data.parent.with_name("copy"), copy_function=shutil.copyfile)
+    shutil.rmtree(data.parent)
+    data.parent.with_name("copy").rename(data.parent)
+    read_files = []
+    hashed = changes.file_hash
+    monkeypatch.setattr(changes, "file_hash", lambda path: read_files.append(path) or hashed(path))
+    pipeline = Pipeline()
+    assert not encode(data, pipeline).news() and len(read_files) == 12
+    assert encode(data, pipeline).kept == 3 and len(read_files) == 12
+    (data.parent / "b" / "2.bmp").touch()
+    assert encode(data, pipeline).kept == 3 and len(read_files) == 13
+    assert not pipeline.encoded and not changed(before, data.parent.parent / "cache")
+
+
+def test_verify_finds_what_sizes_and_times_do_not_show(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = changes.stamp
+    monkeypatch.setattr(changes, "stamp", lambda path: [*real(path)[:2], 0])  # some file systems keep no other time
+    monkeypatch.setattr("sipo.data.parts.stamp", changes.stamp)
+    encode(data)
+    path = data.parent / "a" / "0.bmp"
+    times = path.stat()
+    overwrite(data.parent, 0)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert encode(data).kept == 3
+    assert encode(data, verify=True).changes == ["row 0: a/0.bmp has other content"]
+    assert_as_new(data)
+    assert encode(data, verify=True).kept == 3
+
+
+def test_files_that_are_gone(data: Path) -> None:
+    """A shard without any of its files is kept, and told; one that lacks some has pairs that cannot be used."""
+    before = written_at(data.parent.parent / "cache")
+    for name in ("a/4", "b/4", "a/5", "b/5"):
+        (data.parent / f"{name}.bmp").unlink()
+    for _ in range(2):
+        summary = encode(data)
+        assert summary.absent == 1 and "1 of 3 shards not compared with their images" in summary.news()[0]
+    lines = read(data)
+    edit_all(lines)
+    write(data, lines)
+    assert encode(data).absent == 1  # text needs no image
+    assert not [name for name in changed(before, data.parent.parent / "cache") if name.startswith("latents")]
+    (data.parent / "a" / "2.bmp").unlink()
+    with pytest.raises(BadPair, match="row 2: chosen: "):
+        encode(data)
+    assert encode(data, skip_bad=True).skipped == {"missing": 1}
+    write_image(data.parent / "a" / "2.bmp", noise(4, 3, 32, 32))
+    assert encode(data).changes == ["row 2: a/2.bmp is there now"]
+    for number in (4, 5):
+        for side, folder in enumerate("ab"):
+            write_image(data.parent / folder / f"{number}.bmp", noise(2 * number + side, 3, 32, 32))
+    assert not encode(data).news()
+    assert_as_new(data)
+
+
+def test_a_data_set_that_has_moved_is_taken_if_it_is_the_same(data: Path) -> None:
+    before = written_at(data.parent.parent / "cache")
+    moved = data.parent.rename(data.parent.with_name("moved")) / data.name
+    assert not encode(moved, path="elsewhere").news()
+    assert open_cache(data.parent.parent / "cache").path == "elsewhere"
+    lines = read(moved)
+    swap(lines)
+    write(moved, lines)
+    with pytest.raises(CacheError, match=r'made with data\.path="elsewhere", expected this run\'s "another"'):
+        encode(moved, path="another")
+    assert not changed(before, data.parent.parent / "cache")
+    assert encode(moved, path="elsewhere").written == 1
+
+
+def test_a_process_that_is_killed_while_it_encodes_anew_leaves_no_finished_cache(data: Path) -> None:
+    lines = read(data)
+    swap(lines)
+    lines[5]["chosen"], lines[5]["rejected"] = lines[5]["rejected"], lines[5]["chosen"]
+    write(data, lines)
+    with pytest.raises(KeyboardInterrupt):
+        encode(data, Pipeline(fail_at=3))
+    with pytest.raises(CacheError, match="not finished"):
+        open_cache(data.parent.parent / "cache")
+    pipeline = Pipeline()
+    encode(data, pipeline, check_hashes=True)
+    assert pipeline.encoded == 2
+    assert_as_new(data)
+
+
+def test_several_processes_find_what_has_changed(data: Path) -> None:
+    lines = read(data)
+    swap(lines)
+    add(lines)
+    write(data, lines)
+    pipelines = [Pipeline(), Pipeline()]
+
+    def run(accelerator: Accelerator) -> CacheSummary:
+        return encode(data, pipelines[accelerator.process_index], accelerator=accelerator)
+
+    summaries = in_processes(2, run)
+    assert [summary.changes for summary in summaries] == [
+        [],
+        ["row 3: chosen is b/3.bmp, was a/3.bmp", "row 6: a new pair"],
+    ]
+    assert [pipeline.encoded for pipeline in pipelines] == [0, 3]
+    assert_as_new(data)
+
+
+# ---- Sources that are known without reading their rows ----
+
+
+def test_parquet_files_are_compared_by_sizes_and_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    builder = PickapicBuilder(tmp_path)
+    for _ in range(6):
+        builder.add()
+    path = builder.save(tmp_path / "data" / "train.parquet")
+    rows = PickapicReader._rows
+    reads = []
+    monkeypatch.setattr(PickapicReader, "_rows", lambda self: reads.append(1) or rows(self))
+
+    def encode_parquet(**options: Any) -> CacheSummary:
+        own: dict[str, Any] = {"sizes": [(16, 24)], "shard_pairs": 2, "check_hashes": False}
+        return build(tmp_path / "cache", PickapicReader(str(path.parent)), **own | options)
+
+    encode_parquet()
+    assert encode_parquet().kept == 3 and len(reads) == 1
+    path.touch()
+    assert encode_parquet().kept == 3 and len(reads) == 2  # the images' content decides
+    assert encode_parquet().kept == 3 and len(reads) == 2
+    assert encode_parquet(verify=True).kept == 3 and len(reads) == 3
+    builder.rows[3]["jpg_0"] = builder.rows[0]["jpg_1"]
+    builder.save(path)
+    summary = encode_parquet()
+    assert summary.changes == ["row 3: rejected has other content"] and summary.written == 1
+    path.unlink()
+    path.parent.rmdir()
+    with pytest.raises(DataError, match="no such file or folder, and not found on the hub"):
+        encode_parquet()
+
+
+# ---- Commands ----
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "toy" / "sd15.yaml"
+SHORT = ["training.steps=1", "training.progress=false", "training.tensorboard=false", "samples.prompts=[]"]
+SHORT += ["training.validate_every=0", "data.held_out=0", "data.shard_pairs=2"]
+ERRORS = ["data.draws=1", "data.reference_errors=true"]
+
+
+@pytest.fixture
+def own_accelerator() -> Iterator[None]:
+    """A process has one accelerator, whose precision cannot be changed."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+class Place:
+    """Pairs in files, a model, and the cache and runs made of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.cache, self.data = folder, folder / "cache", folder / "data" / "pairs.jsonl"
+
+    def run(self, command: str, *more: str, run: str = "run", flags: tuple[str, ...] = ()) -> int:
+        places = [f"model.path={self.folder / 'model'}", f"data.path={self.data}", f"data.cache={self.cache}"]
+        places.append(f"training.output_dir={self.folder / run}")
+        return cli.main([command, str(EXAMPLE), *SHORT, *places, *more, *flags])
+
+    def errors(self) -> list[torch.Tensor]:
+        found = self.cache.glob("references/*/errors-*.safetensors")
+        return [load_file(path)["errors"] for path in sorted(found)]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of six pairs, with reference errors beside its cache."""
+    place = Place(tmp_path_factory.mktemp("trained"))
+    make_pairs(place.data.parent)
+    build_toy("sd15", place.folder / "model")
+    assert place.run("train", *ERRORS) == 0
+    return place.folder
+
+
+@pytest.fixture
+def place(trained: Path, tmp_path: Path, own_accelerator: None) -> Place:
+    """The same in a place of its own."""
+    folder = tmp_path / "here"
+    shutil.copytree(trained, folder)
+    index = folder / "cache" / INDEX
+    index.write_text(index.read_text().replace(str(trained), str(folder)))  # as if data.path were the same
+    return Place(folder)
+
+
+def test_a_new_run_trains_on_the_pairs_as_they_are_now(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = read(place.data)
+    swap(lines)
+    drop(lines)
+    write(place.data, lines)
+    latents, errors = [open_cache(place.cache).pair(n)[:2] for n in range(5)], place.errors()
+    assert place.run("train", *ERRORS, run="again") == 0
+    output = capsys.readouterr().out
+    assert output.count("the data has changed (row 3: chosen is b/3.bmp, was a/3.bmp, and in 1 more shard): 2 of") == 1
+    assert "| pairs | 5 |" in (place.folder / "again" / "weights" / "README.md").read_text()
+    cache = open_cache(place.cache)
+    # The posterior is drawn with one seed for each pair, so that halves that change places have other latents.
+    assert not torch.equal(cache.pair(3)[0], latents[3][0]) and torch.equal(cache.pair(0)[0], latents[0][0])
+    now = place.errors()
+    assert [len(each) for each in now] == [2, 2, 1]
+    assert torch.equal(now[0], errors[0]) and not torch.equal(now[1][1], errors[1][1])
+    # And the run that was trained on the pairs as they were does not go on with these.
+    assert place.run("train", *ERRORS, "training.steps=2", flags=("--resume",)) == 2
+    assert "made with data='6 pairs, " in capsys.readouterr().err
+
+
+def test_a_run_is_not_resumed_on_other_data(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    before, original = written_at(place.cache), read(place.data)
+    lines = read(place.data)
+    swap(lines)
+    write(place.data, lines)
+    assert place.run("train", *ERRORS, "training.steps=2", flags=("--resume",)) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"{place.data}: row 3: chosen is b/3.bmp, was a/3.bmp" in error and "another training.output_dir" in error
+    assert not changed(before, place.cache)
+    write(place.data, original)
+    for path in place.folder.glob("*/*/*.*"):  # new times, of weights too
+        path.touch()
+    assert place.run("train", *ERRORS, "training.steps=2", flags=("--resume",)) == 0
+    assert not changed(before, place.cache) and len(list(place.cache.glob("references/*"))) == 1
+
+
+def test_a_cache_without_its_source_is_used_and_that_is_said(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    before = written_at(place.cache)
+    shutil.rmtree(place.data.parent)
+    assert place.run("train", run="again") == 0
+    output = capsys.readouterr().out
+    assert output.count(f"{place.cache}: not compared with its pairs, used as they were encoded: {place.data}") == 1
+    assert "| pairs | 6 |" in (place.folder / "again" / "weights" / "README.md").read_text()
+    assert place.run("precompute", "--verify") == 2 and "no such file or folder" in capsys.readouterr().err
+    assert place.run("precompute", "data.path=others.jsonl") == 2
+    assert "made with data.path=" in capsys.readouterr().err
+    assert not changed(before, place.cache)
+
+
+def replace_weights(path: Path, keep_time: bool = False) -> None:
+    """Other weights of the same size, in place."""
+    tensors, before = load_file(path), path.stat()
+    name = max(tensors, key=lambda each: tensors[each].numel())
+    tensors[name] = tensors[name].flip(0) + 0.5
+    save_file(tensors, path, {"format": "pt"})
+    if keep_time:
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize("part", ["vae/diffusion_pytorch_model", "text_encoder/model"])
+def test_other_encoders_under_the_same_path_are_refused(
+    place: Place, capsys: pytest.CaptureFixture[str], part: str
+) -> None:
+    before = written_at(place.cache)
+    replace_weights(place.folder / "model" / f"{part}.safetensors", keep_time=True)
+    assert place.run("train", run="again") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"made with model.{part}.safetensors=" in error and "use another folder" in error
+    assert not changed(before, place.cache)
+
+
+def test_errors_of_another_network_under_the_same_path_are_not_used(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = written_at(place.cache)
+    assert place.run("train", run="plain") == 0
+    (place.folder / "model" / "unet" / "unused.bin").write_bytes(b"x")
+    (place.folder / "model" / "vae" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"another variant")
+    assert place.run("precompute", *ERRORS) == 0
+    assert len(place.errors()) == 3  # of what is not read, nothing depends
+    replace_weights(place.folder / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+    for run, more in (("run", ERRORS), ("plain", [])):
+        assert place.run("train", *more, "training.steps=2", run=run, flags=("--resume",)) == 2
+        assert "unet/diffusion_pytorch_model.safetensors=" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert len(place.errors()) == 3
+    assert place.run("train", *ERRORS, run="again") == 0
+    assert len(place.errors()) == 6 and len({each.sum().item() for each in place.errors()}) == 6
+    assert not changed(before, place.cache)  # latents and text do not depend on it
+
+
+def test_a_cache_of_another_format_is_one_line(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    index = place.cache / INDEX
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"format": 1}))
+    assert place.run("train", run="again") == 2
+    error = capsys.readouterr().err
+    assert "cache format 1, expected 2: " in error and "delete this one" in error and error.count("\n") == 1
