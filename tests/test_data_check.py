@@ -182,6 +182,14 @@ def test_how_a_file_is_to_be_shown_is_told(tmp_path: Path) -> None:
     assert found["moving"] == {("pixels", shapes)}
 
 
+def test_images_that_differ_in_what_is_hidden_alone_are_the_same(tmp_path: Path) -> None:
+    builder = clean_images(tmp_path, 0)
+    for seed, path in enumerate(builder.add()):
+        write_rgba(path, torch.cat([noise(seed, 3, 16, 24), torch.zeros(1, 16, 24, dtype=torch.uint8)]))
+    (finding,) = check_pairs(open_pairs(builder.save()), frames=1).findings
+    assert finding.kind == "identical"
+
+
 def test_clips_that_start_alike_are_not_the_same(tmp_path: Path) -> None:
     """Both made from one image, as image-to-video models do; only the first frame is kept where all are decoded."""
     builder = clean_clips(tmp_path, 0)

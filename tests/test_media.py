@@ -596,12 +596,14 @@ def test_interlaced_clip_is_told(tmp_path: Path) -> None:
     assert not read_media(tmp_path / "clip.mp4", 6).interlaced
 
 
-@pytest.mark.parametrize(("space", "red", "blue"), [(1, 0.2126, 0.0722), (5, 0.299, 0.114), (9, 0.2627, 0.0593)])
+@pytest.mark.parametrize(
+    ("space", "red", "blue"), [(1, 0.2126, 0.0722), (5, 0.299, 0.114), (2, 0.299, 0.114), (9, 0.2627, 0.0593)]
+)
 @pytest.mark.parametrize("full", [False, True])
 def test_colours_follow_the_matrix_and_range_that_a_clip_names(
     tmp_path: Path, space: int, red: float, blue: float, full: bool
 ) -> None:
-    """BT.709, BT.601 and BT.2020, by the definition of Y'CbCr."""
+    """BT.709, BT.601, unspecified and BT.2020, by the definition of Y'CbCr."""
     colour = torch.tensor([200.0, 40.0, 90.0])
     luma = red * colour[0] + (1 - red - blue) * colour[1] + blue * colour[2]
     chroma = [(colour[2] - luma) / (2 - 2 * blue), (colour[0] - luma) / (2 - 2 * red)]

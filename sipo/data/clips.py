@@ -243,17 +243,19 @@ def _shown(source: Path | bytes, frames: list[Any], fps: float, length: int, asp
             "undecodable", source, f"has pixels of {shape}, expected between 1:{_WIDEST_PIXEL} and {_WIDEST_PIXEL}:1"
         )
     interlaced = any(frame.interlaced_frame for frame in frames)
-    pixels: list[Tensor] = []
+    pixels = torch.empty(0, 3, 0, 0, dtype=torch.uint8)
     transparent = 0.0
-    while frames:
+    for index in range(count := len(frames)):
         frame = frames.pop(0)
         colours, share = _rgb(frame, aspect)
-        pixels.append(_upright(source, colours, frame))
-        transparent += share
-    if len({each.shape for each in pixels}) > 1:
-        raise MediaError("undecodable", source, "changes its size on the way, expected frames of one size")
-    stacked = torch.stack(pixels) if pixels else torch.empty(0, 3, 0, 0, dtype=torch.uint8)
-    return Media(stacked, fps, length, aspect, transparent / max(1, len(pixels)), interlaced)
+        colours = _upright(source, colours, frame)
+        if index == 0:
+            pixels = torch.empty(count, *colours.shape, dtype=torch.uint8)
+        if colours.shape != pixels.shape[1:]:
+            raise MediaError("undecodable", source, "changes its size on the way, expected frames of one size")
+        pixels[index] = colours
+        transparent += share / count
+    return Media(pixels, fps, length, aspect, transparent, interlaced)
 
 
 def _rgb(frame: Any, aspect: Fraction) -> tuple[Tensor, float]:
@@ -276,7 +278,7 @@ def _upright(source: Path | bytes, pixels: Tensor, frame: Any) -> Tensor:
     """Turned and mirrored as the file says: phones film sideways, and their front cameras into a mirror."""
     found = [data for data in frame.side_data if data.type.name == "DISPLAYMATRIX"]
     if not found:
-        return pixels.contiguous()
+        return pixels
     # x' = a x + c y and y' = b x + d y, with y downwards: a 3x3 matrix of which the third column is of no interest.
     a, b, _, c, d = torch.frombuffer(bytearray(found[0]), dtype=torch.int32)[:5].tolist()
     degrees = math.degrees(math.atan2(-b, a))
@@ -285,7 +287,7 @@ def _upright(source: Path | bytes, pixels: Tensor, frame: Any) -> Tensor:
     across, down = a, d
     if abs(a) < abs(b):
         pixels, across, down = pixels.transpose(-2, -1), c, b
-    return pixels.flip([axis for axis, sign in ((-1, across), (-2, down)) if sign < 0]).contiguous()
+    return pixels.flip([axis for axis, sign in ((-1, across), (-2, down)) if sign < 0])
 
 
 def on_background(rgba: Tensor) -> tuple[Tensor, float]:
