@@ -18,6 +18,7 @@ from sipo.data.readers import JsonlReader
 from sipo.data.savings import FULL_SIZE
 from sipo.families import get
 from sipo.training import TrainingConfig
+from sipo.training.optimization import rate_factor
 from tests.docs_pages import (
     PAGES,
     ROOT,
@@ -38,25 +39,36 @@ from tests.test_label import clip_folder
 
 __all__ = ["clip_folder"]  # a fixture: a CLIP model of random weights
 
-# What the scripts of docs/moving.md take, at the commits that it names: both, the first alone, the second alone.
+# What the scripts of docs/moving.md take, at the commits that it names: both, the first alone, the second alone, of
+# which there is one for SD and one for SDXL.
 FLAGS = {
     "a b": """
     adam_beta1 adam_beta2 adam_epsilon adam_weight_decay allow_tf32 beta_dpo cache_dir checkpointing_steps
     dataloader_num_workers dataset_name gradient_accumulation_steps gradient_checkpointing hub_model_id learning_rate
     local_rank logging_dir lr_scheduler lr_warmup_steps max_grad_norm max_train_samples max_train_steps mixed_precision
-    no_hflip num_train_epochs output_dir pretrained_model_name_or_path pretrained_vae_model_name_or_path random_crop
-    report_to resolution resume_from_checkpoint revision scale_lr seed train_batch_size
+    no_hflip num_train_epochs output_dir pretrained_model_name_or_path random_crop report_to resolution
+    resume_from_checkpoint revision scale_lr seed train_batch_size
     """,
+    "a b (SDXL)": "pretrained_vae_model_name_or_path",
     "a": """
     caption_column choice_model dataset_config_name dreamlike_pairs_only hard_skip_resume image_column
     input_perturbation noise_offset proportion_empty_prompts sdxl sft split tracker_project_name train_data_dir
     unet_init use_adafactor
     """,
     "b": """
-    checkpoints_total_limit dataset_split_name enable_xformers_memory_efficient_attention hub_token loss_type
+    checkpoints_total_limit dataset_split_name enable_xformers_memory_efficient_attention hub_token
     lr_num_cycles lr_power prior_generation_precision push_to_hub rank run_validation tracker_name use_8bit_adam
     vae_encode_batch_size validation_steps variant
     """,
+    "b (SD)": "loss_type",
+    "b (SDXL)": "is_turbo",
+}
+
+# A configuration with nothing in it that has a default.
+LEAST: dict[str, Any] = {
+    "model": {"family": "sd15", "path": "p"},
+    "data": {"path": "p", "cache": "c"},
+    "training": {"steps": 1, "output_dir": "o"},
 }
 
 
@@ -64,12 +76,7 @@ FLAGS = {
 
 
 def known_keys() -> set[str]:
-    least = {
-        "model": {"family": "sd15", "path": "p"},
-        "data": {"path": "p", "cache": "c"},
-        "training": {"steps": 1, "output_dir": "o"},
-    }
-    return set(flat(from_dict(least).as_dict(), sections=True))
+    return set(flat(from_dict(LEAST).as_dict(), sections=True))
 
 
 @pytest.mark.parametrize("page", [*PAGES, "README"])
@@ -175,10 +182,87 @@ def test_every_flag_of_the_scripts_has_its_row() -> None:
         if line.startswith("| `--"):
             flags, scripts = (cell.strip() for cell in line.split("|")[1:3])
             names = re.findall(r"`--(\w+)`", flags)
-            where = [script.strip().removesuffix(" (SD)") for script in scripts.split(",")]
+            where = [script.strip() for script in scripts.split(",")]
             where = where * len(names) if len(where) == 1 else where
             found |= dict(zip(names, where, strict=True))
     assert found == {flag: scripts for scripts, flags in FLAGS.items() for flag in flags.split()}
+
+
+def row_of(flag: str) -> str:
+    """A row of docs/moving.md."""
+    return next(line for line in page_text("moving").splitlines() if line.startswith(f"| `--{flag}`"))
+
+
+def test_what_flags_are_when_left_out_is_what_ours_are() -> None:
+    defaults = flat(from_dict(LEAST).as_dict())
+    lines = page_text("moving").partition("## Flags left out")[2].splitlines()
+    cells = [line.split("|") for line in lines if re.match(r"\| `(data|model|training)", line)]
+    rows = {cell[1]: cell[4].strip() for cell in cells}
+    assert len(rows) == 13
+    for named, ours in rows.items():
+        key = re.findall(r"`([a-z_.]+)`", named)[0]
+        if key == "data.sizes":
+            assert defaults[key] == [[int(ours)] * 2]
+        elif key == "training.steps":
+            assert ours == "must be given"
+        elif isinstance(defaults[key], str):
+            assert defaults[key] == ours, key
+        else:
+            assert defaults[key] == float({"true": 1, "false": 0}.get(ours, ours)), key
+
+
+@pytest.mark.parametrize("name", ["constant", "constant_with_warmup", "linear", "cosine", "polynomial"])
+def test_learning_rates_of_diffusers_schedulers_are_those_of_the_page(name: str) -> None:
+    """The page's row of ``--lr_scheduler``, and that of ``--lr_warmup_steps``."""
+    from diffusers.optimization import get_scheduler
+
+    steps, warmup, peak = 20, 5, 1e-3
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak)
+    scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+    theirs = []
+    for _ in range(steps):
+        theirs.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    schedule: Any = {"constant_with_warmup": "constant", "polynomial": "linear"}.get(name, name)
+    config = TrainingConfig(steps, "o", warmup=0 if name == "constant" else warmup, lr_schedule=schedule)
+    ours = [peak * rate_factor(config, step) for step in range(steps)]
+    if name != "constant":
+        assert theirs[0] == 0 and ours[0] == pytest.approx(peak / warmup)
+        # While it rises, ours is a step ahead.
+        theirs[:warmup], ours[:warmup] = theirs[1:warmup], ours[: warmup - 1]
+    assert ours == pytest.approx(theirs, rel=1e-9, abs=1.01e-7 if name == "polynomial" else 0)
+    assert f"`{name}`" in row_of("lr_scheduler")
+    if name == "constant":
+        assert "`training.warmup: 0`" in row_of("lr_warmup_steps")
+
+
+@pytest.mark.parametrize("link", ["sigmoid", "hinge", "ipo"])
+def test_other_losses_of_the_sd_script_are_those_of_the_page(link: str) -> None:
+    from sipo import NoiseSchedule, SIPOLoss, convert_beta
+
+    beta_dpo = 3.0
+    generator = torch.Generator().manual_seed(0)
+    model, ref, target = (torch.randn(6, 4, 5, 5, generator=generator) for _ in range(3))
+    model = 1.5 * model
+    model.requires_grad_()
+    model_w, model_l = (model - target).square().mean((1, 2, 3)).chunk(2)
+    ref_w, ref_l = (ref - target).square().mean((1, 2, 3)).chunk(2)
+    logits = (ref_w - ref_l) - (model_w - model_l)
+    theirs = {
+        "sigmoid": -torch.nn.functional.logsigmoid(beta_dpo * logits),
+        "hinge": torch.relu(1 - beta_dpo * logits),
+        "ipo": beta_dpo**2 * (logits - 1 / (2 * beta_dpo)) ** 2,
+    }[link].mean()
+    (gradient,) = torch.autograd.grad(theirs, model)
+    beta = convert_beta(beta_dpo, source="diffusers_sd", target="sipo")
+    loss_fn = SIPOLoss(NoiseSchedule.flow(shift=1.0), method="diffusion_dpo", beta=beta, link=link)
+    ours = loss_fn(model, ref, target, torch.full((6,), 0.5)).loss
+    (own_gradient,) = torch.autograd.grad(ours, model)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
+    assert (own_gradient - gradient).norm() < 5e-6 * gradient.norm()
+    assert 0 < (beta_dpo * logits < 1).sum() < 3  # the hinge has both of its sides
+    assert "`loss.link`" in row_of("loss_type") and f"`{link}`" in row_of("loss_type")
 
 
 def test_what_may_change_when_a_run_is_resumed_is_what_the_page_says() -> None:
