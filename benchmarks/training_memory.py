@@ -83,13 +83,13 @@ def watch(steps: int, device: str, folder: Path) -> list[dict[str, Any]]:
     """Trains and looks; runs in the new process."""
     from accelerate import Accelerator
 
-    from benchmarks.training_setup import TrainingCase, frozen_copy, make_setup
+    from benchmarks.training_setup import TrainingCase, make_setup, reference_for
     from sipo import SIPOLoss
     from sipo.training import TrainingConfig, train
 
     case = TrainingCase("SD1.5", "sd15", BATCH_SIZE, pixels=(32, 32, 1))
     setup = make_setup(case, device, folder)
-    reference = frozen_copy(setup.base, case, device)
+    reference = reference_for(setup.base, case)
     policy = setup.base.requires_grad_(True)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, fused=True)
     moments = {max(1, steps * look // LOOKS) for look in range(1, LOOKS + 1)}

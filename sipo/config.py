@@ -21,6 +21,9 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 TOY = "toy"
 """In place of a model's or data set's path: a small one, made on the spot from a configuration."""
 
+# The type that training.mixed_precision rounds weights in float32 to.
+_COMPUTED = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be used, in one line that names the key and what was expected."""
@@ -59,7 +62,8 @@ class ModelConfig:
         reference: where the reference's errors come from. "adapter_off": the same network without its adapters (LoRA);
             "copy": a frozen copy; "errors": computed beforehand (``data.draws``), no network. "auto" takes "errors"
             where ``data.reference_errors`` is set, else what fits ``tuning``.
-        reference_dtype: of a frozen copy; ``None`` is ``dtype``.
+        reference_dtype: of the reference's weights; ``None`` is the policy's: ``dtype`` with LoRA, and with full tuning
+            what ``training.mixed_precision`` rounds them to (:func:`reference_dtype`).
         reference_offload: keep a frozen copy in host memory while it is not running.
         gradient_checkpointing: trade time for memory in the policy's backward pass.
     """
@@ -284,6 +288,34 @@ def reference_kind(config: Config) -> str:
     if config.data.reference_errors:
         return "errors"
     return "adapter_off" if config.model.tuning == "lora" else "copy"
+
+
+def policy_dtype(config: Config) -> str:
+    """The type of the weights that policy and reference start from."""
+    return config.model.dtype if config.model.tuning == "lora" else "float32"
+
+
+def reference_dtype(config: Config) -> str:
+    """``model.reference_dtype`` with ``None`` resolved: the smallest type in which it predicts as the policy does."""
+    if config.model.reference_dtype is not None:
+        return config.model.reference_dtype
+    return policy_dtype(config) if config.model.tuning == "lora" else _COMPUTED[config.training.mixed_precision]
+
+
+def differing_types(config: Config) -> str | None:
+    """Why the types alone make a frozen reference predict other than the policy before training; ``None`` if not.
+
+    Weights in float32 may be held in the type that autocast rounds them to; any other difference shows.
+    """
+    ours, theirs, precision = policy_dtype(config), reference_dtype(config), config.training.mixed_precision
+    same = [ours, _COMPUTED[precision]] if ours == "float32" else [ours]
+    if theirs in same:
+        return None
+    return (
+        f"model.reference_dtype={theirs!r}: the policy's weights are {ours} and training.mixed_precision is "
+        f"{precision!r}, so the two differ before training by what one of them rounds; expected "
+        f"{' or '.join(dict.fromkeys(same))}"
+    )
 
 
 def _names(section: Any) -> list[str]:

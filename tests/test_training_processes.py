@@ -67,6 +67,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "data": Grouped,
     },
     "adapter": {"steps": 4, "adapter": True},
+    "not its reference": {"steps": 1, "moved": 1.0},
     "sharded adapter": {"steps": 4, "adapter": True},
     "sharded bf16": {"steps": 2, "mixed_precision": "bf16", "flow": True},
     "sharded gradient": {"steps": 1, "max_grad_norm": None, "rate": 1.0},
@@ -90,6 +91,8 @@ def run(folder: Path, accelerator: Accelerator, **options: Any) -> tuple[nn.Modu
     policy, reference = networks()
     if options.pop("adapter", False):
         policy, reference = Adapted(policy), AdapterOff(without_adapter)
+    with torch.no_grad():
+        policy.get_parameter(next(n for n, _ in policy.named_parameters())).add_(options.pop("moved", 0.0))
     data = options.pop("data", Pairs)()
     validation = Pairs(7) if "validate_every" in options else None
     loss_fn = loss(mask_threshold=options.pop("mask_threshold", 0.0))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
@@ -42,6 +43,7 @@ class Alone:
 
     device: torch.device
     is_fsdp2: bool = False
+    distributed_type: DistributedType = DistributedType.NO
     mixed_precision: str = "no"
 
     def autocast(self) -> AbstractContextManager[None]:

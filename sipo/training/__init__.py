@@ -9,6 +9,7 @@ from sipo.training.config import (
     TrainingConfig,
     TrainingDiverged,
     TrainingInterrupted,
+    TrainingMismatch,
     TrainingOutOfMemory,
     TrainingWarning,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "TrainingConfig",
     "TrainingDiverged",
     "TrainingInterrupted",
+    "TrainingMismatch",
     "TrainingOutOfMemory",
     "TrainingResult",
     "TrainingWarning",

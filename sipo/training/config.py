@@ -73,6 +73,10 @@ class TrainingAlarm(RuntimeError):  # noqa: N818 - likewise
         self.checkpoint = checkpoint
 
 
+class TrainingMismatch(ValueError):  # noqa: N818 - likewise
+    """Policy and reference differ before the first step, by more than their types round; no weight has moved."""
+
+
 class TrainingOutOfMemory(RuntimeError):  # noqa: N818 - likewise
     """The device's memory did not suffice for a step; the message says what to lower."""
 
@@ -129,7 +133,8 @@ class TrainingConfig:
         timestep_statistics: whether to write ``timesteps.jsonl``, statistics by noise level (docs/math.md §8), with
             each log line.
         alarms: what to do when a log line shows that the policy drifts or collapses, or that the mask has stopped
-            training (docs/math.md §8): "warn", "stop" with a checkpoint and :class:`TrainingAlarm`, or "off".
+            training (docs/math.md §8): "warn", "stop" with a checkpoint and :class:`TrainingAlarm`, or "off". With
+            "off" a run whose policy is not its reference at the first step goes on, too.
         num_workers: data loader processes.
         progress: whether to draw a progress bar.
         tensorboard: whether to write TensorBoard events, where TensorBoard is installed.

@@ -14,7 +14,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from sipo.training.data import pair_noise, to_device, twice
+from sipo.training.first_step import FirstStep
 from sipo.training.protocols import PairLoss, PairLossResult, Predict, Schedule
+from sipo.training.sharded import round_whole
 from sipo_kernels import Totals
 
 
@@ -47,8 +49,8 @@ class PairForward:
     Args:
         loss_fn: has the schedule too.
         predict: calls a network.
-        reference: see :data:`Reference`; moved to the accelerator's device and frozen; under FSDP2
-            with mixed precision its weights are rounded as the policy's are.
+        reference: see :data:`Reference`; moved to the accelerator's device and frozen; where FSDP2 or DeepSpeed round
+            all of the policy's weights, its are rounded too.
         offload: keep a frozen copy in host memory while it is not running.
         accelerator: the run's.
     """
@@ -69,6 +71,7 @@ class PairForward:
         self.device: torch.device = accelerator.device
         self.generator = torch.Generator(self.device)
         self.reference = reference
+        self.first: FirstStep | None = None  # while a run is in its first step
         self.wrapped: nn.Module | None = None
         self.network: nn.Module | None = None
         self.off: AbstractContextManager[Any] | None = None
@@ -77,8 +80,7 @@ class PairForward:
         self.offloaded: list[tuple[Tensor, Tensor]] | None = None
         if isinstance(reference, nn.Module):
             reference.requires_grad_(False).eval()
-            if accelerator.is_fsdp2:
-                _round(reference, accelerator.state.fsdp_plugin.mixed_precision_policy)
+            round_whole(reference, accelerator)
             if offload:
                 self.offloaded = _to_host(reference, pin=self.device.type == "cuda")
             else:
@@ -130,14 +132,20 @@ class PairForward:
         if self.reference is None:
             with self.autocast():
                 model_pred = self.predict(policy, noisy, both_levels, condition)
-            options["ref_error"] = to_device(batch["ref_error"], self.device).transpose(0, 1).reshape(-1)
-            return loss(model_pred, None, target, both_levels, **options), levels
+            ref_error = to_device(batch["ref_error"], self.device).transpose(0, 1).reshape(-1)
+            output = loss(model_pred, None, target, both_levels, ref_error=ref_error, **options)
+            if self.first is not None:
+                self.first.add(model_pred, ref_error, target, output, errors=True)
+            return output, levels
         # Two contexts, so that no weight that was cast without gradients comes to the policy from autocast's cache.
         with torch.no_grad(), self.autocast(), self._reference(policy) as network:
             ref_pred = self.predict(network, noisy, both_levels, condition)
         with self.autocast():
             model_pred = self.predict(policy, noisy, both_levels, condition)
-        return loss(model_pred, ref_pred, target, both_levels, **options), levels
+        output = loss(model_pred, ref_pred, target, both_levels, **options)
+        if self.first is not None:
+            self.first.add(model_pred, ref_pred, target, output, errors=False)
+        return output, levels
 
     def _condition(self, batch: dict[str, Any]) -> Any:
         """What both halves share, twice, and what each has of its own."""
@@ -186,14 +194,6 @@ class PairForward:
         if "own_condition" in batch and not isinstance(batch.get("condition", {}), dict):
             kind = type(batch["condition"]).__name__
             raise ValueError(f"items have 'own_condition' beside a condition that is a {kind}: expected a dictionary")
-
-
-def _round(reference: nn.Module, precision: Any) -> None:
-    """Rounds a copy's weights as FSDP2 rounds the policy's before it computes with them, or the two start apart."""
-    dtype = None if precision is None else precision.param_dtype
-    if dtype is not None:
-        for parameter in reference.parameters():
-            parameter.data = parameter.data.to(dtype)
 
 
 def _to_host(module: nn.Module, pin: bool) -> list[tuple[Tensor, Tensor]]:

@@ -7,6 +7,7 @@ gradients, or not at all. The host never waits for the device except when a log 
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,8 +21,16 @@ from torch.utils.data import DataLoader
 
 from sipo.diagnostics import AlarmWatch, TimestepStatistics
 from sipo.training import checkpoint
-from sipo.training.config import TrainingAlarm, TrainingConfig, TrainingDiverged, TrainingInterrupted, TrainingWarning
+from sipo.training.config import (
+    TrainingAlarm,
+    TrainingConfig,
+    TrainingDiverged,
+    TrainingInterrupted,
+    TrainingMismatch,
+    TrainingWarning,
+)
 from sipo.training.data import StreamSampler, drop_captions, step_timesteps
+from sipo.training.first_step import NAMES, FirstStep, Mismatch
 from sipo.training.forward import PairForward, Reference, takes_totals
 from sipo.training.logs import MetricWindow, Recorder
 from sipo.training.optimization import Average, make_optimizer, rate_factor
@@ -45,7 +54,8 @@ class TrainingResult:
     Attributes:
         steps: optimiser steps of the run, those before a resume included.
         history: this call's log lines: ``step``, ``learning_rate``, ``grad_norm``, ``grad_norm_std``,
-            ``nonfinite_steps``, ``seconds`` and the names of docs/math.md §8, each the mean since the line before.
+            ``nonfinite_steps``, ``seconds`` and the names of docs/math.md §8, each the mean since the line before; a
+            run's first has ``start_difference`` and ``start_logit`` as well.
         metrics_path: the log on disk, with the lines from before a resume.
         checkpoint: the last checkpoint written by this call, if any.
         validation: this call's validation lines.
@@ -76,6 +86,7 @@ def train(
     on_validation: OnValidation | None = None,
     offload_reference: bool = False,
     identity: Mapping[str, Any] | None = None,
+    mismatch: Mismatch = "warn",
 ) -> TrainingResult:
     """Aligns ``policy`` on preference pairs, in place.
 
@@ -103,6 +114,9 @@ def train(
         on_validation: called at the same steps, to draw samples for instance; see :data:`OnValidation`.
         offload_reference: keep a frozen copy in host memory while it is not running.
         identity: JSON values that a resumed run must share with the one it goes on from, beside the configuration's.
+        mismatch: what to do where policy and reference differ before the first step by more than their types round
+            (docs/math.md §8): "warn", or "raise" before any weight moves, for runs that start both from the same
+            weights. ``alarms="off"`` does neither.
 
     Returns:
         How it went.
@@ -112,6 +126,7 @@ def train(
         ImportError: an optimiser or a tracker that is not installed.
         CheckpointError: a checkpoint that is absent, damaged or of another run.
         TrainingDiverged: too many non-finite steps in a row.
+        TrainingMismatch: ``mismatch="raise"``, and policy and reference differ before the first step.
         TrainingAlarm: ``alarms="stop"`` and one went off; says why and where to resume from.
         TrainingInterrupted: asked to stop; says where to resume from.
         TrainingOutOfMemory: says what to lower.
@@ -129,6 +144,7 @@ def train(
     run = _Run(policy, forward, dataset, config, optimizer, accelerator)
     run.identity.update(identity or {})
     run.validation = Validation(validation, on_validation, forward, config, accelerator)
+    run.mismatch = mismatch
     with StopRequest() as request:
         return run.go(resume_from, request)
 
@@ -137,6 +153,7 @@ class _Run:
     """The state of one :func:`train` call."""
 
     validation: Validation
+    mismatch: Mismatch
 
     def __init__(
         self,
@@ -176,6 +193,7 @@ class _Run:
             )
         self.backwards = self.skipped = 0  # in this step; since the last log line
         self.saved: Path | None = None
+        self.start: dict[str, float] = {}  # for the first log line
         loss_fn = forward.loss_fn
         self.identity = config.identity() | {
             "dataset_length": len(dataset),
@@ -218,9 +236,12 @@ class _Run:
                 with memory_advice(config, self.device, step + 1):
                     rate = self._set_learning_rate(step)
                     chunks = iter(self._timesteps(step))
+                    self.forward.first = FirstStep(accelerator) if step == 0 else None
                     for _ in range(config.accumulation):
                         with accelerator.accumulate(self.policy):
                             self._pass(next(batches), next(chunks), sampler.positions(next(passes)))
+                    if self.forward.first is not None:
+                        self._check_start(self.forward.first)
                     self._update()
                 recorder.advance()
                 if self._after(recorder, step + 1, rate, request):
@@ -269,6 +290,24 @@ class _Run:
         if not self.adds:
             self.window.add(output.metrics())
 
+    def _check_start(self, first: FirstStep) -> None:
+        """Compares policy and reference before any weight moves."""
+        self.forward.first = None
+        self.start = first.read()
+        main = self.accelerator.is_main_process
+        if self.config.progress and main:
+            from tqdm.auto import tqdm
+
+            difference, logit = (self.start[name] for name in NAMES)
+            tqdm.write(f"step 1: policy and reference differ by {difference:.2g}, logits by {logit:.2g}", sys.stderr)
+        beyond, message = first.judge(self.start)
+        if message is None or self.config.alarms == "off":
+            return
+        if beyond and self.mismatch == "raise":
+            raise TrainingMismatch(f"step 1: {message}; alarms='off' trains all the same")
+        if main:
+            warnings.warn(f"step 1: {message}", TrainingWarning, stacklevel=2)
+
     def _totals(self) -> Totals:
         """Where the metrics of a pass go, and its statistics by noise level."""
         metrics = self.window.totals
@@ -294,7 +333,8 @@ class _Run:
         limit = math.inf if self.config.max_grad_norm is None else self.config.max_grad_norm
         norm: Any = self.accelerator.clip_grad_norm_(self.parameters, limit)
         if self.deepspeed:  # it has clipped and stepped in its backward already
-            self.window.add_step(torch.tensor(math.nan if norm is None else float(norm), device=self.device))
+            length = math.nan if norm is None else float(norm)
+            self.window.add_step(torch.tensor(length, dtype=torch.float32, device=self.device))
             return
         broken = ~self.window.add_step(whole(norm))
         if self.device.type not in ASKED or broken:
@@ -336,7 +376,7 @@ class _Run:
 
     def _log(self, recorder: Recorder, step: int, rate: float, request: StopRequest) -> bool:
         """Writes a line; returns whether a process was asked to stop, or an alarm is to."""
-        asked = torch.full((1,), float(bool(request.signal)), device=self.device)
+        asked = torch.full((1,), float(bool(request.signal)), dtype=torch.float32, device=self.device)
         # Not at the first and last line: what is drawn next must not hang on where a run began or ended.
         informative = self.informative if step % self.config.log_every == 0 else None
         windows = [taker.window.flatten() for taker in (informative, self.statistics) if taker is not None]
@@ -345,6 +385,8 @@ class _Run:
             informative.absorb(sums[: informative.window.numel()])
             del sums[: informative.window.numel()]
         metrics["learning_rate"] = rate
+        metrics |= self.start
+        self.start = {}
         if self.informative is not None:
             metrics["timestep_share"] = self.informative.share
         if self.config.skip_inactive:

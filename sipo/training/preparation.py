@@ -18,8 +18,20 @@ _PLAIN = ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU")
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
-    """The accelerator that a configuration asks for."""
-    return Accelerator(mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.accumulation)
+    """The accelerator that a configuration asks for.
+
+    Raises:
+        ValueError: float16 on a CPU.
+    """
+    accelerator = Accelerator(mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.accumulation)
+    _check_precision(accelerator)
+    return accelerator
+
+
+def _check_precision(accelerator: Accelerator) -> None:
+    """accelerate takes float16 on a CPU and computes in float32, without a word."""
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("training.mixed_precision='fp16': expected 'bf16' or 'no' on a CPU")
 
 
 def check_setup(
@@ -51,6 +63,7 @@ def check_setup(
     if accelerator.gradient_accumulation_steps != config.accumulation:
         found = accelerator.gradient_accumulation_steps
         raise ValueError(f"gradient_accumulation_steps={found}: expected accumulation={config.accumulation}")
+    _check_precision(accelerator)
 
 
 def _check_deepspeed(config: TrainingConfig, resume_from: str | Path | None) -> None:

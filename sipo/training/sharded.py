@@ -26,6 +26,28 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return accelerator.is_fsdp2 or is_deepspeed(accelerator)
 
 
+def whole_dtype(accelerator: Accelerator) -> torch.dtype | None:
+    """The type that FSDP2 and DeepSpeed round all of a policy's weights to, norms included, where autocast would not.
+
+    ``None``: they stay as they are.
+    """
+    if accelerator.is_fsdp2:
+        precision: Any = accelerator.state.fsdp_plugin.mixed_precision_policy
+        return None if precision is None else precision.param_dtype
+    if is_deepspeed(accelerator):
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    return None
+
+
+def round_whole(reference: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """Rounds a reference's weights, in place, as :func:`whole_dtype` says, or it and the policy would start apart."""
+    dtype = whole_dtype(accelerator)
+    if dtype is not None:
+        for parameter in reference.parameters():
+            parameter.data = parameter.data.to(dtype)
+    return reference
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A tensor's full value. Every process calls it."""
     if hasattr(tensor, "ds_id"):  # ZeRO-3's mark
