@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import re
 import shutil
@@ -354,3 +356,26 @@ def test_a_page_runs(page: str, workspace: Path, monkeypatch: pytest.MonkeyPatch
             for line in unnumbered(block.text):
                 assert any(line in said for said in said_lines), f"{where}: {line!r} is not in\n{output}"
         language = block.language
+
+
+def test_the_drop_in_of_the_front_page_gives_what_stood_there_before() -> None:
+    """The blocks of README.md run as they stand, one after the other: loss, gradient and what is printed."""
+    *programs, shown = [b for b in blocks("../README") if b.language in ("python", "text")]
+    assert [b.language for b in programs] == ["python", "python"] and shown.language == "text"
+    names: dict[str, Any] = {}
+    printed, gradients = "", []
+    for block in programs:
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output):
+            exec(compile(block.text, f"README.md:{block.line}", "exec"), names)
+        printed += output.getvalue()
+        gradients.append(names["gradient"])
+    before, after = gradients
+    out, metrics = names["out"], names["metrics"]
+    # By hand, errors near 0.1 are rounded to float32 before they are subtracted and multiplied by 2500.
+    assert (after - before).norm() < 1e-4 * before.norm() and before.norm() > 1
+    assert out.loss.item() == pytest.approx(names["loss"].item(), abs=1e-4)
+    assert metrics["implicit_acc"].item() == names["implicit_acc"].item() == 0.25
+    assert printed == shown.text
+    listed = re.search(r"out\.metrics\(\)  # ((?:.|\n)*?):", programs[1].text)
+    assert listed and re.findall(r"\w+", listed[1]) == list(metrics)
