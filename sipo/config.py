@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 import typing
 from collections.abc import Iterable, Iterator
@@ -66,6 +67,10 @@ class ModelConfig:
             what ``training.mixed_precision`` rounds them to (:func:`reference_dtype`).
         reference_offload: keep a frozen copy in host memory while it is not running.
         gradient_checkpointing: trade time for memory in the policy's backward pass.
+        prediction_type: what the network predicts, as its training had it, in place of what the model's scheduler says;
+            samples follow it too.
+        shift: of a flow's noise levels, ``k`` of docs/math.md §3, in place of the scheduler's own, dynamic or not;
+            samples follow it too.
     """
 
     family: str
@@ -79,6 +84,8 @@ class ModelConfig:
     reference_dtype: Dtype | None = None
     reference_offload: bool = False
     gradient_checkpointing: bool = False
+    prediction_type: Literal["epsilon", "v_prediction", "sample", "flow_prediction"] | None = None
+    shift: float | None = None
 
 
 @dataclass(frozen=True)
@@ -277,6 +284,8 @@ def _check(config: Config) -> None:
     ):
         if value < least:
             raise ConfigError(f"{name}={value}: expected at least {least}")
+    if model.shift is not None and not 0 < model.shift < math.inf:
+        raise ConfigError(f"model.shift={model.shift}: expected a finite number > 0")
     if not data.sizes or any(side < 1 for size in data.sizes for side in size):
         raise ConfigError(f"data.sizes={data.sizes}: expected at least one [height, width] in pixels")
 

@@ -38,6 +38,7 @@ from sipo.data.records import DataError
 from sipo.data.references import References, open_references, precompute_references, reference_marks
 from sipo.data.toy import make_toy_pairs
 from sipo.data.weights import PLACE, weight_hashes
+from sipo.diffusers_schedulers import with_settings
 from sipo.families import Family, get
 from sipo.families.toy import build_toy
 from sipo.families.tuning import adapter_off, freeze, frozen_copy, prepare_full, prepare_lora
@@ -103,6 +104,8 @@ class Run:
         """The pipeline without its network, on the CPU."""
         dtype = getattr(torch, self.config.model.dtype)
         pipeline = self.family.load_encoders(self.model_path, dtype=dtype, **_hub(self.config.model))
+        settings = self.config.model.prediction_type, self.config.model.shift
+        pipeline.scheduler = with_settings(pipeline.scheduler, *settings)  # samples are drawn with it
         if self.config.data.tiling:
             pipeline.vae.enable_tiling()
         return pipeline
@@ -153,7 +156,8 @@ def open_run(config: Config, accelerator: Accelerator | None = None) -> Run:
                 _made(toys / "pairs", lambda f: make_toy_pairs(f, video=family.video, seed=data.seed, **size))
             )
     steps = config.loss.num_inference_steps or DEFAULT_INFERENCE_STEPS
-    schedule = family.load_schedule(model_path, steps, **_hub(model))
+    settings: dict[str, Any] = {"prediction_type": model.prediction_type, "shift": model.shift, "sizes": data.sizes}
+    schedule = family.load_schedule(model_path, steps, **settings, **_hub(model))
     return Run(config, family, accelerator, model_path, data_path, schedule)
 
 

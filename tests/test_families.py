@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 import shutil
 import time
 from pathlib import Path
@@ -311,6 +313,79 @@ def test_schedule(toy: str, kind: str, prediction: str, shift: float) -> None:
         assert snr[1] == 0
         other = family_of(toy).load_schedule(folder_of("cogvideox-2b" if toy == "cogvideox" else "cogvideox"))
         assert snr[0] != pytest.approx(float((other.alpha_sigma(torch.tensor([500]))[0] ** 2)[0]), rel=0.01)
+
+
+def with_scheduler(toy: str, folder: Path, **changes: Any) -> Path:
+    """A toy's folder with another configuration of its scheduler."""
+    shutil.copytree(folder_of(toy), folder)
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+    return folder
+
+
+def test_schedule_with_a_users_settings() -> None:
+    def load(toy: str, **settings: Any) -> Any:
+        return family_of(toy).load_schedule(folder_of(toy), 20, **settings)
+
+    assert load("sd15", prediction_type="v_prediction").prediction_type == "v_prediction"
+    assert load("sd3", shift=5.0).shift == 5.0
+    assert load("wan", shift=5.0, prediction_type="flow_prediction", sizes=[(64, 64)]).shift == 5.0
+    for toy, settings, message in (
+        ("sd15", {"shift": 3.0}, "shift=3.0: expected None, PNDMScheduler is not a flow schedule"),
+        ("sd15", {"prediction_type": "flow_prediction"}, "prediction_type='flow': expected one of epsilon"),
+        ("sd3", {"prediction_type": "epsilon"}, "prediction_type='epsilon': expected 'flow_prediction'"),
+        ("wan", {"prediction_type": "epsilon"}, "prediction_type='epsilon': expected one of flow, sample"),
+    ):
+        with pytest.raises(ValueError, match="^" + re.escape(f"{folder_of(toy)}: {message}")):
+            load(toy, **settings)
+
+
+def test_dynamic_shift_goes_by_the_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = family_of("sd3")
+    folder = with_scheduler("sd3", tmp_path / "sd3", use_dynamic_shifting=True)
+    # 4096 tokens, where diffusers' mu is 1.15
+    assert family.load_schedule(folder, sizes=[(1024, 1024), (2048, 512)]).shift == pytest.approx(math.exp(1.15))
+    several = [(1024, 1024), (512, 512)]
+    with pytest.raises(ValueError, match=r"has shift 3\.158 at \[1024, 1024\] and 1\.878 at \[512, 512\]: expected"):
+        family.load_schedule(folder, sizes=several)
+    assert family.load_schedule(folder, sizes=several, shift=3.0).shift == 3.0
+    # what the pipeline itself makes of that size
+    asked: list[float] = []
+    original = diffusers.FlowMatchEulerDiscreteScheduler.set_timesteps
+
+    def recorded(self: Any, *args: Any, mu: float | None = None, **options: Any) -> None:
+        asked.append(mu if mu is not None else math.nan)
+        original(self, *args, mu=mu, **options)
+
+    monkeypatch.setattr(diffusers.FlowMatchEulerDiscreteScheduler, "set_timesteps", recorded)
+    pipeline, network = family.load_encoders(folder), family.load_network(folder)
+    family.sample(pipeline, network, ["a"], seed=0, height=HEIGHT, width=WIDTH, steps=1)
+    shift = family.load_schedule(folder, sizes=[(HEIGHT, WIDTH)]).shift
+    assert [math.exp(mu) for mu in asked] == pytest.approx([shift], rel=1e-12)
+    # Wan's pipeline has no dynamic shifting
+    folder = with_scheduler("wan", tmp_path / "wan", use_dynamic_shifting=True)
+    with pytest.raises(ValueError, match="use_dynamic_shifting=True: expected image_seq_len=") as caught:
+        family_of("wan").load_schedule(folder, sizes=[(64, 64)])
+    assert str(caught.value).startswith(f"{folder}: ") and "\n" not in str(caught.value)
+
+
+def test_schedulers_that_cannot_be_used_are_named_in_one_line(tmp_path: Path) -> None:
+    folder = with_scheduler("sd3", tmp_path / "sd3", invert_sigmas=True)
+    with pytest.raises(ValueError, match="DiscreteScheduler has invert_sigmas=True, expected a model without"):
+        family_of("sd3").load_schedule(folder)
+    folder = with_scheduler("sd15", tmp_path / "sd15")
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    for name, message in (
+        ("EDMEulerScheduler", "scheduler EDMEulerScheduler is not modelled, its samples are"),
+        ("DPMSolverSDEScheduler", "torchsde"),
+    ):
+        index["scheduler"] = ["diffusers", name]
+        (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+        if name == "DPMSolverSDEScheduler" and not hasattr(diffusers.DPMSolverSDEScheduler, "_backends"):
+            continue  # torchsde is there
+        with pytest.raises(ValueError, match=f"^{re.escape(str(folder))}: .*{message}") as caught:
+            family_of("sd15").load_schedule(folder)
+        assert "\n" not in str(caught.value)
 
 
 @each_toy

@@ -21,6 +21,7 @@ from safetensors.torch import load, load_file
 from sipo import cli, config
 from sipo.data.media import read_media, write_video
 from sipo.families import get
+from sipo.run import make_loss, open_run
 from sipo.train import SAMPLE_FPS
 from sipo.training.logs import read_lines
 
@@ -242,6 +243,28 @@ def test_precomputed_reference_errors_give_the_losses_of_a_reference(shared: Pat
     assert len({tuple(values) for values in losses["errors"]}) > 4
 
 
+@pytest.mark.parametrize(
+    ("name", "settings", "kept"),
+    [
+        ("sd3", {"shift": 5.0}, {"shift": 5.0, "use_dynamic_shifting": False}),
+        ("wan", {"shift": 4.0, "prediction_type": "flow_prediction"}, {"flow_shift": 4.0}),
+        ("sd15", {"prediction_type": "v_prediction"}, {"prediction_type": "v_prediction"}),
+    ],
+)
+def test_what_the_scheduler_says_can_be_set(
+    name: str, settings: dict[str, Any], kept: dict[str, Any], tmp_path: Path
+) -> None:
+    """For training and for the samples alike; a checkpoint of one is not resumed with another."""
+    overrides = [f"model.{key}={value}" for key, value in settings.items()]
+    before, after = (
+        open_run(config.load(example(name), [f"data.cache={tmp_path / 'cache'}", *more])) for more in ([], overrides)
+    )
+    assert after.schedule.shift == settings.get("shift", 1.0)
+    assert after.schedule.prediction_type == ("v_prediction" if name == "sd15" else "flow")
+    assert {key: after.load_encoders().scheduler.config[key] for key in kept} == kept
+    assert repr(make_loss(before)) != repr(make_loss(after))
+
+
 def test_precompute_mends_what_was_damaged(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cache = tmp_path / "cache"
     for kind in ("cache", "cache-toy"):
@@ -375,6 +398,8 @@ def test_two_processes_are_one_with_twice_the_batch(shared: Path, tmp_path: Path
         (["model.path=nowhere"], "nowhere"),
         (["data.path=nowhere.jsonl"], "nowhere.jsonl"),
         (["data.frames=9"], "data.frames=9: expected 1, sd15 makes images"),
+        (["model.shift=3"], "shift=3.0: expected None, PNDMScheduler is not a flow schedule"),
+        (["model.prediction_type=flow_prediction"], "prediction_type='flow': expected one of epsilon, v_prediction"),
         (["data.sizes=[[33, 32]]"], "33"),
         (["data.held_out=32"], "data.held_out=32: expected at least 0 and fewer than the 32 pairs there are"),
         (["loss.method=ppo"], "loss.method='ppo': expected one of diffusion_dpo, dpo_cm, sipo, sdpo"),

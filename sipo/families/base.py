@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from sipo.diffusers_schedulers import with_settings
 from sipo.schedule import DEFAULT_INFERENCE_STEPS, NoiseSchedule
 
 Condition = dict[str, Tensor]
@@ -100,12 +101,28 @@ class Family(ABC):
         return pipeline
 
     def load_schedule(
-        self, path: str | Path, num_inference_steps: int = DEFAULT_INFERENCE_STEPS, **options: Any
+        self,
+        path: str | Path,
+        num_inference_steps: int = DEFAULT_INFERENCE_STEPS,
+        *,
+        prediction_type: str | None = None,
+        shift: float | None = None,
+        sizes: Sequence[tuple[int, int]] = (),
+        **options: Any,
     ) -> NoiseSchedule:
         """The noise schedule of the model's scheduler.
 
+        Args:
+            path: as for :meth:`load_network`.
+            num_inference_steps: steps of the sampler.
+            prediction_type, shift: in place of the scheduler's own, see
+                :func:`sipo.diffusers_schedulers.with_settings`.
+            sizes: heights and widths in pixels that are trained at; dynamic shifting depends on them.
+            options: as for :meth:`load_network`.
+
         Raises:
-            FileNotFoundError, ValueError: as for :meth:`load_network`, or a scheduler that is not modelled.
+            FileNotFoundError, ValueError: as for :meth:`load_network`; a scheduler that is not modelled, a setting that
+                it does not have, or sizes that it shifts differently.
         """
         import diffusers
 
@@ -115,9 +132,25 @@ class Family(ABC):
         scheduler_class = getattr(diffusers, str(class_name), None) if library == "diffusers" else None
         if scheduler_class is None:
             raise ValueError(f"{path}: its scheduler is {class_name!r}, expected one of diffusers'")
-        with _one_line(path):
-            scheduler = scheduler_class.from_pretrained(str(path), subfolder="scheduler", **_hub(options))
-        schedule = NoiseSchedule.from_scheduler(scheduler, num_inference_steps)
+        try:
+            with _one_line(path):
+                scheduler = scheduler_class.from_pretrained(str(path), subfolder="scheduler", **_hub(options))
+            scheduler = with_settings(scheduler, prediction_type, shift)
+            schedules = [
+                NoiseSchedule.from_scheduler(scheduler, num_inference_steps, image_seq_len=length)
+                for length in [self.image_seq_len(*size) for size in sizes] or [None]
+            ]
+        except (ImportError, ValueError) as error:  # some schedulers need a library of their own
+            raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+        schedule = schedules[0]
+        for size, other in zip(sizes, schedules, strict=False):
+            if other.shift != schedule.shift:
+                raise ValueError(
+                    f"{path}: its {class_name} has shift {schedule.shift:.4g} at {list(sizes[0])} and "
+                    f"{other.shift:.4g} at {list(size)}: expected sizes with one shift, or a shift for all of them"
+                )
+        if schedule.invert_sigmas:  # families tell the network the share of noise
+            raise ValueError(f"{path}: its {class_name} has invert_sigmas=True, expected a model without it")
         kind = "discrete" if self.flow_timesteps is None else "flow"
         if schedule.kind != kind:
             raise ValueError(f"{path}: its {class_name} is a {schedule.kind} schedule, expected a {kind} one")
@@ -125,6 +158,10 @@ class Family(ABC):
             found = schedule.num_train_timesteps
             raise ValueError(f"{path}: its {class_name} has {found} timesteps, expected {self.flow_timesteps}")
         return schedule
+
+    def image_seq_len(self, height: int, width: int) -> int | None:
+        """Tokens of an image of that size, which the pipeline's dynamic shifting goes by; ``None`` without any."""
+        return None
 
     def _index(self, path: str | Path, options: Mapping[str, Any]) -> dict[str, Any]:
         """The pipeline's ``model_index.json``."""
