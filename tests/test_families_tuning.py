@@ -264,7 +264,7 @@ def test_a_saved_adapter_samples_the_same_in_its_pipeline(toy: str, tmp_path: Pa
     assert save_lora(family, network, tmp_path) == tmp_path / "pytorch_lora_weights.safetensors"
     assert os.listdir(tmp_path) == ["pytorch_lora_weights.safetensors"]
     pipeline = pipeline_of(toy)
-    pipeline.load_lora_weights(tmp_path)
+    pipeline.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
     loaded = getattr(pipeline, family.network)
     given = network_input(toy)
     with torch.no_grad():
@@ -306,7 +306,7 @@ def test_gathered_tensors_are_saved_in_place_of_the_networks(toy: str, tmp_path:
         for name, parameter in network.named_parameters():
             parameter += "lora_" in name
     pipeline = pipeline_of(toy)
-    pipeline.load_lora_weights(tmp_path)
+    pipeline.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
     assert torch.equal(sample(toy, getattr(pipeline, family.network)), sample(toy, network))
 
     network = family.load_network(folder_of(toy))
@@ -376,10 +376,15 @@ def test_the_card_says_what_was_done() -> None:
     assert (rows["pairs"], rows["hash"], rows["data"], rows["steps"]) == ("12", "abc123", "pairs.jsonl", "7")
     assert (rows["rank"], rows["alpha"], rows["date"]) == ("2", "5.0", "2026-01-02")
     assert {"torch", "diffusers", "peft", "sipo"} <= rows.keys()
+    assert rows["`pytorch_lora_weights.safetensors`, here"].startswith("diffusers")
+    assert rows["`sipo export RUN --format kohya`"].startswith("kohya-ss's sd-scripts")
+    assert rows["`sipo export RUN --format comfyui`"].startswith("ComfyUI")
     assert str(Path.home()) not in card
     full = card_of("wan", "/srv/models/wan", "full")
     assert "base_model" not in full and "/srv" not in full and "| rank |" not in full
-    assert "text-to-video" in full
+    assert "text-to-video" in full and "| `transformer/`, here | diffusers |" in full and "export" not in full
+    cog = card_of("cogvideox", "THUDM/CogVideoX-2b", "lora")
+    assert "export RUN --format comfyui" in cog and "kohya" not in cog
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])

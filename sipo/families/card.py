@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import sipo
 from sipo.families.base import Family
+from sipo.families.lora_files import formats_of
 from sipo.loss import convert_beta
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ def model_card(
         *_loading(family, model.path, lora),
         "```",
         "",
+        *_table("Files", _files(family, lora)),
         *_table("Loss", settings.items()),
         *_table("Training", tuned.items()),
         *_table("Data", source.items()),
@@ -103,6 +105,8 @@ def model_card(
 
 
 def _loading(family: Family, base: str, lora: bool) -> list[str]:
+    from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+
     pipeline = family.pipeline_class
     lines = [
         f"from diffusers import {pipeline}" if lora else f"from diffusers import {pipeline}, {family.network_class}"
@@ -113,12 +117,25 @@ def _loading(family: Family, base: str, lora: bool) -> list[str]:
     here = '"."'
     if lora:
         lines += ["", f"pipeline = {pipeline}.from_pretrained({where})"]
-        lines += [f"pipeline.load_lora_weights({here})  # the folder that this file is in"]
+        # Named: diffusers 0.36 to 0.38, at least, look for the file themselves only where they may go online.
+        file = json.dumps(LORA_WEIGHT_NAME_SAFE)
+        lines += [f"pipeline.load_lora_weights({here}, weight_name={file})  # the folder that this file is in"]
     else:
         loaded = f"{family.network_class}.from_pretrained({here}, subfolder={json.dumps(family.network)})"
         lines += ["", f"{family.network} = {loaded}  # the folder that this file is in"]
         lines += [f"pipeline = {pipeline}.from_pretrained({where}, {family.network}={family.network})"]
     return lines
+
+
+def _files(family: Family, lora: bool) -> list[tuple[str, str]]:
+    """Which file is for which tool."""
+    if not lora:
+        return [(f"`{family.network}/`, here", "diffusers")]
+    kohya = f"kohya-ss's {'musubi-tuner' if family.video else 'sd-scripts'}, and tools that take its files"
+    tools = {"kohya": kohya, "comfyui": "ComfyUI"}
+    others = [(f"`sipo export RUN --format {name}`", tools[name]) for name in formats_of(family) if name in tools]
+    strength = ("strength to load them at", "1; alpha / rank is in the weights")
+    return [("`pytorch_lora_weights.safetensors`, here", "diffusers"), *others, strength]
 
 
 def _table(title: str, rows: Iterable[tuple[str, Any]]) -> list[str]:
