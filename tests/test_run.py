@@ -87,7 +87,7 @@ def test_weights_reload_in_the_pipeline_and_sample_the_same(trained: tuple[str, 
     name, folder = trained
     family, kept = get(name), config.load(example(name))
     pipeline = getattr(diffusers, family.pipeline_class).from_pretrained(folder / "cache-toy" / "model")
-    pipeline.load_lora_weights(folder / "run" / "weights")
+    pipeline.load_lora_weights(folder / "run" / "weights", weight_name="pytorch_lora_weights.safetensors")
     height, width = kept.data.sizes[0]
     size = {"height": height, "width": width, "frames": kept.data.frames}
     drawn = family.sample(pipeline, getattr(pipeline, family.network), kept.samples.prompts, seed=0, steps=2, **size)

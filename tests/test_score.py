@@ -246,7 +246,7 @@ def test_a_run_is_scored_by_the_weights_that_it_saved(
     family = get("sd15")
     pipeline = getattr(diffusers, family.pipeline_class).from_pretrained(opened.model_path)
     base = copy.deepcopy(pipeline.unet)
-    pipeline.load_lora_weights(run / "weights")
+    pipeline.load_lora_weights(run / "weights", weight_name="pytorch_lora_weights.safetensors")
     expected = score_pairs(pipeline.unet, base, opened.schedule, held_out, family.predict, beta=1000.0, draws=4)
     assert expected.margin.abs().min() > 1e-3
     columns = {"margin": expected.margin, "margin_se": expected.margin_se, "reward_chosen": expected.chosen}
