@@ -375,12 +375,16 @@ def test_two_processes_are_one_with_twice_the_batch(shared: Path, tmp_path: Path
         assert [line["step"] for line in one] == [line["step"] for line in two] != []
         for single, double in zip(one, two, strict=True):
             for key in single.keys() - {"seconds", "step", "kind"}:
-                # AdamW's first steps make much of a gradient's last bits, and beta more of what comes of it.
-                budget = 1e-5 if single["step"] == 1 else 5e-3
+                # AdamW's first steps make much of a gradient's last bits, and beta more of what comes of it. The margin
+                # is half of beta (1000) times a difference of two gaps that may nearly cancel: it is as exact as they.
+                budget, least = 1e-5 if single["step"] == 1 else 5e-3, 1e-6
+                if key.endswith("reward_margin"):
+                    gaps = (abs(single[key.replace("reward_margin", gap)]) for gap in ("win_gap", "lose_gap"))
+                    least += budget * 500 * sum(gaps)
                 if single[key] is None:  # a spread of one step
                     assert double[key] is None, (key, single["step"])
                     continue
-                assert double[key] == pytest.approx(single[key], rel=budget, abs=1e-6), (key, single["step"])
+                assert double[key] == pytest.approx(single[key], rel=budget, abs=least), (key, single["step"])
     weights = [
         load_file(tmp_path / place / "run" / "weights" / "pytorch_lora_weights.safetensors") for place in ("one", "two")
     ]
