@@ -55,7 +55,11 @@ SMALLER: dict[str, Callable[[Any], Any]] = {
 }
 QUIET = {"training.progress": False, "training.tensorboard": False, "training.log_every": 1, "samples.steps": 2}
 # Options of commands, and sizes in Python blocks.
-SMALLER_OPTIONS = {"--frames": lambda frames: str(int(frames) // 9), "--fps": lambda fps: str(float(fps) / 2)}
+SMALLER_OPTIONS = {
+    "--frames": lambda frames: str(int(frames) // 9),
+    "--fps": lambda fps: str(float(fps) / 2),
+    "--checkpoint": lambda step: str(int(step) // 500),
+}
 SMALLER_PYTHON = {
     r"\bheight=\d+": "height=32",
     r"\bwidth=\d+": "width=32",

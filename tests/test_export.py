@@ -3,36 +3,44 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sipo.families import get
-from sipo.families.tuning import load_saved, prepare_lora, save_lora
+from sipo import cli, config
+from sipo.families import FAMILIES, get
+from sipo.families.lora_files import Adapter, read_adapter, write_adapter
+from sipo.families.tuning import load_saved, save_lora
+from sipo.training import storage
 from tests.family_cases import TOYS, family_of, folder_of, network_input, pipeline_of
+from tests.original_names import NETWORK_CONFIGS, WIDTH, comfyui_keys, diffusers_rows, kohya_keys, patched
 from tests.test_families_tuning import lora_network
 
 each_toy = pytest.mark.parametrize("toy", TOYS)
 
-ALPHA = 5.0  # of rank 2 or 3: neither a scale of 1 nor one that floating point has exactly
+Added = dict[int, Tensor]
+
+RANK = 3
+ALPHA = 5.0  # of rank 2 or 3: a scale that is no power of two
 
 # The fields of peft 0.17.1's LoraConfig: https://github.com/huggingface/peft/blob/v0.17.1/src/peft/tuners/lora/config.py
 # with those of PeftConfig and PeftConfigMixin. That release refuses a file's metadata if it has any other.
-PEFT_0_17 = set(
-    """
-    alpha_pattern auto_mapping base_model_name_or_path bias corda_config eva_config exclude_modules fan_in_fan_out
-    inference_mode init_lora_weights layer_replication layers_pattern layers_to_transform loftq_config lora_alpha
-    lora_bias lora_dropout megatron_config megatron_core modules_to_save peft_type qalora_group_size r rank_pattern
-    revision runtime_config target_modules target_parameters task_type trainable_token_indices use_dora use_qalora
-    use_rslora
-    """.split()
-)
+PEFT_0_17 = {
+    *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "eva_config"),
+    *("exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layer_replication"),
+    *("layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha", "lora_bias", "lora_dropout"),
+    *("megatron_config", "megatron_core", "modules_to_save", "peft_type", "qalora_group_size", "r", "rank_pattern"),
+    *("revision", "runtime_config", "target_modules", "target_parameters", "task_type", "trainable_token_indices"),
+    *("use_dora", "use_qalora", "use_rslora"),
+}
 
 
 def predictions(toy: str, network: Any) -> Tensor:
@@ -73,5 +81,310 @@ def test_the_metadata_has_only_what_old_peft_knows(dropout: float, tmp_path: Pat
         "transformer.r": 2,
         "transformer.lora_alpha": 2,  # alpha / rank is in the weights
         "transformer.target_modules": ["ffn.net.2", "to_k", "to_v"],
+        "transformer.rank_pattern": {},  # diffusers 0.35 fails without
         **({"transformer.lora_dropout": dropout} if dropout else {}),
     }
+
+
+# ---- What other tools find ----
+
+
+def adapter_of(family: str, modules: Iterable[str] | None = None, alpha: float = ALPHA) -> tuple[Adapter, Added]:
+    """An adapter of a model of full size's names, of every module that can have one, and what it adds to each row."""
+    generator = torch.Generator().manual_seed(0)
+    tensors, added = {}, {}
+    for module, rows in diffusers_rows(family).items():
+        if modules is None or module in modules:
+            a, b = (torch.randn(size, generator=generator) for size in ((RANK, WIDTH), (len(rows), RANK)))
+            tensors |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+            added.update(zip(rows, alpha / RANK * (b.double() @ a.double()), strict=True))
+    return Adapter.of_tensors(tensors, alpha / RANK), added
+
+
+def written(family: str, adapter: Adapter, format: str, folder: Path) -> dict[str, Tensor]:
+    write_adapter(get(family), adapter, folder / "lora.safetensors", format, NETWORK_CONFIGS.get(family))
+    return load_file(folder / "lora.safetensors")
+
+
+def assert_adds(found: Added, expected: Added) -> None:
+    assert found.keys() == expected.keys()
+    rows = sorted(expected)
+    both = (torch.stack([added[row] for row in rows]) for added in (found, expected))
+    torch.testing.assert_close(*both, rtol=1e-6, atol=1e-6)
+
+
+# The attention layers that are adapted by default, as many as the published models have.
+ATTENTION = {"sd15": 128, "sdxl": 560, "sd3": 24 * 4 + 13 * 4, "cogvideox": 120, "wan": 240}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_comfyui_finds_every_layer(family: str, tmp_path: Path) -> None:
+    """The names of the files that were all there was before match none, but for SD3's."""
+    ends = get(family).lora_targets
+    attention = [m for m in diffusers_rows(family) if m.endswith(tuple(f".{end}" for end in ends))]
+    assert len(attention) == ATTENTION[family]
+    for modules in (attention, None):
+        adapter, expected = adapter_of(family, modules)
+        assert_adds(patched(comfyui_keys(family), written(family, adapter, "comfyui", tmp_path)), expected)
+        before = patched(comfyui_keys(family), written(family, adapter, "diffusers", tmp_path))
+        assert len(before) == (len(expected) if family == "sd3" else 0)
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "wan"])
+def test_kohyas_scripts_find_every_layer(family: str, tmp_path: Path) -> None:
+    adapter, expected = adapter_of(family)
+    tensors = written(family, adapter, "kohya", tmp_path)
+    assert_adds(patched(kohya_keys(family), tensors), expected)
+    # And so does a reader that takes no notice of alpha.
+    assert_adds(patched(kohya_keys(family), {n: t for n, t in tensors.items() if "alpha" not in n}), expected)
+
+
+def test_parts_of_sd3s_attention_are_filled_up_with_zeros(tmp_path: Path) -> None:
+    block, other = "transformer_blocks.3.attn", "transformer_blocks.5.attn2"
+    adapter, expected = adapter_of("sd3", [f"{block}.to_v", f"{block}.to_q", f"{block}.add_k_proj", f"{other}.to_k"])
+    tensors = written("sd3", adapter, "kohya", tmp_path)
+    assert tensors["lora_unet_joint_blocks_3_x_block_attn_qkv.lora_down.weight"].shape == (2 * RANK, WIDTH)
+    found = patched(kohya_keys("sd3"), tensors)
+    assert all(not found.pop(row).any() for row in found.keys() - expected.keys())
+    assert_adds(found, expected)
+
+
+def test_kohyas_names_of_sd15_are_those_that_diffusers_makes(tmp_path: Path) -> None:
+    from diffusers.utils import convert_state_dict_to_kohya
+
+    adapter, _ = adapter_of("sd15")
+    theirs = convert_state_dict_to_kohya(written("sd15", adapter, "diffusers", tmp_path))
+    ours = written("sd15", adapter, "kohya", tmp_path)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], tensor.to(ours[name].dtype)) for name, tensor in theirs.items())
+
+
+ROUND_TRIPS = [
+    ("sd15", "kohya", ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "conv1")),
+    ("sdxl", "kohya", ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_out", "conv2")),
+    ("wan", "comfyui", ("to_q", "to_k", "to_v", "to_out.0")),
+    ("wan", "kohya", ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")),  # it reads no fewer
+]
+
+
+@pytest.mark.parametrize(("toy", "format", "targets"), ROUND_TRIPS)
+def test_diffusers_reads_other_tools_files(toy: str, format: str, targets: Any, tmp_path: Path) -> None:
+    family, network = family_of(toy), lora_network(toy, alpha=ALPHA, target_modules=targets)
+    adapter = read_adapter(family, save_lora(family, network, tmp_path))
+    write_adapter(family, adapter, tmp_path / "other.safetensors", format, network.config)
+    pipeline = pipeline_of(toy)
+    pipeline.load_lora_weights(tmp_path, weight_name="other.safetensors")
+    loaded = getattr(pipeline, family.network)
+    assert sum(".lora_A." in key for key in loaded.state_dict()) == len(adapter.layers)
+    torch.testing.assert_close(predictions(toy, loaded), predictions(toy, network), rtol=1e-5, atol=1e-5)
+
+
+# ---- Reading ----
+
+
+@pytest.mark.parametrize(("saved", "own"), [(ALPHA, ALPHA), (ALPHA, 1.0), (4.0, 2.0)])
+def test_a_saved_adapter_counts_the_same_whatever_the_networks_alpha(saved: float, own: float, tmp_path: Path) -> None:
+    trained, other = lora_network("sd3", rank=3, alpha=saved), lora_network("sd3", rank=3, alpha=own)
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if "lora_" in name:
+                parameter.zero_()
+    save_lora(get("sd3"), trained, tmp_path)
+    load_saved(get("sd3"), other, tmp_path)
+    torch.testing.assert_close(predictions("sd3", other), predictions("sd3", trained), rtol=1e-6, atol=1e-6)
+    if saved == own:
+        for (name, a), (_, b) in zip(trained.named_parameters(), other.named_parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=2**-23, atol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize(
+    ("config", "scale"),
+    [
+        ({"r": 2, "lora_alpha": 5}, 2.5),
+        ({"r": 4, "lora_alpha": 6, "use_rslora": True}, 3.0),
+        ({"lora_alpha": 8}, 4.0),  # the rank is that of the tensors
+        ({}, 1.0),
+    ],
+)
+def test_a_scale_in_metadata_is_taken_into_the_weights(config: dict[str, Any], scale: float, tmp_path: Path) -> None:
+    rank = config.get("r", 2)
+    names = {"unet.mid.to_q.lora_A.weight": torch.ones(rank, 3), "unet.mid.to_q.lora_B.weight": torch.ones(5, rank)}
+    metadata = {"lora_adapter_metadata": json.dumps({f"unet.{name}": value for name, value in config.items()})}
+    save_file(names, tmp_path / "lora.safetensors", metadata=metadata)
+    adapter = read_adapter(get("sd15"), tmp_path / "lora.safetensors")
+    (pair,) = adapter.layers.values()
+    assert torch.equal(pair[0], torch.ones(rank, 3)) and torch.equal(pair[1], torch.full((5, rank), scale))
+    assert adapter.rank == rank and adapter.target_modules == ("mid.to_q",)
+
+
+FACTOR = torch.zeros(2, 2)
+UNREADABLE = [
+    ({"unet.to_q.lora_A.weight": FACTOR}, {}, "to_q has lora_A alone, expected lora_A and lora_B"),
+    ({"unet.to_q.lora_magnitude_vector": FACTOR}, {}, "to_q.lora_magnitude_vector is no weight of LoRA"),
+    ({"text_encoder.to_q.bias": FACTOR}, {}, "text_encoder.to_q.bias is not the unet's"),
+    ({}, {}, "no weights, expected"),
+    ({}, {"unet.alpha_pattern": {"to_q": 3}}, r"its metadata has alpha_pattern=\{'to_q': 3\}, expected one scale"),
+    (
+        {f"unet.{m}.lora_{x}.weight": torch.zeros(r, r) for m, r in (("a", 2), ("b", 3)) for x in "AB"},
+        {},
+        r"layers of ranks \[2, 3\], expected one rank",
+    ),
+]
+
+
+@pytest.mark.parametrize(("tensors", "config", "message"), UNREADABLE)
+def test_what_is_no_plain_lora_is_refused_in_one_line(
+    tensors: dict[str, Tensor], config: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    save_file(tensors, file, metadata={"lora_adapter_metadata": json.dumps(config)})
+    with pytest.raises(ValueError, match=message) as caught:
+        read_adapter(get("sd15"), file)
+    assert str(caught.value).startswith(f"{file}: ") and "\n" not in str(caught.value)
+
+
+def test_damaged_files_are_one_line_errors(tmp_path: Path) -> None:
+    network, whole = lora_network("sd15"), get("sd15").load_network(folder_of("sd15"))
+    lora = save_lora(get("sd15"), network, tmp_path)
+    full = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    full.parent.mkdir()
+    full.write_bytes(b"half")
+    lora.write_bytes(lora.read_bytes()[:-100])
+    for file, into in ((lora, network), (full, whole)):
+        with pytest.raises(ValueError, match=r"[Ss]afetensor|header|buffer") as caught:
+            load_saved(get("sd15"), into, tmp_path)
+        assert str(caught.value).startswith(f"{file}: ") and "\n" not in str(caught.value)
+
+
+# ---- The command ----
+
+
+class Alone:
+    """What :func:`sipo.training.storage.write` asks of an accelerator."""
+
+    is_main_process = True
+
+    def wait_for_everyone(self) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """The folder of a run of SDXL with two checkpoints and an average; and the network, which is the average."""
+    folder = tmp_path_factory.mktemp("runs") / "cats"
+    network = lora_network("sdxl", rank=3, alpha=ALPHA)
+    folder.mkdir()
+    settings = config.from_dict(
+        {
+            "model": {"family": "sdxl", "path": str(folder_of("sdxl")), "lora": {"rank": 3, "alpha": ALPHA}},
+            "data": {"path": "toy", "cache": str(folder / "cache")},
+            "training": {"output_dir": str(folder), "steps": 2},
+        }
+    )
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings.as_dict()))
+    save_lora(get("sdxl"), network, folder / "weights")
+    average = {name: tensor.clone() for name, tensor in network.state_dict().items() if ".lora_" in name}
+    for step in (1, 2):
+        weights = {name: tensor * step + 1 for name, tensor in average.items()} | {"pos_embed": torch.ones(1)}
+        shared = {"model.safetensors": weights} | ({"ema.safetensors": average} if step == 2 else {})
+        storage.write(
+            folder / "checkpoints", step, shared=shared, own=lambda _: None, state={}, keep=0, accelerator=Alone()
+        )
+    return folder, network
+
+
+def export(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """What ``sipo export`` prints; an error's line without what all begin with."""
+    status = cli.main(["export", *map(str, words)])
+    printed = capsys.readouterr()
+    assert (status == 0) == (not printed.err) and (printed.out + printed.err).count("\n") == 1
+    return (printed.out or printed.err.removeprefix("sipo: error: ")).rstrip("\n")
+
+
+def test_a_run_is_exported_under_its_name(
+    run: tuple[Path, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, network = run
+    file = folder / "cats-kohya.safetensors"
+    words = (folder, "--format", "kohya")
+    assert export(capsys, *words) == f"{file}: 64 layers of rank 3, to be loaded at strength 1"
+    pipeline = pipeline_of("sdxl")
+    pipeline.load_lora_weights(folder, weight_name=file.name)
+    torch.testing.assert_close(predictions("sdxl", pipeline.unet), predictions("sdxl", network), rtol=1e-5, atol=1e-5)
+    # Nothing is lost that is there already.
+    file.write_bytes(b"mine")
+    assert export(capsys, *words) == f"{file}: is there already; --force replaces it, --output names another"
+    assert file.read_bytes() == b"mine"
+    monkeypatch.chdir(folder)
+    assert export(capsys, ".", "--format", "kohya", "--force").startswith("cats-kohya.safetensors: 64 layers")
+    assert len(load_file(file)) == 3 * 64
+
+    def full(tensors: Any, filename: Any, *args: Any, **options: Any) -> None:
+        Path(filename).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    assert export(capsys, *words, "--force") == "disk full"
+    assert len(load_file(file)) == 3 * 64 and not list(folder.glob(".*"))
+
+
+def test_checkpoints_are_exported_by_step_with_their_average(
+    run: tuple[Path, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = run
+    options = ("--format", "diffusers", "--checkpoint")
+    export(capsys, folder, *options, "1")
+    export(capsys, folder, *options, "latest", "--output", tmp_path / "new" / "l.safetensors")
+    first = load_file(folder / "cats-step-00000001-diffusers.safetensors")
+    latest = load_file(tmp_path / "new" / "l.safetensors")
+    saved = load_file(folder / "weights" / "pytorch_lora_weights.safetensors")
+    assert saved.keys() == latest.keys() == first.keys()
+    assert all(torch.equal(latest[name], tensor) for name, tensor in saved.items())
+    scales = {name: ALPHA / 3 if ".lora_B." in name else 1.0 for name in saved}
+    for name, tensor in saved.items():
+        torch.testing.assert_close(first[name], tensor + scales[name], rtol=1e-5, atol=1e-6)
+    assert metadata_of(tmp_path / "new" / "l.safetensors") == metadata_of(
+        folder / "weights" / "pytorch_lora_weights.safetensors"
+    )
+
+
+def test_what_cannot_be_exported_is_said_in_one_line(
+    run: tuple[Path, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "other"
+    shutil.copytree(run[0], folder)
+    kohya = (folder, "--format", "kohya", "--force")
+    where = folder / "checkpoints"
+    cases = [
+        ((tmp_path, "--format", "kohya"), f"{tmp_path}: no config.yaml, expected the folder of a run of `sipo train`"),
+        ((*kohya, "--checkpoint", "3"), "--checkpoint 3: expected one of 1, 2, or 'latest'"),
+        ((*kohya, "--output", tmp_path / "a.bin"), f"--output {tmp_path / 'a.bin'}: expected a name that ends in"),
+        ((*kohya, "model.lora.ranks=3"), "model.lora.ranks: no such key, did you mean model.lora.rank?"),
+        ((*kohya, "model.path=/nowhere/at/all"), "model.path='/nowhere/at/all': cannot read the configuration of its"),
+        ((*kohya, "model.family=cogvideox"), "--format='kohya': no LoRA of cogvideox is read in it, expected"),
+        ((*kohya, "model.tuning=full"), "model.tuning='full': expected 'lora'; diffusers loads"),
+        ((*kohya, "model.family=sd3"), f"{folder}/weights/pytorch_lora_weights.safetensors: unet."),
+    ]
+    for words, message in cases:
+        assert export(capsys, *words).startswith(message)
+    (folder / "dir.safetensors").mkdir()
+    assert "is a folder" in export(capsys, *kohya, "--output", folder / "dir.safetensors")
+    (where / "step-00000002" / "ema.safetensors").write_bytes(b"")
+    assert export(capsys, *kohya, "--checkpoint", "latest").startswith(f"{where / 'step-00000002'}: damaged, ema")
+    shutil.rmtree(where)
+    assert export(capsys, *kohya, "--checkpoint", "latest") == f"--checkpoint latest: no checkpoint in {where}"
+    shutil.rmtree(folder / "weights")
+    assert "not there, weights come last; --checkpoint" in export(capsys, *kohya)
+    with pytest.raises(SystemExit):
+        cli.main(["export", str(folder), "--format", "a1111"])
+    assert "invalid choice: 'a1111'" in capsys.readouterr().err
+    assert not list(folder.rglob("other-*"))
+
+
+def test_a_module_without_an_original_name_is_named(tmp_path: Path) -> None:
+    factors = {f"blocks.0.norm2.lora_{letter}.weight": torch.ones(2, 2) for letter in "AB"}
+    adapter = Adapter.of_tensors(factors, 1.0)
+    with pytest.raises(ValueError, match=r"blocks\.0\.norm2: wan's original code has no module for it"):
+        write_adapter(get("wan"), adapter, tmp_path / "lora.safetensors", "comfyui")
+    assert not list(tmp_path.iterdir())

@@ -160,6 +160,9 @@ def read_adapter(family: Family, file: Path) -> Adapter:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
             known = json.loads((opened.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
         known = {name.removeprefix(start): value for name, value in known.items() if name.startswith(start)}
+        for name in tensors:
+            if not name.startswith(start):
+                raise ValueError(f"{name} is not the {family.network}'s")
         tensors = {name.removeprefix(start): tensor for name, tensor in tensors.items()}
         rank = known.get("r") or min((len(t) for name, t in tensors.items() if ".lora_A." in name), default=1)
         options = {"target_modules": known.get("target_modules") or (), "dropout": known.get("lora_dropout", 0.0)}
@@ -177,9 +180,12 @@ def _scale(config: Mapping[str, Any], rank: int) -> float:
 
 
 def _metadata(family: Family, adapter: Adapter) -> dict[str, Any]:
-    """What diffusers makes peft's LoraConfig of. A release of peft refuses names that came after it: no defaults."""
+    """What diffusers makes peft's LoraConfig of. A release of peft refuses names that came after it: no defaults.
+
+    But for rank_pattern, which diffusers 0.35 looks at without asking whether it is there.
+    """
     rank, targets = adapter.rank, list(adapter.target_modules)
-    config: dict[str, Any] = {"r": rank, "lora_alpha": rank, "target_modules": targets}
+    config: dict[str, Any] = {"r": rank, "lora_alpha": rank, "target_modules": targets, "rank_pattern": {}}
     if adapter.dropout:
         config["lora_dropout"] = adapter.dropout
     return {f"{family.network}.{name}": value for name, value in config.items()}
@@ -216,7 +222,7 @@ def _kohya(family: Family, adapter: Adapter, config: Mapping[str, Any]) -> dict[
         tensors |= {
             f"{name}.lora_down.weight": a,
             f"{name}.lora_up.weight": b,
-            f"{name}.alpha": torch.tensor(float(len(a))),
+            f"{name}.alpha": torch.tensor(float(len(a)), dtype=torch.float32),
         }
     return tensors
 

@@ -26,7 +26,7 @@ from sipo.training.config import CheckpointError
 from sipo.training.optimization import Average
 from sipo.training.storage import found
 
-__all__ = ["found", "load", "save"]
+__all__ = ["found", "load", "save", "weights"]
 
 _MODEL, _OPTIMIZER, _AVERAGE = "model.safetensors", "optimizer.safetensors", "ema.safetensors"
 
@@ -134,6 +134,19 @@ def load(
     if accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
     return step, window, dict(state["progress"])
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    """What a checkpoint would become as a run's weights: its moving average where it has one, else the weights.
+
+    Raises:
+        CheckpointError: not a complete checkpoint.
+    """
+    try:
+        return load_file(folder / (_AVERAGE if (folder / _AVERAGE).is_file() else _MODEL))
+    except (OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{folder}: not a complete checkpoint ({type(error).__name__}: {reason})") from error
 
 
 def _flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -1,0 +1,121 @@
+"""``sipo export``: the LoRA of a run, or of one of its checkpoints, as one file in another tool's format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from sipo import config as configuration
+from sipo.config import Config, ConfigError
+from sipo.families import Family, get
+from sipo.families.lora_files import Adapter, check_format, needs_network_config, read_adapter, write_adapter
+from sipo.families.tuning import ADAPTER
+from sipo.run import model_folder
+from sipo.training import checkpoint, storage
+from sipo.training.config import CheckpointError
+
+
+def export_run(
+    target: Path,
+    overrides: Iterable[str] = (),
+    *,
+    format: str,
+    checkpoint_step: str | None = None,
+    output: Path | None = None,
+    force: bool = False,
+) -> tuple[Path, Adapter]:
+    """Writes a run's adapter to a file; nothing of the run is changed.
+
+    Args:
+        target: folder of a run of ``sipo train``.
+        overrides: ``section.key=value`` laid over its configuration: ``model.path``, where the model has moved.
+        format: one of ``sipo.families.lora_files.FORMATS``.
+        checkpoint_step: in place of the run's weights, those of a checkpoint, by its step, or "latest".
+        output: file to write; named after run, step and format in the run's folder if left out.
+        force: replace a file that is there.
+
+    Returns:
+        The file, and what was written to it.
+
+    Raises:
+        ConfigError: no run; full tuning; a format that the family does not have; a file that is there already.
+        CheckpointError: no such checkpoint, or a damaged one.
+        FileNotFoundError: no weights yet; for SDXL, a model whose configuration cannot be read.
+        ValueError: weights that are not such an adapter.
+    """
+    file = target / "config.yaml"
+    if not file.is_file():
+        raise ConfigError(f"{target}: no config.yaml, expected the folder of a run of `sipo train`")
+    config = configuration.load(file, overrides)
+    family = get(config.model.family)
+    if config.model.tuning != "lora":
+        whole = target / "weights" / family.network
+        raise ConfigError(f"model.tuning={config.model.tuning!r}: expected 'lora'; diffusers loads {whole} as it is")
+    try:
+        check_format(family, format)
+    except ValueError as error:
+        raise ConfigError(f"--{error}") from error
+    # Before anything is named after it: a folder "." has no name.
+    step = None if checkpoint_step is None else _checkpoint(target / "checkpoints", checkpoint_step)
+    name = "-".join(filter(None, (target.resolve().name, step and step.name, format)))
+    output = output or target / f"{name}.safetensors"
+    if output.suffix != ".safetensors":
+        raise ConfigError(f"--output {output}: expected a name that ends in .safetensors, which other tools look for")
+    if output.is_dir():
+        raise ConfigError(f"{output}: is a folder, expected a file to write")
+    if output.exists() and not force:
+        raise ConfigError(f"{output}: is there already; --force replaces it, --output names another")
+    adapter = _of_weights(family, target / "weights") if step is None else _of_checkpoint(family, config, step)
+    network_config = _network_config(family, config) if needs_network_config(family, format) else None
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_adapter(family, adapter, output, format, network_config)
+    return output, adapter
+
+
+def _of_weights(family: Family, folder: Path) -> Adapter:
+    from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+
+    file = folder / LORA_WEIGHT_NAME_SAFE
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: not there, weights come last; --checkpoint exports what there is before")
+    return read_adapter(family, file)
+
+
+def _of_checkpoint(family: Family, config: Config, folder: Path) -> Adapter:
+    lora, tag = config.model.lora, f".{ADAPTER}."
+    # SD3 and CogVideoX have buffers beside the adapter.
+    tensors = {name.replace(tag, "."): t for name, t in checkpoint.weights(folder).items() if ".lora_" in name}
+    scale = 1.0 if lora.alpha is None else lora.alpha / lora.rank
+    targets = lora.target_modules or family.lora_targets
+    try:
+        return Adapter.of_tensors(tensors, scale, targets, lora.dropout)
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+
+
+def _checkpoint(root: Path, wanted: str) -> Path:
+    found = {str(storage.step_of(folder)): folder for folder in storage.found(root)}
+    if not found:
+        raise CheckpointError(f"--checkpoint {wanted}: no checkpoint in {root}")
+    folder = found.get(wanted) or (list(found.values())[-1] if wanted == storage.LATEST else None)
+    if folder is None:
+        raise CheckpointError(f"--checkpoint {wanted}: expected one of {', '.join(found)}, or {storage.LATEST!r}")
+    if fault := storage.damage(folder):
+        raise CheckpointError(f"{folder}: damaged, {fault}")
+    return folder
+
+
+def _network_config(family: Family, config: Config) -> dict[str, Any]:
+    """The configuration of the run's network, which says how SDXL's blocks are numbered."""
+    import diffusers
+
+    path = model_folder(config)
+    try:
+        found: dict[str, Any] = getattr(diffusers, family.network_class).load_config(
+            path, subfolder=family.network, revision=config.model.revision
+        )
+    except OSError as error:
+        reason = f"cannot read the configuration of its {family.network}, by which its blocks are numbered"
+        raise FileNotFoundError(f"model.path={path!r}: {reason}; model.path=... names where it is now") from error
+    return found

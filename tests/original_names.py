@@ -1,0 +1,208 @@
+"""The modules of the families' models as their original code names them, and ComfyUI's and kohya's ways to find them.
+
+Written from the models' own definitions and from ComfyUI's loader (``comfy/lora.py``, ``comfy/weight_adapter/lora.py``,
+``comfy/utils.py``), not from ``sipo.families.lora_names``: what is called what in diffusers comes from diffusers' own
+converters of original checkpoints. Names are those of full size, tensors have a few elements.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WIDTH = 4  # columns of every weight, and rows of most
+Rows = dict[str, list[int]]  # of a weight, by its name: which rows of all rows of the model
+
+
+def _unet(down: list[int], middle: int, up: list[int], added: bool) -> Iterator[str]:
+    """Linear layers and convolutions of an ldm UNet of two layers a block; the depth of its transformers by block."""
+
+    def resnet(place: str, shortcut: bool) -> Iterator[str]:
+        yield from (f"{place}.in_layers.2", f"{place}.emb_layers.1", f"{place}.out_layers.3")
+        if shortcut:
+            yield f"{place}.skip_connection"
+
+    def transformer(place: str, depth: int) -> Iterator[str]:
+        yield from (f"{place}.proj_in", f"{place}.proj_out")
+        for i in range(depth):
+            block = f"{place}.transformer_blocks.{i}"
+            for attention in ("attn1", "attn2"):
+                yield from (f"{block}.{attention}.{part}" for part in ("to_q", "to_k", "to_v", "to_out.0"))
+            yield from (f"{block}.ff.net.0.proj", f"{block}.ff.net.2")
+
+    yield from ("time_embed.0", "time_embed.2", "input_blocks.0.0", "out.2")
+    if added:
+        yield from ("label_emb.0.0", "label_emb.0.2")
+    place = 1
+    for block, depth in enumerate(down):
+        for layer in range(2):
+            yield from resnet(f"input_blocks.{place}.0", shortcut=layer == 0 and block in (1, 2))
+            if depth:
+                yield from transformer(f"input_blocks.{place}.1", depth)
+            place += 1
+        if block < len(down) - 1:
+            yield f"input_blocks.{place}.0.op"
+            place += 1
+    yield from resnet("middle_block.0", shortcut=False)
+    yield from transformer("middle_block.1", middle)
+    yield from resnet("middle_block.2", shortcut=False)
+    place = 0
+    for block, depth in enumerate(up):
+        for layer in range(3):
+            yield from resnet(f"output_blocks.{place}.0", shortcut=True)
+            if depth:
+                yield from transformer(f"output_blocks.{place}.1", depth)
+            if layer == 2 and block < len(up) - 1:
+                yield f"output_blocks.{place}.{2 if depth else 1}.conv"
+            place += 1
+
+
+def _sd3(depth: int = 24, dual: int = 13) -> Iterator[str]:
+    """Stable Diffusion 3.5 medium."""
+    yield from ("x_embedder.proj", "context_embedder", "t_embedder.mlp.0", "t_embedder.mlp.2")
+    yield from ("y_embedder.mlp.0", "y_embedder.mlp.2", "final_layer.linear", "final_layer.adaLN_modulation.1")
+    for i in range(depth):
+        for side in ("context_block", "x_block"):
+            block = f"joint_blocks.{i}.{side}"
+            yield from (f"{block}.attn.qkv", f"{block}.adaLN_modulation.1")
+            if side == "x_block" or i < depth - 1:  # what the text becomes after the last block, nobody asks
+                yield from (f"{block}.attn.proj", f"{block}.mlp.fc1", f"{block}.mlp.fc2")
+        if i < dual:
+            yield from (f"joint_blocks.{i}.x_block.attn2.qkv", f"joint_blocks.{i}.x_block.attn2.proj")
+
+
+def _wan(depth: int = 30) -> Iterator[str]:
+    """Wan 2.1 text to video, 1.3B."""
+    yield from ("patch_embedding", "text_embedding.0", "text_embedding.2", "time_embedding.0", "time_embedding.2")
+    yield from ("time_projection.1", "head.head")
+    for i in range(depth):
+        for attention in ("self_attn", "cross_attn"):
+            yield from (f"blocks.{i}.{attention}.{part}" for part in "qkvo")
+        yield from (f"blocks.{i}.ffn.0", f"blocks.{i}.ffn.2")
+
+
+# CogVideoX: ComfyUI's class (comfy/ldm/cogvideo/model.py) against diffusers'; nobody else has names for it.
+COGVIDEOX = {
+    "patch_embed.proj": "patch_embed.proj",
+    "patch_embed.text_proj": "patch_embed.text_proj",
+    "time_embedding_linear_1": "time_embedding.linear_1",
+    "time_embedding_linear_2": "time_embedding.linear_2",
+    "norm_out.linear": "norm_out.linear",
+    "proj_out": "proj_out",
+}
+for _i in range(30):
+    COGVIDEOX |= {
+        f"blocks.{_i}.{ours}": f"transformer_blocks.{_i}.{theirs}"
+        for ours, theirs in (
+            ("q", "attn1.to_q"),
+            ("k", "attn1.to_k"),
+            ("v", "attn1.to_v"),
+            ("attn_out", "attn1.to_out.0"),
+            ("ff_proj", "ff.net.0.proj"),
+            ("ff_out", "ff.net.2"),
+            ("norm1.linear", "norm1.linear"),
+            ("norm2.linear", "norm2.linear"),
+        )
+    }
+
+MODULES = {
+    "sd15": list(_unet([1, 1, 1, 0], 1, [0, 1, 1, 1], added=False)),
+    "sdxl": list(_unet([0, 2, 10], 10, [10, 2, 0], added=True)),
+    "sd3": list(_sd3()),
+    "wan": list(_wan()),
+    "cogvideox": list(COGVIDEOX),
+}
+NETWORK_CONFIGS: dict[str, dict[str, Any]] = {
+    "sd15": {"layers_per_block": 2},
+    "sdxl": {
+        "layers_per_block": 2,
+        "addition_embed_type": "text_time",
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    },
+}
+
+
+@functools.cache
+def original_rows(family: str) -> Rows:
+    """The rows of every weight by its original name, numbered through."""
+    rows, first = {}, 0
+    for module in MODULES[family]:
+        count = WIDTH * (3 if module.endswith("qkv") else 1)
+        if "adaLN_modulation" in module:  # shift and scale of the last layers, and six of the others
+            last = module.startswith(("final_layer", "joint_blocks.23.context_block"))
+            count = WIDTH * (2 if last else 6)
+        rows[module] = list(range(first, first + count))
+        first += count
+    return rows
+
+
+@functools.cache
+def diffusers_rows(family: str) -> Rows:
+    """Which of these rows diffusers puts where, by its modules."""
+    from diffusers.loaders import single_file_utils as converters
+
+    original = original_rows(family)
+    if family == "cogvideox":
+        return {theirs: original[ours] for ours, theirs in COGVIDEOX.items()}
+    start = "model.diffusion_model."
+    weights = {
+        f"{start}{module}.{kind}": torch.tensor(rows, dtype=torch.float64)[:, None]
+        for module, rows in original.items()
+        for kind in ("weight", "bias")
+    }
+    if family == "sd3":
+        weights[f"{start}pos_embed"] = torch.zeros(1)
+        converted = converters.convert_sd3_transformer_checkpoint_to_diffusers(weights)
+    elif family == "wan":
+        converted = converters.convert_wan_transformer_to_diffusers(weights)
+    else:
+        converted = converters.convert_ldm_unet_checkpoint(weights, NETWORK_CONFIGS[family])
+    return {
+        name.removesuffix(".weight"): [int(row) for row in tensor.flatten()]
+        for name, tensor in converted.items()
+        if name.endswith(".weight")
+    }
+
+
+def comfyui_keys(family: str) -> Rows:
+    """The names that ComfyUI looks for in a file, and the rows of its model that each stands for."""
+    keys: Rows = {}
+    for module, rows in original_rows(family).items():
+        keys[f"diffusion_model.{module}"] = rows
+        keys[f"lora_unet_{module.replace('.', '_')}"] = rows
+    if family in ("sd15", "sdxl"):
+        for module, rows in diffusers_rows(family).items():
+            keys[f"lora_unet_{module.replace('.', '_')}"] = rows
+            processor = module.replace(".to_", ".processor.to_")
+            processor = processor.removesuffix(".0") if processor.endswith(".to_out.0") else processor
+            keys[processor] = keys[f"unet.{processor}"] = rows
+    if family == "sd3":
+        for module, rows in diffusers_rows(family).items():
+            keys[f"transformer.{module}"] = keys[f"base_model.model.{module}"] = rows
+            keys[f"lora_transformer_{module.replace('.', '_')}"] = rows
+    return keys
+
+
+def kohya_keys(family: str) -> Rows:
+    """The names in the files of kohya-ss's scripts: of diffusers' network for SD1.5, of the original one otherwise."""
+    modules = diffusers_rows(family) if family == "sd15" else original_rows(family)
+    return {f"lora_unet_{module.replace('.', '_')}": rows for module, rows in modules.items()}
+
+
+def patched(keys: Rows, tensors: Mapping[str, Tensor]) -> dict[int, Tensor]:
+    """What is added to each row of the model, by the loader that both tools have; every tensor must be used."""
+    added: dict[int, Tensor] = {}
+    used = set()
+    for key, rows in keys.items():
+        for up, down in ((".lora_up.weight", ".lora_down.weight"), (".lora_B.weight", ".lora_A.weight")):
+            if key + up in tensors:
+                a, b = tensors[key + down], tensors[key + up]
+                alpha = tensors.get(f"{key}.alpha")
+                scale = 1.0 if alpha is None else alpha.item() / len(a)
+                added.update(zip(rows, scale * (b.double() @ a.double()), strict=True))
+                used |= {key + up, key + down, f"{key}.alpha"}
+    return added if tensors.keys() <= used else {}
