@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -13,6 +14,7 @@ import torch
 from golden_cases import load_ratio_scales
 from torch import Tensor
 
+from benchmarks.previous_level import markdown, rows
 from sipo import NoiseSchedule
 from sipo.diffusers_schedulers import with_settings
 
@@ -355,6 +357,15 @@ def test_settings_of_a_user_hold_for_the_sampler_too() -> None:
     check_grid(static, schedule)
     wan = with_settings(diffusers.UniPCMultistepScheduler(**FLOW_UNIPC, flow_shift=3.0), shift=5.0)
     assert (wan.config.flow_shift, NoiseSchedule.from_scheduler(wan).shift) == (5.0, 5.0)
+
+
+def test_how_far_the_previous_level_is_off_is_what_the_page_says() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "math.md").read_text(encoding="utf-8")
+    assert markdown() in page
+    factors = {row.name: row.factors for row in rows()}
+    few = {name: len(each) for name, each in factors.items() if len(each) != 49}
+    assert few == {"DPM-Solver++, Karras": 49 - 8}
+    assert sum(max(each) - min(each) < 1e-3 for each in factors.values()) >= 4
 
 
 def test_subclass_of_a_scheduler() -> None:
