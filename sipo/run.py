@@ -13,7 +13,7 @@ import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -34,7 +34,7 @@ from sipo.data.cache import Cache, CacheError, OtherSettingsError, open_cache, o
 from sipo.data.pairs import CachedPairs, DrawnPairs, split
 from sipo.data.precompute import CacheSummary, fingerprint, precompute_pairs
 from sipo.data.readers import open_pairs
-from sipo.data.records import DataError
+from sipo.data.records import DataError, PairReader
 from sipo.data.references import References, open_references, precompute_references, reference_marks
 from sipo.data.toy import make_toy_pairs
 from sipo.data.weights import PLACE, weight_hashes
@@ -47,6 +47,8 @@ from sipo.schedule import DEFAULT_INFERENCE_STEPS, NoiseSchedule
 from sipo.training import AdapterOff, Reference, TrainingWarning, make_accelerator
 from sipo.training.protocols import PairDataset
 from sipo.training.sharded import round_whole, whole_dtype
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -201,10 +203,13 @@ def prepare_data(
         run.weights(network=True, verify=True)
     marks, summary = fingerprint(config.model, config.data, weights), None
     whole = pairs_are_whole(run.cache, marks)
-    accelerator.wait_for_everyone()  # or one process would mend what another has yet to look at
-    try:
+    reader, missing = _open_source(run, ask=whole)  # and no process mends what another has yet to look at
+    if missing and (verify or not whole):
+        raise DataError(missing)
+    said = [f"not compared with its pairs, used as they were encoded: {missing}"]
+    if reader is not None:
         summary = precompute_pairs(
-            open_pairs(run.data_path, config.data.format, config.data.split, config.data.streaming),
+            reader,
             run.family,
             lambda: run.load_encoders().to(accelerator.device),
             run.cache,
@@ -217,11 +222,6 @@ def prepare_data(
             accelerator=accelerator,
             progress=progress,
         )
-    except DataError as error:
-        if verify or not pairs_are_whole(run.cache, marks):
-            raise
-        said = [f"not compared with its pairs, used as they were encoded: {error}"]
-    else:
         summary = _of_all(summary, accelerator)
         said = summary.news()
     _free()
@@ -237,18 +237,40 @@ def prepare_data(
     return Prepared(cache, references, summary)
 
 
+def _open_source(run: Run, ask: bool) -> tuple[PairReader | None, str]:
+    """The pairs, or why there are none; the same in every process.
+
+    Args:
+        run: of :func:`open_run`.
+        ask: whether they must be able to say that they have not changed, as a hub that is out of reach is not.
+    """
+    data, reader, missing = run.config.data, None, ""
+    try:
+        reader = open_pairs(run.data_path, data.format, data.split, data.streaming)
+        if ask:
+            getattr(reader, "state", str)()
+    except DataError as error:
+        missing = str(error)
+    missing = next(filter(None, _gathered(missing, run.accelerator)), "")
+    return (None, missing) if missing else (reader, "")
+
+
 def _of_all(summary: CacheSummary, accelerator: Accelerator) -> CacheSummary:
     """What all processes have done to the cache, each with shards of its own."""
-    if accelerator.num_processes == 1:
-        return summary
-    all_of_them: list[CacheSummary] = gather_object([summary])
+    everyone = _gathered(summary, accelerator)
     return dataclasses.replace(
         summary,
-        written=sum(each.written for each in all_of_them),
-        kept=sum(each.kept for each in all_of_them),
-        absent=sum(each.absent for each in all_of_them),
-        changes=[change for each in all_of_them for change in each.changes],
+        written=sum(each.written for each in everyone),
+        kept=sum(each.kept for each in everyone),
+        absent=sum(each.absent for each in everyone),
+        changes=[change for each in everyone for change in each.changes],
     )
+
+
+def _gathered(value: _T, accelerator: Accelerator) -> list[_T]:
+    """Every process's, in every process."""
+    found: list[_T] = gather_object([value]) if accelerator.num_processes > 1 else [value]
+    return found
 
 
 def _references(run: Run, cache: Cache, repair: bool, refuse_changes: bool, progress: bool) -> References:

@@ -78,7 +78,8 @@ def test_text_is_restored_in_its_full_length(tmp_path: Path, dtype: str) -> None
 def test_nothing_is_left_aside(tmp_path: Path) -> None:
     build(tmp_path)
     names = {name.partition(".")[0] for name in files(tmp_path)}
-    assert names == {"index", "unconditional", *(f"{k}-0000{n}" for k in ("latents", "text") for n in range(3))}
+    shards = [f"{kind}-0000{number}" for kind in ("latents", "text") for number in range(3)]
+    assert names == {"index", "files", "unconditional", *shards}
 
 
 def test_a_shard_cut_short_is_named_when_the_cache_is_opened(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sipo import cli
+from sipo.config import ModelConfig
 from sipo.data import changes
 from sipo.data.cache import INDEX, CacheError, open_cache
 from sipo.data.check import BadPair
@@ -21,6 +22,8 @@ from sipo.data.media import write_image
 from sipo.data.precompute import CacheSummary
 from sipo.data.readers import JsonlReader, PickapicReader
 from sipo.data.records import DataError
+from sipo.data.weights import weight_hashes
+from sipo.families import get
 from sipo.families.toy import build_toy
 from tests.data_sets import PickapicBuilder, noise
 from tests.small_family import Accelerator, Pipeline, build, in_processes
@@ -249,6 +252,18 @@ def test_new_times_alone_encode_nothing_and_are_read_once(data: Path, monkeypatc
     (data.parent / "b" / "2.bmp").touch()
     assert encode(data, pipeline).kept == 3 and len(read_files) == 13
     assert not pipeline.encoded and not changed(before, data.parent.parent / "cache")
+
+
+def test_rows_are_not_read_where_nothing_has_changed(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = []
+    rows = JsonlReader.__iter__
+    monkeypatch.setattr(JsonlReader, "__iter__", lambda self: reads.append(1) or rows(self))
+    assert encode(data).kept == 3 and not reads
+    data.touch()
+    assert encode(data).kept == 3 and len(reads) == 1
+    assert encode(data).kept == 3 and len(reads) == 1
+    (data.parent.parent / "cache" / "files.json").write_text("{")  # which only saves time
+    assert encode(data).kept == 3 and len(reads) == 2
 
 
 def test_verify_finds_what_sizes_and_times_do_not_show(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -515,6 +530,41 @@ def test_errors_of_another_network_under_the_same_path_are_not_used(
     assert place.run("train", *ERRORS, run="again") == 0
     assert len(place.errors()) == 6 and len({each.sum().item() for each in place.errors()}) == 6
     assert not changed(before, place.cache)  # latents and text do not depend on it
+
+
+def test_weights_of_a_hub_are_known_by_their_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = tmp_path / "models--owner--name"
+    for commit in ("a" * 40, "b" * 40):
+        (hub / "snapshots" / commit).mkdir(parents=True)
+        (hub / "snapshots" / commit / "model_index.json").write_text("{}")
+    (hub / "refs").mkdir()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+
+    def marks(revision: str | None = None) -> dict[str, str]:
+        model = ModelConfig(family="sd15", path="owner/name", revision=revision)
+        return weight_hashes(get("sd15"), "owner/name", model, tmp_path / "cache", network=True)
+
+    (hub / "refs" / "main").write_text("a" * 40)
+    assert marks() == {"path": "owner/name", "commit": "a" * 40}
+    (hub / "refs" / "main").write_text("b" * 40)
+    assert marks()["commit"] == "b" * 40
+    assert marks("a" * 40)["commit"] == "a" * 40  # so that a pinned run goes on
+
+
+def test_files_of_a_model_that_are_read(place: Place) -> None:
+    model = place.folder / "model"
+    (model / "unet" / "diffusion_pytorch_model.fp16-00001-of-00002.safetensors").write_bytes(b"1")
+    (model / "unet" / "diffusion_pytorch_model.safetensors.index.fp16.json").write_text("{}")
+
+    def names(variant: str | None, network: bool) -> set[str]:
+        config = ModelConfig(family="sd15", path=str(model), variant=variant)
+        return set(weight_hashes(get("sd15"), str(model), config, place.cache, network=network))
+
+    weights = "unet/diffusion_pytorch_model"
+    assert names(None, True) == {"unet/config.json", f"{weights}.safetensors"}
+    sharded = {f"{weights}.fp16-00001-of-00002.safetensors", f"{weights}.safetensors.index.fp16.json"}
+    assert names("fp16", True) == {"unet/config.json", *sharded}
+    assert {name.partition("/")[0] for name in names("fp16", False)} == {"vae", "text_encoder", "tokenizer"}
 
 
 def test_a_cache_of_another_format_is_one_line(place: Place, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ A cache is a folder. A shard is a safetensors file with a JSON file of the same 
     text-00000.safetensors      <key>.<name> for the prompts that no earlier shard has; trailing rows of zeros left out
     unconditional.safetensors   <name> of what caption dropout puts in a prompt's place
     index.json                  what the content depends on, and the size, hash and content of every shard
+    files.json                  names of the source's files, and a digest of their sizes and times
     weights.json                hashes of the model's files, so that each is read once (weights.py)
     references/                 errors of the reference (references.py)
 
@@ -41,13 +42,14 @@ from sipo.training.logs import write_aside
 # Another one whenever files are laid out otherwise, or the same pixels and text are encoded otherwise.
 FORMAT = 2
 INDEX = "index.json"
+FILES = "files.json"
 LATENTS, TEXT, UNCONDITIONAL = "latents", "text", "unconditional"
 
 # Streams of random numbers, beside those of sipo.training.data.
 FLIP, CROP, POSTERIOR, NOISE, TIMESTEP, CAPTION, HELD_OUT = range(100, 107)
 
 # Names that files are written under: write_shard's, write_aside's, and safetensors' own.
-_LEFTOVER = re.compile(r"\.((latents|text|errors)-\d+|unconditional|index)\..*|\.tmp\w{6}")
+_LEFTOVER = re.compile(r"\.((latents|text|errors)-\d+|unconditional|index|files|weights)\..*|\.tmp\w{6}")
 _WHOLE = {"path", "state", "pairs", "records", "ties", "skipped", "text_shapes", "text", "latents"}  # in an index
 _OPEN_SHARDS = 32  # that a process keeps open: there may be more shards than file handles
 _REMEDY = "`sipo precompute` rebuilds it"
@@ -115,9 +117,9 @@ def file_hash(path: Path) -> str:
     return state.hexdigest()
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON aside and renames it."""
-    write_aside(path, json.dumps(value, indent=1) + "\n")
+def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
+    """Writes JSON aside and renames it; without ``indent`` what is as large as the data set."""
+    write_aside(path, json.dumps(value, indent=indent) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterable, Mapping
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor
 from itertools import zip_longest
 from pathlib import Path
@@ -24,6 +25,7 @@ Row = list[Any]
 FileRecord = list[Any]
 """``[bytes, mtime_ns, ctime_ns, sha256]`` of a file; empty where there was none."""
 
+_NO_FILE = [-1, -1, -1]
 _SIDES = ("chosen", "rejected")
 _IN_MEMORY = "sha256:"
 
@@ -47,6 +49,19 @@ def record_file(path: Path) -> FileRecord:
         return [*found, file_hash(path)] if found else []
     except OSError:  # not readable, which decoding says better
         return []
+
+
+def files_digest(stamps: Iterable[list[int]]) -> str:
+    """Of sizes and times, in their order."""
+    numbers = array("q")
+    for found in stamps:
+        numbers.extend(found or _NO_FILE)
+    return hashlib.sha256(numbers.tobytes()).hexdigest()
+
+
+def stamps_of(names: Iterable[str], prefix: str) -> Iterator[list[int]]:
+    """Of files by the names that :func:`side_name` gives them."""
+    return (stamp(name if os.path.isabs(name) else prefix + name) for name in names)
 
 
 def side_name(source: Path | bytes, prefix: str) -> str:

@@ -84,11 +84,16 @@ class Part:
         return [text_key(prompt) for prompt in self.prompts]
 
 
+def prefix_of(reader: PairReader) -> str:
+    """What the names of a source's files leave out: its folder with a slash at its end, or nothing."""
+    root: Path | None = getattr(reader, "root", None)
+    return "" if root is None else f"{root.as_posix().rstrip('/')}/"
+
+
 def parts(reader: PairReader, settings: DataConfig, tally: Tally) -> Iterator[Part]:
     """Cuts the source into shards: which pair is in which follows from the source's order and nothing else."""
     seen: set[str] = set()
-    root = getattr(reader, "root", None)
-    prefix = "" if root is None else f"{root.as_posix().rstrip('/')}/"
+    prefix = prefix_of(reader)
     part = Part(0, prefix)
     candidates, last = 0, -1
     for record in reader:

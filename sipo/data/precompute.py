@@ -19,6 +19,7 @@ from torch import Tensor
 from sipo.config import DataConfig, ModelConfig
 from sipo.data.cache import (
     CROP,
+    FILES,
     FLIP,
     FORMAT,
     INDEX,
@@ -34,6 +35,7 @@ from sipo.data.cache import (
     intact_shard,
     other_path,
     read_index,
+    read_json,
     read_pairs_index,
     read_shard,
     remove_leftovers,
@@ -45,10 +47,19 @@ from sipo.data.cache import (
     write_json,
     write_shard,
 )
-from sipo.data.changes import FileRecord, compare_files, first_row_change, record_file, row_of, side_name
+from sipo.data.changes import (
+    FileRecord,
+    compare_files,
+    files_digest,
+    first_row_change,
+    record_file,
+    row_of,
+    side_name,
+    stamps_of,
+)
 from sipo.data.check import BadPair, load_pair
 from sipo.data.media import fit, nearest_size
-from sipo.data.parts import Part, Tally, ahead, parts
+from sipo.data.parts import Part, Tally, ahead, parts, prefix_of
 from sipo.data.records import DataError, PairReader, PairRecord
 from sipo.data.weights import PLACE
 from sipo.families.base import Condition, Family
@@ -204,10 +215,15 @@ def precompute_pairs(
     # What is not finished needs the rows and nothing else, which may be at hand where a hub is out of reach.
     with contextlib.suppress(*(() if finished is not None else (DataError,))):
         state = getattr(reader, "state", lambda: None)()
-    if finished is not None and state is not None and finished["state"] == state and not check_hashes and not verify:
-        return _summary(finished, 0, len(finished["latents"]), time.monotonic() - started)
+    unread = finished is not None and not check_hashes and not verify
+    if finished is not None and unread and _is_unchanged(folder, finished, reader, state, settings.path):
+        _stop_at_skipped(finished["latents"], settings)
+        for _ in range(0 if accelerator is None else 2):  # as below, should another process have seen a change
+            accelerator.wait_for_everyone()
+        return _summary(finished, 0, len(range(rank, len(finished["latents"]), world)), time.monotonic() - started)
     run = _Run(family, load_pipeline, folder, settings, marks, state, index)
     run.check_hashes, run.verify, run.refuse_changes = check_hashes, verify, refuse_changes
+    run.stale |= world > 1  # the others may have new times to be written down
     if finished is None:
         run.pipeline()  # sizes are checked before anything is written
         folder.mkdir(parents=True, exist_ok=True)
@@ -276,7 +292,7 @@ class _Run:
         self.changes: list[str] = []
         self._pipeline: Any = None
         self._begun = not self.finished  # whether the index says that the cache is being written
-        self._stale = self._begun  # whether the index has to be written anew
+        self.stale = self._begun  # whether the index has to be written anew
 
     def pipeline(self) -> Any:
         """The encoders, loaded when they are first needed."""
@@ -325,7 +341,7 @@ class _Run:
         now = [tally.records, tally.ties, self.settings.path, self.state]
         if self.check_hashes or self._begun:  # else another run may be reading, and writing down new times
             remove_leftovers(self.folder)
-        if not self._stale and not self.changes and found is not None and found["complete"] and counts == now:
+        if not self.stale and not self.changes and found is not None and found["complete"] and counts == now:
             return
         latents = [self._finished(shard_name(LATENTS, n)) for n in range(self.tally.parts)]
         text = [self._finished(name) for name in self._text_names()]
@@ -354,7 +370,13 @@ class _Run:
             "text": [shard.as_dict() for shard in text],
             "latents": [_indexed(shard) for shard in latents],
         }
-        write_json(self.folder / INDEX, index)
+        # Names before the index: until it is written, nothing relies on them.
+        files: dict[str, FileRecord] = {}
+        for shard in latents:
+            files |= shard.facts[_FILES]
+        seen = files_digest(record[:3] for record in files.values())
+        write_json(self.folder / FILES, {"digest": seen, "names": list(files)}, indent=None)
+        write_json(self.folder / INDEX, index, indent=None)
         remove_shards(self.folder, (LATENTS, TEXT), self.tally.parts)
 
     def _text_names(self) -> list[str]:
@@ -400,9 +422,8 @@ class _Run:
             self._compare(part, latents, pool)
         else:
             part.needs_latents = False
-        if latents is not None and not part.needs_latents and not self.settings.skip_bad:
-            for row, kind, reason in latents.facts["skipped"]:
-                raise _stop(row, kind, reason)
+        if latents is not None and not part.needs_latents:
+            _stop_at_skipped([latents.facts], self.settings)
 
     def _there(self, name: str) -> Shard | None:
         """A shard that is there and whole, as the finished index or its own JSON file has it."""
@@ -451,7 +472,7 @@ class _Run:
             if other:
                 raise
             return  # a cache that may only be read: new times are compared again the next time
-        self._stale |= not found.absent
+        self.stale |= not found.absent
 
     def _changed(self, change: str) -> None:
         """Keeps a change to be told, or refuses it."""
@@ -468,7 +489,7 @@ class _Run:
         """A cache that was finished is not while it is changed, so that nobody takes it for what it was."""
         if not self._begun:
             self.begin()
-        self._begun = self._stale = True
+        self._begun = self.stale = True
 
     def _prepare(self, item: tuple[Part, PairRecord | None]) -> _Decoded | None:
         """Decodes a pair and cuts it to size; runs in a thread."""
@@ -576,6 +597,24 @@ def _stop(row: int, kind: str, reason: str) -> BadPair:
         kind,
         f"row {row}: {reason} (data.skip_bad=true leaves such pairs out and counts them; `sipo data check` lists them)",
     )
+
+
+def _stop_at_skipped(shards: Iterable[dict[str, Any]], settings: DataConfig) -> None:
+    if not settings.skip_bad:
+        for shard in shards:
+            for row, kind, reason in shard["skipped"]:
+                raise _stop(row, kind, reason)
+
+
+def _is_unchanged(folder: Path, index: dict[str, Any], reader: PairReader, state: Any, path: str) -> bool:
+    """Whether neither rows nor files of a finished cache have changed, as far as sizes and times tell."""
+    if state is None or index["state"] != state or index["path"] != path:
+        return False
+    try:
+        files = read_json(folder / FILES)
+    except CacheError:
+        return False
+    return files is not None and files_digest(stamps_of(files["names"], prefix_of(reader))) == files["digest"]
 
 
 def _read_index(folder: Path, marks: dict[str, Any]) -> dict[str, Any] | None:

@@ -108,6 +108,10 @@ class JsonlReader:
         """The folder that paths are relative to."""
         return self.path.parent
 
+    def state(self) -> Any:
+        """Name, size and times of the file."""
+        return _states(self.root, [self.path])
+
     def __iter__(self) -> Iterator[PairRecord]:
         folder = self.root
         for row, value in read_lines(self.path):
@@ -222,12 +226,9 @@ class PickapicReader:
         Raises:
             DataError: nothing there, or a hub that cannot be reached.
         """
-        from sipo.data.changes import stamp
-
         place = Path(self.path)
         if place.exists():
-            found = [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file())
-            return [[path.relative_to(place).as_posix(), *stamp(path)] for path in found]
+            return _states(place, [place] if place.is_file() else sorted(filter(Path.is_file, place.rglob("*"))))
         from huggingface_hub import HfApi
 
         try:
@@ -315,6 +316,10 @@ class VideoDpoReader:
     def root(self) -> Path:
         """The folder that paths are relative to."""
         return self.folder
+
+    def state(self) -> Any:
+        """Names, sizes and times of both lists."""
+        return _states(self.folder, [self.folder / name for name in (_METADATA, _PAIRS)])
 
     def __iter__(self) -> Iterator[PairRecord]:
         clips = [_clip(self.folder, item) for item in _load_list(self.folder / _METADATA)]
@@ -407,6 +412,12 @@ def _load_list(path: Path) -> list[Any]:
 
 
 # ---- Shared ----
+
+
+def _states(folder: Path, paths: Iterable[Path]) -> list[list[Any]]:
+    from sipo.data.changes import stamp
+
+    return [[path.relative_to(folder).as_posix(), *stamp(path)] for path in paths]
 
 
 def is_number(value: Any) -> bool:
