@@ -266,7 +266,9 @@ def from_dict(tree: dict[str, Any]) -> Config:
 
 
 def _check(config: Config) -> None:
-    """What no single value shows."""
+    """What no single value shows, and ranges."""
+    from sipo.families.lora_files import check_lora
+
     model, data = config.model, config.data
     if model.reference == "adapter_off" and model.tuning != "lora":
         raise ConfigError("model.reference='adapter_off': expected model.tuning='lora', which has adapters")
@@ -274,12 +276,15 @@ def _check(config: Config) -> None:
         raise ConfigError(f"data.draws={data.draws}: expected at least 1, for the reference's errors to belong to")
     if model.reference == "errors" and not data.reference_errors:
         raise ConfigError("data.reference_errors=False: expected True with model.reference='errors'")
+    try:
+        check_lora(model.lora.rank, model.lora.alpha, model.lora.dropout)
+    except ValueError as error:
+        raise ConfigError(f"model.lora.{error}") from error
     for name, value, least in (
         ("data.frames", data.frames, 1),
         ("data.draws", data.draws, 0),
         ("data.held_out", data.held_out, 0),
         ("data.shard_pairs", data.shard_pairs, 1),
-        ("model.lora.rank", model.lora.rank, 1),
         ("samples.steps", config.samples.steps, 1),
     ):
         if value < least:

@@ -84,6 +84,20 @@ def scaled(tensor: Tensor, scale: float) -> Tensor:
     return tensor if scale == 1 else (tensor.double() * scale).float()
 
 
+def check_lora(rank: int, alpha: float | None, dropout: float) -> None:
+    """Refuses what no adapter can be made or trained with.
+
+    Raises:
+        ValueError: with the value's name.
+    """
+    if rank < 1:
+        raise ValueError(f"rank={rank}: expected at least 1")
+    if alpha is not None and not 0 < alpha < math.inf:
+        raise ValueError(f"alpha={alpha:g}: expected a finite number > 0")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout={dropout:g}: expected at least 0 and less than 1")
+
+
 def formats_of(family: Family) -> tuple[str, ...]:
     """The formats of :data:`FORMATS` that a family's LoRA can be written in."""
     known = {"diffusers": True, "kohya": family.name in _KOHYA, "comfyui": family.name in _COMFYUI}

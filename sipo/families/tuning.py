@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sipo.families.base import Family, evaluating, unwrapped
-from sipo.families.lora_files import Adapter, read_adapter, scaled, write_adapter
+from sipo.families.lora_files import Adapter, check_lora, read_adapter, scaled, write_adapter
 
 ADAPTER = "default"
 """The adapter's name inside the network, which is peft's default."""
@@ -50,13 +50,12 @@ def prepare_lora(
         gradient_checkpointing: whether to trade time for memory in the backward pass.
 
     Raises:
-        ValueError: a rank below 1, or a target that matches no such module.
+        ValueError: a rank below 1, an alpha or dropout out of range, or a target that matches no such module.
     """
     from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
 
-    if rank < 1:
-        raise ValueError(f"rank={rank}: expected at least 1")
+    check_lora(rank, alpha, dropout)
     if not target_modules:
         raise ValueError(f"target_modules={list(target_modules)}: expected at least one name")
     _check_targets(network, target_modules)
