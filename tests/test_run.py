@@ -126,6 +126,21 @@ def test_a_resumed_run_ends_with_the_bits_of_one_that_was_not_stopped(
     assert any(tensor.abs().sum() > 0 for key, tensor in one.items() if "lora_B" in key)
 
 
+def test_a_runs_lora_is_exported_from_its_weights_and_its_last_checkpoint(
+    trained: tuple[str, Path], tmp_path: Path
+) -> None:
+    """Which are the same; under names of each family's, for what reads no others."""
+    starts = {"sd15": "lora_unet_down_blocks_", "sdxl": "lora_unet_input_blocks_", "sd3": "transformer."}
+    name, folder = trained
+    files = [tmp_path / "weights.safetensors", tmp_path / "checkpoint.safetensors"]
+    for file, more in zip(files, ([], ["--checkpoint", "latest"]), strict=True):
+        command = ["export", str(folder / "run"), "--format", "comfyui", "--output", str(file), *more]
+        assert cli.main(command) == 0
+    weights = load_file(files[0])
+    assert any(key.startswith(starts.get(name, "diffusion_model.blocks.")) for key in weights)
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 def test_a_folder_with_a_run_is_not_overwritten(trained: tuple[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     name, folder = trained
     assert cli.main(["train", str(example(name)), *options(folder, 9)]) == 2
