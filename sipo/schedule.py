@@ -47,10 +47,11 @@ class NoiseSchedule:
     - ``kind="flow"``: σ in (0, 1] of any floating-point type, the share of noise. The model's own timesteps, in 0
       to 1000 for most, are ``σ * num_train_timesteps``, or ``(1 − σ) * num_train_timesteps`` with ``invert_sigmas``.
 
-    A value out of range, or NaN, is a ValueError on the CPU. Under ``torch.compile`` and on CUDA it trips an
-    assertion that no host waits for (``torch._assert_async``): a RuntimeError with the same text from a compiled
-    function on the CPU; on CUDA the text on stderr, and "device-side assert triggered" at the next synchronisation.
-    Where there is no assertion (``torch.jit.trace``, other devices) such a σ becomes NaN, and with it the loss.
+    A value out of range, or NaN, is a ValueError on the CPU. In compiled code, and in :meth:`ratio_scale` on CUDA, it
+    trips an assertion that no host waits for (``torch._assert_async``): a RuntimeError with the same text from a
+    compiled function on the CPU; on CUDA the text on stderr, and "device-side assert triggered" at the next
+    synchronisation. Where there is no assertion (``torch.jit.trace``, other devices, ROCm) such a σ becomes NaN, and
+    with it the loss.
 
     Attributes:
         kind: ``"discrete"`` (variance preserving, α² + σ² = 1) or ``"flow"`` (rectified flow, α = 1 − σ).
@@ -243,7 +244,7 @@ class NoiseSchedule:
         Raises:
             TypeError, ValueError: ``timesteps`` of the wrong type, shape or range.
         """
-        levels = self._levels(timesteps)
+        levels = self._levels(timesteps, asserted=True)  # every loss comes by here
         if self.kind == "discrete":
             return self._table("ratio_scale", levels.device).index_select(0, levels)
         return flow_ratio_scale(
@@ -374,9 +375,9 @@ class NoiseSchedule:
             self._device_tables[device] = tables
         return tables[name]
 
-    def _levels(self, timesteps: Tensor) -> Tensor:
+    def _levels(self, timesteps: Tensor, *, asserted: bool = False) -> Tensor:
         """Checked timesteps: int64 indices, or σ in the type that results have."""
-        return checked_levels(timesteps, self.kind, self.num_train_timesteps, self._in_range)
+        return checked_levels(timesteps, self.kind, self.num_train_timesteps, self._in_range, asserted=asserted)
 
     def _coefficients(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor, torch.dtype]:
         """α and σ shaped to multiply ``sample``, and the type to compute in: float32 or wider."""

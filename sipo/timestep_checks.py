@@ -17,7 +17,9 @@ def in_range(kind: str, num_train_timesteps: int) -> str:
     return f"an integer in [0, {num_train_timesteps})" if kind == "discrete" else "sigma in (0, 1]"
 
 
-def checked_levels(timesteps: Tensor, kind: str, num_train_timesteps: int, expected: str) -> Tensor:
+def checked_levels(
+    timesteps: Tensor, kind: str, num_train_timesteps: int, expected: str, *, asserted: bool = False
+) -> Tensor:
     """The noise levels that timesteps stand for.
 
     Args:
@@ -25,6 +27,8 @@ def checked_levels(timesteps: Tensor, kind: str, num_train_timesteps: int, expec
         kind: ``"discrete"`` or ``"flow"``.
         num_train_timesteps: Number of a discrete schedule's levels.
         expected: Of :func:`in_range`.
+        asserted: Whether an accelerator is to look at the values outside compiled code too, at the price of five small
+            launches. It needs none for integers, which are looked up by an operation with an assertion of its own.
 
     Returns:
         ``[N]``: int64 indices, or σ in the type that per-sample numbers have on that device.
@@ -57,13 +61,16 @@ def checked_levels(timesteps: Tensor, kind: str, num_train_timesteps: int, expec
         # σ = 1 may have been rounded up on the way
         low, high = torch.finfo(levels.dtype).tiny, 1 + ROUNDING * torch.finfo(timesteps.dtype).eps
 
-    if timesteps.device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+    compiled = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if timesteps.device.type == "cpu" and not compiled:
         wrong = _first_wrong(timesteps, levels, low, high)
         if wrong is not None:
             value = timesteps[wrong].item()
             if kind == "flow" and 1 < value <= num_train_timesteps:
                 expected += f", which is t / {num_train_timesteps} for a timestep t"
             raise ValueError(f"timesteps[{wrong}]={value!r}: expected {expected}")
+        return levels
+    if not (compiled or (asserted and timesteps.is_floating_point())):
         return levels
     right = _right(timesteps, levels, low, high)
     if timesteps.device.type in _ASSERTING_DEVICES:

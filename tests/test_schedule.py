@@ -284,19 +284,24 @@ def test_compiled_refuses_what_is_out_of_range(
         assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", ["discrete", "flow"])
-def test_an_accelerator_is_asserted_on_and_not_waited_for(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fake tensor raises where anyone asks for a value of it."""
-    schedule, timesteps = schedule_and_timesteps(kind)
+@pytest.mark.parametrize(
+    ("kind", "dtype", "asserts"),
+    [("flow", torch.float32, 1), ("discrete", torch.float32, 1), ("discrete", torch.int64, 0)],
+)
+def test_an_accelerator_is_asserted_on_and_not_waited_for(
+    kind: str, dtype: torch.dtype, asserts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fake tensor raises where anyone asks for a value of it. Indices are asserted on where they are looked up."""
+    schedule, _ = schedule_and_timesteps(kind)
     asserted: list[tuple[Tensor, str]] = []
     monkeypatch.setattr(torch, "_assert_async", lambda condition, message: asserted.append((condition, message)))
     with FakeTensorMode():
-        on_gpu = torch.empty(2, dtype=timesteps.dtype, device="cuda")
+        on_gpu = torch.empty(2, dtype=dtype, device="cuda")
         tables = {name: torch.empty(table.shape, device="cuda") for name, table in schedule._tables.items()}
         schedule._device_tables[on_gpu.device] = tables
         assert schedule.ratio_scale(on_gpu).device.type == "cuda"
         assert schedule.alpha_sigma(on_gpu)[0].device.type == "cuda"
-    assert len(asserted) == 2
+    assert len(asserted) == asserts
     for condition, message in asserted:
         assert (condition.device.type, condition.dtype, condition.shape) == ("cuda", torch.bool, ())
         assert len(message.encode()) < 255  # CUDA's limit
