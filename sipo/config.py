@@ -112,7 +112,7 @@ class DataConfig:
         draws: fixed (timestep, noise) draws for each pair; 0 draws anew each time, as training scripts do.
         reference_errors: compute the reference's error at each draw beforehand.
         seed: of crops, flips, latents and draws.
-        shard_pairs: pairs in one file of the cache.
+        shard_pairs: rows whose pairs are in one file of the cache.
     """
 
     path: str

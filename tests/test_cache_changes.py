@@ -127,6 +127,10 @@ def tie(lines: Lines) -> None:
     lines[5] |= {"chosen_score": 1, "rejected_score": 1}
 
 
+def tie_early(lines: Lines) -> None:
+    lines[1] |= {"chosen_score": 1, "rejected_score": 1}
+
+
 def empty_caption(lines: Lines) -> None:
     lines[3]["prompt"] = " "
 
@@ -141,6 +145,7 @@ ROWS: list[tuple[Change, list[str], str]] = [
     (drop_shard, [], "row 4: no longer a pair"),
     (add, ["latents-00003", "text-00003"], "row 6: a new pair"),
     (tie, ["latents-00002"], "row 5: no longer a pair"),
+    (tie_early, ["latents-00000"], "row 1: no longer a pair"),
 ]
 
 
@@ -153,7 +158,7 @@ def test_rows_that_have_changed_are_encoded_anew_and_no_others(
     write(data, lines)
     summary = encode(data)
     assert summary.changes[0] == said and said in summary.news()[0]
-    assert f"{summary.written} of {len(lines) // 2 + len(lines) % 2} shards encoded anew" in summary.news()[0]
+    assert f"{summary.written} of {(len(lines) + 1) // 2} shards encoded anew" in summary.news()[0]
     assert changed(before, data.parent.parent / "cache") == wanted
     assert_as_new(data)
     before, pipeline = written_at(data.parent.parent / "cache"), Pipeline()

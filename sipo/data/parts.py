@@ -91,7 +91,7 @@ def prefix_of(reader: PairReader) -> str:
 
 
 def parts(reader: PairReader, settings: DataConfig, tally: Tally) -> Iterator[Part]:
-    """Cuts the source into shards: which pair is in which follows from the source's order and nothing else."""
+    """Cuts the source into shards by the numbers of rows, so that a row more or less concerns its own shard alone."""
     seen: set[str] = set()
     prefix = prefix_of(reader)
     part = Part(0, prefix)
@@ -107,19 +107,19 @@ def parts(reader: PairReader, settings: DataConfig, tally: Tally) -> Iterator[Pa
             tally.ties += 1
             continue
         candidates += 1
+        if part.records and record.row // settings.shard_pairs != part.records[0].row // settings.shard_pairs:
+            tally.parts += 1
+            yield part
+            part = Part(tally.parts, prefix)
         key = text_key(record.prompt)
         part.records.append(record)
         part.keys.append(key)
         if not record.problem and key not in seen:
             seen.add(key)
             part.prompts.append(record.prompt)
-        if len(part.records) == settings.shard_pairs:
-            yield part
-            part = Part(part.number + 1, prefix)
-        tally.parts = part.number
     if part.records:
+        tally.parts += 1
         yield part
-        tally.parts = part.number + 1
 
 
 def ahead(
