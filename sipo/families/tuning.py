@@ -74,7 +74,8 @@ def prepare_lora(
 
 def prepare_full(network: nn.Module, *, gradient_checkpointing: bool = False) -> None:
     """Makes every weight of a diffusers network trainable, in float32 (mixed precision is the training loop's)."""
-    network.to(torch.float32).requires_grad_(True)
+    # diffusers' own to() warns that a cast rounds what it keeps in float32, whatever the type; this one rounds nothing.
+    nn.Module.to(network, torch.float32).requires_grad_(True)
     if gradient_checkpointing:
         network.enable_gradient_checkpointing()  # type: ignore[operator] # diffusers' ModelMixin
 

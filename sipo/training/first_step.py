@@ -87,7 +87,7 @@ class FirstStep:
         """The largest of all passes and processes, by ``NAMES``. Waits for the device; every process calls it."""
         most = self._most[None]
         if self.accelerator.num_processes > 1:
-            most = self.accelerator.gather(most)  # type: ignore[assignment] # a tensor's is a tensor
+            most = self.accelerator.gather(most)
         return dict(zip(NAMES, most.amax(0).tolist(), strict=True))
 
     def judge(self, found: dict[str, float]) -> tuple[bool, str | None]:
