@@ -158,8 +158,8 @@ def open_run(config: Config, accelerator: Accelerator | None = None) -> Run:
                 _made(toys / "pairs", lambda f: make_toy_pairs(f, video=family.video, seed=data.seed, **size))
             )
     steps = config.loss.num_inference_steps or DEFAULT_INFERENCE_STEPS
-    settings: dict[str, Any] = {"prediction_type": model.prediction_type, "shift": model.shift, "sizes": data.sizes}
-    schedule = family.load_schedule(model_path, steps, **settings, **_hub(model))
+    settings: dict[str, Any] = {"prediction_type": model.prediction_type, "shift": model.shift, **_hub(model)}
+    schedule = family.load_schedule(model_path, steps, sizes=data.sizes, **settings)
     return Run(config, family, accelerator, model_path, data_path, schedule)
 
 

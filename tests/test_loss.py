@@ -203,7 +203,7 @@ SCHEDULE = NoiseSchedule.discrete()
             ValueError,
             "prediction_type='v_prediction': expected None or 'epsilon'",
         ),
-        ({"schedule": "sd15"}, ValueError, "scheduler str is not known: expected one of DDPMScheduler"),
+        ({"schedule": "sd15"}, ValueError, "scheduler str is not modelled, it has no alphas_cumprod: expected"),
     ],
 )
 def test_construction_errors(options: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -86,7 +86,7 @@ def reference_fingerprint(
     dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
     """What reference errors depend on; see :func:`precompute_references` for the arguments."""
-    levels = "" if schedule.kind == "flow" else digest(_alphas(schedule))
+    levels = schedule.invert_sigmas if schedule.kind == "flow" else digest(_alphas(schedule))
     return {
         **{f"reference.{key}": value for key, value in reference.items()},
         "draws": draws,
