@@ -174,6 +174,7 @@ def _train(options: argparse.Namespace) -> int:
     import yaml
 
     from sipo import config as configuration
+    from sipo.analysis.facts import describe_held_out
     from sipo.train import run_training
     from sipo.training import TrainingAlarm, TrainingInterrupted, make_accelerator
 
@@ -192,10 +193,8 @@ def _train(options: argparse.Namespace) -> int:
             print(f"sipo: stopped after step {stop.step}; `{command}` goes on from there", file=sys.stderr)
         return INTERRUPTED
     if accelerator.is_main_process:
-        last = (trained.result.validation or [{}])[-1]
-        if "validation/loss" in last:
-            loss, accuracy = last["validation/loss"], last["validation/implicit_acc"]
-            print(f"held out: loss {loss:.4f}, implicit accuracy {accuracy:.1%}")
+        if trained.result.validation:
+            print(f"held out: {describe_held_out(trained.result.validation)}")
         print(f"weights, and how to load them: {trained.weights / 'README.md'}")
     return 0
 

@@ -20,7 +20,15 @@ from torch import Tensor
 
 from sipo import SIPOLoss, cli, cli_analysis
 from sipo import config as configuration
-from sipo.analysis.facts import LN2, gather
+from sipo.analysis.facts import (
+    LN2,
+    accuracy_se,
+    beyond_chance,
+    describe_held_out,
+    gather,
+    held_out,
+    pairs_to_tell,
+)
 from sipo.analysis.probe import Probe, judge_start, probe
 from sipo.analysis.report import ends, read_run, regroup, report_run
 from sipo.analysis.verdicts import Finding, judge
@@ -58,15 +66,17 @@ ALSO = {
     "learning": {"both_rise"},
     "stalled": {"beta_low", "pushing_loser"},
     "beta_low": {"pushing_loser"},
-    "nonfinite": {"learning", "both_rise"},
+    "nonfinite": {"cannot_tell", "both_rise"},
 }
+
+HELD_OUT = {"learning": 64, "memorising": 32}  # pairs of the validation at a run's end
 
 
 class Changed(InkPairs):
     """Ink pairs with something done to them."""
 
-    def __init__(self, digits: Digits, change: str, seed: int = 0) -> None:
-        super().__init__(digits, count={"broken": 400, "few random": 32}.get(change, 10_000), seed=seed)
+    def __init__(self, digits: Digits, change: str, seed: int = 0, count: int | None = None) -> None:
+        super().__init__(digits, count=count or {"broken": 400, "few random": 32}.get(change, 10_000), seed=seed)
         self.change = change
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
@@ -106,14 +116,13 @@ def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
                     progress=False,
                     tensorboard=False,
                     alarms="off",
-                    validate_every=steps if change == "few random" else 0,
+                    validate_every=steps if name in HELD_OUT else 0,
                 ),
                 accelerator=Accelerator(cpu=True),
-                validation=Changed(load_digits()[1], change, seed=1),
+                validation=Changed(load_digits()[1], change, seed=1, count=HELD_OUT.get(name)),
             )
             beta = beta or 1000.0
             summary = {"method": method, "beta": beta, "batch_size": BATCH, "weights": {"timesteps": [1, 2]}}
-            summary["data"] = {"held_out": 32}
             (folder / name / "summary.json").write_text(json.dumps(summary))
         return folder / name
 
@@ -142,7 +151,7 @@ def test_a_run_made_to_show_it_gets_that_verdict(name: str, run_of: Callable[[st
     facts = gather(run.lines, pairs_per_step=run.pairs_per_step, beta=run.beta)
     assert run.pairs_per_step == BATCH and facts.all_steps == RUNS[name][3]
     wanted = {
-        "learning": f"{facts.pair_loss:.3f}",
+        "learning": "of 64 ranked right at step 80",
         "stalled": f"`model_mse` {facts.model:.3g}",
         "beta_low": f"beta = {facts.beta:.4g}",
         "pushing_loser": f"`win_gap` {facts.win:+.3g}",
@@ -150,7 +159,7 @@ def test_a_run_made_to_show_it_gets_that_verdict(name: str, run_of: Callable[[st
         "satisfied": f"loss of {facts.pair_loss:.2g}",
         "not_learning": f"mean logit of {facts.margin:.2g}",
         "chance": f"about {facts.pairs} pairs",
-        "memorising": "of 32 held-out ones at step 80",
+        "memorising": "of 32 ranked right at step 80",
         "nonfinite": f"{facts.broken_pairs} pairs",
         "broken": "4 of 4 steps",
     }
@@ -190,8 +199,16 @@ def lines(count: int = 20, **changes: Any) -> list[dict[str, Any]]:
     return [{"step": 10 * (n + 1), **healthy, **changes} for n in range(count)]
 
 
-def names(found: list[dict[str, Any]], **options: Any) -> list[str]:
-    return [finding.name for finding in judge(found, **({"pairs_per_step": 16} | options))]
+def validation(accuracy: float | None = 0.8, pairs: int = 256, **changes: Any) -> list[dict[str, Any]]:
+    """The validation of that run."""
+    values = {"implicit_acc": accuracy, "pairs": pairs, "loss": 0.5, "active_fraction": 0.95, "nonfinite_pairs": 0}
+    values |= {"no_preference_loss": 0.95 * LN2} | changes
+    return [{"step": 200, "kind": "validation", **{f"validation/{name}": value for name, value in values.items()}}]
+
+
+def names(found: list[dict[str, Any]], seen: list[dict[str, Any]] | None = None, **options: Any) -> list[str]:
+    seen = validation() if seen is None else seen
+    return [finding.name for finding in judge(found, seen, **({"pairs_per_step": 16} | options))]
 
 
 def test_verdicts_on_logs_as_others_have_them() -> None:
@@ -213,17 +230,117 @@ def test_verdicts_on_logs_as_others_have_them() -> None:
     rare = lines(200)
     rare[3]["nonfinite_pairs"] = 1
     assert names(rare) == ["nonfinite", "learning"]
-    assert judge(rare, pairs_per_step=16)[0].severity == "warning"
+    assert judge(rare, validation(), pairs_per_step=16)[0].severity == "warning"
     assert names([{"step": 5, "loss": 0.5}]) == ["unknown"]
     assert names(lines(loss=None, nonfinite_pairs=160, nonfinite_steps=10)) == ["nonfinite"]
     # A loss with another link is not compared with ln 2.
     assert names(lines(loss=40.0), plain=False) == ["learning"] and names(lines(loss=40.0)) == ["beta_high"]
-    # Half of the held-out pairs ranked right: of 400 that says something, of 4 nothing.
-    half = [{"step": 200, "kind": "validation", "validation/implicit_acc": 0.5}]
-    assert [finding.name for finding in judge(lines(), half, pairs_per_step=16, held_out=400)] == ["memorising"]
-    assert [finding.name for finding in judge(lines(), half, pairs_per_step=16, held_out=4)] == ["learning"]
-    held_out = [{"step": 200, "kind": "validation", "validation/implicit_acc": 0.71}]
-    assert "71 % of held-out pairs ranked right at step 200" in said(judge(lines(), held_out, pairs_per_step=16)[0])
+    # With dpo_cm's weights a pair costs at most ln 2: a loss above it is too high all the same, one below says nothing.
+    assert names(lines(**real | {"loss": 0.69, "reward_margin": 0.01}), weighted=True) == ["learning"]
+    (found,) = judge(lines(**real | {"loss": 0.9, "reward_margin": 3.0}), pairs_per_step=16, weighted=True)
+    assert found.name == "beta_high" and "preferring nothing would cost at most 0.693" in said(found)
+
+
+# ---- What held-out pairs can show ----
+
+
+def verdict(seen: list[dict[str, Any]], **changes: Any) -> Finding:
+    (found,) = judge(lines(**changes), seen, pairs_per_step=16)
+    return found
+
+
+def test_memorised_coin_flips_are_not_learning() -> None:
+    """83 % of training pairs against 59 % of 16 held out, which just misses two standard errors of memorising."""
+    found = verdict(validation(9.5 / 16, 16, loss=0.9), implicit_acc=0.83)
+    assert (found.name, found.severity) == ("cannot_tell", "note")
+    assert found.sentence == "Cannot tell whether it learns: 16 held-out pairs, ranked no better than chance explains."
+    assert found.evidence[0] == "held-out pairs: 59 % ± 12 % of 16 ranked right at step 200 (`validation/implicit_acc`)"
+    assert "their loss is 0.947 for a pair that takes part, 0.693 without any preference" in found.evidence
+    assert "training pairs: 83 % ± 1.5 % of about 640 pairs ranked right in steps 161 to 200" in found.evidence[2]
+    assert found.advice == ("about 130 held-out pairs tell 60 % from chance, 460 tell 55 %; 59 % would take about 150",)
+    # Where they are evidence enough, it is found; and without any, training pairs alone tell nothing.
+    assert verdict(validation(0.5, 400), implicit_acc=0.83).name == "memorising"
+    assert verdict(validation(0.5, 16), implicit_acc=0.99).name == "memorising"
+    for seen in ([], validation(None, 0, loss=None), [{"step": 200, "validation/loss": 0.5}]):
+        found = verdict(seen)
+        assert (found.name, found.severity) == ("cannot_tell", "note") and "no held-out pairs" in found.sentence
+        assert "data.held_out and training.validate_every" in found.advice[0]
+
+
+def test_good_takes_a_ranking_and_a_loss_and_the_last_validation() -> None:
+    assert verdict(validation(0.7, 256)).severity == "good"
+    assert "held-out pairs: 70 % ± 2.9 % of 256 ranked right at step 200" in verdict(validation(0.7, 256)).evidence[0]
+    # Ranked right, at a loss that is no better than that of a policy that prefers nothing.
+    for loss in (0.95 * LN2, 0.8):
+        found = verdict(validation(0.7, 256, loss=loss))
+        assert (found.name, found.severity) == ("overconfident", "warning")
+    # Of another link: what a policy without preference loses is in the log, and ln 2 is nowhere asked for.
+    ipo = {"loss": 0.22, "no_preference_loss": 0.25}
+    assert verdict(validation(0.7, 256, **ipo)).severity == "good"
+    assert verdict(validation(0.7, 256, **ipo | {"loss": 0.26})).name == "overconfident"
+    found = verdict(validation(0.7, 256, no_preference_loss=None))
+    assert (found.name, found.severity) == ("cannot_tell", "note") and "is not in the log" in found.sentence
+    # Looking often must not pay: the best validation of many is good by luck.
+    assert verdict([*validation(0.95, 64), *validation(0.55, 64)]).name != "learning"
+    # One validation has no active pairs left: nothing is below nothing.
+    assert verdict(validation(0.7, 256, loss=0.0, no_preference_loss=0.0, active_fraction=0.0)).severity != "good"
+
+
+def test_coin_flips_are_hardly_ever_called_good() -> None:
+    """Every outcome of n flips with its probability, each at a loss that would do: one in forty at most is good."""
+
+    def good(pairs: int, p: float) -> float:
+        shares = [math.comb(pairs, k) * p**k * (1 - p) ** (pairs - k) for k in range(pairs + 1)]
+        return sum(s for k, s in enumerate(shares) if verdict(validation(k / pairs, pairs)).severity == "good")
+
+    for pairs in (1, 5, 8, 16, 64, 256):
+        assert good(pairs, 0.5) <= 0.025, pairs
+    # What is really learnt is found: 70 % with 256 pairs nearly always, with 64 in seven of eight validations.
+    assert good(256, 0.7) > 0.9999 and good(64, 0.7) == pytest.approx(0.878, abs=0.001)
+
+
+def test_a_run_on_random_labels_is_never_good() -> None:
+    """Logits that have nothing to do with the label, of every size, over 1,000 validations of each number of pairs."""
+    generator = torch.Generator().manual_seed(0)
+    for pairs in (8, 16, 64, 256):
+        found = []
+        for scale in (0.01, 0.1, 0.5, 3.0):
+            logits = scale * torch.randn(250, pairs, generator=generator, dtype=torch.float64)
+            losses = torch.nn.functional.softplus(-logits).mean(1).tolist()
+            accuracies = (logits > 0).double().mean(1).tolist()
+            options = {"no_preference_loss": LN2, "active_fraction": 1.0}
+            found += [
+                verdict(validation(accuracy, pairs, loss=loss, **options)).severity
+                for accuracy, loss in zip(accuracies, losses, strict=True)
+            ]
+        assert len(found) == 1000 and found.count("good") <= 25, pairs
+
+
+def test_the_number_of_pairs_that_would_tell_is_one_that_does() -> None:
+    for accuracy in (0.52, 0.55, 0.6, 0.7, 0.8, 0.95, 1.0):
+        pairs = pairs_to_tell(accuracy)
+        assert beyond_chance(accuracy, pairs) and not beyond_chance(accuracy, pairs // 2), accuracy
+    assert not beyond_chance(5 / 5, 5) and beyond_chance(6 / 6, 6)  # 1/32 and 1/64
+    assert not beyond_chance(11.5 / 16, 16) and beyond_chance(12 / 16, 16) is False and beyond_chance(13 / 16, 16)
+    assert beyond_chance(0.501, 1_000_000) is True and not beyond_chance(0.5009, 1_000_000)
+    assert not beyond_chance(0.3, 1000)
+
+
+def test_held_out_numbers_are_those_of_the_line() -> None:
+    seen = held_out(validation(0.8, 50, loss=0.475))
+    assert seen is not None and (seen.step, seen.pairs, seen.accuracy) == (200, 50, 0.8)
+    assert seen.loss == pytest.approx(0.5) and seen.no_preference == pytest.approx(LN2)
+    assert seen.se == accuracy_se(0.8, 50) == pytest.approx(math.sqrt(41 / 52 * 11 / 52 / 50))
+    # What `sipo train` ends with.
+    assert describe_held_out(validation(0.75, 4, loss=0.3465)) == (
+        "loss 0.3465, 75.0 ± 23.6 % of 4 pairs ranked right, no more than chance explains"
+    )
+    assert describe_held_out(validation(0.8, 50)).endswith("80.0 ± 5.8 % of 50 pairs ranked right, more than by chance")
+    assert describe_held_out(validation(None, 0, loss=None)) == "no pair is finite"
+    line = validation(0.8, 50, loss=0.475)
+    del line[0]["validation/active_fraction"]  # a loss of one's own that drops no pairs
+    seen = held_out(line)
+    assert seen is not None and seen.loss == pytest.approx(0.475)
 
 
 def test_a_winner_that_gets_worse_by_more_than_the_loser_is_no_pushing_down() -> None:
@@ -246,14 +363,14 @@ def test_a_loss_that_drops_no_pairs_need_not_say_so() -> None:
     for line in log:
         del line["active_fraction"]
     (found,) = judge(log, pairs_per_step=16)
-    assert found.name == "learning" and "loss of 0.300 for a pair that takes part" in said(found)
-    assert "100 % of the pairs take part" in said(found)
+    assert found.name == "cannot_tell" and "loss of 0.300 for a pair that takes part" in said(found)
+    assert "100 % ± 0.16 % of about 640 pairs take part" in said(found)
 
 
 def test_a_smoothed_loss_is_not_compared_with_that_of_no_preference(tmp_path: Path) -> None:
     # Sure of every pair, as far as 30 % of swapped labels let it be: of ln 2 the loss has lost little.
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines(loss=0.62, lose_gap=0.001)))
-    for smoothing, found in ((0.0, "not_learning"), (0.3, "learning")):
+    for smoothing, found in ((0.0, "not_learning"), (0.3, "cannot_tell")):
         (tmp_path / "config.yaml").write_text(
             f"loss: {{method: sipo, beta: 1000, label_smoothing: {smoothing}}}\ntraining: {{batch_size: 16}}\n"
         )
@@ -320,7 +437,8 @@ def test_the_page_is_whole_and_needs_nothing_else(
         Image.new("L", (8, 8), step).save(run / "samples" / f"step-{step:08d}.png")
     assert cli.main(["analyze", str(run)]) == 0
     told = capsys.readouterr().out
-    assert told.startswith("GOOD: Learning: winners and losers are told apart") and f"report: {run}/report.html" in told
+    assert told.startswith("GOOD: Learning: held-out pairs are ranked right beyond chance")
+    assert f"report: {run}/report.html" in told
     text = (run / "report.html").read_text(encoding="utf-8")
     page = Outline(text)
     inside = [ref for ref in page.fetched if not ref.startswith(("#", "data:image/png;base64,"))]

@@ -80,7 +80,8 @@ def test_rewards_are_those_on_paper() -> None:
     right = (winners > losers).double()
     assert 0.5 < right.mean() < 1
     assert summary["accuracy"] == pytest.approx(right.mean().item())
-    assert summary["accuracy_se"] == pytest.approx(right.std().item() / 11**0.5)
+    smooth = (right.sum().item() + 1) / 13  # one pair more of each kind
+    assert summary["accuracy_se"] == pytest.approx((smooth * (1 - smooth) / 11) ** 0.5)
     assert summary["margin"] == pytest.approx((BETA * c * (winners - losers)).mean().item(), rel=1e-5)
     assert summary["decided"] == 1.0 and summary["decided_accuracy"] == summary["accuracy"]
 
@@ -121,6 +122,32 @@ def test_standard_errors_are_the_spread_over_seeds() -> None:
     # Paired: without it the margin's error would be that of two rewards.
     first = runs[0]
     assert first.margin_se.mean() < 0.9 * (first.chosen_se.square() + first.rejected_se.square()).sqrt().mean()
+
+
+def of_margins(*margins: float) -> PairScores:
+    """Scores with these margins, each certain."""
+    values, zero = torch.tensor(margins, dtype=torch.float64), torch.zeros(len(margins), dtype=torch.float64)
+    return PairScores(values, zero, zero, zero, values, zero, beta=BETA, draws=4)
+
+
+def test_few_pairs_are_not_said_to_be_certain() -> None:
+    """Four of four ranked right is not 100 ± 0 %, and not more than coin flips do: one time in sixteen."""
+    summary = of_margins(1.0, 2.0, 3.0, 4.0).summary()
+    assert summary["accuracy"] == 1.0 and summary["accuracy_se"] == pytest.approx((5 / 36 / 4) ** 0.5)
+    text = of_margins(1.0, 2.0, 3.0, 4.0).describe()
+    assert "the chosen half is preferred in 100.0 ± 18.6 % of 4, no more often than chance explains" in text
+    assert "100.0 ± 18.6 % are decided at 2 standard errors, 100.0 ± 18.6 % of these 4 for the chosen half" in text
+    # 12 of 16 happen to coin flips in one case of 26, 13 of 16 in one of 94.
+    for right, words in ((12, "no more often than chance explains"), (13, "more often than by chance")):
+        scores = of_margins(*[1.0] * right, *[-1.0] * (16 - right))
+        assert f" of 16, {words}\n" in scores.describe()
+        assert scores.summary()["beyond_chance"] == (right == 13)
+    one = of_margins(1.0)
+    assert "in 100.0 ± 47.1 % of 1, no more often" in one.describe() and one.summary()["margin_se"] is None
+    broken = of_margins(float("nan"), float("inf"))
+    assert broken.summary()["accuracy"] is None and broken.describe().endswith("2 pairs left out: a NaN or an infinity")
+    none = dataclasses.replace(of_margins(1.0, -1.0), margin_se=torch.full((2,), 9.0).double())
+    assert none.describe().endswith("0.0 ± 30.6 % are decided at 2 standard errors")
 
 
 # ---- What it hangs on ----
@@ -236,6 +263,7 @@ def test_a_run_is_scored_by_the_weights_that_it_saved(
     assert all(line["prompt"] == prompts[line["row"]] for line in lines)
     right = sum(line["margin"] > 0 for line in lines) / 4
     assert f"the chosen half is preferred in {100 * right:.1f} ±" in told and str(run / "weights") in told
+    assert " of 4, no more often than chance explains\n" in told and "pairs: held out of training\n" in told
     # The same numbers by hand: the network, its adapter from diffusers' own loader, and its own base.
     import diffusers
 
@@ -255,8 +283,33 @@ def test_a_run_is_scored_by_the_weights_that_it_saved(
     # From the configuration, of all pairs, and the same again.
     again = ["score", str(example("sd15")), *options(trained, 3), "--draws", "4", "--output", str(tmp_path / "b.jsonl")]
     assert cli.main([*again, "--of", "all"]) == 0 and len((tmp_path / "b.jsonl").read_text().splitlines()) == 32
+    assert "most of which it was trained on: they do not tell learnt from learnt by heart" in capsys.readouterr().out
     assert cli.main(again) == 0 and (tmp_path / "b.jsonl").read_bytes() == output.read_bytes()
     assert not list(tmp_path.rglob(".*"))
+
+
+def test_scores_are_the_runs_and_replace_nothing_else(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trained / "run"
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):  # its own earlier ones are replaced
+        assert cli.main(["score", str(run), "--draws", "2", "data.held_out=0"]) == 0
+        told = capsys.readouterr().out
+        assert f"scores: {run / 'scores.jsonl'}" in told and "pairs: that it was trained on, which do not tell" in told
+    assert len((run / "scores.jsonl").read_text(encoding="utf-8").splitlines()) == 32 and not list(tmp_path.iterdir())
+    # What others have written is not, and that is said before a model is opened.
+    others = (run / "metrics.jsonl", trained / "cache-toy" / "pairs" / "pairs.jsonl")
+    kept = {path: path.read_bytes() for path in others}
+    monkeypatch.setattr("sipo.analysis.score_run.open_run", None)
+    for path, text in kept.items():
+        for command, what in (("score", "scores of `sipo score`"), ("analyze", "a page of `sipo analyze`")):
+            assert cli.main([command, str(run), "--output", str(path)]) == 2
+            error = capsys.readouterr().err
+            assert error == f"sipo: error: {path}: is there already and not {what}, expected a new file\n"
+        assert path.read_bytes() == text
+    page = ["analyze", str(example("sd15")), *options(trained, 3), "--output", str(run / "config.yaml")]
+    assert cli.main(page) == 2 and "is there already and not a page of" in capsys.readouterr().err
 
 
 def test_weights_that_were_saved_load_as_they_were(trained: Path, tmp_path: Path) -> None:
@@ -333,7 +386,6 @@ def test_nothing_is_read_or_made_in_vain(
         (["{run}", "--draws", "5"], "draws=5: expected an even number, at least 2"),
         (["{run}", "data.held_out=0", "--of", "held-out"], "data.held_out=0: expected some for --of held-out"),
         (["{run}", "model.lora.rank=3"], "expected weights of this model"),
-        (["{run}", "model.lora.alpha=9"], "made with alpha 4, this network has 9: expected the same"),
         (["{empty}/no"], "no such file or folder, expected the folder of a run or a YAML file"),
     ],
 )

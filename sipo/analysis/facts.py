@@ -17,6 +17,9 @@ TAIL = 5
 SURE = 2.0
 """Standard errors that a number has to be away from a bound to be beyond it."""
 
+CHANCE = 0.025
+"""Coin flips are called a success this often at most: one side of a 95 % interval."""
+
 LET_GO = math.log(9)
 """The logit at which a pair's gradient is down to a tenth: there the loss lets go of it."""
 
@@ -32,11 +35,14 @@ class Facts:
         accuracy_se: of ``accuracy``, over pairs.
         loss_se, win_se: of ``loss`` and ``win``, from the scatter of the lines.
         start_active: ``active_fraction`` of the first line.
+        start_pairs: pairs of the first line, at least.
         beta: as given, else estimated from logits and gaps; NaN without either.
         broken_pairs, broken_steps: non-finite ones, over the whole run.
         all_pairs, all_steps: of the whole run; ``all_pairs`` at least.
         plain: whether the loss is the sigmoid's without smoothing (docs/math.md §5); a relative's is not compared with
             ln 2.
+        weighted: whether the loss of a pair has a weight, as with ``dpo_cm``: then ln 2 is the most that a pair costs
+            without preference, and how much less is not in the log.
     """
 
     first: int
@@ -54,16 +60,18 @@ class Facts:
     loss_se: float
     win_se: float
     start_active: float
+    start_pairs: int
     beta: float
     broken_pairs: int
     broken_steps: int
     all_pairs: int
     all_steps: int
     plain: bool
+    weighted: bool
 
     @property
     def pair_loss(self) -> float:
-        """Loss of a pair that takes part; ln 2 for a policy that prefers nothing."""
+        """Loss of a pair that takes part; ln 2 for a policy that prefers nothing, less where pairs are weighted."""
         return self.loss / self.active if self.active > 0 and self.plain else math.nan
 
     @property
@@ -74,6 +82,8 @@ class Facts:
         of ``p`` and, where they know which pairs are doubtful, below it. 1: logits that are as large as they should be.
         Near 0: far too small. Below 0: too large, as the pairs that are ranked wrong cost more than the others earn.
         """
+        if self.weighted:
+            return math.nan
         p = self.accuracy
         worth = LN2 + p * math.log(p) + (1 - p) * math.log1p(-p) if 0 < p < 1 else LN2
         return (LN2 - self.pair_loss) / worth if worth > 0 else math.nan
@@ -100,7 +110,12 @@ class Facts:
 
 
 def gather(
-    lines: Sequence[dict[str, Any]], *, pairs_per_step: int = 1, beta: float | None = None, plain: bool = True
+    lines: Sequence[dict[str, Any]],
+    *,
+    pairs_per_step: int = 1,
+    beta: float | None = None,
+    plain: bool = True,
+    weighted: bool = False,
 ) -> Facts:
     """The facts of a run.
 
@@ -109,6 +124,7 @@ def gather(
         pairs_per_step: of all processes; 1 where it is not known, which makes standard errors too large.
         beta: the loss's, where it is known.
         plain: whether the loss has no other link than the sigmoid's, and that without smoothing.
+        weighted: whether the loss of a pair has a weight of at most 1.
 
     Raises:
         ValueError: no lines.
@@ -156,13 +172,71 @@ def gather(
         loss_se=0.0 if math.isnan(loss_se) else loss_se,
         win_se=0.0 if math.isnan(win_se) else win_se,
         start_active=pluck(lines, "active_fraction")[0] if masks else 1.0,
+        start_pairs=since[0] * pairs_per_step,
         beta=beta,
         broken_pairs=sum(int(line.get("nonfinite_pairs") or 0) for line in lines),
         broken_steps=sum(int(line.get("nonfinite_steps") or 0) for line in lines),
         all_pairs=steps[-1] * pairs_per_step,
         all_steps=steps[-1],
         plain=plain,
+        weighted=weighted,
     )
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A validation: what pairs that nothing was learnt from say.
+
+    Attributes:
+        step: of the run.
+        pairs: that it is over, all finite; draws of one pair are one.
+        accuracy: share ranked right.
+        loss: of a pair that takes part, NaN where the log has none.
+        no_preference: the same for a policy whose every logit is 0, NaN where the log has none.
+    """
+
+    step: int
+    pairs: int
+    accuracy: float
+    loss: float
+    no_preference: float
+
+    @property
+    def se(self) -> float:
+        """Standard error of ``accuracy`` over pairs."""
+        return accuracy_se(self.accuracy, self.pairs)
+
+    @property
+    def ranks(self) -> bool:
+        """Whether more pairs are ranked right than coin flips would rank."""
+        return beyond_chance(self.accuracy, self.pairs)
+
+
+def held_out(validation: Sequence[dict[str, Any]]) -> HeldOut | None:
+    """The last validation of a run: not its best, as the best of many is good by luck.
+
+    ``None`` where the log has none, or none of a finite pair.
+    """
+    if not validation:
+        return None
+    line = validation[-1]
+    names = ("pairs", "implicit_acc", "loss", "no_preference_loss", "active_fraction")
+    pairs, accuracy, loss, without, active = (pluck([line], f"validation/{name}")[0] for name in names)
+    if math.isnan(accuracy) or not pairs >= 1:
+        return None
+    active = 1.0 if math.isnan(active) else active or math.nan  # a loss of one's own that drops no pairs
+    return HeldOut(int(line["step"]), int(pairs), accuracy, loss / active, without / active)
+
+
+def describe_held_out(validation: Sequence[dict[str, Any]]) -> str:
+    """The last validation in a line."""
+    seen = held_out(validation)
+    if seen is None:
+        return "no pair is finite"
+    chance = "more than by chance" if seen.ranks else "no more than chance explains"
+    loss = pluck(validation[-1:], "validation/loss")[0]
+    share = f"{100 * seen.accuracy:.1f} ± {100 * seen.se:.1f} % of {seen.pairs:,} pairs"
+    return f"loss {loss:.4f}, {share} ranked right, {chance}"
 
 
 def accuracy_se(accuracy: float, pairs: int) -> float:
@@ -170,6 +244,34 @@ def accuracy_se(accuracy: float, pairs: int) -> float:
     # One pair more of each kind: not even an accuracy of 1 is certain.
     smooth = (accuracy * pairs + 1) / (pairs + 2)
     return math.sqrt(smooth * (1 - smooth) / pairs)
+
+
+def beyond_chance(accuracy: float, pairs: int) -> bool:
+    """Whether pairs are ranked right more often than coin flips would rank them: the sign test, one-sided.
+
+    By the binomial distribution itself, so that coin flips pass in :data:`CHANCE` of cases at most, whatever the number
+    of pairs and however near to 1 the accuracy. Two standard errors, or a Wilson interval, let through up to 3.8 % of
+    them at 16 pairs, and 3.5 % at 8. It is the same as that a Clopper-Pearson interval of 95 % lies above one half.
+
+    Args:
+        accuracy: share of pairs; half a pair, as a tie counts, is none here.
+        pairs: independent ones.
+    """
+    right = math.floor(accuracy * pairs + 1e-6)  # a mean of so many is off by rounding
+    if 2 * right <= pairs:
+        return False
+    whole = math.lgamma(pairs + 1) - pairs * LN2
+    terms = (math.exp(whole - math.lgamma(k + 1) - math.lgamma(pairs - k + 1)) for k in range(right, pairs + 1))
+    return math.fsum(terms) <= CHANCE
+
+
+def pairs_to_tell(accuracy: float) -> int:
+    """So many pairs, about, are needed to tell an accuracy above one half from chance; two digits."""
+    apart = accuracy - 0.5
+    # Two standard errors of chance, and the pair and a half by which whole pairs may fall short.
+    pairs = ((1 + math.sqrt(1 + 6 * apart)) / (2 * apart)) ** 2
+    unit = 10 ** max(0, math.floor(math.log10(pairs)) - 1)
+    return math.ceil(pairs / unit) * unit
 
 
 def is_plain(link: str | None, label_smoothing: float | None) -> bool:

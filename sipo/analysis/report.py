@@ -51,13 +51,15 @@ class RunLog:
 
     def findings(self) -> list[Finding]:
         """The verdict, the headline first."""
+        weighted = self.settings.get("loss.method", self.settings.get("method")) == "dpo_cm"
         return judge(
             self.lines,
             self.validation,
             pairs_per_step=self.pairs_per_step or 1,
             beta=self.beta,
-            plain=is_plain(self.settings.get("loss.link"), self.settings.get("loss.label_smoothing")),
-            held_out=self.settings.get("data.held_out", 0),
+            plain=is_plain(self.settings.get("loss.link"), self.settings.get("loss.label_smoothing"))
+            and not (weighted and self.settings.get("loss.ratio") == "reference"),  # weights above 1, too
+            weighted=weighted,
         )
 
 

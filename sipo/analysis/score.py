@@ -13,6 +13,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
+from sipo.analysis.facts import accuracy_se, beyond_chance
 from sipo.families.base import evaluating
 from sipo.loss import SIPOLoss
 from sipo.schedule import NoiseSchedule
@@ -95,16 +96,19 @@ class PairScores:
         """How well the rewards agree with the labels, over the pairs whose margin is finite.
 
         Returns:
-            ``pairs`` and ``nonfinite_pairs``; ``accuracy`` (share of margins > 0, a tie ½) with its standard error
-            over pairs; ``decided``, the share of pairs whose margin is two standard errors from 0, and
-            ``decided_accuracy`` among these; ``margin``, the mean, and its standard error over pairs. ``None`` for
-            what so few pairs do not give.
+            ``pairs`` and ``nonfinite_pairs``; ``accuracy``, the share of margins > 0, a tie ½; ``decided``, the share
+            of pairs whose margin is two standard errors from 0, ``decided_pairs``, their number, and
+            ``decided_accuracy`` among these; ``margin``, the mean; each with its standard error over pairs (``_se``);
+            ``beyond_chance``, whether coin flips would hardly rank so many right (the sign test). ``None`` for what
+            so few pairs do not give.
         """
         finite = self.margin.isfinite()
         margin, se = self.margin[finite], self.margin_se[finite]
         right = (margin > 0).double() + 0.5 * (margin == 0).double()
         decided = margin.abs() > DECIDED * se
-        accuracy, accuracy_se = _mean(right)
+        accuracy, accuracy_se = _share(right)
+        share, share_se = _share(decided.double())
+        among, among_se = _share(right[decided])
         mean, mean_se = _mean(margin)
         return {
             "pairs": len(self),
@@ -113,8 +117,12 @@ class PairScores:
             "beta": self.beta,
             "accuracy": accuracy,
             "accuracy_se": accuracy_se,
-            "decided": _mean(decided.double())[0],
-            "decided_accuracy": _mean(right[decided])[0],
+            "beyond_chance": accuracy is not None and beyond_chance(accuracy, len(right)),
+            "decided": share,
+            "decided_se": share_se,
+            "decided_pairs": int(decided.sum()),
+            "decided_accuracy": among,
+            "decided_accuracy_se": among_se,
             "margin": mean,
             "margin_se": mean_se,
         }
@@ -125,12 +133,17 @@ class PairScores:
         lines = [f"{found['pairs']} pairs, {found['draws']} draws each, beta {found['beta']:g}"]
         if found["nonfinite_pairs"]:
             lines.append(f"{found['nonfinite_pairs']} pairs left out: a NaN or an infinity")
-        if found["accuracy"] is not None:
-            lines.append(f"the chosen half is preferred in {_with_error(found, 'accuracy', 100, '.1f')} % of them")
+        whole = found["pairs"] - found["nonfinite_pairs"]
+        if whole:
+            chance = "more often than by chance" if found["beyond_chance"] else "no more often than chance explains"
+            share = _with_error(found, "accuracy", 100, ".1f")
+            lines.append(f"the chosen half is preferred in {share} % of {whole}, {chance}")
             lines.append(f"mean margin {_with_error(found, 'margin', 1, '.4g')} (chosen less rejected)")
-            decided = f"{100 * found['decided']:.1f} % are decided at {DECIDED:g} standard errors"
-            if found["decided_accuracy"] is not None:
-                decided += f", {100 * found['decided_accuracy']:.1f} % of these for the chosen half"
+            share = _with_error(found, "decided", 100, ".1f")
+            decided = f"{share} % are decided at {DECIDED:g} standard errors"
+            if found["decided_pairs"]:
+                share = _with_error(found, "decided_accuracy", 100, ".1f")
+                decided += f", {share} % of these {found['decided_pairs']} for the chosen half"
             lines.append(decided)
         return "\n".join(lines)
 
@@ -247,6 +260,14 @@ def _mean(values: Tensor) -> tuple[float | None, float | None]:
     if n == 0:
         return None, None
     return values.mean().item(), None if n == 1 else values.std().item() / math.sqrt(n)
+
+
+def _share(values: Tensor) -> tuple[float | None, float | None]:
+    """Likewise of numbers from 0 to 1, whose error is not 0 where all are alike."""
+    if len(values) == 0:
+        return None, None
+    share = values.mean().item()
+    return share, accuracy_se(share, len(values))
 
 
 def _with_error(found: dict[str, Any], name: str, scale: float, form: str) -> str:

@@ -2,7 +2,8 @@
 
 Everything is judged by numbers that mean the same at every β, model and data set: errors relative to the reference's,
 and the loss relative to what the ranking would be worth (see :attr:`Facts.used`). The numbers are means over the last
-fifth of the run, with standard errors from the number of pairs or from the scatter of the lines.
+fifth of the run, with standard errors from the number of pairs or from the scatter of the lines. What training pairs
+cannot show, that something is learnt which holds for other pairs, is said on the evidence of held-out pairs alone.
 """
 
 from __future__ import annotations
@@ -12,9 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sipo.analysis.facts import LN2, SURE, Facts, accuracy_se, gather
+from sipo.analysis.facts import LN2, SURE, Facts, HeldOut, accuracy_se, gather, held_out, pairs_to_tell
 from sipo.diagnostics import collapsing, drifted, stalled
-from sipo.training.logs import pluck
 
 HARDLY_USED = 0.25
 """Below this share of what its ranking is worth, the loss has hardly begun to fall."""
@@ -38,8 +38,8 @@ class Finding:
 
     Attributes:
         name: a short key: "learning", "pushing_loser", "stalled", "drifted", "beta_high", "beta_low", "nonfinite",
-            "not_learning", "memorising", "both_rise" or "unknown"; before training "mask", "beta", "clip", "spread",
-            "differs" or "nonfinite".
+            "not_learning", "cannot_tell", "memorising", "overconfident", "both_rise" or "unknown"; before training
+            "mask", "beta", "clip", "spread", "differs" or "nonfinite".
         severity: "problem", "warning", "good" or "note".
         sentence: what it is, in plain language.
         evidence: the numbers it rests on, and where they are from.
@@ -68,20 +68,19 @@ def judge(
     pairs_per_step: int = 1,
     beta: float | None = None,
     plain: bool = True,
-    held_out: int = 0,
+    weighted: bool = False,
 ) -> list[Finding]:
     """All that holds for a run, the headline first.
 
     Args:
         lines: training lines of ``metrics.jsonl``, at least one.
-        validation: its validation lines.
-        pairs_per_step, beta, plain: as for :func:`gather`.
-        held_out: pairs of a validation; 0 where that is not known, and no verdict rests on it.
+        validation: its validation lines, of which the last is judged.
+        pairs_per_step, beta, plain, weighted: as for :func:`gather`.
 
     Raises:
         ValueError: no lines.
     """
-    facts = gather(lines, pairs_per_step=pairs_per_step, beta=beta, plain=plain)
+    facts = gather(lines, pairs_per_step=pairs_per_step, beta=beta, plain=plain, weighted=weighted)
     if math.isnan(facts.accuracy + facts.loss + facts.ref):
         return [_nonfinite(facts) or _UNKNOWN]
     rules: tuple[Callable[[Facts], Finding | None], ...] = (
@@ -99,7 +98,7 @@ def judge(
         findings = [finding for finding in findings if finding.name != "drifted"]  # says no more than they do
     if not named - {"nonfinite", "drifted"}:
         if facts.ranks:
-            findings.append(_memorising(facts, validation, held_out) or _learning(facts, validation))
+            findings.append(_held_out(facts, held_out(validation)))
         findings += [note] if (note := _both_rise(facts)) else []
     return sort(findings)
 
@@ -142,8 +141,8 @@ def _stalled(f: Facts) -> Finding | None:
     if not stalled(f.active):
         return None
     evidence = (
-        f"{percent(f.active)} of the pairs take part in {_steps(f)}, {percent(f.start_active)} did at the start "
-        "(`active_fraction`)",
+        f"{_share(f.active, f.pairs)} take part in {_steps(f)}, {_share(f.start_active, f.start_pairs)} did at the "
+        "start (`active_fraction`)",
         _errors(f),
     )
     if stalled(f.start_active / 2):
@@ -205,7 +204,7 @@ def _pushing_loser(f: Facts) -> Finding | None:
     return Finding(
         "pushing_loser",
         "problem",
-        f"{sentence} It ranks {percent(f.accuracy)} of the pairs right that way, and samples pay for it.",
+        f"{sentence} It ranks {_share(f.accuracy, f.pairs)} right that way, and samples pay for it.",
         (
             f"winners' error {times(winner / f.ref)} the reference's (`win_gap` {f.win:+.3g}, `ref_mse` {f.ref:.3g})",
             losers,
@@ -221,7 +220,7 @@ def _pushing_loser(f: Facts) -> Finding | None:
 def _beta_high(f: Facts) -> Finding | None:
     if not f.ranks or stalled(f.active):
         return None
-    calibration = f"{percent(f.accuracy)} are ranked right in {_steps(f)} (`implicit_acc`)"
+    calibration = f"{_share(f.accuracy, f.pairs)} are ranked right in {_steps(f)} (`implicit_acc`)"
     if f.pair_loss - SURE * f.loss_se / f.active > LN2:
         moved = "hardly moves" if f.apart < HARDLY_MOVED else "moves"
         return Finding(
@@ -231,7 +230,7 @@ def _beta_high(f: Facts) -> Finding | None:
             "than the others earn.",
             (
                 f"loss of {f.pair_loss:.3g} for a pair that takes part (`loss` / `active_fraction`), although "
-                f"{calibration}: preferring nothing would cost {LN2:.3f}",
+                f"{calibration}: preferring nothing would cost {_most(f)}",
                 f"a mean logit of {f.margin:.3g} from errors that differ by {percent(f.apart)} of the reference's",
             ),
             _lower_beta(f) + (() if f.apart < HARDLY_MOVED else ("and a lower learning rate",)),
@@ -257,10 +256,7 @@ def _not_learning(f: Facts) -> Finding | None:
     )
     if math.isnan(f.accuracy) or stalled(f.active):
         return None  # other findings say why
-    ranking = (
-        f"{percent(f.accuracy)} ± {percent(f.accuracy_se)} of about {f.pairs} pairs ranked right in {_steps(f)} "
-        "(`implicit_acc`)"
-    )
+    ranking = _ranking(f)
     if not f.ranks:
         few = f.accuracy_se > 0.05
         if f.grown > FAR:
@@ -303,41 +299,63 @@ def _drifted(f: Facts) -> Finding | None:
     )
 
 
-def _learning(f: Facts, validation: Sequence[dict[str, Any]]) -> Finding:
-    evidence = [
-        f"{percent(f.accuracy)} ± {percent(f.accuracy_se)} of the pairs ranked right in {_steps(f)} (`implicit_acc`)",
-        *_loss(f),
-        f"{percent(f.active)} of the pairs take part; {_errors(f)}",
-    ]
-    near = f.grown < 1 + 2 * HARDLY_MOVED
-    held_out = pluck(validation, "validation/implicit_acc")
-    if held_out and not math.isnan(held_out[-1]):
-        evidence.append(f"{percent(held_out[-1])} of held-out pairs ranked right at step {validation[-1]['step']}")
-    return Finding(
-        "learning",
-        "good",
-        "Learning: winners and losers are told apart" + (", and the policy is near the reference." if near else "."),
-        tuple(evidence),
-    )
-
-
-def _memorising(f: Facts, validation: Sequence[dict[str, Any]], pairs: int) -> Finding | None:
-    accuracy = (pluck(validation, "validation/implicit_acc") or [math.nan])[-1]
-    if not pairs or math.isnan(accuracy):
-        return None
-    se = accuracy_se(accuracy, pairs)
-    if accuracy - 0.5 > SURE * se or f.accuracy - accuracy < SURE * math.hypot(se, f.accuracy_se):
-        return None
-    return Finding(
-        "memorising",
-        "problem",
-        "Only the pairs that it trains on are learnt: held-out ones are ranked no better than by chance.",
-        (
-            f"{percent(f.accuracy)} ± {percent(f.accuracy_se)} of the training pairs ranked right in {_steps(f)}, "
-            f"{percent(accuracy)} ± {percent(se)} of {pairs} held-out ones at step {validation[-1]['step']}",
-        ),
-        ("more pairs, or fewer steps", "see whether the preferences follow anything that can be seen"),
-    )
+def _held_out(f: Facts, seen: HeldOut | None) -> Finding:
+    """What held-out pairs say of a policy that ranks those it is trained on."""
+    training = (f"training pairs: {_ranking(f)}", *_loss(f), f"{_share(f.active, f.pairs)} take part; {_errors(f)}")
+    if seen is None:
+        return Finding(
+            "cannot_tell",
+            "note",
+            "Cannot tell whether it learns: no held-out pairs were measured. It ranks those that it trains on, and so "
+            "does a policy that learns them by heart.",
+            training,
+            ("data.held_out and training.validate_every: such pairs are measured and not trained on", _enough()),
+        )
+    ranking = f"held-out pairs: {_exactly(seen)} ranked right at step {seen.step} (`validation/implicit_acc`)"
+    loss = f"their loss is {seen.loss:.3f} for a pair that takes part, {seen.no_preference:.3f} without any preference"
+    evidence = (ranking, *(() if math.isnan(seen.loss + seen.no_preference) else (loss,)), *training)
+    if not seen.ranks:
+        if f.accuracy - seen.accuracy >= SURE * math.hypot(seen.se, f.accuracy_se):
+            return Finding(
+                "memorising",
+                "problem",
+                "Only the pairs that it trains on are learnt: held-out ones are ranked worse, no better than chance "
+                "explains.",
+                evidence,
+                ("more pairs, or fewer steps", "see whether the preferences follow anything that can be seen"),
+            )
+        if seen.accuracy > 0.51:  # below, it would be a number that nobody has
+            more = f"{_enough()}; {percent(seen.accuracy)} would take about {pairs_to_tell(seen.accuracy):,}"
+        else:
+            more = _enough()
+        return Finding(
+            "cannot_tell",
+            "note",
+            f"Cannot tell whether it learns: {seen.pairs:,} held-out pairs, ranked no better than chance explains.",
+            evidence,
+            (more,),
+        )
+    if math.isnan(seen.loss + seen.no_preference):
+        return Finding(
+            "cannot_tell",
+            "note",
+            f"Cannot tell whether it learns: {seen.pairs:,} held-out pairs are ranked right beyond chance, and what a "
+            "policy without preference would lose on them is not in the log.",
+            evidence,
+            ("`no_preference_loss` among the metrics of a loss of your own (docs/math.md §8)",),
+        )
+    if not seen.loss < seen.no_preference:
+        return Finding(
+            "overconfident",
+            "warning",
+            "Too sure of held-out pairs: they are ranked right beyond chance, yet those ranked wrong cost more than "
+            "the others earn.",
+            evidence,
+            ("fewer steps, or an earlier checkpoint", "a lower learning rate", "more pairs"),
+        )
+    near = ", and the policy is near the reference" if f.grown < 1 + 2 * HARDLY_MOVED else ""
+    sentence = f"Learning: held-out pairs are ranked right beyond chance{near}."
+    return Finding("learning", "good", sentence, evidence)
 
 
 def _both_rise(f: Facts) -> Finding | None:
@@ -371,7 +389,29 @@ def _loss(f: Facts) -> tuple[str, ...]:
     if not f.plain:
         return ()
     text = f"loss of {f.pair_loss:.3f} for a pair that takes part (`loss` / `active_fraction`)"
-    return (f"{text}, {LN2:.3f} without any preference",)
+    return (f"{text}, {_most(f)} without any preference",)
+
+
+def _most(f: Facts) -> str:
+    """What a pair costs a policy without preference."""
+    return f"at most {LN2:.3f}" if f.weighted else f"{LN2:.3f}"
+
+
+def _ranking(f: Facts) -> str:
+    return f"{_share(f.accuracy, f.pairs)} ranked right in {_steps(f)} (`implicit_acc`)"
+
+
+def _share(share: float, pairs: int) -> str:
+    """A share of the pairs of a log, with its standard error and their number."""
+    return f"{percent(share)} ± {percent(accuracy_se(share, pairs))} of about {pairs:,} pairs"
+
+
+def _exactly(seen: HeldOut) -> str:
+    return f"{percent(seen.accuracy)} ± {percent(seen.se)} of {seen.pairs:,}"
+
+
+def _enough() -> str:
+    return f"about {pairs_to_tell(0.6)} held-out pairs tell 60 % from chance, {pairs_to_tell(0.55)} tell 55 %"
 
 
 def _errors(f: Facts) -> str:
