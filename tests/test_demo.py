@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -171,6 +172,24 @@ def test_the_outputs_are_there_and_nothing_else(outcome: Outcome) -> None:
     files = {str(path.relative_to(outcome.folder)) for path in outcome.folder.rglob("*") if path.is_file()}
     model = {"model/config.json", "model/diffusion_pytorch_model.safetensors"}
     assert files == {"demo.png", "metrics.jsonl", "timesteps.jsonl", "summary.json"} | model
+
+
+def test_held_out_pairs_are_measured_at_the_end(outcome: Outcome) -> None:
+    (line,) = read_lines(outcome.folder / "metrics.jsonl", "validation")
+    assert line["step"] == 10 and line["validation/pairs"] == 256
+    assert 0 < line["validation/loss"] < line["validation/active_fraction"]
+    assert line["validation/no_preference_loss"] == pytest.approx(line["validation/active_fraction"] * math.log(2))
+
+
+def test_a_demo_replaces_an_earlier_one_and_nothing_else(outcome: Outcome, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    shutil.copytree(outcome.folder, again)
+    run_demo(DemoConfig(output=again, **SMALL | {"steps": 2}), progress=False)
+    assert {path.name for path in again.iterdir()} == {path.name for path in outcome.folder.iterdir()}
+    assert [line["step"] for line in read_lines(again / "metrics.jsonl")] == [1, 2]
+    (again / "config.yaml").touch()  # a run of `sipo train`
+    with pytest.raises(ValueError, match=r"again' holds more than a demo \(config.yaml, demo.png, .*another folder"):
+        DemoConfig(output=again)
 
 
 def test_the_summary_agrees_with_the_log(outcome: Outcome) -> None:

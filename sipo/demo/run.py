@@ -19,6 +19,8 @@ from sipo.loss import SIPOLoss
 from sipo.schedule import NoiseSchedule
 
 _LOG_EVERY = 10
+_HELD_OUT = 256  # pairs of digits that the training pairs have none of
+_WRITTEN = {"model", "metrics.jsonl", "timesteps.jsonl", "summary.json", "demo.png", "report.html"}
 _WEIGHT_LEVELS = 28
 
 
@@ -70,6 +72,10 @@ class DemoConfig:
             raise ValueError("device='cuda': torch sees no CUDA device, expected cpu")
         if self.output.exists() and not self.output.is_dir():
             raise ValueError(f"output={str(self.output)!r} is a file, expected a folder")
+        there = {path.name for path in self.output.glob("[!.]*")}
+        if there & _WRITTEN and there - _WRITTEN:  # a demo's own folder is written anew
+            names = ", ".join(sorted(there)[:5])
+            raise ValueError(f"output={str(self.output)!r} holds more than a demo ({names}), expected another folder")
 
 
 def run_demo(config: DemoConfig, *, progress: bool = True) -> dict[str, Any]:
@@ -105,6 +111,8 @@ def run_demo(config: DemoConfig, *, progress: bool = True) -> dict[str, Any]:
     base.to(config.device)
     before = sample(base, scheduler, classes, config.seed)
 
+    for name in ("metrics.jsonl", "timesteps.jsonl"):  # an earlier demo's
+        (config.output / name).unlink(missing_ok=True)
     policy = copy.deepcopy(base)
     training_started = time.perf_counter()
     result = train(
@@ -121,10 +129,12 @@ def run_demo(config: DemoConfig, *, progress: bool = True) -> dict[str, Any]:
             warmup=min(20, config.steps),
             seed=config.seed,
             log_every=_LOG_EVERY,
+            validate_every=config.steps,
             progress=progress,
             tensorboard=False,
         ),
         accelerator=Accelerator(cpu=config.device == "cpu"),
+        validation=InkPairs(held_out, count=_HELD_OUT, seed=config.seed),
     )
     training_seconds = time.perf_counter() - training_started
 
@@ -132,7 +142,8 @@ def run_demo(config: DemoConfig, *, progress: bool = True) -> dict[str, Any]:
     after = sample(policy, scheduler, classes, config.seed)
     # Evenly spaced in log t: everything happens at low noise, where SNR changes fastest.
     last = loss_fn.schedule.num_train_timesteps - 1
-    levels = torch.logspace(math.log10(20), math.log10(last), _WEIGHT_LEVELS).round().long().clamp(max=last)
+    levels = torch.logspace(math.log10(20), math.log10(last), _WEIGHT_LEVELS)
+    levels = levels.round().long().clamp(max=last)
     weights = Weights(
         levels.tolist(),
         weight_by_timestep(base, base, loss_fn, pairs, levels, config.seed).tolist(),
