@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sipo.config import DataConfig
 from sipo.data.cache import digest, text_key
-from sipo.data.changes import FileRecord, Row, side_name, stamp
+from sipo.data.changes import FileRecord, Row, side_name, stamps_of
 from sipo.data.records import PairReader, PairRecord
 from sipo.families.base import Condition
 
@@ -62,11 +62,12 @@ class Part:
     needs_latents: bool = True
     needs_text: bool = True
 
-    def look(self, settings: str) -> None:
+    def look(self, settings: str, executor: Executor) -> None:
         """Fills in ``rows``, ``paths`` and ``seen``.
 
         Args:
             settings: digest of what else the content depends on.
+            executor: asks for sizes and times.
         """
         for record in self.records:
             names = []
@@ -75,7 +76,7 @@ class Part:
                 if isinstance(source, Path):
                     self.paths[names[-1]] = source
             self.rows.append([record.row, *names, record.problem, bool(record.prompt.strip())])
-        stamps = [stamp(path) for path in self.paths.values()]
+        stamps = list(stamps_of(list(self.paths.values()), executor))
         self.seen = digest([settings, self.rows, self.keys, stamps])
 
     @property

@@ -52,6 +52,7 @@ from sipo.data.changes import (
     compare_files,
     files_digest,
     first_row_change,
+    path_named,
     record_file,
     row_of,
     side_name,
@@ -412,7 +413,7 @@ class _Run:
 
     def _look(self, part: Part, pool: ThreadPoolExecutor) -> None:
         """Looks for what is there of a part, whole, and still what the source says."""
-        part.look(self.source)
+        part.look(self.source, pool)
         text = self._there(shard_name(TEXT, part.number))
         facts = {} if text is None else text.facts
         part.needs_text = facts.get("source") != self.source or facts.get("prompts") != part.new_keys
@@ -614,7 +615,11 @@ def _is_unchanged(folder: Path, index: dict[str, Any], reader: PairReader, state
         files = read_json(folder / FILES)
     except CacheError:
         return False
-    return files is not None and files_digest(stamps_of(files["names"], prefix_of(reader))) == files["digest"]
+    if files is None:
+        return False
+    prefix = prefix_of(reader)
+    with ThreadPoolExecutor(8, "stat") as pool:
+        return files_digest(stamps_of([path_named(name, prefix) for name in files["names"]], pool)) == files["digest"]
 
 
 def _read_index(folder: Path, marks: dict[str, Any]) -> dict[str, Any] | None:
