@@ -56,10 +56,9 @@ def export_run(
         check_format(family, format)
     except ValueError as error:
         raise ConfigError(f"--{error}") from error
-    # Before anything is named after it: a folder "." has no name.
     step = None if checkpoint_step is None else _checkpoint(target / "checkpoints", checkpoint_step)
-    name = "-".join(filter(None, (target.resolve().name, step and step.name, format)))
-    output = output or target / f"{name}.safetensors"
+    parts = [target.resolve().name, *([] if step is None else [step.name]), format]
+    output = output or target / f"{'-'.join(parts)}.safetensors"
     if output.suffix != ".safetensors":
         raise ConfigError(f"--output {output}: expected a name that ends in .safetensors, which other tools look for")
     if output.is_dir():
