@@ -38,7 +38,7 @@ def _check_number(name: str, value: object, low: float, high: float, expected: s
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}: expected a number, {expected}")
     # Compiled, the value may be a symbol, which neither math.isinf nor a string takes.
-    if not low <= value <= high or value == math.inf:
+    if not low <= float(value) <= high or float(value) == math.inf:
         if torch.compiler.is_compiling():
             raise ValueError(f"{name}: expected {expected}")
         raise ValueError(f"{name}={value!r}: expected {expected}")
