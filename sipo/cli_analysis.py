@@ -23,7 +23,7 @@ def add_commands(commands: Any) -> None:
         "--output",
         type=Path,
         metavar="FILE",
-        help="page to write (default: report.html in the run's folder; of a YAML file, before-training.html there)",
+        help="page to write (default: report.html in the run's folder; of a YAML file, before.html there)",
     )
     analyze.add_argument("--pairs", type=int, help="of a YAML file: pairs to look at (default 32)")
     analyze.add_argument("--levels", type=int, help="of a YAML file: noise levels (default 50)")

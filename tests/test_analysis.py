@@ -377,6 +377,21 @@ def test_a_smoothed_loss_is_not_compared_with_that_of_no_preference(tmp_path: Pa
         assert [finding.name for finding in read_run(tmp_path).findings()] == [found]
 
 
+def test_the_line_in_the_figure_is_what_no_preference_costs_by_that_loss(tmp_path: Path) -> None:
+    for loss, value, name in (
+        ("{method: sipo}", LN2, "ln 2: no preference"),
+        ("{method: dpo_cm, label_smoothing: 0.2}", LN2, "ln 2: no preference, weights of 1"),
+        ("{method: sipo, link: ipo}", 0.25, "0.25: no preference"),
+        ("{method: sipo, link: hinge}", 1.0, "1: no preference"),
+    ):
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines()))
+        (tmp_path / "config.yaml").write_text(f"loss: {loss}\n")
+        run = read_run(tmp_path)
+        assert run.level() == (pytest.approx(value, rel=1e-6), name)
+    page, _ = report_run(tmp_path)
+    assert "1: no preference" in page.read_text(encoding="utf-8")
+
+
 def test_what_a_ranking_is_worth() -> None:
     """Calibrated logits of one size: every pair at ±z with p = σ(z) has the loss H(p), just what p is worth."""
     z = 1.3

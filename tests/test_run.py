@@ -171,7 +171,7 @@ def test_a_run_without_checkpoints_is_not_overwritten_either(
 ) -> None:
     plain = ["training.checkpoint_every=0", "training.validate_every=0", "samples.prompts=[]"]
     command = ["train", str(example("sd15")), *options(tmp_path, 2, *plain, cache=shared)]
-    page = tmp_path / "run" / "before-training.html"
+    page = tmp_path / "run" / "before.html"
     # A look at what a run would be leaves a page in its folder: that is no run.
     assert cli.main(["analyze", *command[1:], "--pairs", "2", "--levels", "2"]) == 0 and page.is_file()
     assert cli.main(command) == 0
@@ -181,7 +181,7 @@ def test_a_run_without_checkpoints_is_not_overwritten_either(
     kept = contents(tmp_path / "run")
     assert cli.main(["analyze", *command[1:], "loss.beta=20", "--pairs", "2", "--levels", "2"]) == 0
     changed = contents(tmp_path / "run")
-    assert {name for name in changed if changed[name] != kept.get(name)} == {"before-training.html"}
+    assert {name for name in changed if changed[name] != kept.get(name)} == {"before.html"}
     # And no second run replaces it, whether it is to go on or to start: refused before anything is opened.
     monkeypatch.setattr("sipo.train.open_run", None)
     for resume in ((), ("--resume",)):

@@ -27,7 +27,7 @@ from sipo.training.data import step_timesteps
 from sipo.training.forward import PairForward
 from sipo.training.logs import check_output, write_aside
 
-BEFORE = "before-training.html"
+BEFORE = "before.html"
 """The page, beside ``report.html`` of the run."""
 
 PAIRS, LEVELS = 32, 50
@@ -72,7 +72,7 @@ def analyze_start(
 
     Args:
         config: the run that it would be.
-        output: the page; ``before-training.html`` in ``training.output_dir`` if left out.
+        output: the page; ``before.html`` in ``training.output_dir`` if left out.
         pairs: to look at, the first of the training set.
         levels: of noise, evenly over the schedule.
 
@@ -121,7 +121,7 @@ def probe(run: Run, *, pairs: int, levels: int) -> Probe:
     size, seed = run.config.training.batch_size, run.config.training.seed
     groups = getattr(dataset, "groups", None) or [range(len(dataset))]
     rows = [row for group in groups for row in group if row < pairs]
-    highest = torch.zeros((), device=device)
+    highest = torch.zeros((), dtype=torch.float32, device=device)
     dropped = torch.zeros((), dtype=torch.bool, device=device)
     with torch.no_grad(), evaluating(policy.modules()):
         for batch_rows, batch in _batches(dataset, groups, pairs, size):

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from sipo.analysis import figures
-from sipo.analysis.facts import LN2, TAIL, is_plain
+from sipo.analysis.facts import TAIL, is_plain
 from sipo.analysis.figures import finite
 from sipo.analysis.page import Page, Picture, image
 from sipo.analysis.verdicts import Finding, judge
 from sipo.diagnostics import MEANS, merge, over_bins, read_statistics, read_steps
 from sipo.training.logs import check_output, pluck, write_aside
+from sipo.training.validation import no_preference
 
 REPORT = "report.html"
 PAGE = ("<!doctype html>", "a page of `sipo analyze`")  # how it begins, and what it is
@@ -49,17 +50,28 @@ class RunLog:
     threshold: float | None
     pairs_per_step: int | None
 
+    @property
+    def weighted(self) -> bool:
+        """Whether the loss of a pair has a weight."""
+        return self.settings.get("loss.method", self.settings.get("method")) == "dpo_cm"
+
+    def level(self) -> tuple[float, str]:
+        """Loss of a pair without preference, and what it is."""
+        link = self.settings.get("loss.link") or "sigmoid"
+        value = no_preference(link, self.settings.get("loss.label_smoothing") or 0.0)
+        name = "ln 2" if link == "sigmoid" else f"{value:.3g}"
+        return value, f"{name}: no preference" + (", weights of 1" if self.weighted else "")
+
     def findings(self) -> list[Finding]:
         """The verdict, the headline first."""
-        weighted = self.settings.get("loss.method", self.settings.get("method")) == "dpo_cm"
         return judge(
             self.lines,
             self.validation,
             pairs_per_step=self.pairs_per_step or 1,
             beta=self.beta,
             plain=is_plain(self.settings.get("loss.link"), self.settings.get("loss.label_smoothing"))
-            and not (weighted and self.settings.get("loss.ratio") == "reference"),  # weights above 1, too
-            weighted=weighted,
+            and not (self.weighted and self.settings.get("loss.ratio") == "reference"),  # weights above 1, too
+            weighted=self.weighted,
         )
 
 
@@ -256,13 +268,13 @@ def _curves(run: RunLog) -> list[Picture]:
                 steps,
                 {"training": loss},
                 "loss (nats per pair)",
-                level=(LN2, "ln 2: no preference"),
+                level=run.level(),
                 points=held_out("loss"),
                 log=wide,
                 zero=not wide,
             ),
-            "Healthy: starts at ln 2 times the share of active pairs and falls slowly; it falls as well when the mask "
-            "drops pairs, which is not learning.",
+            "Healthy: starts at the line times the share of active pairs and falls slowly; it falls as well when the "
+            "mask drops pairs, which is not learning.",
         ),
         Picture(
             "Pairs ranked right, and pairs that take part",

@@ -39,17 +39,17 @@ class MetricWindow:
     def __init__(self, device: torch.device, names: Sequence[str] = ()) -> None:
         self._device = device
         self._names = list(names)
-        self.totals = torch.zeros(2, len(names), device=device)
+        self.totals = torch.zeros(2, len(names), dtype=torch.float32, device=device)
         # Optimiser steps in this window; those with a non-finite gradient: in this window, in a row until
         # now, the longest such row; the other steps' gradient norms: their sum, and squared deviations from their mean.
-        self._steps = torch.zeros(6, device=device)
+        self._steps = torch.zeros(6, dtype=torch.float32, device=device)
 
     def add(self, metrics: dict[str, Tensor]) -> None:
         """Adds one pass's metrics, 0-d tensors under the same names each time."""
         if not self._names:
             self._names = list(metrics)
             if self.totals.shape[1] != len(metrics):  # else they are a checkpoint's
-                self.totals = torch.zeros(2, len(metrics), device=self._device)
+                self.totals = torch.zeros(2, len(metrics), dtype=torch.float32, device=self._device)
         add_metrics(self.totals, torch.stack([metrics[name].detach().float() for name in self._names]))
 
     def add_step(self, grad_norm: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ class Validation:
         self.forward = _measuring(forward)
         self.config = config
         self.accelerator = accelerator
-        self.timesteps = torch.empty(0)
+        self.timesteps = torch.empty(0, dtype=torch.float32)
         self.batches: list[list[int]] = []
         if dataset is not None:
             seed = derive_seed(config.seed, VALIDATION, 0)
@@ -136,14 +136,19 @@ def _measuring(forward: PairForward) -> PairForward:
     return forward
 
 
+def no_preference(link: str = "sigmoid", label_smoothing: float = 0.0) -> float:
+    """Loss of a pair at a logit of 0 (docs/math.md §5): ln 2 for the sigmoid."""
+    same = torch.zeros(2, 1, dtype=torch.float32)
+    options: dict[str, Any] = {"link": link, "label_smoothing": label_smoothing, "backend": "eager"}
+    return pair_loss(same, same, same, method="diffusion_dpo", beta=1.0, **options).loss.item()
+
+
 def _no_preference(loss_fn: PairLoss, output: Any) -> dict[str, Tensor]:
     """What ``loss`` would be if every logit were 0: pairs that are masked have none, and dpo_cm weighs the others."""
     if not isinstance(loss_fn, SIPOLoss):
         return {}
-    same = torch.zeros(2, 1)
-    relative = {"link": loss_fn.link, "label_smoothing": loss_fn.label_smoothing}
-    each = pair_loss(same, same, same, method="diffusion_dpo", beta=1.0, backend="eager", **relative).loss.item()
     weight = torch.minimum(*output.weight.chunk(2)) if loss_fn.method == "dpo_cm" else torch.ones_like(output.logits)
+    each = no_preference(loss_fn.link, loss_fn.label_smoothing)
     return {"no_preference_loss": each * torch.where(output.mask, weight, 0.0).mean()}
 
 
