@@ -5,14 +5,15 @@
 PYTHON ?= python3
 ARGS   ?=
 VENV   := .venv
+PINS   := constraints.txt
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.sipo-installed
 
 # What an installation is made from; the Python sources are used where they lie.
-INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
+INPUTS := pyproject.toml setup.py $(PINS) $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench bench-training bench-alignment lint clean
+.PHONY: help setup demo test test-lowest bench bench-training bench-alignment lint clean
 
 help:  ## what there is to make
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -24,6 +25,9 @@ demo: $(STAMP)  ## align a small model on real handwritten digits, under two min
 
 test: $(STAMP)  ## the whole test suite, with line coverage
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=4 --dist loadfile --cov --cov-report=term $(ARGS)
+
+test-lowest:  ## the same with the lowest versions that pyproject.toml allows, in .venv-lowest
+	$(MAKE) test VENV=.venv-lowest PINS=constraints-lowest.txt
 
 bench: $(STAMP)  ## the pair loss against plain torch and torch.compile on this machine, in 15 minutes; ARGS=--quick: two
 	$(BIN)/python -m pytest benchmarks/test_kernel.py -q --benchmark-columns=median,iqr,rounds --benchmark-sort=name
@@ -43,7 +47,7 @@ lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/mypy
 
 clean:  ## remove .venv and everything that was built or written by tools
-	rm -rf $(VENV) build dist *.egg-info .benchmarks .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-lowest build dist *.egg-info .benchmarks .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	rm -f sipo_kernels/_native.* sipo_kernels/_build_info.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -54,6 +58,6 @@ $(BIN)/python:
 	  rm -rf $(VENV); echo "cannot make $(VENV): on Debian and Ubuntu, install python3-venv" >&2; exit 1; }
 
 $(STAMP): $(INPUTS) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c $(PINS)
 	@$(BIN)/python sipo_kernels/build_info.py
 	@touch $@

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from disassembly import build_script
+from packaging.version import Version
 
 import sipo
 from sipo_kernels import build_info
@@ -200,7 +201,7 @@ def test_wheel_metadata(native_wheel: zipfile.ZipFile) -> None:
     assert "License-Expression: Apache-2.0" in lines
     assert "Requires-Python: >=3.10" in lines
     required = [line for line in lines if line.startswith("Requires-Dist") and "extra ==" not in line]
-    assert required == ["Requires-Dist: torch>=2.9", "Requires-Dist: numpy"]
+    assert required == ["Requires-Dist: torch>=2.9", "Requires-Dist: numpy>=2"]
     assert "sipo = sipo.cli:main" in metadata(native_wheel, "entry_points.txt")
 
 
@@ -591,6 +592,21 @@ print(f"{sipo.SIPOLoss(schedule)(same, same, same, torch.tensor([0.5, 0.5])).los
     env = clean_env(PYTHONPATH=str(ROOT), PYTHONWARNINGS="ignore")
     shown = run(sys.executable, "-c", without(*OPTIONAL) + program, cwd=tmp_path, env=env).stdout
     assert shown.split() == ["0.0306658", "0.693147"]  # tests/golden/ratio_scale.json, and ln 2
+
+
+def test_floors_are_the_lowest_versions_that_are_tested() -> None:
+    """Each floor of pyproject.toml is pinned in constraints-lowest.txt, and met by constraints.txt."""
+    floors = dict(re.findall(r'"([\w-]+)>=([\w.]+)', (ROOT / "pyproject.toml").read_text(encoding="utf-8")))
+    lowest, tested = (
+        re.findall(r"^([\w-]+)==([\w.]+)", (ROOT / name).read_text(encoding="utf-8"), re.M)
+        for name in ("constraints-lowest.txt", "constraints.txt")
+    )
+    assert len(floors) == len(lowest) > 20 and dict(lowest).keys() == floors.keys()
+    apart = {name for name, pin in lowest if Version(pin) != Version(floors[name])}
+    assert apart == {"torch", "triton"}  # of which that file says so
+    for name, pin in [*lowest, *tested]:
+        assert Version(pin) >= Version(floors.get(name, "0")), name
+    assert floors.keys() <= dict(tested).keys()
 
 
 def test_files_name_no_machine() -> None:
