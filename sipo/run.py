@@ -262,6 +262,7 @@ def _of_all(summary: CacheSummary, accelerator: Accelerator) -> CacheSummary:
         summary,
         written=sum(each.written for each in everyone),
         kept=sum(each.kept for each in everyone),
+        texts=sum(each.texts for each in everyone),
         absent=sum(each.absent for each in everyone),
         changes=[change for each in everyone for change in each.changes],
     )

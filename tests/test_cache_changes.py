@@ -158,7 +158,8 @@ def test_rows_that_have_changed_are_encoded_anew_and_no_others(
     write(data, lines)
     summary = encode(data)
     assert summary.changes[0] == said and said in summary.news()[0]
-    assert f"{summary.written} of {(len(lines) + 1) // 2} shards encoded anew" in summary.news()[0]
+    assert f"{summary.written} of {(len(lines) + 1) // 2} shards of latents and" in summary.news()[0]
+    assert f"and {sum(name[0] == 't' for name in wanted)} of text encoded anew" in summary.news()[0]
     assert changed(before, data.parent.parent / "cache") == wanted
     assert_as_new(data)
     before, pipeline = written_at(data.parent.parent / "cache"), Pipeline()

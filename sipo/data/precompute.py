@@ -88,6 +88,7 @@ class CacheSummary:
         kept: shards of pairs that were there and whole.
         seconds: that this call took.
         changes: the first change in each shard that was there and is not what the source says any more.
+        texts: shards of text that this process encoded.
         absent: shards of pairs none of whose files is there any more, so that they could not be compared.
     """
 
@@ -102,6 +103,7 @@ class CacheSummary:
     kept: int
     seconds: float
     changes: list[str] = field(default_factory=list)
+    texts: int = 0
     absent: int = 0
 
     def news(self) -> list[str]:
@@ -112,7 +114,7 @@ class CacheSummary:
             others = f", and in {more} more shard{'s' * (more > 1)}" if more else ""
             lines.append(
                 f"the data has changed ({self.changes[0]}{others}): "
-                f"{self.written} of {shards} shards encoded anew, {self.kept} kept"
+                f"{self.written} of {shards} shards of latents and {self.texts} of text encoded anew, {self.kept} kept"
             )
         if self.absent:
             lines.append(
@@ -241,7 +243,7 @@ def precompute_pairs(
         accelerator.wait_for_everyone()
     index = read_index(folder)
     assert index is not None  # the first process has written it
-    return _summary(index, run.written, run.kept, time.monotonic() - started, run.changes, run.absent)
+    return _summary(index, run.written, run.kept, time.monotonic() - started, run)
 
 
 class _Prepared(NamedTuple):
@@ -289,6 +291,7 @@ class _Run:
         self.tally = Tally()
         self.written = 0
         self.kept = 0
+        self.texts = 0
         self.absent = 0
         self.changes: list[str] = []
         self._pipeline: Any = None
@@ -552,6 +555,7 @@ class _Run:
                 conditions.update(zip(map(text_key, prompts), encoded, strict=True))
             facts = {"source": self.source, "prompts": list(conditions)}
             self._write_text(shard_name(TEXT, part.number), conditions, facts)
+            self.texts += 1
         if part.needs_latents:
             self._write_latents(part)
             self.written += 1
@@ -643,7 +647,7 @@ def _indexed(shard: Shard) -> dict[str, Any]:
 
 
 def _summary(
-    index: dict[str, Any], written: int, kept: int, seconds: float, changes: Iterable[str] = (), absent: int = 0
+    index: dict[str, Any], written: int, kept: int, seconds: float, run: _Run | None = None
 ) -> CacheSummary:
     shards = [*index["latents"], *index["text"]]
     return CacheSummary(
@@ -657,6 +661,7 @@ def _summary(
         written=written,
         kept=kept,
         seconds=seconds,
-        changes=list(changes),
-        absent=absent,
+        changes=[] if run is None else run.changes,
+        texts=0 if run is None else run.texts,
+        absent=0 if run is None else run.absent,
     )
