@@ -117,7 +117,7 @@ def _loading(family: Family, base: str, lora: bool) -> list[str]:
     here = '"."'
     if lora:
         lines += ["", f"pipeline = {pipeline}.from_pretrained({where})"]
-        # Named: diffusers 0.36 to 0.38, at least, look for the file themselves only where they may go online.
+        # Named: before diffusers 0.40, a folder is looked through for it only where it may go online.
         file = json.dumps(LORA_WEIGHT_NAME_SAFE)
         lines += [f"pipeline.load_lora_weights({here}, weight_name={file})  # the folder that this file is in"]
     else:
