@@ -195,9 +195,9 @@ def row_of(flag: str) -> str:
     return next(line for line in page_text("moving").splitlines() if line.startswith(f"| `--{flag}`"))
 
 
-def test_what_flags_are_when_left_out_is_what_ours_are() -> None:
+def test_defaults_beside_the_scripts_are_ours() -> None:
     defaults = flat(from_dict(LEAST).as_dict())
-    lines = page_text("moving").partition("## Flags left out")[2].splitlines()
+    lines = page_text("moving").partition("## Defaults")[2].splitlines()
     cells = [line.split("|") for line in lines if re.match(r"\| `(data|model|training)", line)]
     rows = {cell[1]: cell[4].strip() for cell in cells}
     assert len(rows) == 13
