@@ -44,11 +44,16 @@ SIPO_HD double metric(int k, double sum, double counted, double pairs, const Set
   return counted > 0 ? sum / counted : 0.0;
 }
 
-// Running sums of many calls: the metric's finite values, and how many there were ([2][kMetrics]).
-SIPO_HD void add_metric(float* totals, int k, double value) {
-  if (!finite_float(value)) return;
-  totals[k] += float(value);
-  totals[kMetrics + k] += 1.0f;
+// So many pairs is a metric a mean over.
+SIPO_HD double metric_pairs(int k, double counted, double pairs) {
+  return k == kNonfinitePairs ? 1.0 : (k == kLoss || k == kActiveFraction ? pairs : counted);
+}
+
+// Running sums of many calls: the metric's finite values times their pairs, and the pairs ([2][kMetrics]).
+SIPO_HD void add_metric(float* totals, int k, double value, double pairs) {
+  if (!finite_float(value * pairs)) return;
+  totals[k] += float(value * pairs);
+  totals[kMetrics + k] += float(pairs);
 }
 
 // Of `bins` bins of equal width from 0 to `top`. In float, in which σ is given: 0.02 as a float is a little less, and

@@ -106,7 +106,8 @@ class Totals(NamedTuple):
     """Running sums that a call adds its numbers to, on its device, so that many calls are read at once (§8).
 
     Attributes:
-        metrics: ``[2, len(METRICS)]`` float32: sums of each metric's finite values, and how many there were.
+        metrics: ``[2, len(METRICS)]`` float32: sums of each metric's finite values, each times the pairs that it is a
+            mean over, and sums of these pairs; of ``nonfinite_pairs`` its total, and the calls.
         levels: ``[len(STATISTICS), n]`` float32: sums over pairs by noise level, in n bins of equal width.
         timesteps: where each pair is in them: ``[B]`` or ``[S]`` (then the winners'), of any type but bool.
         top: the end of the noise levels: the number of training timesteps, or 1 for σ. Pair i is in bin

@@ -128,17 +128,26 @@ def add_levels(levels: Tensor, bins: Tensor, output: Any, coef_unit: float) -> N
     levels += (rows[:, None] * hits).sum(-1)
 
 
-def add_metrics(totals: Tensor, values: Tensor) -> None:
-    """Adds a batch's numbers to ``[2, M]``: sums of the finite values, and how many those are."""
-    finite = torch.isfinite(values)
-    totals += torch.stack([torch.where(finite, values, 0.0), finite])
+def _metric_pairs(output: PairLossOutput) -> Tensor:
+    """How many pairs each of ``METRICS`` is a mean over; 1 for ``nonfinite_pairs``, which is a number of them."""
+    pairs = output.logits.new_full((), output.mask.shape[0])
+    counted = output.finite_pairs().sum().to(pairs.dtype) if output.skip_nonfinite else pairs
+    means = len(METRICS) - 3  # but for the first and the last two
+    return torch.cat([pairs[None], counted.expand(means), torch.stack([pairs, torch.ones_like(pairs)])])
+
+
+def add_metrics(totals: Tensor, values: Tensor, pairs: Tensor | float = 1.0) -> None:
+    """Adds a batch's numbers to ``[2, M]``: sums of the finite values times their pairs, and of these pairs."""
+    products = values * pairs
+    finite = torch.isfinite(products)
+    totals += torch.stack([torch.where(finite, products, 0.0), finite * pairs])
 
 
 def add_totals(totals: Totals, output: PairLossOutput, coef_unit: float) -> None:
     """What a kernel does with ``totals``, for an output that no kernel made."""
     with torch.no_grad():
         if totals.metrics is not None:
-            add_metrics(totals.metrics, _metrics(output).float())
+            add_metrics(totals.metrics, _metrics(output).float(), _metric_pairs(output).float())
         if totals.levels is not None:
             assert totals.timesteps is not None  # checks.py
             pairs = output.mask.shape[0]

@@ -208,11 +208,13 @@ def report(
     if not PER_PAIR:
         tl.store(loss + column, value, mask=column == LOSS)
     if METRICS_TOO:
-        single = value.to(tl.float32)
+        over = tl.where((column == LOSS) | (column == ACTIVE_FRACTION), pairs, counted)  # so many pairs is it a mean of
+        over = tl.where(column == NONFINITE_PAIRS, 1.0, over)
+        single = (value * over).to(tl.float32)
         kept = (column < COUNTED) & (single - single == 0)
         at = metrics + column
         tl.store(at, tl.load(at, mask=kept) + single, mask=kept)
-        tl.store(at + COUNTED, tl.load(at + COUNTED, mask=kept) + 1.0, mask=kept)
+        tl.store(at + COUNTED, tl.load(at + COUNTED, mask=kept) + over.to(tl.float32), mask=kept)
     if LEVELS:
         unit = (tl.full([], 0.0, tl.float64) + elements) / (beta * loss_scale)  # frees a coefficient of sizes
         for first in range(0, pairs, ROWS):

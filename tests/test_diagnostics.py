@@ -260,7 +260,8 @@ def test_without_statistics_nothing_is_written(tmp_path: Path) -> None:
     (tmp_path / "own/timesteps.jsonl").write_text('{"step": 3}\n')
     fit(tmp_path / "own", loss_fn=PlainLoss())
     fit(tmp_path / "off", timestep_statistics=False)
-    assert (tmp_path / "own/timesteps.jsonl").read_text() == ""
+    assert not (tmp_path / "own/timesteps.jsonl").exists()
+    assert (tmp_path / "own/timesteps.1.jsonl").read_text() == '{"step": 3}\n'
     assert not (tmp_path / "off/timesteps.jsonl").exists()
     on, _ = fit(tmp_path / "on")
     off, _ = fit(tmp_path / "off")

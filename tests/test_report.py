@@ -79,7 +79,7 @@ def test_totals_run_over_calls_in_the_same_bits(backend: str) -> None:
         found.append(sums)
     for other in found[1:]:
         assert torch.equal(other.metrics, found[0].metrics) and torch.equal(other.levels, found[0].levels)
-    assert found[0].metrics[1].tolist() == [2.0] * len(METRICS)
+    assert found[0].metrics[1].tolist() == [10.0] * (len(METRICS) - 1) + [2.0]  # pairs; for a number of them, calls
     assert found[0].levels[0].tolist() == [6.0, 0.0, 2.0, 0.0, 0.0, 0.0, 2.0]
 
 
@@ -90,8 +90,8 @@ def test_what_is_not_finite_is_left_out_of_the_sums(backend: str) -> None:
     for nonfinite in ("propagate", "skip"):
         run(batch, backend, totals=sums, nonfinite=nonfinite, **options)
     counts = dict(zip(METRICS, sums.metrics[1].tolist(), strict=True))
-    assert counts["loss"] == 1 and counts["model_mse"] == 1  # of "skip" alone
-    assert counts["nonfinite_pairs"] == counts["active_fraction"] == counts["ref_mse"] == 2
+    assert counts["loss"] == 3 and counts["model_mse"] == 2  # of "skip" alone, which has two finite pairs of three
+    assert counts["nonfinite_pairs"] == 2 and counts["active_fraction"] == 6 and counts["ref_mse"] == 5
     assert sums.metrics[0][METRICS.index("nonfinite_pairs")] == 2
     assert bool(sums.metrics.isfinite().all()) and bool(sums.levels.isfinite().all())
     assert sums.levels[:2, 0].tolist() == [4.0, 2.0]
@@ -166,7 +166,7 @@ GOOD = torch.zeros(len(STATISTICS), 3)
         ((None, None), TypeError, "totals is a tuple: expected sipo_kernels.Totals"),
         (Totals(torch.zeros(2, 3)), ValueError, r"totals.metrics has shape \[2, 3\]: expected \[2, 11\]"),
         (Totals(torch.zeros(2, 11, dtype=F64)), TypeError, "totals.metrics has dtype torch.float64: expected"),
-        (Totals(torch.zeros(11, 2).T), ValueError, "totals.metrics requires grad or is not contiguous"),
+        (Totals(torch.zeros(11, 2).T), ValueError, "totals.metrics requires grad, is not contiguous"),
         (Totals(None, torch.zeros(3, 50), torch.zeros(2)), ValueError, r"totals.levels has shape \[3, 50\]"),
         (Totals(None, torch.zeros(18, 0), torch.zeros(2)), ValueError, r"totals.levels has shape \[18, 0\]"),
         (Totals(None, GOOD), TypeError, "totals.timesteps is a NoneType: expected a tensor"),

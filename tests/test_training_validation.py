@@ -19,6 +19,7 @@ from sipo.training.forward import PairForward
 from sipo.training.logs import read_lines, step_mean
 from sipo.training.randomness import VALIDATION, derive_seed
 from sipo.training.validation import Validation
+from sipo_kernels import METRICS
 from tests.training_cases import Pairs, fit, fresh_accelerate, loss, networks, predict, same, settings, untimed
 
 __all__ = ["fresh_accelerate"]  # a fixture that every test here runs in
@@ -215,3 +216,17 @@ def test_a_sum_over_pairs_is_validated_as_a_mean_and_draws_of_a_pair_are_one_pai
     mean, total = (validation_of(Pairs(10), loss(reduction=name))(moved(), 1) for name in ("mean", "sum"))
     assert mean == total and mean["pairs"] == 10
     assert validation_of(Spoilt(10, (), draws=5), loss())(moved(), 1)["pairs"] == 2
+
+
+def test_the_log_of_training_counts_finite_pairs_alike_too(tmp_path: Path) -> None:
+    """One pass of four pairs, or four passes of one: a pass without a finite pair is not one with an accuracy of 0."""
+    logs = []
+    for size in (4, 2, 1):
+        options: dict[str, Any] = {"batch_size": size, "accumulation": 4 // size, "steps": 1, "alarms": "off"}
+        loss_fn = loss(nonfinite="skip", mask_threshold=0.8)
+        _, result = fit(tmp_path / str(size), policy=moved(), data=Spoilt(4, (1, 3)), loss_fn=loss_fn, **options)
+        logs.append(result.history[0])
+    for line in logs[1:]:
+        for name in METRICS:
+            assert line[name] == pytest.approx(logs[0][name], rel=1e-5), name
+    assert logs[0]["nonfinite_pairs"] == 2 and logs[0]["model_mse"] > 0

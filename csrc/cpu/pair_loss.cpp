@@ -278,7 +278,7 @@ class Report {
       const double value = metric(k, sums_[k], sums_[kCounted], double(a_.pairs), a_.settings, a_.loss_per_pair);
       put(a_.numbers, k, value, a_.settings.double_stats);
       if (k == kLoss && !a_.loss_per_pair) put(a_.loss, 0, value, a_.settings.double_stats);
-      if (a_.metrics) add_metric(a_.metrics, k, value);
+      if (a_.metrics) add_metric(a_.metrics, k, value, metric_pairs(k, sums_[kCounted], double(a_.pairs)));
     }
     put(a_.numbers, kMetrics, a_.upstream, a_.settings.double_stats);
   }

@@ -129,7 +129,7 @@ struct Settling {
     const double value = metric(k, sum, counted, double(pairs), a.settings, a.loss_per_pair);
     put(a.numbers, k, value, a.settings.double_stats);
     if (k == kLoss && !a.loss_per_pair) put(a.loss, 0, value, a.settings.double_stats);
-    if (a.metrics) add_metric(a.metrics, k, value);
+    if (a.metrics) add_metric(a.metrics, k, value, metric_pairs(k, counted, double(pairs)));
   }
 
   // Of one statistic of the pairs in one bin, in their order.

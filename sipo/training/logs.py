@@ -28,7 +28,7 @@ class MetricWindow:
     line counts such steps instead. ``nonfinite_pairs`` is a total.
 
     Attributes:
-        totals: ``[2, M]``: sums of each metric's finite values, and how many there were. A loss that takes
+        totals: ``[2, M]``: sums of each metric's finite values times the pairs of each, and of pairs. A loss that takes
             :class:`sipo_kernels.Totals` adds its passes here by itself; :meth:`add` is for others.
 
     Args:
