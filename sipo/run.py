@@ -32,10 +32,11 @@ from sipo.config import (
 )
 from sipo.data.cache import Cache, CacheError, OtherSettingsError, open_cache, other_path, pairs_are_whole
 from sipo.data.pairs import CachedPairs, DrawnPairs, split
-from sipo.data.precompute import CacheSummary, fingerprint, precompute_pairs
+from sipo.data.precompute import fingerprint, precompute_pairs
 from sipo.data.readers import open_pairs
 from sipo.data.records import DataError, PairReader
 from sipo.data.references import References, open_references, precompute_references, reference_marks
+from sipo.data.summary import CacheSummary
 from sipo.data.toy import make_toy_pairs
 from sipo.data.weights import PLACE, weight_hashes
 from sipo.diffusers_schedulers import with_settings

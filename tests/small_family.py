@@ -16,8 +16,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sipo.config import DataConfig, ModelConfig
-from sipo.data.precompute import CacheSummary, precompute_pairs
+from sipo.data.precompute import precompute_pairs
 from sipo.data.records import PairRecord
+from sipo.data.summary import CacheSummary
 from sipo.families.base import Condition, Family
 
 TOKENS, WIDTH = 8, 4
@@ -144,8 +145,9 @@ def settings(**changes: Any) -> DataConfig:
 def build(
     folder: Path, reader: Any = None, pipeline: Pipeline | None = None, accelerator: Any = None, **changes: Any
 ) -> CacheSummary:
-    """Runs :func:`precompute_pairs`; ``check_hashes``, ``verify`` and ``refuse_changes`` are its own."""
-    own = {name: changes.pop(name) for name in ("check_hashes", "verify", "refuse_changes") if name in changes}
+    """Runs :func:`precompute_pairs`; some of the changes are its own arguments."""
+    names = ("check_hashes", "verify", "refuse_changes", "workers")
+    own = {"workers": 2} | {name: changes.pop(name) for name in names if name in changes}
     pipeline = pipeline or Pipeline()
     return precompute_pairs(
         Records.make() if reader is None else reader,
@@ -156,7 +158,6 @@ def build(
         settings=settings(**changes),
         model=MODEL,
         accelerator=accelerator,
-        workers=2,
         progress=False,
     )
 

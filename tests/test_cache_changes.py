@@ -19,9 +19,9 @@ from sipo.data import changes
 from sipo.data.cache import INDEX, CacheError, open_cache
 from sipo.data.check import BadPair
 from sipo.data.media import write_image
-from sipo.data.precompute import CacheSummary
 from sipo.data.readers import JsonlReader, PickapicReader
 from sipo.data.records import DataError
+from sipo.data.summary import CacheSummary
 from sipo.data.weights import weight_hashes
 from sipo.families import get
 from sipo.families.toy import build_toy
@@ -284,6 +284,44 @@ def test_verify_finds_what_sizes_and_times_do_not_show(data: Path, monkeypatch: 
     assert encode(data, verify=True).changes == ["row 0: a/0.bmp has other content"]
     assert_as_new(data)
     assert encode(data, verify=True).kept == 3
+
+
+def test_a_file_that_is_written_to_while_pairs_are_encoded_is_found(data: Path) -> None:
+    """One file in two shards, other in the second: what is known of the later one says nothing of the earlier."""
+    lines = read(data)
+    lines[4]["chosen"] = lines[0]["chosen"]
+    write(data, lines)
+
+    class Overwrites(Pipeline):
+        @property
+        def encoded(self) -> int:
+            return self.count
+
+        @encoded.setter
+        def encoded(self, count: int) -> None:
+            self.count = count
+            if count == 3:
+                overwrite(data.parent, 0)
+
+    shutil.rmtree(data.parent.parent / "cache")
+    encode(data, Overwrites(), workers=1, check_hashes=True)
+    assert encode(data).changes == ["row 0: a/0.bmp has other content"]
+    assert_as_new(data)
+
+
+def test_a_cache_that_may_only_be_read_is_used(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in data.parent.glob("?/*.bmp"):
+        path.touch()
+
+    def refuse(path: Path, *arguments: Any, **options: Any) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        for module in ("existing", "precompute"):
+            patch.setattr(f"sipo.data.{module}.write_json", refuse)
+        for _ in range(2):
+            assert encode(data).kept == 3
+    assert encode(data).kept == 3
 
 
 def test_files_that_are_gone(data: Path) -> None:
@@ -570,6 +608,27 @@ def test_files_of_a_model_that_are_read(place: Place) -> None:
     sharded = {f"{weights}.fp16-00001-of-00002.safetensors", f"{weights}.safetensors.index.fp16.json"}
     assert names("fp16", True) == {"unet/config.json", *sharded}
     assert {name.partition("/")[0] for name in names("fp16", False)} == {"vae", "text_encoder", "tokenizer"}
+
+
+def test_weights_are_read_once_and_again_to_verify(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, real, hashed = place.folder / "model", changes.stamp, changes.file_hash
+    monkeypatch.setattr("sipo.data.weights.stamp", lambda path: [*real(path)[:2], 0])
+    monkeypatch.setattr(changes, "stamp", lambda path: [*real(path)[:2], 0])
+    reads: list[Path] = []
+    monkeypatch.setattr(changes, "file_hash", lambda path: reads.append(path) or hashed(path))
+
+    def marks(**options: Any) -> dict[str, str]:
+        return weight_hashes(get("sd15"), str(model), ModelConfig("sd15", ""), place.cache, network=True, **options)
+
+    before = marks()
+    assert len(reads) == 2 and marks() == before and len(reads) == 2
+    path = model / "unet" / "diffusion_pytorch_model.safetensors"
+    path.touch()
+    assert marks() == before and reads[2:] == [path]
+    replace_weights(path, keep_time=True)
+    assert marks() == before and len(reads) == 3  # nothing shows it
+    assert marks(verify=True) != before
+    assert marks() != before
 
 
 def test_a_cache_of_another_format_is_one_line(place: Place, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,10 +6,9 @@ import contextlib
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +18,6 @@ from torch import Tensor
 from sipo.config import DataConfig, ModelConfig
 from sipo.data.cache import (
     CROP,
-    FILES,
     FLIP,
     FORMAT,
     INDEX,
@@ -28,19 +26,11 @@ from sipo.data.cache import (
     TEXT,
     UNCONDITIONAL,
     CacheError,
-    DamagedError,
     Shard,
-    check_sizes,
-    digest,
-    intact_shard,
-    other_path,
     read_index,
-    read_json,
-    read_pairs_index,
     read_shard,
     remove_leftovers,
     remove_shards,
-    shard_from_entry,
     shard_name,
     text_key,
     trim,
@@ -49,89 +39,31 @@ from sipo.data.cache import (
 )
 from sipo.data.changes import (
     FileRecord,
-    compare_files,
-    files_digest,
-    first_row_change,
-    path_named,
     record_file,
-    row_of,
     side_name,
-    stamps_of,
 )
 from sipo.data.check import BadPair, load_pair
+from sipo.data.existing import (
+    FILES_FACT,
+    ROWS_FACT,
+    Existing,
+    indexed,
+    is_unchanged,
+    read_known,
+    stop,
+    stop_at_skipped,
+    write_files,
+)
 from sipo.data.media import fit, nearest_size
-from sipo.data.parts import Part, Tally, ahead, parts, prefix_of
+from sipo.data.parts import Part, Tally, ahead, parts
 from sipo.data.records import DataError, PairReader, PairRecord
+from sipo.data.summary import CacheSummary
 from sipo.data.weights import PLACE
 from sipo.families.base import Condition, Family
 from sipo.training.data import derive_seed
 
 TEXT_BATCH = 16
 """Prompts in one call of the text encoders."""
-
-_ROWS, _FILES = "rows", "files"  # facts of a shard that its own JSON file has and the index leaves out
-
-
-@dataclass(frozen=True)
-class CacheSummary:
-    """What is in a cache.
-
-    Attributes:
-        pairs: that can be trained on.
-        records: rows of the source that were looked at.
-        ties: rows without a preference, which are no pairs to train on.
-        skipped: by reason, how many pairs were left out because they could not be used.
-        skipped_rows: their rows, with what is wrong with each.
-        prompts: distinct ones.
-        bytes: of all files of tensors.
-        written: shards of pairs that this process encoded.
-        kept: shards of pairs that were there and whole.
-        seconds: that this call took.
-        changes: the first change in each shard that was there and is not what the source says any more.
-        texts: shards of text that this process encoded.
-        absent: shards of pairs none of whose files is there any more, so that they could not be compared.
-    """
-
-    pairs: int
-    records: int
-    ties: int
-    skipped: dict[str, int]
-    skipped_rows: list[tuple[int, str]]
-    prompts: int
-    bytes: int
-    written: int
-    kept: int
-    seconds: float
-    changes: list[str] = field(default_factory=list)
-    texts: int = 0
-    absent: int = 0
-
-    def news(self) -> list[str]:
-        """A line on what has changed since the pairs were encoded, and one on what could not be compared."""
-        lines, shards = [], self.written + self.kept
-        if self.changes:
-            more = len(self.changes) - 1
-            others = f", and in {more} more shard{'s' * (more > 1)}" if more else ""
-            lines.append(
-                f"the data has changed ({self.changes[0]}{others}): "
-                f"{self.written} of {shards} shards of latents and {self.texts} of text encoded anew, {self.kept} kept"
-            )
-        if self.absent:
-            lines.append(
-                f"{self.absent} of {shards} shards not compared with their images or clips, none of which is there: "
-                "used as they were encoded"
-            )
-        return lines
-
-    def describe(self) -> str:
-        """A few lines for a terminal."""
-        lines = [
-            f"{self.pairs} pairs, {self.prompts} prompts, {self.bytes / 1e6:.1f} MB "
-            f"({self.written} shards written, {self.kept} kept, {self.seconds:.0f} s)",
-            f"rows: {self.records}, ties: {self.ties}, left out: {sum(self.skipped.values())}",
-        ]
-        return "\n".join(lines + [f"  {reason}: {count}" for reason, count in self.skipped.items()])
-
 
 def fingerprint(model: ModelConfig, data: DataConfig, weights: Mapping[str, str] | None = None) -> dict[str, Any]:
     """What the content of a cache depends on beside the pairs, by the names of the configuration's keys; JSON values.
@@ -212,26 +144,27 @@ def precompute_pairs(
         raise ValueError(f"data.shard_pairs={settings.shard_pairs}: expected at least 1")
     marks = fingerprint(model, settings, weights)
     rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
-    index = _read_index(folder, marks)
+    index = read_known(folder, marks)
     finished = index if index is not None and index["complete"] else None
     state = None
     # What is not finished needs the rows and nothing else, which may be at hand where a hub is out of reach.
     with contextlib.suppress(*(() if finished is not None else (DataError,))):
         state = getattr(reader, "state", lambda: None)()
     unread = finished is not None and not check_hashes and not verify
-    if finished is not None and unread and _is_unchanged(folder, finished, reader, state, settings.path):
-        _stop_at_skipped(finished["latents"], settings)
+    if finished is not None and unread and is_unchanged(folder, finished, reader, state, settings.path):
+        stop_at_skipped(finished["latents"], settings)
         for _ in range(0 if accelerator is None else 2):  # as below, should another process have seen a change
             accelerator.wait_for_everyone()
-        return _summary(finished, 0, len(range(rank, len(finished["latents"]), world)), time.monotonic() - started)
-    run = _Run(family, load_pipeline, folder, settings, marks, state, index)
-    run.check_hashes, run.verify, run.refuse_changes = check_hashes, verify, refuse_changes
-    run.stale |= world > 1  # the others may have new times to be written down
+        return _summary(finished, len(range(rank, len(finished["latents"]), world)), time.monotonic() - started)
+    how = {"check_hashes": check_hashes, "verify": verify, "refuse_changes": refuse_changes}
+    there = Existing(folder, settings, marks, index, **how)
+    there.stale |= world > 1  # the others may have new times to be written down
+    run = _Run(family, load_pipeline, folder, settings, there, state)
     if finished is None:
         run.pipeline()  # sizes are checked before anything is written
         folder.mkdir(parents=True, exist_ok=True)
         if rank == 0 and index is None:
-            run.begin()
+            there.begin()
     if rank == 0:
         run.encode_unconditional()
     run.encode_parts(reader, rank, world, workers or min(8, os.cpu_count() or 1), progress)
@@ -243,7 +176,7 @@ def precompute_pairs(
         accelerator.wait_for_everyone()
     index = read_index(folder)
     assert index is not None  # the first process has written it
-    return _summary(index, run.written, run.kept, time.monotonic() - started, run)
+    return _summary(index, run.kept, time.monotonic() - started, run)
 
 
 class _Prepared(NamedTuple):
@@ -263,40 +196,27 @@ class _Decoded(NamedTuple):
 class _Run:
     """One process's share of a :func:`precompute_pairs` call."""
 
-    check_hashes = True
-    verify = False
-    refuse_changes = False
-
     def __init__(
         self,
         family: Family,
         load_pipeline: Callable[[], Any],
         folder: Path,
         settings: DataConfig,
-        marks: dict[str, Any],
+        existing: Existing,
         state: Any,
-        index: dict[str, Any] | None,
     ) -> None:
         self.family = family
         self.load_pipeline = load_pipeline
         self.folder = folder
         self.settings = settings
-        self.marks = marks
+        self.existing = existing
         self.state = state
-        self.path = settings.path if index is None else index["path"]  # of the pairs that are there
-        self.finished = index is not None and index["complete"]
-        self.known = {shard.name: shard for shard in _shards(index)} if index is not None and self.finished else {}
-        self.source = digest(marks)
         self.dtype: torch.dtype = getattr(torch, settings.dtype)
         self.tally = Tally()
         self.written = 0
         self.kept = 0
         self.texts = 0
-        self.absent = 0
-        self.changes: list[str] = []
         self._pipeline: Any = None
-        self._begun = not self.finished  # whether the index says that the cache is being written
-        self.stale = self._begun  # whether the index has to be written anew
 
     def pipeline(self) -> Any:
         """The encoders, loaded when they are first needed."""
@@ -306,17 +226,12 @@ class _Run:
                 self.family.check_size(self._pipeline, height, width, self.settings.frames)
         return self._pipeline
 
-    def begin(self) -> None:
-        """Says that the cache is not finished, before any of its content changes."""
-        index = {"format": FORMAT, "complete": False, "fingerprint": self.marks, "path": self.path}
-        write_json(self.folder / INDEX, index)
-
     def encode_unconditional(self) -> None:
         """Writes what caption dropout puts in a prompt's place."""
-        shard = self._there(UNCONDITIONAL)
-        if shard is None or shard.facts.get("source") != self.source:
+        shard = self.existing.there(UNCONDITIONAL)
+        if shard is None or shard.facts.get("source") != self.existing.source:
             condition = self.family.encode_unconditional(self.pipeline())
-            self._write_text(UNCONDITIONAL, {"": condition}, {"source": self.source, "prompts": []})
+            self._write_text(UNCONDITIONAL, {"": condition}, {"source": self.existing.source, "prompts": []})
 
     def encode_parts(self, reader: PairReader, rank: int, world: int, workers: int, progress: bool) -> None:
         """Encodes every shard that is this process's and not there yet, or another by now."""
@@ -333,19 +248,18 @@ class _Run:
                         continue
                     self._encode(part, record, decoded)
                     bar.update()
-        gone = self.known.get(shard_name(LATENTS, self.tally.parts))
-        if rank == 0 and gone is not None:
-            row = min(row for row, *_ in [*gone.facts["pairs"], *gone.facts["skipped"]])
-            self._changed(f"row {row}: no longer a pair")
+        if rank == 0:
+            self.existing.find_gone(self.tally.parts)
 
     def finish(self) -> None:
         """Writes the index, once every shard is there, and where it says anything new."""
         found, tally = read_index(self.folder), self.tally
         counts = None if found is None else [found.get(name) for name in ("records", "ties", "path", "state")]
         now = [tally.records, tally.ties, self.settings.path, self.state]
-        if self.check_hashes or self._begun:  # else another run may be reading, and writing down new times
+        existing = self.existing
+        if existing.check_hashes or existing.begun:  # else another run may be reading, and writing down new times
             remove_leftovers(self.folder)
-        if not self.stale and not self.changes and found is not None and found["complete"] and counts == now:
+        if not existing.stale and not existing.changes and found is not None and found["complete"] and counts == now:
             return
         latents = [self._finished(shard_name(LATENTS, n)) for n in range(self.tally.parts)]
         text = [self._finished(name) for name in self._text_names()]
@@ -363,7 +277,7 @@ class _Run:
         index = {
             "format": FORMAT,
             "complete": True,
-            "fingerprint": self.marks,
+            "fingerprint": existing.marks,
             "path": self.settings.path,
             "state": self.state,
             "pairs": pairs,
@@ -372,14 +286,9 @@ class _Run:
             "skipped": dict(sorted(Counter(kind for _, kind, _ in skipped).items())),
             "text_shapes": shapes,
             "text": [shard.as_dict() for shard in text],
-            "latents": [_indexed(shard) for shard in latents],
+            "latents": [indexed(shard) for shard in latents],
         }
-        # Names before the index: until it is written, nothing relies on them.
-        files: dict[str, FileRecord] = {}
-        for shard in latents:
-            files |= shard.facts[_FILES]
-        seen = files_digest(record[:3] for record in files.values())
-        write_json(self.folder / FILES, {"digest": seen, "names": list(files)}, indent=None)
+        write_files(self.folder, latents)  # before the index: until it is there, nothing relies on them
         write_json(self.folder / INDEX, index, indent=None)
         remove_shards(self.folder, (LATENTS, TEXT), self.tally.parts)
 
@@ -401,7 +310,7 @@ class _Run:
         for part in parts(reader, self.settings, self.tally):
             if part.number % world != rank:
                 continue
-            self._look(part, pool)
+            self.existing.look(part, pool)
             if not part.needs_latents:
                 self.kept += 1
                 bar.update(len(part.records))
@@ -413,87 +322,6 @@ class _Run:
                     yield part, record
             part.records.clear()  # encoded images are large, and no longer needed once they are in line
             yield part, None
-
-    def _look(self, part: Part, pool: ThreadPoolExecutor) -> None:
-        """Looks for what is there of a part, whole, and still what the source says."""
-        part.look(self.source, pool)
-        text = self._there(shard_name(TEXT, part.number))
-        facts = {} if text is None else text.facts
-        part.needs_text = facts.get("source") != self.source or facts.get("prompts") != part.new_keys
-        name = shard_name(LATENTS, part.number)
-        latents = self._there(name)
-        if latents is None or not (latents.facts.get("seen") == part.seen and not self.verify):
-            self._compare(part, latents, pool)
-        else:
-            part.needs_latents = False
-        if latents is not None and not part.needs_latents:
-            _stop_at_skipped([latents.facts], self.settings)
-
-    def _there(self, name: str) -> Shard | None:
-        """A shard that is there and whole, as the finished index or its own JSON file has it."""
-        if self.check_hashes:
-            return intact_shard(self.folder, name)
-        shard = self.known.get(name) or read_shard(self.folder, name)
-        try:
-            check_sizes(self.folder, [] if shard is None else [shard])
-        except DamagedError:
-            return None
-        return shard
-
-    def _compare(self, part: Part, shard: Shard | None, pool: ThreadPoolExecutor) -> None:
-        """Compares a part with what its shard of latents was made of; new times and prompts are written down."""
-        name = shard_name(LATENTS, part.number)
-        shard = None if shard is None else read_shard(self.folder, name)  # the index has neither rows nor files
-        if shard is None or not {_ROWS, _FILES, "pairs", "source"} <= shard.facts.keys():
-            if self.finished and name not in self.known:
-                self._changed(f"row {part.rows[0][0]}: a new pair")
-            return
-        facts = shard.facts
-        if facts["source"] != self.source:
-            return
-        if facts[_ROWS] != part.rows:
-            self._changed(first_row_change(facts[_ROWS], part.rows))
-            return
-        found = compare_files(facts[_FILES], lambda file: part.paths.get(file, Path(file)), pool, self.verify)
-        if found.change:
-            self._changed(f"row {row_of(part.rows, found.name)}: {found.name} {found.change}")
-            return
-        self.absent += found.absent
-        part.needs_latents = False
-        keys = {row[0]: key for row, key in zip(part.rows, part.keys, strict=True)}
-        other = [row for row, key, _ in facts["pairs"] if keys[row] != key]
-        if other:
-            self._changed(f"row {other[0]}: another prompt")
-            self._begin_change()
-        pairs = [[row, keys[row], shape] for row, _, shape in facts["pairs"]]
-        now = facts | {_FILES: found.files, "pairs": pairs}
-        if not found.absent:
-            now["seen"] = part.seen
-        try:
-            if now != facts:
-                write_json(self.folder / f"{name}.json", replace(shard, facts=now).as_dict())
-        except OSError:
-            if other:
-                raise
-            return  # a cache that may only be read: new times are compared again the next time
-        self.stale |= not found.absent
-
-    def _changed(self, change: str) -> None:
-        """Keeps a change to be told, or refuses it."""
-        if self.path != self.settings.path:
-            raise other_path(self.folder, self.path, self.settings.path)
-        if self.refuse_changes:
-            raise CacheError(
-                f"{self.settings.path}: {change}, since {self.folder} was encoded: expected the data that the run has "
-                "been trained on; another training.output_dir starts anew with this"
-            )
-        self.changes.append(change)
-
-    def _begin_change(self) -> None:
-        """A cache that was finished is not while it is changed, so that nobody takes it for what it was."""
-        if not self._begun:
-            self.begin()
-        self._begun = self.stale = True
 
     def _prepare(self, item: tuple[Part, PairRecord | None]) -> _Decoded | None:
         """Decodes a pair and cuts it to size; runs in a thread."""
@@ -542,7 +370,7 @@ class _Run:
 
     def _skip(self, part: Part, row: int, kind: str, reason: str) -> None:
         if not self.settings.skip_bad:
-            raise _stop(row, kind, reason)
+            raise stop(row, kind, reason)
         part.skipped.append((row, kind, reason))
 
     def _flush(self, part: Part) -> None:
@@ -553,7 +381,7 @@ class _Run:
                 prompts = part.prompts[start : start + TEXT_BATCH]
                 encoded = self.family.encode_text(self.pipeline(), prompts)
                 conditions.update(zip(map(text_key, prompts), encoded, strict=True))
-            facts = {"source": self.source, "prompts": list(conditions)}
+            facts = {"source": self.existing.source, "prompts": list(conditions)}
             self._write_text(shard_name(TEXT, part.number), conditions, facts)
             self.texts += 1
         if part.needs_latents:
@@ -571,15 +399,15 @@ class _Run:
             tensors |= {f"{row}.winner": latents[0], f"{row}.loser": latents[1]}
             tensors |= {f"{row}.own.{name}": tensor for name, tensor in own.items()}
         facts = {
-            "source": self.source,
+            "source": self.existing.source,
             "seen": part.seen,
-            _ROWS: part.rows,
-            _FILES: part.files,
+            ROWS_FACT: part.rows,
+            FILES_FACT: part.files,
             "own": sorted(part.pairs[0][3]) if part.pairs else [],
             "pairs": pairs,
             "skipped": sorted(part.skipped),
         }
-        self._begin_change()
+        self.existing.begin_change()
         write_shard(self.folder, shard_name(LATENTS, part.number), tensors, facts)
 
     def _write_text(self, name: str, conditions: dict[str, Condition], facts: dict[str, Any]) -> None:
@@ -593,62 +421,11 @@ class _Run:
                 if shapes.setdefault(tensor_name, list(tensor.shape)) != list(tensor.shape):
                     raise ValueError(f"{tensor_name} has shape {list(tensor.shape)}, expected {shapes[tensor_name]}")
                 tensors[f"{key}.{tensor_name}" if key else tensor_name] = trim(tensor)
-        self._begin_change()
+        self.existing.begin_change()
         write_shard(self.folder, name, tensors, facts | {"shapes": shapes})
 
 
-def _stop(row: int, kind: str, reason: str) -> BadPair:
-    return BadPair(
-        kind,
-        f"row {row}: {reason} (data.skip_bad=true leaves such pairs out and counts them; `sipo data check` lists them)",
-    )
-
-
-def _stop_at_skipped(shards: Iterable[dict[str, Any]], settings: DataConfig) -> None:
-    if not settings.skip_bad:
-        for shard in shards:
-            for row, kind, reason in shard["skipped"]:
-                raise _stop(row, kind, reason)
-
-
-def _is_unchanged(folder: Path, index: dict[str, Any], reader: PairReader, state: Any, path: str) -> bool:
-    """Whether neither rows nor files of a finished cache have changed, as far as sizes and times tell."""
-    if state is None or index["state"] != state or index["path"] != path:
-        return False
-    try:
-        files = read_json(folder / FILES)
-    except CacheError:
-        return False
-    if files is None:
-        return False
-    prefix = prefix_of(reader)
-    with ThreadPoolExecutor(8, "stat") as pool:
-        return files_digest(stamps_of([path_named(name, prefix) for name in files["names"]], pool)) == files["digest"]
-
-
-def _read_index(folder: Path, marks: dict[str, Any]) -> dict[str, Any] | None:
-    """The index of a folder; another cache in it is refused."""
-    try:
-        index = read_pairs_index(folder, marks)
-        if index is not None and index["complete"]:
-            _shards(index)
-    except (DamagedError, KeyError, TypeError):
-        return None  # the shards' own files say what there is
-    return index
-
-
-def _shards(index: dict[str, Any]) -> list[Shard]:
-    return [shard_from_entry(entry) for entry in (*index["latents"], *index["text"])]
-
-
-def _indexed(shard: Shard) -> dict[str, Any]:
-    """An entry of the index: without what is as large as the data set, and asked for only where something changes."""
-    return {key: value for key, value in shard.as_dict().items() if key not in (_ROWS, _FILES)}
-
-
-def _summary(
-    index: dict[str, Any], written: int, kept: int, seconds: float, run: _Run | None = None
-) -> CacheSummary:
+def _summary(index: dict[str, Any], kept: int, seconds: float, run: _Run | None = None) -> CacheSummary:
     shards = [*index["latents"], *index["text"]]
     return CacheSummary(
         pairs=index["pairs"],
@@ -658,10 +435,10 @@ def _summary(
         skipped_rows=[(row, reason) for shard in index["latents"] for row, _, reason in shard["skipped"]],
         prompts=sum(len(shard["prompts"]) for shard in index["text"]),
         bytes=sum(shard["bytes"] for shard in shards),
-        written=written,
+        written=0 if run is None else run.written,
         kept=kept,
         seconds=seconds,
-        changes=[] if run is None else run.changes,
+        changes=[] if run is None else run.existing.changes,
         texts=0 if run is None else run.texts,
-        absent=0 if run is None else run.absent,
+        absent=0 if run is None else run.existing.absent,
     )

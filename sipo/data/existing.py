@@ -1,0 +1,250 @@
+"""What a cache's folder holds already, and whether it still is what the source says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sipo.config import DataConfig
+from sipo.data.cache import (
+    FILES,
+    FORMAT,
+    INDEX,
+    LATENTS,
+    TEXT,
+    CacheError,
+    DamagedError,
+    Shard,
+    check_sizes,
+    digest,
+    intact_shard,
+    other_path,
+    read_json,
+    read_pairs_index,
+    read_shard,
+    shard_from_entry,
+    shard_name,
+    write_json,
+)
+from sipo.data.changes import (
+    FileRecord,
+    compare_files,
+    files_digest,
+    first_row_change,
+    path_named,
+    row_of,
+    stamps_of,
+)
+from sipo.data.check import BadPair
+from sipo.data.parts import Part, prefix_of
+from sipo.data.records import PairReader
+
+ROWS_FACT, FILES_FACT = "rows", "files"
+"""Facts of a shard of latents that its own JSON file has, and the index leaves out."""
+
+
+class Existing:
+    """Compares parts of the source with their shards.
+
+    Attributes:
+        finished: whether the cache was, when it was opened.
+        source: digest of what the content depends on beside the pairs.
+        changes: the first change in each shard that is not what the source says any more.
+        absent: how many shards of latents have none of their files any more.
+        begun: whether the index says that the cache is being written.
+        stale: whether the index has to be written anew.
+
+    Args:
+        folder: the cache's.
+        settings: how pairs are encoded.
+        marks: the fingerprint.
+        index: of :func:`read_known`.
+        check_hashes, verify, refuse_changes: see :func:`sipo.data.precompute.precompute_pairs`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: DataConfig,
+        marks: dict[str, Any],
+        index: dict[str, Any] | None,
+        *,
+        check_hashes: bool,
+        verify: bool,
+        refuse_changes: bool,
+    ) -> None:
+        self.folder = folder
+        self.settings = settings
+        self.marks = marks
+        self.check_hashes = check_hashes
+        self.verify = verify
+        self.refuse_changes = refuse_changes
+        self.source = digest(marks)
+        self.path = settings.path if index is None else index["path"]  # of the pairs that are there
+        self.finished = index is not None and index["complete"]
+        self.known = {shard.name: shard for shard in _shards(index)} if index is not None and self.finished else {}
+        self.changes: list[str] = []
+        self.absent = 0
+        self.begun = self.stale = not self.finished
+
+    def begin(self) -> None:
+        """Says that the cache is not finished, before any of its content changes."""
+        index = {"format": FORMAT, "complete": False, "fingerprint": self.marks, "path": self.path}
+        write_json(self.folder / INDEX, index)
+
+    def begin_change(self) -> None:
+        """A cache that was finished is not while it is changed, so that nobody takes it for what it was."""
+        if not self.begun:
+            self.begin()
+        self.begun = self.stale = True
+
+    def there(self, name: str) -> Shard | None:
+        """A shard that is there and whole, as the finished index or its own JSON file has it."""
+        if self.check_hashes:
+            return intact_shard(self.folder, name)
+        shard = self.known.get(name) or read_shard(self.folder, name)
+        try:
+            check_sizes(self.folder, [] if shard is None else [shard])
+        except DamagedError:
+            return None
+        return shard
+
+    def look(self, part: Part, pool: ThreadPoolExecutor) -> None:
+        """Looks for what is there of a part, whole, and still what the source says."""
+        part.look(self.source, pool)
+        text = self.there(shard_name(TEXT, part.number))
+        facts = {} if text is None else text.facts
+        part.needs_text = facts.get("source") != self.source or facts.get("prompts") != part.new_keys
+        name = shard_name(LATENTS, part.number)
+        latents = self.there(name)
+        if latents is None or not (latents.facts.get("seen") == part.seen and not self.verify):
+            self._compare(part, latents, pool)
+        else:
+            part.needs_latents = False
+        if latents is not None and not part.needs_latents:
+            stop_at_skipped([latents.facts], self.settings)
+
+    def find_gone(self, parts: int) -> None:
+        """Looks for shards of a source that has become shorter.
+
+        Args:
+            parts: that the source has.
+        """
+        gone = self.known.get(shard_name(LATENTS, parts))
+        if gone is not None:
+            row = min(row for row, *_ in [*gone.facts["pairs"], *gone.facts["skipped"]])
+            self._changed(f"row {row}: no longer a pair")
+
+    def _compare(self, part: Part, shard: Shard | None, pool: ThreadPoolExecutor) -> None:
+        """Compares a part with what its shard of latents was made of; new times and prompts are written down."""
+        name = shard_name(LATENTS, part.number)
+        shard = None if shard is None else read_shard(self.folder, name)  # the index has neither rows nor files
+        if shard is None or not {ROWS_FACT, FILES_FACT, "pairs", "source"} <= shard.facts.keys():
+            if self.finished and name not in self.known:
+                self._changed(f"row {part.rows[0][0]}: a new pair")
+            return
+        facts = shard.facts
+        if facts["source"] != self.source:
+            return
+        if facts[ROWS_FACT] != part.rows:
+            self._changed(first_row_change(facts[ROWS_FACT], part.rows))
+            return
+        found = compare_files(facts[FILES_FACT], lambda file: part.paths.get(file, Path(file)), pool, self.verify)
+        if found.change:
+            self._changed(f"row {row_of(part.rows, found.name)}: {found.name} {found.change}")
+            return
+        self.absent += found.absent
+        part.needs_latents = False
+        keys = {row[0]: key for row, key in zip(part.rows, part.keys, strict=True)}
+        other = [row for row, key, _ in facts["pairs"] if keys[row] != key]
+        if other:
+            self._changed(f"row {other[0]}: another prompt")
+            self.begin_change()
+        pairs = [[row, keys[row], shape] for row, _, shape in facts["pairs"]]
+        now = facts | {FILES_FACT: found.files, "pairs": pairs}
+        if not found.absent:
+            now["seen"] = part.seen
+        try:
+            if now != facts:
+                write_json(self.folder / f"{name}.json", replace(shard, facts=now).as_dict())
+        except OSError:
+            if other:
+                raise
+            return  # a cache that may only be read: new times are compared again the next time
+        self.stale |= not found.absent
+
+    def _changed(self, change: str) -> None:
+        """Keeps a change to be told, or refuses it."""
+        if self.path != self.settings.path:
+            raise other_path(self.folder, self.path, self.settings.path)
+        if self.refuse_changes:
+            raise CacheError(
+                f"{self.settings.path}: {change}, since {self.folder} was encoded: expected the data that the run has "
+                "been trained on; another training.output_dir starts anew with this"
+            )
+        self.changes.append(change)
+
+
+def stop(row: int, kind: str, reason: str) -> BadPair:
+    """The error of a pair that cannot be used and may not be left out."""
+    return BadPair(
+        kind,
+        f"row {row}: {reason} (data.skip_bad=true leaves such pairs out and counts them; `sipo data check` lists them)",
+    )
+
+
+def stop_at_skipped(shards: Iterable[dict[str, Any]], settings: DataConfig) -> None:
+    """Stops at pairs that were left out when they might be, and may not any more."""
+    if not settings.skip_bad:
+        for shard in shards:
+            for row, kind, reason in shard["skipped"]:
+                raise stop(row, kind, reason)
+
+
+def is_unchanged(folder: Path, index: dict[str, Any], reader: PairReader, state: Any, path: str) -> bool:
+    """Whether neither rows nor files of a finished cache have changed, as far as sizes and times tell."""
+    if state is None or index["state"] != state or index["path"] != path:
+        return False
+    try:
+        files = read_json(folder / FILES)
+    except CacheError:
+        return False
+    if files is None:
+        return False
+    prefix = prefix_of(reader)
+    with ThreadPoolExecutor(8, "stat") as pool:
+        return files_digest(stamps_of([path_named(name, prefix) for name in files["names"]], pool)) == files["digest"]
+
+
+def write_files(folder: Path, latents: Iterable[Shard]) -> None:
+    """Writes down what :func:`is_unchanged` reads."""
+    files: dict[str, FileRecord] = {}
+    alike = True
+    for shard in latents:
+        for name, record in shard.facts[FILES_FACT].items():
+            alike &= files.setdefault(name, record) == record  # else it was written to while pairs were encoded
+    seen = files_digest(record[:3] for record in files.values()) if alike else ""
+    write_json(folder / FILES, {"digest": seen, "names": list(files)}, indent=None)
+
+
+def read_known(folder: Path, marks: dict[str, Any]) -> dict[str, Any] | None:
+    """The index of a folder; another cache in it is refused."""
+    try:
+        index = read_pairs_index(folder, marks)
+        if index is not None and index["complete"]:
+            _shards(index)
+    except (DamagedError, KeyError, TypeError):
+        return None  # the shards' own files say what there is
+    return index
+
+
+def _shards(index: dict[str, Any]) -> list[Shard]:
+    return [shard_from_entry(entry) for entry in (*index["latents"], *index["text"])]
+
+
+def indexed(shard: Shard) -> dict[str, Any]:
+    """An entry of the index: without what is as large as the data set, and asked for only where something changes."""
+    return {key: value for key, value in shard.as_dict().items() if key not in (ROWS_FACT, FILES_FACT)}
