@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -428,6 +429,28 @@ def test_parquet_files_are_compared_by_sizes_and_times(tmp_path: Path, monkeypat
     path.parent.rmdir()
     with pytest.raises(DataError, match="no such file or folder, and not found on the hub"):
         encode_parquet()
+
+
+def test_a_hub_s_data_set_is_known_by_the_hashes_of_its_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"README.md": "1", "data/train-00000.parquet": "2", "data/train-00001.parquet": "3"}
+    card: dict[str, Any] = {"configs": [{"config_name": "default"}]}
+
+    def dataset_info(api: Any, path: str, **options: Any) -> SimpleNamespace:
+        assert path == "owner/name" and options["files_metadata"]
+        files = [SimpleNamespace(rfilename=name, blob_id=blob) for name, blob in found.items()]
+        return SimpleNamespace(sha="".join(found.values()), siblings=files, card_data=card)
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", dataset_info)
+    reader = PickapicReader("owner/name")
+    before = reader.state()
+    assert json.loads(json.dumps(before)) == before
+    found["README.md"] = "4"
+    assert reader.state() == before
+    found["data/train-00001.parquet"] = "5"
+    assert reader.state() != before
+    found["data/train-00001.parquet"] = "3"
+    card["configs"] = [{"config_name": "other"}]
+    assert reader.state() != before
 
 
 # ---- Commands ----

@@ -221,18 +221,23 @@ class PickapicReader:
             yield _pickapic_record(row, value)
 
     def state(self) -> Any:
-        """Names, sizes and times of the local files, or the commit that the hub has; images are not read.
+        """Names, sizes and times of the local files, or names and git hashes of the hub's; images are not read.
 
         Raises:
             DataError: nothing there, or a hub that cannot be reached.
         """
         place = Path(self.path)
         if place.exists():
-            return _states(place, [place] if place.is_file() else sorted(filter(Path.is_file, place.rglob("*"))))
+            return _states(place, [place] if place.is_file() else sorted(place.rglob("*.parquet")))
         from huggingface_hub import HfApi
 
         try:
-            return {"commit": HfApi().dataset_info(self.path, timeout=_HUB_SECONDS).sha}
+            info = HfApi().dataset_info(self.path, timeout=_HUB_SECONDS, files_metadata=True)
+            # Not the commit: another README would have every image downloaded again, to find that it is the same.
+            blobs = {file.rfilename: file.blob_id for file in info.siblings or []}
+            files = {name: blob for name, blob in blobs.items() if name.endswith(".parquet")}
+            configs = info.card_data.get("configs") if info.card_data is not None else None
+            return {"files": files or info.sha, "configs": configs}
         except Exception as error:  # of the hub's library, of the one below it for HTTP, and of the network
             missing = f"{self.path}: no such file or folder, and not found on the hub"
             raise DataError(f"{missing}: {_one_line(error)}") from error
