@@ -186,6 +186,17 @@ def test_a_caption_that_is_empty_now_is_a_bad_pair(data: Path) -> None:
     assert encode(data, skip_bad=True).skipped == {"caption": 1}
 
 
+def test_another_prompt_of_a_pair_that_is_left_out_is_a_change_too(data: Path) -> None:
+    (data.parent / "a" / "3.bmp").unlink()
+    encode(data, skip_bad=True)
+    lines = read(data)
+    lines[3]["prompt"] = "another"
+    write(data, lines)
+    with pytest.raises(CacheError, match="row 2 or one behind it: another prompt"):
+        encode(data, skip_bad=True, refuse_changes=True)
+    assert encode(data, skip_bad=True).texts == 1
+
+
 def test_what_is_no_part_of_a_pair_changes_nothing(data: Path) -> None:
     lines = read(data)
     write(data, [line | {"note": "seen", "chosen_score": 2, "rejected_score": 1} for line in lines])

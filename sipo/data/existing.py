@@ -124,6 +124,8 @@ class Existing:
             self._compare(part, latents, pool)
         else:
             part.needs_latents = False
+        if part.needs_text and facts.get("source") == self.source and not self.changes:
+            self._changed(f"row {part.rows[0][0]} or one behind it: another prompt")  # of a pair that is left out
         if latents is not None and not part.needs_latents:
             stop_at_skipped([latents.facts], self.settings)
 
