@@ -249,9 +249,12 @@ def run_check(
 
     Raises:
         DataError: the data set cannot be read at all.
+        OSError: a ``json_file`` that is something else.
     """
-    from sipo.training.logs import write_aside
+    from sipo.training.logs import check_output, write_aside
 
+    if json_file is not None:
+        check_output(Path(json_file), "{\n", "a report of `sipo data check`")
     reader = open_pairs(path, format, split, streaming)
     report = check_pairs(reader, frames=frames, fps=fps, sizes=sizes, limit=limit, progress=progress)
     if json_file is not None:
