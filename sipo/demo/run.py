@@ -142,7 +142,7 @@ def run_demo(config: DemoConfig, *, progress: bool = True) -> dict[str, Any]:
     after = sample(policy, scheduler, classes, config.seed)
     # Evenly spaced in log t: everything happens at low noise, where SNR changes fastest.
     last = loss_fn.schedule.num_train_timesteps - 1
-    levels = torch.logspace(math.log10(20), math.log10(last), _WEIGHT_LEVELS)
+    levels = torch.logspace(math.log10(20), math.log10(last), _WEIGHT_LEVELS, dtype=torch.float32)
     levels = levels.round().long().clamp(max=last)
     weights = Weights(
         levels.tolist(),
