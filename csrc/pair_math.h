@@ -108,9 +108,9 @@ SIPO_HD double loser_share(const Sample& winner, const Sample& loser, const Sett
 
 // Whether what a pair's results are made of is finite in their type; `penalty` is the loss before b and the mask.
 SIPO_HD bool all_finite(const Sample& winner, const Sample& loser, double logits, double penalty, const Settings& s) {
-  const auto whole = [&](double x) { return s.double_stats ? finite(x) : finite_float(x); };
-  return whole(winner.model_error) && whole(winner.reward_gap) && whole(loser.model_error) &&
-         whole(loser.reward_gap) && whole(logits) && whole(penalty);
+  const auto nothing = [&](double x) { return 0.0 * (s.double_stats ? x : float(x)); };  // NaN of what is not finite
+  return nothing(winner.model_error) + nothing(winner.reward_gap) + nothing(loser.model_error) +
+             nothing(loser.reward_gap) + nothing(logits) + nothing(penalty) == 0;
 }
 
 // §4 to §6 of one pair of weighed samples, whose coefficients it sets. `elements` is D, the size of one sample; `share` is
