@@ -408,4 +408,6 @@ def test_the_cards_code_loads_the_model(toy: str, tuning: str, tmp_path: Path, m
     given = network_input(toy)
     with torch.no_grad():
         found = family.predict(getattr(names["pipeline"], family.network), *given)
-        torch.testing.assert_close(found, family.predict(network, *given), rtol=1e-6, atol=1e-6)
+        expected = family.predict(network, *given)
+    # LoRA's scale of 2.5 is rounded into the weights, so single elements may be a few units in the last place apart.
+    assert (found - expected).norm() <= (1e-6 if tuning == "lora" else 0.0) * expected.norm()
