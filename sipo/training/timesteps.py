@@ -66,7 +66,7 @@ class InformativeTimesteps:
         self.bins = noise_bins.bins
         self.seed = seed
         self.distribution = distribution
-        self.window = torch.zeros(2, self.bins, dtype=torch.float32, device=device)  # sums of ratios, and counts of pairs
+        self.window = torch.zeros(2, self.bins, dtype=torch.float32, device=device)  # sums of ratios, counts of pairs
         self.numbers = torch.arange(self.bins, device=device)[:, None]
         self.means = [0.0] * self.bins
         self.counts = [0.0] * self.bins
