@@ -276,7 +276,7 @@ def test_a_run_is_scored_by_the_weights_that_it_saved(
     base = copy.deepcopy(pipeline.unet)
     pipeline.load_lora_weights(run / "weights", weight_name="pytorch_lora_weights.safetensors")
     expected = score_pairs(pipeline.unet, base, opened.schedule, held_out, family.predict, beta=1000.0, draws=4)
-    assert expected.margin.abs().min() > 1e-3
+    assert expected.margin.abs().min() > 5e-4  # well above what they are compared to below
     columns = {"margin": expected.margin, "margin_se": expected.margin_se, "reward_chosen": expected.chosen}
     for name, values in columns.items():
         torch.testing.assert_close(torch.tensor([x[name] for x in lines]).double(), values, rtol=1e-3, atol=1e-4)
