@@ -61,6 +61,7 @@ def encode_clip(
     matrix: tuple[float, float, float, float] | None = None,
     times: Sequence[int] | None = None,
     options: Mapping[str, str] | None = None,
+    tags: Mapping[str, str] | None = None,
 ) -> None:
     """Writes ``[F, C, H, W]`` uint8 (4 channels: with alpha) at 8 frames a second as :func:`write_video` never would.
 
@@ -73,6 +74,7 @@ def encode_clip(
         matrix: of MP4 and MOV, ``(a, b, c, d)``: a pixel is shown at ``x' = a x + c y`` and ``y' = b x + d y``.
         times: when each frame is shown, in milliseconds.
         options: the encoder's.
+        tags: the stream's metadata.
     """
     import av
 
@@ -81,6 +83,7 @@ def encode_clip(
         stream.height, stream.width, stream.pix_fmt = *pixels.shape[-2:], pix_fmt
         usual = {"libx264": {"crf": "5"}, "libvpx": {"auto-alt-ref": "0"}}  # the latter where there is an alpha channel
         stream.options = dict(options or usual.get(codec, {}))
+        stream.metadata.update(tags or {})
         if aspect is not None:
             stream.codec_context.sample_aspect_ratio = aspect
         if times is not None:

@@ -163,23 +163,26 @@ def test_an_alpha_channel_that_hides_nothing_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("codec", "pix_fmt", "suffix", "rounding"),
+    ("codec", "pix_fmt", "suffix", "tags", "rounding"),
     [
-        ("ffv1", "bgra", "mkv", 0.5),
-        ("qtrle", "argb", "mov", 0.5),
-        ("png", "rgba", "mov", 0.5),
-        ("prores_ks", "yuva444p10le", "mov", 6),
-        ("libvpx", "yuva420p", "webm", 6),
-        ("libvpx-vp9", "yuva420p", "webm", 6),
+        ("ffv1", "bgra", "mkv", {}, 0.5),
+        ("qtrle", "argb", "mov", {}, 0.5),
+        ("png", "rgba", "mov", {}, 0.5),
+        ("prores_ks", "yuva444p10le", "mov", {}, 6),
+        ("libvpx", "yuva420p", "webm", {}, 6),
+        ("libvpx-vp9", "yuva420p", "webm", {}, 6),
+        # As `ffmpeg -metadata:s:v alpha_mode=1` and `ffmpeg -c copy` write it: as a tag, which is read as ALPHA_MODE.
+        ("libvpx", "yuva420p", "mkv", {"alpha_mode": "1"}, 6),
+        ("libvpx-vp9", "yuva420p", "webm", {"ALPHA_MODE": "1"}, 6),
     ],
 )
 def test_transparent_clips_are_shown_on_white(
-    tmp_path: Path, codec: str, pix_fmt: str, suffix: str, rounding: float
+    tmp_path: Path, codec: str, pix_fmt: str, suffix: str, tags: dict[str, str], rounding: float
 ) -> None:
     pixels = torch.cat([clip(3, frames=3, height=16, width=48), torch.zeros(3, 1, 16, 48, dtype=torch.uint8)], dim=1)
     pixels[:, 3, :, :16], pixels[:, 3, :, 16:32] = 255, 128
     path = tmp_path / f"clip.{suffix}"
-    encode_clip(path, pixels, codec=codec, pix_fmt=pix_fmt)
+    encode_clip(path, pixels, codec=codec, pix_fmt=pix_fmt, tags=tags)
     alpha = pixels[:, 3:].double() / 255
     expected = alpha * pixels[:, :3] + (1 - alpha) * 255
     media = read_media(path, 3)

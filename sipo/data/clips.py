@@ -191,12 +191,14 @@ def read_clip(source: Path | bytes, selection: Selection) -> Media:
                 raise MediaError("undecodable", source, f"is cut short at {size} bytes")
             # Decoders would rather guess what a damaged area held. One thread: callers decode in several.
             decoder: Any = stream.codec_context
-            if stream.metadata.get("alpha_mode") == "1" and decoder.name in _ALPHA_DECODERS:
+            # FFmpeg gives a tag's name as it is written, and Matroska's own AlphaMode as "alpha_mode".
+            tags = {name.lower(): value for name, value in stream.metadata.items()}
+            if tags.get("alpha_mode") == "1" and decoder.name in _ALPHA_DECODERS:
                 decoder = av.CodecContext.create(_ALPHA_DECODERS[decoder.name], "r")
             decoder.options = {"err_detect": "explode"}
             decoder.thread_count = 1
             rate = float(stream.average_rate or stream.guessed_rate or 0)
-            expected = _seconds(stream.metadata.get("DURATION", ""))
+            expected = _seconds(tags.get("duration", ""))
             timed = container.format.name != "avi"  # which has no times but those of decoding
             length, index, start, end = 0, 0, 0.0, 0.0
             for packet in container.demux(stream):
