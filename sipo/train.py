@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from sipo.config import Config, ConfigError, differing_types, reference_kind
+from sipo.data.cache import Cache
 from sipo.data.media import write_image_grid, write_video
 from sipo.data.weights import PLACE
 from sipo.families.card import model_card
@@ -23,6 +25,9 @@ from sipo.training.logs import write_aside
 
 WEIGHTS = "weights"
 """Folder in ``training.output_dir`` that a run's trained weights are written to, once it has ended."""
+
+TRAINED_ON = "trained_on.json"
+"""File in it: hashes of the data and of the network trained from, and what decides which pairs were held out."""
 
 SAMPLE_FPS = 8.0
 """Frames per second of the clips that validation writes where ``data.fps`` does not say."""
@@ -91,7 +96,18 @@ def run_training(config: Config, *, resume: bool = False, accelerator: Accelerat
     if there:
         _write_config(run)  # only now is it known to belong to the run that was there
     number = len(pairs) // max(1, config.data.draws)
-    return Trained(result, save(run, network, result, loss_fn, pairs=number, data_hash=data_hash))
+    folder = save(run, network, result, loss_fn, pairs=number, data_hash=data_hash)
+    origin = trained_on(run, cache)
+    if run.accelerator.is_main_process:
+        write_aside(folder / TRAINED_ON, json.dumps(origin, indent=1) + "\n")
+    return Trained(result, folder)
+
+
+def trained_on(run: Run, cache: Cache) -> dict[str, Any]:
+    """JSON values: of two runs with the same ones, the same pairs are held out and the same network is trained."""
+    data = run.config.data
+    split = {"data.held_out": data.held_out, "data.seed": data.seed}
+    return {"data": cache.content_hash(), **split, "network": run.weights(network=True)}
 
 
 def _check_folder(training: TrainingConfig, resume: bool) -> bool:

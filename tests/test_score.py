@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sipo import NoiseSchedule, cli, config
@@ -20,6 +22,7 @@ from sipo.data.readers import JsonlReader
 from sipo.families import get
 from sipo.families.tuning import load_saved, save_full, save_lora
 from sipo.run import build, datasets, open_run, prepare_data
+from sipo.train import TRAINED_ON
 from sipo.training import AdapterOff
 from tests.test_run import example, options
 from tests.test_run import train as train_toy
@@ -296,7 +299,8 @@ def test_scores_are_the_runs_and_replace_nothing_else(
     for _ in range(2):  # its own earlier ones are replaced
         assert cli.main(["score", str(run), "--draws", "2", "data.held_out=0"]) == 0
         told = capsys.readouterr().out
-        assert f"scores: {run / 'scores.jsonl'}" in told and "pairs: that it was trained on, which do not tell" in told
+        assert f"scores: {run / 'scores.jsonl'}" in told
+        assert "pairs: all of them; which were held out of training is unknown: data.held_out=0, 4 in training\n" in told
     assert len((run / "scores.jsonl").read_text(encoding="utf-8").splitlines()) == 32 and not list(tmp_path.iterdir())
     # What others have written is not, and that is said before a model is opened.
     others = (run / "metrics.jsonl", trained / "cache-toy" / "pairs" / "pairs.jsonl")
@@ -310,6 +314,58 @@ def test_scores_are_the_runs_and_replace_nothing_else(
         assert path.read_bytes() == text
     page = ["analyze", str(example("sd15")), *options(trained, 3), "--output", str(run / "config.yaml")]
     assert cli.main(page) == 2 and "is there already and not a page of" in capsys.readouterr().err
+
+
+def test_held_out_is_said_of_the_data_that_was_trained_on_alone(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Prompts decide what is held out: with others, pairs that were trained on would count as held out."""
+    folder = tmp_path / "here"
+    shutil.copytree(trained, folder)
+    score = ["score", str(folder / "run"), "--draws", "2", "--output", str(tmp_path / "scores.jsonl")]
+    score += [f"data.cache={folder / 'cache'}", f"training.output_dir={folder / 'run'}"]
+    assert cli.main([*score, "--of", "training"]) == 0
+    assert "pairs: that it was trained on, which" in capsys.readouterr().out
+    unknown = "which were held out of training is unknown: "
+
+    def assert_unknown(why: str, *overrides: str) -> None:
+        assert cli.main([*score, *overrides]) == 0
+        assert f"pairs: all of them; {unknown}{why}\n" in capsys.readouterr().out
+        assert len((tmp_path / "scores.jsonl").read_text().splitlines()) == 32
+        for of in ("held-out", "training"):
+            assert cli.main([*score, *overrides, "--of", of]) == 2
+            assert f"error: --of {of}: {unknown}{why}" in capsys.readouterr().err
+
+    assert_unknown("data.held_out=3, 4 in training", "data.held_out=3")
+    pairs = folder / "cache-toy" / "pairs" / "pairs.jsonl"
+    text = pairs.read_text()
+    pairs.write_text(text.replace('"prompt": "', '"prompt": "once more '))
+    assert_unknown("the data, or how it is encoded, has changed since")
+    pairs.write_text(text)
+    assert cli.main(score) == 0 and "pairs: held out of training\n" in capsys.readouterr().out
+    for content in ("[1]", "{"):
+        (folder / "run" / "weights" / TRAINED_ON).write_text(content)
+        assert_unknown(f"{folder / 'run' / 'weights' / TRAINED_ON} cannot be read")
+    (folder / "run" / "weights" / TRAINED_ON).unlink()
+    assert_unknown(f"{folder / 'run' / 'weights' / TRAINED_ON} cannot be read")
+
+
+def test_another_network_under_the_same_path_is_refused(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An adapter, and rewards against a reference, mean nothing on other weights than those it was trained from."""
+    model, output = tmp_path / "model", tmp_path / "scores.jsonl"
+    shutil.copytree(trained / "cache-toy" / "model", model)
+    score = ["score", str(trained / "run"), "--draws", "2", "--output", str(output), f"model.path={model}"]
+    assert cli.main(score) == 0  # elsewhere, and the same
+    output.unlink()
+    weights = model / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    save_file({name: tensor + 0.5 for name, tensor in tensors.items()}, weights, {"format": "pt"})
+    assert cli.main(score) == 2 and not output.exists()
+    error = capsys.readouterr().err
+    assert error.startswith(f"sipo: error: {trained / 'run' / 'weights'}: trained from other weights: unet/")
+    assert "diffusion_pytorch_model.safetensors has changed (hash " in error and error.count("\n") == 1
 
 
 def test_weights_that_were_saved_load_as_they_were(trained: Path, tmp_path: Path) -> None:

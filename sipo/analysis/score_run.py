@@ -7,18 +7,20 @@ import itertools
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sipo import config as configuration
 from sipo.analysis.probe import with_network
 from sipo.analysis.score import PairScores, score_pairs
 from sipo.config import Config, ConfigError
+from sipo.data.cache import Cache
 from sipo.data.pairs import CachedPairs
 from sipo.data.readers import open_pairs
 from sipo.data.records import DataError
 from sipo.families.tuning import load_saved
 from sipo.run import Run, build, datasets, loss_beta, make_loss, open_run, prepare_data
-from sipo.train import WEIGHTS
+from sipo.train import TRAINED_ON, WEIGHTS, trained_on
+from sipo.training.checkpoint import is_weights, weights_change
 from sipo.training.logs import check_output, write_aside
 
 _KINDS = {
@@ -26,6 +28,7 @@ _KINDS = {
     "training": "that it was trained on, which do not tell learnt from learnt by heart",
     "all": "all of them, most of which it was trained on: they do not tell learnt from learnt by heart",
 }
+_UNKNOWN = "which were held out of training is unknown: "
 
 
 class Scored(NamedTuple):
@@ -33,19 +36,19 @@ class Scored(NamedTuple):
 
     Attributes:
         scores: of the pairs.
-        kind: "held-out", "training" or "all".
+        pairs: which they are, in words.
         weights: folder of those scored.
         output: the JSONL file.
     """
 
     scores: PairScores
-    kind: str
+    pairs: str
     weights: Path
     output: Path
 
     def describe(self) -> str:
         """What was found, for a terminal."""
-        lines = [self.scores.describe(), f"pairs: {_KINDS[self.kind]}"]
+        lines = [self.scores.describe(), f"pairs: {self.pairs}"]
         return "\n".join([*lines, f"weights: {self.weights}", f"scores: {self.output}"])
 
 
@@ -71,7 +74,9 @@ def score_run(
         seed: of the draws.
 
     Raises:
-        ConfigError, CacheError, BadPair, DataError, FileNotFoundError, ValueError: as for training.
+        ConfigError: also held-out or training pairs asked for, where the data or the split are not those of training,
+            or another network than the one trained from.
+        CacheError, BadPair, DataError, FileNotFoundError, ValueError: as for training.
         FileExistsError: an output that is there and holds something else than scores.
     """
     file = target / "config.yaml" if target.is_dir() else target
@@ -86,7 +91,9 @@ def score_run(
     check_output(output, '{"index": ', "scores of `sipo score`")
     run = open_run(with_network(config))
     loss_fn = make_loss(run)
-    pairs, kind = _pairs(run, of)
+    origin = _origin(folder)
+    _check_network(run, folder, origin)
+    pairs, which = _pairs(run, of, folder, origin)
     rows = pairs.rows.tolist()
     prompts = _prompts(run.data_path, config, set(rows))
     policy, reference = build(run)
@@ -106,20 +113,57 @@ def score_run(
         progress=config.training.progress,
     )
     _write(scores, output, rows, prompts)
-    return Scored(scores, kind, folder, output)
+    return Scored(scores, which, folder, output)
 
 
-def _pairs(run: Run, of: str) -> tuple[CachedPairs, str]:
+def _origin(folder: Path) -> dict[str, Any]:
+    """What the run has written down of its data and its network; empty where it cannot be read."""
+    try:
+        origin = json.loads((folder / TRAINED_ON).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return origin if isinstance(origin, dict) and isinstance(origin.get("network"), dict) else {}
+
+
+def _check_network(run: Run, folder: Path, origin: dict[str, Any]) -> None:
+    """Refuses another network than the one that the weights were trained from."""
+    if not origin:
+        return
+    was, now = origin["network"], run.weights(network=True)
+    for name in sorted(was.keys() | now.keys()):
+        if was.get(name) != now.get(name):
+            change = f"{name} is {now.get(name)}, was {was.get(name)}"  # of a hub
+            change = weights_change(name, was.get(name), now.get(name)) if is_weights(name) else change
+            raise ConfigError(f"{folder}: trained from other weights: {change}")
+
+
+def _pairs(run: Run, of: str, folder: Path, origin: dict[str, Any]) -> tuple[CachedPairs, str]:
     """Pairs of the cache, without draws of their own, and which they are."""
     cache = prepare_data(run, progress=run.config.training.progress).cache
     training, held_out = datasets(run, cache, None)
     if of == "held-out" and held_out is None:
         raise ConfigError("data.held_out=0: expected some for --of held-out")
+    why = _unknown_split(run, cache, folder, origin)
+    if why and of in ("held-out", "training"):
+        raise ConfigError(f"--of {of}: {_UNKNOWN}{why}; --of all scores the pairs that there are")
+    every = CachedPairs(cache, dtype=training.dtype)  # type: ignore[attr-defined]
+    if why:
+        return every, f"all of them; {_UNKNOWN}{why}"
     kind = of if of != "auto" else "training" if held_out is None else "held-out"
-    chosen = held_out if kind == "held-out" else training
-    chosen = CachedPairs(cache, dtype=training.dtype) if kind == "all" else chosen  # type: ignore[attr-defined]
+    chosen = {"held-out": held_out, "training": training, "all": every}[kind]
     assert isinstance(chosen, CachedPairs)
-    return chosen, kind
+    return chosen, _KINDS[kind]
+
+
+def _unknown_split(run: Run, cache: Cache, folder: Path, origin: dict[str, Any]) -> str:
+    """Why it cannot be told which pairs were held out; empty where it can."""
+    if not origin:
+        return f"{folder / TRAINED_ON} cannot be read"
+    now = trained_on(run, cache)
+    for name in ("data.held_out", "data.seed"):
+        if origin.get(name) != now[name]:
+            return f"{name}={now[name]}, {origin.get(name)} in training"
+    return "" if origin.get("data") == now["data"] else "the data, or how it is encoded, has changed since"
 
 
 def _prompts(path: str, config: Config, rows: set[int]) -> dict[int, str]:

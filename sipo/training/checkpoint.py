@@ -191,10 +191,38 @@ def _unflatten(tensors: dict[str, Tensor], settings: dict[str, Any]) -> dict[str
 
 def _check_identity(folder: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
     for name in sorted(saved.keys() | wanted.keys()):
-        if saved.get(name) != wanted.get(name):
+        was, now = saved.get(name), wanted.get(name)
+        if was == now:
+            continue
+        if name == "data":
             raise CheckpointError(
-                f"{folder}: made with {name}={saved.get(name)!r}, expected this run's {wanted.get(name)!r}"
+                f"{folder}: the data has changed since this checkpoint ({was}; now {now}): expected the data that the "
+                "run has been trained on; another training.output_dir starts anew with this"
             )
+        if is_weights(name):
+            raise CheckpointError(f"{folder}: trained from other weights: {weights_change(name, was, now)}")
+        raise CheckpointError(f"{folder}: made with {name}={was!r}, expected this run's {now!r}")
+
+
+def is_weights(name: str) -> bool:
+    """Whether a name of an identity or a fingerprint is that of a model's file."""
+    return "/" in name
+
+
+def weights_change(name: str, was: str | None, now: str | None) -> str:
+    """What has become of a model's file, in words.
+
+    Args:
+        name: its path in the model's folder, with or without "model." or "reference." before it.
+        was: its hash, ``None`` where there was no such file.
+        now: likewise.
+    """
+    file = name.removeprefix("model.").removeprefix("reference.")
+    if was is None:
+        return f"{file} is new (hash {now}): remove that file"
+    if now is None:
+        return f"{file} is missing (hash {was}): restore that file"
+    return f"{file} has changed (hash {was}, now {now}): restore that file"
 
 
 def _check_model(folder: Path, weights: dict[str, Tensor], model: nn.Module) -> None:
