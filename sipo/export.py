@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,9 @@ from sipo.families.tuning import ADAPTER
 from sipo.run import model_folder
 from sipo.training import checkpoint, storage
 from sipo.training.config import CheckpointError
+
+_PLACES = ("model.path", "model.revision", "model.variant")
+"""What may differ from the run's configuration: it says where the model is, and nothing of the weights."""
 
 
 def export_run(
@@ -29,7 +32,8 @@ def export_run(
 
     Args:
         target: folder of a run of ``sipo train``.
-        overrides: ``section.key=value`` laid over its configuration: ``model.path``, where the model has moved.
+        overrides: ``section.key=value`` laid over its configuration, for a model that has moved: ``model.path``,
+            ``model.revision`` or ``model.variant``.
         format: one of ``sipo.families.lora_files.FORMATS``.
         checkpoint_step: in place of the run's weights, those of a checkpoint, by its step, or "latest".
         output: file to write; named after run, step and format in the run's folder if left out.
@@ -39,14 +43,19 @@ def export_run(
         The file, and what was written to it.
 
     Raises:
-        ConfigError: no run; full tuning; a format that the family does not have; a file that is there already.
+        ConfigError: no run; another override; full tuning; a format that the family does not have; a file that is
+            there already, or cannot be.
         CheckpointError: no such checkpoint, or a damaged one.
         FileNotFoundError: no weights yet; for SDXL, a model whose configuration cannot be read.
-        ValueError: weights that are not such an adapter.
+        ValueError: weights that are not such an adapter, or not the run's, or not finite.
     """
     file = target / "config.yaml"
     if not file.is_file():
         raise ConfigError(f"{target}: no config.yaml, expected the folder of a run of `sipo train`")
+    overrides = list(overrides)
+    for override in overrides:
+        if override.partition("=")[0] not in _PLACES:
+            raise ConfigError(f"{override}: expected {', '.join(_PLACES[:-1])} or {_PLACES[-1]}, where the model is")
     config = configuration.load(file, overrides)
     family = get(config.model.family)
     if config.model.tuning != "lora":
@@ -63,22 +72,40 @@ def export_run(
         raise ConfigError(f"--output {output}: expected a name that ends in .safetensors, which other tools look for")
     if output.is_dir():
         raise ConfigError(f"{output}: is a folder, expected a file to write")
+    for parent in output.parents:
+        if parent.exists() and not parent.is_dir():
+            raise ConfigError(f"--output {output}: {parent} is a file, expected a folder")
     if output.exists() and not force:
         raise ConfigError(f"{output}: is there already; --force replaces it, --output names another")
-    adapter = _of_weights(family, target / "weights") if step is None else _of_checkpoint(family, config, step)
+    if step is None:
+        source, adapter = _of_weights(family, target / "weights")
+    else:
+        source, adapter = step, _of_checkpoint(family, config, step)
+    _check_adapter(source, adapter, config.model.lora.rank, config.model.lora.target_modules or family.lora_targets)
     network_config = _network_config(family, config) if needs_network_config(family, format) else None
     output.parent.mkdir(parents=True, exist_ok=True)
     write_adapter(family, adapter, output, format, network_config)
     return output, adapter
 
 
-def _of_weights(family: Family, folder: Path) -> Adapter:
+def _check_adapter(source: Path, adapter: Adapter, rank: int, targets: Sequence[str]) -> None:
+    """Refuses weights that the run's configuration does not lead to, and those that nothing can be drawn with."""
+    if adapter.rank != rank:
+        raise ValueError(f"{source}: rank {adapter.rank}, expected {rank} of model.lora.rank")
+    for module, pair in adapter.layers.items():
+        if not any(module == target or module.endswith(f".{target}") for target in targets):
+            raise ValueError(f"{source}: {module} is none of the run's target modules, {', '.join(targets)}")
+        if not all(bool(factor.isfinite().all()) for factor in pair):
+            raise ValueError(f"{source}: {module} has NaN or infinite weights, expected finite ones")
+
+
+def _of_weights(family: Family, folder: Path) -> tuple[Path, Adapter]:
     from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 
     file = folder / LORA_WEIGHT_NAME_SAFE
     if not file.is_file():
         raise FileNotFoundError(f"{file}: not there, weights come last; --checkpoint exports what there is before")
-    return read_adapter(family, file)
+    return file, read_adapter(family, file)
 
 
 def _of_checkpoint(family: Family, config: Config, folder: Path) -> Adapter:

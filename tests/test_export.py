@@ -217,6 +217,7 @@ def test_a_scale_in_metadata_is_taken_into_the_weights(config: dict[str, Any], s
 
 
 FACTOR = torch.zeros(2, 2)
+PLAIN = {f"unet.to_q.lora_{letter}.weight": FACTOR for letter in "AB"}
 UNREADABLE = [
     ({"unet.to_q.lora_A.weight": FACTOR}, {}, "to_q has lora_A alone, expected lora_A and lora_B"),
     ({"unet.to_q.lora_magnitude_vector": FACTOR}, {}, "to_q.lora_magnitude_vector is no weight of LoRA"),
@@ -228,12 +229,32 @@ UNREADABLE = [
         {},
         r"layers of ranks \[2, 3\], expected one rank",
     ),
+    (
+        {"unet.to_q.lora_A.weight": torch.zeros(4, 3), "unet.to_q.lora_B.weight": torch.zeros(3, 5)},
+        {},
+        r"to_q has lora_A \[4, 3\] and lora_B \[3, 5\], expected \[rank, in, ...\] and \[out, rank, ...\]",
+    ),
+    ({name: torch.zeros(2) for name in PLAIN}, {}, r"to_q has lora_A \[2\] and lora_B \[2\], expected"),
+    ({name: torch.tensor(1.0) for name in PLAIN}, {}, r"to_q has lora_A \[\] and lora_B \[\], expected"),
+    ({name: torch.zeros(0, 0) for name in PLAIN}, {}, "rank=0: expected at least 1"),
+    (PLAIN, {"unet.r": 0}, "its metadata has r=0, expected 2, the rank of its weights"),
+    (PLAIN, {"unet.r": 4}, "its metadata has r=4, expected 2, the rank of its weights"),
+    (PLAIN, {"unet.r": "2"}, "its metadata has r='2', expected 2, the rank of its weights"),
+    (PLAIN, {"unet.lora_alpha": 0}, "alpha=0: expected a finite number > 0"),
+    (PLAIN, {"unet.lora_alpha": float("nan")}, "alpha=nan: expected a finite number > 0"),
+    (PLAIN, {"unet.lora_alpha": None}, "its metadata has lora_alpha=None, expected a number"),
+    (PLAIN, {"unet.lora_alpha": [2]}, r"its metadata has lora_alpha=\[2\], expected a number"),
+    (PLAIN, {"unet.lora_dropout": "much"}, "its metadata has lora_dropout='much', expected a number"),
+    (PLAIN, {"unet.lora_dropout": 1.5}, "dropout=1.5: expected at least 0 and less than 1"),
+    (PLAIN, {"unet.target_modules": 5}, "its metadata has target_modules=5, expected a list of names"),
+    (PLAIN, [1], r"its metadata is \[1\], expected a JSON object"),
+    (PLAIN, 1, "its metadata is 1, expected a JSON object"),
 ]
 
 
 @pytest.mark.parametrize(("tensors", "config", "message"), UNREADABLE)
 def test_what_is_no_plain_lora_is_refused_in_one_line(
-    tensors: dict[str, Tensor], config: dict[str, Any], message: str, tmp_path: Path
+    tensors: dict[str, Tensor], config: Any, message: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "pytorch_lora_weights.safetensors"
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}
@@ -359,14 +380,28 @@ def test_what_cannot_be_exported_is_said_in_one_line(
         ((tmp_path, "--format", "kohya"), f"{tmp_path}: no config.yaml, expected the folder of a run of `sipo train`"),
         ((*kohya, "--checkpoint", "3"), "--checkpoint 3: expected one of 1, 2, or 'latest'"),
         ((*kohya, "--output", tmp_path / "a.bin"), f"--output {tmp_path / 'a.bin'}: expected a name that ends in"),
-        ((*kohya, "model.lora.ranks=3"), "model.lora.ranks: no such key, did you mean model.lora.rank?"),
         ((*kohya, "model.path=/nowhere/at/all"), "model.path='/nowhere/at/all': cannot read the configuration of its"),
-        ((*kohya, "model.family=cogvideox"), "--format='kohya': no LoRA of cogvideox is read in it, expected"),
-        ((*kohya, "model.tuning=full"), "model.tuning='full': expected 'lora'; diffusers loads"),
-        ((*kohya, "model.family=sd3"), f"{folder}/weights/pytorch_lora_weights.safetensors: unet."),
+        ((*kohya, "model.lora.alpha=400", "--checkpoint", "latest"), "model.lora.alpha=400: expected model.path,"),
+        ((*kohya, "model.family=sd15"), "model.family=sd15: expected model.path, model.revision or model.variant"),
+        ((*kohya, "--output", folder / "config.yaml" / "a" / "b.safetensors"), f"--output {folder}/config.yaml/a/b."),
     ]
     for words, message in cases:
         assert export(capsys, *words).startswith(message)
+    file = folder / "config.yaml"
+    kept = file.read_text()
+    weights = f"{folder}/weights/pytorch_lora_weights.safetensors"
+    for old, new, message in (
+        ("family: sdxl", "family: cogvideox", "--format='kohya': no LoRA of cogvideox is read in it, expected"),
+        ("tuning: lora", "tuning: full", "model.tuning='full': expected 'lora'; diffusers loads"),
+        ("family: sdxl", "family: sd3", f"{weights}: unet."),
+        ("rank: 3", "rank: 4", f"{weights}: rank 3, expected 4 of model.lora.rank"),
+        ("target_modules: null", "target_modules: [to_q]", f"{weights}: down_blocks.1.attentions.0."),
+    ):
+        assert kept.count(old) == 1
+        file.write_text(kept.replace(old, new))
+        assert export(capsys, *kohya).startswith(message)
+    file.write_text(kept)
+    assert len(load_file(weights)) == 2 * 64
     (folder / "dir.safetensors").mkdir()
     assert "is a folder" in export(capsys, *kohya, "--output", folder / "dir.safetensors")
     (where / "step-00000002" / "ema.safetensors").write_bytes(b"")
@@ -379,6 +414,36 @@ def test_what_cannot_be_exported_is_said_in_one_line(
         cli.main(["export", str(folder), "--format", "a1111"])
     assert "invalid choice: 'a1111'" in capsys.readouterr().err
     assert not list(folder.rglob("other-*"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_not_exported(
+    value: float, run: tuple[Path, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "other"
+    shutil.copytree(run[0], folder)
+    weights = folder / "weights" / "pytorch_lora_weights.safetensors"
+    with safe_open(weights, "pt") as opened:
+        metadata = opened.metadata()
+    saved = load_file(weights)
+    place = sorted(saved)[-1]
+    module, _, factor = place.removeprefix("unet.").rpartition(".lora_")
+    saved[place][-1, -1] = value
+    save_file(saved, weights, metadata=metadata)
+    trained = {name.removeprefix("unet.").replace(".weight", ".default.weight"): t for name, t in saved.items()}
+    step = storage.write(
+        folder / "checkpoints",
+        3,
+        shared={"model.safetensors": trained},
+        own=lambda _: None,
+        state={},
+        keep=0,
+        accelerator=Alone(),
+    )
+    for source, words in ((weights, ()), (step, ("--checkpoint", "3"))):
+        printed = export(capsys, folder, "--format", "diffusers", *words)
+        assert printed == f"{source}: {module} has NaN or infinite weights, expected finite ones"
+    assert factor == "B.weight" and not list(folder.glob("other-*"))
 
 
 def test_a_module_without_an_original_name_is_named(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ class Adapter:
 
     Attributes:
         layers: by the module's name in diffusers' network, float32 ``(A [rank, in, ...], B [out, rank, ...])``:
-            the layer's weight counts as if it were greater by ``B @ A``.
+            the effective weight is ``W + B @ A``.
         target_modules: names, or last parts of names, that the adapted modules have.
         dropout: of the adapters' input, in training.
     """
@@ -54,7 +54,8 @@ class Adapter:
             dropout: see :class:`Adapter`.
 
         Raises:
-            ValueError: a tensor that is no factor of LoRA, or one without the other; several ranks; no tensor at all.
+            ValueError: a tensor that is no factor of LoRA, or one without the other; shapes that do not go together;
+                several ranks, or 0; no tensor at all.
         """
         factors: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
@@ -67,9 +68,14 @@ class Adapter:
         for module, pair in factors.items():
             if len(pair) < 2:
                 raise ValueError(f"{module} has lora_{'/'.join(pair)} alone, expected lora_A and lora_B")
+            shapes = [list(pair[letter].shape) for letter in "AB"]
+            if min(map(len, shapes)) < 2 or shapes[0][0] != shapes[1][1]:
+                found = f"lora_A {shapes[0]} and lora_B {shapes[1]}"
+                raise ValueError(f"{module} has {found}, expected [rank, in, ...] and [out, rank, ...]")
         ranks = sorted({len(pair["A"]) for pair in factors.values()})
         if len(ranks) > 1:
             raise ValueError(f"layers of ranks {ranks}, expected one rank")
+        check_lora(ranks[0], None, dropout)
         layers = {module: (pair["A"], scaled(pair["B"], scale)) for module, pair in sorted(factors.items())}
         return cls(layers, tuple(sorted(target_modules)) or tuple(layers), dropout)
 
@@ -173,24 +179,46 @@ def read_adapter(family: Family, file: Path) -> Adapter:
         with safe_open(file, "pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
             known = json.loads((opened.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
+        if not isinstance(known, dict):
+            raise ValueError(f"its metadata is {known!r}, expected a JSON object")
         known = {name.removeprefix(start): value for name, value in known.items() if name.startswith(start)}
         for name in tensors:
             if not name.startswith(start):
                 raise ValueError(f"{name} is not the {family.network}'s")
         tensors = {name.removeprefix(start): tensor for name, tensor in tensors.items()}
-        rank = known.get("r") or min((len(t) for name, t in tensors.items() if ".lora_A." in name), default=1)
-        options = {"target_modules": known.get("target_modules") or (), "dropout": known.get("lora_dropout", 0.0)}
+        rank = min((len(t) for name, t in tensors.items() if t.ndim and ".lora_A." in name), default=1)
+        options = {"target_modules": _targets(known), "dropout": _number(known, "lora_dropout", 0.0)}
         return Adapter.of_tensors(tensors, _scale(known, rank), **options)
-    except (SafetensorError, ValueError, AttributeError, TypeError) as error:
+    except (SafetensorError, ValueError) as error:
         raise ValueError(f"{file}: {' '.join(str(error).split())}; expected LoRA of a {family.network}") from error
 
 
 def _scale(config: Mapping[str, Any], rank: int) -> float:
-    """What peft multiplies a layer's output by, from an adapter's configuration."""
+    """What peft multiplies a layer's output by, from an adapter's configuration and its weights' rank."""
     for name in ("alpha_pattern", "rank_pattern", "use_dora"):
         if config.get(name):
             raise ValueError(f"its metadata has {name}={config[name]!r}, expected one scale for all layers")
-    return float(config.get("lora_alpha", rank)) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    if config.get("r", rank) != rank:
+        raise ValueError(f"its metadata has r={config['r']!r}, expected {rank}, the rank of its weights")
+    alpha = _number(config, "lora_alpha", rank)
+    check_lora(rank, alpha, 0.0)
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _number(config: Mapping[str, Any], name: str, default: float) -> float:
+    value = config.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"its metadata has {name}={value!r}, expected a number")
+    return float(value)
+
+
+def _targets(config: Mapping[str, Any]) -> Sequence[str]:
+    value = config.get("target_modules")
+    if value is None or isinstance(value, str):  # a regular expression, in peft
+        return ()
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise ValueError(f"its metadata has target_modules={value!r}, expected a list of names")
+    return value
 
 
 def _metadata(family: Family, adapter: Adapter) -> dict[str, Any]:
