@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -37,6 +39,8 @@ from tests.training_cases import (
 )
 
 __all__ = ["fresh_accelerate"]  # a fixture that every test here runs in
+
+T500 = torch.full((8,), 500)
 
 
 def scaled(policy: nn.Module, factor: float) -> Any:
@@ -144,13 +148,28 @@ def test_a_loss_without_logits_has_none_in_the_log(tmp_path: Path) -> None:
     assert result.history[0]["start_difference"] == 0.0 and result.history[0]["start_logit"] is None
 
 
-def test_a_pair_that_is_not_finite_hides_no_other(tmp_path: Path) -> None:
+def with_logits(*values: float) -> Any:
+    return SimpleNamespace(logits=torch.tensor(values))
+
+
+def test_a_pair_that_is_not_finite_hides_no_other() -> None:
     prediction, reference, target = torch.ones(4, 3), torch.full((4, 3), 2.0), torch.zeros(2, 3)
     prediction[0, 0] = torch.nan
     reference[1, 2] = torch.inf
     first = FirstStep(Accelerator(cpu=True))
-    first.add(prediction, reference, target, None, errors=False)
-    assert first.read()["start_difference"] == 0.5
+    for logits in ((math.nan, 3.0), (math.nan, math.inf), (-math.inf, -2.0)):  # of three passes
+        first.add(prediction, reference, target, with_logits(*logits), errors=False)
+    assert first.read() == {"start_difference": 0.5, "start_logit": 3.0}
+
+
+def test_where_nothing_is_finite_it_is_said(tmp_path: Path) -> None:
+    policy, reference = networks()
+    with torch.no_grad():
+        next(reference.parameters()).fill_(math.nan)
+    with pytest.warns(TrainingWarning, match="step 1: policy and reference cannot be compared .* no sample is finite"):
+        _, result = fit(tmp_path, policy=policy, reference=reference, steps=1)
+    first = result.history[0]
+    assert first["start_difference"] is None and first["start_logit"] is None
 
 
 # ---- What is said ----
@@ -230,6 +249,27 @@ def test_logits_that_rounding_moves_are_warned_about(tmp_path: Path) -> None:
         assert [text.startswith("step 1: policy and reference round differently") for text in said(recorded)] == (
             [True] if warned else []
         )
+
+
+def test_wrong_reference_errors_are_warned_about_by_their_logits() -> None:
+    """In bfloat16 a difference below that of rounding is a logit of several at a large beta."""
+    torch.manual_seed(0)
+    prediction = torch.randn(8, 4, 32, 32).bfloat16()
+    target = prediction.float() + 0.3 * torch.randn(prediction.shape)
+    right = (prediction.float() - target).square().mean((1, 2, 3))
+    for factor, logit, warned in ((1.0, 1e-3, False), (1.03, 5.0, True)):
+        errors = right.clone()
+        errors[:4] *= factor  # the winners'
+        output = loss(method="diffusion_dpo", beta=5000.0)(prediction, None, target, T500, ref_error=errors)
+        first = FirstStep(Accelerator(cpu=True))
+        first.add(prediction, errors, target, output, errors=True)
+        found = first.read()
+        beyond, message = first.judge(found)
+        assert not beyond and (found["start_logit"] > logit) is warned
+        assert (message is not None) is warned
+        if message is not None:
+            assert "the errors imply that predictions differ by at least 0.004" in message and "logit is 6." in message
+            assert "errors of other weights or draws" in message
 
 
 # ---- Types that accelerate decides about ----

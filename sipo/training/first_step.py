@@ -1,4 +1,4 @@
-"""The first step, at which the policy still is its reference: how far apart the two are, and what is said about it."""
+"""Compares policy and reference in the first step, before any weight moves."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ Mismatch = Literal["warn", "raise"]
 NAMES = ("start_difference", "start_logit")
 """Names in the first log line (docs/math.md §8)."""
 
-# What one network's predictions differ by when it computes them twice in other kernels, each of which rounds in its own
-# places: 1.2 times the type's eps for the 860 million weights of SD1.5 in bfloat16 and float16, 7 times in float32.
+# How far two passes of one network differ where other kernels run, each with roundings of its own: 1.2 times the type's
+# eps for the 860 million weights of SD1.5 in bfloat16 and float16, 7 times in float32.
 # Deeper networks get room. A GPU may multiply float32 in TF32, which has float16's digits.
 _ROUNDING = {
     torch.bfloat16: 4 * torch.finfo(torch.bfloat16).eps,
@@ -25,11 +25,17 @@ _ROUNDING = {
 }
 _COMPUTED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
-# Of errors that were computed beforehand: rounding has no direction, and leaves an error nearer than its predictions.
+# Roots of errors differ less than predictions do: rounding has no direction, and a relative difference r turns a relative
+# root error e into hypot(e, r). A smaller share would not do at high noise, where e is as small as r.
 _ERRORS_SHARE = 0.25
 
 NOTICEABLE = 0.1
 """A logit below it hardly moves a loss: σ(0.1) = 0.525."""
+
+NOTICEABLE_ERRORS = 1.0
+"""The same where the reference's errors were computed beforehand, whose logits are never exactly 0."""
+
+_NONE = -1.0  # in place of a maximum over no finite value
 
 
 class FirstStep:
@@ -49,31 +55,32 @@ class FirstStep:
         self.accelerator = accelerator
         self.limit = 0.0
         self.same_pass = True
-        self._most = torch.zeros(2, dtype=torch.float32, device=accelerator.device)
+        self._most = torch.full((2,), _NONE, dtype=torch.float32, device=accelerator.device)
 
     @torch.no_grad()
     def add(self, model_pred: Tensor, reference: Tensor, target: Tensor, output: Any, *, errors: bool) -> None:
-        """Takes one pass.
+        """Adds one forward pass.
 
         Args:
             model_pred: ``[S, ...]``.
             reference: its predictions, shaped likewise; or its errors ``[S]``.
             target: ``[S, ...]`` or ``[S / 2, ...]``.
-            output: the loss's; NaN stands for the logits of one that has none.
+            output: the loss's, with ``logits`` or without.
             errors: which of the two ``reference`` is.
         """
         self.same_pass = not errors
         if errors:
             error = _rms(model_pred.float() - target.repeat(len(model_pred) // len(target), *[1] * (target.ndim - 1)))
-            # Predictions that differ by d, as root mean squares go, have errors whose roots differ by d at most.
+            # If two predictions differ by an RMS of d, the square roots of their errors differ by at most d.
             difference, size = (error - reference.to(error.dtype).sqrt()).abs(), _rms(model_pred)
         else:
             difference, size = _rms(model_pred.float() - reference.float()), _rms(reference)
-        logits = getattr(output, "logits", torch.full_like(difference, math.nan)).abs().float()
+        share = torch.where(difference > 0, difference / size, 0.0)
+        logits = getattr(output, "logits", difference.new_full((1,), math.nan)).abs().float()
         # What is not finite is counted by the metrics, and would hide the rest here.
-        counts = difference.isfinite() & (difference > 0)
-        most = [torch.where(counts, difference / size, 0.0), torch.where(logits.isinf(), 0.0, logits)]
-        self._most = torch.maximum(self._most, torch.stack([values.max() for values in most]))
+        share = torch.where(difference.isfinite(), share, _NONE)
+        logits = torch.where(logits.isfinite(), logits, _NONE)
+        self._most = torch.maximum(self._most, torch.stack([share.max(), logits.max()]))
         self.limit = max(self.limit, self._rounding(model_pred.dtype), self._rounding(reference.dtype))
 
     def _rounding(self, dtype: torch.dtype) -> float:
@@ -84,28 +91,39 @@ class FirstStep:
         return _ROUNDING[dtype] * (1.0 if self.same_pass else _ERRORS_SHARE)
 
     def read(self) -> dict[str, float]:
-        """The largest of all passes and processes, by ``NAMES``. Waits for the device; every process calls it."""
+        """The largest finite value of all passes and processes, by ``NAMES``; NaN where there is none.
+
+        Waits for the device; every process calls it.
+        """
         most = self._most[None]
         if self.accelerator.num_processes > 1:
             most = self.accelerator.gather(most)
-        return dict(zip(NAMES, most.amax(0).tolist(), strict=True))
+        largest = (math.nan if value == _NONE else value for value in most.amax(0).tolist())
+        return dict(zip(NAMES, largest, strict=True))
 
     def judge(self, found: dict[str, float]) -> tuple[bool, str | None]:
-        """Whether this is more than rounding, and what to say; ``None`` where there is nothing to.
+        """Returns whether the difference exceeds rounding, and a message or ``None``.
 
         Args:
             found: of :meth:`read`.
         """
         difference, logit = (found[name] for name in NAMES)
+        if math.isnan(difference):
+            return False, "policy and reference cannot be compared before training: no sample is finite in both"
         beyond = difference > self.limit
-        if not beyond and not (self.same_pass and logit > NOTICEABLE):
+        if not beyond and not logit > (NOTICEABLE if self.same_pass else NOTICEABLE_ERRORS):
             return False, None
-        what = "predictions differ by" if self.same_pass else "errors are those of predictions that differ by at least"
-        measured = f"their {what} {difference:.2g} times their size, and a logit is {logit:.2g} where 0 is due"
-        if not beyond:
+        what = "their predictions differ by" if self.same_pass else "the errors imply that predictions differ by at least"
+        measured = f"{what} {difference:.2g} times their size, and a logit is {logit:.2g} where 0 is due"
+        if not beyond and self.same_pass:
             return False, (
                 f"policy and reference round differently before training: {measured}; their kernels or types differ, "
-                "and a smaller beta, or float32, makes less of it"
+                "and a smaller beta or float32 reduces the effect"
+            )
+        if not beyond:
+            return False, (
+                f"policy and reference errors differ before training: {measured}; look for errors of other weights or "
+                "draws; where it is rounding, a smaller beta or float32 reduces the effect"
             )
         causes = "weights or types that are not the policy's, dropout or another layer that acts in training alone"
         causes += ", or a predict that draws at random" if self.same_pass else ", or errors of other weights or draws"
