@@ -109,8 +109,9 @@ SIPO_HD double loser_share(const Sample& winner, const Sample& loser, const Sett
 // Whether what a pair's results are made of is finite in their type; `penalty` is the loss before b and the mask.
 SIPO_HD bool all_finite(const Sample& winner, const Sample& loser, double logits, double penalty, const Settings& s) {
   const auto nothing = [&](double x) { return 0.0 * (s.double_stats ? x : float(x)); };  // NaN of what is not finite
-  return nothing(winner.model_error) + nothing(winner.reward_gap) + nothing(loser.model_error) +
-             nothing(loser.reward_gap) + nothing(logits) + nothing(penalty) == 0;
+  return nothing(winner.model_error) + nothing(winner.reward_gap) + nothing(winner.weight) +
+             nothing(loser.model_error) + nothing(loser.reward_gap) + nothing(loser.weight) + nothing(logits) +
+             nothing(penalty) == 0;
 }
 
 // §4 to §6 of one pair of weighed samples, whose coefficients it sets. `elements` is D, the size of one sample; `share` is

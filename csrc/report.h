@@ -44,7 +44,7 @@ SIPO_HD double metric(int k, double sum, double counted, double pairs, const Set
   return counted > 0 ? sum / counted : 0.0;
 }
 
-// So many pairs is a metric a mean over.
+// How many pairs a metric is a mean over.
 SIPO_HD double metric_pairs(int k, double counted, double pairs) {
   return k == kNonfinitePairs ? 1.0 : (k == kLoss || k == kActiveFraction ? pairs : counted);
 }

@@ -34,8 +34,8 @@ class ReferenceOutput(NamedTuple):
         logits: ``[B]``, §5.
         clipped: ``[S]`` bool, the samples whose ratio the clip changes; all False for a method that does not
             clip.
-        finite: ``[B]`` bool, the pairs whose errors, gaps, logits and losses before the mask are all finite, in the
-            type that the backends return them in: float32, or float64 where a large input is.
+        finite: ``[B]`` bool, the pairs whose errors, gaps, weights, logits and losses before weight and mask are all
+            finite, in the type that the backends return them in: float32, or float64 where a large input is.
         skip_nonfinite: Whether pairs that are not finite were left out (``nonfinite="skip"``).
     """
 
@@ -306,7 +306,7 @@ def _evaluate(inputs: _Inputs) -> ReferenceOutput:
     logits = -0.5 * inputs.beta * (winner_term - loser_term)
 
     penalty = _link(inputs, logits)
-    of_pairs = [*model_error.chunk(2), *reward_gap.chunk(2), logits, penalty]
+    of_pairs = [*model_error.chunk(2), *reward_gap.chunk(2), *weight.chunk(2), logits, penalty]
     finite = torch.stack([torch.isfinite(value.detach().to(inputs.returned)) for value in of_pairs]).all(0)
     if inputs.nonfinite == "raise" and not bool(finite.all()):
         pairs = ", ".join(str(i) for i in (~finite).nonzero().flatten().tolist())

@@ -206,7 +206,7 @@ def _check_sums(name: str, value: object, shape: tuple[int, ...], dtype: torch.d
     if value.dtype != dtype:
         raise TypeError(f"{name} has dtype {value.dtype}: expected {dtype}")
     _check_device(name, value, device)
-    lazy = not torch.compiler.is_compiling() and has_lazy_bit(value)  # a graph cannot ask for the bit
+    lazy = not torch.compiler.is_compiling() and has_lazy_bit(value)  # is_neg cannot be traced
     if value.requires_grad or not value.is_contiguous() or lazy:
         raise ValueError(
             f"{name} requires grad, is not contiguous or has a lazy negative or zero bit: expected a plain buffer"

@@ -134,7 +134,7 @@ def forward(
     pair_loss = b * mask * penalty
     dtype = stats_dtype(model_pred, ref_pred, target)
     if settings.skip_nonfinite:  # in the type of the results, in which an overflow would be seen
-        finite = torch.isfinite(torch.stack([*model_error, *reward_gap, logits, penalty]).to(dtype)).all(0)
+        finite = torch.isfinite(torch.stack([*model_error, *reward_gap, *weight, logits, penalty]).to(dtype)).all(0)
         mask = mask & finite
         pair_loss = torch.where(finite, pair_loss, 0)
     loss = pair_loss if settings.reduction == "none" else pair_loss.sum() * settings.loss_scale(pairs)

@@ -101,8 +101,12 @@ def _refuse_tangents(**tensors: Tensor | None) -> None:
             )
 
 
-def _refuse_double_backward() -> None:
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+def _refuse_higher_order(upstream: Tensor | None) -> None:
+    if torch.compiler.is_compiling():
+        return
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(upstream=upstream)
+    if torch.is_grad_enabled():
         raise RuntimeError(
             "pair_loss does not support double backward (create_graph=True): use sipo.reference.pair_loss for it"
         )
@@ -126,7 +130,7 @@ class PairLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        _refuse_double_backward()
+        _refuse_higher_order(upstream)
         if upstream is None or not ctx.needs_input_grad[0]:
             return None, None, None, None
         model_pred, target, samples = ctx.saved_tensors
@@ -181,7 +185,7 @@ class DirectPairLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, None]:
-        _refuse_double_backward()
+        _refuse_higher_order(upstream)
         if upstream is None or not ctx.needs_input_grad[0]:
             return None, None
         model_pred, target, coef = ctx.saved_tensors
@@ -272,8 +276,8 @@ def pair_loss(
         mask_threshold: pairs whose smaller ratio lies below are masked, in [0, 1]; 0 turns the mask off.
         reduction: ``"mean"`` over the B pairs, ``"sum"`` or ``"none"`` (``[B]``).
         nonfinite: ``"propagate"`` NaN and infinity as torch would; ``"skip"`` such a pair as if masked; ``"raise"``
-            (reads the result on the host). A pair is finite if its errors, gaps and logit, and its logit's square
-            with ``link="ipo"``, are finite in the type that they are returned in.
+            (reads the result on the host). A pair is finite if its errors, gaps, weights and logit, and its logit's
+            square with ``link="ipo"``, are finite in the type that they are returned in.
         link: the loss of a logit: ``"sigmoid"``, ``"ipo"``, ``"hinge"`` or ``"dmpo"`` (§5, relatives).
         label_smoothing: share of pairs whose labels are taken to be swapped, in [0, 0.5); for ``"sigmoid"`` and
             ``"dmpo"``.

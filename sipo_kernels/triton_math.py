@@ -140,9 +140,9 @@ def finite(x):
 
 
 @triton.jit
-def _all_finite(error, gap, z, penalty, DTYPE: tl.constexpr):
+def _all_finite(error, gap, weight, z, penalty, DTYPE: tl.constexpr):
     """Whether a pair's numbers are finite in the type that they are returned in. Vectors are [winner, loser]."""
-    samples = finite(error.to(DTYPE)) & finite(gap.to(DTYPE))
+    samples = finite(error.to(DTYPE)) & finite(gap.to(DTYPE)) & finite(weight.to(DTYPE))
     return (tl.sum(samples.to(tl.int32), 0) == 2) & finite(z.to(DTYPE)) & finite(penalty.to(DTYPE))
 
 
@@ -277,7 +277,7 @@ def finish_pair(
     z = -0.5 * beta * tl.sum(sign * a * gap, 0)
     penalty, pull = _apply_link(z, smoothing, log_label, log_other, LINK, SMOOTHED)
     pair_loss = b * active.to(tl.float64) * penalty
-    whole = _all_finite(error, gap, z, penalty, logits.dtype.element_ty)
+    whole = _all_finite(error, gap, weight, z, penalty, logits.dtype.element_ty)
     if SKIP:
         active = active & whole
         pair_loss = tl.where(whole, pair_loss, 0.0)

@@ -208,7 +208,7 @@ def report(
     if not PER_PAIR:
         tl.store(loss + column, value, mask=column == LOSS)
     if METRICS_TOO:
-        over = tl.where((column == LOSS) | (column == ACTIVE_FRACTION), pairs, counted)  # so many pairs is it a mean of
+        over = tl.where((column == LOSS) | (column == ACTIVE_FRACTION), pairs, counted)  # pairs in the mean
         over = tl.where(column == NONFINITE_PAIRS, 1.0, over)
         single = (value * over).to(tl.float32)
         kept = (column < COUNTED) & (single - single == 0)

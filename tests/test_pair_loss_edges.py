@@ -12,7 +12,7 @@ from conftest import DEVICE
 from torch.autograd import forward_ad
 
 from sipo import NoiseSchedule, SIPOLoss, reference
-from sipo_kernels import METRICS, STATISTICS, Totals, backends, cuda, pair_loss
+from sipo_kernels import METHODS, METRICS, STATISTICS, Totals, backends, cuda, pair_loss
 from sipo_kernels.contract import pair_dtype
 from tests import emulation
 
@@ -104,11 +104,11 @@ def test_a_buffer_that_is_written_to_has_no_lazy_bit(name: str) -> None:
 # ---- Forward-mode AD -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["model_pred", "ref_pred", "ratio_scale", "ref_error"])
+@pytest.mark.parametrize("name", [*NAMES, "ref_error"])
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_forward_mode_says_so(backend: str, name: str, requires_grad: bool) -> None:
-    batch = make_batch((4, 3, 5), device=DEVICE)
-    options: dict[str, Any] = dict(zip(NAMES[:4], batch[:4], strict=True))
+    batch = make_batch((4, 3, 5), weighted=True, device=DEVICE)
+    options: dict[str, Any] = dict(zip(NAMES, batch, strict=True))
     options["model_pred"] = batch.model_pred.detach().requires_grad_(requires_grad)
     if name == "ref_error":
         options |= {"ref_pred": None, "ref_error": batch.ratio_scale}
@@ -118,6 +118,15 @@ def test_forward_mode_says_so(backend: str, name: str, requires_grad: bool) -> N
         options[name] = forward_ad.make_dual(options[name].detach(), torch.ones_like(options[name]))
         with pytest.raises(NotImplementedError, match=f"{name} has a tangent, .*forward-mode AD"):
             pair_loss(**options, **OPTIONS, backend=backend)
+
+
+def test_an_upstream_gradient_with_a_tangent_says_so(backend: str) -> None:
+    batch = make_batch((4, 3, 5), device=DEVICE)
+    out = pair_loss(*batch[:3], ratio_scale=batch.ratio_scale, **OPTIONS, backend=backend)
+    with forward_ad.dual_level():
+        upstream = forward_ad.make_dual(torch.ones((), device=DEVICE), torch.ones((), device=DEVICE))
+        with pytest.raises(NotImplementedError, match=r"upstream has a tangent, .*forward-mode AD"):
+            torch.autograd.grad(out.loss, batch.model_pred, upstream)
 
 
 # ---- Finite: one rule, in the type that results are reported in ------------------------------------------------------
@@ -169,6 +178,23 @@ def test_a_squared_logit_beyond_float32_is_not_finite(backend: str, dtype: torch
     assert bool(grad[[1, 4]].any()) == finite
     sigmoid, _ = run(batch, backend, nonfinite="skip", **options | {"link": "sigmoid"})
     assert sigmoid.finite_pairs().all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_weight_that_is_no_number_is_not_finite(backend: str, method: str) -> None:
+    """Whether the weight is in the logit (sipo, sdpo), in front of the loss (dpo_cm), or only reported."""
+    batch = make_batch((6, 3, 7), device=DEVICE)
+    batch.ratio_scale[4] = math.nan  # the loser of pair 1
+    options = {"method": method, "beta": 3.0, "mask_threshold": 0.0}
+    out, grad = run(batch, backend, nonfinite="skip", **options)
+    truth = run_reference(batch, nonfinite="skip", **options)
+    assert out.finite_pairs().tolist() == out.mask.tolist() == truth.finite.tolist() == [True, False, True]
+    torch.testing.assert_close(out.loss.double(), truth.loss.double(), rtol=1e-5, atol=0)
+    assert math.isfinite(out.loss.item()) and not grad[[1, 4]].any()
+    metrics = out.metrics()
+    assert metrics["nonfinite_pairs"] == 1 and math.isfinite(metrics["weight_mean"])
+    with pytest.raises(FloatingPointError, match=r"pairs \[1\] of 3"):
+        run(batch, backend, nonfinite="raise", **options)
 
 
 # ---- Compiled, with settings and shapes that are symbols -------------------------------------------------------------
