@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import struct
+import zlib
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -271,19 +272,45 @@ def test_first_image_of_a_camera_s_file_is_the_picture() -> None:
     assert (read_media(content).pixels.float() - smooth().float()).abs().mean() < 2.0
 
 
+def png(depth: int, colour_type: int, row: bytes, width: int, transparency: bytes = b"") -> bytes:
+    """One row of pixels of a depth that Pillow does not write."""
+    header = struct.pack(">IIBBBBB", width, 1, depth, colour_type, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"tRNS", transparency), (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")]
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, held in chunks:
+        if held or kind == b"IEND":
+            content += struct.pack(">I", len(held)) + kind + held + struct.pack(">I", zlib.crc32(kind + held))
+    return content
+
+
 def test_sixteen_bits_of_a_colour_become_eight() -> None:
-    """The upper eight of each, as viewers show them; Pillow writes no such PNG, so that this one is made by hand."""
-    import zlib
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
+    """The upper eight of each, as viewers show them."""
     for colour_type, values in ((2, (0x1234, 0xFF00, 0x80FF)), (6, (0x1234, 0xFF00, 0x80FF, 0xFFFF))):
-        row = b"\0" + struct.pack(f">{len(values)}H", *values) * 2
-        header = struct.pack(">IIBBBBB", 2, 1, 16, colour_type, 0, 0, 0)
-        chunks = [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(row)), chunk(b"IEND", b"")]
-        content = b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+        content = png(16, colour_type, struct.pack(f">{len(values)}H", *values) * 2, 2)
         assert read_media(content).pixels[:, 0, 1].tolist() == [0x12, 0xFF, 0x80]
+
+
+@pytest.mark.parametrize(
+    ("depth", "row", "width"),
+    [(1, b"\x40", 2), (2, b"\x1b", 4), (4, bytes(range(0x01, 0x100, 0x22)), 16)],
+    ids=["1", "2", "4"],
+)
+def test_a_transparent_grey_of_few_bits(depth: int, row: bytes, width: int) -> None:
+    """It is named in the file's own bits, and not in the eight that come of them."""
+    for key in range(width):
+        expected = [255 * level // (width - 1) for level in range(width)]
+        expected[key] = 255
+        media = read_media(png(depth, 0, row, width, struct.pack(">H", key)))
+        assert media.pixels[:, 0].tolist() == 3 * [expected] and media.transparent == pytest.approx(1 / width)
+
+
+@pytest.mark.parametrize("key", [(0xC8FF, 0x10FF, 0x00FF), (0, 0, 0)])
+def test_a_transparent_colour_of_sixteen_bits_is_refused(key: tuple[int, int, int]) -> None:
+    """Of eight bits, colours that are not it would be transparent with it, or it would not be."""
+    row = struct.pack(">6H", 0xC8FF, 0x10FF, 0x00FF, 0, 0, 0xFF)
+    with pytest.raises(MediaError, match="has a transparent colour of 16 bits, expected an alpha channel") as caught:
+        read_media(png(16, 2, row, 2, struct.pack(">3H", *key)))
+    assert caught.value.kind == "undecodable"
 
 
 @pytest.mark.parametrize("format", ["PNG", "WEBP", "TIFF"])
@@ -331,6 +358,27 @@ def test_missing_file(tmp_path: Path, name: str) -> None:
     for read in (read_media, probe_media):
         with pytest.raises(MediaError, match="no such file") as caught:
             read(tmp_path / name)
+        assert caught.value.kind == "missing"
+
+
+@pytest.mark.parametrize("name", ["a" * 300 + ".png", "a/" * 2500 + "b.png", "nul\0.png"], ids=["name", "path", "null"])
+def test_a_path_that_no_file_can_have_is_a_missing_file(tmp_path: Path, name: str) -> None:
+    for read in (read_media, probe_media):
+        with pytest.raises(MediaError, match=r"(cannot be read: File name too long|no such file)$") as caught:
+            read(tmp_path / name)
+        assert caught.value.kind == "missing" and "\n" not in str(caught.value)
+
+
+def test_a_file_that_may_not_be_read_is_a_missing_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any, **options: Any) -> Any:
+        raise PermissionError(13, "Permission denied", str(tmp_path / "image.png"))
+
+    write_image(tmp_path / "image.png", noise(1, 3, 8, 8))
+    for place in ("PIL.Image.open", "pathlib.Path.is_file"):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, refuse)
+            with pytest.raises(MediaError, match=r"image\.png: cannot be read: Permission denied$") as caught:
+                read_media(tmp_path / "image.png")
         assert caught.value.kind == "missing"
 
 
@@ -489,6 +537,33 @@ def test_text_and_playlists_are_no_clips(tmp_path: Path) -> None:
             with pytest.raises(MediaError) as caught:
                 read_media(tmp_path / name, frames)
             assert caught.value.kind == "undecodable"
+
+
+@pytest.mark.parametrize("brand", ["avif", "heic", "heix", "mif1"])
+@pytest.mark.parametrize("frames", [1, 2])
+def test_avif_and_heic_are_named(brand: str, frames: int) -> None:
+    """Both are images in a container of clips."""
+    content = struct.pack(">I4s4sI4s", 20, b"ftyp", brand.encode(), 0, b"miaf") + bytes(100)
+    with pytest.raises(MediaError, match=r"is AVIF or HEIC, expected JPEG, PNG, ") as caught:
+        read_media(content, frames)
+    assert caught.value.kind == "undecodable"
+
+
+def test_what_is_no_image_and_no_clip_is_told_without_codes(tmp_path: Path) -> None:
+    path = tmp_path / "file.png"
+    tga, unknown = encode(picture(), "TGA"), "is no image or clip of a known format, or is cut short"
+    write_video(tmp_path / "clip.mp4", counted(5), 8.0)
+    cut = (tmp_path / "clip.mp4").read_bytes()[:100]  # its index comes last
+    for content, message in ((b"", "is empty"), (b"no picture", unknown), (tga, unknown), (cut, unknown)):
+        path.write_bytes(content)
+        for read in (read_media, probe_media, lambda source: read_spaced(source, 2)):
+            with pytest.raises(MediaError) as caught:
+                read(path)
+            assert str(caught.value) == f"{path}: {message}" and caught.value.kind == "undecodable"
+    write_video(path.with_suffix(".mp4"), clip(5, frames=24, height=64, width=64), 24.0)
+    damage(path.with_suffix(".mp4"), 0.5)
+    with pytest.raises(MediaError, match=r"file\.mp4: cannot be decoded: Invalid data found when processing input$"):
+        read_media(path.with_suffix(".mp4"), 24)
 
 
 SHOWN = {

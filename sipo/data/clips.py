@@ -40,9 +40,9 @@ class MediaError(ValueError):
     """An image or a clip that cannot be used, in one line that names it.
 
     Attributes:
-        kind: "missing": no such file; "undecodable": damaged, cut short, or of no known format; "medium": an image
-            where a clip was asked for, the reverse, or several images in one file; "short": fewer frames than asked
-            for; "rate": fewer frames a second than asked for.
+        kind: "missing": no such file, or none that can be read; "undecodable": damaged, cut short, or of no known
+            format; "medium": an image where a clip was asked for, the reverse, or several images in one file; "short":
+            fewer frames than asked for; "rate": fewer frames a second than asked for.
     """
 
     def __init__(self, kind: Kind, source: Path | bytes, problem: str) -> None:
@@ -181,8 +181,14 @@ def read_clip(source: Path | bytes, selection: Selection) -> Media:
     import av
 
     size = len(source) if isinstance(source, bytes) else source.stat().st_size
+    if size == 0:
+        raise MediaError("undecodable", source, "is empty")
     try:
-        with av.open(as_stream(source), options=_OPEN_OPTIONS) as container:
+        try:
+            opened = av.open(as_stream(source), options=_OPEN_OPTIONS)
+        except (av.InvalidDataError, av.ArgumentError):  # the latter for formats that are not in the list
+            raise MediaError("undecodable", source, "is no image or clip of a known format, or is cut short") from None
+        with opened as container:
             stream = container.streams.best("video")
             # Where the first frame is cut off already, there is a stream and nothing to decode it with.
             if not isinstance(stream, av.VideoStream) or stream.codec_context is None:
@@ -225,7 +231,8 @@ def read_clip(source: Path | bytes, selection: Selection) -> Media:
     except (av.FFmpegError, OSError, ValueError) as error:
         if isinstance(error, MediaError):
             raise
-        raise MediaError("undecodable", source, f"cannot be decoded: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise MediaError("undecodable", source, f"cannot be decoded: {reason}") from error
 
 
 def _seconds(clock: str) -> float:

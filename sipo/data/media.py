@@ -22,7 +22,9 @@ from torch.nn import functional as F
 from sipo.data.clips import AtRate, First, Media, MediaError, Numbered, as_stream, on_background, read_clip
 
 # Named, so that no file is ever handed to one of Pillow's rarer decoders (one of which starts another program).
-_IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+_IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+# Of still images in MP4's container, which FFmpeg takes for clips of one frame.
+_AVIF_OR_HEIC = (b"avif", b"heic", b"heix", b"heim", b"heis", b"mif1")
 _DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 
 
@@ -109,13 +111,18 @@ def _read_image(source: Path | bytes) -> Media | None:
 
     # Some package may have switched it on: a damaged image would come with a grey rest.
     ImageFile.LOAD_TRUNCATED_IMAGES = False
-    if isinstance(source, Path) and not source.is_file():
-        raise MediaError("missing", source, "no such file")
     try:
+        if isinstance(source, Path) and not source.is_file():
+            raise MediaError("missing", source, "no such file")
         image = Image.open(as_stream(source), formats=_IMAGE_FORMATS)
     except UnidentifiedImageError:
+        if _brand(source) in _AVIF_OR_HEIC:
+            expected = f"expected {', '.join(_IMAGE_FORMATS[:-1])} or {_IMAGE_FORMATS[-1]}"
+            raise MediaError("undecodable", source, f"is AVIF or HEIC, {expected}") from None
         return None
     except (OSError, Image.DecompressionBombError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the file system, and not Pillow's
+            raise MediaError("missing", source, f"cannot be read: {error.strerror}") from error
         raise MediaError("undecodable", source, f"cannot be decoded: {error}") from error
     try:
         with image:
@@ -129,6 +136,8 @@ def _read_image(source: Path | bytes) -> Media | None:
                     f"holds {count} images in one {image.format} file, expected one image, or a clip as GIF or video",
                 )
             aspect = _pixel_aspect(image)
+            if image.format == "PNG":
+                _scale_transparent_colour(image)
             image.load()
             if image.mode in _DEEP_MODES:
                 raise ValueError(f"has mode {image.mode}, expected 8 bits a channel")
@@ -144,6 +153,25 @@ def _read_image(source: Path | bytes) -> Media | None:
     pixels = flat.view(colours.height, colours.width, -1)
     pixels, share = on_background(pixels) if transparent else (pixels.permute(2, 0, 1), 0.0)
     return Media(pixels.contiguous(), pixel_aspect=aspect, transparent=share)
+
+
+def _brand(source: Path | bytes) -> bytes:
+    """The type that a file in MP4's container states at its start; empty for anything else."""
+    start = source[:12] if isinstance(source, bytes) else b""
+    if isinstance(source, Path):
+        with source.open("rb") as file:
+            start = file.read(12)
+    return start[8:] if start[4:8] == b"ftyp" else b""
+
+
+def _scale_transparent_colour(image: Any) -> None:
+    """Pillow makes eight bits of a PNG's pixels, and leaves its one transparent colour in the bits of the file."""
+    key, stored = image.info.get("transparency"), image.tile[0][3]
+    if key is None:
+        return
+    if stored == "RGB;16B":
+        raise ValueError("has a transparent colour of 16 bits, expected an alpha channel, or 8 bits a channel")
+    image.info["transparency"] = {"L;2": 85, "L;4": 17}.get(stored, 1) * key if isinstance(key, int) else key
 
 
 def _pixel_aspect(image: Any) -> Fraction:
