@@ -200,6 +200,7 @@ def faulty_images(folder: Path) -> Builder:
     write_rgba(chosen, noise(1003, 4, 16, 24))
     _, rejected = builder.add("pixels")
     set_density(rejected, 96, 72)
+    builder.add("missing", chosen="long" * 100 + ".png")  # no system has files of such names
     builder.lines.append("")  # a line of its own, and no row
     builder.add()
     return builder

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from sipo import cli
 from sipo.data import check
 from sipo.data.check import NOTED, SKIPPED, BadPair, check_pairs, load_pair, run_check, usable
 from sipo.data.media import Media, write_image, write_video
@@ -191,8 +192,43 @@ def test_images_that_differ_in_what_is_hidden_alone_are_the_same(tmp_path: Path)
     builder = clean_images(tmp_path, 0)
     for seed, path in enumerate(builder.add()):
         write_rgba(path, torch.cat([noise(seed, 3, 16, 24), torch.zeros(1, 16, 24, dtype=torch.uint8)]))
+    shutil.copy(*builder.add())
+    hidden, plain = check_pairs(open_pairs(builder.save()), frames=1).findings
+    assert (hidden.kind, plain.kind) == ("identical", "identical")
+    assert hidden.text == "chosen and rejected are the same, with transparent pixels shown on white"
+    assert plain.text == "chosen and rejected are the same"
+
+
+@pytest.mark.parametrize(
+    ("transparent", "share"), [(1, "less than 1%"), (4, "1%"), (192, "50%"), (383, "more than 99%"), (384, "100%")]
+)
+def test_few_transparent_pixels_are_not_none(tmp_path: Path, transparent: int, share: str) -> None:
+    builder = clean_images(tmp_path, 0)
+    pixels = noise(5, 4, 16, 24)
+    pixels[3].view(-1)[:] = 255
+    pixels[3].view(-1)[:transparent] = 0
+    write_rgba(builder.add()[0], pixels)
     (finding,) = check_pairs(open_pairs(builder.save()), frames=1).findings
-    assert finding.kind == "identical"
+    assert finding.text == f"{share} of chosen is transparent"
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--limit", "0", "limit=0: expected at least 1"),
+        ("--limit", "-1", "limit=-1: expected at least 1"),
+        ("--frames", "0", "frames=0: expected at least 1"),
+        ("--fps", "0", "fps=0: expected a finite number > 0"),
+        ("--fps", "nan", "fps=nan: expected a finite number > 0"),
+        ("--fps", "inf", "fps=inf: expected a finite number > 0"),
+        ("--rows", "-1", "rows=-1: expected at least 0"),
+    ],
+)
+def test_senseless_options_are_refused_before_anything_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, value: str, expected: str
+) -> None:
+    assert cli.main(["data", "check", str(tmp_path / "nothing"), option, value]) == 2
+    assert capsys.readouterr().err == f"sipo: error: {expected}\n"
 
 
 def test_clips_that_start_alike_are_not_the_same(tmp_path: Path) -> None:

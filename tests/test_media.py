@@ -714,7 +714,7 @@ def test_spaced_frames_and_probe(tmp_path: Path) -> None:
     assert torch.equal(read_spaced(image, 4).pixels, probe_media(image).pixels)
 
 
-@pytest.mark.parametrize(("frames", "fps"), [(0, None), (2, 0.0), (2, -1.0), (2, float("nan"))])
+@pytest.mark.parametrize(("frames", "fps"), [(0, None), (2, 0.0), (2, -1.0), (2, float("nan")), (2, float("inf"))])
 def test_senseless_requests(frames: int, fps: float | None) -> None:
     with pytest.raises(ValueError, match="expected"):
         read_media(b"", frames, fps)

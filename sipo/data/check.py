@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from sipo.data.media import Media, MediaError, nearest_size, probe_media, read_media
+from sipo.data.media import Media, MediaError, check_request, nearest_size, probe_media, read_media
 from sipo.data.readers import Format, open_pairs
 from sipo.data.records import PairReader, PairRecord
 
@@ -113,7 +113,8 @@ def load_pair(record: PairRecord, *, frames: int | None = 1, fps: float | None =
         # First frames may well be alike (an image that both clips start from), and no other was kept.
         alike = _digest(record.chosen) == _digest(record.rejected)
     if alike:
-        raise BadPair("identical", "chosen and rejected are the same")
+        shown = ", with transparent pixels shown on white" if chosen.transparent or rejected.transparent else ""
+        raise BadPair("identical", f"chosen and rejected are the same{shown}")
     return chosen, rejected
 
 
@@ -210,7 +211,11 @@ def check_pairs(
         limit: look at no more than the first so many rows.
         workers: threads that decode; ``None`` takes one for each core, four at most. Twice as many pairs are in memory.
         progress: whether to draw a bar.
+
+    Raises:
+        ValueError: ``frames``, ``fps`` or ``limit`` make no sense.
     """
+    _check_options(frames, fps, limit)
     report = CheckReport()
     notes = _Notes()
     for record, examined in _examine_all(islice(reader, limit), frames, fps, sizes, workers, progress):
@@ -250,9 +255,13 @@ def run_check(
     Raises:
         DataError: the data set cannot be read at all.
         OSError: a ``json_file`` that is something else.
+        ValueError: ``frames``, ``fps``, ``limit`` or ``rows`` make no sense.
     """
     from sipo.training.logs import check_output, write_aside
 
+    _check_options(frames, fps, limit)
+    if rows < 0:
+        raise ValueError(f"rows={rows}: expected at least 0")
     if json_file is not None:
         check_output(Path(json_file), "{\n", "a report of `sipo data check`")
     reader = open_pairs(path, format, split, streaming)
@@ -261,6 +270,12 @@ def run_check(
         write_aside(Path(json_file), json.dumps(report.as_dict(), indent=1) + "\n")
     print(report.describe(rows))
     return 1 if report.skipped else 0
+
+
+def _check_options(frames: int | None, fps: float | None, limit: int | None) -> None:
+    check_request(frames, fps)
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit}: expected at least 1")
 
 
 # ---- One row ----
@@ -301,13 +316,14 @@ def _notes_on_files(sides: dict[str, Media]) -> Iterator[tuple[str, str]]:
     found: dict[str, list[str]] = {}
     for name, side in sides.items():
         if side.transparent:
-            found.setdefault("alpha", []).append(f"{side.transparent:.0%} of {name} is transparent")
+            found.setdefault("alpha", []).append(f"{_percent(side.transparent)} of {name} is transparent")
         if side.pixel_aspect != 1:
             ratio = f"{side.pixel_aspect.numerator}:{side.pixel_aspect.denominator}"
             done = "taken as square" if side.fps is None else f"scaled to {_by(tuple(side.pixels.shape[-2:]))}"
             found.setdefault("pixels", []).append(f"{name} has pixels of {ratio}, {done}")
         if side.interlaced:
-            found.setdefault("interlaced", []).append(f"{name} has lines of two moments in each frame, expected of one")
+            text = f"{name} is interlaced: each frame mixes lines from two points in time"
+            found.setdefault("interlaced", []).append(text)
     return ((kind, "; ".join(texts)) for kind, texts in found.items())
 
 
@@ -345,6 +361,13 @@ def _digest(source: Path | bytes) -> bytes:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.digest()
+
+
+def _percent(share: float) -> str:
+    """Of a share that is neither none nor all, never 0% or 100%."""
+    if share < 0.01:
+        return "less than 1%"
+    return "more than 99%" if 0.99 < share < 1 else f"{share:.0%}"
 
 
 def _by(size: tuple[int, ...]) -> str:

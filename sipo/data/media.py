@@ -67,10 +67,7 @@ def read_media(source: Path | bytes, frames: int = 1, fps: float | None = None) 
         MediaError: see there. A clip is never padded and no frame is taken twice.
         ValueError: ``frames`` or ``fps`` make no sense.
     """
-    if frames < 1:
-        raise ValueError(f"frames={frames}: expected at least 1")
-    if fps is not None and not fps > 0:
-        raise ValueError(f"fps={fps}: expected more than 0")
+    check_request(frames, fps)
     image = _read_image(source)
     if image is not None:
         if frames > 1:
@@ -80,6 +77,18 @@ def read_media(source: Path | bytes, frames: int = 1, fps: float | None = None) 
         read_clip(source, First(1, decode_all=True))  # an error, if it is not even that
         raise MediaError("medium", source, "is a clip, expected an image (frames=1)")
     return read_clip(source, First(frames) if fps is None else AtRate(frames, fps))
+
+
+def check_request(frames: int | None, fps: float | None) -> None:
+    """Refuses what no clip can be read at.
+
+    Raises:
+        ValueError: ``frames`` below 1, ``fps`` that is not finite and above 0; ``None`` is neither.
+    """
+    if frames is not None and frames < 1:
+        raise ValueError(f"frames={frames}: expected at least 1")
+    if fps is not None and not 0 < fps < math.inf:
+        raise ValueError(f"fps={fps:g}: expected a finite number > 0")
 
 
 def probe_media(source: Path | bytes) -> Media:
