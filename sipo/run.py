@@ -179,13 +179,13 @@ def prepare_data(
 ) -> Prepared:
     """Computes beforehand what the cache lacks, or has otherwise than the source says: latents, text, reference errors.
 
-    What has changed since is said in a line; what cannot be compared, as its source is not there, is used as it is, and
-    that is said too.
+    A line says what has changed since, one how many pairs are left out, and one what is used without having been
+    compared, as its source is missing.
 
     Args:
         run: of :func:`open_run`.
         repair: read every shard, also where the cache is finished, and write those anew that are damaged.
-        verify: read every file of the source and of the model, also where size and times are as they were.
+        verify: read every file of the source and of the model, also where size, times and inode are as they were.
         refuse_changes: an error at the first change, before anything is encoded anew.
         progress: whether to draw progress bars.
 
@@ -204,10 +204,10 @@ def prepare_data(
         run.weights(network=True, verify=True)
     marks, summary = fingerprint(config.model, config.data, weights), None
     whole = pairs_are_whole(run.cache, marks)
-    reader, missing = _open_source(run, ask=whole)  # and no process mends what another has yet to look at
+    reader, missing = _open_source(run, ask=whole)  # so that no process repairs a shard before all have checked it
     if missing and (verify or not whole):
         raise DataError(missing)
-    said = [f"not compared with its pairs, used as they were encoded: {missing}"]
+    said = [f"could not be compared with its pairs, the encoded data is used unchanged: {missing}"]
     if reader is not None:
         summary = precompute_pairs(
             reader,
@@ -228,7 +228,11 @@ def prepare_data(
     _free()
     cache = open_cache(run.cache, marks)
     if cache.path != config.data.path:
-        raise other_path(run.cache, cache.path, config.data.path)
+        raise other_path(run.cache, cache.path, config.data.path, f"which cannot be read ({missing})")
+    if cache.skipped:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in cache.skipped.items())
+        number = sum(cache.skipped.values())
+        said.append(f"{number} of {number + len(cache)} pairs cannot be used and are left out: {reasons}")
     if accelerator.is_main_process:
         for line in said:
             print(f"{run.cache}: {line}", flush=True)

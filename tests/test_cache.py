@@ -130,7 +130,7 @@ def test_a_folder_without_a_finished_cache(tmp_path: Path) -> None:
         open_cache(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "[1]", '{"format": 2}', '{"format": 2, "complete": true, "fingerprint": {}}'])
+@pytest.mark.parametrize("text", ["", "[1]", '{"format": 3}', '{"format": 3, "complete": true, "fingerprint": {}}'])
 def test_an_index_that_is_none(tmp_path: Path, text: str) -> None:
     (tmp_path / INDEX).write_text(text)
     with pytest.raises(DamagedError, match=r"index\.json: .*`sipo precompute` rebuilds it"):
@@ -141,7 +141,7 @@ def test_an_index_of_another_format(tmp_path: Path) -> None:
     build(tmp_path)
     index = json.loads((tmp_path / INDEX).read_text())
     (tmp_path / INDEX).write_text(json.dumps(index | {"format": 99}))
-    with pytest.raises(CacheError, match=r"cache format 99, expected 2: .*use another folder, or delete this one"):
+    with pytest.raises(CacheError, match=r"cache format 99, expected 3: .*use another folder, or delete this one"):
         open_cache(tmp_path)
 
 

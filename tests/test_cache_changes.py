@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from sipo import cli
 from sipo.config import ModelConfig
 from sipo.data import changes
-from sipo.data.cache import INDEX, CacheError, open_cache
+from sipo.data.cache import INDEX, CacheError, DamagedError, open_cache, read_json, write_json
 from sipo.data.check import BadPair
 from sipo.data.media import write_image
 from sipo.data.readers import JsonlReader, PickapicReader
@@ -51,6 +52,11 @@ def read(path: Path) -> Lines:
 def write(path: Path, lines: Lines) -> Path:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
+
+
+def rewrite(path: Path, change: Callable[[str], str]) -> None:
+    """A JSON file of a cache, as if sipo had written it otherwise."""
+    write_json(path, json.loads(change(json.dumps(read_json(path)))), indent=None)
 
 
 def written_at(cache: Path) -> dict[str, int]:
@@ -255,6 +261,24 @@ def test_files_of_one_time_that_change_places_are_told_apart(tmp_path: Path) -> 
     assert_as_new(path)
 
 
+def test_folders_that_change_places_are_told_apart_by_inodes(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files written in one tick of the clock have equal times, and renaming their folder leaves these alone."""
+    real = changes.stamp
+    monkeypatch.setattr(changes, "stamp", lambda path: real(path) and [real(path)[0], 1, 1, *real(path)[3:]])
+    data.touch()
+    assert encode(data).kept == 3
+    before, folder = written_at(data.parent.parent / "cache"), data.parent
+    for source, target in (("a", "c"), ("b", "a"), ("c", "b")):
+        (folder / source).rename(folder / target)
+    assert encode(data).written == 3
+    assert_as_new(data)
+    before = written_at(folder.parent / "cache")
+    shutil.copytree(folder / "a", folder / "c")
+    shutil.rmtree(folder / "a")
+    (folder / "c").rename(folder / "a")
+    assert not encode(data).news() and not changed(before, folder.parent / "cache")  # another inode alone is no change
+
+
 def test_new_times_alone_encode_nothing_and_are_read_once(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As after a clone."""
     before = written_at(data.parent.parent / "cache")
@@ -286,7 +310,7 @@ def test_rows_are_not_read_where_nothing_has_changed(data: Path, monkeypatch: py
 
 def test_verify_finds_what_sizes_and_times_do_not_show(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = changes.stamp
-    monkeypatch.setattr(changes, "stamp", lambda path: [*real(path)[:2], 0])  # some file systems keep no other time
+    monkeypatch.setattr(changes, "stamp", lambda path: [*real(path)[:2], 0, 0])  # some file systems keep no other time
     encode(data)
     path = data.parent / "a" / "0.bmp"
     times = path.stat()
@@ -336,6 +360,26 @@ def test_a_cache_that_may_only_be_read_is_used(data: Path, monkeypatch: pytest.M
     assert encode(data).kept == 3
 
 
+def test_another_prompt_that_cannot_be_written_down_is_an_error(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a full disk: the embeddings would be those of the prompt before."""
+    lines = read(data)
+    edit(lines)
+    write(data, lines)
+    real = write_json
+
+    def refuse(path: Path, *arguments: Any, **options: Any) -> None:
+        if path.name.startswith("latents"):
+            raise OSError(28, "No space left on device", str(path))
+        real(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sipo.data.existing.write_json", refuse)
+        with pytest.raises(OSError, match="No space left"):
+            encode(data)
+    encode(data)
+    assert_as_new(data)
+
+
 def test_files_that_are_gone(data: Path) -> None:
     """A shard without any of its files is kept, and told; one that lacks some has pairs that cannot be used."""
     before = written_at(data.parent.parent / "cache")
@@ -343,7 +387,7 @@ def test_files_that_are_gone(data: Path) -> None:
         (data.parent / f"{name}.bmp").unlink()
     for _ in range(2):
         summary = encode(data)
-        assert summary.absent == 1 and "1 of 3 shards not compared with their images" in summary.news()[0]
+        assert summary.absent == 1 and "1 of 3 shards could not be checked: their images" in summary.news()[0]
     lines = read(data)
     edit_all(lines)
     write(data, lines)
@@ -362,6 +406,82 @@ def test_files_that_are_gone(data: Path) -> None:
     assert_as_new(data)
 
 
+def test_pairs_that_cannot_be_encoded_again_are_not_thrown_away(data: Path) -> None:
+    """Neither are they left out: a row that has changed is in a shard with others whose encoded data is sound."""
+    cache, lines = data.parent.parent / "cache", read(data)
+    before, kept = written_at(cache), (cache / INDEX).read_bytes()
+    for row in (2, 3):
+        for side in "ab":
+            (data.parent / side / f"{row}.bmp").unlink()
+    with pytest.raises(CacheError, match=r"^the pairs: none of the images or clips of rows 2 to 3 is there, expected"):
+        encode(data, verify=True)
+    swap(lines)
+    write(data, lines)
+    message = "^the pairs: row 3: chosen is b/3.bmp, was a/3.bmp, since .* rows 2 to 3 is there to be encoded anew: exp"
+    for skip_bad in (False, True):
+        with pytest.raises(CacheError, match=message):
+            encode(data, skip_bad=skip_bad)
+    lines[3] |= {"chosen": "c/3.bmp"}
+    write_image(data.parent / "c" / "3.bmp", noise(50, 3, 32, 32))
+    write(data, lines)  # another image, which is there, and the rest of the shard is not
+    with pytest.raises(CacheError, match=r"row 3: chosen is c/3\.bmp, was a/3\.bmp, since"):
+        encode(data, skip_bad=True)
+    assert not changed(before, cache) and (cache / INDEX).read_bytes() == kept
+
+
+def test_why_a_shard_is_encoded_anew_comes_before_what_it_lacks(data: Path) -> None:
+    (data.parent / "a" / "2.bmp").unlink()
+    lines = read(data)
+    swap(lines)
+    write(data, lines)
+    said = r"^the data has changed \(row 3: chosen is b/3\.bmp.*, but row 2: chosen: .*2\.bmp"
+    with pytest.raises(BadPair, match=said):
+        encode(data)
+
+
+def test_a_run_whose_cache_another_run_encodes_anew_is_told(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sipo.data.cache._OPEN_SHARDS", 1)
+    cache = open_cache(data.parent.parent / "cache")
+    cache.pair(0)
+    cache.pair(4)  # and the first shard is closed
+    lines = read(data)
+    for row in (0, 3):
+        lines[row]["chosen"], lines[row]["rejected"] = lines[row]["rejected"], lines[row]["chosen"]
+    write(data, lines)
+    encode(data)
+    for pair in (2, 0):
+        with pytest.raises(CacheError, match="encoded anew by another run since this one opened the cache"):
+            cache.pair(pair)
+    path = data.parent.parent / "cache" / "latents-00002.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x77")
+    with pytest.raises(DamagedError, match="changed since it was written"):
+        open_cache(data.parent.parent / "cache").pair(4)
+
+
+def test_a_json_file_whose_content_is_damaged_is_written_anew(data: Path) -> None:
+    """Each of its values in turn: what is valid JSON and wrong is damage all the same."""
+    cache = data.parent.parent / "cache"
+    for path in sorted(cache.glob("*.json")):
+        whole = json.loads(path.read_text())
+        name = path.stem
+        for number, key in enumerate(whole):
+            for wrong in (None, "x") if number % 2 else ([1], {}):
+                path.write_text(json.dumps(whole | {key: wrong}))
+                if name == "index":
+                    with pytest.raises(CacheError, match=r"cache format|not as it was written"):
+                        open_cache(cache)
+                    if key == "format":
+                        continue
+                before = written_at(cache)
+                data.touch()
+                with contextlib.suppress(DamagedError):  # training says which one and what mends it, or does so itself
+                    encode(data)
+                encode(data, check_hashes=True)
+                assert set(changed(before, cache)) <= {name}, (key, wrong)
+                assert "sha256_below" in json.loads(path.read_text()) and encode(data).kept == 3
+    assert_as_new(data)
+
+
 def test_a_data_set_that_has_moved_is_taken_if_it_is_the_same(data: Path) -> None:
     before = written_at(data.parent.parent / "cache")
     moved = data.parent.rename(data.parent.with_name("moved")) / data.name
@@ -370,7 +490,8 @@ def test_a_data_set_that_has_moved_is_taken_if_it_is_the_same(data: Path) -> Non
     lines = read(moved)
     swap(lines)
     write(moved, lines)
-    with pytest.raises(CacheError, match=r'made with data\.path="elsewhere", expected this run\'s "another"'):
+    others = r'made with data\.path="elsewhere", this run has "another", whose pairs are others \(row 3: chosen is b/3'
+    with pytest.raises(CacheError, match=others):
         encode(moved, path="another")
     assert not changed(before, data.parent.parent / "cache")
     assert encode(moved, path="elsewhere").written == 1
@@ -408,6 +529,13 @@ def test_several_processes_find_what_has_changed(data: Path) -> None:
     ]
     assert [pipeline.encoded for pipeline in pipelines] == [0, 3]
     assert_as_new(data)
+
+
+def test_new_times_that_another_process_has_seen_are_written_down(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (data.parent / "b" / "2.bmp").touch()  # in the second shard, which is the second process's
+    in_processes(2, lambda accelerator: encode(data, accelerator=accelerator))
+    monkeypatch.setattr(JsonlReader, "__iter__", None)
+    assert encode(data).kept == 3
 
 
 # ---- Sources that are known without reading their rows ----
@@ -513,8 +641,7 @@ def place(trained: Path, tmp_path: Path, own_accelerator: None) -> Place:
     """The same in a place of its own."""
     folder = tmp_path / "here"
     shutil.copytree(trained, folder)
-    index = folder / "cache" / INDEX
-    index.write_text(index.read_text().replace(str(trained), str(folder)))  # as if data.path were the same
+    rewrite(folder / "cache" / INDEX, lambda text: text.replace(str(trained), str(folder)))  # as if data.path were it
     return Place(folder)
 
 
@@ -536,7 +663,8 @@ def test_a_new_run_trains_on_the_pairs_as_they_are_now(place: Place, capsys: pyt
     assert torch.equal(now[0], errors[0]) and not torch.equal(now[1][1], errors[1][1])
     # And the run that was trained on the pairs as they were does not go on with these.
     assert place.run("train", *ERRORS, "training.steps=2", flags=("--resume",)) == 2
-    assert "made with data='6 pairs, " in capsys.readouterr().err
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "the data has changed since this checkpoint (6 pairs, " in error and "; now 5 pairs, " in error
 
 
 def test_a_run_is_not_resumed_on_other_data(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
@@ -560,12 +688,25 @@ def test_a_cache_without_its_source_is_used_and_that_is_said(place: Place, capsy
     shutil.rmtree(place.data.parent)
     assert place.run("train", run="again") == 0
     output = capsys.readouterr().out
-    assert output.count(f"{place.cache}: not compared with its pairs, used as they were encoded: {place.data}") == 1
+    said = f"{place.cache}: could not be compared with its pairs, the encoded data is used unchanged: {place.data}"
+    assert output.count(said) == 1
     assert "| pairs | 6 |" in (place.folder / "again" / "weights" / "README.md").read_text()
     assert place.run("precompute", "--verify") == 2 and "no such file or folder" in capsys.readouterr().err
     assert place.run("precompute", "data.path=others.jsonl") == 2
-    assert "made with data.path=" in capsys.readouterr().err
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f'{place.cache}: made with data.path="{place.data}", this run has "others.jsonl", which cannot be' in error
+    assert "(others.jsonl: no such file or folder" in error
     assert not changed(before, place.cache)
+
+
+def test_pairs_that_are_left_out_are_said_in_training(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    (place.data.parent / "a" / "1.bmp").unlink()
+    (place.data.parent / "a" / "2.bmp").write_bytes(b"no image")
+    for run in ("again", "once more"):  # encoded, and without the source
+        assert place.run("train", "data.skip_bad=true", run=run) == 0
+        line = f"{place.cache}: 2 of 6 pairs cannot be used and are left out: 1 missing, 1 undecodable\n"
+        assert capsys.readouterr().out.count(line) == 1
+        shutil.rmtree(place.data.parent, ignore_errors=True)
 
 
 def replace_weights(path: Path, keep_time: bool = False) -> None:
@@ -586,7 +727,8 @@ def test_other_encoders_under_the_same_path_are_refused(
     replace_weights(place.folder / "model" / f"{part}.safetensors", keep_time=True)
     assert place.run("train", run="again") == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert f"made with model.{part}.safetensors=" in error and "use another folder" in error
+    assert f"{place.cache}: encoded with other weights: {part}.safetensors has changed (hash " in error
+    assert error.endswith("): restore that file, or use another data.cache")
     assert not changed(before, place.cache)
 
 
@@ -602,7 +744,8 @@ def test_errors_of_another_network_under_the_same_path_are_not_used(
     replace_weights(place.folder / "model" / "unet" / "diffusion_pytorch_model.safetensors")
     for run, more in (("run", ERRORS), ("plain", [])):
         assert place.run("train", *more, "training.steps=2", run=run, flags=("--resume",)) == 2
-        assert "unet/diffusion_pytorch_model.safetensors=" in capsys.readouterr().err.strip().splitlines()[-1]
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert "other weights: unet/diffusion_pytorch_model.safetensors has changed (hash " in error
     assert len(place.errors()) == 3
     assert place.run("train", *ERRORS, run="again") == 0
     assert len(place.errors()) == 6 and len({each.sum().item() for each in place.errors()}) == 6
@@ -638,16 +781,36 @@ def test_files_of_a_model_that_are_read(place: Place) -> None:
         return set(weight_hashes(get("sd15"), str(model), config, place.cache, network=network))
 
     weights = "unet/diffusion_pytorch_model"
+    for name in ("unet/lora.safetensors", "unet/old/model.safetensors", "text_encoder/notes.txt", "vae/notes.json"):
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_bytes(b"{}")  # which nothing reads
     assert names(None, True) == {"unet/config.json", f"{weights}.safetensors"}
     sharded = {f"{weights}.fp16-00001-of-00002.safetensors", f"{weights}.safetensors.index.fp16.json"}
     assert names("fp16", True) == {"unet/config.json", *sharded}
-    assert {name.partition("/")[0] for name in names("fp16", False)} == {"vae", "text_encoder", "tokenizer"}
+    encoders = {"vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"}
+    encoders |= {f"{part}/config.json" for part in ("vae", "text_encoder")}
+    assert names("fp16", False) == encoders | {f"tokenizer/tokenizer{end}.json" for end in ("", "_config")}
+
+
+def test_a_configuration_is_known_by_what_it_says_of_the_model(place: Place) -> None:
+    path = place.folder / "model" / "unet" / "config.json"
+
+    def mark() -> str:
+        model = place.folder / "model"
+        found = weight_hashes(get("sd15"), str(model), ModelConfig("sd15", ""), place.cache, network=True)
+        return found["unet/config.json"]
+
+    before, config = mark(), json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"_name_or_path": "elsewhere", "_diffusers_version": "0.0"}))
+    assert mark() == before
+    path.write_text(json.dumps(config | {"sample_size": 5}))
+    assert mark() != before
 
 
 def test_weights_are_read_once_and_again_to_verify(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     model, real, hashed = place.folder / "model", changes.stamp, changes.file_hash
-    monkeypatch.setattr("sipo.data.weights.stamp", lambda path: [*real(path)[:2], 0])
-    monkeypatch.setattr(changes, "stamp", lambda path: [*real(path)[:2], 0])
+    monkeypatch.setattr("sipo.data.weights.stamp", lambda path: [*real(path)[:2], 0, 0])
+    monkeypatch.setattr(changes, "stamp", lambda path: [*real(path)[:2], 0, 0])
     reads: list[Path] = []
     monkeypatch.setattr(changes, "file_hash", lambda path: reads.append(path) or hashed(path))
 
@@ -670,4 +833,4 @@ def test_a_cache_of_another_format_is_one_line(place: Place, capsys: pytest.Capt
     index.write_text(json.dumps(json.loads(index.read_text()) | {"format": 1}))
     assert place.run("train", run="again") == 2
     error = capsys.readouterr().err
-    assert "cache format 1, expected 2: " in error and "delete this one" in error and error.count("\n") == 1
+    assert "cache format 1, expected 3: " in error and "delete this one" in error and error.count("\n") == 1

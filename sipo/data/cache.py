@@ -13,9 +13,9 @@ A cache is a folder. A shard is a safetensors file with a JSON file of the same 
 The JSON file of a shard of latents also has the rows and the files that it was made of (changes.py); the index, which
 is read at every start, has one digest of them for each shard.
 
-Each file is written under another name and renamed, the index's ``complete`` comes last, and a row's content depends on
-the row and the settings alone. So a cache that was interrupted is taken up where it stopped, and a damaged shard is
-replaced by itself.
+Each JSON file begins with the hash of the rest of it, so that damage is found. Each file is written under another name
+and renamed, the index's ``complete`` comes last, and a row's content depends on the row and the settings alone. So a
+cache that was interrupted is taken up where it stopped, and a damaged shard is replaced by itself.
 """
 
 from __future__ import annotations
@@ -37,10 +37,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sipo.families.base import Condition
+from sipo.training.checkpoint import is_weights, weights_change
 from sipo.training.logs import write_aside
 
 # Another one whenever files are laid out otherwise, or the same pixels and text are encoded otherwise.
-FORMAT = 2
+FORMAT = 3
 INDEX = "index.json"
 FILES = "files.json"
 LATENTS, TEXT, UNCONDITIONAL = "latents", "text", "unconditional"
@@ -51,6 +52,7 @@ FLIP, CROP, POSTERIOR, NOISE, TIMESTEP, CAPTION, HELD_OUT = range(100, 107)
 # Names that files are written under: write_shard's, write_aside's, and safetensors' own.
 _LEFTOVER = re.compile(r"\.((latents|text|errors)-\d+|unconditional|index|files|weights)\..*|\.tmp\w{6}")
 _WHOLE = {"path", "state", "pairs", "records", "ties", "skipped", "text_shapes", "text", "latents"}  # in an index
+_SEAL = '{"sha256_below": "%s", '  # a JSON file's begin
 _OPEN_SHARDS = 32  # that a process keeps open: there may be more shards than file handles
 _REMEDY = "`sipo precompute` rebuilds it"
 
@@ -118,24 +120,41 @@ def file_hash(path: Path) -> str:
 
 
 def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
-    """Writes JSON aside and renames it; without ``indent`` what is as large as the data set."""
-    write_aside(path, json.dumps(value, indent=indent) + "\n")
+    """Writes a JSON object aside, its hash before it, and renames it.
+
+    Args:
+        path: of the file.
+        value: not empty.
+        indent: ``None`` for what is as large as the data set.
+    """
+    rest = json.dumps(value, indent=indent)[1:] + "\n"
+    write_aside(path, _SEAL % hashlib.sha256(rest.encode()).hexdigest() + rest)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """An object from a JSON file; ``None`` where there is no such file.
+    """What :func:`write_json` wrote; ``None`` where there is no such file.
 
     Raises:
-        CacheError: a file that cannot be read, or holds something else.
+        DamagedError: a file that cannot be read, or is not as it was written.
+        CacheError: a file of another format.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text)
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise DamagedError(f"{path}: not readable ({' '.join(str(error).split())}); {_REMEDY}") from error
     if not isinstance(value, dict):
         raise DamagedError(f"{path}: holds {type(value).__name__}, expected an object; {_REMEDY}")
+    if path.name == INDEX and value.get("format") != FORMAT:
+        raise CacheError(
+            f"{path}: cache format {value.get('format')!r}, expected {FORMAT}: it was written by another version of "
+            "sipo; use another folder, or delete this one, and the pairs are encoded anew"
+        )
+    seal = _SEAL % value.pop("sha256_below", "")
+    if seal != _SEAL % hashlib.sha256(text[len(seal) :].encode()).hexdigest():
+        raise DamagedError(f"{path}: not as it was written (its SHA-256 is another); {_REMEDY}")
     return value
 
 
@@ -215,20 +234,25 @@ def check_fingerprint(where: Path, found: Mapping[str, Any], wanted: Mapping[str
     Raises:
         OtherSettingsError: the first key, in the order of ``wanted``, that differs, with both values.
     """
+    made = "computed" if any(key.startswith("reference.") for key in wanted) else "encoded"
     wanted = json.loads(json.dumps(wanted))  # tuples become lists, as they did in the file
     for key in [*wanted, *(key for key in found if key not in wanted)]:
-        if found.get(key) != wanted.get(key):
-            raise OtherSettingsError(
-                f"{where}: made with {key}={json.dumps(found.get(key))}, expected this run's "
-                f"{json.dumps(wanted.get(key))}: use another folder, or the settings it was made with"
-            )
+        if found.get(key) == wanted.get(key):
+            continue
+        if is_weights(key):
+            change = weights_change(key, found.get(key), wanted.get(key))
+            raise OtherSettingsError(f"{where}: {made} with other weights: {change}, or use another data.cache")
+        raise OtherSettingsError(
+            f"{where}: made with {key}={json.dumps(found.get(key))}, expected this run's "
+            f"{json.dumps(wanted.get(key))}: use another folder, or the settings it was made with"
+        )
 
 
-def other_path(where: Path, found: Any, wanted: str) -> CacheError:
+def other_path(where: Path, found: Any, wanted: str, why: str) -> CacheError:
     """The error of a cache of another ``data.path``, whose pairs are other ones or cannot be compared."""
     return CacheError(
-        f"{where}: made with data.path={json.dumps(found)}, expected this run's {json.dumps(wanted)}, whose pairs are "
-        "others: use another folder, or the settings it was made with"
+        f"{where}: made with data.path={json.dumps(found)}, this run has {json.dumps(wanted)}, {why}: use another "
+        "data.cache, or the path it was made with"
     )
 
 
@@ -260,11 +284,11 @@ class ShardReader:
         self.folder = folder
         self.shards = {shard.name: shard for shard in shards}
         self.check_hashes = check_hashes
-        self._checked: set[str] = set()
+        self._checked: dict[str, tuple[int, ...]] = {}  # by name, the file as it was when it was compared
         self._open: OrderedDict[str, Any] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_checked": set(), "_open": OrderedDict()}
+        return self.__dict__ | {"_checked": {}, "_open": OrderedDict()}
 
     def tensor(self, name: str, key: str) -> Tensor:
         """A tensor of a shard, on the CPU; not to be written to.
@@ -283,11 +307,8 @@ class ShardReader:
             return self._open[name]
         path, shard = self._path(name), self.shards[name]
         try:
-            if self.check_hashes and name not in self._checked:
-                check_sizes(self.folder, [shard])
-                if file_hash(path) != shard.sha256:
-                    raise DamagedError(f"{path}: changed since it was written (its SHA-256 is another); {_REMEDY}")
-                self._checked.add(name)
+            if self.check_hashes and self._checked.get(name) != _identity(path):
+                self._check(path, shard)
             file = safe_open(path, framework="pt")
         except (OSError, SafetensorError) as error:
             raise DamagedError(f"{path}: not readable ({' '.join(str(error).split())}); {_REMEDY}") from error
@@ -296,8 +317,31 @@ class ShardReader:
             self._open.popitem(last=False)
         return file
 
+    def _check(self, path: Path, shard: Shard) -> None:
+        """Compares a file's hash, also of one that was closed meanwhile and written by another run."""
+        before, found = _identity(path), None if not path.is_file() else file_hash(path)
+        if found != shard.sha256:
+            now = read_shard(self.folder, shard.name)
+            if found is not None and now is not None and now.sha256 == found:
+                raise CacheError(
+                    f"{path}: encoded anew by another run since this one opened the cache, expected one data set to a "
+                    "cache: give each its own data.cache"
+                )
+            check_sizes(self.folder, [shard])
+            raise DamagedError(f"{path}: changed since it was written (its SHA-256 is another); {_REMEDY}")
+        self._checked[shard.name] = before
+
     def _path(self, name: str) -> Path:
         return self.folder / self.shards[name].file
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    """What is another where a file has been replaced; empty where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 class Cache:
@@ -307,6 +351,7 @@ class Cache:
         folder: where it is.
         fingerprint: what its content depends on.
         path: ``data.path`` of its pairs, as it was when they were last compared.
+        skipped: by reason, how many pairs were left out because they could not be used.
         rows: ``[N]`` int64, each pair's row in the source.
         shapes: the shapes that latents have.
         shape_of: ``[N]`` int64, each pair's place in ``shapes``.
@@ -320,6 +365,7 @@ class Cache:
         self.folder = folder
         self.fingerprint: dict[str, Any] = index["fingerprint"]
         self.path: str = index["path"]
+        self.skipped: dict[str, int] = index["skipped"]
         latents = [shard_from_entry(entry) for entry in index["latents"]]
         text = [shard_from_entry(entry) for entry in index["text"]]
         # All of this is copied into every worker process: pairs in tensors, and no facts that nobody asks for again.
@@ -434,11 +480,6 @@ def read_index(folder: Path) -> dict[str, Any] | None:
         CacheError: not an index, or one of another format.
     """
     index = read_json(folder / INDEX)
-    if index is not None and index.get("format") != FORMAT:
-        raise CacheError(
-            f"{folder / INDEX}: cache format {index.get('format')!r}, expected {FORMAT}: it was written by another "
-            "version of sipo; use another folder, or delete this one, and the pairs are encoded anew"
-        )
     if index is not None and not {"fingerprint", "complete"} <= index.keys():
         raise DamagedError(f"{folder / INDEX}: not an index of a cache; {_REMEDY}")
     return index

@@ -1,8 +1,8 @@
 """Whether rows, files and weights still are what a cache was made of.
 
-A file is known by its size and times, and by its content (SHA-256) where the size is as it was and a time is not: after
-a copy or a clone every time is another, and nothing has changed. Content that changes while size and times stay is
-found where everything is to be verified.
+A file is known by its size, times and inode, and by its content (SHA-256) where only the size is as it was: a copy or a
+clone has other times and inodes, and the same content. Content that changes while all of these stay is found where
+everything is to be verified.
 """
 
 from __future__ import annotations
@@ -23,24 +23,27 @@ Row = list[Any]
 """``[row, chosen, rejected, problem, whether it has a caption]``; a side is a path or ``sha256:...`` of bytes."""
 
 FileRecord = list[Any]
-"""``[bytes, mtime_ns, ctime_ns, sha256]`` of a file; empty where there was none."""
+"""``[bytes, mtime_ns, ctime_ns, inode, sha256]`` of a file; empty where there was none."""
 
-_CHUNK = 32  # files: fewer than a shard has, so that threads have work
-_NO_FILE = [-1, -1, -1]
+_CHUNK = 32  # files: smaller than a shard, so that all threads get work
+_NO_FILE = [-1, -1, -1, -1]
+_64_BITS = (1 << 64) - 1
 _SIDES = ("chosen", "rejected")
 _IN_MEMORY = "sha256:"
 
 
 def stamp(path: str | Path) -> list[int]:
-    """Size in bytes and times in nanoseconds, modification's and status change's; empty where there is no file.
+    """Size in bytes, mtime and ctime in nanoseconds, and inode; empty where there is no file.
 
-    The second time is what a file put in another's place, or written over and dated back, cannot keep.
+    ctime changes even if a file is replaced and its mtime reset. Two files that were written within one tick of the
+    clock may have equal times, and their folders may be renamed: their inodes differ.
     """
     try:
         found = os.stat(path)
     except (OSError, ValueError):  # ValueError: a null byte in the name
         return []
-    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns] if stat.S_ISREG(found.st_mode) else []
+    regular = stat.S_ISREG(found.st_mode)
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino] if regular else []
 
 
 def record_file(path: Path) -> FileRecord:
@@ -53,10 +56,10 @@ def record_file(path: Path) -> FileRecord:
 
 
 def files_digest(stamps: Iterable[list[int]]) -> str:
-    """Of sizes and times, in their order."""
-    numbers = array("q")
+    """Of stamps, in their order."""
+    numbers = array("Q")
     for found in stamps:
-        numbers.extend(found or _NO_FILE)
+        numbers.extend(number & _64_BITS for number in found or _NO_FILE)
     return hashlib.sha256(numbers.tobytes()).hexdigest()
 
 
@@ -97,7 +100,7 @@ class Comparison(NamedTuple):
 def compare_files(
     records: Mapping[str, FileRecord], path_of: Callable[[str], Path], executor: Executor, verify: bool = False
 ) -> Comparison:
-    """Compares files with what was recorded of them; reads those whose times alone have changed.
+    """Compares files with what was recorded of them; reads those that have the size they had, and another stamp.
 
     Args:
         records: by name.
@@ -107,7 +110,7 @@ def compare_files(
     """
     stamps = dict(zip(records, stamps_of([path_of(name) for name in records], executor), strict=True))
     there = [name for name, record in records.items() if record]
-    if there and not any(stamps.values()):
+    if _absent(records, stamps):
         return Comparison("", "", dict(records), absent=True)
     for name, record in records.items():
         now = stamps[name]
@@ -115,13 +118,22 @@ def compare_files(
             return Comparison("is there now" if now else "is not there any more", name, {}, absent=False)
         if now and now[0] != record[0]:
             return Comparison(f"has other content ({now[0]} bytes, {record[0]} before)", name, {}, absent=False)
-    doubtful = [name for name in there if verify or stamps[name] != records[name][:3]]
+    doubtful = [name for name in there if verify or stamps[name] != records[name][:-1]]
     files = dict(records)
     for name, now in zip(doubtful, executor.map(record_file, map(path_of, doubtful)), strict=True):
-        if not now or now[3] != records[name][3]:
+        if not now or now[-1] != records[name][-1]:
             return Comparison("has other content", name, {}, absent=False)
         files[name] = now
     return Comparison("", "", files, absent=False)
+
+
+def are_absent(records: Mapping[str, FileRecord], path_of: Callable[[str], Path], executor: Executor) -> bool:
+    """Whether there were files, and none of them is there any more."""
+    return _absent(records, dict(zip(records, stamps_of([path_of(name) for name in records], executor), strict=True)))
+
+
+def _absent(records: Mapping[str, FileRecord], stamps: Mapping[str, list[int]]) -> bool:
+    return any(records.values()) and not any(stamps.values())
 
 
 def first_row_change(before: Iterable[Row], after: Iterable[Row]) -> str:
@@ -138,7 +150,7 @@ def first_row_change(before: Iterable[Row], after: Iterable[Row]) -> str:
                 in_memory = was.startswith(_IN_MEMORY) and now.startswith(_IN_MEMORY)
                 return f"row {new[0]}: {side} " + ("has other content" if in_memory else f"is {now}, was {was}")
         if old[3] != new[3]:
-            return f"row {new[0]}: {new[3] or 'its fault is mended'}"
+            return f"row {new[0]}: {new[3] or 'is valid now'}"
         return f"row {new[0]}: its caption"
     return ""
 

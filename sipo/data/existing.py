@@ -31,6 +31,8 @@ from sipo.data.cache import (
 )
 from sipo.data.changes import (
     FileRecord,
+    Row,
+    are_absent,
     compare_files,
     files_digest,
     first_row_change,
@@ -144,20 +146,36 @@ class Existing:
         """Compares a part with what its shard of latents was made of; new times and prompts are written down."""
         name = shard_name(LATENTS, part.number)
         shard = None if shard is None else read_shard(self.folder, name)  # the index has neither rows nor files
-        if shard is None or not {ROWS_FACT, FILES_FACT, "pairs", "source"} <= shard.facts.keys():
+        if shard is None:
             if self.finished and name not in self.known:
                 self._changed(f"row {part.rows[0][0]}: a new pair")
             return
         facts = shard.facts
         if facts["source"] != self.source:
             return
+        def path_of(file: str) -> Path:
+            return Path(path_named(file, part.prefix))
+
         if facts[ROWS_FACT] != part.rows:
-            self._changed(first_row_change(facts[ROWS_FACT], part.rows))
+            part.change = first_row_change(facts[ROWS_FACT], part.rows)
+            self._changed(part.change)
+            if are_absent(facts[FILES_FACT], path_of, pool):  # encoded anew, every pair would be lost
+                raise CacheError(
+                    f"{self.settings.path}: {part.change}, since {self.folder} was encoded, and none of the images or "
+                    f"clips of {_rows(facts[ROWS_FACT])} is there to be encoded anew: expected these files, or the row "
+                    "as it was"
+                )
             return
-        found = compare_files(facts[FILES_FACT], lambda file: part.paths.get(file, Path(file)), pool, self.verify)
+        found = compare_files(facts[FILES_FACT], path_of, pool, self.verify)
         if found.change:
-            self._changed(f"row {row_of(part.rows, found.name)}: {found.name} {found.change}")
+            part.change = f"row {row_of(part.rows, found.name)}: {found.name} {found.change}"
+            self._changed(part.change)
             return
+        if found.absent and self.verify:
+            raise CacheError(
+                f"{self.settings.path}: none of the images or clips of {_rows(part.rows)} is there, expected them all "
+                "to verify their content"
+            )
         self.absent += found.absent
         part.needs_latents = False
         keys = {row[0]: key for row, key in zip(part.rows, part.keys, strict=True)}
@@ -175,13 +193,13 @@ class Existing:
         except OSError:
             if other:
                 raise
-            return  # a cache that may only be read: new times are compared again the next time
+            return  # a read-only cache: new times are compared again the next time
         self.stale |= not found.absent
 
     def _changed(self, change: str) -> None:
         """Keeps a change to be told, or refuses it."""
         if self.path != self.settings.path:
-            raise other_path(self.folder, self.path, self.settings.path)
+            raise other_path(self.folder, self.path, self.settings.path, f"whose pairs are others ({change})")
         if self.refuse_changes:
             raise CacheError(
                 f"{self.settings.path}: {change}, since {self.folder} was encoded: expected the data that the run has "
@@ -190,12 +208,22 @@ class Existing:
         self.changes.append(change)
 
 
-def stop(row: int, kind: str, reason: str) -> BadPair:
-    """The error of a pair that cannot be used and may not be left out."""
-    return BadPair(
-        kind,
-        f"row {row}: {reason} (data.skip_bad=true leaves such pairs out and counts them; `sipo data check` lists them)",
-    )
+def _rows(rows: list[Row]) -> str:
+    return f"row {rows[0][0]}" if len(rows) == 1 else f"rows {rows[0][0]} to {rows[-1][0]}"
+
+
+def stop(row: int, kind: str, reason: str, change: str = "") -> BadPair:
+    """The error of a pair that cannot be used and may not be left out.
+
+    Args:
+        row: the pair's.
+        kind: of the fault.
+        reason: what is wrong with it.
+        change: why it is encoded anew, if it is.
+    """
+    before = f"the data has changed ({change}) and is encoded anew, but " if change else ""
+    remedy = "data.skip_bad=true leaves such pairs out and counts them; `sipo data check` lists them"
+    return BadPair(kind, f"{before}row {row}: {reason} ({remedy})")
 
 
 def stop_at_skipped(shards: Iterable[dict[str, Any]], settings: DataConfig) -> None:
@@ -207,7 +235,7 @@ def stop_at_skipped(shards: Iterable[dict[str, Any]], settings: DataConfig) -> N
 
 
 def is_unchanged(folder: Path, index: dict[str, Any], reader: PairReader, state: Any, path: str) -> bool:
-    """Whether neither rows nor files of a finished cache have changed, as far as sizes and times tell."""
+    """Whether neither rows nor files of a finished cache have changed, as far as stamps tell."""
     if state is None or index["state"] != state or index["path"] != path:
         return False
     try:
@@ -224,11 +252,10 @@ def is_unchanged(folder: Path, index: dict[str, Any], reader: PairReader, state:
 def write_files(folder: Path, latents: Iterable[Shard]) -> None:
     """Writes down what :func:`is_unchanged` reads."""
     files: dict[str, FileRecord] = {}
-    alike = True
     for shard in latents:
         for name, record in shard.facts[FILES_FACT].items():
-            alike &= files.setdefault(name, record) == record  # else it was written to while pairs were encoded
-    seen = files_digest(record[:3] for record in files.values()) if alike else ""
+            files.setdefault(name, record)  # one that was written to between two shards is not as in the first any more
+    seen = files_digest(record[:-1] for record in files.values())
     write_json(folder / FILES, {"digest": seen, "names": list(files)}, indent=None)
 
 

@@ -41,11 +41,11 @@ class Part:
         keys: of their prompts.
         prompts: that no earlier part has.
         rows: what latents depend on beside the files' content.
-        paths: of all files, by name.
-        seen: digest of settings, rows, prompts and of the files' sizes and times.
+        seen: digest of settings, rows, prompts and of the files' stamps.
         pairs: what has been encoded: row, key, latents, and what each half is told.
         skipped: row, kind and reason of pairs that cannot be used.
         files: what has been read.
+        change: the first change since it was encoded, in words; empty where there is none.
     """
 
     number: int
@@ -54,29 +54,30 @@ class Part:
     keys: list[str] = field(default_factory=list)
     prompts: list[str] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
-    paths: dict[str, Path] = field(default_factory=dict)
     seen: str = ""
     pairs: list[tuple[int, str, Tensor, Condition]] = field(default_factory=list)
     skipped: list[tuple[int, str, str]] = field(default_factory=list)
     files: dict[str, FileRecord] = field(default_factory=dict)
+    change: str = ""
     needs_latents: bool = True
     needs_text: bool = True
 
     def look(self, settings: str, executor: Executor) -> None:
-        """Fills in ``rows``, ``paths`` and ``seen``.
+        """Fills in ``rows`` and ``seen``.
 
         Args:
             settings: digest of what else the content depends on.
-            executor: asks for sizes and times.
+            executor: asks for the files' stamps.
         """
+        paths: dict[str, Path] = {}
         for record in self.records:
             names = []
             for source in (record.chosen, record.rejected):
                 names.append(side_name(source, self.prefix))
                 if isinstance(source, Path):
-                    self.paths[names[-1]] = source
+                    paths[names[-1]] = source
             self.rows.append([record.row, *names, record.problem, bool(record.prompt.strip())])
-        stamps = list(stamps_of(list(self.paths.values()), executor))
+        stamps = list(stamps_of(list(paths.values()), executor))
         self.seen = digest([settings, self.rows, self.keys, stamps])
 
     @property

@@ -26,6 +26,7 @@ from sipo.data.cache import (
     TEXT,
     UNCONDITIONAL,
     CacheError,
+    DamagedError,
     Shard,
     read_index,
     read_shard,
@@ -147,7 +148,7 @@ def precompute_pairs(
     index = read_known(folder, marks)
     finished = index if index is not None and index["complete"] else None
     state = None
-    # What is not finished needs the rows and nothing else, which may be at hand where a hub is out of reach.
+    # An unfinished cache needs only the rows, which may be local when the hub is not reachable.
     with contextlib.suppress(*(() if finished is not None else (DataError,))):
         state = getattr(reader, "state", lambda: None)()
     unread = finished is not None and not check_hashes and not verify
@@ -298,8 +299,9 @@ class _Run:
     def _finished(self, name: str) -> Shard:
         shard = read_shard(self.folder, name)
         if shard is None:
-            raise CacheError(
-                f"{self.folder / name}.json: missing, expected it from another process: all must see one folder"
+            raise DamagedError(
+                f"{self.folder / name}.json: missing or damaged; `sipo precompute` rebuilds it (of several processes, "
+                "all must see one folder)"
             )
         return shard
 
@@ -370,7 +372,7 @@ class _Run:
 
     def _skip(self, part: Part, row: int, kind: str, reason: str) -> None:
         if not self.settings.skip_bad:
-            raise stop(row, kind, reason)
+            raise stop(row, kind, reason, part.change)
         part.skipped.append((row, kind, reason))
 
     def _flush(self, part: Part) -> None:

@@ -43,8 +43,8 @@ class PairReader(Protocol):
     """A source of pairs, read from the start each time.
 
     It may have two further things. ``root``: the folder that paths are given in, so that a data set that moves as a
-    whole is known again. ``state()``: a JSON value that is another whenever a row is, or an image in memory; it is had
-    without reading rows, and is a ``DataError`` where it cannot be told.
+    whole is known again. ``state()``: a JSON value that changes when a row or an image in memory changes, obtained
+    without reading rows; it raises a ``DataError`` where it cannot be told.
     """
 
     def __iter__(self) -> Iterator[PairRecord]:

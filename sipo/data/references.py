@@ -252,7 +252,10 @@ def precompute_references(
         for number, shard in enumerate(shards):
             if shard is None:
                 file = folder / f"{shard_name(ERRORS, number)}.json"
-                raise CacheError(f"{file}: missing, expected it from another process: all must see one folder")
+                raise DamagedError(
+                    f"{file}: missing or damaged; `sipo precompute` rebuilds it (of several processes, all must see "
+                    "one folder)"
+                )
         whole = [shard.as_dict() for shard in shards if shard is not None]
         write_json(folder / INDEX, unfinished | {"complete": True, "shards": whole})
         remove_shards(folder, (ERRORS,), len(whole))

@@ -51,16 +51,15 @@ class CacheSummary:
             )
         if self.absent:
             lines.append(
-                f"{self.absent} of {shards} shards not compared with their images or clips, none of which is there: "
-                "used as they were encoded"
+                f"{self.absent} of {shards} shards could not be checked: their images or clips are missing; the "
+                "encoded data is used unchanged"
             )
         return lines
 
     def describe(self) -> str:
-        """A few lines for a terminal."""
-        lines = [
+        """Two lines for a terminal."""
+        return (
             f"{self.pairs} pairs, {self.prompts} prompts, {self.bytes / 1e6:.1f} MB "
-            f"({self.written} shards written, {self.kept} kept, {self.seconds:.0f} s)",
-            f"rows: {self.records}, ties: {self.ties}, left out: {sum(self.skipped.values())}",
-        ]
-        return "\n".join(lines + [f"  {reason}: {count}" for reason, count in self.skipped.items()])
+            f"({self.written} shards written, {self.kept} kept, {self.seconds:.0f} s)\n"
+            f"rows: {self.records}, ties: {self.ties}, left out: {sum(self.skipped.values())}"
+        )

@@ -1,7 +1,7 @@
 """What a model's files are, so that weights that were replaced under the same path are not taken for what they were.
 
-A local folder's files are known by their hashes. They are kept in the cache with sizes and times, so that each file is
-read once, and again where its size or a time is another. What a hub has is known by its commit.
+A local folder's files are identified by their hashes, which are kept in the cache so that each file is read once, and
+again where its size, times or inode have changed. A hub model is identified by its commit.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from sipo.config import ModelConfig
-from sipo.data.cache import CacheError, read_json, write_json
+from sipo.data.cache import CacheError, digest, read_json, write_json
 from sipo.data.changes import FileRecord, record_file, stamp
 from sipo.families.base import Family
 
@@ -23,7 +23,22 @@ PLACE = ("path", "revision", "variant")
 RECORDS = "weights.json"
 _INDEX = "model_index.json"
 _DIGITS = 16  # of a hash that is kept as a mark
-_OF_TEXT = (".json", ".txt", ".model", ".jinja")
+_WEIGHTS = re.compile(r"(diffusion_pytorch_model|model)(?=[.-]).*(\.safetensors|\.index\..*json)")
+_CONFIG = "config.json"
+_OF_TOKENIZER = {  # beside weights and config.json what from_pretrained reads
+    "added_tokens.json",
+    "chat_template.jinja",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+}
+_ABOUT_FILES = ("_name_or_path", "name_or_path", "_diffusers_version", "transformers_version")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}")
 
 
@@ -41,8 +56,8 @@ def weight_hashes(
         verify: read every file, also one whose size and times are as they were.
 
     Returns:
-        The first 16 hexadecimal digits of each file's SHA-256 by its path in the folder; of a hub ``path`` and
-        ``commit``, and the variant where there is one.
+        The first 16 hexadecimal digits of each file's SHA-256 by its path in the folder, of a configuration without
+        what says where it comes from; of a hub ``path`` and ``commit``, and the variant where there is one.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -52,22 +67,32 @@ def weight_hashes(
     records: dict[str, FileRecord] = {}
     used = [_used(folder, part, model.variant) for part in _parts(family, folder, network)]
     names = {name: file for files in used for name, file in files}
-    doubtful = [name for name, file in names.items() if verify or kept.get(name, [])[:3] != stamp(file)]
+    doubtful = [name for name, file in names.items() if verify or kept.get(name, [])[:-1] != stamp(file)]
     with ThreadPoolExecutor(4, "hash") as pool:
-        records.update(zip(doubtful, pool.map(record_file, [names[name] for name in doubtful]), strict=True))
+        records.update(zip(doubtful, pool.map(_record, [names[name] for name in doubtful]), strict=True))
     if records and cache.is_dir():
-        with contextlib.suppress(OSError):  # a cache that may only be read
+        with contextlib.suppress(OSError):  # a read-only cache
             write_json(cache / RECORDS, kept | records)
     found = {name: records.get(name) or kept.get(name) or [] for name in sorted(names)}
-    return {name: str(record[3])[:_DIGITS] for name, record in found.items() if record}
+    return {name: str(record[-1])[:_DIGITS] for name, record in found.items() if record}
 
 
 def _kept(cache: Path) -> dict[str, FileRecord]:
     try:
-        kept = read_json(cache / RECORDS) or {}
+        return read_json(cache / RECORDS) or {}
     except CacheError:  # it only saves time
         return {}
-    return {name: record for name, record in kept.items() if isinstance(record, list) and len(record) == 4}
+
+
+def _record(path: Path) -> FileRecord:
+    """Of a configuration the content's hash, so that a model that was only saved again is the same."""
+    found = record_file(path)
+    if found and path.name.endswith(_CONFIG):
+        with contextlib.suppress(OSError, ValueError):  # what is no JSON, loading the model says better
+            value = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(value, dict):
+                found[-1] = digest({key: item for key, item in value.items() if key not in _ABOUT_FILES})
+    return found
 
 
 def _parts(family: Family, folder: Path, network: bool) -> list[str]:
@@ -81,10 +106,10 @@ def _parts(family: Family, folder: Path, network: bool) -> list[str]:
 
 def _used(folder: Path, part: str, variant: str | None) -> list[tuple[str, Path]]:
     """The files of a component that are read: weights of the variant where there are any, and what describes them."""
-    files = [path for path in sorted((folder / part).rglob("*")) if path.is_file()]
-    weights = [path for path in files if path.suffix == ".safetensors" or ".index." in path.name]
+    files = [path for path in sorted((folder / part).glob("*")) if path.is_file()]
+    weights = [path for path in files if _WEIGHTS.fullmatch(path.name)]
     chosen = [path for path in weights if _variant(path) == variant] or [p for p in weights if _variant(p) is None]
-    chosen += [path for path in files if path.suffix in _OF_TEXT and path not in weights]
+    chosen += [path for path in files if path.name == _CONFIG or path.name in _OF_TOKENIZER]
     return [(path.relative_to(folder).as_posix(), path) for path in chosen]
 
 
