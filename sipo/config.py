@@ -67,10 +67,9 @@ class ModelConfig:
             what ``training.mixed_precision`` rounds them to (:func:`reference_dtype`).
         reference_offload: keep a frozen copy in host memory while it is not running.
         gradient_checkpointing: trade time for memory in the policy's backward pass.
-        prediction_type: what the network predicts, as its training had it, in place of what the model's scheduler says;
-            samples follow it too.
-        shift: of a flow's noise levels, ``k`` of docs/math.md §3, in place of the scheduler's own, dynamic or not;
-            samples follow it too.
+        prediction_type: what the network was trained to predict; overrides the scheduler, for samples too.
+        shift: of a flow's noise levels, ``k`` of docs/math.md §3; overrides the scheduler's own, dynamic or not, for
+            samples too.
     """
 
     family: str
@@ -291,8 +290,21 @@ def _check(config: Config) -> None:
             raise ConfigError(f"{name}={value}: expected at least {least}")
     if model.shift is not None and not 0 < model.shift < math.inf:
         raise ConfigError(f"model.shift={model.shift}: expected a finite number > 0")
+    _check_half_types(config)
     if not data.sizes or any(side < 1 for size in data.sizes for side in size):
         raise ConfigError(f"data.sizes={data.sizes}: expected at least one [height, width] in pixels")
+
+
+def _check_half_types(config: Config) -> None:
+    """bfloat16 and float16 do not meet in one operator, and a pair's errors are compared in one type."""
+    model, precision = config.model, config.training.mixed_precision
+    used = {f"model.dtype={model.dtype!r}": policy_dtype(config)}
+    if reference_kind(config) != "adapter_off":
+        used[f"model.reference_dtype={model.reference_dtype!r}"] = reference_dtype(config)
+    used[f"training.mixed_precision={precision!r}"] = _COMPUTED[precision]
+    halves = {dtype: name for name, dtype in reversed(used.items()) if dtype != "float32"}  # the first of each type
+    if len(halves) > 1:
+        raise ConfigError(f"{' with '.join(reversed(halves.values()))}: expected no two half-precision types in a run")
 
 
 def reference_kind(config: Config) -> str:

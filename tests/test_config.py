@@ -87,6 +87,26 @@ def test_overrides_lie_over_the_file(tmp_path: Path) -> None:
         ({"model": {"shift": float("nan")}}, "model.shift=nan: expected a finite number > 0"),
         ({"model": {"shift": float("inf")}}, "model.shift=inf: expected a finite number > 0"),
         ({"model": {"prediction_type": "v"}}, "model.prediction_type='v': Input should be 'epsilon', 'v_prediction'"),
+        (
+            {"model": {"tuning": "full", "reference_dtype": "float16"}, "training": {"mixed_precision": "bf16"}},
+            "model.reference_dtype='float16' with training.mixed_precision='bf16': expected no two half-precision",
+        ),
+        (
+            {"model": {"dtype": "float16"}, "training": {"mixed_precision": "bf16"}},
+            "model.dtype='float16' with training.mixed_precision='bf16': expected no two half-precision",
+        ),
+        (
+            {"model": {"dtype": "bfloat16", "reference": "copy", "reference_dtype": "float16"}},
+            "model.dtype='bfloat16' with model.reference_dtype='float16': expected no two half-precision types",
+        ),
+        (
+            {
+                "model": {"reference_dtype": "float16"},
+                "data": {"draws": 1, "reference_errors": True},
+                "training": {"mixed_precision": "bf16"},
+            },
+            "model.reference_dtype='float16' with training.mixed_precision='bf16': expected no two half-precision",
+        ),
         ({"data": {"reference_errors": True}}, "data.draws=0: expected at least 1"),
         ({"model": {"reference": "errors"}, "data": {"draws": 2}}, "data.reference_errors=False: expected True"),
         ({"data": {"sizes": []}}, "data.sizes=[]: expected at least one [height, width]"),
@@ -99,6 +119,18 @@ def test_mistakes_are_named_in_one_line(sections: dict[str, Any], message: str) 
         from_dict(tree(**sections))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "precision"),
+    [
+        ({"tuning": "full", "dtype": "float16"}, "bf16"),  # of encoders, which run without mixed precision
+        ({"dtype": "bfloat16", "reference_dtype": "float16"}, "no"),  # adapters off: there is no such reference
+        ({"dtype": "float16", "reference": "copy", "reference_dtype": "float32"}, "fp16"),
+    ],
+)
+def test_half_precision_types_that_do_not_meet(model: dict[str, Any], precision: str) -> None:
+    assert from_dict(tree(model=model, training={"mixed_precision": precision})).training.mixed_precision == precision
 
 
 def test_a_missing_key_is_named() -> None:

@@ -25,8 +25,8 @@ _ROUNDING = {
 }
 _COMPUTED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
-# Roots of errors differ less than predictions do: rounding has no direction, and a relative difference r turns a relative
-# root error e into hypot(e, r). A smaller share would not do at high noise, where e is as small as r.
+# Roots of errors differ less than predictions do: rounding has no direction, and a relative difference r turns a
+# relative root error e into hypot(e, r). A smaller share would not do at high noise, where e is as small as r.
 _ERRORS_SHARE = 0.25
 
 NOTICEABLE = 0.1
@@ -113,7 +113,9 @@ class FirstStep:
         beyond = difference > self.limit
         if not beyond and not logit > (NOTICEABLE if self.same_pass else NOTICEABLE_ERRORS):
             return False, None
-        what = "their predictions differ by" if self.same_pass else "the errors imply that predictions differ by at least"
+        what = "their predictions differ by"
+        if not self.same_pass:
+            what = "the errors imply that predictions differ by at least"
         measured = f"{what} {difference:.2g} times their size, and a logit is {logit:.2g} where 0 is due"
         if not beyond and self.same_pass:
             return False, (
