@@ -255,8 +255,11 @@ def test_videodpo_lists_from_another_machine(tmp_path: Path) -> None:
     for item in builder.clips:
         item["basic"]["clip_path"] = "/another/machine/set/" + item["basic"]["clip_path"]
     builder.clips[0]["basic"]["score"] = 0.75
+    long = "/" + "machine/" * 1000  # more than a path may have here
+    builder.clips[1]["basic"]["clip_path"] = long + "losevideos/000000.mp4"
     (record,) = open_pairs(builder.save())
     assert record.chosen == tmp_path / "here/winvideos/000000.mp4"
+    assert record.rejected == tmp_path / "here/losevideos/000000.mp4"
     assert (record.chosen_score, record.rejected_score) == (0.75, None)
 
 

@@ -383,7 +383,7 @@ def _clip(folder: Path, item: Any) -> _Clip | None:
     if not isinstance(name, str) or not name or caption is None:
         return None
     path = folder / name
-    if Path(name).is_absolute() and not path.exists():
+    if Path(name).is_absolute() and not os.path.exists(path):  # which is quiet about names that no file can have
         path = folder.joinpath(*Path(name).parts[-2:])
     number, score = basic.get("globalidx", basic.get("vidproidx")), basic.get("score")
     score = score if is_number(score) else None
