@@ -344,6 +344,14 @@ def test_image_cut_short_is_an_error(
     assert caught.value.kind == "undecodable"
 
 
+@pytest.mark.parametrize(("format", "end"), [("PNG", 12), ("GIF", 2)])
+def test_an_image_that_lacks_only_what_follows_its_pixels_is_whole(format: str, end: int) -> None:
+    content = encode(picture(), format)
+    assert torch.equal(read_media(content[:-end]).pixels, read_media(content).pixels)
+    with pytest.raises(MediaError, match="cut short|cannot be decoded|holds no"):
+        read_media(content[: -2 * end - 40])
+
+
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.95])
 def test_damaged_png_is_an_error(tmp_path: Path, share: float) -> None:
     path = tmp_path / "image.png"
