@@ -16,7 +16,7 @@ from sipo.training import checkpoint, storage
 from sipo.training.config import CheckpointError
 
 _PLACES = ("model.path", "model.revision", "model.variant")
-"""What may differ from the run's configuration: it says where the model is, and nothing of the weights."""
+"""Keys that may be overridden: they say where the model is, and do not change the weights."""
 
 
 def export_run(
@@ -44,10 +44,10 @@ def export_run(
 
     Raises:
         ConfigError: no run; another override; full tuning; a format that the family does not have; a file that is
-            there already, or cannot be.
+            there already, or cannot be written.
         CheckpointError: no such checkpoint, or a damaged one.
         FileNotFoundError: no weights yet; for SDXL, a model whose configuration cannot be read.
-        ValueError: weights that are not such an adapter, or not the run's, or not finite.
+        ValueError: weights that are no such adapter, do not match the run's configuration, or are not finite.
     """
     file = target / "config.yaml"
     if not file.is_file():
@@ -89,12 +89,12 @@ def export_run(
 
 
 def _check_adapter(source: Path, adapter: Adapter, rank: int, targets: Sequence[str]) -> None:
-    """Refuses weights that the run's configuration does not lead to, and those that nothing can be drawn with."""
+    """Refuses weights that do not match the run's configuration, or are not finite."""
     if adapter.rank != rank:
         raise ValueError(f"{source}: rank {adapter.rank}, expected {rank} of model.lora.rank")
     for module, pair in adapter.layers.items():
         if not any(module == target or module.endswith(f".{target}") for target in targets):
-            raise ValueError(f"{source}: {module} is none of the run's target modules, {', '.join(targets)}")
+            raise ValueError(f"{source}: {module} is not in model.lora.target_modules, {', '.join(targets)}")
         if not all(bool(factor.isfinite().all()) for factor in pair):
             raise ValueError(f"{source}: {module} has NaN or infinite weights, expected finite ones")
 
@@ -104,7 +104,7 @@ def _of_weights(family: Family, folder: Path) -> tuple[Path, Adapter]:
 
     file = folder / LORA_WEIGHT_NAME_SAFE
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: not there, weights come last; --checkpoint exports what there is before")
+        raise FileNotFoundError(f"{file}: not there, weights are saved at the end; --checkpoint exports a checkpoint")
     return file, read_adapter(family, file)
 
 
@@ -133,7 +133,7 @@ def _checkpoint(root: Path, wanted: str) -> Path:
 
 
 def _network_config(family: Family, config: Config) -> dict[str, Any]:
-    """The configuration of the run's network, which says how SDXL's blocks are numbered."""
+    """The configuration of the run's network, from which SDXL's blocks are numbered."""
     import diffusers
 
     path = model_folder(config)

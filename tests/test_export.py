@@ -409,7 +409,7 @@ def test_what_cannot_be_exported_is_said_in_one_line(
     shutil.rmtree(where)
     assert export(capsys, *kohya, "--checkpoint", "latest") == f"--checkpoint latest: no checkpoint in {where}"
     shutil.rmtree(folder / "weights")
-    assert "not there, weights come last; --checkpoint" in export(capsys, *kohya)
+    assert "not there, weights are saved at the end; --checkpoint" in export(capsys, *kohya)
     with pytest.raises(SystemExit):
         cli.main(["export", str(folder), "--format", "a1111"])
     assert "invalid choice: 'a1111'" in capsys.readouterr().err

@@ -1,7 +1,7 @@
 """``sipo data check``: what a data set of pairs holds, and which of its pairs training would skip.
 
-:func:`load_pair` is the one rule of what can be trained on. Precomputing reads every pair through it, and so does the
-check: what the one reports is what the other skips.
+:func:`load_pair` decides what can be trained on. Precomputing and the check both read pairs with it, so that what the
+check reports is what precomputing skips.
 """
 
 from __future__ import annotations
@@ -52,15 +52,15 @@ NOTED = {
     "pixels": "pairs whose pixels are said not to be square",
     "interlaced": "pairs of interlaced clips",
 }
-"""Kinds of findings that training does not skip: it takes each pair by itself, and can."""
+"""Kinds of findings that training does not skip."""
 
 RATIO_TOLERANCE = 0.02
-"""Two aspect ratios that differ by less are one: sizes are rounded to the multiples that a model asks for."""
+"""Aspect ratios that differ by less count as equal: sizes are rounded to the multiples that a model requires."""
 
 _RATE_TOLERANCE = 0.01
 
 
-class BadPair(ValueError):  # noqa: N818 (what it is, and not an error of the program)
+class BadPair(ValueError):  # noqa: N818 - about the data, not the program
     """A pair that cannot be trained on, in one line.
 
     Attributes:
@@ -292,7 +292,7 @@ class _Examined:
 def _examine(
     record: PairRecord, frames: int | None, fps: float | None, sizes: Sequence[tuple[int, int]] | None
 ) -> _Examined:
-    """What one row shows by itself; pixels are let go of on return."""
+    """Findings about one row alone; its pixels are freed on return."""
     try:
         chosen, rejected = load_pair(record, frames=frames, fps=fps)
     except BadPair as error:
@@ -312,7 +312,7 @@ def _examine(
 
 
 def _notes_on_files(sides: dict[str, Media]) -> Iterator[tuple[str, str]]:
-    """What a file says about how it is to be shown, where that makes a difference."""
+    """Notes on transparency, pixel aspect ratios and interlacing, for files that have any of these."""
     found: dict[str, list[str]] = {}
     for name, side in sides.items():
         if side.transparent:
@@ -335,7 +335,7 @@ def _examine_all(
     workers: int | None,
     progress: bool,
 ) -> Iterator[tuple[PairRecord, _Examined]]:
-    """In the records' order. Pillow, FFmpeg and hashlib let go of the interpreter while they work: threads will do."""
+    """In the records' order. In threads: Pillow, FFmpeg and hashlib release the interpreter's lock."""
     workers = workers or min(4, os.cpu_count() or 1)
     waiting: deque[tuple[PairRecord, Future[_Examined]]] = deque()
     if progress:
@@ -364,7 +364,7 @@ def _digest(source: Path | bytes) -> bytes:
 
 
 def _percent(share: float) -> str:
-    """Of a share that is neither none nor all, never 0% or 100%."""
+    """Never 0% or 100% of a share between them."""
     if share < 0.01:
         return "less than 1%"
     return "more than 99%" if 0.99 < share < 1 else f"{share:.0%}"
@@ -378,7 +378,7 @@ def _by(size: tuple[int, ...]) -> str:
 
 
 class _Notes:
-    """What rows show only together. A few hundred bytes for each: a million rows are well under a gigabyte."""
+    """Findings about rows compared with others. A few hundred bytes a row: less than 1 GB for a million."""
 
     def __init__(self) -> None:
         self._pairs: dict[bytes, int] = {}
@@ -386,7 +386,7 @@ class _Notes:
         self._numbers: dict[tuple[str, int], list[tuple[int, int, int]]] = {}
 
     def add(self, record: PairRecord, digests: tuple[bytes, bytes]) -> Iterator[tuple[str, str]]:
-        """Takes one usable row; yields what earlier rows have in common with it."""
+        """Adds a usable row; yields what it has in common with earlier rows."""
         prompt = hashlib.blake2b(record.prompt.encode(), digest_size=16).digest()
         chosen, rejected = digests
         same, swapped = prompt + chosen + rejected, prompt + rejected + chosen
@@ -411,7 +411,7 @@ class _Notes:
         found: dict[int, Finding] = {}
         for rows in self._numbers.values():
             unequal = [(row, chosen, rejected) for row, chosen, rejected in rows if chosen != rejected]
-            # A number that hardly changes from row to row is a version, or a seed, and no index.
+            # A number that hardly changes from row to row is a version or a seed, not an index.
             if len(rows) < 10 or len({chosen for _, chosen, _ in rows}) < max(5, len(rows) / 10):
                 continue
             if len(unequal) > len(rows) / 10 and not _one_stretch([b - a for _, a, b in rows]):

@@ -1,8 +1,8 @@
-"""Decoding clips, whole or not at all, and as a player shows them.
+"""Decodes clips, completely or not at all, and as a player shows them.
 
-FFmpeg would rather show something than stop: it fills in what a damaged area held, and takes a file that is cut short
-for one that ends. Here both are errors, as far as a file's format lets a decoder know. What a file says about how its
-frames are to be shown is followed: the shape of a pixel, a turn or a mirror image, transparency.
+FFmpeg conceals errors: it fills damaged areas in, and takes a file that is cut short for one that ends. Here both are
+errors, as far as the file's format lets a decoder detect them. The sample aspect ratio, the display matrix and
+transparency are applied.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-# Named, so that nothing is taken for a playlist, which would have FFmpeg open what stands in it, nor a text, for its
-# name's sake, for a picture.
+# A list of formats, so that no playlist is read, for which FFmpeg would open other files, and no text file as an image
+# because of its name.
 _OPEN_OPTIONS = {
     "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,mpeg,mpegvideo,flv,asf,ogg,h264,hevc",
 }
 
 BACKGROUND = 255
-"""Level of red, green and blue that stands behind transparent pixels: white, as in most viewers of images."""
+"""Level of red, green and blue behind transparent pixels: white, as in most image viewers."""
 
-_WIDEST_PIXEL = 4  # times as wide as high, or the reverse: a file that says more is damaged, and would take much memory
+_WIDEST_PIXEL = 4  # largest sample aspect ratio, or its inverse: more is a damaged file, and would take much memory
 
-# WebM's transparent clips: FFmpeg's own decoders leave out the alpha channel, and show what lies hidden.
+# For transparent WebM clips: FFmpeg's own decoders drop the alpha channel, which shows the hidden colours.
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
 Kind = Literal["missing", "undecodable", "medium", "short", "rate"]
@@ -63,7 +63,7 @@ class Media:
         pixel_aspect: width over height of a stored pixel, as the file says. A clip has been scaled by it; an image
             has not, as browsers and image viewers do not.
         transparent: share of ``pixels`` that are transparent in the file, wholly or in part.
-        interlaced: whether one of the frames is interlaced; ``pixels`` then are, too.
+        interlaced: whether any of the frames is interlaced; ``pixels`` are not deinterlaced.
     """
 
     pixels: Tensor
@@ -136,8 +136,8 @@ class Numbered:
 class AtRate:
     """Those nearest to the times ``0, 1/fps, 2/fps, ...``.
 
-    A time in the midst between two frames takes the earlier one, and so does one up to a twentieth of their distance
-    later: files round their times, to milliseconds in Matroska's case.
+    A time halfway between two frames takes the earlier one, and so does one up to a twentieth of their distance later,
+    because files round their times (Matroska to milliseconds).
     """
 
     def __init__(self, frames: int, fps: float) -> None:
@@ -164,7 +164,7 @@ class AtRate:
         self.done = len(self.picked) == self.frames or self.repeated
 
     def finish(self, source: Path | bytes, length: int, rate: float) -> float:
-        # The last frame is there for as long as any other: it may be the nearest to a time after its own.
+        # The last frame is shown as long as any other, so that it may be the nearest to a time after its own.
         if not self.done and self.last is not None:
             time, frame = self.last
             if len(self.picked) / self.fps - time <= 0.55 / rate and frame is not self.taken:
@@ -190,12 +190,12 @@ def read_clip(source: Path | bytes, selection: Selection) -> Media:
             raise MediaError("undecodable", source, "is no image or clip of a known format, or is cut short") from None
         with opened as container:
             stream = container.streams.best("video")
-            # Where the first frame is cut off already, there is a stream and nothing to decode it with.
+            # Where the file ends before its first frame, there is a stream without a decoder.
             if not isinstance(stream, av.VideoStream) or stream.codec_context is None:
                 raise MediaError("undecodable", source, "holds no image and no clip that can be decoded")
             if any(entry.pos + entry.size > size for entry in stream.index_entries):
                 raise MediaError("undecodable", source, f"is cut short at {size} bytes")
-            # Decoders would rather guess what a damaged area held. One thread: callers decode in several.
+            # By default decoders conceal damaged areas. One thread: callers decode several files at a time.
             decoder: Any = stream.codec_context
             # FFmpeg gives a tag's name as it is written, and Matroska's own AlphaMode as "alpha_mode".
             tags = {name.lower(): value for name, value in stream.metadata.items()}
@@ -205,7 +205,7 @@ def read_clip(source: Path | bytes, selection: Selection) -> Media:
             decoder.thread_count = 1
             rate = float(stream.average_rate or stream.guessed_rate or 0)
             expected = _seconds(tags.get("duration", ""))
-            timed = container.format.name != "avi"  # which has no times but those of decoding
+            timed = container.format.name != "avi"  # AVI has decoding times alone
             length, index, start, end = 0, 0, 0.0, 0.0
             for packet in container.demux(stream):
                 if packet.is_corrupt:
@@ -236,16 +236,16 @@ def read_clip(source: Path | bytes, selection: Selection) -> Media:
 
 
 def _seconds(clock: str) -> float:
-    """``hh:mm:ss.fraction``, as Matroska says how long a stream is; 0 for anything else."""
+    """Seconds of ``hh:mm:ss.fraction``, Matroska's notation of a stream's duration; 0 for anything else."""
     parts = re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", clock)
     return 0.0 if parts is None else int(parts[1]) * 3600 + int(parts[2]) * 60 + float(parts[3])
 
 
-# ---- As a player shows it ----
+# ---- From frames to pixels ----
 
 
 def _shown(source: Path | bytes, frames: list[Any], fps: float, length: int, aspect: Fraction) -> Media:
-    """What was picked, as pixels; empties ``frames``, each of which may hold megabytes."""
+    """The selected frames as pixels; empties ``frames``, each of which may hold megabytes."""
     if not 1 / _WIDEST_PIXEL <= aspect <= _WIDEST_PIXEL:
         shape = f"{aspect.numerator}:{aspect.denominator}"
         raise MediaError(
@@ -261,7 +261,7 @@ def _shown(source: Path | bytes, frames: list[Any], fps: float, length: int, asp
         if index == 0:
             pixels = torch.empty(count, *colours.shape, dtype=torch.uint8)
         if colours.shape != pixels.shape[1:]:
-            raise MediaError("undecodable", source, "changes its size on the way, expected frames of one size")
+            raise MediaError("undecodable", source, "changes its size between frames, expected one size")
         pixels[index] = colours
         transparent += share / count
     return Media(pixels, fps, length, aspect, transparent, interlaced)
@@ -270,7 +270,7 @@ def _shown(source: Path | bytes, frames: list[Any], fps: float, length: int, asp
 def _rgb(frame: Any, aspect: Fraction) -> tuple[Tensor, float]:
     """A decoded frame of square pixels, ``[3, H, W]`` uint8, and the share of transparent ones.
 
-    The side that is too short grows, as in players, so that nothing is lost.
+    The shorter side is enlarged, as in players, so that no resolution is lost.
     """
     size = (frame.height, max(1, round(frame.width * aspect)))
     if aspect < 1:
@@ -284,11 +284,11 @@ def _rgb(frame: Any, aspect: Fraction) -> tuple[Tensor, float]:
 
 
 def _upright(source: Path | bytes, pixels: Tensor, frame: Any) -> Tensor:
-    """Turned and mirrored as the file says: phones film sideways, and their front cameras into a mirror."""
+    """Applies the display matrix: phones record sideways, and their front cameras mirrored."""
     found = [data for data in frame.side_data if data.type.name == "DISPLAYMATRIX"]
     if not found:
         return pixels
-    # x' = a x + c y and y' = b x + d y, with y downwards: a 3x3 matrix of which the third column is of no interest.
+    # x' = a x + c y and y' = b x + d y, with y downwards: a 3x3 matrix whose third column is not needed.
     a, b, _, c, d = torch.frombuffer(bytearray(found[0]), dtype=torch.int32)[:5].tolist()
     degrees = math.degrees(math.atan2(-b, a))
     if abs(degrees - 90 * round(degrees / 90)) > 1:
@@ -300,7 +300,7 @@ def _upright(source: Path | bytes, pixels: Tensor, frame: Any) -> Tensor:
 
 
 def on_background(rgba: Tensor) -> tuple[Tensor, float]:
-    """Puts :data:`BACKGROUND` behind an image.
+    """Composites an image over :data:`BACKGROUND`.
 
     Args:
         rgba: uint8, ``[H, W, 4]``; colours not multiplied by alpha.

@@ -1,7 +1,7 @@
-"""Images and clips: decoding them whole or not at all and as they are shown, fitting them to a size, writing them.
+"""Images and clips: reads them completely or not at all and as they are shown, fits them to a size, writes them.
 
-A file that is cut short or damaged is an error that names it. Nothing is ever put in its place: no grey area for what a
-damaged image lacks, no repeated frame for what a clip lacks.
+A file that is cut short or damaged is an error that names it. Missing parts are never filled in, neither a damaged
+image with grey nor a short clip with repeated frames.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch.nn import functional as F
 
 from sipo.data.clips import AtRate, First, Media, MediaError, Numbered, as_stream, on_background, read_clip
 
-# Named, so that no file is ever handed to one of Pillow's rarer decoders (one of which starts another program).
+# A list of formats, so that none of Pillow's rarer decoders is used (one of which starts another program).
 _IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-# Of still images in MP4's container, which FFmpeg takes for clips of one frame.
+# Brands of still images in MP4's container, which FFmpeg takes for clips of one frame.
 _AVIF_OR_HEIC = (b"avif", b"heic", b"heix", b"heim", b"heis", b"mif1")
 _DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 
@@ -34,7 +34,7 @@ class Fitted:
 
     Attributes:
         pixels: float32 in [-1, 1], shaped as what was fitted, at the new height and width.
-        crop_top_left: (top, left) of what was kept, in pixels of the resized (and mirrored) image.
+        crop_top_left: (top, left) of the crop, in pixels of the resized (and mirrored) image.
         original_size: (height, width) before that: of the upright image, in square pixels.
     """
 
@@ -49,14 +49,13 @@ class Fitted:
 def read_media(source: Path | bytes, frames: int = 1, fps: float | None = None) -> Media:
     """Decodes an image, or a clip's first frames at a rate.
 
-    Both come as they are shown. An image is turned as its EXIF orientation says; a clip is turned or mirrored as its
-    display matrix says, and scaled to square pixels where its sample aspect ratio is another (the shorter side grows).
-    Transparent pixels are on :data:`sipo.data.clips.BACKGROUND`. An image's density and colour profile are not
-    followed, and no clip is deinterlaced.
+    Both are read as they are shown. An image is turned by its EXIF orientation; a clip is turned or mirrored by its
+    display matrix, and scaled to square pixels by its sample aspect ratio (the shorter side is enlarged). Transparent
+    pixels are composited over :data:`sipo.data.clips.BACKGROUND`. An image's density and colour profile are not
+    applied, and no clip is deinterlaced.
 
     A clip's frame ``k`` is the one nearest to the time ``k / fps`` after its first, of two equally near ones the
-    earlier. The whole file is read, also behind the last frame that is wanted, so that one that is cut short is
-    noticed.
+    earlier. The whole file is read, also after the last frame that is needed, to detect one that is cut short.
 
     Args:
         source: a file, or an encoded image or clip.
@@ -74,16 +73,16 @@ def read_media(source: Path | bytes, frames: int = 1, fps: float | None = None) 
             raise MediaError("medium", source, f"is an image, expected a clip of {frames} frames")
         return image
     if frames == 1:
-        read_clip(source, First(1, decode_all=True))  # an error, if it is not even that
+        read_clip(source, First(1, decode_all=True))  # an error if it is no clip either
         raise MediaError("medium", source, "is a clip, expected an image (frames=1)")
     return read_clip(source, First(frames) if fps is None else AtRate(frames, fps))
 
 
 def check_request(frames: int | None, fps: float | None) -> None:
-    """Refuses what no clip can be read at.
+    """Refuses numbers of frames and rates that no clip can be read with; ``None`` is allowed for both.
 
     Raises:
-        ValueError: ``frames`` below 1, ``fps`` that is not finite and above 0; ``None`` is neither.
+        ValueError: ``frames`` below 1, or ``fps`` that is not a finite number > 0.
     """
     if frames is not None and frames < 1:
         raise ValueError(f"frames={frames}: expected at least 1")
@@ -92,7 +91,7 @@ def check_request(frames: int | None, fps: float | None) -> None:
 
 
 def probe_media(source: Path | bytes) -> Media:
-    """Decodes all of an image or a clip, and keeps no more than a clip's first frame, ``[1, 3, H, W]``.
+    """Decodes all of an image or a clip, and keeps only the first frame of a clip, ``[1, 3, H, W]``.
 
     Raises:
         MediaError: missing or undecodable.
@@ -115,10 +114,10 @@ def read_spaced(source: Path | bytes, count: int) -> Media:
 
 
 def _read_image(source: Path | bytes) -> Media | None:
-    """An image, or ``None`` where the file is none but may be a clip."""
+    """An image, or ``None`` where the file is not an image but may be a clip."""
     from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
-    # Some package may have switched it on: a damaged image would come with a grey rest.
+    # Another package may have set it: the missing part of a damaged image would be grey.
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
         if isinstance(source, Path) and not source.is_file():
@@ -130,7 +129,7 @@ def _read_image(source: Path | bytes) -> Media | None:
             raise MediaError("undecodable", source, f"is AVIF or HEIC, {expected}") from None
         return None
     except (OSError, Image.DecompressionBombError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # of the file system, and not Pillow's
+        if isinstance(error, OSError) and error.errno is not None:  # from the file system, not from Pillow
             raise MediaError("missing", source, f"cannot be read: {error.strerror}") from error
         raise MediaError("undecodable", source, f"cannot be decoded: {error}") from error
     try:
@@ -138,7 +137,7 @@ def _read_image(source: Path | bytes) -> Media | None:
             count = getattr(image, "n_frames", 1)
             if count > 1 and image.format == "GIF":
                 return None
-            if count > 1 and image.format != "MPO":  # whose first is the picture
+            if count > 1 and image.format != "MPO":  # its first image is the photograph
                 raise MediaError(
                     "medium",
                     source,
@@ -152,11 +151,11 @@ def _read_image(source: Path | bytes) -> Media | None:
                 raise ValueError(f"has mode {image.mode}, expected 8 bits a channel")
             upright = ImageOps.exif_transpose(image)
             transparent = upright.has_transparency_data
-            # By way of RGBA also where only one colour is transparent, or some of a palette's.
+            # RGBA also where a single colour is transparent, or some colours of a palette.
             colours = upright.convert("RGBA" if transparent else "RGB")
     except MediaError:
         raise
-    except Exception as error:  # Pillow's decoders raise whatever a damaged file makes them stumble over
+    except Exception as error:  # Pillow's decoders raise all kinds of errors on damaged files
         raise MediaError("undecodable", source, f"cannot be decoded: {error}") from error
     flat = torch.frombuffer(bytearray(colours.tobytes()), dtype=torch.uint8)
     pixels = flat.view(colours.height, colours.width, -1)
@@ -165,7 +164,7 @@ def _read_image(source: Path | bytes) -> Media | None:
 
 
 def _brand(source: Path | bytes) -> bytes:
-    """The type that a file in MP4's container states at its start; empty for anything else."""
+    """The major brand of a file in MP4's container; empty for other files."""
     start = source[:12] if isinstance(source, bytes) else b""
     if isinstance(source, Path):
         with source.open("rb") as file:
@@ -174,7 +173,7 @@ def _brand(source: Path | bytes) -> bytes:
 
 
 def _scale_transparent_colour(image: Any) -> None:
-    """Pillow makes eight bits of a PNG's pixels, and leaves its one transparent colour in the bits of the file."""
+    """Scales a PNG's transparent colour to 8 bits, as Pillow does with the pixels, but not with this colour."""
     key, stored = image.info.get("transparency"), image.tile[0][3]
     if key is None:
         return
@@ -184,8 +183,8 @@ def _scale_transparent_colour(image: Any) -> None:
 
 
 def _pixel_aspect(image: Any) -> Fraction:
-    """Width over height of a pixel by an image's densities; 1 where they differ by less than scanners' rounding."""
-    # A JPEG or a PNG without a unit has a ratio, and no "dpi".
+    """Width over height of a pixel, from an image's densities; 1 where they differ by less than 2 % (rounding)."""
+    # A JPEG or PNG without a unit has no "dpi", but a ratio.
     density = image.info.get("dpi") or image.info.get("jfif_density") or image.info.get("aspect") or (1, 1)
     try:
         across, down = map(float, density)
@@ -203,7 +202,7 @@ def nearest_size(height: int, width: int, sizes: Sequence[tuple[int, int]]) -> t
     """The size nearest in aspect ratio, and among equals in area; the first of equals."""
 
     def distance(size: tuple[int, int]) -> tuple[float, float]:
-        # Of whole numbers, so that sizes of one ratio come out as equals to the last bit.
+        # Computed from integers, so that sizes of one ratio give exactly equal values.
         ratio = (size[0] * width) / (size[1] * height)
         return abs(math.log(ratio)), abs(math.log((size[0] * size[1]) / (height * width)))
 
@@ -219,15 +218,15 @@ def fit(
     flip: bool = False,
     generator: torch.Generator | None = None,
 ) -> Fitted:
-    """Scales to the smallest size that covers the target (bicubic, antialiased), and crops what is over.
+    """Scales to the smallest size that covers the target (bicubic, antialiased), and crops the rest.
 
     Args:
         pixels: uint8, ``[3, H, W]`` or ``[F, 3, H, W]``; all frames alike.
         height: wanted, in pixels.
         width: wanted, in pixels.
-        crop: where from; at most one side has anything over.
+        crop: position of the crop; at most one side is larger than the target.
         flip: mirror left and right, before cropping.
-        generator: decides a random crop; on the CPU.
+        generator: for a random crop; on the CPU.
     """
     if crop not in ("center", "random"):
         raise ValueError(f"crop={crop!r}: expected 'center' or 'random'")
@@ -305,7 +304,7 @@ def write_video(path: str | Path, frames: Tensor, fps: float, crf: int = 18) -> 
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         stream.codec_context.thread_count = 1
-        # Without x264's "macroblock tree", under which small frames come out otherwise from run to run.
+        # Without x264's "macroblock tree", with which small frames differ from run to run.
         stream.options = {"crf": str(crf), "x264-params": "mbtree=0"}
         for pixels in frames.permute(0, 2, 3, 1).contiguous().cpu().numpy():
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
@@ -321,7 +320,7 @@ def _check_pixels(pixels: Tensor, dimensions: int) -> None:
 
 @contextmanager
 def _aside(path: Path) -> Iterator[Path]:
-    """A name to write under, with the same ending; renamed when all went well, removed when not."""
+    """A temporary path with the same suffix; renamed on success, removed on failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:

@@ -50,12 +50,12 @@ class Adapter:
         Args:
             tensors: ``<module>.lora_A.weight`` and ``<module>.lora_B.weight``, on any device.
             scale: that the layers' outputs were multiplied by, alpha / rank.
-            target_modules: the modules themselves if left out.
+            target_modules: the names of the modules themselves if left out.
             dropout: see :class:`Adapter`.
 
         Raises:
-            ValueError: a tensor that is no factor of LoRA, or one without the other; shapes that do not go together;
-                several ranks, or 0; no tensor at all.
+            ValueError: a tensor that is not a LoRA factor, or lacks its other one; shapes that do not match; several
+                ranks, or rank 0; no tensor at all.
         """
         factors: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
@@ -91,7 +91,7 @@ def scaled(tensor: Tensor, scale: float) -> Tensor:
 
 
 def check_lora(rank: int, alpha: float | None, dropout: float) -> None:
-    """Refuses what no adapter can be made or trained with.
+    """Refuses values that no adapter can have.
 
     Raises:
         ValueError: with the value's name.
@@ -163,11 +163,11 @@ def write_adapter(
 
 
 def read_adapter(family: Family, file: Path) -> Adapter:
-    """Reads a file in diffusers' format, whoever wrote it; a scale in its metadata is multiplied into the weights.
+    """Reads a file in diffusers' format, of any origin; a scale in its metadata is multiplied into the weights.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not such a file, or a kind of LoRA that is not plain.
+        ValueError: another format, a damaged file, or a variant of LoRA (DoRA, several scales).
     """
     from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
     from safetensors import SafetensorError, safe_open
@@ -187,8 +187,8 @@ def read_adapter(family: Family, file: Path) -> Adapter:
                 raise ValueError(f"{name} is not the {family.network}'s")
         tensors = {name.removeprefix(start): tensor for name, tensor in tensors.items()}
         rank = min((len(t) for name, t in tensors.items() if t.ndim and ".lora_A." in name), default=1)
-        options = {"target_modules": _targets(known), "dropout": _number(known, "lora_dropout", 0.0)}
-        return Adapter.of_tensors(tensors, _scale(known, rank), **options)
+        dropout = _number(known, "lora_dropout", 0.0)
+        return Adapter.of_tensors(tensors, _scale(known, rank), _targets(known), dropout)
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{file}: {' '.join(str(error).split())}; expected LoRA of a {family.network}") from error
 
@@ -222,9 +222,9 @@ def _targets(config: Mapping[str, Any]) -> Sequence[str]:
 
 
 def _metadata(family: Family, adapter: Adapter) -> dict[str, Any]:
-    """What diffusers makes peft's LoraConfig of. A release of peft refuses names that came after it: no defaults.
+    """From which diffusers builds peft's LoraConfig. No defaults: a release of peft refuses names that it lacks.
 
-    But for rank_pattern, which diffusers 0.35 looks at without asking whether it is there.
+    rank_pattern is the exception, because diffusers 0.35 fails without it.
     """
     rank, targets = adapter.rank, list(adapter.target_modules)
     config: dict[str, Any] = {"r": rank, "lora_alpha": rank, "target_modules": targets, "rank_pattern": {}}
@@ -255,7 +255,7 @@ def _peft_names(layers: Mapping[str, tuple[Tensor, Tensor]], start: str) -> dict
 
 def _kohya(family: Family, adapter: Adapter, config: Mapping[str, Any]) -> dict[str, Tensor]:
     """kohya-ss's names: underscores for dots, "down" for A, "up" for B, and an alpha beside them."""
-    # Its scripts train SD1.5 on diffusers' network, and every other model on a copy of the original code.
+    # kohya's scripts train SD1.5 with diffusers' network, and all other models with a copy of the original code.
     own = family.name == "sd15"
     layers = adapter.layers if own else lora_names.original_layers(family.name, adapter.layers, config)
     tensors: dict[str, Tensor] = {}
@@ -270,7 +270,7 @@ def _kohya(family: Family, adapter: Adapter, config: Mapping[str, Any]) -> dict[
 
 
 _KOHYA: dict[str, _Writer] = dict.fromkeys(("sd15", "sdxl", "sd3", "wan"), _kohya)
-# ComfyUI reads kohya's names for what its UNets are called there, and diffusers' names of SD3.
+# ComfyUI reads kohya's names for UNets, and diffusers' names for SD3.
 _COMFYUI: dict[str, _Writer] = {
     "sd15": _kohya,
     "sdxl": _kohya,

@@ -1,6 +1,6 @@
-"""What the modules of diffusers' networks are called in the models' original code, which other tools go by.
+"""Maps module names of diffusers' networks to those of the models' original code, which other tools use.
 
-The names are those of the published checkpoints (for CogVideoX, of ComfyUI's own code, which alone uses them).
+The names are those of the published checkpoints (for CogVideoX, of ComfyUI, the only tool with names of its own).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Layers = Mapping[str, tuple[Tensor, Tensor]]
 
 _PART = "#"  # before the part of a module that holds several of diffusers': "attn.qkv#k"
 
-# From diffusers' name, whole, to the original one.
+# From diffusers' full name to the original one.
 _SD3 = (
     (r"transformer_blocks\.(\d+)\.(attn2?)\.to_([qkv])", r"joint_blocks.\1.x_block.\2.qkv#\3"),
     (r"transformer_blocks\.(\d+)\.attn\.add_([qkv])_proj", r"joint_blocks.\1.context_block.attn.qkv#\2"),
@@ -61,7 +61,7 @@ _COGVIDEOX = (
 )
 _TABLES: dict[str, Sequence[tuple[str, str]]] = {"sd3": _SD3, "wan": _WAN, "cogvideox": _COGVIDEOX}
 
-# The UNets of SD1.5 and SDXL, whose blocks are numbered through in the original code.
+# The UNets of SD1.5 and SDXL: the original code numbers their blocks consecutively.
 _UNET_ENDS = {
     "conv_in": "input_blocks.0.0",
     "conv_out": "out.2",
@@ -85,7 +85,7 @@ def original_layers(family: str, layers: Layers, config: Mapping[str, Any]) -> d
     """LoRA layers under the original names.
 
     Where the original has one module for several of diffusers' (SD3's queries, keys and values), their layers become
-    one of the sum of their ranks, and nothing of it is rounded.
+    one layer whose rank is the sum of theirs, without rounding.
 
     Args:
         family: by name.
@@ -93,7 +93,7 @@ def original_layers(family: str, layers: Layers, config: Mapping[str, Any]) -> d
         config: of the network, for SDXL alone.
 
     Raises:
-        ValueError: a module that has no name there.
+        ValueError: a module without an original name.
     """
     plain: dict[str, tuple[Tensor, Tensor]] = {}
     parts: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
@@ -109,7 +109,7 @@ def original_layers(family: str, layers: Layers, config: Mapping[str, Any]) -> d
 
 
 def _stacked(parts: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """One layer for queries, keys and values below one another; a part that is not adapted gets zeros."""
+    """One layer for queries, keys and values, stacked in this order; zeros for a part that is not adapted."""
     (rows,) = {len(b) for _, b in parts.values()}
     total = sum(len(a) for a, _ in parts.values())
     up, column = torch.zeros(3 * rows, total, dtype=torch.float32), 0
