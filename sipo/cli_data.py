@@ -57,7 +57,7 @@ def add_commands(commands: Any) -> None:
     )
     _add_config(precompute)
     precompute.add_argument(
-        "--verify", action="store_true", help="read every file again, also where size and times are as they were"
+        "--verify", action="store_true", help="read every file again, also where size, times and inode are as they were"
     )
     precompute.set_defaults(run=_precompute)
 

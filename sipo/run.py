@@ -177,7 +177,7 @@ def prepare_data(
     refuse_changes: bool = False,
     progress: bool = True,
 ) -> Prepared:
-    """Computes beforehand what the cache lacks, or has otherwise than the source says: latents, text, reference errors.
+    """Computes what the cache lacks, or what no longer agrees with the source: latents, text, reference errors.
 
     A line says what has changed since, one how many pairs are left out, and one what is used without having been
     compared, as its source is missing.

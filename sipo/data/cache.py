@@ -15,7 +15,7 @@ is read at every start, has one digest of them for each shard.
 
 Each JSON file begins with the hash of the rest of it, so that damage is found. Each file is written under another name
 and renamed, the index's ``complete`` comes last, and a row's content depends on the row and the settings alone. So a
-cache that was interrupted is taken up where it stopped, and a damaged shard is replaced by itself.
+cache that was interrupted is continued where it stopped, and of a damaged one only the damaged shards are replaced.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from sipo.families.base import Condition
 from sipo.training.checkpoint import is_weights, weights_change
 from sipo.training.logs import write_aside
 
-# Another one whenever files are laid out otherwise, or the same pixels and text are encoded otherwise.
+# Changes whenever the layout of the files changes, or how pixels and text are encoded.
 FORMAT = 3
 INDEX = "index.json"
 FILES = "files.json"
@@ -234,14 +234,16 @@ def check_fingerprint(where: Path, found: Mapping[str, Any], wanted: Mapping[str
     Raises:
         OtherSettingsError: the first key, in the order of ``wanted``, that differs, with both values.
     """
-    made = "computed" if any(key.startswith("reference.") for key in wanted) else "encoded"
+    made, remedy = "encoded", "use another data.cache"
+    if any(key.startswith("reference.") for key in wanted):
+        made, remedy = "computed", "start another run"
     wanted = json.loads(json.dumps(wanted))  # tuples become lists, as they did in the file
     for key in [*wanted, *(key for key in found if key not in wanted)]:
         if found.get(key) == wanted.get(key):
             continue
         if is_weights(key):
             change = weights_change(key, found.get(key), wanted.get(key))
-            raise OtherSettingsError(f"{where}: {made} with other weights: {change}, or use another data.cache")
+            raise OtherSettingsError(f"{where}: {made} with other weights: {change}, or {remedy}")
         raise OtherSettingsError(
             f"{where}: made with {key}={json.dumps(found.get(key))}, expected this run's "
             f"{json.dumps(wanted.get(key))}: use another folder, or the settings it was made with"

@@ -51,7 +51,7 @@ def record_file(path: Path) -> FileRecord:
     found = stamp(path)
     try:
         return [*found, file_hash(path)] if found else []
-    except OSError:  # not readable, which decoding says better
+    except OSError:  # not readable, which decoding reports more precisely
         return []
 
 
@@ -82,7 +82,7 @@ def side_name(source: Path | bytes, prefix: str) -> str:
 
 
 class Comparison(NamedTuple):
-    """What has become of the files of a shard, or of weights.
+    """How the files of a shard compare with their records.
 
     Attributes:
         change: the first change in words, without the row; empty where all is as it was.

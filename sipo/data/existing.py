@@ -1,4 +1,4 @@
-"""What a cache's folder holds already, and whether it still is what the source says."""
+"""What a cache's folder holds already, and whether it still agrees with the source."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Existing:
     Attributes:
         finished: whether the cache was, when it was opened.
         source: digest of what the content depends on beside the pairs.
-        changes: the first change in each shard that is not what the source says any more.
+        changes: the first change in each shard that no longer agrees with the source.
         absent: how many shards of latents have none of their files any more.
         begun: whether the index says that the cache is being written.
         stale: whether the index has to be written anew.
@@ -93,12 +93,12 @@ class Existing:
         self.begun = self.stale = not self.finished
 
     def begin(self) -> None:
-        """Says that the cache is not finished, before any of its content changes."""
+        """Marks the cache as unfinished, before any of its content changes."""
         index = {"format": FORMAT, "complete": False, "fingerprint": self.marks, "path": self.path}
         write_json(self.folder / INDEX, index)
 
     def begin_change(self) -> None:
-        """A cache that was finished is not while it is changed, so that nobody takes it for what it was."""
+        """Marks a finished cache as unfinished while it changes, so that no run opens it meanwhile."""
         if not self.begun:
             self.begin()
         self.begun = self.stale = True
@@ -115,7 +115,7 @@ class Existing:
         return shard
 
     def look(self, part: Part, pool: ThreadPoolExecutor) -> None:
-        """Looks for what is there of a part, whole, and still what the source says."""
+        """Checks whether a part's shards exist, are whole, and still agree with the source."""
         part.look(self.source, pool)
         text = self.there(shard_name(TEXT, part.number))
         facts = {} if text is None else text.facts
@@ -143,7 +143,7 @@ class Existing:
             self._changed(f"row {row}: no longer a pair")
 
     def _compare(self, part: Part, shard: Shard | None, pool: ThreadPoolExecutor) -> None:
-        """Compares a part with what its shard of latents was made of; new times and prompts are written down."""
+        """Compares a part with the rows and files of its shard of latents; records new stamps and prompts."""
         name = shard_name(LATENTS, part.number)
         shard = None if shard is None else read_shard(self.folder, name)  # the index has neither rows nor files
         if shard is None:
@@ -197,7 +197,7 @@ class Existing:
         self.stale |= not found.absent
 
     def _changed(self, change: str) -> None:
-        """Keeps a change to be told, or refuses it."""
+        """Records a change for the report, or refuses it."""
         if self.path != self.settings.path:
             raise other_path(self.folder, self.path, self.settings.path, f"whose pairs are others ({change})")
         if self.refuse_changes:
@@ -227,7 +227,7 @@ def stop(row: int, kind: str, reason: str, change: str = "") -> BadPair:
 
 
 def stop_at_skipped(shards: Iterable[dict[str, Any]], settings: DataConfig) -> None:
-    """Stops at pairs that were left out when they might be, and may not any more."""
+    """Raises for pairs that were left out under ``data.skip_bad=true``, where it is false now."""
     if not settings.skip_bad:
         for shard in shards:
             for row, kind, reason in shard["skipped"]:
@@ -275,5 +275,5 @@ def _shards(index: dict[str, Any]) -> list[Shard]:
 
 
 def indexed(shard: Shard) -> dict[str, Any]:
-    """An entry of the index: without what is as large as the data set, and asked for only where something changes."""
+    """An entry of the index: without rows and files, which are large and needed only where something has changed."""
     return {key: value for key, value in shard.as_dict().items() if key not in (ROWS_FACT, FILES_FACT)}

@@ -109,9 +109,9 @@ def precompute_pairs(
     with nobody else, and every random number (the posterior's draw, a random crop, a flip, which both halves share) has
     the row for its seed. So it does not matter how many processes there are, or how often they were interrupted.
 
-    A shard is compared with the rows that it is made of and with their files, by size and times, and by content where
-    the times alone have changed. One that differs is encoded anew as a whole: latents where a row, a side or a file is
-    another, text where a prompt is.
+    A shard is compared with the rows that it is made of and with their files, by size, times and inode, and by content
+    where the size alone is equal. One that differs is encoded anew as a whole: latents where a row, a side or a file
+    has changed, text where a prompt has.
 
     Every process calls this, and reads the source from its start to find its own shards. A source that says by itself
     that nothing has changed (``state()``) is not read.
@@ -135,7 +135,8 @@ def precompute_pairs(
     Raises:
         BadPair: without ``settings.skip_bad``, a pair that cannot be used. What was finished stays.
         CacheError: the folder holds a cache of other settings, or one of another ``data.path`` whose pairs are other
-            ones; a change, where they are refused; no pair can be used.
+            ones; a change, where they are refused; a shard whose files are all missing, where it has changed or is to be
+            verified; no pair can be used.
         DataError: a source that cannot be read.
         ValueError: a setting out of its range; a size that the family cannot take; rows of the source that do not grow.
     """
@@ -159,7 +160,7 @@ def precompute_pairs(
         return _summary(finished, len(range(rank, len(finished["latents"]), world)), time.monotonic() - started)
     how = {"check_hashes": check_hashes, "verify": verify, "refuse_changes": refuse_changes}
     there = Existing(folder, settings, marks, index, **how)
-    there.stale |= world > 1  # the others may have new times to be written down
+    there.stale |= world > 1  # others may have recorded new times
     run = _Run(family, load_pipeline, folder, settings, there, state)
     if finished is None:
         run.pipeline()  # sizes are checked before anything is written
@@ -235,7 +236,7 @@ class _Run:
             self._write_text(UNCONDITIONAL, {"": condition}, {"source": self.existing.source, "prompts": []})
 
     def encode_parts(self, reader: PairReader, rank: int, world: int, workers: int, progress: bool) -> None:
-        """Encodes every shard that is this process's and not there yet, or another by now."""
+        """Encodes every shard of this process that is missing or no longer agrees with the source."""
         from tqdm.auto import tqdm
 
         # A cache that has everything is compared in a moment, and needs no bar.
@@ -253,12 +254,12 @@ class _Run:
             self.existing.find_gone(self.tally.parts)
 
     def finish(self) -> None:
-        """Writes the index, once every shard is there, and where it says anything new."""
+        """Writes the index, once every shard is there, if it has changed."""
         found, tally = read_index(self.folder), self.tally
         counts = None if found is None else [found.get(name) for name in ("records", "ties", "path", "state")]
         now = [tally.records, tally.ties, self.settings.path, self.state]
         existing = self.existing
-        if existing.check_hashes or existing.begun:  # else another run may be reading, and writing down new times
+        if existing.check_hashes or existing.begun:  # else another run may be recording new times
             remove_leftovers(self.folder)
         if not existing.stale and not existing.changes and found is not None and found["complete"] and counts == now:
             return

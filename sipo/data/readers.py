@@ -109,7 +109,7 @@ class JsonlReader:
         return self.path.parent
 
     def state(self) -> Any:
-        """Name, size and times of the file."""
+        """Name, size, times and inode of the file."""
         return _states(self.root, [self.path])
 
     def __iter__(self) -> Iterator[PairRecord]:
@@ -221,7 +221,7 @@ class PickapicReader:
             yield _pickapic_record(row, value)
 
     def state(self) -> Any:
-        """Names, sizes and times of the local files, or names and git hashes of the hub's; images are not read.
+        """Names, sizes, times and inodes of the local files, or names and git hashes of the hub's; images are not read.
 
         Raises:
             DataError: nothing there, or a hub that cannot be reached.
@@ -323,7 +323,7 @@ class VideoDpoReader:
         return self.folder
 
     def state(self) -> Any:
-        """Names, sizes and times of both lists."""
+        """Names, sizes, times and inodes of both lists."""
         return _states(self.folder, [self.folder / name for name in (_METADATA, _PAIRS)])
 
     def __iter__(self) -> Iterator[PairRecord]:

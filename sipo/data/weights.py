@@ -1,4 +1,4 @@
-"""What a model's files are, so that weights that were replaced under the same path are not taken for what they were.
+"""Identifies a model's weights, so that a file that was replaced under the same path is noticed.
 
 A local folder's files are identified by their hashes, which are kept in the cache so that each file is read once, and
 again where its size, times or inode have changed. A hub model is identified by its commit.
@@ -45,7 +45,7 @@ _SHARD = re.compile(r"-\d{5}-of-\d{5}")
 def weight_hashes(
     family: Family, path: str, model: ModelConfig, cache: Path, *, network: bool, verify: bool = False
 ) -> dict[str, str]:
-    """What says which weights these are.
+    """Identifies weights.
 
     Args:
         family: the model's.
@@ -53,7 +53,7 @@ def weight_hashes(
         model: gives revision and variant.
         cache: folder that hashes are kept in, in ``weights.json``.
         network: of the network that is trained; else of what encodes: VAE, text encoders and tokenizers.
-        verify: read every file, also one whose size and times are as they were.
+        verify: read every file, also one whose size, times and inode are as they were.
 
     Returns:
         The first 16 hexadecimal digits of each file's SHA-256 by its path in the folder, of a configuration without
@@ -120,7 +120,7 @@ def _variant(path: Path) -> str | None:
 
 
 def _commit(path: str, revision: str | None) -> str:
-    """The commit of a hub's model that is at hand; opening its pipeline has asked the hub for the newest."""
+    """The commit of a hub model in the local cache, which opening its pipeline has brought up to date."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(path, _INDEX, revision=revision)
