@@ -13,6 +13,12 @@ from torch import Tensor
 
 from sipo_kernels.checks import check_choice
 
+PREDICTIONS = {
+    "discrete": ("epsilon", "v_prediction", "sample"),
+    "flow": ("flow_prediction", "sample"),
+}
+"""What a network of each kind of schedule may predict, in diffusers' spelling."""
+
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 # How far from exact a given σ may be, in units of its type's machine epsilon: a handful of roundings.
 ROUNDING = 4

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sipo.diffusers_schedulers import read_scheduler
 from sipo.levels import (
+    PREDICTIONS,
     check_count,
     check_positive,
     flow_ratio_scale,
@@ -25,7 +26,6 @@ from sipo.timestep_checks import checked_levels, in_range
 from sipo_kernels.checks import check_choice
 from sipo_kernels.contract import pair_dtype
 
-_PREDICTIONS = {"discrete": ("epsilon", "v_prediction", "sample"), "flow": ("flow", "sample")}
 _DISTRIBUTIONS = {
     "discrete": ("uniform",),
     "flow": ("uniform", "logit_normal", "shifted", "shifted_logit_normal"),
@@ -48,10 +48,11 @@ class NoiseSchedule:
       to 1000 for most, are ``σ * num_train_timesteps``, or ``(1 − σ) * num_train_timesteps`` with ``invert_sigmas``.
 
     A value out of range, or NaN, is a ValueError on the CPU. In compiled code, and in :meth:`ratio_scale` on CUDA, it
-    trips an assertion that no host waits for (``torch._assert_async``): a RuntimeError with the same text from a
-    compiled function on the CPU; on CUDA the text on stderr, and "device-side assert triggered" at the next
-    synchronisation. Where there is no assertion (``torch.jit.trace``, other devices, ROCm) such a σ becomes NaN, and
-    with it the loss.
+    trips an assertion that needs no synchronisation (``torch._assert_async``): a RuntimeError with the same text from a
+    compiled function on the CPU, or under a mode such as ``FakeTensorMode``; on CUDA the text on stderr (outside
+    compiled code, integers have that of the table's look-up), and "device-side assert triggered" at the next
+    synchronisation. Where there is no assertion (``torch.jit.trace``, other devices, ROCm) such a σ becomes NaN in
+    ``ratio_scale`` and ``alpha_sigma``.
 
     Attributes:
         kind: ``"discrete"`` (variance preserving, α² + σ² = 1) or ``"flow"`` (rectified flow, α = 1 − σ).
@@ -77,18 +78,31 @@ class NoiseSchedule:
         alphas_cumprod: Tensor | None = None,
     ) -> None:
         """Prefer the named constructors; this one takes what they have worked out."""
-        check_choice("kind", kind, tuple(_PREDICTIONS))
-        # "flow_prediction" is diffusers' name of the same thing
-        prediction_type = "flow" if prediction_type == "flow_prediction" else prediction_type
-        if prediction_type not in _PREDICTIONS[kind]:
-            expected = f"one of {', '.join(_PREDICTIONS[kind])} for a {kind} schedule"
+        check_choice("kind", kind, tuple(PREDICTIONS))
+        # "flow" is short for it
+        spelt_out = "flow_prediction" if prediction_type == "flow" else prediction_type
+        if spelt_out not in PREDICTIONS[kind]:
+            expected = f"one of {', '.join(PREDICTIONS[kind])} for a {kind} schedule"
             raise ValueError(f"prediction_type={prediction_type!r}: expected {expected}")
         check_count("num_train_timesteps", num_train_timesteps, 1)
         most_steps = num_train_timesteps if kind == "discrete" else None
         check_count("num_inference_steps", num_inference_steps, 1, most_steps)
         check_positive("shift", shift)
+        if kind == "discrete":
+            options = {"shift": (shift, 1), "shift_terminal": (shift_terminal, None)}
+            for name, (value, default) in (options | {"invert_sigmas": (invert_sigmas, False)}).items():
+                if value != default:
+                    raise ValueError(f"{name}={value!r}: expected it for a flow schedule alone")
+            if alphas_cumprod is None:
+                expected = f"expected the table [{num_train_timesteps}] of a discrete schedule"
+                raise ValueError(f"alphas_cumprod=None: {expected}")
+            if list(alphas_cumprod.shape) != [num_train_timesteps]:
+                shape = list(alphas_cumprod.shape)
+                raise ValueError(f"alphas_cumprod has shape {shape}: expected [{num_train_timesteps}]")
+        elif alphas_cumprod is not None:
+            raise ValueError("alphas_cumprod: expected none for a flow schedule")
         self.kind = kind
-        self.prediction_type = prediction_type
+        self.prediction_type = "flow" if spelt_out == "flow_prediction" else prediction_type
         self.num_inference_steps = num_inference_steps
         self.num_train_timesteps = num_train_timesteps
         self.shift = float(shift)
@@ -244,7 +258,7 @@ class NoiseSchedule:
         Raises:
             TypeError, ValueError: ``timesteps`` of the wrong type, shape or range.
         """
-        levels = self._levels(timesteps, asserted=True)  # every loss comes by here
+        levels = self._levels(timesteps, asserted=True)  # called once for every loss
         if self.kind == "discrete":
             return self._table("ratio_scale", levels.device).index_select(0, levels)
         return flow_ratio_scale(
@@ -372,7 +386,8 @@ class NoiseSchedule:
         if tables is None:
             dtype = pair_dtype(device)
             tables = {key: table.to(device, dtype) for key, table in self._tables.items()}
-            self._device_tables[device] = tables
+            if all(type(table) is Tensor for table in tables.values()):  # those of FakeTensorMode are of no use later
+                self._device_tables[device] = tables
         return tables[name]
 
     def _levels(self, timesteps: Tensor, *, asserted: bool = False) -> Tensor:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from sipo.levels import ROUNDING
 from sipo_kernels.contract import pair_dtype
 
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8)
 _ASSERTING_DEVICES = ("cpu", "cuda")  # that torch._assert_async runs on
 
 
@@ -35,7 +36,8 @@ def checked_levels(
 
     Raises:
         TypeError, ValueError: Of the wrong type or shape; on the CPU also a value out of range, or NaN.
-        RuntimeError: Such a value in a compiled function on the CPU. On CUDA it is a device-side assertion.
+        RuntimeError: Such a value on the CPU in a compiled function, or under a mode that watches or replaces operators
+            (``FakeTensorMode``, ``make_fx``). On CUDA it is a device-side assertion.
     """
     if not isinstance(timesteps, Tensor):
         raise TypeError(f"timesteps is a {type(timesteps).__name__}: expected a torch.Tensor")
@@ -61,8 +63,8 @@ def checked_levels(
         # σ = 1 may have been rounded up on the way
         low, high = torch.finfo(levels.dtype).tiny, 1 + ROUNDING * torch.finfo(timesteps.dtype).eps
 
-    compiled = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if timesteps.device.type == "cpu" and not compiled:
+    compiled, on_host = torch.compiler.is_compiling() or torch.jit.is_tracing(), timesteps.device.type == "cpu"
+    if on_host and not compiled and not is_in_torch_dispatch_mode():
         wrong = _first_wrong(timesteps, levels, low, high)
         if wrong is not None:
             value = timesteps[wrong].item()
@@ -70,7 +72,7 @@ def checked_levels(
                 expected += f", which is t / {num_train_timesteps} for a timestep t"
             raise ValueError(f"timesteps[{wrong}]={value!r}: expected {expected}")
         return levels
-    if not (compiled or (asserted and timesteps.is_floating_point())):
+    if not (compiled or on_host or (asserted and timesteps.is_floating_point())):
         return levels
     right = _right(timesteps, levels, low, high)
     if timesteps.device.type in _ASSERTING_DEVICES:
@@ -80,7 +82,9 @@ def checked_levels(
 
 def _right(timesteps: Tensor, levels: Tensor, low: float, high: float) -> Tensor:
     """Which are in range: neither NaN nor an index with a fraction is."""
-    return levels.clamp(low, high) == timesteps
+    # Not every unsigned integer can be compared with an int64, and one too large for it has become negative.
+    given = timesteps if timesteps.is_floating_point() else levels
+    return levels.clamp(low, high) == given
 
 
 def _first_wrong(timesteps: Tensor, levels: Tensor, low: float, high: float) -> int | None:

@@ -18,9 +18,10 @@ from golden_cases import RatioScaleCase, load_cases, load_ratio_scales
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import sipo.schedule
-from sipo import NoiseSchedule
+from sipo import NoiseSchedule, SIPOLoss
 
 GOLDEN = load_ratio_scales()
 BY_NAME = {case.name: case for case in GOLDEN}
@@ -191,7 +192,10 @@ def test_timesteps_go_where_they_are_wanted() -> None:
     assert torch.equal(schedule.sample_timesteps(3), first)
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "dtype",
+    [*(torch.int64, torch.int32, torch.int16, torch.uint16, torch.uint32, torch.uint64), torch.float32, torch.float64],
+)
 def test_types_of_discrete_timesteps(dtype: torch.dtype) -> None:
     schedule = NoiseSchedule.discrete()
     expected = table(schedule)
@@ -307,6 +311,35 @@ def test_an_accelerator_is_asserted_on_and_not_waited_for(
         assert len(message.encode()) < 255  # CUDA's limit
 
 
+@pytest.mark.parametrize("mode", ["fake", "real", "symbolic", "FakeTensorMode"])
+@pytest.mark.parametrize("kind", ["discrete", "flow"])
+def test_a_whole_loss_without_values(kind: str, mode: str) -> None:
+    """Under a mode that has shapes alone, or that writes down what is done, no value is read."""
+    schedule, timesteps = schedule_and_timesteps(kind)
+    loss_fn = SIPOLoss(schedule, beta=5.0, backend="eager")
+    timesteps = timesteps.repeat(2)  # a pair has one
+    before = schedule.ratio_scale(timesteps)
+    sample, noise = latents(4)
+
+    def run(noise: Tensor, t: Tensor) -> Tensor:
+        noisy, target = schedule.add_noise(sample, noise, t), schedule.target(sample, noise, t)
+        return loss_fn(noisy, noise, target, t).loss
+
+    if mode == "FakeTensorMode":
+        with FakeTensorMode(allow_non_fake_inputs=True) as fakes:
+            assert run(fakes.from_tensor(noise), fakes.from_tensor(timesteps)).shape == ()
+            on_gpu = torch.empty(2, dtype=timesteps.dtype, device="cuda")
+            assert schedule.ratio_scale(on_gpu).device.type == "cuda"
+    else:
+        graph = make_fx(run, tracing_mode=mode, _allow_non_fake_inputs=True)(noise, timesteps)
+        other = timesteps.flip(0) if kind == "discrete" else timesteps * 0.75
+        torch.testing.assert_close(graph(noise, other), run(noise, other))
+        with pytest.raises(RuntimeError, match="timesteps: expected"):
+            graph(noise, -other)
+    assert torch.equal(schedule.ratio_scale(timesteps), before)
+    assert set(schedule._device_tables) == {torch.device("cpu")}  # nothing of it stays
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("kind", ["discrete", "flow"])
 def test_traced(kind: str) -> None:
@@ -374,6 +407,7 @@ read, cumprod = NoiseSchedule.from_scheduler, NoiseSchedule.from_alphas_cumprod
 discrete, flow = NoiseSchedule.discrete, NoiseSchedule.flow
 DISCRETE, FLOW = NoiseSchedule.discrete(), NoiseSchedule.flow()
 X = torch.zeros(2, 3)
+COUNTS: dict[str, Any] = {"num_inference_steps": 5, "num_train_timesteps": 10}
 ERRORS: list[tuple[Any, type, str]] = [
     (lambda: flow(num_inference_steps=0), ValueError, "num_inference_steps=0: expected an integer >= 1"),
     (lambda: flow(0.0), ValueError, "shift=0.0: expected a finite number > 0"),
@@ -384,6 +418,35 @@ ERRORS: list[tuple[Any, type, str]] = [
         ValueError,
         "prediction_type='flow': expected one of epsilon, v_prediction, sample",
     ),
+    (
+        lambda: NoiseSchedule("discrete", prediction_type="epsilon", **COUNTS),
+        ValueError,
+        "alphas_cumprod=None: expected the table [10] of a discrete schedule",
+    ),
+    (
+        lambda: NoiseSchedule("discrete", prediction_type="epsilon", alphas_cumprod=torch.ones(9), **COUNTS),
+        ValueError,
+        "alphas_cumprod has shape [9]: expected [10]",
+    ),
+    (
+        lambda: NoiseSchedule("flow", prediction_type="flow", alphas_cumprod=torch.ones(10), **COUNTS),
+        ValueError,
+        "alphas_cumprod: expected none for a flow schedule",
+    ),
+    *[
+        (
+            lambda o=option: NoiseSchedule(
+                "discrete", prediction_type="epsilon", alphas_cumprod=torch.ones(10), **o, **COUNTS
+            ),
+            ValueError,
+            message,
+        )
+        for option, message in (
+            ({"shift_terminal": 0.1}, "shift_terminal=0.1: expected it for a flow schedule alone"),
+            ({"shift": 3.0}, "shift=3.0: expected it for a flow schedule alone"),
+            ({"invert_sigmas": True}, "invert_sigmas=True: expected it for a flow schedule alone"),
+        )
+    ],
     (lambda: discrete(prediction_type="x0"), ValueError, "prediction_type='x0'"),
     (lambda: discrete(beta_schedule="cosine"), ValueError, "beta_schedule='cosine': expected one of linear"),
     (lambda: discrete(beta_start=0.02, beta_end=0.01), ValueError, "beta_start=0.02, beta_end=0.01"),
@@ -415,6 +478,9 @@ ERRORS: list[tuple[Any, type, str]] = [
     (lambda: DISCRETE.ratio_scale(T([math.nan])), ValueError, "timesteps[0]=nan"),
     (lambda: DISCRETE.ratio_scale(T([1.0]).bfloat16()), TypeError, "timesteps has dtype torch.bfloat16"),
     (lambda: DISCRETE.ratio_scale(T([True])), TypeError, "timesteps has dtype torch.bool"),
+    (lambda: DISCRETE.ratio_scale(T([5 + 0j])), TypeError, "timesteps has dtype torch.complex64"),
+    (lambda: DISCRETE.ratio_scale(T([2**63], dtype=torch.uint64)), ValueError, "timesteps[0]=9223372036854775808"),
+    (lambda: DISCRETE.ratio_scale(T([5, 1000], dtype=torch.uint16)), ValueError, "timesteps[1]=1000: expected an"),
     (
         lambda: FLOW.ratio_scale(T([0.5, 500.0])),
         ValueError,
