@@ -377,6 +377,13 @@ def test_a_path_that_no_file_can_have_is_a_missing_file(tmp_path: Path, name: st
         assert caught.value.kind == "missing" and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["two\nlines.png", "two\u2028lines.png", "half\ud800.png"])
+def test_names_that_cannot_be_printed_are_escaped(name: str) -> None:
+    with pytest.raises(MediaError) as caught:
+        read_media(Path(name))
+    assert str(caught.value) == f"{name!r}: no such file" and str(caught.value).isprintable()
+
+
 def test_a_file_that_may_not_be_read_is_a_missing_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: Any, **options: Any) -> Any:
         raise PermissionError(13, "Permission denied", str(tmp_path / "image.png"))

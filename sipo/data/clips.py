@@ -47,6 +47,7 @@ class MediaError(ValueError):
 
     def __init__(self, kind: Kind, source: Path | bytes, problem: str) -> None:
         name = str(source) if isinstance(source, Path) else f"{len(source)} bytes in memory"
+        name = name if name.isprintable() else repr(name)  # line breaks, and characters that cannot be printed
         super().__init__(f"{name}: {' '.join(problem.split())}")
         self.kind = kind
 
