@@ -90,7 +90,11 @@ def frozen_copy(network: nn.Module, dtype: torch.dtype | None = None) -> nn.Modu
 
     Autocast rounds the weights of linear layers and convolutions before it multiplies by them, so the copy holds just
     these rounded. Norms, embeddings, tables and buffers keep their type, as autocast computes with them as they are: in
-    half precision they would be another network's. Biases, which autocast rounds as well, are too small to matter.
+    half precision they would be another network's. Biases, which autocast rounds as well, are too small to matter. So
+    are weights kept that another kind of module holds too (an embedding tied to the last layer), or a subclass.
+
+    One kind of network has no such copy: where a module turns autocast off and multiplies by a linear layer's weight,
+    it meets another type.
 
     Args:
         network: in float32, or in any type with ``dtype`` left out.
@@ -102,8 +106,11 @@ def frozen_copy(network: nn.Module, dtype: torch.dtype | None = None) -> nn.Modu
     # What is in the memo is not copied: a large network never stands in memory twice in float32.
     rounded: dict[int, Any] = {}
     if dtype is not None:
-        for module in network.modules():
-            if isinstance(module, _AUTOCAST):
+        modules = list(network.modules())
+        others = (module for module in modules if type(module) not in _AUTOCAST)
+        kept = {id(parameter) for module in others for parameter in module.parameters(recurse=False)}
+        for module in modules:
+            if type(module) in _AUTOCAST and id(module.weight) not in kept:
                 weight = nn.Parameter(module.weight.detach().to(dtype, copy=True), requires_grad=False)
                 rounded[id(module.weight)] = weight
     return freeze(copy.deepcopy(network, rounded))
