@@ -348,7 +348,7 @@ def test_image_cut_short_is_an_error(
 def test_an_image_that_lacks_only_what_follows_its_pixels_is_whole(format: str, end: int) -> None:
     content = encode(picture(), format)
     assert torch.equal(read_media(content[:-end]).pixels, read_media(content).pixels)
-    with pytest.raises(MediaError, match="cut short|cannot be decoded|holds no"):
+    with pytest.raises(MediaError, match="cannot be decoded"):
         read_media(content[: -2 * end - 40])
 
 
