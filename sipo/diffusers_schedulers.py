@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from sipo.levels import check_count, check_positive
+from sipo.levels import PREDICTIONS, check_count, check_positive
 
 _FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
 # Options of a flow scheduler that bend its grid of σ away from that of docs/math.md §3.
@@ -45,12 +47,16 @@ _REFUSED = {
 }
 
 
+class SettingError(ValueError):
+    """A user's setting that a scheduler does not have, in one line that begins with the setting's name."""
+
+
 class SchedulerFacts(NamedTuple):
     """A discrete schedule has ``alphas_cumprod`` (``[T]``); a flow has what follows it, and no ``alphas_cumprod``."""
 
     prediction_type: str
-    num_train_timesteps: int
     alphas_cumprod: Tensor | None = None
+    num_train_timesteps: Any = None
     shift: float = 1.0
     shift_terminal: float | None = None
     invert_sigmas: bool = False
@@ -65,13 +71,15 @@ def read_scheduler(scheduler: Any, shift: float | None = None, image_seq_len: in
         image_seq_len: Number of the image's tokens, which ``use_dynamic_shifting`` makes the shift of.
 
     Raises:
-        TypeError: A number of the wrong type.
+        TypeError: A number of the wrong type, or a class in place of a scheduler.
         ValueError: A scheduler that is not modelled, or an option of it that is not.
     """
+    if isinstance(scheduler, type):
+        raise TypeError(f"scheduler is the class {scheduler.__name__}: expected an instance")
     name, config = type(scheduler).__name__, getattr(scheduler, "config", None)
 
     def option(key: str, default: Any = None) -> Any:
-        return getattr(config, key, default)
+        return _option(config, key, default)
 
     if not _is_flow(scheduler):
         table = getattr(scheduler, "alphas_cumprod", None)
@@ -81,10 +89,10 @@ def read_scheduler(scheduler: Any, shift: float | None = None, image_seq_len: in
             expected = f"expected one with alphas_cumprod or use_flow_sigmas, or {', '.join(_FLOW)}"
             raise ValueError(f"scheduler {name} is not modelled, {reason}: {expected}")
         if shift is not None:
-            raise ValueError(f"shift={shift!r}: expected None, {name} is not a flow schedule here")
+            raise SettingError(f"shift={shift!r}: leave it out, {name} has no flow schedule")
         if option("timestep_type") == "continuous":
             raise ValueError(f"{name} has timestep_type='continuous': expected 'discrete' timesteps")
-        return SchedulerFacts(option("prediction_type", "epsilon"), int(option("num_train_timesteps")), table)
+        return SchedulerFacts(option("prediction_type", "epsilon"), table)
 
     for key in _UNMODELLED_FLOW_OPTIONS:
         if option(key):
@@ -98,11 +106,37 @@ def read_scheduler(scheduler: Any, shift: float | None = None, image_seq_len: in
         shift = scheduler.shift if hasattr(type(scheduler), "shift") else option("shift", 1.0)
     return SchedulerFacts(
         option("prediction_type", "flow"),
-        int(option("num_train_timesteps")),
+        num_train_timesteps=option("num_train_timesteps"),
         shift=shift,
         shift_terminal=option("shift_terminal") or None,  # diffusers takes 0 for none
         invert_sigmas=bool(option("invert_sigmas", False)),
     )
+
+
+def setting_changes(scheduler: Any, prediction_type: str | None = None, shift: float | None = None) -> dict[str, Any]:
+    """Options for ``type(scheduler).from_config(scheduler.config, ...)`` that make a user's settings its own.
+
+    Arguments and errors are those of :func:`with_settings`.
+    """
+    name, config, kind = type(scheduler).__name__, scheduler.config, "flow" if _is_flow(scheduler) else "discrete"
+    changes: dict[str, Any] = {}
+    if prediction_type is not None:
+        has_option = _option(config, "prediction_type") is not None
+        expected = PREDICTIONS[kind] if has_option else ("flow_prediction" if kind == "flow" else "epsilon",)
+        if prediction_type not in expected:
+            *others, last = map(repr, expected)
+            choice = f"{', '.join(others)} or {last}" if others else last
+            raise SettingError(f"prediction_type={prediction_type!r}: expected {choice}, {name} has no other")
+        if has_option:
+            changes["prediction_type"] = prediction_type
+    if shift is not None:
+        check_positive("shift", shift)
+        if kind != "flow":
+            raise SettingError(f"shift={shift!r}: leave it out, {name} has no flow schedule")
+        changes["flow_shift" if _option(config, "use_flow_sigmas") else "shift"] = shift
+        if _option(config, "use_dynamic_shifting"):
+            changes["use_dynamic_shifting"] = False
+    return changes
 
 
 def with_settings(scheduler: Any, prediction_type: str | None = None, shift: float | None = None) -> Any:
@@ -114,23 +148,31 @@ def with_settings(scheduler: Any, prediction_type: str | None = None, shift: flo
         shift: ``k`` of a flow; dynamic shifting is then off.
 
     Raises:
-        TypeError, ValueError: A setting that the scheduler does not have, or a ``shift`` that is not finite and > 0.
+        SettingError: A setting that the scheduler does not have.
+        TypeError, ValueError: A ``shift`` that is not finite and > 0.
     """
-    name, config, flow = type(scheduler).__name__, scheduler.config, _is_flow(scheduler)
-    changes: dict[str, Any] = {}
-    if prediction_type is not None:
-        own = "flow_prediction" if flow else "epsilon"  # of those without the option
-        if "prediction_type" in config:
-            changes["prediction_type"] = prediction_type
-        elif prediction_type != own:
-            raise ValueError(f"prediction_type={prediction_type!r}: expected {own!r}, {name} samples no other")
-    if shift is not None:
-        check_positive("shift", shift)
-        if not flow:
-            raise ValueError(f"shift={shift!r}: expected None, {name} is not a flow schedule here")
-        changes["flow_shift" if getattr(config, "use_flow_sigmas", False) else "shift"] = shift
-        changes["use_dynamic_shifting"] = False
-    return type(scheduler).from_config(config, **changes) if changes else scheduler
+    changes = setting_changes(scheduler, prediction_type, shift)
+    return type(scheduler).from_config(scheduler.config, **changes) if changes else scheduler
+
+
+def check_sampler(scheduler: Any) -> None:
+    """Raises SettingError where the scheduler would not draw samples with the ``prediction_type`` it is set to."""
+    trial, zeros = type(scheduler).from_config(scheduler.config), torch.zeros(1, 1, 1, 1)
+    try:
+        trial.set_timesteps(10)  # some have other formulas for their first steps
+        with torch.random.fork_rng(devices=[]):
+            for timestep in trial.timesteps:
+                trial.step(trial.scale_model_input(zeros, timestep), timestep, zeros)
+    except Exception as error:  # others are about arguments that a pipeline gives and this trial does not
+        if "prediction_type" in str(error):
+            given = _option(scheduler.config, "prediction_type")
+            message = f"expected another, {type(scheduler).__name__} draws no samples with it"
+            raise SettingError(f"prediction_type={given!r}: {message}") from error
+
+
+def _option(config: Any, key: str, default: Any = None) -> Any:
+    """Of diffusers' configurations, whose keys are attributes too, and of plain ones of either kind."""
+    return config.get(key, default) if isinstance(config, Mapping) else getattr(config, key, default)
 
 
 def _bases(scheduler: Any) -> list[str]:
@@ -140,7 +182,7 @@ def _bases(scheduler: Any) -> list[str]:
 def _is_flow(scheduler: Any) -> bool:
     """``use_flow_sigmas`` is an option of schedulers that have ``alphas_cumprod`` as well, and of refused ones."""
     names, config = _bases(scheduler), getattr(scheduler, "config", None)
-    solver = getattr(config, "use_flow_sigmas", False) and not any(name in _REFUSED for name in names)
+    solver = _option(config, "use_flow_sigmas", False) and not any(name in _REFUSED for name in names)
     return config is not None and (bool(solver) or any(name in _FLOW for name in names))
 
 
@@ -149,17 +191,22 @@ def _dynamic_shift(name: str, config: Any, image_seq_len: int | None) -> float:
 
     μ is linear in the number of tokens; k is exp(μ), or with ``time_shift_type="linear"`` μ itself.
     """
-    linear = getattr(config, "time_shift_type", "exponential") == "linear"
+    linear = _option(config, "time_shift_type", "exponential") == "linear"
+    formula = "mu" if linear else "exp(mu)"
     if image_seq_len is None:
         raise ValueError(
             f"{name} has use_dynamic_shifting=True: expected image_seq_len=, the number of tokens of the resolution "
-            f"trained on, or shift=, which is {'mu' if linear else 'exp(mu)'} there"
+            f"trained on, or shift=, which is {formula} there"
         )
     check_count("image_seq_len", image_seq_len, 1)
-    base, most = getattr(config, "base_image_seq_len", 256), getattr(config, "max_image_seq_len", 4096)
-    low, high = getattr(config, "base_shift", 0.5), getattr(config, "max_shift", 1.15)
+    base, most = _option(config, "base_image_seq_len", 256), _option(config, "max_image_seq_len", 4096)
+    low, high = _option(config, "base_shift", 0.5), _option(config, "max_shift", 1.15)
     if base == most:
         raise ValueError(f"{name} has base_image_seq_len={base!r}: expected another than max_image_seq_len")
     slope = (high - low) / (most - base)
-    mu = image_seq_len * slope + (low - slope * base)
-    return float(mu) if linear else math.exp(mu)
+    try:
+        mu = image_seq_len * slope + (low - slope * base)
+        return float(mu) if linear else math.exp(mu)
+    except OverflowError as error:
+        message = f"expected fewer tokens, the shift {formula} is not finite"
+        raise ValueError(f"image_seq_len={image_seq_len}: {message}") from error

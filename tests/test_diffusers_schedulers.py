@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import diffusers
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.previous_level import markdown, rows
 from sipo import NoiseSchedule
-from sipo.diffusers_schedulers import with_settings
+from sipo.diffusers_schedulers import SettingError, check_sampler, with_settings
 
 BY_NAME = {case.name: case for case in load_ratio_scales()}
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -369,6 +369,48 @@ def test_how_far_the_previous_level_is_off_is_what_the_page_says() -> None:
     assert sum(max(each) - min(each) < 1e-3 for each in factors.values()) >= 4
 
 
+@pytest.mark.parametrize("config", [{"prediction_type": "v_prediction"}, {}])
+def test_a_scheduler_of_another_library(config: dict[str, Any]) -> None:
+    """With a dictionary for a configuration, and the table for its length."""
+
+    class Theirs:
+        alphas_cumprod = np.linspace(0.99, 0.01, 100)
+
+    scheduler: Any = Theirs()
+    scheduler.config = config
+    schedule = NoiseSchedule.from_scheduler(scheduler, 10)
+    assert (schedule.prediction_type, schedule.num_train_timesteps) == (config.get("prediction_type", "epsilon"), 100)
+    flow = FlowMatchEulerDiscreteScheduler()
+    flow.config = flow.config | {"num_train_timesteps": 500}
+    found = NoiseSchedule.from_scheduler(flow)
+    assert (found.kind, found.shift, found.num_train_timesteps) == ("flow", 3.0, 500)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "prediction", "message"),
+    [
+        ("PNDMScheduler", "sample", "prediction_type='sample': expected another, PNDMScheduler draws no"),
+        ("EulerAncestralDiscreteScheduler", "sample", "DiscreteScheduler draws no samples with it"),
+        ("PNDMScheduler", "v_prediction", None),
+        ("DDIMScheduler", "sample", None),
+        ("DDPMScheduler", "sample", None),  # which draws noise
+        ("CogVideoXDPMScheduler", "v_prediction", None),  # whose step takes other arguments
+    ],
+)
+def test_a_sampler_that_would_refuse_is_found_out_beforehand(
+    scheduler: str, prediction: str, message: str | None
+) -> None:
+    changed = with_settings(getattr(diffusers, scheduler)(**SD), prediction)
+    before = torch.get_rng_state()
+    if message is None:
+        check_sampler(changed)
+        assert torch.equal(torch.get_rng_state(), before)
+        return
+    with pytest.raises(SettingError) as caught:
+        check_sampler(changed)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_subclass_of_a_scheduler() -> None:
     class MyScheduler(diffusers.DDPMScheduler):
         pass
@@ -390,6 +432,12 @@ def test_a_table_changed_by_hand_is_taken_as_it_is() -> None:
 
 class NotAScheduler:
     config = None
+
+
+class FlowMatchEulerDiscreteScheduler:
+    """One of another library, under a name that is known."""
+
+    config: ClassVar[dict[str, Any]] = {"shift": 3.0}
 
 
 read, DYNAMIC = NoiseSchedule.from_scheduler, diffusers.FlowMatchEulerDiscreteScheduler
@@ -421,12 +469,33 @@ ERRORS: list[tuple[Any, type, str]] = [
         ValueError,
         "num_inference_steps=1 with shift_terminal: expected at least 2",
     ),
-    (lambda: with_settings(diffusers.DDPMScheduler(), shift=3.0), ValueError, "shift=3.0: expected None"),
+    (lambda: read(diffusers.DDPMScheduler), TypeError, "scheduler is the class DDPMScheduler: expected an instance"),
+    (
+        lambda: read(DYNAMIC(use_dynamic_shifting=True), image_seq_len=10**9),
+        ValueError,
+        "image_seq_len=1000000000: expected fewer tokens, the shift exp(mu) is not finite",
+    ),
+    (
+        lambda: read(DYNAMIC(use_dynamic_shifting=True, time_shift_type="linear"), image_seq_len=10**400),
+        ValueError,
+        "expected fewer tokens, the shift mu is not finite",
+    ),
+    (lambda: read(FlowMatchEulerDiscreteScheduler()), TypeError, "num_train_timesteps=None is a NoneType"),
+    (
+        lambda: with_settings(diffusers.DDPMScheduler(), shift=3.0),
+        ValueError,
+        "shift=3.0: leave it out, DDPMScheduler has no flow schedule",
+    ),
+    (
+        lambda: with_settings(diffusers.DDPMScheduler(), "flow_prediction"),
+        ValueError,
+        "prediction_type='flow_prediction': expected 'epsilon', 'v_prediction' or 'sample', DDPMScheduler has no other",
+    ),
     (lambda: with_settings(DYNAMIC(), shift=0.0), ValueError, "shift=0.0: expected a finite number > 0"),
     (
         lambda: with_settings(DYNAMIC(), "epsilon"),
         ValueError,
-        "prediction_type='epsilon': expected 'flow_prediction', FlowMatchEulerDiscreteScheduler samples no other",
+        "prediction_type='epsilon': expected 'flow_prediction', FlowMatchEulerDiscreteScheduler has no other",
     ),
     *[
         (
@@ -447,14 +516,14 @@ ERRORS: list[tuple[Any, type, str]] = [
     (
         lambda: read(diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True)),
         ValueError,
-        "prediction_type='epsilon': expected one of flow, sample for a flow schedule",
+        "prediction_type='epsilon': expected one of flow_prediction, sample for a flow schedule",
     ),
     (
         lambda: read(diffusers.EulerDiscreteScheduler(timestep_type="continuous")),
         ValueError,
         "timestep_type='continuous'",
     ),
-    (lambda: read(diffusers.DDPMScheduler(), shift=3.0), ValueError, "shift=3.0: expected None"),
+    (lambda: read(diffusers.DDPMScheduler(), shift=3.0), ValueError, "shift=3.0: leave it out, DDPMScheduler has no"),
     (
         lambda: read(diffusers.DDPMScheduler(), 0),
         ValueError,
