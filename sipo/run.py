@@ -39,7 +39,7 @@ from sipo.data.references import References, open_references, precompute_referen
 from sipo.data.summary import CacheSummary
 from sipo.data.toy import make_toy_pairs
 from sipo.data.weights import PLACE, weight_hashes
-from sipo.diffusers_schedulers import with_settings
+from sipo.diffusers_schedulers import SettingError, setting_changes, with_settings
 from sipo.families import Family, get
 from sipo.families.toy import build_toy
 from sipo.families.tuning import adapter_off, freeze, frozen_copy, prepare_full, prepare_lora
@@ -103,6 +103,11 @@ class Run:
             options = {"network": network, "verify": verify and main}
             return weight_hashes(self.family, self.model_path, self.config.model, self.cache, **options)
 
+    def scheduler_changes(self) -> dict[str, Any]:
+        """Options of the model's scheduler that the configuration sets otherwise."""
+        scheduler = self.family.load_scheduler(self.model_path, **_hub(self.config.model))
+        return setting_changes(scheduler, self.config.model.prediction_type, self.config.model.shift)
+
     def load_encoders(self) -> Any:
         """The pipeline without its network, on the CPU."""
         dtype = getattr(torch, self.config.model.dtype)
@@ -160,7 +165,11 @@ def open_run(config: Config, accelerator: Accelerator | None = None) -> Run:
             )
     steps = config.loss.num_inference_steps or DEFAULT_INFERENCE_STEPS
     settings: dict[str, Any] = {"prediction_type": model.prediction_type, "shift": model.shift, **_hub(model)}
-    schedule = family.load_schedule(model_path, steps, sizes=data.sizes, **settings)
+    sampled = bool(config.samples.prompts)
+    try:
+        schedule = family.load_schedule(model_path, steps, sampled=sampled, sizes=data.sizes, **settings)
+    except SettingError as error:
+        raise ConfigError(f"model.{error}") from error
     return Run(config, family, accelerator, model_path, data_path, schedule)
 
 

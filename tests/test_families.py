@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sipo.diffusers_schedulers import SettingError
 from sipo.families import FAMILIES, get
 from sipo.families.base import network_dtype, unwrapped
 from sipo.families.toy import build_toy
@@ -331,13 +332,16 @@ def test_schedule_with_a_users_settings() -> None:
     assert load("sd3", shift=5.0).shift == 5.0
     assert load("wan", shift=5.0, prediction_type="flow_prediction", sizes=[(64, 64)]).shift == 5.0
     for toy, settings, message in (
-        ("sd15", {"shift": 3.0}, "shift=3.0: expected None, PNDMScheduler is not a flow schedule"),
-        ("sd15", {"prediction_type": "flow_prediction"}, "prediction_type='flow': expected one of epsilon"),
+        ("sd15", {"shift": 3.0}, "shift=3.0: leave it out, PNDMScheduler has no flow"),
+        ("sd15", {"prediction_type": "flow_prediction"}, "prediction_type='flow_prediction': expected 'epsilon', 'v_"),
         ("sd3", {"prediction_type": "epsilon"}, "prediction_type='epsilon': expected 'flow_prediction'"),
-        ("wan", {"prediction_type": "epsilon"}, "prediction_type='epsilon': expected one of flow, sample"),
+        ("wan", {"prediction_type": "epsilon"}, "prediction_type='epsilon': expected 'flow_prediction' or 'sample'"),
     ):
-        with pytest.raises(ValueError, match="^" + re.escape(f"{folder_of(toy)}: {message}")):
+        with pytest.raises(SettingError, match="^" + re.escape(message)):
             load(toy, **settings)
+    assert load("sd15", prediction_type="sample").prediction_type == "sample"
+    with pytest.raises(SettingError, match=r"^prediction_type='sample': expected another, PNDMScheduler draws no"):
+        load("sd15", prediction_type="sample", sampled=True)
 
 
 def test_dynamic_shift_goes_by_the_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sipo import SIPOLoss
 from sipo.config import Config, DataConfig, LoraConfig, LossConfig, ModelConfig
+from sipo.diffusers_schedulers import setting_changes, with_settings
 from sipo.families import FAMILIES, get
 from sipo.families.base import evaluating
 from sipo.families.card import model_card
@@ -387,6 +388,33 @@ def test_the_card_says_what_was_done() -> None:
     assert "text-to-video" in full and "| `transformer/`, here | diffusers |" in full and "export" not in full
     cog = card_of("cogvideox", "THUDM/CogVideoX-2b", "lora")
     assert "export RUN --format comfyui" in cog and "kohya" not in cog
+    assert not any("scheduler" in text for text in (card, full, cog))
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+@pytest.mark.parametrize(
+    ("toy", "settings", "row"),
+    [
+        ("sd15", {"prediction_type": "v_prediction"}, "prediction_type='v_prediction'"),
+        ("wan", {"shift": 5.0, "prediction_type": "sample"}, "prediction_type='sample', flow_shift=5.0"),
+        ("sd3", {"shift": 5.0}, "shift=5.0"),
+    ],
+)
+def test_the_cards_code_samples_as_the_run_did(
+    toy: str, settings: dict[str, Any], row: str, tuning: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a prediction type or shift that the base's own scheduler has otherwise, samples would come out wrong."""
+    family, network = get(toy), lora_network(toy) if tuning == "lora" else get(toy).load_network(folder_of(toy))
+    (save_lora if tuning == "lora" else save_full)(family, network, tmp_path)
+    scheduler = family.load_scheduler(folder_of(toy))
+    config = configuration(toy, "toy", tuning)
+    changes = setting_changes(scheduler, settings.get("prediction_type"), settings.get("shift"))
+    card = model_card(family, config, beta=1.0, pairs=12, data_hash="a", steps=7, scheduler=changes)
+    assert f"| scheduler | {row} |" in card
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(card.partition("```python\n")[2].partition("```")[0], names)
+    assert dict(names["pipeline"].scheduler.config) == dict(with_settings(scheduler, **settings).config)
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])

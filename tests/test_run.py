@@ -319,12 +319,14 @@ def test_other_options_train(shared: Path, tmp_path: Path) -> None:
     more = ["model.dtype=bfloat16", "training.mixed_precision=bf16", "model.gradient_checkpointing=true"]
     more += ["training.lr_schedule=cosine", "training.caption_dropout=0.5", "training.timestep_sampling=informative"]
     more += ["training.skip_inactive=true", "data.flip=true", "data.tiling=true", "data.crop=random"]
-    more += ["loss.method=dpo_cm"]
+    more += ["loss.method=dpo_cm", "model.prediction_type=v_prediction"]
     train("sd15", *options(tmp_path, 4, *more))
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     rates = [line["learning_rate"] for line in lines]
     assert rates == sorted(rates, reverse=True) and rates[-1] < 0.5 * rates[0]
     assert all(0 < line["timestep_share"] <= 1 and line["nonfinite_steps"] == 0 for line in lines)
+    card = (tmp_path / "run" / "weights" / "README.md").read_text()
+    assert "from_config(pipeline.scheduler.config, prediction_type='v_prediction')\n" in card
 
 
 # ---- Processes: killed, and two at once ----
@@ -424,8 +426,9 @@ def test_two_processes_are_one_with_twice_the_batch(shared: Path, tmp_path: Path
         (["model.path=nowhere"], "nowhere"),
         (["data.path=nowhere.jsonl"], "nowhere.jsonl"),
         (["data.frames=9"], "data.frames=9: expected 1, sd15 makes images"),
-        (["model.shift=3"], "shift=3.0: expected None, PNDMScheduler is not a flow schedule"),
-        (["model.prediction_type=flow_prediction"], "prediction_type='flow': expected one of epsilon, v_prediction"),
+        (["model.shift=3"], "model.shift=3.0: leave it out, PNDMScheduler has no flow schedule"),
+        (["model.prediction_type=flow_prediction"], "model.prediction_type='flow_prediction': expected 'epsilon', 'v_"),
+        (["model.prediction_type=sample"], "model.prediction_type='sample': expected another, PNDMScheduler draws no"),
         (["data.sizes=[[33, 32]]"], "33"),
         (["data.held_out=32"], "data.held_out=32: expected at least 0 and fewer than the 32 pairs there are"),
         (["loss.method=ppo"], "loss.method='ppo': expected one of diffusion_dpo, dpo_cm, sipo, sdpo"),

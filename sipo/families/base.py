@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sipo.diffusers_schedulers import with_settings
+from sipo.diffusers_schedulers import SettingError, check_sampler, with_settings
 from sipo.schedule import DEFAULT_INFERENCE_STEPS, NoiseSchedule
 
 Condition = dict[str, Tensor]
@@ -107,6 +107,7 @@ class Family(ABC):
         *,
         prediction_type: str | None = None,
         shift: float | None = None,
+        sampled: bool = False,
         sizes: Sequence[tuple[int, int]] = (),
         **options: Any,
     ) -> NoiseSchedule:
@@ -117,31 +118,29 @@ class Family(ABC):
             num_inference_steps: steps of the sampler.
             prediction_type, shift: in place of the scheduler's own, see
                 :func:`sipo.diffusers_schedulers.with_settings`.
+            sampled: whether samples are drawn with that ``prediction_type``, of which some schedulers can do a part.
             sizes: heights and widths in pixels that are trained at; dynamic shifting depends on them.
             options: as for :meth:`load_network`.
 
         Raises:
-            FileNotFoundError, ValueError: as for :meth:`load_network`; a scheduler that is not modelled, a setting that
-                it does not have, or sizes that it shifts differently.
+            FileNotFoundError, ValueError: as for :meth:`load_network`; a scheduler that is not modelled, or sizes that
+                it shifts differently.
+            SettingError: a setting that the scheduler does not have.
         """
-        import diffusers
-
-        index = self._index(path, options)
-        self._check_index(path, index)
-        library, class_name = (index.get("scheduler") or (None, None))[:2]
-        scheduler_class = getattr(diffusers, str(class_name), None) if library == "diffusers" else None
-        if scheduler_class is None:
-            raise ValueError(f"{path}: its scheduler is {class_name!r}, expected one of diffusers'")
+        own = self.load_scheduler(path, **options)
+        class_name = type(own).__name__
         try:
-            with _one_line(path):
-                scheduler = scheduler_class.from_pretrained(str(path), subfolder="scheduler", **_hub(options))
-            scheduler = with_settings(scheduler, prediction_type, shift)
+            scheduler = with_settings(own, prediction_type, shift)
+            if sampled and scheduler is not own:
+                check_sampler(scheduler)
             schedules = [
                 NoiseSchedule.from_scheduler(scheduler, num_inference_steps, image_seq_len=length)
                 for length in [self.image_seq_len(*size) for size in sizes] or [None]
             ]
-        except (ImportError, ValueError) as error:  # some schedulers need a library of their own
-            raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+        except SettingError:
+            raise
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
         schedule = schedules[0]
         for size, other in zip(sizes, schedules, strict=False):
             if other.shift != schedule.shift:
@@ -158,6 +157,22 @@ class Family(ABC):
             found = schedule.num_train_timesteps
             raise ValueError(f"{path}: its {class_name} has {found} timesteps, expected {self.flow_timesteps}")
         return schedule
+
+    def load_scheduler(self, path: str | Path, **options: Any) -> Any:
+        """The model's scheduler, as it is saved. Arguments and errors as for :meth:`load_network`."""
+        import diffusers
+
+        index = self._index(path, options)
+        self._check_index(path, index)
+        library, class_name = (index.get("scheduler") or (None, None))[:2]
+        scheduler_class = getattr(diffusers, str(class_name), None) if library == "diffusers" else None
+        if scheduler_class is None:
+            raise ValueError(f"{path}: its scheduler is {class_name!r}, expected one of diffusers'")
+        try:
+            with _one_line(path):
+                return scheduler_class.from_pretrained(str(path), subfolder="scheduler", **_hub(options))
+        except (ImportError, ValueError) as error:  # some schedulers need a library of their own
+            raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
 
     def image_seq_len(self, height: int, width: int) -> int | None:
         """Tokens of an image of that size, which the pipeline's dynamic shifting goes by; ``None`` without any."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path, PurePath
@@ -20,9 +20,19 @@ if TYPE_CHECKING:
 
 _TOY = "toy"  # sipo.config.TOY, which would bring accelerate along
 
+_SCHEDULER = "pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, {})"
+
 
 def model_card(
-    family: Family, config: Config, *, beta: float, pairs: int, data_hash: str, steps: int, date: str | None = None
+    family: Family,
+    config: Config,
+    *,
+    beta: float,
+    pairs: int,
+    data_hash: str,
+    steps: int,
+    scheduler: Mapping[str, Any] | None = None,
+    date: str | None = None,
 ) -> str:
     """What was trained on what, how, and how to load it; with the front matter that the hub reads.
 
@@ -35,6 +45,8 @@ def model_card(
         pairs: that were trained on.
         data_hash: of the data as trained on.
         steps: optimiser steps done.
+        scheduler: options of the scheduler that differ from the base's, which samples follow
+            (:func:`sipo.diffusers_schedulers.setting_changes`).
         date: ISO 8601; today if left out.
 
     Returns:
@@ -68,6 +80,9 @@ def model_card(
         }
     names = ("batch_size", "accumulation", "learning_rate", "weight_decay", "warmup", "mixed_precision", "seed")
     tuned |= {"steps": steps} | {name: getattr(training, name) for name in names}
+    changes = ", ".join(f"{name}={value!r}" for name, value in (scheduler or {}).items())
+    if changes:
+        tuned["scheduler"] = changes
     source = {
         "data": _shown(data.path),
         "split": data.split,
@@ -93,6 +108,7 @@ def model_card(
         "",
         "```python",
         *_loading(family, model.path, lora),
+        *([_SCHEDULER.format(changes)] if changes else []),
         "```",
         "",
         *_table("Files", _files(family, lora)),
