@@ -1,6 +1,6 @@
 """Noise schedules: α and σ, training targets and the scale of the importance ratio (docs/math.md §3).
 
-The formulas are in ``levels.py``. Needs torch alone: ``diffusers_schedulers.py`` goes by class names.
+The formulas are in ``levels.py``. Needs torch alone: ``diffusers_schedulers.py`` recognises classes by their names.
 """
 
 from __future__ import annotations

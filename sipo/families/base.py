@@ -175,7 +175,7 @@ class Family(ABC):
             raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
 
     def image_seq_len(self, height: int, width: int) -> int | None:
-        """Tokens of an image of that size, which the pipeline's dynamic shifting goes by; ``None`` without any."""
+        """Tokens of an image of that size, for the pipeline's dynamic shifting; ``None`` where it has none."""
         return None
 
     def _index(self, path: str | Path, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -44,7 +44,7 @@ from sipo.training.validation import OnValidation, Validation
 from sipo_kernels import METRICS, Totals
 
 ASKED = ("cpu",)
-"""Devices that are asked for a number at each step, as that does not make anybody wait there. Tests empty it."""
+"""Devices that a number is read from at each step, as that takes no synchronisation there. Tests empty it."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def train(
         offload_reference: keep a frozen copy in host memory while it is not running.
         identity: JSON values that a resumed run must share with the one it goes on from, beside the configuration's.
         mismatch: what to do where policy and reference differ before the first step by more than their types round
-            (docs/math.md §8): "warn", or "raise" before any weight moves, for runs that start both from the same
+            (docs/math.md §8): "warn", or "raise" before any weight moves, for runs where both start from the same
             weights. ``alarms="off"`` does neither.
 
     Returns:
@@ -377,7 +377,7 @@ class _Run:
     def _log(self, recorder: Recorder, step: int, rate: float, request: StopRequest) -> bool:
         """Writes a line; returns whether a process was asked to stop, or an alarm is to."""
         asked = torch.full((1,), float(bool(request.signal)), dtype=torch.float32, device=self.device)
-        # Not at the first and last line: what is drawn next must not hang on where a run began or ended.
+        # Not at the first and last line: what is drawn next must not depend on where a run began or ended.
         informative = self.informative if step % self.config.log_every == 0 else None
         windows = [taker.window.flatten() for taker in (informative, self.statistics) if taker is not None]
         metrics, row, (stop, *sums) = self.window.read(self.accelerator, torch.cat([asked, *windows]))
