@@ -49,7 +49,7 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What is trained, and what it is held near to.
+    """The network that is trained, and its reference.
 
     Attributes:
         family: see ``sipo.families.FAMILIES``.

@@ -238,8 +238,8 @@ def save(
             state = {**network.state_dict(), **state}
         writer(family, network, folder, state=state)
         beta = loss_fn.default_beta(5 if family.video else 4) if loss_fn.beta is None else loss_fn.beta
-        options = {"pairs": pairs, "data_hash": data_hash, "steps": result.steps, "scheduler": run.scheduler_changes()}
-        card = model_card(family, config, beta=beta, **options)
+        options: dict[str, Any] = {"pairs": pairs, "data_hash": data_hash, "steps": result.steps}
+        card = model_card(family, config, beta=beta, scheduler=run.scheduler_changes(), **options)
         write_aside(folder / "README.md", card)
     accelerator.wait_for_everyone()
     return folder

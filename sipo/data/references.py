@@ -107,7 +107,7 @@ def reference_marks(config: Config, whole: torch.dtype | None = None) -> dict[st
         whole: see :func:`sipo.training.sharded.whole_dtype`.
     """
     marks = {name: getattr(config.model, name) for name in ("family", "path", "revision", "variant")}
-    # One that predicts as the policy does has the policy's type: in which it is held changes no error.
+    # One that predicts as the policy does has the policy's type: the storage type does not change the errors.
     dtype = policy_dtype(config) if differing_types(config) is None else reference_dtype(config)
     if whole is not None:
         dtype = f"{str(whole).removeprefix('torch.')}, norms too"

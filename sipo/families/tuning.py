@@ -110,9 +110,9 @@ def frozen_copy(network: nn.Module, dtype: torch.dtype | None = None) -> nn.Modu
         others = (module for module in modules if type(module) not in _AUTOCAST)
         kept = {id(parameter) for module in others for parameter in module.parameters(recurse=False)}
         for module in modules:
-            if type(module) in _AUTOCAST and id(module.weight) not in kept:
-                weight = nn.Parameter(module.weight.detach().to(dtype, copy=True), requires_grad=False)
-                rounded[id(module.weight)] = weight
+            weight = module._parameters.get("weight") if type(module) in _AUTOCAST else None
+            if weight is not None and id(weight) not in kept:
+                rounded[id(weight)] = nn.Parameter(weight.detach().to(dtype, copy=True), requires_grad=False)
     return freeze(copy.deepcopy(network, rounded))
 
 

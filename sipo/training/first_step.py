@@ -15,7 +15,7 @@ NAMES = ("start_difference", "start_logit")
 """Names in the first log line (docs/math.md §8)."""
 
 # How far two passes of one network differ where other kernels run, each with roundings of its own: 1.2 times the type's
-# eps for the 860 million weights of SD1.5 in bfloat16 and float16, 7 times in float32. The limits are larger, for deeper
+# eps for the 860 million weights of SD1.5 in bfloat16 and float16, 7 times in float32. The limits leave room for deeper
 # networks. A GPU may multiply float32 in TF32, which has as many digits as float16.
 _ROUNDING = {
     torch.bfloat16: 4 * torch.finfo(torch.bfloat16).eps,
