@@ -781,7 +781,8 @@ def test_files_of_a_model_that_are_read(place: Place) -> None:
         return set(weight_hashes(get("sd15"), str(model), config, place.cache, network=network))
 
     weights = "unet/diffusion_pytorch_model"
-    for name in ("unet/lora.safetensors", "unet/old/model.safetensors", "text_encoder/notes.txt", "vae/notes.json"):
+    unread = ["unet/lora.safetensors", "unet/model_ema.safetensors", "unet/old/model.safetensors", "vae/notes.json"]
+    for name in [*unread, "text_encoder/notes.txt"]:
         (model / name).parent.mkdir(exist_ok=True)
         (model / name).write_bytes(b"{}")  # which nothing reads
     assert names(None, True) == {"unet/config.json", f"{weights}.safetensors"}

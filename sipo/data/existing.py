@@ -222,8 +222,8 @@ def stop(row: int, kind: str, reason: str, change: str = "") -> BadPair:
         change: why it is encoded anew, if it is.
     """
     before = f"the data has changed ({change}) and is encoded anew, but " if change else ""
-    remedy = "data.skip_bad=true leaves such pairs out and counts them; `sipo data check` lists them"
-    return BadPair(kind, f"{before}row {row}: {reason} ({remedy})")
+    remedy = "(data.skip_bad=true leaves such pairs out and counts them; `sipo data check` lists them)"
+    return BadPair(kind, f"{before}row {row}: {reason} {remedy}")
 
 
 def stop_at_skipped(shards: Iterable[dict[str, Any]], settings: DataConfig) -> None:

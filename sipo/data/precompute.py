@@ -135,8 +135,8 @@ def precompute_pairs(
     Raises:
         BadPair: without ``settings.skip_bad``, a pair that cannot be used. What was finished stays.
         CacheError: the folder holds a cache of other settings, or one of another ``data.path`` whose pairs are other
-            ones; a change, where they are refused; a shard whose files are all missing, where it has changed or is to be
-            verified; no pair can be used.
+            ones; a change, where they are refused; a shard whose files are all missing, where it has changed or is to
+            be verified; no pair can be used.
         DataError: a source that cannot be read.
         ValueError: a setting out of its range; a size that the family cannot take; rows of the source that do not grow.
     """
