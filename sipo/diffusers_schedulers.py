@@ -157,7 +157,7 @@ def with_settings(scheduler: Any, prediction_type: str | None = None, shift: flo
 
 def check_sampler(scheduler: Any) -> None:
     """Raises SettingError where the scheduler would not draw samples with the ``prediction_type`` it is set to."""
-    trial, zeros = type(scheduler).from_config(scheduler.config), torch.zeros(1, 1, 1, 1)
+    trial, zeros = type(scheduler).from_config(scheduler.config), torch.zeros(1, 1, 1, 1, dtype=torch.float32)
     try:
         trial.set_timesteps(10)  # some have other formulas for their first steps
         with torch.random.fork_rng(devices=[]):
