@@ -50,7 +50,7 @@ class PairLossOutput(NamedTuple):
     numbers: Tensor | None = None
 
     def finite_pairs(self) -> Tensor:
-        """``[B]`` bool: pairs whose errors, gaps, weights, logits and losses (of ``"ipo"``: z²) are finite here (§8)."""
+        """``[B]`` bool: pairs whose errors, gaps, weights, logits and losses (z² of ``"ipo"``) are finite here (§8)."""
         sample = torch.isfinite(self.model_error) & torch.isfinite(self.reward_gap) & torch.isfinite(self.weight)
         winner, loser = sample.chunk(2)
         penalty = (self.logits - 0.5).square() if self.link == "ipo" else self.logits
