@@ -151,6 +151,10 @@ def _read_image(source: Path | bytes) -> Media | None:
                 raise ValueError(f"has mode {image.mode}, expected 8 bits a channel")
             upright = ImageOps.exif_transpose(image)
             transparent = upright.has_transparency_data
+            if transparent and upright.mode == "1":  # older Pillow keeps no transparency of such an image
+                key = upright.info["transparency"]
+                upright = upright.convert("L")
+                upright.info["transparency"] = 255 if key else 0
             # RGBA also where a single colour is transparent, or some colours of a palette.
             colours = upright.convert("RGBA" if transparent else "RGB")
     except MediaError:
