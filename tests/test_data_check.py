@@ -97,7 +97,7 @@ def test_clean_sets_have_no_findings(tmp_path: Path) -> None:
 def test_exit_code_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, planted, _ = images(tmp_path / "faulty")
     skipped = sum(kind in SKIPPED for kind in planted.values())
-    for _ in range(2):  # a report of before is replaced, and nothing else
+    for _ in range(2):  # only an earlier report is replaced
         assert run_check(path, frames=1, json_file=tmp_path / "report.json", rows=1, progress=False) == 1
     kept = path.read_bytes()
     with pytest.raises(FileExistsError, match="is there already and not a report of `sipo data check`, expected a new"):

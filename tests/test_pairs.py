@@ -370,8 +370,13 @@ def test_errors_of_latents_that_have_changed_are_not_used(tmp_path: Path) -> Non
     reader = Records.make()
     reader.records[5] = replace(reader.records[5], chosen=reader.records[3].chosen)
     build(tmp_path, reader)
-    changed = CachedPairs(open_cache(tmp_path))
-    with pytest.raises(DamagedError, match=r"errors-00001\.safetensors: computed from other pairs than those"):
+    assert_stale_and_computed_anew(tmp_path, r"errors-00001\.safetensors: computed from other pairs than those")
+
+
+def assert_stale_and_computed_anew(folder: Path, message: str) -> None:
+    """Errors of one shard are refused, and it alone is computed anew."""
+    changed = CachedPairs(open_cache(folder))
+    with pytest.raises(DamagedError, match=message):
         open_references(changed.cache, DISCRETE, **arguments())
     predict = Fails()
     reference_errors(changed, predict=predict)
@@ -386,12 +391,7 @@ def test_errors_follow_the_prompt_where_no_file_of_tensors_has_changed(tmp_path:
     reader.records[2] = replace(reader.records[2], prompt=reader.records[3].prompt)  # of the same shard of text
     build(tmp_path, reader)
     assert {name: data for name, data in files(tmp_path).items() if name.endswith("safetensors")} == tensors
-    changed = CachedPairs(open_cache(tmp_path))
-    with pytest.raises(DamagedError, match=r"errors-00000\.safetensors: computed from other pairs"):
-        open_references(changed.cache, DISCRETE, **arguments())
-    predict = Fails()
-    reference_errors(changed, predict=predict)
-    assert predict.calls == 3
+    assert_stale_and_computed_anew(tmp_path, r"errors-00000\.safetensors: computed from other pairs")
 
 
 @pytest.mark.parametrize("rows", [8, 16])

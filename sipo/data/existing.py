@@ -153,6 +153,7 @@ class Existing:
         facts = shard.facts
         if facts["source"] != self.source:
             return
+
         def path_of(file: str) -> Path:
             return Path(path_named(file, part.prefix))
 

@@ -38,11 +38,7 @@ from sipo.data.cache import (
     write_json,
     write_shard,
 )
-from sipo.data.changes import (
-    FileRecord,
-    record_file,
-    side_name,
-)
+from sipo.data.changes import FileRecord, record_file, side_name
 from sipo.data.check import BadPair, load_pair
 from sipo.data.existing import (
     FILES_FACT,
@@ -65,6 +61,7 @@ from sipo.training.data import derive_seed
 
 TEXT_BATCH = 16
 """Prompts in one call of the text encoders."""
+
 
 def fingerprint(model: ModelConfig, data: DataConfig, weights: Mapping[str, str] | None = None) -> dict[str, Any]:
     """What the content of a cache depends on beside the pairs, by the names of the configuration's keys; JSON values.

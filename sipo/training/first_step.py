@@ -9,6 +9,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from sipo.training.sharded import HALF_TYPES
+
 Mismatch = Literal["warn", "raise"]
 
 NAMES = ("start_difference", "start_logit")
@@ -23,7 +25,6 @@ _ROUNDING = {
     torch.float32: 1024 * torch.finfo(torch.float32).eps,
     torch.float64: 1024 * torch.finfo(torch.float32).eps,
 }
-_COMPUTED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Roots of errors differ less than predictions do: rounding has no direction, and a relative difference r turns a
 # relative root error e into hypot(e, r). A smaller share would not do at high noise, where e is as small as r.
@@ -85,8 +86,8 @@ class FirstStep:
 
     def _rounding(self, dtype: torch.dtype) -> float:
         if dtype in (torch.float32, torch.float64):
-            dtype = _COMPUTED.get(self.accelerator.mixed_precision, dtype)
-            if dtype not in _COMPUTED.values() and self.accelerator.device.type == "cuda":
+            dtype = HALF_TYPES.get(self.accelerator.mixed_precision, dtype)
+            if dtype not in HALF_TYPES.values() and self.accelerator.device.type == "cuda":
                 dtype = torch.float16
         return _ROUNDING[dtype] * (1.0 if self.same_pass else _ERRORS_SHARE)
 

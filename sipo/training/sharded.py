@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+HALF_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""What ``training.mixed_precision`` computes in, by its name; "no" has none."""
+
 
 def is_deepspeed(accelerator: Accelerator) -> bool:
     """Whether DeepSpeed takes the steps."""
@@ -34,9 +37,7 @@ def whole_dtype(accelerator: Accelerator) -> torch.dtype | None:
     if accelerator.is_fsdp2:
         precision: Any = accelerator.state.fsdp_plugin.mixed_precision_policy
         return None if precision is None else precision.param_dtype
-    if is_deepspeed(accelerator):
-        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
-    return None
+    return HALF_TYPES.get(accelerator.mixed_precision) if is_deepspeed(accelerator) else None
 
 
 def round_whole(reference: nn.Module, accelerator: Accelerator) -> nn.Module:
