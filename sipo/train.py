@@ -16,12 +16,12 @@ from sipo.data.media import write_image_grid, write_video
 from sipo.data.weights import PLACE
 from sipo.families.card import model_card
 from sipo.families.tuning import save_full, save_lora
+from sipo.files import write_aside
 from sipo.loss import SIPOLoss
 from sipo.run import Run, build, datasets, make_loss, open_run, prepare_data
 from sipo.training import TrainingConfig, TrainingResult, gather_weights, is_sharded, train
 from sipo.training import storage as checkpoints
 from sipo.training.first_step import Mismatch
-from sipo.training.logs import write_aside
 
 WEIGHTS = "weights"
 """Folder in ``training.output_dir`` that a run's trained weights are written to, once it has ended."""

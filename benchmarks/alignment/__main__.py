@@ -24,7 +24,7 @@ from benchmarks.alignment.cells import GRIDS
 from benchmarks.alignment.estimates import Results
 from benchmarks.alignment.grid import cell_of, load, run_grid
 from benchmarks.machine import default_device
-from sipo.training.logs import write_aside
+from sipo.files import write_aside
 
 COMMITTED = Path(__file__).parent / "results" / "cells.json"
 

@@ -19,7 +19,7 @@ import torch
 from benchmarks.alignment.cells import Cell
 from benchmarks.alignment.run import measure_base, run_cell
 from benchmarks.machine import commit, default_device, machine
-from sipo.training.logs import write_aside
+from sipo.files import write_aside
 
 
 def load(path: Path) -> dict[str, Any]:

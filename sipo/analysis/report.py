@@ -16,7 +16,8 @@ from sipo.analysis.figures import finite
 from sipo.analysis.page import Page, Picture, image
 from sipo.analysis.verdicts import Finding, judge
 from sipo.diagnostics import MEANS, merge, over_bins, read_statistics, read_steps
-from sipo.training.logs import check_output, pluck, write_aside
+from sipo.files import write_aside
+from sipo.training.logs import check_output, pluck
 from sipo.training.validation import no_preference
 
 REPORT = "report.html"

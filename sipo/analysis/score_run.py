@@ -18,10 +18,11 @@ from sipo.data.pairs import CachedPairs
 from sipo.data.readers import open_pairs
 from sipo.data.records import DataError
 from sipo.families.tuning import load_saved
+from sipo.files import write_aside
 from sipo.run import Run, build, datasets, loss_beta, make_loss, open_run, prepare_data
 from sipo.train import TRAINED_ON, WEIGHTS, trained_on
 from sipo.training.checkpoint import is_weights, weights_change
-from sipo.training.logs import check_output, write_aside
+from sipo.training.logs import check_output
 
 _KINDS = {
     "held-out": "held out of training",

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -33,12 +32,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sipo.families.base import Condition
+from sipo.files import file_hash, save_tensors, write_aside
 from sipo.training.checkpoint import is_weights, weights_change
-from sipo.training.logs import write_aside
 
 # Changes whenever the layout of the files changes, or how pixels and text are encoded.
 FORMAT = 3
@@ -110,15 +108,6 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    state = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            state.update(block)
-    return state.hexdigest()
-
-
 def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
     """Writes a JSON object aside, its hash before it, and renames it.
 
@@ -167,15 +156,10 @@ def write_shard(folder: Path, name: str, tensors: Mapping[str, Tensor], facts: d
         tensors: any types and devices.
         facts: JSON values that go into the JSON file.
     """
-    path, aside = folder / f"{name}.safetensors", folder / f".{name}.safetensors.tmp"
+    path = folder / f"{name}.safetensors"
     # Copies: safetensors refuses tensors that share memory, as a pair's two halves do.
-    plain = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
-    try:
-        save_file(plain, aside)
-        shard = Shard(name, aside.stat().st_size, file_hash(aside), facts)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    save_tensors(path, {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()})
+    shard = Shard(name, path.stat().st_size, file_hash(path), facts)
     write_json(folder / f"{name}.json", shard.as_dict())
     return shard
 

@@ -17,7 +17,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sipo.data.cache import file_hash
+from sipo.files import file_hash
 
 Row = list[Any]
 """``[row, chosen, rejected, problem, whether it has a caption]``; a side is a path or ``sha256:...`` of bytes."""

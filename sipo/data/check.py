@@ -257,7 +257,8 @@ def run_check(
         OSError: a ``json_file`` that is something else.
         ValueError: ``frames``, ``fps``, ``limit`` or ``rows`` make no sense.
     """
-    from sipo.training.logs import check_output, write_aside
+    from sipo.files import write_aside
+    from sipo.training.logs import check_output
 
     _check_options(frames, fps, limit)
     if rows < 0:

@@ -179,7 +179,7 @@ def write_jsonl(records: Iterable[PairRecord], path: str | Path) -> int:
     Raises:
         DataError: a record that is faulty, or whose image is in memory and has no path.
     """
-    from sipo.training.logs import write_aside
+    from sipo.files import write_aside
 
     path = Path(path)
     lines = []

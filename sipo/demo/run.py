@@ -96,8 +96,9 @@ def run_demo(config: DemoConfig, *, progress: bool = True) -> dict[str, Any]:
     from accelerate import Accelerator
 
     from sipo.demo.picture import Facts, Weights, draw
+    from sipo.files import write_aside
     from sipo.training import TrainingConfig, train
-    from sipo.training.logs import step_mean, write_aside
+    from sipo.training.logs import step_mean
 
     base, scheduler = load_base()
     # The ratio's stride is docs/math.md's (50 sampling steps), so that the weights compare with published ones;

@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from sipo.files import save_tensors
 from sipo.training import randomness, sharded, storage
 from sipo.training.config import CheckpointError
 from sipo.training.optimization import Average
@@ -250,7 +251,7 @@ def _process(index: int) -> str:
 def _save_process(path: Path, window: dict[str, Tensor], device: torch.device) -> None:
     tensors, text = randomness.get_state(device)
     tensors.update({f"window.{name}": sharded.host_copy(tensor) for name, tensor in window.items()})
-    save_file(tensors, path, metadata={"host_rng": text})
+    save_tensors(path, tensors, {"host_rng": text})
 
 
 def _load_process(path: Path, device: torch.device) -> dict[str, Tensor]:

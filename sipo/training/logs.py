@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sipo.diagnostics import scalars
+from sipo.files import write_aside
 from sipo.training.config import TrainingConfig
 from sipo_kernels.output import add_metrics
 
@@ -260,7 +260,7 @@ def read_lines(path: Path, kind: str = "training") -> list[dict[str, Any]]:
 
 
 def check_output(path: Path, begins: str, what: str) -> None:
-    """Makes the folder of a file that :func:`write_aside` is to write after long work.
+    """Makes the folder of a file that :func:`sipo.files.write_aside` is to write after long work.
 
     Args:
         path: the file.
@@ -277,16 +277,6 @@ def check_output(path: Path, begins: str, what: str) -> None:
             if file.read(len(begins.encode())) != begins.encode():
                 raise FileExistsError(f"{path}: is there already and not {what}, expected a new file")
     path.parent.mkdir(parents=True, exist_ok=True)
-
-
-def write_aside(path: Path, text: str) -> None:
-    """Writes a text file under a temporary name and renames it, so that nobody ever reads half of it."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _keep_lines(path: Path, last_step: int) -> None:

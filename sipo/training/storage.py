@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sipo.files import file_hash, save_tensors
 from sipo.training.config import CheckpointError, TrainingWarning
 
 FORMAT = 2
@@ -55,8 +56,6 @@ def write(
     Returns:
         The checkpoint's folder.
     """
-    from safetensors.torch import save_file
-
     final = root / f"step-{step:08d}"
     aside = root / f".{final.name}.tmp"
     if accelerator.is_main_process:
@@ -67,10 +66,11 @@ def write(
     own(aside)
     if accelerator.is_main_process:
         for name, tensors in shared.items():
-            save_file(tensors, aside / name)
+            save_tensors(aside / name, tensors)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        files = {path.name: {"bytes": path.stat().st_size, "sha256": _hash(path)} for path in sorted(aside.iterdir())}
+        written = sorted(aside.iterdir())
+        files = {path.name: {"bytes": path.stat().st_size, "sha256": file_hash(path)} for path in written}
         state = {"format": FORMAT, "step": step, "files": files, **state}
         text = json.dumps(state | {"sha256": _digest(state)}, indent=1)
         (aside / STATE).write_text(text, encoding="utf-8")
@@ -152,7 +152,7 @@ def damage(folder: Path) -> str:
             size = (folder / name).stat().st_size
             if size != entry["bytes"]:
                 return f"{name} has {size} bytes, expected {entry['bytes']}"
-            if _hash(folder / name) != entry["sha256"]:
+            if file_hash(folder / name) != entry["sha256"]:
                 return f"{name} does not have the SHA-256 that {STATE} states"
     except FileNotFoundError as error:
         return f"{Path(str(error.filename)).name} is missing"
@@ -169,14 +169,6 @@ def _discard(folder: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     os.replace(folder, aside)
     shutil.rmtree(aside)
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _digest(state: dict[str, Any]) -> str:

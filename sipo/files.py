@@ -1,0 +1,228 @@
+"""Files: written aside and renamed, with the mode that the umask says; read with errors that name the file.
+
+Nothing here imports anything of sipo, so that every part of it can use this.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+
+class FileError(ValueError):
+    """A file that is damaged, or not what it should be, in one line that names it."""
+
+
+def check_regular(path: Path) -> os.stat_result:
+    """Refuses what is no regular file: opening a FIFO would wait for ever, and a device may have no end.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        FileError: a folder, FIFO, socket or device.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+        raise FileError(f"{path}: is {kinds.get(stat.S_IFMT(found.st_mode), 'a device')}, expected a file")
+    return found
+
+
+def read_bytes(path: Path) -> bytes:
+    """A regular file's content.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        FileError: it cannot be read.
+    """
+    try:
+        check_regular(path)
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except (OSError, MemoryError) as error:
+        raise FileError(f"{path}: not readable ({_reason(error)})") from error
+
+
+def read_text(path: Path) -> str:
+    """A regular file's content in UTF-8. Errors as for :func:`read_bytes`."""
+    try:
+        return read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FileError(f"{path}: not UTF-8 (byte {error.start})") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object that a file holds. Errors as for :func:`read_bytes`."""
+    value = parse_json(read_text(path), path)
+    if not isinstance(value, dict):
+        raise FileError(f"{path}: holds {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def parse_json(text: str, where: object) -> Any:
+    """A JSON value, or an error of one line, whatever the text does to the parser.
+
+    Args:
+        text: to parse.
+        where: named in the error.
+
+    Raises:
+        FileError: it is no JSON, is nested too deeply, or holds a number of thousands of digits.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise FileError(f"{where}: nested too deeply, expected JSON of a few levels") from error
+    except (ValueError, MemoryError) as error:
+        raise FileError(f"{where}: not JSON ({_reason(error)})") from error
+
+
+def write_aside(path: Path, content: str | bytes, *, durable: bool = False) -> None:
+    """Writes a file under a temporary name and renames it, so that nobody ever reads half of it.
+
+    Args:
+        path: of the file; its folder exists.
+        content: text is written in UTF-8.
+        durable: wait until file and name are on disk, so that a power cut leaves the former file or this one.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        aside.write_bytes(content.encode() if isinstance(content, str) else content)
+        _rename(aside, path, durable)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, *, durable: bool = False
+) -> None:
+    """Writes a safetensors file aside and renames it: the same content gives the same bytes.
+
+    Args:
+        path: of the file; its folder exists.
+        tensors: contiguous, on any device, sharing no memory.
+        metadata: of the file.
+        durable: as for :func:`write_aside`.
+
+    Raises:
+        OSError: it cannot be written; names the file.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(dict(tensors), aside, metadata=dict(metadata) if metadata else None)
+        if metadata and len(metadata) > 1:
+            _sort_metadata(aside)
+        os.chmod(aside, default_mode(path.parent))
+        _rename(aside, path, durable)
+    except SafetensorError as error:  # what the file system says, too
+        raise OSError(f"{path}: cannot be written ({_reason(error)})") from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        FileError: no safetensors file, or a damaged one.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    check_tensors(path)
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError, MemoryError) as error:
+        raise FileError(f"{path}: not a sound safetensors file ({_reason(error)})") from error
+
+
+def check_tensors(path: Path) -> None:
+    """Refuses a weight file that its first bytes show to be something else. Errors as for :func:`load_tensors`."""
+    size = check_regular(path).st_size
+    with path.open("rb") as file:
+        begin = file.read(64)
+    if begin.startswith(b"version https://git-lfs"):
+        raise FileError(f"{path}: is a Git LFS pointer, expected the weights themselves: `git lfs pull` fetches them")
+    if begin[:2] == b"PK" or begin[:1] == b"\x80":
+        raise FileError(f"{path}: is a pickle, which is not read here, expected safetensors")
+    if size < 8 or int.from_bytes(begin[:8], "little") > size - 8:
+        raise FileError(f"{path}: not a sound safetensors file ({size} bytes, cut short or damaged)")
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a regular file, in hexadecimal."""
+    check_regular(path)
+    state = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            state.update(block)
+    return state.hexdigest()
+
+
+def default_mode(folder: Path) -> int:
+    """The mode that a new file gets in a folder, by the umask: safetensors' own is 0600, which no colleague can read.
+
+    The umask can only be asked for by setting it, which would race with other threads.
+    """
+    probe = folder / f".mode.{os.getpid()}"
+    try:
+        probe.touch()
+        return stat.S_IMODE(probe.stat().st_mode)
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's content, or the names in a folder, are on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a folder with all that is in it; nothing there is as well."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _rename(aside: Path, path: Path, durable: bool) -> None:
+    if durable:
+        sync(aside)
+    os.replace(aside, path)
+    if durable:
+        sync(path.parent)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sorts a safetensors file's metadata in place: the library writes them in an order of each process's own."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= length  # the same characters in another order
+        file.seek(8)
+        file.write(text.ljust(length))
+
+
+def _reason(error: BaseException) -> str:
+    """An error's message in one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
