@@ -10,11 +10,15 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+_ASIDE, _OLD = ".tmp", "old"
+_LETTERS = 50  # of a name, which may have 255 bytes in all, and a letter four of them
 
 
 class FileError(ValueError):
@@ -85,20 +89,50 @@ def parse_json(text: str, where: object) -> Any:
         raise FileError(f"{where}: not JSON ({_reason(error)})") from error
 
 
+@contextmanager
+def aside(path: Path, *, durable: bool = False) -> Iterator[Path]:
+    """Where to write a file or a folder that then takes ``path``'s place, whole or not at all.
+
+    The place has ``path``'s own name, so that libraries which look at the suffix may write it, in a folder of this
+    process's own, so that what they write beside it goes when that folder goes. Files get the mode that the umask says.
+    What a killed process leaves behind, :func:`remove_leftovers` removes.
+
+    Args:
+        path: to be written or replaced; its folder exists.
+        durable: wait until content and names are on disk, so that a power cut leaves the former one or this one.
+    """
+    folder = path.with_name(f".{path.name[:_LETTERS]}.{os.getpid()}{_ASIDE}")
+    _clear(folder)  # of a killed process that had this one's number
+    folder.mkdir()
+    try:
+        place = folder / path.name
+        yield place
+        mode = default_mode(folder)
+        for file in [place] if place.is_file() else sorted(place.rglob("*")):
+            if file.is_file() and not file.is_symlink():
+                os.chmod(file, mode)
+        if durable:
+            sync_all(place)
+        if place.is_dir() and path.is_dir():  # a folder cannot be renamed over another
+            (folder / _OLD).mkdir()
+            os.replace(path, folder / _OLD / path.name)
+        os.replace(place, path)
+        if durable:
+            sync(path.parent)
+    finally:
+        _clear(folder)
+
+
 def write_aside(path: Path, content: str | bytes, *, durable: bool = False) -> None:
-    """Writes a file under a temporary name and renames it, so that nobody ever reads half of it.
+    """Writes a file aside and renames it (:func:`aside`), so that nobody ever reads half of it.
 
     Args:
         path: of the file; its folder exists.
         content: text is written in UTF-8.
-        durable: wait until file and name are on disk, so that a power cut leaves the former file or this one.
+        durable: as for :func:`aside`.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        aside.write_bytes(content.encode() if isinstance(content, str) else content)
-        _rename(aside, path, durable)
-    finally:
-        aside.unlink(missing_ok=True)
+    with aside(path, durable=durable) as place:
+        place.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def save_tensors(
@@ -110,7 +144,7 @@ def save_tensors(
         path: of the file; its folder exists.
         tensors: contiguous, on any device, sharing no memory.
         metadata: of the file.
-        durable: as for :func:`write_aside`.
+        durable: as for :func:`aside`.
 
     Raises:
         OSError: it cannot be written; names the file.
@@ -118,17 +152,21 @@ def save_tensors(
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file(dict(tensors), aside, metadata=dict(metadata) if metadata else None)
+    with aside(path, durable=durable) as place:
+        try:
+            save_file(dict(tensors), place, metadata=dict(metadata) if metadata else None)
+        except SafetensorError as error:  # what the file system says, too
+            raise OSError(f"{path}: cannot be written ({_reason(error)})") from error
         if metadata and len(metadata) > 1:
-            _sort_metadata(aside)
-        os.chmod(aside, default_mode(path.parent))
-        _rename(aside, path, durable)
-    except SafetensorError as error:  # what the file system says, too
-        raise OSError(f"{path}: cannot be written ({_reason(error)})") from error
-    finally:
-        aside.unlink(missing_ok=True)
+            _sort_metadata(place)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what killed processes have left of :func:`aside` in a folder, and in nothing below it."""
+    for path in folder.glob(f".*{_ASIDE}"):
+        number = path.name.removesuffix(_ASIDE).rpartition(".")[2]
+        if number.isdecimal() and not _runs(int(number)):
+            _clear(path)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -193,6 +231,14 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def sync_all(path: Path) -> None:
+    """Waits until a file, or a folder with all files and names below it, is on disk."""
+    for below in sorted(path.rglob("*")) if path.is_dir() else ():
+        if below.is_dir() or below.is_file():
+            sync(below)
+    sync(path)
+
+
 def remove(path: Path) -> None:
     """Removes a file or a folder with all that is in it; nothing there is as well."""
     if path.is_dir() and not path.is_symlink():
@@ -201,12 +247,23 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _rename(aside: Path, path: Path, durable: bool) -> None:
-    if durable:
-        sync(aside)
-    os.replace(aside, path)
-    if durable:
-        sync(path.parent)
+def _clear(folder: Path) -> None:
+    """Removes a folder of :func:`aside`, and puts back what was moved into it if nothing has taken its place."""
+    for path in folder.glob(f"{_OLD}/*"):
+        if not (folder.parent / path.name).exists():
+            os.replace(path, folder.parent / path.name)
+    remove(folder)
+
+
+def _runs(number: int) -> bool:
+    """Whether a process of that number runs on this machine; true where it cannot be known."""
+    try:
+        os.kill(number, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _sort_metadata(path: Path) -> None:
