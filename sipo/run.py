@@ -93,7 +93,7 @@ class Run:
         """What says which reference errors these are, for the functions of ``sipo.data.references``."""
         marks = reference_marks(self.config, whole_dtype(self.accelerator))
         marks = {key: value for key, value in marks.items() if key not in PLACE} | self.weights(network=True)
-        return {"reference": marks, **self.draws, "dtype": torch.float32}
+        return {"reference": marks, **self.draws}
 
     def weights(self, *, network: bool, verify: bool = False) -> dict[str, str]:
         """Hashes of the files of the network, or of what encodes (:func:`sipo.data.weights.weight_hashes`)."""
@@ -320,14 +320,10 @@ def _references(run: Run, cache: Cache, repair: bool, refuse_changes: bool, prog
 
 
 def datasets(run: Run, cache: Cache, references: References | None) -> tuple[PairDataset, PairDataset | None]:
-    """Pairs to train on and, with ``data.held_out``, to validate on.
-
-    Items are float32: noisy latents and targets keep what half precision would round away, and the network takes them
-    in its own type.
-    """
+    """Pairs to train on and, with ``data.held_out``, to validate on."""
     config = run.config
     try:
-        training, held_out = split(CachedPairs(cache, dtype=torch.float32), config.data.held_out, config.data.seed)
+        training, held_out = split(CachedPairs(cache), config.data.held_out, config.data.seed)
     except ValueError as error:
         raise ConfigError(f"data.{error}") from error
     if not config.data.draws:

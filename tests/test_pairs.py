@@ -31,9 +31,9 @@ FLOW = NoiseSchedule.flow(shift=3.0)
 REFERENCE = {"path": "nowhere", "revision": None, "dtype": "float32"}
 
 
-def pairs_in(folder: Path, two_sizes: bool = False, dtype: torch.dtype | None = None, **changes: Any) -> CachedPairs:
+def pairs_in(folder: Path, two_sizes: bool = False, **changes: Any) -> CachedPairs:
     build(folder, Records.make(two_sizes=two_sizes), **changes)
-    return CachedPairs(open_cache(folder), dtype=dtype)
+    return CachedPairs(open_cache(folder))
 
 
 def same(one: Any, other: Any) -> bool:
@@ -46,15 +46,17 @@ def same(one: Any, other: Any) -> bool:
 
 
 def test_an_item_has_the_agreed_keys(tmp_path: Path) -> None:
-    cached = pairs_in(tmp_path, dtype=torch.bfloat16)
+    cached = pairs_in(tmp_path, dtype="bfloat16")
     item = cached[4]
     assert item.keys() == {"winner", "loser", "condition", "own_condition"}
     assert item["winner"].shape == item["loser"].shape == (3, 2, 3)
     assert item["condition"].keys() == {"prompt_embeds", "pooled"}
     assert item["own_condition"]["time_ids"].shape == (2, 6)
-    assert {item["winner"].dtype, item["condition"]["pooled"].dtype} == {torch.bfloat16}
+    # As they are stored: what a data loader worker passes on is what the cache holds.
+    halves = [item["winner"], item["loser"], *item["condition"].values(), *cached.unconditional.values()]
+    assert {half.dtype for half in halves} == {torch.bfloat16}
     assert item["own_condition"]["time_ids"].dtype == torch.float32
-    assert same(CachedPairs(cached.cache)[4]["winner"].bfloat16(), item["winner"])
+    assert same(pairs_in(tmp_path / "wide")[4]["winner"].bfloat16(), item["winner"])
     assert cached.unconditional["prompt_embeds"].shape == item["condition"]["prompt_embeds"].shape
     assert not torch.equal(cached.unconditional["pooled"], item["condition"]["pooled"])
 
@@ -94,7 +96,7 @@ def test_rows_are_those_of_the_source(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_workers_give_the_same_items(tmp_path: Path, method: str) -> None:
-    drawn = DrawnPairs(pairs_in(tmp_path, dtype=torch.bfloat16), 2, FLOW, 3, "shifted", 0.3)
+    drawn = DrawnPairs(pairs_in(tmp_path, dtype="bfloat16"), 2, FLOW, 3, "shifted", 0.3)
 
     def batches(**options: Any) -> list[Any]:
         return list(DataLoader(drawn, batch_size=5, **options))  # type: ignore[arg-type]
@@ -163,13 +165,12 @@ def test_numbers_out_of_range(tmp_path: Path, wrong: dict[str, Any]) -> None:
 
 
 def test_a_split_keeps_every_prompt_on_one_side(tmp_path: Path) -> None:
-    cached = pairs_in(tmp_path, dtype=torch.float16)
+    cached = pairs_in(tmp_path)
     training, validation = split(cached, 4, seed=1)  # prompts have three pairs each
     rows = [side.rows.tolist() for side in (training, validation)]
     assert len(rows[1]) == 3 and sorted(rows[0] + rows[1]) == list(range(12))
     assert rows == [sorted(side) for side in rows]
     assert not {row // 3 for row in rows[0]} & {row // 3 for row in rows[1]}
-    assert training.dtype == validation.dtype == torch.float16
     again = split(cached, 4, seed=1)[1]
     assert again.rows.tolist() == rows[1]
     chosen = {split(cached, 3, seed)[1].rows[0].item() for seed in range(20)}
@@ -204,7 +205,7 @@ def arguments(**changes: Any) -> dict[str, Any]:
 
 
 def reference_errors(cached: CachedPairs, schedule: NoiseSchedule = DISCRETE, **changes: Any) -> References:
-    options: dict[str, Any] = {"batch_size": 5, "dtype": cached.dtype, "progress": False}
+    options: dict[str, Any] = {"batch_size": 5, "progress": False}
     names = ("network", "predict", *options, "accelerator", "num_workers")
     given = {name: changes.pop(name) for name in names if name in changes}
     network, predict = given.pop("network", Network()), given.pop("predict", SmallFamily().predict)
@@ -234,21 +235,22 @@ def trainer(request: pytest.FixtureRequest) -> Iterator[Trainer]:
 @pytest.mark.parametrize("method", ["diffusion_dpo", "dpo_cm", "sipo", "sdpo"])
 @pytest.mark.parametrize(
     ("dtype", "trainer"),
-    [(torch.float32, "no"), (torch.bfloat16, "no"), (torch.float32, "bf16")],
+    [("float32", "no"), ("bfloat16", "no"), ("float32", "bf16")],
     indirect=["trainer"],
     ids=["float32", "bfloat16", "autocast"],
 )
 @pytest.mark.parametrize("schedule", [DISCRETE, FLOW], ids=["epsilon", "flow"])
 def test_losses_are_those_with_the_reference_present(
-    tmp_path: Path, method: str, dtype: torch.dtype, trainer: Trainer, schedule: NoiseSchedule
+    tmp_path: Path, method: str, dtype: str, trainer: Trainer, schedule: NoiseSchedule
 ) -> None:
     # In one batch, as below: a convolution rounds differently in another.
     cached = pairs_in(tmp_path, dtype=dtype, shard_pairs=12)
-    reference = Network().to(dtype)
+    weights = getattr(torch, dtype)
+    reference = Network().to(weights)
     policy = copy.deepcopy(reference)
     with torch.no_grad():
         for parameter in policy.parameters():
-            parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+            parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)).to(weights)
     references = reference_errors(cached, schedule, network=reference, batch_size=36, accelerator=trainer)
     drawn = DrawnPairs(cached, 3, schedule, 2, "uniform", 0.3, references)
     batch = default_collate([drawn[index] for index in range(len(drawn))])
@@ -263,13 +265,39 @@ def test_losses_are_those_with_the_reference_present(
         out.loss.sum().backward()
         return out.loss.detach(), out.mask, policy.inward.weight.grad.clone()
 
-    exact = dtype == torch.float32 and trainer.mixed_precision == "no"
+    exact = dtype == "float32" and trainer.mixed_precision == "no"
     with_reference, mask, gradient = losses(reference)
     without, same_mask, same_gradient = losses(None)
     assert torch.equal(mask, same_mask) and mask.sum() > 10
     assert with_reference.unique().numel() > 10
     torch.testing.assert_close(without, with_reference, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(same_gradient, gradient, rtol=1e-5 if exact else 1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("trainer", ["no"], indirect=True)
+def test_a_bfloat16_cache_trains_as_its_values_in_float32(tmp_path: Path, trainer: Trainer) -> None:
+    """Workers pass items on in the cache's type; on the device they are what a copy in float32 would have been."""
+    cached = pairs_in(tmp_path, dtype="bfloat16")
+    drawn = DrawnPairs(cached, 2, DISCRETE, 2)
+    batch = default_collate([drawn[index] for index in range(8)])
+    wide = batch | {half: batch[half].float() for half in ("winner", "loser")}
+    wide["condition"] = {name: tensor.float() for name, tensor in batch["condition"].items()}
+    sent = [sum(t.numel() * t.element_size() for t in (b["winner"], b["loser"])) for b in (batch, wide)]
+    assert sent[1] == 2 * sent[0]
+    given: list[torch.dtype] = []
+
+    def predict(module: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Any) -> Tensor:
+        given.append(noisy.dtype)
+        return SmallFamily().predict(module, noisy, timesteps, condition)
+
+    once = PairForward(SIPOLoss(DISCRETE), predict, Network(), trainer, offload=False)
+    losses = [once(Network(1), each, [], torch.empty(0), seed=0)[0].loss for each in (batch, wide)]
+    assert torch.equal(*losses) and given == [torch.float32] * 4
+    network = Network()
+    errors = reference_errors(cached, network=network, draws=2, caption_dropout=0.0, batch_size=4).at(0)[0]
+    prediction, target, _ = forward(wide, DISCRETE, network)
+    exact = (prediction.double() - target.double()).square().flatten(1).mean(1).view(2, 8).T
+    torch.testing.assert_close(errors, exact[:2].detach(), rtol=1e-5, atol=0)  # in batches of another size
 
 
 def test_with_the_policy_equal_to_the_reference_the_gap_vanishes(tmp_path: Path) -> None:
@@ -416,7 +444,6 @@ def test_errors_of_fewer_or_more_pairs_are_not_used(tmp_path: Path, rows: int) -
         ({"seed": 3}, "made with seed=2, expected this run's 3"),
         ({"caption_dropout": 0.0}, r"made with caption_dropout=0\.3, expected this run's 0\.0"),
         ({"reference": REFERENCE | {"revision": "b"}}, 'made with reference.revision=null, expected this run\'s "b"'),
-        ({"dtype": torch.bfloat16}, 'made with dtype="as stored", expected this run\'s "bfloat16"'),
     ],
 )
 def test_errors_of_other_draws_are_not_used(tmp_path: Path, changes: dict[str, Any], text: str) -> None:

@@ -147,7 +147,7 @@ def _pairs(run: Run, of: str, folder: Path, origin: dict[str, Any]) -> tuple[Cac
     why = _unknown_split(run, cache, folder, origin)
     if why and of in ("held-out", "training"):
         raise ConfigError(f"--of {of}: {_UNKNOWN}{why}; --of all scores the pairs that there are")
-    every = CachedPairs(cache, dtype=training.dtype)  # type: ignore[attr-defined]
+    every = CachedPairs(cache)
     if why:
         return every, f"all of them; {_UNKNOWN}{why}"
     kind = of if of != "auto" else "training" if held_out is None else "held-out"

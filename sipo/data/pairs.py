@@ -28,11 +28,12 @@ class ReferenceErrors(Protocol):
 class CachedPairs:
     """The pairs of a cache, or some of them: ``winner``, ``loser``, ``condition`` and, if any, ``own_condition``.
 
+    Tensors have the type that they are stored in, so that data loader workers pass on no more bytes than the cache has;
+    the training loop casts latents to float32 on the device.
+
     Args:
         cache: see :func:`sipo.data.cache.open_cache`.
         rows: rows of the source to keep, in this order; ``None`` keeps all, in the cache's order.
-        dtype: of latents and text embeddings in an item; ``None`` leaves them as they are stored. Without mixed
-            precision a network wants its own. Conditions of each image (SDXL's time ids) keep their type.
 
     Attributes:
         groups: lists of indices, one for each shape of latents, where there are several shapes.
@@ -43,9 +44,8 @@ class CachedPairs:
 
     groups: list[list[int]]
 
-    def __init__(self, cache: Cache, rows: Sequence[int] | None = None, *, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, cache: Cache, rows: Sequence[int] | None = None) -> None:
         self.cache = cache
-        self.dtype = dtype
         if rows is None:
             self.places = torch.arange(len(cache))
         else:
@@ -61,7 +61,7 @@ class CachedPairs:
     @property
     def unconditional(self) -> Condition:
         """What caption dropout puts in the place of a pair's text embeddings."""
-        return self._cast(self.cache.unconditional())
+        return self.cache.unconditional()
 
     def __len__(self) -> int:
         return len(self.places)
@@ -74,16 +74,10 @@ class CachedPairs:
     def __getitem__(self, index: int) -> dict[str, Any]:
         place = _place(self.places, index)
         winner, loser, own = self.cache.pair(place)
-        latents = self._cast({"winner": winner, "loser": loser})
-        item: dict[str, Any] = {**latents, "condition": self._cast(self.cache.text(place))}
+        item: dict[str, Any] = {"winner": winner, "loser": loser, "condition": self.cache.text(place)}
         if own:
             item["own_condition"] = own
         return item
-
-    def _cast(self, tensors: Condition) -> Condition:
-        if self.dtype is None:
-            return tensors
-        return {k: t.to(self.dtype) if t.is_floating_point() else t for k, t in tensors.items()}
 
 
 class DrawnPairs:
@@ -204,7 +198,7 @@ def split(cached: CachedPairs, held_out: int, seed: int) -> tuple[CachedPairs, C
     sides: tuple[list[int], list[int]] = ([], [])
     for row in cached.rows.tolist():
         sides[row in kept_out].append(row)
-    training, validation = (CachedPairs(cached.cache, rows, dtype=cached.dtype) for rows in sides)
+    training, validation = (CachedPairs(cached.cache, rows) for rows in sides)
     return training, validation
 
 

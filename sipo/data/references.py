@@ -43,7 +43,7 @@ from sipo.data.cache import (
 )
 from sipo.data.pairs import CachedPairs, DrawnPairs
 from sipo.schedule import NoiseSchedule
-from sipo.training.data import to_device, twice
+from sipo.training.data import to_device, twice, widened
 from sipo.training.protocols import Predict
 
 FOLDER = "references"
@@ -83,7 +83,6 @@ def reference_fingerprint(
     seed: int,
     distribution: str,
     caption_dropout: float,
-    dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
     """What reference errors depend on; see :func:`precompute_references` for the arguments."""
     levels = schedule.invert_sigmas if schedule.kind == "flow" else digest(_alphas(schedule))
@@ -94,7 +93,6 @@ def reference_fingerprint(
         "distribution": distribution,
         "caption_dropout": caption_dropout,
         "schedule": [schedule.prediction_type, schedule.kind, schedule.num_train_timesteps, schedule.shift, levels],
-        "dtype": str(dtype or "as stored").removeprefix("torch."),
         "cache": digest(cache.fingerprint),
     }
 
@@ -123,7 +121,6 @@ def open_references(
     seed: int,
     distribution: str,
     caption_dropout: float,
-    dtype: torch.dtype | None = None,
     check_hashes: bool = True,
 ) -> References:
     """Opens what :func:`precompute_references` wrote for the same arguments.
@@ -140,7 +137,6 @@ def open_references(
         seed=seed,
         distribution=distribution,
         caption_dropout=caption_dropout,
-        dtype=dtype,
     )
     folder = _folder(cache, wanted)
     index = read_index(folder)
@@ -180,7 +176,6 @@ def precompute_references(
     distribution: str = "uniform",
     caption_dropout: float = 0.0,
     batch_size: int,
-    dtype: torch.dtype | None = None,
     accelerator: Any = None,
     autocast: Callable[[], AbstractContextManager[Any]] | None = None,
     num_workers: int = 0,
@@ -204,7 +199,6 @@ def precompute_references(
         distribution: of the timesteps.
         caption_dropout: share of draws without the caption, in [0, 1].
         batch_size: pairs in one forward pass, ``2 * batch_size`` samples.
-        dtype: of latents and text embeddings; ``None`` takes them as they are stored.
         accelerator: accelerate's, if there is one: shards are dealt out to its processes.
         autocast: gives the context that predictions are made in; the accelerator's own if left out.
         num_workers: data loader processes.
@@ -222,9 +216,8 @@ def precompute_references(
         "seed": seed,
         "distribution": distribution,
         "caption_dropout": caption_dropout,
-        "dtype": dtype,
     }
-    drawn = DrawnPairs(CachedPairs(cache, dtype=dtype), draws, schedule, seed, distribution, caption_dropout)
+    drawn = DrawnPairs(CachedPairs(cache), draws, schedule, seed, distribution, caption_dropout)
     marks = reference_fingerprint(cache, schedule, **arguments)
     folder = _folder(cache, marks)
     rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
@@ -341,7 +334,7 @@ def _errors(
     context: Callable[[], AbstractContextManager[Any]],
 ) -> tuple[Tensor, Tensor]:
     """``[B, 2]`` mean squared errors of ``B`` items (docs/math.md §2) and their timesteps ``[B]``."""
-    samples = torch.cat([batch["winner"], batch["loser"]])
+    samples = torch.cat([widened(batch["winner"]), widened(batch["loser"])])
     noise, timesteps = twice(batch["noise"]), twice(batch["timestep"])
     condition = twice(batch["condition"])
     for name, own in batch.get("own_condition", {}).items():

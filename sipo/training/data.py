@@ -23,7 +23,16 @@ from torch.utils.data import Sampler
 from sipo.training.protocols import Schedule
 from sipo.training.randomness import CAPTIONS, GROUPS, NOISE, ORDER, TIMESTEPS, derive_seed, happens
 
-__all__ = ["StreamSampler", "derive_seed", "drop_captions", "pair_noise", "step_timesteps", "to_device", "twice"]
+__all__ = [
+    "StreamSampler",
+    "derive_seed",
+    "drop_captions",
+    "pair_noise",
+    "step_timesteps",
+    "to_device",
+    "twice",
+    "widened",
+]
 
 
 class StreamSampler(Sampler[list[int]]):
@@ -194,6 +203,14 @@ def to_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, dict):
         return {key: to_device(item, device) for key, item in value.items()}
     return value
+
+
+def widened(latents: Tensor) -> Tensor:
+    """Latents of half precision in float32: noisy latents and targets keep what half precision would round away.
+
+    Done on the device, so that data loader workers and the bus carry the bytes that the cache has.
+    """
+    return latents.float() if latents.is_floating_point() and latents.element_size() < 4 else latents
 
 
 def twice(value: Any) -> Any:

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from sipo.training.data import pair_noise, to_device, twice
+from sipo.training.data import pair_noise, to_device, twice, widened
 from sipo.training.first_step import FirstStep
 from sipo.training.protocols import PairLoss, PairLossResult, Predict, Schedule
 from sipo.training.sharded import round_whole
@@ -108,7 +108,7 @@ class PairForward:
             totals: for a loss that takes them; the timesteps are filled in.
         """
         self._check(batch)
-        winner, loser = to_device(batch["winner"], self.device), to_device(batch["loser"], self.device)
+        winner, loser = (widened(to_device(batch[half], self.device)) for half in ("winner", "loser"))
         if "noise" in batch:
             noise = to_device(batch["noise"], self.device)
             timesteps = batch["timestep"]

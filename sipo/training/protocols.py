@@ -64,7 +64,8 @@ class PairDataset(Protocol):
 
     An item is ``{"winner": tensor, "loser": tensor}`` and, where the network is conditioned,
     ``"condition": tensor or dictionary of tensors``, one for both halves. Items are stacked as torch's
-    ``default_collate`` does. Further keys, each optional and the same in every item of a data set:
+    ``default_collate`` does. Latents of half precision are cast to float32 on the device; a condition reaches
+    :class:`Predict` in its own type. Further keys, each optional and the same in every item of a data set:
 
     - ``"own_condition"``: dictionary of tensors ``[2, ...]``, the winner's and then the loser's (SDXL's time ids).
     - ``"noise"`` (shaped as ``"winner"``, float32) and ``"timestep"`` (0-d, as the schedule has them), which come
@@ -92,4 +93,7 @@ class Predict(Protocol):
     """
 
     def __call__(self, module: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Any) -> Tensor:
-        """Prediction for ``noisy`` ``[2B, ...]`` at ``timesteps`` ``[2B]``, ``condition`` stacked likewise."""
+        """Prediction for ``noisy`` ``[2B, ...]`` at ``timesteps`` ``[2B]``, ``condition`` stacked likewise.
+
+        ``noisy`` is float32 (float64 where the latents are), whatever type the network computes in.
+        """
