@@ -1,0 +1,243 @@
+"""One writer for each folder: two at once, killed holders, other machines, forks, file systems without locks."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sipo import locks
+from sipo.locks import LOCK, LockedError, locked
+
+WHAT = "training.output_dir='runs/a'"
+
+
+@contextmanager
+def holder(folder: Path, end: int = signal.SIGKILL) -> Iterator[int]:
+    """A process that holds the folder's lock; ended afterwards."""
+    ready, told = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with locked(folder, WHAT):
+            os.write(told, b"x")
+            time.sleep(60)
+        os._exit(0)
+    try:
+        assert os.read(ready, 1) == b"x"
+        yield child
+    finally:
+        os.close(ready)
+        os.close(told)
+        os.kill(child, end)
+        os.waitpid(child, 0)
+
+
+def refused(folder: Path) -> str:
+    with pytest.raises(LockedError) as caught, locked(folder, WHAT):
+        pass
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def there(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / LOCK).read_text())
+    return content
+
+
+def test_a_folder_is_locked_for_a_while_and_nothing_stays(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "run"
+    with locked(folder, WHAT):
+        assert (folder / LOCK).is_file()
+    assert list(folder.iterdir()) == []
+
+
+def test_a_second_process_is_told_who_holds_it(tmp_path: Path) -> None:
+    with holder(tmp_path) as pid:
+        held = there(tmp_path)
+        message = refused(tmp_path)
+        assert held["pid"] == pid and held["host"] and held["started"]
+        assert message.startswith(f"{WHAT} is in use by process {pid} since {held['since']} (")
+        assert message.endswith("): wait until it has ended, or stop it")
+        assert there(tmp_path) == held
+
+
+def test_a_killed_holders_lock_is_taken_over_at_once(tmp_path: Path) -> None:
+    with holder(tmp_path):
+        pass
+    assert (tmp_path / LOCK).is_file()  # SIGKILL leaves it
+    started = time.monotonic()
+    with locked(tmp_path, WHAT):
+        assert there(tmp_path)["pid"] == os.getpid()
+    assert time.monotonic() - started < locks._SETTLED
+    assert not (tmp_path / LOCK).exists()
+
+
+def test_a_killed_holders_workers_do_not_keep_it(tmp_path: Path) -> None:
+    """A forked worker outlives its parent; nor does it let go of the lock when it ends before."""
+    ready, told = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with suppress(KeyError), locked(tmp_path, WHAT):
+            worker = os.fork()
+            if worker == 0:
+                os.write(told, f"{os.getpid()}\n".encode())
+                time.sleep(60)
+                os._exit(0)
+            short = os.fork()
+            if short == 0:
+                raise KeyError  # leaves the block
+            os.waitpid(short, 0)
+            os.write(told, b"x")
+            time.sleep(60)
+        os._exit(0)
+    text = b""
+    while not text.endswith(b"x"):
+        text += os.read(ready, 100)
+    worker = int(text.split(b"\n")[0])
+    try:
+        assert f"by process {child}" in refused(tmp_path)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        with locked(tmp_path, WHAT):
+            pass
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        os.close(ready)
+        os.close(told)
+
+
+def test_a_thread_may_enter_again_and_another_may_not(tmp_path: Path) -> None:
+    messages: list[str] = []
+    with locked(tmp_path, WHAT):
+        with locked(tmp_path / "." / "", WHAT):
+            pass
+        assert (tmp_path / LOCK).is_file()
+        thread = threading.Thread(target=lambda: messages.append(refused(tmp_path)))
+        thread.start()
+        thread.join()
+    assert messages == [f"{WHAT} is in use by another thread of this process"]
+    with locked(tmp_path, WHAT):  # free again
+        pass
+
+
+def test_an_error_inside_lets_go(tmp_path: Path) -> None:
+    for _ in range(2):
+        with pytest.raises(KeyError), locked(tmp_path, WHAT):
+            raise KeyError
+        assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------- where the kernel's lock says nothing
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, seconds in (("RENEWED", 0.02), ("WATCHED", 0.15), ("_SETTLED", 0.02)):
+        monkeypatch.setattr(locks, name, seconds)
+
+
+def other_machine(folder: Path, **changes: Any) -> dict[str, Any]:
+    """What a process on another machine has written there."""
+    other = {"host": "node7", "machine": "another", "pid": 4711, "started": 1, "since": "yesterday", "command": "sipo"}
+    (folder / LOCK).write_text(json.dumps(other | changes))
+    return other
+
+
+def test_another_machines_holder_is_watched_and_taken_over_where_it_is_dead(tmp_path: Path, quick: None) -> None:
+    other_machine(tmp_path)
+    warned = pytest.warns(
+        UserWarning, match=r"process 4711 on node7 was writing there; watching for 0\.15 s if it still"
+    )
+    with warned, locked(tmp_path, WHAT):
+        assert there(tmp_path)["pid"] == os.getpid()
+
+
+@pytest.mark.filterwarnings("ignore:.*was writing there")
+def test_another_machines_holder_that_renews_it_keeps_it(tmp_path: Path, quick: None) -> None:
+    held = other_machine(tmp_path)
+    stop = threading.Event()
+
+    def renew() -> None:
+        while not stop.wait(0.02):
+            os.utime(tmp_path / LOCK)
+
+    thread = threading.Thread(target=renew)
+    thread.start()
+    try:
+        assert refused(tmp_path).startswith(f"{WHAT} is in use by process 4711 on node7 since yesterday (sipo): ")
+    finally:
+        stop.set()
+        thread.join()
+    assert there(tmp_path) == held
+
+
+def test_the_holder_renews_it(tmp_path: Path, quick: None) -> None:
+    with locked(tmp_path, WHAT):
+        os.utime(tmp_path / LOCK, (0, 0))
+        end = time.monotonic() + 10
+        while os.stat(tmp_path / LOCK).st_mtime == 0:
+            assert time.monotonic() < end
+            time.sleep(0.005)
+
+
+@pytest.mark.filterwarnings("ignore:.*was writing there")
+def test_of_two_machines_that_come_at_once_the_last_to_write_has_it(
+    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both have watched a dead holder's file, and each has a kernel that locks it."""
+    other_machine(tmp_path)
+
+    def both(seconds: float) -> None:
+        if seconds == locks._SETTLED:
+            other_machine(tmp_path, pid=4712)
+
+    monkeypatch.setattr(locks.time, "sleep", both)
+    assert "process 4712 on node7" in refused(tmp_path)
+    assert there(tmp_path)["pid"] == 4712
+
+
+@pytest.mark.filterwarnings("ignore:.*was writing there")
+def test_a_file_system_without_locks(tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*args: Any) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", none)
+    with holder(tmp_path) as pid:
+        assert f"by process {pid} since" in refused(tmp_path)
+        assert there(tmp_path)["pid"] == pid
+    with locked(tmp_path, WHAT):  # it was killed, and was on this machine, perhaps in another container: watched
+        assert there(tmp_path)["pid"] == os.getpid()
+
+
+def test_a_process_that_lost_the_kernels_lock_still_counts(tmp_path: Path) -> None:
+    """Whatever closes the file once, in the process that holds it, unlocks it."""
+    with locked(tmp_path, WHAT):
+        (tmp_path / LOCK).read_text()
+        child = os.fork()
+        if child == 0:
+            try:
+                with locked(tmp_path, WHAT):
+                    os._exit(1)
+            except LockedError:
+                os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"[" * 5000, b'{"pid": [], "machine": 1e999}'])
+def test_whatever_the_file_holds_a_process_that_died_is_no_hindrance(
+    tmp_path: Path, quick: None, content: bytes
+) -> None:
+    (tmp_path / LOCK).write_bytes(content)
+    warned = pytest.warns(UserWarning) if content.startswith(b'{"') else nullcontext()
+    with warned, locked(tmp_path, WHAT):
+        assert there(tmp_path)["pid"] == os.getpid()
