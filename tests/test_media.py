@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import io
 import math
+import os
+import socket
 import struct
+import sys
+import warnings
 import zlib
 from fractions import Fraction
 from pathlib import Path
@@ -329,6 +333,108 @@ def test_deep_image_is_refused() -> None:
     assert caught.value.kind == "undecodable"
 
 
+def has_avif() -> bool:
+    try:
+        from PIL import AvifImagePlugin
+    except ImportError:
+        return False
+    return AvifImagePlugin.SUPPORTED
+
+
+@pytest.mark.skipif(not has_avif(), reason="this Pillow reads no AVIF")
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_avif_is_an_image(tmp_path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = Image.fromarray(smooth().permute(1, 2, 0).numpy())
+    path = tmp_path / "image.avif"
+    path.write_bytes(encode(image, "AVIF", quality=95, exif=exif))
+    expected = smooth() if orientation == 1 else torch.rot90(smooth(), -1, (1, 2))
+    for read in (read_media, probe_media, lambda source: read_spaced(source, 2)):
+        media = read(path)
+        assert media.pixels.shape == expected.shape and media.fps is None
+        assert (media.pixels.float() - expected.float()).abs().mean() < 2.0
+    with pytest.raises(MediaError, match="is an image, expected a clip of 3 frames"):
+        read_media(path, 3)
+    image.putalpha(0)
+    assert read_media(encode(image, "AVIF", quality=95)).transparent == 1.0
+    cut_short(path)
+    with pytest.raises(MediaError, match=r"image\.avif: cannot be decoded: "):
+        read_media(path)
+
+
+def png_chunks(content: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG with further chunks behind its header."""
+    more = (
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    )
+    return content[:33] + b"".join(more) + content[33:]
+
+
+@pytest.mark.parametrize("exif", [b"", b"MM", b"Exif", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\xff\xff\x01\x12"])
+def test_exif_that_cannot_be_read_is_passed_over(exif: bytes) -> None:
+    content = encode(picture(), "PNG")
+    media = read_media(png_chunks(content, (b"eXIf", exif)))
+    assert torch.equal(media.pixels, read_media(content).pixels)
+
+
+def test_long_text_in_a_png_is_no_fault_and_too_much_is_one_line() -> None:
+    """Image generators store their settings in it, with images in these."""
+    content = encode(picture(), "PNG")
+    text = b"workflow\0\0" + zlib.compress(bytes(3 << 20))
+    assert torch.equal(read_media(png_chunks(content, (b"zTXt", text))).pixels, read_media(content).pixels)
+    for name, data in (
+        (b"zTXt", b"bomb\0\0" + zlib.compress(bytes(65 << 20), 1)),
+        (b"iTXt", b"bomb\0\1\0\0\0" + zlib.compress(bytes(65 << 20), 1)),
+    ):
+        with pytest.raises(MediaError, match=r"bytes in memory: cannot be decoded: [^\n]*MAX_TEXT") as caught:
+            read_media(png_chunks(content, (name, data)))
+        assert caught.value.kind == "undecodable"
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM"])
+def test_an_image_of_more_pixels_than_allowed_is_not_decoded(monkeypatch: pytest.MonkeyPatch, format: str) -> None:
+    content = encode(picture(), format)
+    assert read_media(content, max_pixels=600).pixels.shape == (3, 20, 30)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", None)
+    for read in (read_media, probe_media, lambda source, **limit: read_spaced(source, 2, **limit)):
+        with pytest.raises(MediaError, match=r"has 20x30 pixels, expected at most 599 \(max_pixels\)$") as caught:
+            read(content, max_pixels=599)
+        assert caught.value.kind == "undecodable"
+
+
+def test_our_limit_of_pixels_counts_and_not_pillow_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which warns above 89 million, and refuses twice as many, whatever the key says."""
+    content = encode(picture(), "PNG")
+    for side, message in (
+        (12_000, "has 12000x12000 pixels, expected at most 120000000"),
+        (60_000, "has more than 120000000 pixels"),
+    ):
+        header = b"IHDR" + struct.pack(">II", side, side) + content[24:29]
+        large = content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:]
+        with warnings.catch_warnings(), pytest.raises(MediaError, match=f"{message} \\(max_pixels\\)$") as caught:
+            warnings.simplefilter("ignore")
+            read_media(large)
+        assert caught.value.kind == "undecodable"
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_media(content, max_pixels=600).pixels.shape == (3, 20, 30)
+
+
+def test_a_tall_image_is_converted_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same result, for every kind of image."""
+    palette = picture().quantize(7)
+    images = [picture(), faded(), palette, picture().convert("CMYK"), picture().convert("LA"), picture().convert("1")]
+    contents = [encode(image, "TIFF") for image in images] + [encode(palette, "PNG", transparency=3)]
+    whole = [read_media(content) for content in contents]
+    monkeypatch.setattr("sipo.data.media._STRIP", 70)
+    for content, expected in zip(contents, whole, strict=True):
+        media = read_media(content)
+        assert torch.equal(media.pixels, expected.pixels)
+        assert media.transparent == pytest.approx(expected.transparent)
+
+
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF"])
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9])
 def test_image_cut_short_is_an_error(
@@ -361,12 +467,33 @@ def test_damaged_png_is_an_error(tmp_path: Path, share: float) -> None:
         read_media(path)
 
 
-@pytest.mark.parametrize("name", ["none.png", "."])
-def test_missing_file(tmp_path: Path, name: str) -> None:
+def test_missing_file(tmp_path: Path) -> None:
     for read in (read_media, probe_media):
-        with pytest.raises(MediaError, match="no such file") as caught:
-            read(tmp_path / name)
+        with pytest.raises(MediaError, match=r"none\.png: no such file$") as caught:
+            read(tmp_path / "none.png")
         assert caught.value.kind == "missing"
+
+
+@pytest.mark.parametrize("what", ["a folder", "a FIFO", "a socket", "a device", "a loop"])
+def test_what_is_no_regular_file_is_never_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """Opening a FIFO would wait for ever for somebody to write to it."""
+    path = tmp_path / "image.png"
+    if what == "a folder":
+        path.mkdir()
+    elif what == "a FIFO":
+        os.mkfifo(path)
+    elif what == "a socket":
+        monkeypatch.chdir(tmp_path)  # a socket's path may have about a hundred characters
+        socket.socket(socket.AF_UNIX).bind(path.name)
+    else:
+        path.symlink_to("/dev/zero" if what == "a device" else path.name)
+    problem = f"is {what}, expected a file"
+    if what == "a loop":
+        problem = "cannot be read: Too many levels of symbolic links"
+    for read in (read_media, probe_media, lambda source: read_spaced(source, 2)):
+        with pytest.raises(MediaError) as caught:
+            read(path)
+        assert str(caught.value) == f"{path}: {problem}" and caught.value.kind == "missing"
 
 
 @pytest.mark.parametrize("name", ["a" * 300 + ".png", "a/" * 2500 + "b.png", "nul\0.png"], ids=["name", "path", "null"])
@@ -389,7 +516,7 @@ def test_a_file_that_may_not_be_read_is_a_missing_file(tmp_path: Path, monkeypat
         raise PermissionError(13, "Permission denied", str(tmp_path / "image.png"))
 
     write_image(tmp_path / "image.png", noise(1, 3, 8, 8))
-    for place in ("PIL.Image.open", "pathlib.Path.is_file"):
+    for place in ("PIL.Image.open", "pathlib.Path.stat"):
         with monkeypatch.context() as patch:
             patch.setattr(place, refuse)
             with pytest.raises(MediaError, match=r"image\.png: cannot be read: Permission denied$") as caught:
@@ -437,7 +564,8 @@ def test_clip_too_short_names_length_and_need(tmp_path: Path) -> None:
     path = tmp_path / "clip.mp4"
     write_video(path, counted(24), 24.0)
     assert numbers(read_media(path, 8, 8.0).pixels) == list(range(0, 24, 3))
-    with pytest.raises(MediaError, match=r"clip.mp4: has 24 frames in 1.00 s, expected 9 at fps=8, which take 1.12 s"):
+    expected = r"clip.mp4: has 24 frames in 1.00 s, expected 9 at 8 per second, which take 1.12 s"
+    with pytest.raises(MediaError, match=expected):
         read_media(path, 9, 8.0)
     with pytest.raises(MediaError, match=r"has 24 frames, expected 25") as caught:
         read_media(path, 25)
@@ -449,16 +577,38 @@ def test_last_frame_lasts_as_long_as_any(tmp_path: Path) -> None:
     path = tmp_path / "clip.mp4"
     write_video(path, counted(10), 8.0)
     assert numbers(read_media(path, 9, 7.0).pixels) == [0, 1, 2, 3, 5, 6, 7, 8, 9]
-    with pytest.raises(MediaError, match=r"has 10 frames in 1\.25 s, expected 10 at fps=7"):
+    with pytest.raises(MediaError, match=r"has 10 frames in 1\.25 s, expected 10 at 7 per second"):
         read_media(path, 10, 7.0)
 
 
 def test_no_frame_is_taken_twice(tmp_path: Path) -> None:
     path = tmp_path / "clip.mp4"
     write_video(path, counted(24), 8.0)
-    with pytest.raises(MediaError, match="has 8 frames per second, expected at least fps=12") as caught:
+    with pytest.raises(MediaError, match="has 8 frames per second, expected at least 12 frames") as caught:
         read_media(path, 9, 12.0)
     assert caught.value.kind == "rate"
+
+
+def test_a_gap_of_a_variable_frame_rate_is_named(tmp_path: Path) -> None:
+    """On average there are more frames than asked for, which is no help where there are none."""
+    path = tmp_path / "clip.mkv"
+    times = [50 * index + (370 if index > 7 else 0) for index in range(40)]
+    encode_clip(path, counted(40), times=times)
+    with pytest.raises(MediaError) as caught:
+        read_media(path, 16, 10.0)
+    expected = "has no frame for 0.42 s after 0.35 s, expected at least 10 frames per second"
+    assert str(caught.value) == f"{path}: {expected}" and caught.value.kind == "rate"
+    assert numbers(read_media(path, 4, 10.0).pixels) == [0, 2, 4, 6]  # before the gap
+
+
+def test_a_frame_of_more_pixels_than_allowed_is_not_decoded(tmp_path: Path) -> None:
+    path = tmp_path / "clip.mp4"
+    write_video(path, counted(5), 8.0)
+    assert read_media(path, 5, max_pixels=16 * 32).length == 5
+    for read in (lambda: read_media(path, 5, max_pixels=511), lambda: read_spaced(path, 2, max_pixels=511)):
+        with pytest.raises(MediaError, match=r"has 16x32 pixels, expected at most 511 \(max_pixels\)$") as caught:
+            read()
+        assert caught.value.kind == "undecodable"
 
 
 def test_clip_for_image_and_image_for_clip(tmp_path: Path) -> None:
@@ -556,10 +706,19 @@ def test_text_and_playlists_are_no_clips(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("brand", ["avif", "heic", "heix", "mif1"])
 @pytest.mark.parametrize("frames", [1, 2])
-def test_avif_and_heic_are_named(brand: str, frames: int) -> None:
-    """Both are images in a container of clips."""
+@pytest.mark.parametrize("avif", [False, True])
+def test_avif_and_heic_are_named(monkeypatch: pytest.MonkeyPatch, brand: str, frames: int, avif: bool) -> None:
+    """Both are images in a container of clips, and older Pillow reads neither."""
     content = struct.pack(">I4s4sI4s", 20, b"ftyp", brand.encode(), 0, b"miaf") + bytes(100)
-    with pytest.raises(MediaError, match=r"is AVIF or HEIC, expected JPEG, PNG, ") as caught:
+    if not avif:
+        monkeypatch.setitem(sys.modules, "PIL.AvifImagePlugin", None)
+        monkeypatch.delattr("PIL.AvifImagePlugin", raising=False)
+    elif not has_avif():
+        pytest.skip("this Pillow reads no AVIF")
+    problem = r"is AVIF or HEIC, expected JPEG, PNG, .* or (PPM|AVIF)"
+    if avif and brand == "avif":
+        problem = "cannot be decoded: AVIF that is damaged or cut short"
+    with pytest.raises(MediaError, match=f"bytes in memory: {problem}$") as caught:
         read_media(content, frames)
     assert caught.value.kind == "undecodable"
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -28,6 +28,9 @@ _OPEN_OPTIONS = {
 BACKGROUND = 255
 """Level of red, green and blue behind transparent pixels: white, as in most image viewers."""
 
+MAX_PIXELS = 120_000_000
+"""Pixels that an image or a frame may have where nobody says otherwise: the largest cameras', and 360 MB decoded."""
+
 _WIDEST_PIXEL = 4  # largest sample aspect ratio, or its inverse: more is a damaged file, and would take much memory
 
 # For transparent WebM clips: FFmpeg's own decoders drop the alpha channel, which shows the hidden colours.
@@ -40,9 +43,10 @@ class MediaError(ValueError):
     """An image or a clip that cannot be used, in one line that names it.
 
     Attributes:
-        kind: "missing": no such file, or none that can be read; "undecodable": damaged, cut short, or of no known
-            format; "medium": an image where a clip was asked for, the reverse, or several images in one file; "short":
-            fewer frames than asked for; "rate": fewer frames a second than asked for.
+        kind: "missing": no such file, or none that can be read; "undecodable": damaged, cut short, of no known format,
+            or of too many pixels; "medium": an image where a clip was asked for, the reverse, or several images in one
+            file; "short": fewer frames than asked for; "rate": fewer frames a second than asked for, all along or in
+            one place.
     """
 
     def __init__(self, kind: Kind, source: Path | bytes, problem: str) -> None:
@@ -58,7 +62,9 @@ class Media:
 
     Attributes:
         pixels: uint8, ``[3, H, W]`` of an image, ``[F, 3, H, W]`` of a clip: upright, and transparent ones on
-            :data:`BACKGROUND`. A clip's are scaled to be square.
+            :data:`BACKGROUND`. A clip's are scaled to be square. What the reader's ``transform`` made of them, if it
+            was given one.
+        size: (height, width) in pixels before any ``transform``.
         fps: frames per second of ``pixels``; ``None`` for an image.
         length: frames in the file, of which ``pixels`` may be the first few; 1 for an image.
         pixel_aspect: width over height of a stored pixel, as the file says. A clip has been scaled by it; an image
@@ -68,6 +74,7 @@ class Media:
     """
 
     pixels: Tensor
+    size: tuple[int, int]
     fps: float | None = None
     length: int = 1
     pixel_aspect: Fraction = Fraction(1)
@@ -79,7 +86,7 @@ class Selection(Protocol):
     """Which of a clip's frames are wanted.
 
     Attributes:
-        picked: those taken so far, as PyAV's frames.
+        picked: those taken so far: PyAV's frames, which the reader replaces by their pixels.
         done: whether the rest need not be decoded.
     """
 
@@ -149,8 +156,11 @@ class AtRate:
         self.repeated = False
         self.last: tuple[float, Any] | None = None
         self.taken: Any = None
+        self.gap = (0.0, 0.0)  # the longest so far: its length and where it begins, in seconds
 
     def offer(self, frame: Any, time: float) -> None:
+        if not self.done and self.last is not None:
+            self.gap = max(self.gap, (time - self.last[0], self.last[0]), key=lambda gap: gap[0])
         while not self.done and (target := len(self.picked) / self.fps) <= time:
             if self.last is not None and target - self.last[0] <= 0.55 * (time - self.last[0]):
                 self._take(self.last[1])
@@ -171,14 +181,24 @@ class AtRate:
             if len(self.picked) / self.fps - time <= 0.55 / rate and frame is not self.taken:
                 self._take(frame)
         if self.repeated:
-            raise MediaError("rate", source, f"has {rate:g} frames per second, expected at least fps={self.fps:g}")
+            length_of_gap, begin = self.gap
+            found = f"has {rate:g} frames per second"
+            if rate >= self.fps or length_of_gap > 1.5 / rate:  # of variable rate: the mean says nothing about it
+                found = f"has no frame for {length_of_gap:.3g} s after {begin:.3g} s"
+            raise MediaError("rate", source, f"{found}, expected at least {self.fps:g} frames per second")
         if len(self.picked) < self.frames:
-            need = f"{self.frames} at fps={self.fps:g}, which take {self.frames / self.fps:.2f} s"
+            need = f"{self.frames} at {self.fps:g} per second, which take {self.frames / self.fps:.2f} s"
             raise MediaError("short", source, f"has {length} frames in {length / rate:.2f} s, expected {need}")
         return self.fps
 
 
-def read_clip(source: Path | bytes, selection: Selection) -> Media:
+def read_clip(
+    source: Path | bytes,
+    selection: Selection,
+    max_pixels: int = MAX_PIXELS,
+    transform: Callable[[Tensor], Tensor] | None = None,
+) -> Media:
+    """Decodes the frames that ``selection`` takes; see :func:`sipo.data.media.read_media`."""
     import av
 
     size = len(source) if isinstance(source, bytes) else source.stat().st_size
@@ -202,12 +222,15 @@ def read_clip(source: Path | bytes, selection: Selection) -> Media:
             tags = {name.lower(): value for name, value in stream.metadata.items()}
             if tags.get("alpha_mode") == "1" and decoder.name in _ALPHA_DECODERS:
                 decoder = av.CodecContext.create(_ALPHA_DECODERS[decoder.name], "r")
-            decoder.options = {"err_detect": "explode"}
+            check_pixels(source, stream.height, stream.width, max_pixels)
+            # A stream may have larger frames than the file's header says. Codecs round sides up, hence twice.
+            decoder.options = {"err_detect": "explode", "max_pixels": str(2 * max_pixels + (1 << 16))}
             decoder.thread_count = 1
             rate = float(stream.average_rate or stream.guessed_rate or 0)
             expected = _seconds(tags.get("duration", ""))
             timed = container.format.name != "avi"  # AVI has decoding times alone
             length, index, start, end = 0, 0, 0.0, 0.0
+            shown = _Shown(source, stream.sample_aspect_ratio or Fraction(1), transform)
             for packet in container.demux(stream):
                 if packet.is_corrupt:
                     raise MediaError("undecodable", source, f"is damaged or cut short after {length} frames")
@@ -219,21 +242,31 @@ def read_clip(source: Path | bytes, selection: Selection) -> Media:
                 for frame in decoder.decode(packet):
                     if frame.is_corrupt:
                         raise MediaError("undecodable", source, f"frame {index} is damaged")
+                    check_pixels(source, frame.height, frame.width, max_pixels)
                     time = frame.time if timed and frame.time is not None else index / (rate or 1.0)
                     start = time if index == 0 else start
                     selection.offer(frame, time - start)
+                    shown.replace(selection.picked)
                     index += 1
             if length == 0 or not rate > 0:
                 raise MediaError("undecodable", source, "holds no frames, or no frame rate")
             if end < expected - 2.5 / rate:
                 raise MediaError("undecodable", source, f"is cut short after {end:.2f} s of {expected:.2f} s")
             fps = selection.finish(source, length, rate)
-            return _shown(source, selection.picked, fps, length, stream.sample_aspect_ratio or Fraction(1))
+            return shown.media(selection.picked, fps, length)
     except (av.FFmpegError, OSError, ValueError) as error:
         if isinstance(error, MediaError):
             raise
         reason = getattr(error, "strerror", None) or error
         raise MediaError("undecodable", source, f"cannot be decoded: {reason}") from error
+
+
+def check_pixels(source: Path | bytes, height: int, width: int, max_pixels: int) -> None:
+    """Refuses what is too large to be decoded, by its header."""
+    if height * width > max_pixels:
+        raise MediaError(
+            "undecodable", source, f"has {height}x{width} pixels, expected at most {max_pixels} (max_pixels)"
+        )
 
 
 def _seconds(clock: str) -> float:
@@ -245,27 +278,49 @@ def _seconds(clock: str) -> float:
 # ---- From frames to pixels ----
 
 
-def _shown(source: Path | bytes, frames: list[Any], fps: float, length: int, aspect: Fraction) -> Media:
-    """The selected frames as pixels; empties ``frames``, each of which may hold megabytes."""
-    if not 1 / _WIDEST_PIXEL <= aspect <= _WIDEST_PIXEL:
-        shape = f"{aspect.numerator}:{aspect.denominator}"
-        raise MediaError(
-            "undecodable", source, f"has pixels of {shape}, expected between 1:{_WIDEST_PIXEL} and {_WIDEST_PIXEL}:1"
-        )
-    interlaced = any(frame.interlaced_frame for frame in frames)
-    pixels = torch.empty(0, 3, 0, 0, dtype=torch.uint8)
-    transparent = 0.0
-    for index in range(count := len(frames)):
-        frame = frames.pop(0)
-        colours, share = _rgb(frame, aspect)
-        colours = _upright(source, colours, frame)
-        if index == 0:
-            pixels = torch.empty(count, *colours.shape, dtype=torch.uint8)
-        if colours.shape != pixels.shape[1:]:
-            raise MediaError("undecodable", source, "changes its size between frames, expected one size")
-        pixels[index] = colours
-        transparent += share / count
-    return Media(pixels, fps, length, aspect, transparent, interlaced)
+class _Shown:
+    """Makes pixels of selected frames, each at once: a whole clip as it is stored may take gigabytes."""
+
+    def __init__(
+        self, source: Path | bytes, aspect: Fraction, transform: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        if not 1 / _WIDEST_PIXEL <= aspect <= _WIDEST_PIXEL:
+            shape, widest = f"{aspect.numerator}:{aspect.denominator}", _WIDEST_PIXEL
+            raise MediaError(
+                "undecodable", source, f"has pixels of {shape}, expected between 1:{widest} and {widest}:1"
+            )
+        self.source = source
+        self.aspect = aspect
+        self.transform = transform
+        self.size: tuple[int, int] | None = None
+        self.shares: list[float] = []  # of transparent pixels, by frame
+        self.interlaced = False
+
+    def replace(self, picked: list[Any]) -> None:
+        """Puts pixels, ``[3, H, W]`` uint8, in the place of the frames that were selected since the last call."""
+        for index in range(len(self.shares), len(picked)):
+            picked[index] = self._pixels(picked[index])
+
+    def _pixels(self, frame: Any) -> Tensor:
+        colours, share = _rgb(frame, self.aspect)
+        colours = _upright(self.source, colours, frame)
+        size = (colours.shape[-2], colours.shape[-1])
+        if size != (self.size or size):
+            raise MediaError("undecodable", self.source, "changes its size between frames, expected one size")
+        self.size = size
+        self.shares.append(share)
+        self.interlaced |= frame.interlaced_frame
+        return colours if self.transform is None else self.transform(colours)
+
+    def media(self, picked: list[Any], fps: float, length: int) -> Media:
+        """All that was selected; empties ``picked``."""
+        self.replace(picked)
+        count = len(picked)
+        pixels = torch.empty(count, *(picked[0].shape if picked else (3, 0, 0)), dtype=torch.uint8)
+        for index in range(count):
+            pixels[index] = picked.pop(0)
+        transparent = sum(share / count for share in self.shares)
+        return Media(pixels, self.size or (0, 0), fps, length, self.aspect, transparent, self.interlaced)
 
 
 def _rgb(frame: Any, aspect: Fraction) -> tuple[Tensor, float]:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
@@ -19,13 +19,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sipo.data.clips import AtRate, First, Media, MediaError, Numbered, as_stream, on_background, read_clip
+from sipo.data.clips import (
+    MAX_PIXELS,
+    AtRate,
+    First,
+    Media,
+    MediaError,
+    Numbered,
+    as_stream,
+    check_pixels,
+    on_background,
+    read_clip,
+)
+from sipo.files import FileError, check_regular
 
 # A list of formats, so that none of Pillow's rarer decoders is used (one of which starts another program).
 _IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 # Brands of still images in MP4's container, which FFmpeg takes for clips of one frame.
-_AVIF_OR_HEIC = (b"avif", b"heic", b"heix", b"heim", b"heis", b"mif1")
+_STILL_BRANDS = (b"avif", b"heic", b"heix", b"heim", b"heis", b"mif1")
 _DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
+_STRIP = 1 << 22  # pixels that are converted at a time, so that an image is in memory about twice and no more
 
 
 @dataclass(frozen=True)
@@ -33,7 +46,7 @@ class Fitted:
     """Pixels at a size for the VAE.
 
     Attributes:
-        pixels: float32 in [-1, 1], shaped as what was fitted, at the new height and width.
+        pixels: uint8, shaped as what was fitted, at the new height and width.
         crop_top_left: (top, left) of the crop, in pixels of the resized (and mirrored) image.
         original_size: (height, width) before that: of the upright image, in square pixels.
     """
@@ -46,13 +59,20 @@ class Fitted:
 # ---- Reading ----
 
 
-def read_media(source: Path | bytes, frames: int = 1, fps: float | None = None) -> Media:
+def read_media(
+    source: Path | bytes,
+    frames: int = 1,
+    fps: float | None = None,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    transform: Callable[[Tensor], Tensor] | None = None,
+) -> Media:
     """Decodes an image, or a clip's first frames at a rate.
 
     Both are read as they are shown. An image is turned by its EXIF orientation; a clip is turned or mirrored by its
     display matrix, and scaled to square pixels by its sample aspect ratio (the shorter side is enlarged). Transparent
     pixels are composited over :data:`sipo.data.clips.BACKGROUND`. An image's density and colour profile are not
-    applied, and no clip is deinterlaced.
+    applied, EXIF data that cannot be read are passed over, and no clip is deinterlaced.
 
     A clip's frame ``k`` is the one nearest to the time ``k / fps`` after its first, of two equally near ones the
     earlier. The whole file is read, also after the last frame that is needed, to detect one that is cut short.
@@ -61,110 +81,193 @@ def read_media(source: Path | bytes, frames: int = 1, fps: float | None = None) 
         source: a file, or an encoded image or clip.
         frames: how many; 1 asks for an image, more for a clip.
         fps: frames per second; ``None`` takes the clip's own, frame by frame.
+        max_pixels: of an image or a frame; larger ones are refused before anything is decoded.
+        transform: makes of an image, or of each frame as soon as it is decoded, what is kept of it: both uint8, the
+            former ``[3, H, W]``. So a clip is never in memory at the size that it is stored in.
 
     Raises:
         MediaError: see there. A clip is never padded and no frame is taken twice.
-        ValueError: ``frames`` or ``fps`` make no sense.
+        ValueError: ``frames``, ``fps`` or ``max_pixels`` make no sense.
     """
-    check_request(frames, fps)
-    image = _read_image(source)
+    check_request(frames, fps, max_pixels)
+    image = _read_image(source, max_pixels)
     if image is not None:
         if frames > 1:
             raise MediaError("medium", source, f"is an image, expected a clip of {frames} frames")
-        return image
+        return image if transform is None else replace(image, pixels=transform(image.pixels))
     if frames == 1:
-        read_clip(source, First(1, decode_all=True))  # an error if it is no clip either
-        raise MediaError("medium", source, "is a clip, expected an image (frames=1)")
-    return read_clip(source, First(frames) if fps is None else AtRate(frames, fps))
+        read_clip(source, First(1, decode_all=True), max_pixels)  # an error if it is no clip either
+        raise MediaError("medium", source, "is a clip, expected an image")
+    return read_clip(source, First(frames) if fps is None else AtRate(frames, fps), max_pixels, transform)
 
 
-def check_request(frames: int | None, fps: float | None) -> None:
-    """Refuses numbers of frames and rates that no clip can be read with; ``None`` is allowed for both.
+def check_request(frames: int | None, fps: float | None, max_pixels: int = MAX_PIXELS) -> None:
+    """Refuses numbers of frames, rates and limits that nothing can be read with; ``None`` is allowed for the first two.
 
     Raises:
-        ValueError: ``frames`` below 1, or ``fps`` that is not a finite number > 0.
+        ValueError: ``frames`` or ``max_pixels`` below 1, or ``fps`` that is not a finite number > 0.
     """
+    if max_pixels < 1:
+        raise ValueError(f"max_pixels={max_pixels}: expected at least 1")
     if frames is not None and frames < 1:
         raise ValueError(f"frames={frames}: expected at least 1")
     if fps is not None and not 0 < fps < math.inf:
         raise ValueError(f"fps={fps:g}: expected a finite number > 0")
 
 
-def probe_media(source: Path | bytes) -> Media:
+def probe_media(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Media:
     """Decodes all of an image or a clip, and keeps only the first frame of a clip, ``[1, 3, H, W]``.
 
     Raises:
-        MediaError: missing or undecodable.
+        MediaError: missing, undecodable or too large.
     """
-    return _read_image(source) or read_clip(source, First(1, decode_all=True))
+    return _read_image(source, max_pixels) or read_clip(source, First(1, decode_all=True), max_pixels)
 
 
-def read_spaced(source: Path | bytes, count: int) -> Media:
+def read_spaced(source: Path | bytes, count: int, *, max_pixels: int = MAX_PIXELS) -> Media:
     """Decodes an image, or ``count`` frames from the middles of equal parts of a clip; all, where it has fewer.
 
     Raises:
-        MediaError: missing or undecodable.
+        MediaError: missing, undecodable or too large.
     """
-    image = _read_image(source)
+    image = _read_image(source, max_pixels)
     if image is not None:
         return image
-    length = read_clip(source, First(0)).length
+    length = read_clip(source, First(0), max_pixels).length
     indices = [int((part + 0.5) * length / count) for part in range(count)] if length > count else range(length)
-    return read_clip(source, Numbered(indices))
+    return read_clip(source, Numbered(indices), max_pixels)
 
 
-def _read_image(source: Path | bytes) -> Media | None:
+def _read_image(source: Path | bytes, max_pixels: int) -> Media | None:
     """An image, or ``None`` where the file is not an image but may be a clip."""
-    from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 
-    # Another package may have set it: the missing part of a damaged image would be grey.
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    formats = _prepare_pillow(max_pixels)
+    if isinstance(source, Path):
+        _check_file(source)
     try:
-        if isinstance(source, Path) and not source.is_file():
-            raise MediaError("missing", source, "no such file")
-        image = Image.open(as_stream(source), formats=_IMAGE_FORMATS)
+        return _decode_image(source, formats, max_pixels)
+    except MediaError:
+        raise
     except UnidentifiedImageError:
-        if _brand(source) in _AVIF_OR_HEIC:
-            expected = f"expected {', '.join(_IMAGE_FORMATS[:-1])} or {_IMAGE_FORMATS[-1]}"
-            raise MediaError("undecodable", source, f"is AVIF or HEIC, {expected}") from None
-        return None
-    except (OSError, Image.DecompressionBombError) as error:
+        brand = _brand(source)
+        if brand not in _STILL_BRANDS:
+            return None
+        problem = f"is AVIF or HEIC, expected {', '.join(formats[:-1])} or {formats[-1]}"
+        if brand == b"avif" and "AVIF" in formats:
+            problem = "cannot be decoded: AVIF that is damaged or cut short"
+        raise MediaError("undecodable", source, problem) from None
+    except Image.DecompressionBombError as error:  # of more than twice as many
+        raise MediaError("undecodable", source, f"has more than {max_pixels} pixels (max_pixels)") from error
+    except Exception as error:  # Pillow's decoders raise all kinds of errors on damaged files
         if isinstance(error, OSError) and error.errno is not None:  # from the file system, not from Pillow
             raise MediaError("missing", source, f"cannot be read: {error.strerror}") from error
-        raise MediaError("undecodable", source, f"cannot be decoded: {error}") from error
+        reason = str(error) or type(error).__name__
+        raise MediaError("undecodable", source, f"cannot be decoded: {reason}") from error
+
+
+def _check_file(path: Path) -> None:
+    """Refuses what is no regular file, before anything opens it."""
     try:
-        with image:
-            count = getattr(image, "n_frames", 1)
-            if count > 1 and image.format == "GIF":
+        check_regular(path)
+    except FileError as error:  # which names the file as well
+        raise MediaError("missing", path, str(error).removeprefix(f"{path}: ")) from error
+    except FileNotFoundError as error:
+        raise MediaError("missing", path, "no such file") from error
+    except OSError as error:
+        raise MediaError("missing", path, f"cannot be read: {error.strerror}") from error
+    except ValueError as error:  # a name that no file can have, with a null byte or half a character
+        raise MediaError("missing", path, "no such file") from error
+
+
+def _prepare_pillow(max_pixels: int) -> tuple[str, ...]:
+    """Sets Pillow's limits, which are the process's own and may be another package's; returns the formats to open."""
+    from PIL import Image, ImageFile, PngImagePlugin
+
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # the missing part of a damaged image would be grey
+    if Image.MAX_IMAGE_PIXELS is not None:  # we look at the size before anything is decoded: no warning below our limit
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
+    # Image generators write all of their settings into one chunk. 64 MB bound the text of an image as before.
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
+    try:
+        from PIL import AvifImagePlugin  # since Pillow 11.3
+    except ImportError:
+        return _IMAGE_FORMATS
+    return (*_IMAGE_FORMATS, "AVIF") if AvifImagePlugin.SUPPORTED else _IMAGE_FORMATS
+
+
+def _decode_image(source: Path | bytes, formats: tuple[str, ...], max_pixels: int) -> Media | None:
+    """See :func:`_read_image`; raises whatever Pillow does."""
+    from PIL import Image
+
+    with Image.open(as_stream(source), formats=formats) as image:
+        check_pixels(source, image.height, image.width, max_pixels)
+        if getattr(image, "is_animated", False):
+            if image.format in ("GIF", "AVIF"):
                 return None
-            if count > 1 and image.format != "MPO":  # its first image is the photograph
+            if image.format != "MPO":  # its first image is the photograph
                 raise MediaError(
                     "medium",
                     source,
-                    f"holds {count} images in one {image.format} file, expected one image, or a clip as GIF or video",
+                    f"holds {getattr(image, 'n_frames', 2)} images in one {image.format} file, "
+                    "expected one image, or a clip as GIF or video",
                 )
-            aspect = _pixel_aspect(image)
-            if image.format == "PNG":
-                _scale_transparent_colour(image)
-            image.load()
-            if image.mode in _DEEP_MODES:
-                raise ValueError(f"has mode {image.mode}, expected 8 bits a channel")
-            upright = ImageOps.exif_transpose(image)
-            transparent = upright.has_transparency_data
-            if transparent and upright.mode == "1":  # older Pillow keeps no transparency of such an image
-                key = upright.info["transparency"]
-                upright = upright.convert("L")
-                upright.info["transparency"] = 255 if key else 0
-            # RGBA also where a single colour is transparent, or some colours of a palette.
-            colours = upright.convert("RGBA" if transparent else "RGB")
-    except MediaError:
-        raise
-    except Exception as error:  # Pillow's decoders raise all kinds of errors on damaged files
-        raise MediaError("undecodable", source, f"cannot be decoded: {error}") from error
-    flat = torch.frombuffer(bytearray(colours.tobytes()), dtype=torch.uint8)
-    pixels = flat.view(colours.height, colours.width, -1)
-    pixels, share = on_background(pixels) if transparent else (pixels.permute(2, 0, 1), 0.0)
-    return Media(pixels.contiguous(), pixel_aspect=aspect, transparent=share)
+        aspect = _pixel_aspect(image)
+        if image.format == "PNG":
+            _scale_transparent_colour(image)
+        image.load()
+        if image.mode in _DEEP_MODES:
+            raise ValueError(f"has mode {image.mode}, expected 8 bits a channel")
+        method = _orientation(image)
+    upright = image if method is None else image.transpose(method)
+    del image
+    transparent = upright.has_transparency_data
+    if transparent and upright.mode == "1":  # older Pillow keeps no transparency of such an image
+        key = upright.info["transparency"]
+        upright = upright.convert("L")
+        upright.info["transparency"] = 255 if key else 0
+    pixels, share = _pixels(upright, transparent)
+    return Media(pixels, (pixels.shape[-2], pixels.shape[-1]), pixel_aspect=aspect, transparent=share)
+
+
+def _orientation(image: Any) -> Any:
+    """What turns an image upright, one of ``PIL.Image.Transpose``; ``None`` where it is, or EXIF is unreadable."""
+    from PIL import ExifTags, Image
+
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # too short, or no EXIF at all: viewers show such an image as it is
+        return None
+    turns = Image.Transpose
+    # Numbered from 1, which is upright.
+    methods = (
+        None,
+        turns.FLIP_LEFT_RIGHT,
+        turns.ROTATE_180,
+        turns.FLIP_TOP_BOTTOM,
+        turns.TRANSPOSE,
+        turns.ROTATE_270,
+        turns.TRANSVERSE,
+        turns.ROTATE_90,
+    )
+    return methods[orientation - 1] if orientation in range(1, 9) else None
+
+
+def _pixels(image: Any, transparent: bool) -> tuple[Tensor, float]:
+    """uint8 ``[3, H, W]`` on the background, and the share of transparent pixels."""
+    pixels = torch.empty(3, image.height, image.width, dtype=torch.uint8)
+    rows = max(1, _STRIP // image.width)
+    hidden = 0.0
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        # RGBA also where a single colour is transparent, or some colours of a palette.
+        colours = strip.convert("RGBA" if transparent else "RGB")
+        flat = torch.frombuffer(bytearray(colours.tobytes()), dtype=torch.uint8)
+        part = flat.view(colours.height, colours.width, -1)
+        shown, share = on_background(part) if transparent else (part.permute(2, 0, 1), 0.0)
+        pixels[:, top : top + colours.height] = shown
+        hidden += share * colours.height
+    return pixels, hidden / image.height
 
 
 def _brand(source: Path | bytes) -> bytes:
@@ -222,7 +325,7 @@ def fit(
     flip: bool = False,
     generator: torch.Generator | None = None,
 ) -> Fitted:
-    """Scales to the smallest size that covers the target (bicubic, antialiased), and crops the rest.
+    """Scales to the smallest size that covers the target (bicubic, antialiased, rounded), and crops the rest.
 
     Args:
         pixels: uint8, ``[3, H, W]`` or ``[F, 3, H, W]``; all frames alike.
@@ -237,20 +340,19 @@ def fit(
     original = (pixels.shape[-2], pixels.shape[-1])
     scale = max(height / original[0], width / original[1])
     covering = (max(height, round(original[0] * scale)), max(width, round(original[1] * scale)))
-    values = pixels.to(torch.float32)
-    if flip:
-        values = values.flip(-1)
+    values = pixels.flip(-1) if flip else pixels
     if covering != original:
-        frames = values if values.ndim == 4 else values[None]
+        frames = (values if values.ndim == 4 else values[None]).to(torch.float32)
         frames = F.interpolate(frames, covering, mode="bicubic", antialias=True, align_corners=False)
-        values = (frames if values.ndim == 4 else frames[0]).clamp_(0.0, 255.0)
+        frames = frames.round_().clamp_(0.0, 255.0).to(torch.uint8)
+        values = frames if values.ndim == 4 else frames[0]
     over = (covering[0] - height, covering[1] - width)
     if crop == "random":
         top, left = (int(torch.randint(each + 1, (), generator=generator)) for each in over)
     else:
         top, left = over[0] // 2, over[1] // 2
     values = values[..., top : top + height, left : left + width]
-    return Fitted((values / 127.5 - 1.0).contiguous(), (top, left), original)
+    return Fitted(values.contiguous(), (top, left), original)
 
 
 # ---- Writing ----
