@@ -17,6 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from sipo.families.model_files import CONFIG, check_weights, fetch_weights, model_folder
+
 Scorer = Callable[[list[Tensor], list[str]], Sequence[float]]
 
 
@@ -32,13 +34,23 @@ class _Clip:
         from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
         try:
-            # From safetensors alone: nothing is unpickled.
-            model: Any = CLIPModel.from_pretrained(path, dtype=dtype, use_safetensors=True)
-            self.model = model.to(device).eval()
-            self.tokenizer = AutoTokenizer.from_pretrained(processor or path)
-            self.images = CLIPImageProcessorPil.from_pretrained(processor or path)
-        except (OSError, ValueError) as error:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled for it
+            raise ScorerError(f"device={device!r}: {str(error).splitlines()[0]}, expected another") from error
+        try:
+            # From safetensors alone, and no code of the folder: nothing is unpickled.
+            folder = _checked(path)
+            beside = folder
+            if processor is not None:
+                beside = Path(processor)
+                if not beside.is_dir():
+                    beside = model_folder(processor, {}, "CLIPProcessor", "preprocessor_config.json")
+            model: Any = CLIPModel.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+            self.tokenizer = AutoTokenizer.from_pretrained(beside, trust_remote_code=False)
+            self.images = CLIPImageProcessorPil.from_pretrained(beside)
+        except (OSError, ValueError, RuntimeError) as error:
             raise ScorerError(f"{path}: no CLIP model with its processor: {' '.join(str(error).split())}") from error
+        self.model = model.to(device).eval()
         self.device = device
         self.dtype = dtype
         self.scale = float(self.model.logit_scale.detach().exp())
@@ -66,6 +78,14 @@ class _Clip:
             input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
         ).pooler_output
         return _unit(features)
+
+
+def _checked(path: str) -> Path:
+    """The folder of a CLIP model, on disk or from the hub, with weights in safetensors alone."""
+    folder = model_folder(path, {}, "CLIPModel", CONFIG)
+    fetch_weights(path, {}, [""], None)
+    check_weights(folder, "CLIPModel", None)
+    return folder
 
 
 class ClipScorer:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,15 +15,13 @@ from sipo.config import ModelConfig
 from sipo.data.cache import CacheError, digest, read_json, write_json
 from sipo.data.changes import FileRecord, record_file, stamp
 from sipo.families.base import Family
+from sipo.families.model_files import CONFIG, MODEL_INDEX, weight_files
 
 PLACE = ("path", "revision", "variant")
 """Keys of a model's configuration that say where weights come from: the weights themselves stand in for them."""
 
 RECORDS = "weights.json"
-_INDEX = "model_index.json"
 _DIGITS = 16  # of a hash that is kept as a mark
-_WEIGHTS = re.compile(r"(diffusion_pytorch_model|model)(?=[.-]).*(\.safetensors|\.index\..*json)")
-_CONFIG = "config.json"
 _OF_TOKENIZER = {  # beside weights and config.json what from_pretrained reads
     "added_tokens.json",
     "chat_template.jinja",
@@ -39,7 +36,6 @@ _OF_TOKENIZER = {  # beside weights and config.json what from_pretrained reads
     "vocab.txt",
 }
 _ABOUT_FILES = ("_name_or_path", "name_or_path", "_diffusers_version", "transformers_version")
-_SHARD = re.compile(r"-\d{5}-of-\d{5}")
 
 
 def weight_hashes(
@@ -87,7 +83,7 @@ def _kept(cache: Path) -> dict[str, FileRecord]:
 def _record(path: Path) -> FileRecord:
     """Of a configuration the content's hash, so that a model that was only saved again is the same."""
     found = record_file(path)
-    if found and path.name.endswith(_CONFIG):
+    if found and path.name.endswith(CONFIG):
         with contextlib.suppress(OSError, ValueError):  # what is no JSON, loading the model says better
             value = json.loads(path.read_text(encoding="utf-8"))
             if isinstance(value, dict):
@@ -99,7 +95,7 @@ def _parts(family: Family, folder: Path, network: bool) -> list[str]:
     """Names of the pipeline's components, which are its subfolders."""
     if network:
         return [family.network]
-    index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+    index = json.loads((folder / MODEL_INDEX).read_text(encoding="utf-8"))
     left_out = {family.network, *family._without, "scheduler"}  # noise levels are no part of what is encoded
     return [name for name, value in index.items() if isinstance(value, list) and all(value) and name not in left_out]
 
@@ -107,21 +103,15 @@ def _parts(family: Family, folder: Path, network: bool) -> list[str]:
 def _used(folder: Path, part: str, variant: str | None) -> list[tuple[str, Path]]:
     """The files of a component that are read: weights of the variant where there are any, and what describes them."""
     files = [path for path in sorted((folder / part).glob("*")) if path.is_file()]
-    weights = [path for path in files if _WEIGHTS.fullmatch(path.name)]
-    chosen = [path for path in weights if _variant(path) == variant] or [p for p in weights if _variant(p) is None]
-    chosen += [path for path in files if path.name == _CONFIG or path.name in _OF_TOKENIZER]
+    weights = weight_files([path.name for path in files], variant)
+    chosen = [path for path in files if path.name in weights]
+    chosen += [path for path in files if path.name == CONFIG or path.name in _OF_TOKENIZER]
     return [(path.relative_to(folder).as_posix(), path) for path in chosen]
-
-
-def _variant(path: Path) -> str | None:
-    """"fp16" of ``model.fp16-00001-of-00002.safetensors`` and of ``model.safetensors.index.fp16.json``."""
-    inner = {_SHARD.sub("", part) for part in path.name.split(".")[1:-1]} - {"safetensors", "index"}
-    return inner.pop() if inner else None
 
 
 def _commit(path: str, revision: str | None) -> str:
     """The commit of a hub model in the local cache, which opening its pipeline has brought up to date."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(path, _INDEX, revision=revision)
+    found = try_to_load_from_cache(path, MODEL_INDEX, revision=revision)
     return Path(found).parent.name if isinstance(found, str) else "unknown"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,16 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from sipo.diffusers_schedulers import SettingError, check_sampler, with_settings
+from sipo.families.model_files import CONFIG, HUB_OPTIONS, MODEL_INDEX, check_model, fetch_weights, model_folder
+from sipo.files import read_object
 from sipo.schedule import DEFAULT_INFERENCE_STEPS, NoiseSchedule
 
 Condition = dict[str, Tensor]
 """What a network is given beside the noisy latents: tensors by name, stacked along dimension 0."""
 
+TEXT_ENCODER = "text_encoder"
+"""What the names of a pipeline's components that encode text begin with."""
+
 PROMPT, POOLED = "prompt_embeds", "pooled_prompt_embeds"
 """Names in a condition; diffusers' pipelines take them under the same names."""
-
-# Options of from_pretrained that say where a file comes from, and not how weights are read.
-_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
 
 class Family(ABC):
@@ -68,30 +70,57 @@ class Family(ABC):
 
         Raises:
             FileNotFoundError: nothing to load there, in one line that names the path.
-            ValueError: a pipeline, or a network, that is not of this family.
+            ValueError: a pipeline, or a network, that is not of this family; a damaged file, or a pickle.
         """
         import diffusers
 
-        self._check_index(path, self._index(path, options))
+        folder = self.fetch(path, network=True, **options)
         with _one_line(path):
             network: nn.Module = getattr(diffusers, self.network_class).from_pretrained(
-                str(path), subfolder=self.network, use_safetensors=True, **_typed(dtype), **options
+                str(folder), subfolder=self.network, use_safetensors=True, **_typed(dtype), **_local(options)
             )
         self._check_network(path, network)
         return network
 
-    def load_encoders(self, path: str | Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-        """The pipeline without its network: tokenizers, text encoders, VAE and scheduler, frozen, in eval mode.
+    def empty_network(self, path: str | Path, **options: Any) -> nn.Module:
+        """The network as its configuration describes it, without weights (on the meta device).
 
-        Errors as for :meth:`load_network`.
+        Arguments and errors as for :meth:`load_network`.
         """
         import diffusers
 
-        self._check_index(path, self._index(path, options))
+        folder, index = self._open(path, options)
+        config = read_object(folder / self.network / CONFIG)
+        network_class = getattr(diffusers, self.network_class)
+        if index.get(self.network, [None, None])[1] != self.network_class:
+            found = index.get(self.network)
+            raise ValueError(f"{path}: its {self.network} is {found!r}, expected a {self.network_class}")
+        try:
+            with torch.device("meta"):
+                network: nn.Module = network_class.from_config(config)
+        except Exception as error:  # whatever numbers the file holds
+            file, reason = folder / self.network / CONFIG, f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise ValueError(f"{file}: describes no {self.network_class} ({reason})") from error
+        self._check_network(path, network)
+        return network
+
+    def load_encoders(
+        self, path: str | Path, *, dtype: torch.dtype = torch.float32, text: bool = True, **options: Any
+    ) -> Any:
+        """The pipeline without its network: tokenizers, text encoders, VAE and scheduler, frozen, in eval mode.
+
+        Without ``text`` it has no text encoders either, and samples from encoded prompts alone. Errors as for
+        :meth:`load_network`.
+        """
+        import diffusers
+
+        folder = self.fetch(path, network=False, **options)
         left_out = dict.fromkeys((self.network, *self._without))
+        if not text:
+            left_out |= dict.fromkeys(name for name in self._open(path, options)[1] if name.startswith(TEXT_ENCODER))
         with _one_line(path):
             pipeline = getattr(diffusers, self.pipeline_class).from_pretrained(
-                str(path), use_safetensors=True, **_typed(dtype), **left_out, **options
+                str(folder), use_safetensors=True, **_typed(dtype), **left_out, **_local(options)
             )
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):
@@ -99,6 +128,28 @@ class Family(ABC):
         if dtype == torch.float16 and not self.video and pipeline.vae.config.force_upcast:
             pipeline.vae.to(torch.float32)  # such a VAE overflows in half precision
         return pipeline
+
+    def fetch(self, path: str | Path, *, network: bool, **options: Any) -> Path:
+        """Downloads what a hub id lacks in the local cache, and refuses whatever is not safetensors.
+
+        Args:
+            path: as for :meth:`load_network`.
+            network: the network; else all other components.
+            options: as for :meth:`load_network`.
+
+        Returns:
+            The local folder. Errors as for :meth:`load_network`.
+        """
+        folder, index = self._open(path, options)
+        left_out = (self.network, *self._without)
+        present = [name for name, value in index.items() if isinstance(value, list) and any(value)]
+        components = [self.network] if network else [name for name in present if name not in left_out]
+        variant = options.get("variant")
+        if self.network not in index:
+            raise ValueError(f"{path}: has no {self.network}, expected a whole {self.pipeline_class}")
+        fetch_weights(path, options, components, variant)
+        check_model(folder, index, components, variant)
+        return folder
 
     def load_schedule(
         self,
@@ -162,31 +213,24 @@ class Family(ABC):
         """The model's scheduler, as it is saved. Arguments and errors as for :meth:`load_network`."""
         import diffusers
 
-        index = self._index(path, options)
-        self._check_index(path, index)
+        folder, index = self._open(path, options)
         library, class_name = (index.get("scheduler") or (None, None))[:2]
         scheduler_class = getattr(diffusers, str(class_name), None) if library == "diffusers" else None
         if scheduler_class is None:
             raise ValueError(f"{path}: its scheduler is {class_name!r}, expected one of diffusers'")
-        try:
-            with _one_line(path):
-                return scheduler_class.from_pretrained(str(path), subfolder="scheduler", **_hub(options))
-        except (ImportError, ValueError) as error:  # some schedulers need a library of their own
-            raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+        with _one_line(path):
+            return scheduler_class.from_pretrained(str(folder), subfolder="scheduler")
 
     def image_seq_len(self, height: int, width: int) -> int | None:
         """Tokens of an image of that size, for the pipeline's dynamic shifting; ``None`` where it has none."""
         return None
 
-    def _index(self, path: str | Path, options: Mapping[str, Any]) -> dict[str, Any]:
-        """The pipeline's ``model_index.json``."""
-        import diffusers
-
-        if _is_folder(path) and not Path(path).is_dir():
-            raise FileNotFoundError(f"{path}: no such folder, expected one with a {self.pipeline_class}")
-        with _one_line(path):
-            index: dict[str, Any] = diffusers.DiffusionPipeline.load_config(str(path), **_hub(options))
-        return index
+    def _open(self, path: str | Path, options: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
+        """The model's folder, and its ``model_index.json``."""
+        folder = model_folder(path, options, self.pipeline_class)
+        index = read_object(folder / MODEL_INDEX)
+        self._check_index(path, index)
+        return folder, index
 
     def _check_index(self, path: str | Path, index: Mapping[str, Any]) -> None:
         found = index.get("_class_name")
@@ -221,6 +265,18 @@ class Family(ABC):
         tensors = {PROMPT: encoded[0]} if len(encoded) == 2 else {PROMPT: encoded[0], POOLED: encoded[2]}
         host = {name: tensor.cpu() for name, tensor in tensors.items()}
         return [{name: tensor[i].clone() for name, tensor in host.items()} for i in range(len(prompts))]
+
+    def encode_prompts(self, pipeline: Any, prompts: Sequence[str]) -> list[Condition]:
+        """What :meth:`sample` takes in place of each prompt, so that the text encoders need not be kept.
+
+        Arguments of the pipeline by name, ``[1, ...]`` on the CPU: the prompt's embeddings as in :meth:`encode_text`,
+        and under ``negative_...`` those of :meth:`encode_unconditional`.
+        """
+        if not prompts:
+            return []
+        encoded, empty = self.encode_text(pipeline, prompts), self.encode_unconditional(pipeline)
+        negative = {f"negative_{name}": tensor[None] for name, tensor in empty.items()}
+        return [{name: tensor[None] for name, tensor in each.items()} | negative for each in encoded]
 
     def encode_unconditional(self, pipeline: Any) -> Condition:
         """What sampling under guidance has in place of a prompt: the caption to drop to, as in :meth:`encode_text`."""
@@ -309,7 +365,7 @@ class Family(ABC):
         self,
         pipeline: Any,
         network: nn.Module,
-        prompts: Sequence[str],
+        prompts: Sequence[str] | Sequence[Condition],
         *,
         seed: int,
         height: int,
@@ -317,6 +373,7 @@ class Family(ABC):
         frames: int = 1,
         steps: int = DEFAULT_INFERENCE_STEPS,
         guidance: float | None = None,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> Tensor:
         """Samples of the real pipeline around ``network``, for a look during training.
 
@@ -324,37 +381,40 @@ class Family(ABC):
         generators are not drawn from, and the network is left in the mode it came in.
 
         Args:
-            pipeline: of :meth:`load_encoders`; may be of another type than the network, and on another device.
+            pipeline: of :meth:`load_encoders`; may be of another type than the network, and on another device. Its
+                text encoders are used only where a prompt is a string.
             network: what is trained, wrapped or not; the sampler runs on its device and in its type.
-            prompts: one sample for each.
+            prompts: one sample for each; strings, or what :meth:`encode_prompts` made of them.
             seed: of the first prompt; the next has ``seed + 1``, and so on.
             height, width, frames: in pixels and frames, see :meth:`check_size`.
             steps: of the sampler.
             guidance: classifier-free guidance scale; the family's if left out.
+            autocast: gives the context that the network runs in, as in training. Between two calls of the network the
+                sampler keeps to the network's own type, and the VAE decodes outside of it.
 
         Returns:
             ``[N, 3, H, W]`` or ``[N, F, 3, H, W]`` uint8 on the CPU.
         """
         self.check_size(pipeline, height, width, frames)
         network = unwrapped(network)
-        unconditional = self.encode_unconditional(pipeline)
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        conditions: Any = prompts if len(texts) < len(prompts) else self.encode_prompts(pipeline, texts)
         size = {"height": height, "width": width} | ({"num_frames": frames} if self.video else {})
         sampler = self._sampler(pipeline, network)
         device, dtype = next(network.parameters()).device, network_dtype(network)
         pictures = []
         with evaluating(network.modules()):
-            for i, condition in enumerate(self.encode_text(pipeline, prompts)):
-                embeddings = {name: tensor[None] for name, tensor in condition.items()}
-                embeddings |= {f"negative_{name}": tensor[None] for name, tensor in unconditional.items()}
-                latents = sampler(
-                    **{name: tensor.to(device, dtype) for name, tensor in embeddings.items()},
-                    **size,
-                    num_inference_steps=steps,
-                    guidance_scale=self.guidance if guidance is None else guidance,
-                    generator=torch.Generator().manual_seed(seed + i),
-                    output_type="latent",
-                    return_dict=False,
-                )[0]
+            for i, condition in enumerate(conditions):
+                with autocast(), _predicting(network, dtype):
+                    latents = sampler(
+                        **{name: tensor.to(device, dtype) for name, tensor in condition.items()},
+                        **size,
+                        num_inference_steps=steps,
+                        guidance_scale=self.guidance if guidance is None else guidance,
+                        generator=torch.Generator().manual_seed(seed + i),
+                        output_type="latent",
+                        return_dict=False,
+                    )[0]
                 pixels = self.decode_latents(pipeline, latents)
                 pictures.append((pixels / 2 + 0.5).clamp(0, 1).mul(255).round().to("cpu", torch.uint8))
         return torch.cat(pictures) if pictures else torch.empty(0, dtype=torch.uint8)
@@ -365,11 +425,33 @@ class Family(ABC):
         A shallow copy with a scheduler of its own; the pipeline that was passed in stays as it is.
         """
         sampler = copy.copy(pipeline)
-        encoders = {name: None for name in pipeline.components if name.startswith(("text_encoder", "vae"))}
+        encoders = {name: None for name in pipeline.components if name.startswith((TEXT_ENCODER, "vae"))}
         scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
         sampler.register_modules(**encoders, scheduler=scheduler, **{self.network: network})
         sampler.set_progress_bar_config(disable=True)
         return sampler
+
+
+def drop_text_encoders(pipeline: Any) -> None:
+    """Lets go of what encodes text; what :meth:`Family.sample` draws from encoded prompts is as before."""
+    pipeline.register_modules(**{name: None for name in pipeline.components if name.startswith(TEXT_ENCODER)})
+
+
+@contextmanager
+def _predicting(network: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """The network's predictions come in one type inside, also where autocast would have them in another.
+
+    The sampler's own arithmetic, guidance and steps, takes their type: in half precision it would round at each step.
+    """
+
+    def cast(module: nn.Module, args: Any, output: Any) -> Any:
+        return (output[0].to(dtype), *output[1:]) if isinstance(output, tuple) else output
+
+    hook = network.register_forward_hook(cast)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def unwrapped(module: nn.Module) -> Any:
@@ -430,11 +512,6 @@ def _affine(config: Any, latents: Tensor) -> tuple[Tensor | float, Tensor | floa
     return latents.new_tensor(mean).view(shape), scale / latents.new_tensor(std).view(shape)
 
 
-def _is_folder(path: str | Path) -> bool:
-    """Whether a path can only be a folder: a hub id is a name, or an owner and a name."""
-    return isinstance(path, Path) or path.startswith((".", "/", "~")) or path.count("/") > 1 or "\\" in path
-
-
 def _typed(dtype: torch.dtype) -> dict[str, torch.dtype]:
     """The type to load weights in, under the name that the installed diffusers has for it."""
     import diffusers
@@ -443,14 +520,22 @@ def _typed(dtype: torch.dtype) -> dict[str, torch.dtype]:
     return {"dtype" if release >= (0, 40) else "torch_dtype": dtype}
 
 
-def _hub(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if name in _HUB_OPTIONS}
+def _local(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the options of ``from_pretrained`` those that mean something for a local folder."""
+    return {name: value for name, value in options.items() if name not in HUB_OPTIONS}
 
 
 @contextmanager
 def _one_line(path: str | Path) -> Iterator[None]:
-    """diffusers' many-line errors about files as one line that begins with the path."""
+    """diffusers' and transformers' errors about files, some of many lines, as one that begins with the path."""
+    from safetensors import SafetensorError
+
     try:
         yield
     except OSError as error:
         raise FileNotFoundError(f"{path}: {' '.join(str(error).split())}") from error
+    except torch.OutOfMemoryError:
+        raise
+    # Tensors of other shapes, damaged files, and libraries that a scheduler or tokenizer needs and that are not there.
+    except (RuntimeError, ValueError, SafetensorError, ImportError) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
