@@ -7,8 +7,8 @@ of numbers alone, so that a report judges a run by the thresholds that its train
 
 from __future__ import annotations
 
-import json
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sipo.run_log import is_count, is_number, read_log, show
 from sipo_kernels import STATISTICS, Totals
 from sipo_kernels.output import add_levels, level_bins
 
@@ -134,40 +135,48 @@ class TimestepStatistics:
 
 
 def read_statistics(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a run's ``timesteps.jsonl``, in order.
+    """The sound lines of a run's ``timesteps.jsonl``, in order, all over the same bins; a warning names the others.
 
     A last line without its end is left out: a running process is writing it, or one was killed there.
 
     Raises:
-        OSError: the file cannot be read.
-        ValueError: a line that is damaged.
+        FileNotFoundError: nothing there.
+        FileError: no regular file.
+        OSError: it cannot be read.
     """
-    names = {*NoiseBins._fields, "pairs", "count", "nonfinite", *MEANS}
-    return read_steps(path, lambda line: names <= line.keys(), "statistics by timestep")
+    log = read_log(path, statistics_fault)
+    bins = [NoiseBins(*(line[name] for name in NoiseBins._fields)) for line in log.lines]
+    usual = Counter(bins).most_common(1)[0][0] if bins else None
+    strays = [f"step {line['step']} (other bins)" for line, own in zip(log.lines, bins, strict=True) if own != usual]
+    log._replace(damage=log.damage + strays).complain(Path(path))
+    return [line for line, own in zip(log.lines, bins, strict=True) if own == usual]
 
 
-def read_steps(path: str | Path, sound: Callable[[dict[str, Any]], bool], what: str) -> list[dict[str, Any]]:
-    """The JSON objects of a log with a line for some steps, in order; a last line without its end is left out.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: a line that is none, is not ``sound`` (expected is ``what``), or has no step after the one before.
-    """
-    *texts, _ = Path(path).read_text(encoding="utf-8").split("\n")
-    lines: list[dict[str, Any]] = []
-    for number, text in enumerate(texts, 1):
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            line = None
-        if not isinstance(line, dict) or not isinstance(line.get("step"), int) or not sound(line):
-            raise ValueError(f"{path}, line {number}: {text[:40]!r}, expected a JSON object of {what}")
-        # A validation has the step of the line before it.
-        least = lines[-1]["step"] if lines else 1
-        if line["step"] < least:
-            raise ValueError(f"{path}, line {number}: step={line['step']}, expected at least {least}")
-        lines.append(line)
-    return lines
+def statistics_fault(line: dict[str, Any]) -> str:
+    """What is wrong with a line of ``timesteps.jsonl``; "" for nothing."""
+    for name in (*NoiseBins._fields, "pairs", "count", "nonfinite", *MEANS):
+        if name not in line:
+            return f"no {name}"
+    kind, bins = line["kind"], line["bins"]
+    if kind not in ("discrete", "flow"):
+        return f"kind={show(kind)}, expected discrete or flow"
+    for name in ("levels", "bins"):
+        if not is_count(line[name], 1):
+            return f"{name}={show(line[name])}, expected an integer from 1 on"
+    if not is_count(line["pairs"]):
+        return f"pairs={show(line['pairs'])}, expected a count"
+    for name in ("count", "nonfinite", *MEANS):
+        values = line[name]
+        if not isinstance(values, list) or len(values) != bins:
+            return f"{name}={show(values)}, expected {bins} values"
+    for name in ("count", "nonfinite"):
+        if not all(map(is_count, line[name])):
+            return f"{name}: expected counts"
+    for name in MEANS:
+        for count, value in zip(line["count"], line[name], strict=True):
+            if not (is_number(value) if count else value is None):
+                return f"{name}: {show(value)} of {count} pairs, expected a finite number, and null of none"
+    return ""
 
 
 def merge(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import copy
 import json
 import math
@@ -36,6 +37,7 @@ from sipo.demo.data import Digits, InkPairs, load_digits
 from sipo.demo.model import load_base, predict
 from sipo.diagnostics import MEANS, read_statistics
 from sipo.run import build, datasets, open_run, prepare_data
+from sipo.run_log import LogWarning
 from sipo.training import TrainingConfig, train
 from sipo.training.data import pair_noise
 from tests.test_run import SHORT, example
@@ -531,10 +533,7 @@ def test_ends_of_a_run_are_its_first_and_last_fifth(run_of: Callable[[str], Path
         (None, "no metrics.jsonl, expected the folder of a run"),
         ("", "0 log lines of training, expected at least one"),
         ('{"step": 1, "kind": "validation"}\n', "0 log lines of training"),
-        ('{"step": 1, "loss": 0.6}\n{"st\n', "line 2: '{\"st', expected a JSON object of metrics with a step"),
-        ("[1]\n", "line 1: '[1]', expected a JSON object of metrics with a step"),
-        ('{"step": 0, "loss": 0.6}\n', "line 1: step=0, expected at least 1"),
-        ('{"step": 9, "loss": 0.6}\n{"step": 5, "loss": 0.6}\n', "line 2: step=5, expected at least 9"),
+        ("[1]\n", "0 log lines of training, expected at least one"),
     ],
 )
 def test_a_folder_that_is_no_run_is_one_line(
@@ -542,7 +541,8 @@ def test_a_folder_that_is_no_run_is_one_line(
 ) -> None:
     if log is not None:
         (tmp_path / "metrics.jsonl").write_text(log)
-    assert cli.main(["analyze", str(tmp_path)]) == 2
+    with contextlib.nullcontext() if log != "[1]\n" else pytest.warns(LogWarning, match="no JSON object"):
+        assert cli.main(["analyze", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and error.startswith("sipo: error: ")
     assert not (tmp_path / "report.html").exists()

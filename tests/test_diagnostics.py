@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import warnings
 from pathlib import Path
@@ -352,19 +351,6 @@ def test_scalars_share_the_gradient_out_by_tenths() -> None:
     found = scalars(line)
     assert [found[f"grad_sq_share_{part}"] for part in ("low", "middle", "high")] == pytest.approx([0.6, 0.2, 0.2])
     assert scalars(made(1, [0] * 9 + [1])) == {"active_high": 1.0, "grad_sq_share_high": 1.0}
-
-
-def test_a_damaged_line_is_named_and_one_that_is_being_written_left_out(tmp_path: Path) -> None:
-    path = tmp_path / "timesteps.jsonl"
-    text = json.dumps(made(5, [1, 2]))
-    path.write_text(f"{text}\n{text[:50]}")
-    assert read_statistics(path) == [made(5, [1, 2])]
-    for bad in (text[:50], "[1]", '{"step": 3}'):
-        path.write_text(f"{text}\n{bad}\n")
-        with pytest.raises(ValueError, match=r"timesteps.jsonl, line 2: .*, expected a JSON object of statistics"):
-            read_statistics(path)
-    with pytest.raises(OSError, match="nowhere"):
-        read_statistics(tmp_path / "nowhere")
 
 
 # ---------------------------------------------------------------- alarms

@@ -261,8 +261,13 @@ def beyond_chance(accuracy: float, pairs: int) -> bool:
     if 2 * right <= pairs:
         return False
     whole = math.lgamma(pairs + 1) - pairs * LN2
-    terms = (math.exp(whole - math.lgamma(k + 1) - math.lgamma(pairs - k + 1)) for k in range(right, pairs + 1))
-    return math.fsum(terms) <= CHANCE
+    total = 0.0
+    for k in range(right, pairs + 1):  # terms fall throughout, so that of billions of pairs a few are enough
+        term = math.exp(whole - math.lgamma(k + 1) - math.lgamma(pairs - k + 1))
+        total += term
+        if total > CHANCE or term < 1e-15:
+            break
+    return total <= CHANCE
 
 
 def pairs_to_tell(accuracy: float) -> int:

@@ -15,8 +15,9 @@ from sipo.analysis.facts import TAIL, is_plain
 from sipo.analysis.figures import finite
 from sipo.analysis.page import Page, Picture, image
 from sipo.analysis.verdicts import Finding, judge
-from sipo.diagnostics import MEANS, merge, over_bins, read_statistics, read_steps
+from sipo.diagnostics import MEANS, merge, over_bins, read_statistics
 from sipo.files import write_aside
+from sipo.run_log import metrics_fault, read_log
 from sipo.training.logs import check_output, pluck
 from sipo.training.validation import no_preference
 
@@ -105,7 +106,7 @@ def read_run(folder: Path) -> RunLog:
     """Reads what there is; see :func:`report_run`."""
     lines, validation = _read_metrics(folder / "metrics.jsonl")
     path = folder / "timesteps.jsonl"
-    statistics = read_statistics(path) if path.is_file() else []
+    statistics = read_statistics(path) if path.exists() else []
     settings = _settings(folder)
     beta, threshold = _loss(settings)
     return RunLog(folder, lines, validation, statistics, settings, beta, threshold, _per_step(statistics, settings))
@@ -124,13 +125,17 @@ def _per_step(statistics: Sequence[Line], settings: dict[str, Any]) -> int | Non
 
 
 def _read_metrics(path: Path) -> tuple[list[Line], list[Line]]:
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"{path.parent}: no metrics.jsonl, expected the folder of a run")
-    lines = read_steps(path, lambda line: True, "metrics with a step")
-    training = [line for line in lines if line.get("kind", "training") == "training"]
+    log = read_log(path, metrics_fault)
+    log.complain(path)
+    kinds = [line.get("kind", "training") for line in log.lines]
+    training, validation = (
+        [line for line, own in zip(log.lines, kinds, strict=True) if own == kind] for kind in ("training", "validation")
+    )
     if not training:
         raise ValueError(f"{path}: 0 log lines of training, expected at least one")
-    return training, [line for line in lines if line.get("kind") == "validation"]
+    return training, validation
 
 
 def _settings(folder: Path) -> dict[str, Any]:

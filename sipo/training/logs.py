@@ -5,16 +5,19 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 
-from sipo.diagnostics import scalars
-from sipo.files import write_aside
+from sipo.diagnostics import scalars, statistics_fault
+from sipo.files import check_regular, write_aside
+from sipo.processes import on_main
+from sipo.run_log import metrics_fault, read_log
 from sipo.training.config import TrainingConfig
 from sipo_kernels.output import add_metrics
 
@@ -103,11 +106,15 @@ class MetricWindow:
         return {"sums": self.totals[0], "counts": self.totals[1], "steps": self._steps}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Undoes :meth:`state`."""
-        self.totals = torch.stack([state["sums"], state["counts"]]).to(self._device)
-        self._steps = state["steps"].to(self._device)
-        if self._steps.numel() == 5:  # of a run before there was a spread: unknown until the next log line
-            self._steps = torch.cat([self._steps, torch.full_like(self._steps[:1], math.nan)])
+        """Undoes :meth:`state`.
+
+        Raises:
+            ValueError: sums of other metrics.
+        """
+        totals, steps = torch.stack([state["sums"], state["counts"]]), state["steps"]
+        if (self._names and totals.shape != self.totals.shape) or totals.ndim != 2 or steps.shape != self._steps.shape:
+            raise ValueError(f"sums of shapes {[*totals.shape]} and {[*steps.shape]}, expected those of this run")
+        self.totals, self._steps = totals.to(self._device), steps.to(self._device)
 
 
 class Recorder:
@@ -138,21 +145,25 @@ class Recorder:
         self._bar: Any = None
         self._statistics_path = config.statistics_path
         self._trackers = start_trackers(accelerator, config, first_step)
+        on_main(accelerator, lambda: self._open(config, first_step))
         if not accelerator.is_main_process:
             return
-        config.folder.mkdir(parents=True, exist_ok=True)
-        logs = [path for path in (config.metrics_path, self._statistics_path) if path.exists()]
-        if first_step == 0:
-            _set_aside(logs)
-        else:
-            for path in logs:
-                _keep_lines(path, first_step)
-        self._file = config.metrics_path.open("a", encoding="utf-8")
         if config.progress:
             from tqdm.auto import tqdm
 
             steps = config.steps
             self._bar = tqdm(total=steps, initial=first_step, desc="training", unit="step", dynamic_ncols=True)
+
+    def _open(self, config: TrainingConfig, first_step: int) -> None:
+        config.folder.mkdir(parents=True, exist_ok=True)
+        logs = check_logs(config)
+        if first_step == 0:
+            _set_aside(logs)
+        else:
+            faults = {config.metrics_path: metrics_fault, config.statistics_path: statistics_fault}
+            for path in logs:
+                _keep_lines(path, faults[path], first_step)
+        self._file = config.metrics_path.open("a", encoding="utf-8")
 
     def advance(self) -> None:
         """Moves the bar by one step."""
@@ -182,10 +193,14 @@ class Recorder:
         return line
 
     def write_validation(self, step: int, values: dict[str, Any]) -> dict[str, Any]:
-        """Likewise for a validation, whose names start with "validation/"."""
+        """Likewise for a validation, whose names start with "validation/".
+
+        Without values, where a hook alone has run, the line has the kind "hook": a resumed run need not run it again.
+        """
         named = {f"validation/{name}": value for name, value in values.items()}
-        line = self._write({"step": step, "kind": "validation"}, named, "")
-        self.validation.append(line)
+        line = self._write({"step": step, "kind": "validation" if values else "hook"}, named, "")
+        if values:
+            self.validation.append(line)
         return line
 
     def _write(
@@ -197,8 +212,9 @@ class Recorder:
         if self._file is not None:
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
-        numbers = {prefix + name: v for name, v in line.items() if name not in ("step", "kind") and v is not None}
-        self._accelerator.log(numbers | (tracked or {}), step=line["step"])
+        if values:
+            numbers = {prefix + name: v for name, v in line.items() if name not in ("step", "kind") and v is not None}
+            self._accelerator.log(numbers | (tracked or {}), step=line["step"])
         return line
 
     def close(self) -> None:
@@ -253,10 +269,13 @@ def start_trackers(accelerator: Any, config: TrainingConfig, first_step: int) ->
 
 
 def read_lines(path: Path, kind: str = "training") -> list[dict[str, Any]]:
-    """The log lines of a run, in order: those of "training", or those of its "validation"."""
-    with path.open(encoding="utf-8") as file:
-        lines = [json.loads(line) for line in file]
-    return [line for line in lines if line.get("kind", "training") == kind]
+    """The log lines of a run, in order: those of "training", or those of its "validation".
+
+    Damaged ones are left out, with a warning that names them. Errors as for :func:`sipo.run_log.read_log`.
+    """
+    log = read_log(path, metrics_fault)
+    log.complain(path)
+    return [line for line in log.lines if line.get("kind", "training") == kind]
 
 
 def check_output(path: Path, begins: str, what: str) -> None:
@@ -279,28 +298,46 @@ def check_output(path: Path, begins: str, what: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
 
 
-def _keep_lines(path: Path, last_step: int) -> None:
-    """Drops the lines after ``last_step``, and a last line that a crash cut short."""
-    kept: list[str] = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        if line["step"] <= last_step:
-            kept.append(text + "\n")
-    write_aside(path, "".join(kept))
+def check_logs(config: TrainingConfig) -> list[Path]:
+    """A run's logs that are there; nothing else may stand in their places, as a FIFO, which a run would wait for.
+
+    Raises:
+        FileError: something else does.
+    """
+    logs = [path for path in (config.metrics_path, config.statistics_path) if path.exists()]
+    for path in logs:
+        check_regular(path)
+    return logs
+
+
+def _keep_lines(path: Path, fault: Callable[[dict[str, Any]], str], last_step: int) -> None:
+    """Drops the lines after ``last_step``, and a last line that a crash cut short.
+
+    So are damaged ones, with a warning: a log that had some is kept as it was, as those of earlier runs are.
+    """
+    log = read_log(path, fault)
+    if log.damage:
+        (copy,) = _free_names([path])
+        shutil.copy2(path, copy)
+        log.complain(path, f"; the log as it was is {copy.name}")
+    kept = (text for text, line in zip(log.texts, log.lines, strict=True) if line["step"] <= last_step)
+    write_aside(path, b"".join(kept))
 
 
 def _set_aside(logs: Sequence[Path]) -> None:
     """Renames the logs of an earlier run in the same folder, all with the next free number: ``metrics.1.jsonl``."""
     written = [path for path in logs if path.stat().st_size]
+    for path, name in zip(written, _free_names(written), strict=True):
+        path.rename(name)
+
+
+def _free_names(paths: Sequence[Path]) -> list[Path]:
+    """The paths with the next number that none of them has yet."""
     for number in itertools.count(1):
-        names = [path.with_name(f"{path.stem}.{number}{path.suffix}") for path in written]
+        names = [path.with_name(f"{path.stem}.{number}{path.suffix}") for path in paths]
         if not any(name.exists() for name in names):
             break
-    for path, name in zip(written, names, strict=True):
-        path.rename(name)
+    return names
 
 
 def _short(value: Any) -> str:
