@@ -13,11 +13,10 @@ import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import nn
 
 from sipo.config import (
@@ -44,13 +43,11 @@ from sipo.families import Family, get
 from sipo.families.toy import build_toy
 from sipo.families.tuning import adapter_off, freeze, frozen_copy, prepare_full, prepare_lora
 from sipo.loss import SIPOLoss
+from sipo.processes import everywhere, from_main, gathered, on_main
 from sipo.schedule import DEFAULT_INFERENCE_STEPS, NoiseSchedule
 from sipo.training import AdapterOff, Reference, TrainingWarning, make_accelerator
 from sipo.training.protocols import PairDataset
 from sipo.training.sharded import round_whole, whole_dtype
-
-_T = TypeVar("_T")
-
 
 @dataclass(frozen=True)
 class Run:
@@ -97,21 +94,22 @@ class Run:
 
     def weights(self, *, network: bool, verify: bool = False) -> dict[str, str]:
         """Hashes of the files of the network, or of what encodes (:func:`sipo.data.weights.weight_hashes`)."""
-        # The first process reads and writes down, the others find it written.
-        with self.accelerator.main_process_first():
-            main = self.accelerator.is_main_process
-            options = {"network": network, "verify": verify and main}
-            return weight_hashes(self.family, self.model_path, self.config.model, self.cache, **options)
+        options = {"network": network, "verify": verify}
+        return from_main(
+            self.accelerator,
+            lambda: weight_hashes(self.family, self.model_path, self.config.model, self.cache, **options),
+        )
 
     def scheduler_changes(self) -> dict[str, Any]:
         """Options of the model's scheduler that the configuration sets otherwise."""
         scheduler = self.family.load_scheduler(self.model_path, **_hub(self.config.model))
         return setting_changes(scheduler, self.config.model.prediction_type, self.config.model.shift)
 
-    def load_encoders(self) -> Any:
-        """The pipeline without its network, on the CPU."""
-        dtype = getattr(torch, self.config.model.dtype)
-        pipeline = self.family.load_encoders(self.model_path, dtype=dtype, **_hub(self.config.model))
+    def load_encoders(self, *, text: bool = True) -> Any:
+        """The pipeline without its network, on the CPU; without ``text``, without its text encoders as well."""
+        model, data = self.config.model, self.config.data
+        types = {"dtype": getattr(torch, model.dtype), "vae_dtype": getattr(torch, data.vae_dtype)}
+        pipeline = self.family.load_encoders(self.model_path, **types, text=text, **_hub(model))
         settings = self.config.model.prediction_type, self.config.model.shift
         pipeline.scheduler = with_settings(pipeline.scheduler, *settings)  # samples are drawn with it
         if self.config.data.tiling:
@@ -234,7 +232,7 @@ def prepare_data(
         )
         summary = _of_all(summary, accelerator)
         said = summary.news()
-    _free()
+    free_memory()
     cache = open_cache(run.cache, marks)
     if cache.path != config.data.path:
         raise other_path(run.cache, cache.path, config.data.path, f"which cannot be read ({missing})")
@@ -265,13 +263,13 @@ def _open_source(run: Run, ask: bool) -> tuple[PairReader | None, str]:
             getattr(reader, "state", str)()
     except DataError as error:
         missing = str(error)
-    missing = next(filter(None, _gathered(missing, run.accelerator)), "")
+    missing = next(filter(None, gathered(run.accelerator, missing)), "")
     return (None, missing) if missing else (reader, "")
 
 
 def _of_all(summary: CacheSummary, accelerator: Accelerator) -> CacheSummary:
     """What all processes have done to the cache, each with shards of its own."""
-    everyone = _gathered(summary, accelerator)
+    everyone = gathered(accelerator, summary)
     return dataclasses.replace(
         summary,
         written=sum(each.written for each in everyone),
@@ -282,40 +280,38 @@ def _of_all(summary: CacheSummary, accelerator: Accelerator) -> CacheSummary:
     )
 
 
-def _gathered(value: _T, accelerator: Accelerator) -> list[_T]:
-    """Every process's, in every process."""
-    found: list[_T] = gather_object([value]) if accelerator.num_processes > 1 else [value]
-    return found
-
-
 def _references(run: Run, cache: Cache, repair: bool, refuse_changes: bool, progress: bool) -> References:
     """The reference's errors at every draw, computed where they are not there yet."""
     config, accelerator = run.config, run.accelerator
-    if not repair:
-        with contextlib.suppress(CacheError):
-            try:
-                found = open_references(cache, run.schedule, **run.references)
-            except OtherSettingsError as error:
-                if refuse_changes:  # those of the run are there, and this run's are others
-                    raise ConfigError(str(error)) from error
-                raise
-            accelerator.wait_for_everyone()
-            return found
-        accelerator.wait_for_everyone()
+    which = run.references
+
+    def there() -> References | None:
+        try:
+            return open_references(cache, run.schedule, **which)
+        except OtherSettingsError as error:
+            if refuse_changes:  # those of the run are there, and this run's are others
+                raise ConfigError(str(error)) from error
+        except CacheError:
+            pass
+        return None
+
+    found = None if repair else everywhere(accelerator, there)
+    if found is not None and all(gathered(accelerator, found is not None)):
+        return found
     network = round_whole(frozen_reference(run), accelerator).to(accelerator.device)
     found = precompute_references(
         cache,
         network,
         run.family.predict,
         run.schedule,
-        **run.references,
+        **which,
         batch_size=config.training.batch_size,
         accelerator=accelerator,
         num_workers=config.training.num_workers,
         progress=progress,
     )
     del network
-    _free()
+    free_memory()
     return found
 
 
@@ -418,7 +414,7 @@ def _made(folder: Path, make: Any) -> Any:
     return folder
 
 
-def _free() -> None:
+def free_memory() -> None:
     """Gives back what a network that is no longer needed held."""
     gc.collect()
     if torch.cuda.is_available():

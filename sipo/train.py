@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from sipo.config import Config, ConfigError, differing_types, reference_kind
 from sipo.data.cache import Cache
-from sipo.data.media import write_image_grid, write_video
 from sipo.data.weights import PLACE
 from sipo.families.card import model_card
 from sipo.families.tuning import save_full, save_lora
 from sipo.files import write_aside
+from sipo.looks import Look
 from sipo.loss import SIPOLoss
 from sipo.run import Run, build, datasets, make_loss, open_run, prepare_data
 from sipo.training import TrainingConfig, TrainingResult, gather_weights, is_sharded, train
@@ -28,9 +28,6 @@ WEIGHTS = "weights"
 
 TRAINED_ON = "trained_on.json"
 """File in it: hashes of the data and of the network trained from, and what decides which pairs were held out."""
-
-SAMPLE_FPS = 8.0
-"""Frames per second of the clips that validation writes where ``data.fps`` does not say."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +70,8 @@ def run_training(config: Config, *, resume: bool = False, accelerator: Accelerat
     cache, references, _ = prepare_data(run, refuse_changes=there, progress=training.progress)
     data_hash = cache.content_hash()
     pairs, held_out = datasets(run, cache, references)
+    look = Look(run) if config.samples.prompts else None  # before the networks: its text encoders are gone again
     network, reference = build(run)
-    look = Look(run) if config.samples.prompts else None
     if look is not None and not there:
         look(0, network.to(run.accelerator.device))
     validate = held_out if training.validate_every else None
@@ -176,46 +173,6 @@ def _check_before_data(run: Run) -> None:
         run.schedule.sample_timesteps(1, distribution=config.training.timestep_distribution)
     except ValueError as error:
         raise ConfigError(f"training.timestep_{error}") from error
-
-
-class Look:
-    """Draws samples from fixed prompts and seeds: ``samples/step-00000100.png``, or an mp4 for each prompt.
-
-    The encoders wait in host memory between looks.
-    """
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self.folder = run.config.training.folder / "samples"
-        self.pipeline: Any = None
-        if run.accelerator.is_main_process and not is_sharded(run.accelerator):
-            self.pipeline = run.load_encoders()
-
-    def __call__(self, step: int, policy: nn.Module) -> None:
-        """Samples on the main process; a sharded network cannot be sampled by one process alone, and is not."""
-        if self.pipeline is None:
-            return
-        data, samples = self.run.config.data, self.run.config.samples
-        height, width = data.sizes[0]
-        self.pipeline.to(self.run.accelerator.device)
-        drawn = self.run.family.sample(
-            self.pipeline,
-            policy,
-            samples.prompts,
-            seed=samples.seed,
-            height=height,
-            width=width,
-            frames=data.frames,
-            steps=samples.steps,
-            guidance=samples.guidance,
-        )
-        self.pipeline.to("cpu")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not self.run.family.video:
-            write_image_grid(self.folder / f"step-{step:08d}.png", drawn)
-            return
-        for number, clip in enumerate(drawn):
-            write_video(self.folder / f"step-{step:08d}-{number}.mp4", clip, data.fps or SAMPLE_FPS)
 
 
 def save(

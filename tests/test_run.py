@@ -22,8 +22,8 @@ from safetensors.torch import load, load_file
 from sipo import cli, config
 from sipo.data.media import read_media, write_video
 from sipo.families import get
+from sipo.looks import SAMPLE_FPS
 from sipo.run import make_loss, open_run
-from sipo.train import SAMPLE_FPS
 from sipo.training.logs import read_lines
 
 ROOT = Path(__file__).parent.parent

@@ -23,6 +23,11 @@ Condition = dict[str, Tensor]
 TEXT_ENCODER = "text_encoder"
 """What the names of a pipeline's components that encode text begin with."""
 
+VAE = "vae"
+"""The name of a pipeline's VAE."""
+
+_UPCAST = "force_upcast"  # of image VAEs' configurations; true where it is left out
+
 PROMPT, POOLED = "prompt_embeds", "pooled_prompt_embeds"
 """Names in a condition; diffusers' pipelines take them under the same names."""
 
@@ -105,12 +110,19 @@ class Family(ABC):
         return network
 
     def load_encoders(
-        self, path: str | Path, *, dtype: torch.dtype = torch.float32, text: bool = True, **options: Any
+        self,
+        path: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        vae_dtype: torch.dtype = torch.float32,
+        text: bool = True,
+        **options: Any,
     ) -> Any:
         """The pipeline without its network: tokenizers, text encoders, VAE and scheduler, frozen, in eval mode.
 
-        Without ``text`` it has no text encoders either, and samples from encoded prompts alone. Errors as for
-        :meth:`load_network`.
+        The VAE is in ``vae_dtype``, all else in ``dtype``: in half precision latents are 1 to 2 % off. Without ``text``
+        there are no text encoders either, and the pipeline samples from encoded prompts alone. Errors as for
+        :meth:`load_network`, and a ValueError for a VAE that is known to overflow in float16.
         """
         import diffusers
 
@@ -118,15 +130,21 @@ class Family(ABC):
         left_out = dict.fromkeys((self.network, *self._without))
         if not text:
             left_out |= dict.fromkeys(name for name in self._open(path, options)[1] if name.startswith(TEXT_ENCODER))
+        if vae_dtype == torch.float16 and not self.video and read_object(folder / VAE / CONFIG).get(_UPCAST, True):
+            raise ValueError(
+                f"{path}: its VAE overflows in vae_dtype='float16' ({_UPCAST}), expected 'float32' or 'bfloat16'"
+            )
         with _one_line(path):
             pipeline = getattr(diffusers, self.pipeline_class).from_pretrained(
-                str(folder), use_safetensors=True, **_typed(dtype), **left_out, **_local(options)
+                str(folder),
+                use_safetensors=True,
+                **_typed({"default": dtype, VAE: vae_dtype}),
+                **left_out,
+                **_local(options),
             )
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):
                 component.requires_grad_(False).eval()
-        if dtype == torch.float16 and not self.video and pipeline.vae.config.force_upcast:
-            pipeline.vae.to(torch.float32)  # such a VAE overflows in half precision
         return pipeline
 
     def fetch(self, path: str | Path, *, network: bool, **options: Any) -> Path:
@@ -284,18 +302,19 @@ class Family(ABC):
 
     @torch.no_grad()
     def encode_pixels(self, pipeline: Any, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Latents of images ``[N, 3, H, W]`` or clips ``[N, F, 3, H, W]`` in [-1, 1].
+        """Latents of images ``[N, 3, H, W]`` or clips ``[N, F, 3, H, W]``.
 
         Args:
             pipeline: of :meth:`load_encoders`.
-            pixels: on any device and of any float type; the VAE's are used.
+            pixels: uint8, or of any float type in [-1, 1]; on any device. They go to the VAE's as they are, and become
+                floats there.
             generator: draws from the posterior; its mode is taken without one.
 
         Returns:
             ``[N, *latent_layout]`` float32 on the VAE's device, scaled as the network takes them.
         """
         vae = pipeline.vae
-        pixels = pixels.to(vae.device, vae.dtype)
+        pixels = as_floats(pixels.to(vae.device)).to(vae.dtype)
         posterior = vae.encode(pixels.transpose(1, 2) if self.video else pixels).latent_dist
         latents = (posterior.mode() if generator is None else posterior.sample(generator)).float()
         mean, scale = _affine(vae.config, latents)
@@ -425,7 +444,7 @@ class Family(ABC):
         A shallow copy with a scheduler of its own; the pipeline that was passed in stays as it is.
         """
         sampler = copy.copy(pipeline)
-        encoders = {name: None for name in pipeline.components if name.startswith((TEXT_ENCODER, "vae"))}
+        encoders = {name: None for name in pipeline.components if name.startswith((TEXT_ENCODER, VAE))}
         scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
         sampler.register_modules(**encoders, scheduler=scheduler, **{self.network: network})
         sampler.set_progress_bar_config(disable=True)
@@ -452,6 +471,15 @@ def _predicting(network: nn.Module, dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+def as_floats(pixels: Tensor) -> Tensor:
+    """Levels of 0 to 255 (uint8) as float32 in [-1, 1], to the same bits on every device; floats as they are."""
+    if pixels.dtype != torch.uint8:
+        return pixels
+    # By a tensor: GPUs multiply by the rounded inverse of a number.
+    half = torch.full((), 127.5, dtype=torch.float32, device=pixels.device)
+    return pixels.to(torch.float32).div_(half).sub_(1.0)
 
 
 def unwrapped(module: nn.Module) -> Any:
@@ -512,7 +540,7 @@ def _affine(config: Any, latents: Tensor) -> tuple[Tensor | float, Tensor | floa
     return latents.new_tensor(mean).view(shape), scale / latents.new_tensor(std).view(shape)
 
 
-def _typed(dtype: torch.dtype) -> dict[str, torch.dtype]:
+def _typed(dtype: torch.dtype | dict[str, torch.dtype]) -> dict[str, Any]:
     """The type to load weights in, under the name that the installed diffusers has for it."""
     import diffusers
 

@@ -1,0 +1,238 @@
+"""Samples of a run: the same whatever the number of processes, without text encoders, in training's precision."""
+
+from __future__ import annotations
+
+import copy
+import json
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from sipo import looks, processes
+from sipo.config import Config, DataConfig, ModelConfig, SampleConfig
+from sipo.families import Family
+from sipo.looks import Look
+from sipo.run import Run
+from sipo.training import TrainingConfig, TrainingWarning
+from tests.family_cases import folder_of
+from tests.small_family import in_processes
+
+PROMPTS = ["a", "a red circle", "two"]
+
+
+@dataclass
+class Exchange:
+    """Values that threads in the place of processes leave for each other."""
+
+    barrier: threading.Barrier
+    values: list[Any]
+
+
+@dataclass
+class FakeAccelerator:
+    """What is used of accelerate's, for one process or for one of several threads that act as processes."""
+
+    process_index: int = 0
+    num_processes: int = 1
+    exchange: Exchange | None = None
+    precision: torch.dtype | None = None
+    is_fsdp2: bool = False
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    distributed_type: Any = field(default_factory=lambda: type("Plain", (), {"value": "NO"}))
+
+    @property
+    def is_main_process(self) -> bool:
+        return self.process_index == 0
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.precision is None else torch.autocast("cpu", self.precision)
+
+
+def gathered(accelerator: FakeAccelerator, value: Any) -> list[Any]:
+    exchange = accelerator.exchange
+    if exchange is None:
+        return [value]
+    exchange.values[accelerator.process_index] = value
+    exchange.barrier.wait(60)
+    found = list(exchange.values)
+    exchange.barrier.wait(60)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "gathered", gathered)
+    monkeypatch.setattr(looks, "gathered", gathered)
+    load, lock = Run.load_encoders, threading.Lock()  # transformers loads in one thread at a time
+
+    def one_by_one(self: Run, *, text: bool = True) -> Any:
+        with lock:
+            return load(self, text=text)
+
+    monkeypatch.setattr(Run, "load_encoders", one_by_one)
+
+
+def run_of(folder: Path, family: str = "sd15", accelerator: Any = None, **samples: Any) -> Run:
+    from sipo.families import get
+
+    config = Config(
+        ModelConfig(family=family, path=str(folder_of(family)), dtype="float32"),
+        DataConfig(path="nowhere", cache=str(folder / "cache"), sizes=[(32, 32)], frames=9 if family == "wan" else 1),
+        TrainingConfig(steps=1, output_dir=str(folder / "run")),
+        samples=SampleConfig(prompts=PROMPTS, steps=2, **samples),
+    )
+    path = str(folder_of(family))
+    return Run(config, get(family), accelerator or FakeAccelerator(), path, "nowhere", None)  # type: ignore[arg-type]
+
+
+def network_of(family: Family) -> nn.Module:
+    return family.load_network(folder_of(family.name))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((folder / "run" / "samples").iterdir())}
+
+
+def in_threads(world: int, function: Callable[[Any], Any], **options: Any) -> list[Any]:
+    exchange = Exchange(threading.Barrier(world), [None] * world)
+    return in_processes(world, lambda one: function(FakeAccelerator(one.process_index, world, exchange, **options)))
+
+
+@pytest.mark.parametrize("family", ["sd15", "wan"])
+def test_samples_do_not_depend_on_the_number_of_processes(tmp_path: Path, family: str) -> None:
+    run = run_of(tmp_path / "one", family)
+    network = network_of(run.family)
+    Look(run)(0, network)
+    wanted = files(tmp_path / "one")
+    names = [f"step-00000000-{i}.mp4" for i in range(3)] if family == "wan" else ["step-00000000.png"]
+    assert sorted(wanted) == ["prompts.json", *names]
+    assert json.loads(wanted["prompts.json"]) == PROMPTS
+    worlds = {"two": (2, {}), "five": (5, {})} if family == "sd15" else {"sharded": (2, {"is_fsdp2": True})}
+    for name, (world, options) in worlds.items():
+        calls: list[int] = []
+
+        def look(accelerator: Any, folder: Path = tmp_path / name, calls: list[int] = calls) -> Look:
+            its_run, policy = run_of(folder, family, accelerator), copy.deepcopy(network)
+            policy.register_forward_hook(lambda *_: calls.append(accelerator.process_index))
+            made = Look(its_run)
+            made(0, policy)
+            return made
+
+        made = in_threads(world, look, **options)
+        assert files(tmp_path / name) == wanted
+        # A share of the work each, of three prompts; of a network that all hold parts of, as many calls for all.
+        counts = [calls.count(rank) for rank in range(world)]
+        rounds = {"two": [2, 1], "five": [1, 1, 1, 0, 0], "sharded": [2, 2]}[name]
+        assert counts == [sum(counts) // sum(rounds) * each for each in rounds] and sum(counts)
+        assert [each.pipeline is None for each in made] == [rank >= 3 for rank in range(world)]
+
+
+def test_text_is_encoded_once_and_its_encoders_are_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_of(tmp_path, "sdxl")
+    encoded: list[list[str]] = []
+    encode = Family.encode_text
+
+    def count(self: Family, pipeline: Any, prompts: list[str]) -> Any:
+        encoded.append(list(prompts))
+        return encode(self, pipeline, prompts)
+
+    monkeypatch.setattr(Family, "encode_text", count)
+    look = Look(run)
+    assert encoded == [PROMPTS, [""]]
+    held = {name for name, part in look.pipeline.components.items() if isinstance(part, nn.Module)}
+    assert held == {"vae"}
+    network = network_of(run.family)
+    look(0, network)
+    look(1, network)
+    assert len(encoded) == 2
+    found = files(tmp_path)
+    assert found["step-00000000.png"] == found["step-00000001.png"]
+    moved: list[str] = []
+    monkeypatch.setattr(look.pipeline, "to", lambda device: moved.append(str(device)))
+    look(2, network)
+    assert moved == ["cpu", "cpu"]  # there, and back again
+
+
+def test_samples_are_drawn_in_the_precision_of_training(tmp_path: Path) -> None:
+    """Under autocast, while the sampler between two calls of the network keeps to float32."""
+    found = {}
+    for name, precision in (("no", None), ("bf16", torch.bfloat16)):
+        run = run_of(tmp_path / name, "sd3", FakeAccelerator(precision=precision))
+        network = network_of(run.family)
+        inside: list[torch.dtype] = []
+        taken: set[torch.dtype] = set()
+        linear = next(module for module in network.modules() if isinstance(module, nn.Linear))
+        linear.register_forward_hook(lambda module, args, out, inside=inside: inside.append(out.dtype))
+        network.register_forward_pre_hook(
+            lambda module, args, kwargs, taken=taken: taken.add(kwargs["hidden_states"].dtype), with_kwargs=True
+        )
+        Look(run)(0, network)
+        assert set(inside) == {precision or torch.float32} and taken == {torch.float32}
+        assert not network._forward_hooks  # the sampler's own is gone
+        found[name] = files(tmp_path / name)["step-00000000.png"]
+    assert found["no"] != found["bf16"]
+
+
+def test_a_look_that_fails_in_training_is_a_warning(tmp_path: Path) -> None:
+    run = run_of(tmp_path)
+    look = Look(run)
+
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("out of memory.\n  Tried to allocate 2 GiB")
+
+    policy = network_of(run.family).train()
+    hook = policy.mid_block.register_forward_hook(fail)  # type: ignore[union-attr, arg-type]
+    with pytest.raises(torch.OutOfMemoryError):
+        look(0, policy)  # before anything is there to lose
+    warned = "step 3: samples could not be drawn, training goes on: OutOfMemoryError: out of memory. Tried to allocate"
+    with pytest.warns(TrainingWarning, match=warned):
+        look(3, policy)
+    assert all(module.training for module in policy.modules()) and not policy._forward_hooks
+    assert not (tmp_path / "run" / "samples").exists()
+    hook.remove()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", TrainingWarning)
+        look(4, policy)
+    assert sorted(files(tmp_path)) == ["prompts.json", "step-00000004.png"]
+
+
+def test_one_process_that_fails_leaves_no_other_waiting(tmp_path: Path) -> None:
+    network = network_of(run_of(tmp_path).family)
+
+    def look(accelerator: Any) -> None:
+        made, policy = Look(run_of(tmp_path, accelerator=accelerator)), copy.deepcopy(network)
+        if accelerator.process_index == 1:
+            policy.register_forward_hook(lambda *_: 1 / 0)
+        made(2, policy)
+
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        in_threads(2, look)
+    said = [str(each.message) for each in seen if isinstance(each.message, TrainingWarning)]
+    failed = "step 2: samples could not be drawn, training goes on: OtherProcessError: process 1: division by zero"
+    assert said == [failed]
+
+
+def test_other_prompts_are_said(tmp_path: Path) -> None:
+    run = run_of(tmp_path)
+    network = network_of(run.family)
+    Look(run)(0, network)
+    other = replace(run, config=replace(run.config, samples=replace(run.config.samples, prompts=["b"])))
+    with pytest.warns(TrainingWarning, match=r"samples.prompts.json: earlier samples in this folder are of other"):
+        Look(other)(2, network)
+    assert json.loads(files(tmp_path)["prompts.json"]) == ["b"]
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Iterator[None]:
+    """As a look is called."""
+    with torch.no_grad():
+        yield
