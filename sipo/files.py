@@ -71,22 +71,23 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def parse_json(text: str, where: object) -> Any:
+def parse_json(text: str, where: object = "") -> Any:
     """A JSON value, or an error of one line, whatever the text does to the parser.
 
     Args:
         text: to parse.
-        where: named in the error.
+        where: named in the error; nothing, where the caller names it.
 
     Raises:
         FileError: it is no JSON, is nested too deeply, or holds a number of thousands of digits.
     """
+    before = f"{where}: " if where else ""
     try:
         return json.loads(text)
     except RecursionError as error:
-        raise FileError(f"{where}: nested too deeply, expected JSON of a few levels") from error
+        raise FileError(f"{before}nested too deeply, expected JSON of a few levels") from error
     except (ValueError, MemoryError) as error:
-        raise FileError(f"{where}: not JSON ({_reason(error)})") from error
+        raise FileError(f"{before}not JSON ({_reason(error)})") from error
 
 
 @contextmanager

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import socket
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from sipo.data.parquet import ConnectionWarning
 from sipo.data.readers import JsonlReader, PickapicReader, VideoDpoReader, open_pairs, write_jsonl
 from sipo.data.records import DataError, PairRecord
 from tests.data_sets import PickapicBuilder, VideoDpoBuilder, faulty_pickapic, faulty_videodpo, write_lines
@@ -43,7 +48,7 @@ def test_jsonl_rows_as_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ('{"prompt": "a", ', "not JSON: "),
+        ('{"prompt": "a", ', "not JSON: Expecting property name enclosed in double quotes, character "),
         ("[1, 2]", "holds [1, 2], expected a JSON object"),
         ({"prompt": "a", "chosen": "x"}, "no key 'rejected'"),
         (GOOD | {"prompt": None}, "prompt=None: expected text"),
@@ -53,6 +58,12 @@ def test_jsonl_rows_as_written(tmp_path: Path) -> None:
         (GOOD | {"chosen_score": "good"}, "chosen_score='good': expected a number"),
         (GOOD | {"chosen_score": True}, "chosen_score=True: expected a number"),
         (GOOD | {"rejected_score": float("nan")}, "rejected_score=nan: expected a number"),
+        (GOOD | {"chosen_score": int("7" * 400)}, f"chosen_score={'7' * 57}...: expected a number"),
+        (f'{{"prompt": "a", "id": {"7" * 5000}}}', "not JSON (Exceeds the limit (4300"),
+        ('{"prompt": "a", "id": ' + "[" * 100_000, "nested too deeply"),
+        ("[" * 900 + "]" * 900, "nested too deeply, expected JSON of at most 64 levels"),
+        (GOOD | {"id": json.loads('{"a":[' * 50 + "]}" * 50)}, "nested too deeply, expected JSON of at most 64 levels"),
+        (GOOD | {"chosen_score": 1e400}, "chosen_score=inf: expected a number"),
         (GOOD | {"chosen_score": 1, "rejected_score": 2}, "chosen_score=1 is below rejected_score=2"),
     ],
 )
@@ -70,6 +81,44 @@ def test_bytes_that_are_not_utf8(tmp_path: Path) -> None:
     path.write_bytes(b'\xef\xbb\xbf{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "\xff"}\n')
     assert list(problems(path)) == [1]
     assert "not JSON: 'utf-8' codec" in problems(path)[1]
+
+
+@pytest.mark.parametrize("end", ["\n", ""])
+def test_a_line_without_an_end_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+    monkeypatch.setattr("sipo.data.readers._LONGEST_LINE", 100)
+    lines = [GOOD, json.dumps(GOOD | {"id": "x" * 500}), GOOD, json.dumps(GOOD).ljust(99), GOOD]
+    path = write_lines(tmp_path / "pairs.jsonl", lines)
+    path.write_text(path.read_text() + "x" * 500 + end)
+    text = "is longer than 100 bytes, expected a JSON object"
+    assert [record.row for record in open_pairs(path)] == list(range(6))
+    assert problems(path) == {1: text, 5: text}
+
+
+SPECIAL = {"FIFO": "a FIFO", "device": "a device", "socket": "a socket"}
+
+
+@pytest.mark.parametrize("kind", SPECIAL)
+@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.parquet", "pair.json", "set/pairs.jsonl", "set/a.parquet"])
+def test_what_is_no_regular_file_is_never_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kind: str
+) -> None:
+    """Opening a FIFO would wait for ever for somebody to write to it."""
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    if name == "pair.json":
+        (tmp_path / "metadata.json").write_text("[]")
+    if kind == "FIFO":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        monkeypatch.chdir(path.parent)  # a socket's path may have about a hundred characters
+        socket.socket(socket.AF_UNIX).bind(path.name)
+    places = [path] if path.parent == tmp_path else [path.parent]
+    for place in (*places, tmp_path) if name == "pair.json" else places:
+        with pytest.raises(DataError) as caught:
+            list(open_pairs(place))
+        assert str(caught.value) == f"{path}: is {SPECIAL[kind]}, expected a file"
 
 
 def test_equal_scores_are_a_tie(tmp_path: Path) -> None:
@@ -99,9 +148,9 @@ def test_what_cannot_be_written_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     write_jsonl([PairRecord(0, "a", Path("b"), Path("c"))], path)
     before = path.read_bytes()
-    with pytest.raises(DataError, match="row 5: chosen is 3 bytes in memory, expected a file"):
+    with pytest.raises(DataError, match="row 6: chosen is 3 bytes in memory, expected a file"):
         write_jsonl([PairRecord(5, "a", b"xyz", Path("c"))], path)
-    with pytest.raises(DataError, match="row 6: no key, expected a pair"):
+    with pytest.raises(DataError, match="row 7: no key, expected a pair"):
         write_jsonl([PairRecord(6, "", b"", b"", problem="no key")], path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
@@ -197,6 +246,116 @@ def test_parquet_of_something_else_and_of_nothing(tmp_path: Path) -> None:
     (tmp_path / "none.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(DataError, match=r"^[^\n]*none.parquet: [^\n]+$"):
         list(open_pairs(tmp_path / "none.parquet"))
+
+
+def test_a_row_that_cannot_be_converted_is_no_other_row_s_fault(tmp_path: Path) -> None:
+    """Text in a parquet file is not always UTF-8."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    builder = PickapicBuilder(tmp_path)
+    rows = [builder.add() for _ in range(3)]
+    columns = {name: [row[name] for row in rows] for name in ("jpg_0", "jpg_1", "label_0", "label_1")}
+    captions = pa.array([b"a", b"\xff\xfe", b"c"], pa.binary())
+    text = pa.Array.from_buffers(pa.string(), 3, captions.buffers())
+    pq.write_table(pa.table(columns | {"caption": text}), tmp_path / "pairs.parquet")
+    records = list(open_pairs(tmp_path / "pairs.parquet"))
+    assert [record.prompt for record in records] == ["a", "", "c"]
+    assert records[1].problem.startswith("caption cannot be read: 'utf-8' codec can't decode byte 0xff")
+    assert records[2].chosen == rows[2]["jpg_0"] and not records[2].problem
+
+
+# ---- A hub whose connection breaks ----
+
+
+class Breaking:
+    """A hub that has one parquet file in groups of four rows, and whose connection breaks every so many reads."""
+
+    def __init__(self, path: Path, monkeypatch: pytest.MonkeyPatch, every: int, error: Exception) -> None:
+        import pyarrow.parquet as pq
+
+        builder = PickapicBuilder(path.parent)
+        for _ in range(20):
+            builder.add()
+        builder.save(path.with_suffix(".whole"))
+        pq.write_table(pq.read_table(path.with_suffix(".whole")), path, row_group_size=4)
+        self.path, self.every, self.error = path, every, error
+        self.left = every
+        self.waits: list[float] = []
+        monkeypatch.setattr("sipo.data.parquet._open", self.open)
+        monkeypatch.setattr("sipo.data.parquet.time.sleep", self.waits.append)
+        monkeypatch.setattr(PickapicReader, "_files", lambda reader, place: ["hf://datasets/some/set/data.parquet"])
+
+    def open(self, file: str) -> Any:
+        assert file == "hf://datasets/some/set/data.parquet"
+        hub = self
+
+        class File(io.FileIO):
+            def read(self, size: int | None = -1) -> bytes:
+                if hub.left == 0:
+                    hub.left = hub.every
+                    raise hub.error
+                hub.left -= 1
+                return super().read(-1 if size is None else size) or b""
+
+        return File(self.path)
+
+
+class ReadTimeout(Exception):  # noqa: N818 - as the library for HTTP has it: neither an OSError nor a ValueError
+    pass
+
+
+def test_reading_goes_on_from_the_row_group_at_which_the_connection_broke(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pyarrow.parquet as pq
+
+    hub = Breaking(tmp_path / "data.parquet", monkeypatch, every=10_000, error=ReadTimeout())
+    reader = open_pairs("some/set", streaming=True)
+    whole = list(reader)
+    assert [record.prompt for record in whole] == [f"prompt {row}" for row in range(20)] and not hub.waits
+    groups: list[int] = []
+    original = pq.ParquetFile.iter_batches
+
+    def spy(file: Any, *arguments: Any, row_groups: list[int], **options: Any) -> Any:
+        groups.extend(row_groups)
+        return original(file, *arguments, row_groups=row_groups, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", spy)
+    hub.every = hub.left = 2
+    with pytest.warns(ConnectionWarning) as caught:
+        again = list(reader)
+    assert again == whole
+    assert len(hub.waits) >= 3 and set(hub.waits) == {1.0}  # each attempt got further
+    assert groups == sorted(groups) and set(groups) == set(range(5)) and len(groups) <= 5 + len(hub.waits)
+    text = str(caught[0].message)
+    assert text.startswith("hf://datasets/some/set/data.parquet: ReadTimeout; again in 1 s, from row ")
+    assert text.endswith(" on")
+
+
+def test_a_hub_that_stays_away_is_an_error_in_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Breaking(tmp_path / "data.parquet", monkeypatch, every=10_000, error=ReadTimeout("timed out"))
+    rows = iter(open_pairs("some/set", streaming=True))
+    assert [next(rows).row for _ in range(8)] == list(range(8))
+    hub.every = hub.left = 0
+    expected = r"^hf://datasets/some/set/data\.parquet: cannot be read from row 9 on: timed out$"
+    with pytest.warns(ConnectionWarning), pytest.raises(DataError, match=expected):
+        next(rows)
+    assert hub.waits == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]
+
+
+@pytest.mark.parametrize("status", [401, 404, None])
+def test_what_the_hub_refuses_is_not_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int | None
+) -> None:
+    error: Exception = FileNotFoundError("gone")
+    if status is not None:
+        error = ReadTimeout("no entry")
+        error.response = SimpleNamespace(status_code=status)  # type: ignore[attr-defined]
+    hub = Breaking(tmp_path / "data.parquet", monkeypatch, every=0, error=error)
+    with pytest.raises(DataError, match=r"cannot be read from row 1 on: (no entry|gone)$"):
+        next(iter(open_pairs("some/set", streaming=True)))
+    assert not hub.waits
 
 
 # ---- VideoDPO ----

@@ -1,7 +1,8 @@
 """Readers of pairs: JSONL, Pick-a-Pic's parquet, VideoDPO's two JSON files.
 
 A row that cannot be used becomes a record with a ``problem``, never an exception and never another row's files: a
-reader drops nothing and moves nothing, so that row 7 is row 7 to whoever counts.
+reader drops nothing and moves nothing, so that row 7 is row 7 to whoever counts. No file is opened that is no regular
+one: a FIFO in its place would be waited for without end.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
-from sipo.data.records import DataError, PairReader, PairRecord
+from sipo.data.parquet import read_rows, rows_of
+from sipo.data.records import DataError, PairReader, PairRecord, row_name
+from sipo.files import FileError, check_regular, parse_json, read_text
 
 Format = Literal["auto", "jsonl", "pickapic", "videodpo"]
 
@@ -24,6 +28,9 @@ _JSONL_NAME = "pairs.jsonl"
 _METADATA, _PAIRS = "metadata.json", "pair.json"
 _PAIR_KEYS = ("prompt", "chosen", "rejected", "chosen_score", "rejected_score")
 _PICKAPIC_COLUMNS = ("jpg_0", "jpg_1", "label_0", "label_1", "caption")
+_PICKAPIC_EXTRA = ("has_label", "are_different", "best_image_uid", "image_0_uid", "image_1_uid")
+_LONGEST_LINE = 1 << 24  # bytes of a row of JSONL: what is longer is another kind of file
+_DEEPEST = 64  # levels of a row of JSONL
 _HALF = re.compile("[\ud800-\udfff]")  # of a character beyond 16 bits
 _HUB_SECONDS = 10.0  # to wait for an answer
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -46,8 +53,10 @@ def open_pairs(path: str | Path, format: Format = "auto", split: str = "train", 
     if format == "pickapic":
         return PickapicReader(str(path), split, streaming)
     place = Path(path)
-    if not place.exists():
+    if not _exists(place):
         raise DataError(f"{path}: no such file or folder, expected {format} data")
+    if not place.is_dir():
+        _check_file(place)
     if format == "jsonl":
         return JsonlReader(_jsonl_in(place) if place.is_dir() else place)
     if format == "videodpo":
@@ -55,10 +64,28 @@ def open_pairs(path: str | Path, format: Format = "auto", split: str = "train", 
     raise DataError(f"format={format!r}: expected one of auto, jsonl, pickapic, videodpo")
 
 
+def _exists(place: Path) -> bool:
+    """Whether anything is there: of a name that no file can have, older Python raises an error."""
+    return os.path.exists(place)
+
+
+def _check_file(path: Path) -> None:
+    try:
+        check_regular(path)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}, expected a file") from error
+    except FileError as error:
+        raise DataError(str(error)) from error
+
+
 def _detect(path: str | Path) -> Format:
     place = Path(path)
+    if not _exists(place):
+        if isinstance(path, str) and _HUB_ID.fullmatch(path) and not place.suffix:
+            return "pickapic"
+        raise DataError(f"{path}: no such file or folder, and no hub id (owner/name)")
     if place.is_dir():
-        found = [name for name in (_METADATA, _PAIRS) if (place / name).is_file()]
+        found = [name for name in (_METADATA, _PAIRS) if (place / name).exists()]
         if len(found) == 2:
             return "videodpo"
         if any(place.glob("*.jsonl")):
@@ -68,17 +95,14 @@ def _detect(path: str | Path) -> Format:
         if found:
             raise DataError(f"{path}: has {found[0]} alone, expected both {_METADATA} and {_PAIRS} (VideoDPO)")
         raise DataError(f"{path}: expected a .jsonl file, parquet files, or {_METADATA} and {_PAIRS} in that folder")
-    if place.is_file():
-        if place.suffix in _JSONL_SUFFIXES:
-            return "jsonl"
-        if place.suffix == ".parquet":
-            return "pickapic"
-        if place.name in (_METADATA, _PAIRS):
-            return "videodpo"
-        raise DataError(f"{path}: expected a name that ends in .jsonl or .parquet, or {_PAIRS}; or name the format")
-    if isinstance(path, str) and _HUB_ID.fullmatch(path) and not place.suffix:
+    _check_file(place)
+    if place.suffix in _JSONL_SUFFIXES:
+        return "jsonl"
+    if place.suffix == ".parquet":
         return "pickapic"
-    raise DataError(f"{path}: no such file or folder, and no hub id (owner/name)")
+    if place.name in (_METADATA, _PAIRS):
+        return "videodpo"
+    raise DataError(f"{path}: expected a name that ends in .jsonl or .parquet, or {_PAIRS}; or name the format")
 
 
 def _jsonl_in(folder: Path) -> Path:
@@ -134,7 +158,8 @@ class JsonlReader:
                 return _bad(row, f"{key}={_short(value[key])}: expected a number", value["prompt"])
         better, worse = value.get("chosen_score"), value.get("rejected_score")
         if better is not None and worse is not None and better < worse:
-            return _bad(row, f"chosen_score={better} is below rejected_score={worse}", value["prompt"])
+            problem = f"chosen_score={_short(better)} is below rejected_score={_short(worse)}"
+            return _bad(row, problem, value["prompt"])
         return PairRecord(
             row,
             value["prompt"],
@@ -154,20 +179,51 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
         DataError: the file cannot be opened.
     """
     try:
+        check_regular(path)
         file = path.open("rb")
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}, expected a JSONL file") from error
+    except FileError as error:
+        raise DataError(str(error)) from error
     with file:
-        for row, line in enumerate(file):
-            if not line.strip():
-                continue
+        for row in count():
             try:
-                # "utf-8-sig": a byte order mark before the first line is some editors' doing.
-                value = json.loads(line.decode("utf-8-sig"))
-            except ValueError as error:  # covers bytes that are not UTF-8
-                yield row, f"not JSON: {error}"
-                continue
-            yield row, value if isinstance(value, dict) else f"holds {_short(value)}, expected a JSON object"
+                line = file.readline(_LONGEST_LINE)
+                whole = line.endswith(b"\n") or len(line) < _LONGEST_LINE
+                while not whole and not (rest := file.readline(_LONGEST_LINE)).endswith(b"\n") and rest:
+                    pass
+            except OSError as error:
+                raise DataError(f"{path}: cannot be read from {row_name(row)} on: {error.strerror}") from error
+            if not line:
+                return
+            if line.strip():
+                long = f"is longer than {_LONGEST_LINE} bytes, expected a JSON object"
+                yield row, _parse_line(line) if whole else long
+
+
+def _parse_line(line: bytes) -> dict[str, Any] | str:
+    """A JSON object, or what is wrong with a line."""
+    try:
+        # "utf-8-sig": a byte order mark before the first line is some editors' doing.
+        value = parse_json(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return f"not JSON: {error}"
+    except FileError as error:
+        cause = error.__cause__
+        if isinstance(cause, json.JSONDecodeError):  # whose own message calls each line the first
+            return f"not JSON: {cause.msg}, character {cause.pos + 1}"
+        return str(error)
+    if _is_deep(value):  # parsed here, it may still be too deep to be printed or written elsewhere
+        return f"nested too deeply, expected JSON of at most {_DEEPEST} levels"
+    return value if isinstance(value, dict) else f"holds {_short(value)}, expected a JSON object"
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(_DEEPEST):
+        inner = [item for item in level if isinstance(item, (dict, list))]
+        level = [child for item in inner for child in (item.values() if isinstance(item, dict) else item)]
+    return bool(level)
 
 
 def write_jsonl(records: Iterable[PairRecord], path: str | Path) -> int:
@@ -185,11 +241,11 @@ def write_jsonl(records: Iterable[PairRecord], path: str | Path) -> int:
     lines = []
     for record in records:
         if record.problem:
-            raise DataError(f"row {record.row}: {record.problem}, expected a pair")
+            raise DataError(f"{row_name(record.row)}: {record.problem}, expected a pair")
         value: dict[str, Any] = {"prompt": record.prompt}
         for key, source in (("chosen", record.chosen), ("rejected", record.rejected)):
             if isinstance(source, bytes):
-                raise DataError(f"row {record.row}: {key} is {len(source)} bytes in memory, expected a file")
+                raise DataError(f"{row_name(record.row)}: {key} is {len(source)} bytes in memory, expected a file")
             value[key] = Path(os.path.relpath(source, path.parent)).as_posix()
         for key, score in (("chosen_score", record.chosen_score), ("rejected_score", record.rejected_score)):
             if score is not None:
@@ -209,7 +265,7 @@ class PickapicReader:
 
     A label of 0.5 for both is a tie. ``has_label``, ``are_different``, ``best_image_uid``, ``image_0_uid`` and
     ``image_1_uid`` are compared with the labels where a data set has them. Local files are read where they lie, row
-    group by row group; a hub's are downloaded first unless ``streaming``.
+    group by row group; a hub's are downloaded first unless ``streaming``, which reads them row group by row group too.
     """
 
     path: str
@@ -218,7 +274,7 @@ class PickapicReader:
 
     def __iter__(self) -> Iterator[PairRecord]:
         for row, value in enumerate(self._rows()):
-            yield _pickapic_record(row, value)
+            yield _bad(row, value) if isinstance(value, str) else _pickapic_record(row, value)
 
     def state(self) -> Any:
         """Names, sizes, times and inodes of the local files, or names and git hashes of the hub's; images are not read.
@@ -227,7 +283,7 @@ class PickapicReader:
             DataError: nothing there, or a hub that cannot be reached.
         """
         place = Path(self.path)
-        if place.exists():
+        if _exists(place):
             return _states(place, [place] if place.is_file() else sorted(place.rglob("*.parquet")))
         from huggingface_hub import HfApi
 
@@ -242,33 +298,54 @@ class PickapicReader:
             missing = f"{self.path}: no such file or folder, and not found on the hub"
             raise DataError(f"{missing}: {_one_line(error)}") from error
 
-    def _rows(self) -> Iterator[Mapping[str, Any]]:
-        from datasets import Image, load_dataset
-        from datasets.exceptions import DatasetNotFoundError
-
+    def _rows(self) -> Iterator[dict[str, Any] | str]:
+        """The rows; for one that cannot be read, what is wrong with it."""
+        wanted = (*_PICKAPIC_COLUMNS, *_PICKAPIC_EXTRA)
         place = Path(self.path)
+        if self.streaming or _exists(place):
+            yield from read_rows(self._files(place), wanted, _PICKAPIC_COLUMNS)
+            return
+        from datasets import load_dataset
+
         try:
-            if place.is_file():
-                rows = load_dataset("parquet", data_files={self.split: str(place)}, split=self.split, streaming=True)
-            else:
-                # Streamed from a local folder as well: the library would otherwise copy all of it into its cache.
-                rows = load_dataset(self.path, split=self.split, streaming=self.streaming or place.is_dir())
-            for name, feature in (rows.features or {}).items():
-                if isinstance(feature, Image):
-                    rows = rows.cast_column(name, Image(decode=False))
-            missing = [name for name in _PICKAPIC_COLUMNS if name not in (rows.features or {})]
+            data = load_dataset(self.path, split=self.split)
+            missing = [name for name in _PICKAPIC_COLUMNS if name not in data.column_names]
             if missing:
                 raise DataError(f"{self.path}: has no column {missing[0]!r}, expected Pick-a-Pic's columns")
-            yield from rows
+            # As tables, so that images stay encoded, and a row that cannot be converted is no other row's fault.
+            for table in data.with_format("arrow").iter(batch_size=64):
+                yield from rows_of(table, wanted)
         except DataError:
             raise
-        except (DatasetNotFoundError, OSError, ValueError) as error:  # pyarrow's errors are ValueErrors or OSErrors
+        except Exception as error:  # of the hub's library, of the one below it for HTTP, of pyarrow, and of the network
             raise DataError(f"{self.path}: split {self.split!r} cannot be read: {_one_line(error)}") from error
+
+    def _files(self, place: Path) -> list[str]:
+        """The split's parquet files, in their order: paths, or ``hf://`` addresses of one revision."""
+        if place.is_dir():
+            for path in place.rglob("*.parquet"):
+                _check_file(path)
+        elif _exists(place):
+            return [str(place)]
+        from datasets import load_dataset_builder
+
+        try:
+            found = load_dataset_builder(self.path).config.data_files or {}
+        except Exception as error:  # as above
+            raise DataError(f"{self.path}: cannot be read: {_one_line(error)}") from error
+        if self.split not in found:
+            names = ", ".join(map(str, found)) or "none"
+            raise DataError(f"{self.path}: split {self.split!r} cannot be read: expected one of {names}")
+        files = [str(name) for name in found[self.split]]
+        for name in files:
+            if not name.endswith(".parquet"):
+                raise DataError(f"{self.path}: {name} is no parquet file, expected Pick-a-Pic's files")
+        return files
 
 
 def _pickapic_record(row: int, value: Mapping[str, Any]) -> PairRecord:
     prompt = value["caption"]
-    if not isinstance(prompt, str):
+    if not isinstance(prompt, str) or _HALF.search(prompt):
         return _bad(row, f"caption={_short(prompt)}: expected text")
     if value.get("has_label") is False:
         return _bad(row, "has_label=False: nobody has compared this pair", prompt)
@@ -387,7 +464,7 @@ def _clip(folder: Path, item: Any) -> _Clip | None:
         path = folder.joinpath(*Path(name).parts[-2:])
     number, score = basic.get("globalidx", basic.get("vidproidx")), basic.get("score")
     score = score if is_number(score) else None
-    return _Clip(path, _plain(caption), None if number is None else str(number), score)
+    return _Clip(path, _plain(caption), str(number) if isinstance(number, (int, str)) else None, score)
 
 
 def _caption(value: Any) -> str | None:
@@ -406,11 +483,11 @@ def _nearest(places: list[int], wanted: int) -> str:
 
 def _load_list(path: Path) -> list[Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(read_text(path), path)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}, expected VideoDPO's list") from error
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON: {error}") from error
+    except FileError as error:
+        raise DataError(str(error)) from error
     if not isinstance(value, list):
         raise DataError(f"{path}: holds {type(value).__name__}, expected a list")
     return value
@@ -427,7 +504,10 @@ def _states(folder: Path, paths: Iterable[Path]) -> list[list[Any]]:
 
 def is_number(value: Any) -> bool:
     """Whether a JSON value is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer of more than 308 digits
+        return False
 
 
 def _bad(row: int, problem: str, prompt: str = "", kind: Literal["row", "index"] = "row") -> PairRecord:

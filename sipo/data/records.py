@@ -13,7 +13,8 @@ class PairRecord:
     """One row of a data set of pairs.
 
     Attributes:
-        row: its place in the source, from 0; what a report names. Rows grow, and may leave gaps (blank lines).
+        row: its place in the source, from 0; reports count from 1 (:func:`row_name`). Rows grow, and may leave gaps
+            (blank lines).
         prompt: the caption both were made for.
         chosen: the preferred image or clip: a file, or an encoded image's bytes.
         rejected: the other one.
@@ -49,6 +50,11 @@ class PairReader(Protocol):
 
     def __iter__(self) -> Iterator[PairRecord]:
         """The rows in the source's order, ties and faulty rows included."""
+
+
+def row_name(row: int) -> str:
+    """A row as people are told of it: "row 1" is the first, as an editor numbers the lines of a file."""
+    return f"row {row + 1}"
 
 
 class DataError(ValueError):
