@@ -215,20 +215,16 @@ class SIPOLoss(torch.nn.Module):
             )
         return _DEFAULT_BETA[self.method][ndim]
 
+    def settings(self) -> dict[str, Any]:
+        """All that the loss depends on, by the names of the constructor's arguments; JSON values."""
+        names = ("method", "beta", "ratio", "clip_low", "clip_high", "mask_threshold", "reduction", "nonfinite")
+        values = {name: getattr(self, name) for name in (*names, *_RELATIVES_OFF, "backend")}
+        return values | {"schedule": self.schedule.settings()}
+
     def extra_repr(self) -> str:
-        names = (
-            "method",
-            "beta",
-            "ratio",
-            "clip_low",
-            "clip_high",
-            "mask_threshold",
-            "reduction",
-            "nonfinite",
-        )
-        # Part of a checkpoint's identity: what is off is not mentioned, so that runs of before can be resumed.
-        relatives = (name for name, off in _RELATIVES_OFF.items() if getattr(self, name) != off)
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in (*names, *relatives, "backend", "schedule"))
+        values = {**self.settings(), "schedule": self.schedule}
+        off = {name for name, value in _RELATIVES_OFF.items() if values[name] == value}
+        return ", ".join(f"{name}={value!r}" for name, value in values.items() if name not in off)
 
 
 def convert_beta(value: float, *, source: str, target: str, elements: int | None = None) -> float:

@@ -363,20 +363,28 @@ class NoiseSchedule:
             u = (self.shift * u / (1 + (self.shift - 1) * u)).clamp(max=1)
         return u.to(out_device)
 
-    def __repr__(self) -> str:
-        """With all that the numbers depend on: it is part of a checkpoint's identity."""
-        fields = [f"kind={self.kind!r}", f"prediction_type={self.prediction_type!r}"]
+    def settings(self) -> dict[str, Any]:
+        """All that the schedule's numbers depend on; JSON values. Part of a checkpoint's identity."""
+        values: dict[str, Any] = {"kind": self.kind, "prediction_type": self.prediction_type}
         if self.kind == "flow":
-            fields.append(f"shift={self.shift:.12g}")
+            values["shift"] = float(f"{self.shift:.12g}")
         else:
             # in float32, whose digits do not depend on how a library rounds the last one of a float64
             table = self._tables["alpha"].square().float().numpy().tobytes()
-            fields.append(f"alphas_cumprod='sha256:{hashlib.sha256(table).hexdigest()[:12]}'")
-        fields += [f"num_inference_steps={self.num_inference_steps}", f"num_train_timesteps={self.num_train_timesteps}"]
+            values["alphas_cumprod"] = f"sha256:{hashlib.sha256(table).hexdigest()[:12]}"
+        values["num_inference_steps"] = self.num_inference_steps
+        values["num_train_timesteps"] = self.num_train_timesteps
         if self.shift_terminal is not None:
-            fields.append(f"shift_terminal={self.shift_terminal:.12g}")
+            values["shift_terminal"] = float(f"{self.shift_terminal:.12g}")
         if self.invert_sigmas:
-            fields.append("invert_sigmas=True")
+            values["invert_sigmas"] = True
+        return values
+
+    def __repr__(self) -> str:
+        fields = (
+            f"{name}={value:.12g}" if isinstance(value, float) else f"{name}={value!r}"
+            for name, value in self.settings().items()
+        )
         return f"NoiseSchedule({', '.join(fields)})"
 
     def _table(self, name: str, device: torch.device) -> Tensor:

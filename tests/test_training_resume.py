@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from sipo import NoiseSchedule, SIPOLoss
 from sipo.training import CheckpointError, TrainingWarning, storage, timesteps
 from sipo.training.logs import read_lines
 from tests.training_cases import Pairs, fit, fresh_accelerate, loss, networks, same, untimed
@@ -155,6 +157,28 @@ def _flip(path: Path, place: int) -> None:
     path.write_bytes(content)
 
 
+def _forge(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Changes a state and its hash along with it."""
+    state = json.loads((folder / "state.json").read_text())
+    del state["sha256"]
+    change(state)
+    (folder / "state.json").write_text(json.dumps(state | {"sha256": storage._digest(state)}))
+
+
+def _instead(make: Callable[[Path], object]) -> Callable[[Path], object]:
+    """Something else in the place of state.json."""
+
+    def spoil(folder: Path) -> None:
+        (folder / "state.json").unlink()
+        make(folder / "state.json")
+
+    return spoil
+
+
+def _escape(state: dict[str, Any]) -> None:
+    state["files"]["../step-00000002/model.safetensors"] = {"bytes": 1, "sha256": ""}
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda f: (f / "optimizer.safetensors").unlink(), "optimizer.safetensors is missing"),
     "cut": (
@@ -165,16 +189,40 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: _flip(f / "process-00000.safetensors", -1),
         "process-00000.safetensors does not have the SHA-256 that state.json states",
     ),
-    "no JSON": (lambda f: (f / "state.json").write_text("{"), "state.json is not JSON"),
-    "empty": (lambda f: (f / "state.json").write_text(""), "state.json is not JSON"),
+    "no JSON": (lambda f: (f / "state.json").write_text("{"), "state.json: not JSON"),
+    "empty": (lambda f: (f / "state.json").write_text(""), "state.json: not JSON"),
     "no state": (lambda f: (f / "state.json").unlink(), "state.json is missing"),
     "format": (
         lambda f: (f / "state.json").write_text(json.dumps(json.loads((f / "state.json").read_text()) | {"format": 9})),
-        "it has format 9, expected 2",
+        "state.json: format 9, expected 3",
     ),
     "edited": (
         lambda f: (f / "state.json").write_text((f / "state.json").read_text().replace('"lr": 0.01', '"lr": 0.02')),
         "state.json does not have the SHA-256 that it states",
+    ),
+    "nested": (lambda f: (f / "state.json").write_text('{"a":' * 100_000), "state.json: nested too deeply"),
+    "null": (lambda f: (f / "state.json").write_text("null"), "state.json: holds NoneType, expected a JSON object"),
+    "digits": (lambda f: (f / "state.json").write_text(f'{{"a": {"9" * 5000}}}'), "state.json: not JSON"),
+    "no UTF-8": (lambda f: (f / "state.json").write_bytes(b'{"a": "\xff"}'), r"state.json: not UTF-8 \(byte 7\)"),
+    "folder": (_instead(Path.mkdir), "state.json: is a folder, expected a file"),
+    "FIFO": (_instead(os.mkfifo), "state.json: is a FIFO, expected a file"),
+    "device": (_instead(lambda path: path.symlink_to("/dev/zero")), "state.json: is a device, expected a file"),
+    "FIFO of tensors": (
+        lambda f: ((f / "model.safetensors").unlink(), os.mkfifo(f / "model.safetensors")),
+        "model.safetensors: is a FIFO, expected a file",
+    ),
+    "no files": (
+        lambda f: _forge(f, lambda state: state.pop("files")),
+        "state.json: files=None, expected the bytes and",
+    ),
+    "files of null": (
+        lambda f: _forge(f, lambda state: state["files"].update({"ema.safetensors": None})),
+        r"state.json: files=\{'model.safetensors': .*…, expected the bytes and SHA-256 of each file by its name",
+    ),
+    "files elsewhere": (lambda f: _forge(f, _escape), r"state.json: files=\{.*…, expected the bytes and SHA-256"),
+    "deep": (
+        lambda f: (f / "state.json").write_text(f'{{"format": 3, "a": {"[" * 900}{"]" * 900}}}'),
+        r"state.json(: nested too deeply| does not have)",
     ),
 }
 
@@ -187,10 +235,12 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path: Path
     newest = tmp_path / "b/checkpoints/step-00000004"
     before = (newest / "state.json").read_bytes()
     spoil(newest)
-    assert what in ("missing", "cut", "flipped", "no state") or (newest / "state.json").read_bytes() != before
+    state = newest / "state.json"
+    tensors = ("missing", "cut", "flipped", "FIFO of tensors")
+    assert what in tensors or not state.is_file() or state.read_bytes() != before
 
     with pytest.raises(CheckpointError, match=f"step-00000004: damaged, {message}") as caught:
-        if what != "no state":
+        if state.is_file():
             fit(tmp_path / "b", steps=5, resume_from=newest)
         else:  # then it is not to be told from a folder of something else
             raise CheckpointError(f"{newest}: damaged, {storage.damage(newest)}")
@@ -230,7 +280,8 @@ def test_a_sound_checkpoint_is_not_thrown_out_for_a_later_damaged_one(tmp_path: 
         ("names", r"'extra' is in the policy and not in the checkpoint"),
         ("seed", r"made with seed=0, expected this run's 1"),
         ("data", r"made with dataset_length=24, expected this run's 20"),
-        ("loss", r"made with loss=.*beta=50"),
+        ("loss", r"step-00000002: made with loss\.beta=50\.0, expected this run's 51\.0$"),
+        ("schedule", r"made with loss\.schedule\.alphas_cumprod='sha256:\w+', expected this run's 'sha256:\w+'$"),
         ("steps", r"steps=1: the checkpoint has 2 already, expected at least as many"),
     ],
 )
@@ -241,7 +292,9 @@ def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(tmp_path: Path, w
         policy.outward = nn.Conv2d(6, 1, 1)
     elif what == "names":
         policy.extra = nn.Parameter(torch.zeros(1))
-    other = {"seed": {"seed": 1}, "data": {"data": Pairs(20)}, "loss": {"loss_fn": loss(beta=51.0)}}.get(what, {})
+    other: dict[str, Any] = {"seed": {"seed": 1}, "data": {"data": Pairs(20)}, "loss": {"loss_fn": loss(beta=51.0)}}
+    other["schedule"] = {"loss_fn": SIPOLoss(NoiseSchedule.discrete(beta_end=0.02), beta=50.0, mask_threshold=0.0)}
+    other = other.get(what, {})
     options: dict[str, Any] = {"steps": 1 if what == "steps" else 3} | other
     with pytest.raises(ValueError, match=message) as caught:
         fit(tmp_path, policy=policy, resume_from="latest", **options)
@@ -271,24 +324,70 @@ def test_an_absent_checkpoint_and_a_used_folder_are_refused(tmp_path: Path) -> N
         fit(tmp_path)
 
 
+WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "step": (lambda state: state.update(step="4"), "state.json: step is str or has parts"),
+    "true": (lambda state: state.update(step=True), "state.json: step is bool or has parts"),
+    "no step": (lambda state: state.pop("step"), "state.json: no step"),
+    "identity": (lambda state: state.update(identity=[]), "state.json: identity is list or has parts"),
+    "progress": (lambda state: state.update(progress=None), "state.json: progress is NoneType or has parts"),
+    "alarms": (lambda state: state["progress"].update(alarms={"stalled": "x"}), "state.json: progress is dict or has"),
+    "skipped": (lambda state: state["progress"].update(skipped=0.5), "state.json: progress is dict or has parts"),
+    "optimizer": (lambda state: state.update(optimizer=3), "state.json: optimizer is int or has parts"),
+    "groups": (lambda state: state["optimizer"].update(groups=[3]), "state.json: optimizer is dict or has parts"),
+    "lr": (
+        lambda state: state["optimizer"]["groups"][0].update(betas=[0.9, "x"]),
+        r"optimiser group has betas=\[0.9, 'x'\], expected one like \(0.9, 0.999\)",
+    ),
+    "scalars": (lambda state: state["optimizer"].update(scalars={"x": 1}), "does not fit this run"),
+    "timesteps": (
+        lambda state: state["progress"]["timesteps"].update(means=["x"] * 5),
+        "does not fit this run .*statistics of timesteps that are no numbers",
+    ),
+    "bins": (lambda state: state["progress"]["timesteps"].update(means=[1.0]), "statistics of 1 bins of timesteps"),
+    "no timesteps": (
+        lambda state: state["progress"].pop("timesteps"),
+        r"does not fit this run \(KeyError: 'timesteps'",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timesteps, "BINS", 5)
+        full(folder)
+    return folder
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_values_behind_a_right_hash_are_one_line(saved: Path, tmp_path: Path, what: str) -> None:
+    shutil.copytree(saved, tmp_path / "run")
+    change, message = WRONG[what]
+    newest = storage.found(tmp_path / "run/checkpoints")[-1]
+    _forge(newest, change)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        full(tmp_path / "run", resume_from="latest")
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"{newest}: ")
+
+
 # ---------------------------------------------------------------- killed
 
 KILLED = {"steps": 120, "checkpoint_every": 3, "log_every": 5, "validate_every": 20, "learning_rate": 1e-3}
 _CAMPAIGN = "import sys; from tests import test_training_resume as t; t.campaign(sys.argv[1])"
-_PLACES = ("save_file", "replace", "rmtree", "write_text", "backward")  # where a run kills itself, by name
+_PLACES = ("save_file", "replace", "rmtree", "write_bytes", "backward")  # where a run kills itself, by name
 
 
 def _kill_at(place: str, count: int) -> None:
     """Has this process killed as it begins, for the ``count``-th time from now, to do one thing."""
-    import shutil
-
     from accelerate import Accelerator
 
     owner, name = {
-        "save_file": (storage, "_hash"),  # after a file was written, before the folder is whole
+        "save_file": (storage, "file_hash"),  # after a file was written, before the folder is whole
         "replace": (os, "replace"),
         "rmtree": (shutil, "rmtree"),
-        "write_text": (Path, "write_text"),
+        "write_bytes": (Path, "write_bytes"),
         "backward": (Accelerator, "backward"),
     }[place]
     former = getattr(owner, name)

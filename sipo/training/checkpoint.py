@@ -13,15 +13,18 @@ checked is in ``storage.py``.
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from sipo.files import save_tensors
+from sipo.files import check_tensors, load_tensors, save_tensors
+from sipo.processes import everywhere
 from sipo.training import randomness, sharded, storage
 from sipo.training.config import CheckpointError
 from sipo.training.optimization import Average
@@ -55,7 +58,7 @@ def save(
         optimizer: as accelerate prepared it.
         average: of the policy's weights.
         window: this process's sums since the last log line.
-        progress: further JSON values, handed back by :func:`load`.
+        progress: further JSON values, handed on by :func:`load`.
         keep: newest checkpoints to keep, 0 for all.
         accelerator: the run's.
 
@@ -95,8 +98,9 @@ def load(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     average: Average | None,
+    restore: Callable[[dict[str, Tensor], dict[str, Any]], None],
     accelerator: Any,
-) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
+) -> int:
     """Restores a checkpoint in place: weights, their average, optimiser, loss scale and random generators.
 
     Args:
@@ -106,35 +110,64 @@ def load(
         model: the policy, unwrapped.
         optimizer: as accelerate prepared it.
         average: of the policy's weights.
+        restore: takes this process's ``window`` and the ``progress`` that were saved.
         accelerator: the run's.
 
     Returns:
-        Steps done, this process's sums since the last log line, and ``progress`` as it was saved.
+        Steps done.
 
     Raises:
         CheckpointError: absent, damaged, or of another run.
     """
     folder = storage.choose(source, root, accelerator)
+
+    def read() -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
+        with reading(folder):
+            state = storage.read_state(folder)
+            _check_state(state)
+            _check_identity(folder, state["identity"], identity)
+            weights = load_tensors(folder / _MODEL)
+            _check_model(folder, weights, model)
+            _check_groups(folder, state["optimizer"], optimizer)
+            moments = _unflatten(load_tensors(folder / _OPTIMIZER), state["optimizer"])
+            averaged = load_tensors(folder / _AVERAGE) if average is not None else {}
+            if average is not None and averaged.keys() != average.parameters.keys():
+                raise ValueError(f"{_AVERAGE} has other names than the policy's weights")
+            window = _load_process(folder / _process(accelerator.process_index), accelerator.device)
+        return state, weights, moments, averaged, window
+
+    state, weights, moments, averaged, window = everywhere(accelerator, read)
+    step: int = state["step"]
+    with reading(folder):
+        sharded.load_weights(model, weights)
+        sharded.load_optimizer(optimizer, moments)
+        if average is not None:
+            average.load(averaged, step)
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(state["scaler"])
+        restore(window, state["progress"])
+    return step
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Inside, a checkpoint's content is put to use: whatever that raises is one line about the checkpoint.
+
+    Raises:
+        CheckpointError: in place of any error but its own.
+    """
     try:
-        state = json.loads((folder / storage.STATE).read_text(encoding="utf-8"))
-        _check_identity(folder, state["identity"], identity)
-        weights = load_file(folder / _MODEL)
-        _check_model(folder, weights, model)
-        _check_groups(folder, state["optimizer"], optimizer)
-        moments = _unflatten(load_file(folder / _OPTIMIZER), state["optimizer"])
-        averaged = load_file(folder / _AVERAGE) if average is not None else {}
-        window = _load_process(folder / _process(accelerator.process_index), accelerator.device)
-    except (OSError, SafetensorError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise CheckpointError(f"{folder}: not a complete checkpoint ({type(error).__name__}: {reason})") from error
-    step = int(state["step"])
-    sharded.load_weights(model, weights)
-    sharded.load_optimizer(optimizer, moments)
-    if average is not None:
-        average.load(averaged, step)
-    if accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(state["scaler"])
-    return step, window, dict(state["progress"])
+        yield
+    except CheckpointError:
+        raise
+    except torch.OutOfMemoryError:
+        raise
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder}: {Path(str(error.filename)).name} is missing") from error
+    except Exception as error:  # the files are as they were written, and what was written may be anything
+        reason = " ".join(str(error).split()).removeprefix(f"{folder}{os.sep}") or type(error).__name__
+        name = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise CheckpointError(f"{folder}: does not fit this run ({name}{reason})") from error
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -143,11 +176,8 @@ def weights(folder: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: not a complete checkpoint.
     """
-    try:
-        return load_file(folder / (_AVERAGE if (folder / _AVERAGE).is_file() else _MODEL))
-    except (OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{folder}: not a complete checkpoint ({type(error).__name__}: {reason})") from error
+    with reading(folder):
+        return load_tensors(folder / (_AVERAGE if (folder / _AVERAGE).is_file() else _MODEL))
 
 
 def _flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -190,6 +220,41 @@ def _unflatten(tensors: dict[str, Tensor], settings: dict[str, Any]) -> dict[str
     return {"state": state, "param_groups": groups}
 
 
+def _check_state(state: dict[str, Any]) -> None:
+    """Refuses values of other types than :func:`save` writes; what is in them, those who use it check.
+
+    Raises:
+        ValueError: with the value's name.
+    """
+    kinds: dict[str, Callable[[Any], bool]] = {
+        "step": lambda value: type(value) is int and value >= 0,
+        "identity": lambda value: isinstance(value, dict),
+        "progress": _is_progress,
+        "optimizer": _is_settings,
+        "scaler": lambda value: value is None or isinstance(value, dict),
+    }
+    for name, right in kinds.items():
+        if name not in state:
+            raise ValueError(f"{storage.STATE}: no {name}")
+        if not right(state[name]):
+            raise ValueError(f"{storage.STATE}: {name} is {type(state[name]).__name__} or has parts of other types")
+
+
+def _is_progress(value: Any) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("alarms"), dict):
+        return False
+    return all(type(count) is int for count in (*value["alarms"].values(), value.get("skipped")))
+
+
+def _is_settings(value: Any) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("scalars"), dict):
+        return False
+    groups = value.get("groups")
+    return isinstance(groups, list) and all(
+        isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups
+    )
+
+
 def _check_identity(folder: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
     for name in sorted(saved.keys() | wanted.keys()):
         was, now = saved.get(name), wanted.get(name)
@@ -202,7 +267,25 @@ def _check_identity(folder: Path, saved: dict[str, Any], wanted: dict[str, Any])
             )
         if is_weights(name):
             raise CheckpointError(f"{folder}: trained from other weights: {weights_change(name, was, now)}")
-        raise CheckpointError(f"{folder}: made with {name}={was!r}, expected this run's {now!r}")
+        raise CheckpointError(f"{folder}: made with {_difference(name, was, now)}")
+
+
+def _difference(name: str, was: Any, now: Any) -> str:
+    """The first of two settings' parts that differs, however deep it is, and its two values."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        for key in [*was, *(key for key in now if key not in was)]:
+            if key not in was or key not in now or was[key] != now[key]:
+                return _difference(f"{name}.{key}", was.get(key), now.get(key))
+    if isinstance(was, list) and isinstance(now, list) and len(was) == len(now):
+        for number, pair in enumerate(zip(was, now, strict=True)):
+            if pair[0] != pair[1]:
+                return _difference(f"{name}[{number}]", *pair)
+    return f"{name}={_shown(was)}, expected this run's {_shown(now)}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
 
 
 def is_weights(name: str) -> bool:
@@ -242,6 +325,19 @@ def _check_groups(folder: Path, settings: dict[str, Any], optimizer: torch.optim
     wanted = [len(group["params"]) for group in optimizer.param_groups]
     if saved != wanted:
         raise CheckpointError(f"{folder}: optimiser groups of {saved} parameters, expected {wanted}")
+    for was, now in zip(settings["groups"], optimizer.param_groups, strict=True):
+        for name, value in now.items():
+            if name != "params" and _kind(was.get(name)) != _kind(value):
+                found = f"{name}={_shown(was.get(name))}"
+                raise CheckpointError(f"{folder}: an optimiser group has {found}, expected one like {_shown(value)}")
+
+
+def _kind(value: Any) -> str:
+    """What a setting is, as far as JSON keeps it."""
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_kind, value))}]"
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return "a number" if number else type(value).__name__
 
 
 def _process(index: int) -> str:
@@ -256,6 +352,7 @@ def _save_process(path: Path, window: dict[str, Tensor], device: torch.device) -
 
 def _load_process(path: Path, device: torch.device) -> dict[str, Tensor]:
     """Restores the generators and returns the window's tensors."""
+    check_tensors(path)
     with safe_open(path, framework="pt") as file:
         text = file.metadata()["host_rng"]
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping

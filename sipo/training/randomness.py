@@ -41,6 +41,16 @@ def _mix(value: int) -> int:
     return value ^ (value >> 31)
 
 
+def seed_process(seed: int, process: int) -> None:
+    """Seeds torch's, Python's and NumPy's generators, which data sets that augment draw from."""
+    import numpy as np
+
+    own = derive_seed(seed, GLOBAL, process)
+    torch.manual_seed(own)
+    random.seed(own)
+    np.random.seed(own % (1 << 32))
+
+
 def get_state(device: torch.device) -> tuple[dict[str, Tensor], str]:
     """States of the process's generators: torch's as tensors, Python's and NumPy's as JSON."""
     import numpy as np

@@ -4,7 +4,8 @@
         state.json      JSON values; lists every other file with its bytes and SHA-256, and has one of itself
         *.safetensors   tensors by name
 
-Nothing is pickled. A folder that a killed run has left behind never has a checkpoint's name.
+Nothing is pickled. A folder that a killed run has left behind never has a checkpoint's name, and a power cut leaves a
+checkpoint whole or not at all: its files are on disk before it gets its name.
 """
 
 from __future__ import annotations
@@ -13,23 +14,34 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from sipo.files import file_hash, save_tensors
+from sipo.files import (
+    FileError,
+    check_regular,
+    file_hash,
+    read_object,
+    remove,
+    remove_leftovers,
+    save_tensors,
+    sync,
+    sync_all,
+    write_aside,
+)
+from sipo.processes import everywhere, gathered, on_main
 from sipo.training.config import CheckpointError, TrainingWarning
 
-FORMAT = 2
+FORMAT = 3
 LATEST = "latest"
 STATE = "state.json"
 
-_NAME = re.compile(r"step-(\d{8,})")
+_NAME = re.compile(r"step-(\d{8,18})")
+_FILE = re.compile(r"[\w-]+\.safetensors")
 
 
 def write(
@@ -55,34 +67,56 @@ def write(
 
     Returns:
         The checkpoint's folder.
+
+    Raises:
+        OSError: it cannot be written, for lack of room for instance; the former ones are as they were.
     """
     final = root / f"step-{step:08d}"
     aside = root / f".{final.name}.tmp"
-    if accelerator.is_main_process:
-        for left in root.glob(".step-*"):  # what a run killed here left behind
-            shutil.rmtree(left, ignore_errors=True)
-        aside.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    own(aside)
-    if accelerator.is_main_process:
-        for name, tensors in shared.items():
-            save_tensors(aside / name, tensors)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+
+    def begin() -> None:
+        root.mkdir(parents=True, exist_ok=True)
+        _clear(root)
+        aside.mkdir()
+
+    def write_own() -> None:
+        own(aside)
+        if accelerator.is_main_process:
+            for name, tensors in shared.items():
+                save_tensors(aside / name, tensors)
+
+    def end() -> None:
         written = sorted(aside.iterdir())
         files = {path.name: {"bytes": path.stat().st_size, "sha256": file_hash(path)} for path in written}
-        state = {"format": FORMAT, "step": step, "files": files, **state}
-        text = json.dumps(state | {"sha256": _digest(state)}, indent=1)
-        (aside / STATE).write_text(text, encoding="utf-8")
+        content = {"format": FORMAT, "step": step, "files": files, **state}
+        write_aside(aside / STATE, json.dumps(content | {"sha256": _digest(content)}, indent=1))
+        sync_all(aside)
         if final.exists():
             _discard(final)
         os.replace(aside, final)
+        sync(root)
         # Later ones are there where this run began before the newest: they have had their turn.
         earlier = [path for path in found(root) if step_of(path) <= step]
         for old in earlier[:-keep] if keep else []:
             _discard(old)
-    accelerator.wait_for_everyone()
+
+    on_main(accelerator, begin)
+    everywhere(accelerator, write_own)
+    on_main(accelerator, end)
     return final
+
+
+def clear(folder: Path) -> None:
+    """Removes what killed runs have left in a run's folder; for when no other run is writing there."""
+    remove_leftovers(folder)
+    for below in sorted(folder.glob("*/")):
+        remove_leftovers(below)
+    _clear(folder / "checkpoints")
+
+
+def _clear(root: Path) -> None:
+    for left in root.glob(".step-*"):
+        remove(left)
 
 
 def found(root: Path) -> list[Path]:
@@ -118,57 +152,86 @@ def choose(source: str | Path, root: Path, accelerator: Any) -> Path:
         raise CheckpointError(f"resume_from={LATEST!r}: no checkpoint in {root}, expected a folder step-NNNNNNNN")
     if source != LATEST and not (candidates[0] / STATE).is_file():
         raise CheckpointError(f"resume_from={str(source)!r}: no checkpoint there, expected a folder with {STATE}")
-    faults: list[str] = []
-    if accelerator.is_main_process:
+
+    def look() -> tuple[Path, list[str]]:
+        faults: list[str] = []
         for folder in candidates:
             fault = damage(folder)
             if not fault:
-                break
+                return folder, faults
             faults.append(f"{folder}: damaged, {fault}")
-    passed = len(faults)
-    if accelerator.num_processes > 1:
-        from accelerate.utils import broadcast
+        raise CheckpointError("; ".join(faults) + (", expected a sound checkpoint" if len(faults) > 1 else ""))
 
-        passed = int(broadcast(torch.tensor([passed], device=accelerator.device)).item())
-    if passed == len(candidates):
-        whose = faults or [f"{candidates[0]}: damaged, see the main process's error"]
-        raise CheckpointError("; ".join(whose) + (", expected a sound checkpoint" if len(whose) > 1 else ""))
-    for fault in faults:
-        warnings.warn(f"{fault}; resuming from {candidates[passed]}", TrainingWarning, stacklevel=2)
-    return candidates[passed]
+    chosen = gathered(accelerator, on_main(accelerator, look))[0]
+    assert chosen is not None  # the main process has looked
+    folder, faults = chosen
+    if accelerator.is_main_process:
+        for fault in faults:
+            warnings.warn(f"{fault}; resuming from {folder}", TrainingWarning, stacklevel=2)
+    return folder
 
 
 def damage(folder: Path) -> str:
     """What is wrong with a checkpoint's files, "" if nothing is."""
     try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        if not isinstance(state, dict):
-            return f"{STATE} holds no object"
-        if state.get("format") != FORMAT:
-            return f"it has format {state.get('format')!r}, expected {FORMAT}"
-        if state.pop("sha256", None) != _digest(state):
-            return f"{STATE} does not have the SHA-256 that it states"
-        for name, entry in state["files"].items():
-            size = (folder / name).stat().st_size
+        files = read_state(folder)["files"]
+        for name, entry in files.items():
+            file = folder / name
+            size = check_regular(file).st_size
             if size != entry["bytes"]:
                 return f"{name} has {size} bytes, expected {entry['bytes']}"
-            if file_hash(folder / name) != entry["sha256"]:
+            if file_hash(file) != entry["sha256"]:
                 return f"{name} does not have the SHA-256 that {STATE} states"
     except FileNotFoundError as error:
         return f"{Path(str(error.filename)).name} is missing"
     except OSError as error:
         return f"{error.strerror}: {error.filename}"
-    except ValueError as error:  # not JSON, not UTF-8
-        return f"{STATE} is not JSON ({' '.join(str(error).split())})"
+    except ValueError as error:
+        return " ".join(str(error).split()).removeprefix(f"{folder}{os.sep}")
     return ""
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What a checkpoint's ``state.json`` says, if it is as it was written.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        FileError: damaged, or of another version.
+    """
+    file = folder / STATE
+    state = read_object(file)
+    if state.get("format") != FORMAT:
+        raise FileError(f"{file}: format {_shown(state.get('format'))}, expected {FORMAT}")
+    try:
+        sound = state.pop("sha256", None) == _digest(state)
+    except RecursionError as error:
+        raise FileError(f"{file}: nested too deeply") from error
+    if not sound:
+        raise FileError(f"{file} does not have the SHA-256 that it states")
+    files = state.get("files")
+    if not isinstance(files, dict) or not all(map(_is_entry, files.items())):
+        raise FileError(f"{file}: files={_shown(files)}, expected the bytes and SHA-256 of each file by its name")
+    return state
+
+
+def _is_entry(item: tuple[str, Any]) -> bool:
+    name, entry = item
+    if not isinstance(entry, dict) or entry.keys() != {"bytes", "sha256"} or not _FILE.fullmatch(name):
+        return False
+    return type(entry["bytes"]) is int and isinstance(entry["sha256"], str)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 def _discard(folder: Path) -> None:
     """Removes a checkpoint in such an order that no half of it keeps the name."""
     aside = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(aside, ignore_errors=True)
+    remove(aside)
     os.replace(folder, aside)
-    shutil.rmtree(aside)
+    remove(aside)
 
 
 def _digest(state: dict[str, Any]) -> str:

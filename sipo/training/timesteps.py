@@ -120,8 +120,17 @@ class InformativeTimesteps:
         return {"means": self.means, "counts": self.counts}
 
     def restore(self, progress: dict[str, list[float]], window: Tensor) -> None:
-        """Undoes :meth:`progress` and :attr:`window`."""
-        self.means, self.counts = list(progress["means"]), list(progress["counts"])
+        """Undoes :meth:`progress` and :attr:`window`.
+
+        Raises:
+            ValueError: of other bins, or no numbers.
+        """
+        means, counts = list(progress["means"]), list(progress["counts"])
+        if len(means) != self.bins or len(counts) != self.bins or window.shape != self.window.shape:
+            raise ValueError(f"statistics of {len(means)} bins of timesteps, expected {self.bins}")
+        if not all(isinstance(value, (int, float)) for value in (*means, *counts)):
+            raise ValueError("statistics of timesteps that are no numbers")
+        self.means, self.counts = means, counts
         self.window = window.to(self.window.device)
 
     def _left_out(self) -> list[bool]:
