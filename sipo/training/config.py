@@ -28,6 +28,7 @@ _FREE_ON_RESUME = frozenset(
         "alarms",
         "output_dir",
         "num_workers",
+        "ddp_timeout",
         "progress",
         "tensorboard",
         "trackers",
@@ -46,7 +47,7 @@ class TrainingInterrupted(RuntimeError):  # noqa: N818 - likewise
     Attributes:
         step: optimiser steps done.
         checkpoint: where to resume from; ``None`` where the run cannot write one (DeepSpeed).
-        signal: what asked, "SIGINT" or "SIGTERM".
+        signal: what asked: "SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2" or "another process".
     """
 
     def __init__(self, step: int, checkpoint: Path | None, signal: str) -> None:
@@ -136,7 +137,10 @@ class TrainingConfig:
             training (docs/math.md §8): "warn", "stop" with a checkpoint and :class:`TrainingAlarm`, or "off". With
             "off" a run whose policy is not its reference at the first step goes on, too.
         num_workers: data loader processes.
-        progress: whether to draw a progress bar.
+        ddp_timeout: seconds that a process waits for the others before the run ends with an error; under DDP and FSDP2
+            alike, by the name that transformers has for it. Not used where the caller passes in an accelerator.
+        progress: ``True`` draws a bar where standard error is a terminal, and prints a line there for each log line where
+            it is none; ``False`` prints the lines in any case, and ``None`` nothing.
         tensorboard: whether to write TensorBoard events, where TensorBoard is installed.
         trackers: further trackers by accelerate's names ("wandb", ...), each of which must be installed.
 
@@ -172,12 +176,13 @@ class TrainingConfig:
     timestep_statistics: bool = True
     alarms: Alarms = "warn"
     num_workers: int = 0
-    progress: bool = True
+    ddp_timeout: int = 1800
+    progress: bool | None = True
     tensorboard: bool = True
     trackers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation", "log_every", "max_nonfinite_steps"):
+        for name in ("steps", "batch_size", "accumulation", "log_every", "max_nonfinite_steps", "ddp_timeout"):
             _check_integer(name, getattr(self, name), 1)
         for name in ("warmup", "validate_every", "checkpoint_every", "keep_checkpoints", "num_workers", "seed"):
             _check_integer(name, getattr(self, name), 0)
@@ -198,6 +203,8 @@ class TrainingConfig:
         _check_choice("lr_schedule", self.lr_schedule, RateSchedule)
         _check_choice("timestep_sampling", self.timestep_sampling, TimestepSampling)
         _check_choice("alarms", self.alarms, Alarms)
+        if self.progress not in (True, False, None):
+            raise TypeError(f"progress={self.progress!r}: expected true, false or null")
         if not isinstance(self.trackers, (tuple, list)) or not all(isinstance(name, str) for name in self.trackers):
             raise TypeError(f"trackers={self.trackers!r}: expected a list of names")
         if not isinstance(self.output_dir, (str, Path)):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sipo.training.data import pair_noise, to_device, twice, widened
 from sipo.training.first_step import FirstStep
 from sipo.training.protocols import PairLoss, PairLossResult, Predict, Schedule
-from sipo.training.sharded import round_whole
+from sipo.training.sharded import is_compiled, round_whole, unwrapped
 from sipo_kernels import Totals
 
 
@@ -158,15 +158,15 @@ class PairForward:
     @contextmanager
     def _reference(self, policy: nn.Module) -> Iterator[nn.Module]:
         if isinstance(self.reference, AdapterOff):
-            if policy is not self.wrapped:  # accelerate looks at every module to find the one inside
-                self.wrapped, self.network = policy, self.accelerator.unwrap_model(policy)
-                self.off = None
+            if policy is not self.wrapped:
+                self.wrapped, self.network, self.off = policy, unwrapped(policy), None
             assert self.network is not None
             off = self.off or self.reference.switch(self.network)
             if getattr(off, "reusable", False):
                 self.off = off
             with off:
-                yield self.network
+                # A compiled policy rounds otherwise than the network in it: the reference must not.
+                yield policy if is_compiled(policy) else self.network
         elif self.offloaded is not None:
             for tensor, host in self.offloaded:
                 tensor.data = host.to(self.device, non_blocking=True)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import nn
 
 from sipo.training.config import TrainingConfig
 from sipo.training.forward import Reference
 from sipo.training.protocols import PairDataset
-from sipo.training.sharded import is_deepspeed, is_sharded
+from sipo.training.sharded import is_deepspeed, is_sharded, unwrapped
 
 _PLAIN = ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU")
 
@@ -23,7 +24,13 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     Raises:
         ValueError: float16 on a CPU.
     """
-    accelerator = Accelerator(mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.accumulation)
+    # The microsecond makes it differ from accelerate's default, which is not passed on, whatever torch's own is.
+    timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=config.ddp_timeout, microseconds=1))
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.accumulation,
+        kwargs_handlers=[timeout],
+    )
     _check_precision(accelerator)
     return accelerator
 
@@ -55,6 +62,15 @@ def check_setup(
         raise ValueError("the data set holds 0 pairs, expected at least 1")
     if config.caption_dropout and getattr(dataset, "unconditional", None) is None:
         raise ValueError(f"caption_dropout={config.caption_dropout}: expected a data set with 'unconditional'")
+    check_config(config, accelerator, resume_from)
+
+
+def check_config(config: TrainingConfig, accelerator: Accelerator, resume_from: str | Path | None) -> None:
+    """Refuses settings that this accelerator cannot train with, before there is a model or data.
+
+    Raises:
+        ValueError: in one line that says what was expected.
+    """
     kind = accelerator.distributed_type.value
     if kind not in _PLAIN and not is_sharded(accelerator):
         raise ValueError(f"distributed_type={kind!r}: expected one device, plain data parallelism, FSDP2 or DeepSpeed")
@@ -95,13 +111,17 @@ def prepare(policy: nn.Module, optimizer: Any, config: TrainingConfig, accelerat
     if precision is not None:
         # FSDP2 would round a flow's timesteps to bfloat16 on their way in. Autocast sees to what has to be cast.
         accelerator.state.fsdp_plugin.mixed_precision_policy = replace(precision, cast_forward_inputs=False)
-    own_forward = policy.__dict__.get("forward")
+    before = policy, unwrapped(policy)  # the caller may have compiled it
+    own_forward = [network.__dict__.get("forward") for network in before]
     prepared, optimizer = accelerator.prepare(policy, optimizer)
-    accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
-    policy.__dict__.pop("forward", None)
-    if own_forward is not None:
-        policy.__dict__["forward"] = own_forward
-    policy.__dict__.pop("_is_accelerate_prepared", None)  # or a second run with this policy would not be prepared
+    # Where parts of a network are compiled, what is called is another one made of its parts.
+    for network in (*before, unwrapped(prepared)):
+        # The last, or a second run with this policy would not be prepared.
+        for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
+            network.__dict__.pop(name, None)
+    for network, forward in zip(before, own_forward, strict=True):
+        if forward is not None:
+            network.__dict__["forward"] = forward
     if accelerator.scaler is None and not is_deepspeed(accelerator):
         # Without a loss scaler accelerate's wrapper adds nothing but a search for packages at every step.
         optimizer = optimizer.optimizer

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 HALF_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """What ``training.mixed_precision`` computes in, by its name; "no" has none."""
@@ -27,6 +28,31 @@ def is_deepspeed(accelerator: Accelerator) -> bool:
 def is_sharded(accelerator: Accelerator) -> bool:
     """Whether a process may hold only a part of the weights."""
     return accelerator.is_fsdp2 or is_deepspeed(accelerator)
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether a network is ``torch.compile``'s wrapper of another."""
+    return isinstance(model, torch._dynamo.eval_frame.OptimizedModule)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network that DDP's, DeepSpeed's and ``torch.compile``'s wrappers call.
+
+    accelerate's own function takes DDP out of the compiled wrapper for good, with the ``no_sync`` that accumulation
+    needs, or stops at that wrapper, whose names of parameters begin with ``_orig_mod.``.
+    """
+    while True:
+        if is_compiled(model):
+            model = model._orig_mod  # type: ignore[assignment]
+        elif isinstance(model, DistributedDataParallel) or type(model).__name__ == "DeepSpeedEngine":
+            model = model.module
+        else:
+            return model
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what ``torch.compile`` adds to it where a part of a network is compiled."""
+    return name.replace("_orig_mod.", "")
 
 
 def whole_dtype(accelerator: Accelerator) -> torch.dtype | None:
@@ -79,13 +105,17 @@ def reshard(model: nn.Module) -> None:
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
-    """What training changes, by name: trainable parameters and stored buffers; frozen weights stay the caller's."""
+    """What training changes, by name: trainable parameters and stored buffers; frozen weights stay the caller's.
+
+    Names are those of the network without wrappers (:func:`unwrapped`), compiled or not.
+    """
+    model = unwrapped(model)
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     # named_parameters gives a tied weight once, where state_dict gives it once per name.
     tensors: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     tensors.update({n: t for n, t in model.state_dict().items() if n not in parameters and n not in frozen})
-    return tensors
+    return {plain_name(name): tensor for name, tensor in tensors.items()}
 
 
 def host_copy(tensor: Tensor) -> Tensor:

@@ -10,30 +10,44 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import distributed
 
 from sipo.training.config import TrainingConfig, TrainingOutOfMemory
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_ALWAYS = (signal.SIGINT, signal.SIGTERM)
+# Cluster managers send these ahead of time, and a closed terminal SIGHUP; whoever handles them already keeps them.
+_WARNINGS = tuple(getattr(signal, name) for name in ("SIGHUP", "SIGUSR1", "SIGUSR2") if hasattr(signal, name))
 
 
 class StopRequest:
-    """Turns the first Ctrl-C or SIGTERM inside the context into a request; a second one stops at once.
+    """Turns a signal inside the context into a request: Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 or SIGUSR2.
 
-    Python gives signals to its main thread alone; in another one this does nothing.
+    Ctrl-C after that stops at once. The others may come again without effect: launchers pass on to their processes what
+    a cluster manager has sent to all of them. Python gives signals to its main thread alone; in another one this does
+    nothing.
+
+    Args:
+        processes: of the run.
+        saves: whether the run can write a checkpoint.
 
     Attributes:
         signal: what asked to stop, "" as long as nothing has.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, processes: int = 1, *, saves: bool = True) -> None:
         self.signal = ""
+        more = "" if processes == 1 else ", or a step more until all processes agree,"
+        then = "writing a checkpoint" if saves else "ending without a checkpoint, which cannot be written here"
+        self._says = f"finishing the step or validation{more} and {then}; Ctrl-C stops at once"
         self._former: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            for number in _SIGNALS:
+            for number in (*_ALWAYS, *_WARNINGS):
                 former = signal.getsignal(number)
-                if former not in (signal.SIG_IGN, None):  # nohup's wish comes first; None is not Python's to restore
+                # nohup's wish comes first; None is not Python's to restore
+                taken = former in (signal.SIG_IGN, None) or (number in _WARNINGS and former is not signal.SIG_DFL)
+                if not taken:
                     self._former[number] = former
                     signal.signal(number, self._catch)
         return self
@@ -45,17 +59,72 @@ class StopRequest:
 
     def _catch(self, number: int, frame: object) -> None:
         if self.signal:
-            self.__exit__()
-            raise KeyboardInterrupt
+            if number == signal.SIGINT:
+                self.__exit__()
+                raise KeyboardInterrupt
+            return
         self.signal = signal.Signals(number).name
         # Not print: a handler may come in the middle of another write to the same stream.
-        os.write(2, f"\n{self.signal}: finishing the step and writing a checkpoint; again to stop at once\n".encode())
+        os.write(2, f"\n{self.signal}: {self._says}\n".encode())
+
+
+class StopAgreement:
+    """Whether any process was asked to stop, the same answer in all of them.
+
+    A process asks at the beginning of a step's last pass and reads the answer at the step's end, when it has long been
+    there: the host waits until the device has come to that pass, and no further.
+
+    Args:
+        request: this process's.
+        accelerator: the run's.
+    """
+
+    def __init__(self, request: StopRequest, accelerator: Any) -> None:
+        self._request = request
+        self._alone = accelerator.num_processes == 1
+        device = accelerator.device
+        self._flag = torch.zeros(1, dtype=torch.int32, device=device)
+        self._device: Any = None if device.type == "cpu" or self._alone else torch.get_device_module(device)
+        if self._device is not None:
+            self._host = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+            self._stream, self._copied = self._device.Stream(device), self._device.Event()
+
+    def ask(self) -> None:
+        """Tells the others whether this process was asked to stop, and waits for nothing."""
+        if self._alone:
+            return
+        self._flag.fill_(bool(self._request.signal))
+        self._work: Any = distributed.all_reduce(self._flag, op=distributed.ReduceOp.MAX, async_op=True)
+        if self._device is not None:
+            with self._device.stream(self._stream):  # it alone waits for the others, and the pass goes on beside it
+                self._work.wait()
+                self._host.copy_(self._flag, non_blocking=True)
+                self._copied.record()
+
+    def answer(self) -> bool:
+        """Whether a process was asked to stop before it asked; for one process, until now."""
+        if self._alone:
+            return bool(self._request.signal)
+        if self._device is None:
+            self._work.wait()
+            asked = bool(self._flag)
+        else:
+            self._copied.synchronize()
+            asked = bool(self._host)
+        if asked and not self._request.signal:
+            self._request.signal = "another process"
+        return asked
 
 
 def release_signals(worker: int) -> None:
-    """For a data loader's worker: Ctrl-C is the main process's business, SIGTERM ends the worker as ever."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """For a data loader's worker: signals are the main process's business.
+
+    Cluster managers send them to every process of a job, and a worker that they ended would end the run in the midst of
+    a step. The loader ends its workers itself; should one hang, the second SIGTERM ends it.
+    """
+    for number in (signal.SIGINT, *_WARNINGS):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 @contextmanager

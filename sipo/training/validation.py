@@ -20,7 +20,7 @@ from sipo.training.data import step_timesteps
 from sipo.training.forward import PairForward
 from sipo.training.protocols import PairDataset, PairLoss
 from sipo.training.randomness import VALIDATION, derive_seed
-from sipo.training.sharded import reshard
+from sipo.training.sharded import reshard, unwrapped
 from sipo.training.stopping import release_signals
 from sipo_kernels import pair_loss
 
@@ -79,7 +79,7 @@ class Validation:
 
         Every process calls it. NaN where no pair is finite.
         """
-        network = self.accelerator.unwrap_model(policy)
+        network = unwrapped(policy)
         with randomness.kept(self.accelerator.device), torch.no_grad(), _eval(network):
             metrics = self._measure(network) if self.batches else {}
             if self.hook is not None:
