@@ -24,6 +24,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # Tests run side by side on all cores, and what a run computes to the last bit may hang on how many threads it has.
 torch.set_num_threads(1)
 
+# No test cuts the power: those that look at durability look at the calls.
+os.fsync = lambda fd: None
+
 settings.register_profile(
     "sipo", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
