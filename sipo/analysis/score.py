@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, default_collate
 from sipo.analysis.facts import accuracy_se, beyond_chance
 from sipo.families.base import evaluating
 from sipo.loss import SIPOLoss
+from sipo.progress import track
 from sipo.schedule import NoiseSchedule
 from sipo.training.forward import PairForward, Reference
 from sipo.training.protocols import PairDataset, Predict
@@ -161,7 +162,7 @@ def score_pairs(
     batch_size: int = 16,
     distribution: str = "uniform",
     accelerator: Any = None,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> PairScores:
     """Implicit rewards of every pair of a data set (docs/math.md §2, §5), each over ``draws`` draws.
 
@@ -182,7 +183,7 @@ def score_pairs(
         batch_size: pairs in one forward pass, ``2 * batch_size`` samples.
         distribution: of the levels, as ``schedule.sample_timesteps`` takes it; training's.
         accelerator: for mixed precision and wrapped networks; none for networks as they are.
-        progress: whether to draw a progress bar.
+        progress: as in :mod:`sipo.progress`.
 
     Returns:
         The rewards. The same arguments give the same numbers; another ``batch_size`` the same but for rounding.
@@ -213,7 +214,7 @@ def score_pairs(
     noise_seed = derive_seed(seed, NOISE, 0)
     gaps = torch.empty(2, draws, len(dataset), dtype=torch.float64)  # winners' and losers'
     with torch.no_grad(), evaluating(policy.modules()):
-        for rows, batch in zip(batches, _bar(loader, progress), strict=True):
+        for rows, batch in zip(batches, track(loader, "scoring", "batches", progress), strict=True):
             found = []
             for draw in range(draws):
                 positions = [row * draws + draw for row in rows]
@@ -273,9 +274,3 @@ def _share(values: Tensor) -> tuple[float | None, float | None]:
 def _with_error(found: dict[str, Any], name: str, scale: float, form: str) -> str:
     se = found[f"{name}_se"]
     return f"{scale * found[name]:{form}}" + ("" if se is None else f" ± {scale * se:{form}}")
-
-
-def _bar(loader: DataLoader[Any], progress: bool) -> Any:
-    from tqdm.auto import tqdm
-
-    return tqdm(loader, desc="scoring", unit="batch", dynamic_ncols=True, disable=not progress)

@@ -17,6 +17,7 @@ from sipo.data.media import MediaError, read_spaced
 from sipo.data.readers import read_lines, write_jsonl
 from sipo.data.records import DataError, PairRecord
 from sipo.data.scorers import AestheticScorer, ClipScorer, Scorer, ScorerError, load_function
+from sipo.progress import track
 
 Choice = Literal["best-worst", "all"]
 
@@ -56,7 +57,7 @@ def label(
     frames: int = 8,
     batch_size: int = 16,
     skip_bad: bool = False,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> LabelSummary:
     """Scores candidates and writes pairs of them as JSONL with both scores, aside and renamed.
 
@@ -71,7 +72,7 @@ def label(
         frames: that a clip is scored by, evenly spaced.
         batch_size: candidates that the scorer gets at once.
         skip_bad: leave out rows that cannot be scored, and say which; ``False`` stops at the first.
-        progress: whether to draw a bar.
+        progress: as in :mod:`sipo.progress`.
 
     Raises:
         DataError: the source, or without ``skip_bad`` one of its rows, cannot be used.
@@ -86,10 +87,7 @@ def label(
             raise ValueError(f"{name}={value}: expected at least 1")
     summary = LabelSummary()
     rows: Iterable[_Row] = _rows(Path(source), summary, skip_bad)
-    if progress:
-        from tqdm.auto import tqdm
-
-        rows = tqdm(rows, desc="labelling", unit="row", dynamic_ncols=True)
+    rows = track(rows, "labelling", "rows", progress)
     scored = _score(rows, scorer, frames, batch_size, skip_bad, summary)
     write_jsonl((pair for row in scored for pair in _pairs(row, pairs, min_margin, summary)), output)
     return summary
@@ -110,7 +108,7 @@ def run_label(
     frames: int = 8,
     batch_size: int = 16,
     skip_bad: bool = False,
-    progress: bool = True,
+    progress: bool | None = True,
 ) -> int:
     """``sipo label SOURCE OUTPUT``: with ``clip``, ``clip`` and ``aesthetic``, or ``function``; prints the summary.
 

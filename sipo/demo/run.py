@@ -78,12 +78,12 @@ class DemoConfig:
             raise ValueError(f"output={str(self.output)!r} holds more than a demo ({names}), expected another folder")
 
 
-def run_demo(config: DemoConfig, *, progress: bool = True) -> dict[str, Any]:
+def run_demo(config: DemoConfig, *, progress: bool | None = True) -> dict[str, Any]:
     """Runs the demo and writes its outputs.
 
     Args:
         config: what to run.
-        progress: whether to draw a progress bar.
+        progress: as in :mod:`sipo.progress`.
 
     Returns:
         What ``summary.json`` holds. Everything but ``seconds`` is a function of the configuration and machine.

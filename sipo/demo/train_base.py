@@ -19,6 +19,7 @@ import torch
 
 from sipo.demo.data import load_digits
 from sipo.demo.model import SCHEDULER_FOLDER, build_model, build_scheduler, save_aside
+from sipo.progress import Steps
 
 
 def train(steps: int = 2500, batch_size: int = 64, learning_rate: float = 2e-3, seed: int = 0) -> tuple[Any, float]:
@@ -75,16 +76,14 @@ def fit(
         An exponential moving average of the weights, in evaluation mode: single-step weights of so short a run give
         ragged samples.
     """
-    from tqdm.auto import tqdm
-
     averaged = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=True
     )
     warmup = min(warmup, steps)
-    bar = tqdm(range(steps), desc=name, unit="step")
+    shown = Steps(True, steps, 0)
     running = math.nan
-    for step in bar:
+    for step in range(steps):
         for group in optimizer.param_groups:
             decay = 0.5 * (1.0 + math.cos(math.pi * step / steps))
             group["lr"] = learning_rate * min(1.0, (step + 1) / warmup) * decay
@@ -98,8 +97,10 @@ def fit(
         with torch.no_grad():
             torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1.0 - momentum)
         running = value.item() if math.isnan(running) else 0.98 * running + 0.02 * value.item()
-        if step % 50 == 0:
-            bar.set_postfix(loss=f"{running:.4f}")
+        shown.advance()
+        if step % 50 == 0 or step + 1 == steps:
+            shown.show(step + 1, f"{name}: loss {running:.4f}")
+    shown.close()
     return averaged
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from sipo.diagnostics import scalars, statistics_fault
 from sipo.files import check_regular, write_aside
 from sipo.processes import on_main
+from sipo.progress import Steps
 from sipo.run_log import metrics_fault, read_log
 from sipo.training.config import TrainingConfig
 from sipo_kernels.output import add_metrics
@@ -142,17 +143,10 @@ class Recorder:
         self._accelerator = accelerator
         self._file: TextIO | None = None
         self._statistics: TextIO | None = None
-        self._bar: Any = None
         self._statistics_path = config.statistics_path
         self._trackers = start_trackers(accelerator, config, first_step)
         on_main(accelerator, lambda: self._open(config, first_step))
-        if not accelerator.is_main_process:
-            return
-        if config.progress:
-            from tqdm.auto import tqdm
-
-            steps = config.steps
-            self._bar = tqdm(total=steps, initial=first_step, desc="training", unit="step", dynamic_ncols=True)
+        self._shown = Steps(config.progress if accelerator.is_main_process else None, config.steps, first_step)
 
     def _open(self, config: TrainingConfig, first_step: int) -> None:
         config.folder.mkdir(parents=True, exist_ok=True)
@@ -166,9 +160,8 @@ class Recorder:
         self._file = config.metrics_path.open("a", encoding="utf-8")
 
     def advance(self) -> None:
-        """Moves the bar by one step."""
-        if self._bar is not None:
-            self._bar.update(1)
+        """Counts a step."""
+        self._shown.advance()
 
     def write(self, step: int, values: dict[str, Any], statistics: dict[str, Any] | None = None) -> dict[str, Any]:
         """Writes one log line and returns it; a number that is not finite becomes null: JSON has no other.
@@ -187,9 +180,7 @@ class Recorder:
         tracked = {} if statistics is None else {f"timesteps/{k}": v for k, v in scalars(statistics).items()}
         line = self._write({"step": step}, values, "train/", tracked)
         self.history.append(line)
-        if self._bar is not None:
-            shown = ("loss", "implicit_acc", "active_fraction")
-            self._bar.set_postfix({name: _short(line.get(name)) for name in shown})
+        self._shown.show(step, _numbers(line, ""))
         return line
 
     def write_validation(self, step: int, values: dict[str, Any]) -> dict[str, Any]:
@@ -201,6 +192,7 @@ class Recorder:
         line = self._write({"step": step, "kind": "validation" if values else "hook"}, named, "")
         if values:
             self.validation.append(line)
+            self._shown.note(step, f"held out: {_numbers(line, 'validation/')}")
         return line
 
     def _write(
@@ -219,7 +211,7 @@ class Recorder:
 
     def close(self) -> None:
         """Closes the files, the bar and the trackers that were started here."""
-        for stream in (self._file, self._statistics, self._bar):
+        for stream in (self._file, self._statistics, self._shown):
             if stream is not None:
                 stream.close()
         for tracker in self._trackers:
@@ -237,14 +229,7 @@ def start_trackers(accelerator: Any, config: TrainingConfig, first_step: int) ->
         ValueError: a tracker that accelerate does not know.
         ImportError: a tracker that is not installed.
     """
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-
-    available = [str(name) for name in get_available_trackers()]
-    for name in config.trackers:
-        if name not in LOGGER_TYPE_TO_CLASS:
-            raise ValueError(f"trackers={name!r}: expected one of {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
-        if name not in available:
-            raise ImportError(f"trackers={name!r}: not installed, expected `pip install {name}`")
+    available = check_trackers(config)
     running = list(accelerator.trackers)
     wanted = [] if running else list(accelerator.log_with)  # the caller's, not yet started
     wanted += [name for name in config.trackers if name not in wanted]
@@ -266,6 +251,23 @@ def start_trackers(accelerator: Any, config: TrainingConfig, first_step: int) ->
         started += accelerator.trackers
     accelerator.log_with, accelerator.trackers = [], running + started
     return started
+
+
+def check_trackers(config: TrainingConfig) -> list[str]:
+    """Refuses trackers that cannot be started. Errors as for :func:`start_trackers`.
+
+    Returns:
+        Names of those that are installed.
+    """
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    available = [str(name) for name in get_available_trackers()]
+    for name in config.trackers:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise ValueError(f"trackers={name!r}: expected one of {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
+        if name not in available:
+            raise ImportError(f"trackers={name!r}: not installed, expected `pip install {name}`")
+    return available
 
 
 def read_lines(path: Path, kind: str = "training") -> list[dict[str, Any]]:
@@ -340,8 +342,13 @@ def _free_names(paths: Sequence[Path]) -> list[Path]:
     return names
 
 
-def _short(value: Any) -> str:
-    return "nan" if value is None else f"{value:.3f}"
+def _numbers(line: dict[str, Any], prefix: str) -> str:
+    """What of a line is shown while a run goes on, the most important first; a loss of one's own may lack some."""
+    names = {"loss": "loss", "accuracy": "implicit_acc", "active": "active_fraction"}
+    values = {shown: line.get(prefix + name, math.inf) for shown, name in names.items()}
+    return ", ".join(
+        f"{name} {'nan' if value is None else f'{value:.3f}'}" for name, value in values.items() if value != math.inf
+    )
 
 
 def pluck(history: Sequence[dict[str, Any]], name: str) -> list[float]:
