@@ -140,11 +140,14 @@ def one_line_errors(work: Callable[[argparse.Namespace], int]) -> Callable[[argp
             raise CommandError(f"this needs {missing}: pip install 'sipo[train]'")
         import torch
 
+        from sipo.processes import OtherProcessError, lost_connection
         from sipo.training import TrainingDiverged, TrainingOutOfMemory
 
         _quieten()
         try:
             return work(options)
+        except OtherProcessError as error:
+            raise CommandError(str(error)) from error
         # OSError: files; ValueError: ours for data, caches, checkpoints and configurations; FloatingPointError: of
         # loss.nonfinite=raise.
         except (OSError, ValueError, FloatingPointError, ImportError, TrainingDiverged, TrainingOutOfMemory) as error:
@@ -152,6 +155,10 @@ def one_line_errors(work: Callable[[argparse.Namespace], int]) -> Callable[[argp
         except torch.OutOfMemoryError as error:  # not in training, which says more
             advice = "lower training.batch_size or data.sizes; data.tiling encodes and decodes in less"
             raise CommandError(f"out of memory; {advice}: {error}") from error
+        except RuntimeError as error:
+            if message := lost_connection(error):
+                raise CommandError(message) from error
+            raise
 
     return guarded
 
@@ -202,10 +209,12 @@ def _train(options: argparse.Namespace) -> int:
 @one_line_errors
 def _precompute(options: argparse.Namespace) -> int:
     from sipo import config as configuration
+    from sipo.checks import check_run
     from sipo.run import open_run, prepare_data
 
     config = configuration.load(options.config, options.overrides)
     run = open_run(config)
+    check_run(run, "precompute")
     summary = prepare_data(run, repair=True, verify=options.verify, progress=config.training.progress).summary
     if run.accelerator.is_main_process and summary is not None:
         print(summary.describe())

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+import time
+from collections.abc import Callable, Generator
 from typing import Any, TypeVar
 
 _T = TypeVar("_T")
+
+ROUND_SECONDS = 10.0
+"""How long a process works on before it hears of the others; a collective operation waits that long, and no longer."""
 
 
 class OtherProcessError(RuntimeError):
@@ -24,7 +29,7 @@ def everywhere(accelerator: Any, work: Callable[[], _T]) -> _T:
         Exception: this process's own, once the others know of it.
         OtherProcessError: another's, where this one's ``work`` succeeded.
     """
-    if accelerator.num_processes == 1:
+    if accelerator is None or accelerator.num_processes == 1:
         return work()
     failed: BaseException | None = None
     result: Any = None
@@ -47,12 +52,63 @@ def on_main(accelerator: Any, work: Callable[[], _T]) -> _T | None:
     Returns:
         What ``work`` returned; ``None`` in the other processes.
     """
-    return everywhere(accelerator, lambda: work() if accelerator.is_main_process else None)
+    main = accelerator is None or accelerator.is_main_process
+    return everywhere(accelerator, lambda: work() if main else None)
+
+
+def from_main(accelerator: Any, work: Callable[[], _T]) -> _T:
+    """What ``work`` returns in the main process, in every process. Errors as for :func:`everywhere`."""
+    found: Any = gathered(accelerator, on_main(accelerator, work))[0]
+    result: _T = found
+    return result
+
+
+def in_rounds(accelerator: Any, work: Generator[None, None, None]) -> None:
+    """Runs ``work`` to its end in every process, and ends it early in all of them where one fails.
+
+    Every process calls it. Where ``work`` yields it may be interrupted, which should be every few seconds; how often
+    it yields may differ between processes. So nobody computes for hours beside one that has failed, and who is ready
+    first does not wait for longer than a collective operation may take. Errors as for :func:`everywhere`.
+    """
+    done = False
+
+    def round_of_work() -> None:
+        nonlocal done
+        until = time.monotonic() + ROUND_SECONDS
+        while not done and time.monotonic() < until:
+            done = next(work, True) is True
+
+    try:
+        while not all(gathered(accelerator, done)):
+            everywhere(accelerator, round_of_work)
+    finally:
+        work.close()
 
 
 def gathered(accelerator: Any, value: _T) -> list[_T]:
     """Every process's value, in every process."""
     from accelerate.utils import gather_object
 
-    found: list[_T] = gather_object([value]) if accelerator.num_processes > 1 else [value]
+    several = accelerator is not None and accelerator.num_processes > 1
+    found: list[_T] = gather_object([value]) if several else [value]
     return found
+
+
+def lost_connection(error: BaseException) -> str:
+    """What a user is told of a collective library's error, in one line; "" for any other error.
+
+    Args:
+        error: that ended a process, which may be the only sign that it has of another one's end.
+    """
+    from torch import distributed
+
+    text = " ".join(str(error).split())
+    # gloo has no class of its own: "[…/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:431. …"
+    gloo = re.match(r"\[\S*gloo/\S+\] (.*)", text) if type(error) is RuntimeError else None
+    if gloo is None and not (distributed.is_available() and isinstance(error, distributed.DistError)):
+        return ""
+    reason = re.split(r"\. [A-Z]", gloo[1] if gloo else text)[0].rstrip(".")
+    return (
+        f"the connection to the other processes is lost ({reason}): one of them has ended, and says why itself, or was "
+        "killed, or training.ddp_timeout has passed"
+    )

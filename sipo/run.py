@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import gc
 import os
@@ -48,6 +47,7 @@ from sipo.schedule import DEFAULT_INFERENCE_STEPS, NoiseSchedule
 from sipo.training import AdapterOff, Reference, TrainingWarning, make_accelerator
 from sipo.training.protocols import PairDataset
 from sipo.training.sharded import round_whole, whole_dtype
+
 
 @dataclass(frozen=True)
 class Run:
@@ -102,14 +102,14 @@ class Run:
 
     def scheduler_changes(self) -> dict[str, Any]:
         """Options of the model's scheduler that the configuration sets otherwise."""
-        scheduler = self.family.load_scheduler(self.model_path, **_hub(self.config.model))
+        scheduler = self.family.load_scheduler(self.model_path, **hub_options(self.config.model))
         return setting_changes(scheduler, self.config.model.prediction_type, self.config.model.shift)
 
     def load_encoders(self, *, text: bool = True) -> Any:
         """The pipeline without its network, on the CPU; without ``text``, without its text encoders as well."""
         model, data = self.config.model, self.config.data
         types = {"dtype": getattr(torch, model.dtype), "vae_dtype": getattr(torch, data.vae_dtype)}
-        pipeline = self.family.load_encoders(self.model_path, **types, text=text, **_hub(model))
+        pipeline = self.family.load_encoders(self.model_path, **types, text=text, **hub_options(model))
         settings = self.config.model.prediction_type, self.config.model.shift
         pipeline.scheduler = with_settings(pipeline.scheduler, *settings)  # samples are drawn with it
         if self.config.data.tiling:
@@ -150,25 +150,32 @@ def open_run(config: Config, accelerator: Accelerator | None = None) -> Run:
     types = differing_types(config)
     if types is not None and reference_kind(config) != "adapter_off" and accelerator.is_main_process:
         warnings.warn(types, TrainingWarning, stacklevel=2)
-    model_path, data_path = model.path, data.path
-    toys = Path(f"{data.cache}-toy")
-    with accelerator.main_process_first():
-        if model.path == TOY:
-            model_path = str(_made(Path(model_folder(config)), lambda folder: build_toy(model.family, folder)))
-        if data.path == TOY:
-            height, width = data.sizes[0]
-            size = {"height": height, "width": width, "frames": data.frames}
-            data_path = str(
-                _made(toys / "pairs", lambda f: make_toy_pairs(f, video=family.video, seed=data.seed, **size))
-            )
+    model_path, data_path = from_main(accelerator, lambda: _places(config, family))
     steps = config.loss.num_inference_steps or DEFAULT_INFERENCE_STEPS
-    settings: dict[str, Any] = {"prediction_type": model.prediction_type, "shift": model.shift, **_hub(model)}
+    settings: dict[str, Any] = {"prediction_type": model.prediction_type, "shift": model.shift, **hub_options(model)}
     sampled = bool(config.samples.prompts)
-    try:
-        schedule = family.load_schedule(model_path, steps, sampled=sampled, sizes=data.sizes, **settings)
-    except SettingError as error:
-        raise ConfigError(f"model.{error}") from error
+
+    def load_schedule() -> NoiseSchedule:
+        try:
+            return family.load_schedule(model_path, steps, sampled=sampled, sizes=data.sizes, **settings)
+        except SettingError as error:
+            raise ConfigError(f"model.{error}") from error
+
+    schedule = everywhere(accelerator, load_schedule)
     return Run(config, family, accelerator, model_path, data_path, schedule)
+
+
+def _places(config: Config, family: Family) -> tuple[str, str]:
+    """Where the model and the pairs are; makes toys where the configuration asks for them."""
+    model, data = config.model, config.data
+    model_path, data_path = model.path, data.path
+    if model.path == TOY:
+        model_path = str(_made(Path(model_folder(config)), lambda folder: build_toy(model.family, folder)))
+    if data.path == TOY:
+        (height, width), folder = data.sizes[0], Path(f"{data.cache}-toy") / "pairs"
+        options: dict[str, Any] = {"height": height, "width": width, "frames": data.frames, "seed": data.seed}
+        data_path = str(_made(folder, lambda f: make_toy_pairs(f, video=family.video, **options)))
+    return model_path, data_path
 
 
 def model_folder(config: Config) -> str:
@@ -182,7 +189,7 @@ def prepare_data(
     repair: bool = False,
     verify: bool = False,
     refuse_changes: bool = False,
-    progress: bool = True,
+    progress: bool | None = True,
 ) -> Prepared:
     """Computes what the cache lacks, or what no longer agrees with the source: latents, text, reference errors.
 
@@ -194,7 +201,7 @@ def prepare_data(
         repair: read every shard, also where the cache is finished, and write those anew that are damaged.
         verify: read every file of the source and of the model, also where size, times and inode are as they were.
         refuse_changes: an error at the first change, before anything is encoded anew.
-        progress: whether to draw progress bars.
+        progress: as in :mod:`sipo.progress`.
 
     Returns:
         The data, and what was done to it, if it could be compared.
@@ -205,13 +212,13 @@ def prepare_data(
         DataError: no source, and no finished cache of it.
     """
     config, accelerator = run.config, run.accelerator
-    run.cache.mkdir(parents=True, exist_ok=True)
+    on_main(accelerator, lambda: run.cache.mkdir(parents=True, exist_ok=True))
     weights = run.weights(network=False, verify=verify)
     if verify and config.data.reference_errors:
         run.weights(network=True, verify=True)
     marks, summary = fingerprint(config.model, config.data, weights), None
-    whole = pairs_are_whole(run.cache, marks)
-    reader, missing = _open_source(run, ask=whole)  # so that no process repairs a shard before all have checked it
+    whole = from_main(accelerator, lambda: pairs_are_whole(run.cache, marks))
+    reader, missing = _open_source(run, ask=whole)
     if missing and (verify or not whole):
         raise DataError(missing)
     said = [f"could not be compared with its pairs, the encoded data is used unchanged: {missing}"]
@@ -233,7 +240,7 @@ def prepare_data(
         summary = _of_all(summary, accelerator)
         said = summary.news()
     free_memory()
-    cache = open_cache(run.cache, marks)
+    cache = everywhere(accelerator, lambda: open_cache(run.cache, marks))
     if cache.path != config.data.path:
         raise other_path(run.cache, cache.path, config.data.path, f"which cannot be read ({missing})")
     if cache.skipped:
@@ -280,7 +287,7 @@ def _of_all(summary: CacheSummary, accelerator: Accelerator) -> CacheSummary:
     )
 
 
-def _references(run: Run, cache: Cache, repair: bool, refuse_changes: bool, progress: bool) -> References:
+def _references(run: Run, cache: Cache, repair: bool, refuse_changes: bool, progress: bool | None) -> References:
     """The reference's errors at every draw, computed where they are not there yet."""
     config, accelerator = run.config, run.accelerator
     which = run.references
@@ -377,7 +384,7 @@ def frozen_reference(run: Run, network: nn.Module | None = None) -> nn.Module:
 
 
 def _load_network(run: Run, dtype: str) -> nn.Module:
-    return run.family.load_network(run.model_path, dtype=getattr(torch, dtype), **_hub(run.config.model))
+    return run.family.load_network(run.model_path, dtype=getattr(torch, dtype), **hub_options(run.config.model))
 
 
 def make_loss(run: Run) -> SIPOLoss:
@@ -399,7 +406,7 @@ def loss_beta(run: Run, loss_fn: SIPOLoss) -> float:
     return loss_fn.beta if loss_fn.beta is not None else loss_fn.default_beta(5 if run.family.video else 4)
 
 
-def _hub(model: ModelConfig) -> dict[str, str]:
+def hub_options(model: ModelConfig) -> dict[str, str]:
     """Options of every ``from_pretrained``."""
     return {key: value for key in ("revision", "variant") if (value := getattr(model, key)) is not None}
 

@@ -10,18 +10,22 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from sipo.checks import check_run
 from sipo.config import Config, ConfigError, differing_types, reference_kind
 from sipo.data.cache import Cache
 from sipo.data.weights import PLACE
 from sipo.families.card import model_card
 from sipo.families.tuning import save_full, save_lora
 from sipo.files import write_aside
+from sipo.locks import locked
 from sipo.looks import Look
 from sipo.loss import SIPOLoss
+from sipo.processes import on_main
 from sipo.run import Run, build, datasets, make_loss, open_run, prepare_data
-from sipo.training import TrainingConfig, TrainingResult, gather_weights, is_sharded, train
+from sipo.training import TrainingConfig, TrainingResult, gather_weights, is_sharded, make_accelerator, train
 from sipo.training import storage as checkpoints
 from sipo.training.first_step import Mismatch
+from sipo.verify import SUMS, write_sums
 
 WEIGHTS = "weights"
 """Folder in ``training.output_dir`` that a run's trained weights are written to, once it has ended."""
@@ -55,16 +59,25 @@ def run_training(config: Config, *, resume: bool = False, accelerator: Accelerat
         Where the weights are.
 
     Raises:
+        LockedError: another process is training into ``training.output_dir``.
         ConfigError: what does not fit; a folder that holds another run.
         CacheError, BadPair, DataError: of the data.
         CheckpointError, TrainingAlarm, TrainingDiverged, TrainingInterrupted, TrainingMismatch, TrainingOutOfMemory: of
             the loop.
     """
     training = config.training
+    if accelerator is None:
+        accelerator = make_accelerator(training)
+    with locked(training.folder, f"training.output_dir={str(training.output_dir)!r}", accelerator=accelerator):
+        return _run_training(config, resume, accelerator)
+
+
+def _run_training(config: Config, resume: bool, accelerator: Accelerator) -> Trained:
+    training = config.training
     there = _check_folder(training, resume)
     run = open_run(config, accelerator)
+    check_run(run, "train", resume=there)
     loss_fn = make_loss(run)
-    _check_before_data(run)
     if not there:
         _write_config(run)
     cache, references, _ = prepare_data(run, refuse_changes=there, progress=training.progress)
@@ -93,11 +106,8 @@ def run_training(config: Config, *, resume: bool = False, accelerator: Accelerat
     if there:
         _write_config(run)  # only now is it known to belong to the run that was there
     number = len(pairs) // max(1, config.data.draws)
-    folder = save(run, network, result, loss_fn, pairs=number, data_hash=data_hash)
     origin = trained_on(run, cache)
-    if run.accelerator.is_main_process:
-        write_aside(folder / TRAINED_ON, json.dumps(origin, indent=1) + "\n")
-    return Trained(result, folder)
+    return Trained(result, save(run, network, result, loss_fn, pairs=number, origin=origin))
 
 
 def trained_on(run: Run, cache: Cache) -> dict[str, Any]:
@@ -155,48 +165,51 @@ def _write_config(run: Run) -> None:
     """Keeps the configuration beside what came of it."""
     import yaml
 
-    if run.accelerator.is_main_process:
+    def write() -> None:
         folder = run.config.training.folder
         folder.mkdir(parents=True, exist_ok=True)
         write_aside(folder / "config.yaml", yaml.safe_dump(run.config.as_dict(), sort_keys=False))
 
-
-def _check_before_data(run: Run) -> None:
-    """What :func:`sipo.training.train` would refuse after the data has been computed, refused before."""
-    config = run.config
-    if config.training.validate_every and not config.data.held_out and not config.samples.prompts:
-        every = config.training.validate_every
-        raise ConfigError(f"training.validate_every={every}: expected data.held_out > 0, or samples.prompts")
-    if config.training.timestep_sampling == "informative" and config.data.draws:
-        raise ConfigError("training.timestep_sampling='informative': expected data.draws=0, fixed draws have theirs")
-    try:
-        run.schedule.sample_timesteps(1, distribution=config.training.timestep_distribution)
-    except ValueError as error:
-        raise ConfigError(f"training.timestep_{error}") from error
+    on_main(run.accelerator, write)
 
 
 def save(
-    run: Run, network: nn.Module, result: TrainingResult, loss_fn: SIPOLoss, *, pairs: int, data_hash: str
+    run: Run, network: nn.Module, result: TrainingResult, loss_fn: SIPOLoss, *, pairs: int, origin: dict[str, Any]
 ) -> Path:
-    """Writes the trained weights (their moving average, where one was kept) and their card; every process calls it.
+    """Writes the trained weights (their moving average, where one was kept), their card and their hashes.
+
+    Every process calls it.
+
+    Args:
+        run: of :func:`sipo.run.open_run`.
+        network: trained.
+        result: of the loop.
+        loss_fn: trained with.
+        pairs: trained on.
+        origin: of :func:`trained_on`.
 
     Returns:
         ``<output_dir>/weights``: for LoRA what ``pipeline.load_lora_weights`` takes, else the network's folder.
     """
     config, family, accelerator = run.config, run.family, run.accelerator
     folder = config.training.folder / WEIGHTS
-    main = accelerator.is_main_process
     state: dict[str, Tensor] | None = result.ema
     if state is None and is_sharded(accelerator):
-        state = gather_weights(network, keep=main)
-    if main:
+        state = gather_weights(network, keep=accelerator.is_main_process)
+    beta = loss_fn.default_beta(5 if family.video else 4) if loss_fn.beta is None else loss_fn.beta
+    options: dict[str, Any] = {"pairs": pairs, "data_hash": origin["data"], "steps": result.steps}
+
+    def write() -> None:
         writer = save_lora if config.model.tuning == "lora" else save_full
-        if state is not None and writer is save_full:
-            state = {**network.state_dict(), **state}
-        writer(family, network, folder, state=state)
-        beta = loss_fn.default_beta(5 if family.video else 4) if loss_fn.beta is None else loss_fn.beta
-        options: dict[str, Any] = {"pairs": pairs, "data_hash": data_hash, "steps": result.steps}
+        whole = state
+        if whole is not None and writer is save_full:
+            whole = {**network.state_dict(), **whole}
+        (folder / SUMS).unlink(missing_ok=True)  # of an earlier, shorter run: it is written last
+        writer(family, network, folder, state=whole)
         card = model_card(family, config, beta=beta, scheduler=run.scheduler_changes(), **options)
         write_aside(folder / "README.md", card)
-    accelerator.wait_for_everyone()
+        write_aside(folder / TRAINED_ON, json.dumps(origin, indent=1) + "\n", durable=True)
+        write_sums(folder)
+
+    on_main(accelerator, write)
     return folder

@@ -19,6 +19,7 @@ from sipo.analysis.figures import finite
 from sipo.analysis.page import Page, Picture
 from sipo.analysis.report import PAGE, flat, gradient_coefficient, gradient_share
 from sipo.analysis.verdicts import LOOSE, Finding, percent, sort
+from sipo.checks import check_run
 from sipo.config import Config
 from sipo.diagnostics import NoiseBins, TimestepStatistics
 from sipo.families.base import evaluating
@@ -90,6 +91,7 @@ def analyze_start(
     output = config.training.folder / BEFORE if output is None else output
     check_output(output, *PAGE)
     run = open_run(with_network(config))
+    check_run(run, "analyze")
     found = probe(run, pairs=pairs, levels=levels)
     findings = judge_start(found)
     write_aside(output, probe_page(config, found, findings).html())

@@ -32,6 +32,10 @@ PROMPT, POOLED = "prompt_embeds", "pooled_prompt_embeds"
 """Names in a condition; diffusers' pipelines take them under the same names."""
 
 
+LATENT_PIXELS = 8
+"""Pixels on a side of one latent, of every family's VAE."""
+
+
 class Family(ABC):
     """One family of diffusion models: which diffusers classes it is made of, and how they are called.
 
@@ -354,6 +358,23 @@ class Family(ABC):
             f"height={height}, width={width}, frames={frames}: expected multiples of {multiple} pixels{clips}; "
             f"the nearest is height={nearest[0]}, width={nearest[1]}, frames={nearest_frames}"
         )
+
+    def check_network_size(self, config: Any, height: int, width: int, frames: int) -> None:
+        """Refuses a size in pixels that this network cannot take, though others of its family can.
+
+        Args:
+            config: the network's.
+            height, width, frames: in pixels and frames; of :meth:`check_size`.
+
+        Raises:
+            ValueError: says what the network takes.
+        """
+        patch = getattr(config, "patch_size", None) or 1
+        rows, columns = patch[-2:] if isinstance(patch, (list, tuple)) else (patch, patch)
+        for name, side, part in (("height", height, rows), ("width", width, columns)):
+            if side % (LATENT_PIXELS * part):
+                expected = f"a multiple of {LATENT_PIXELS * part} pixels, by the network's patch_size={patch}"
+                raise ValueError(f"{name}={side}: expected {expected}")
 
     # ---- The network's call ----
 

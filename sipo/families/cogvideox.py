@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sipo.families.base import PROMPT, Family, network_dtype, pick, unwrapped
+from sipo.families.base import LATENT_PIXELS, PROMPT, Family, network_dtype, pick, unwrapped
 
 
 class CogVideoX(Family):
@@ -31,6 +31,14 @@ class CogVideoX(Family):
         super()._check_network(path, network)
         if network.config.patch_size_t is not None:  # its latents are padded in time, which is another data format
             raise ValueError(f"{path}: patch_size_t={network.config.patch_size_t}, a CogVideoX 1.5: expected 2B or 5B")
+
+    def check_network_size(self, config: Any, height: int, width: int, frames: int) -> None:
+        """See :meth:`Family.check_network_size`: learned positions are of one size."""
+        super().check_network_size(config, height, width, frames)
+        learned = [LATENT_PIXELS * side for side in (config.sample_height, config.sample_width)]
+        if config.use_learned_positional_embeddings and [height, width] != learned:
+            expected = f"height={learned[0]}, width={learned[1]}, whose positions the network has learned"
+            raise ValueError(f"height={height}, width={width}: expected {expected}")
 
     def predict(self, module: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Any) -> Tensor:
         """See :meth:`Family.predict`."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from sipo.families import lora_names
 from sipo.families.base import Family
+from sipo.files import check_tensors, parse_json, save_tensors
 
 FORMATS = ("diffusers", "kohya", "comfyui")
 _LAYER = re.compile(r"(.+)\.lora_([AB])\.weight")
@@ -143,8 +143,6 @@ def write_adapter(
         ValueError: a format that the family does not have, a module that the format has no name for.
         OSError: the file cannot be written.
     """
-    from safetensors.torch import save_file
-
     check_format(family, format)
     writers: dict[str, Mapping[str, _Writer]] = {"kohya": _KOHYA, "comfyui": _COMFYUI}
     writer = _diffusers if format == "diffusers" else writers[format][family.name]
@@ -154,12 +152,7 @@ def write_adapter(
 
         metadata[LORA_ADAPTER_METADATA_KEY] = json.dumps(_metadata(family, adapter), indent=2, sort_keys=True)
     tensors = writer(family, adapter, config or {})
-    aside = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        save_file(tensors, aside, metadata=metadata)
-        os.replace(aside, file)
-    finally:
-        aside.unlink(missing_ok=True)
+    save_tensors(file, tensors, metadata, durable=True)
 
 
 def read_adapter(family: Family, file: Path) -> Adapter:
@@ -175,12 +168,13 @@ def read_adapter(family: Family, file: Path) -> Adapter:
     if not file.is_file():
         raise FileNotFoundError(f"{file.parent}: no {file.name}, expected the weights of a run with LoRA tuning")
     start = f"{family.network}."
+    check_tensors(file)
     try:
         with safe_open(file, "pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
-            known = json.loads((opened.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
+            known = parse_json((opened.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"), "its metadata")
         if not isinstance(known, dict):
-            raise ValueError(f"its metadata is {known!r}, expected a JSON object")
+            raise ValueError(f"its metadata is {type(known).__name__}, expected a JSON object")
         known = {name.removeprefix(start): value for name, value in known.items() if name.startswith(start)}
         for name in tensors:
             if not name.startswith(start):
@@ -209,7 +203,10 @@ def _number(config: Mapping[str, Any], name: str, default: float) -> float:
     value = config.get(name, default)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"its metadata has {name}={value!r}, expected a number")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError as error:  # an integer of hundreds of digits
+        raise ValueError(f"its metadata has a {name} beyond all bounds, expected a number") from error
 
 
 def _targets(config: Mapping[str, Any]) -> Sequence[str]:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from sipo.families.base import POOLED, PROMPT, Family, network_dtype, pick, unwrapped
+from sipo.families.base import LATENT_PIXELS, POOLED, PROMPT, Family, network_dtype, pick, unwrapped
 
 
 class StableDiffusion3(Family):
@@ -31,6 +31,14 @@ class StableDiffusion3(Family):
         super()._check_index(path, index)
         if not (index.get("text_encoder_3") or [None])[0]:
             raise ValueError(f"{path}: has no text_encoder_3, expected a pipeline with T5")
+
+    def check_network_size(self, config: Any, height: int, width: int, frames: int) -> None:
+        """See :meth:`Family.check_network_size`: the table of positions has an end."""
+        super().check_network_size(config, height, width, frames)
+        most = config.pos_embed_max_size * config.patch_size * LATENT_PIXELS if config.pos_embed_max_size else None
+        if most is not None and max(height, width) > most:
+            table = f"by the network's pos_embed_max_size={config.pos_embed_max_size}"
+            raise ValueError(f"height={height}, width={width}: expected at most {most} pixels a side, {table}")
 
     def predict(self, module: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Any) -> Tensor:
         """See :meth:`Family.predict`."""

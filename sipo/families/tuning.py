@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 
 from sipo.families.base import Family, evaluating, unwrapped
 from sipo.families.lora_files import Adapter, check_lora, read_adapter, scaled, write_adapter
+from sipo.files import aside, load_tensors
 
 ADAPTER = "default"
 """The adapter's name inside the network, which is peft's default."""
@@ -56,9 +55,7 @@ def prepare_lora(
     from peft import LoraConfig
 
     check_lora(rank, alpha, dropout)
-    if not target_modules:
-        raise ValueError(f"target_modules={list(target_modules)}: expected at least one name")
-    _check_targets(network, target_modules)
+    check_targets(network, target_modules)
     network.requires_grad_(False)
     config = LoraConfig(
         r=rank,
@@ -228,12 +225,9 @@ def save_full(
         whole.load_state_dict(dict(state), assign=True)
     folder = Path(folder)
     final = folder / family.network
-    with _aside(folder, family.network) as aside:
-        new, old = aside / "new", aside / "old"
-        whole.save_pretrained(new, safe_serialization=True)
-        if final.exists():
-            os.replace(final, old)
-        os.replace(new, final)
+    folder.mkdir(parents=True, exist_ok=True)
+    with aside(final, durable=True) as place:
+        whole.save_pretrained(place, safe_serialization=True)
     return final
 
 
@@ -277,20 +271,13 @@ def _load_lora(family: Family, network: Any, folder: Path) -> None:
 
 
 def _load_full(family: Family, network: nn.Module, folder: Path) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     files = sorted((folder / family.network).glob("*.safetensors"))
     if not files:
         expected = "expected the weights of a run with full tuning"
         raise FileNotFoundError(f"{folder}: no {family.network}/*.safetensors, {expected}")
     state: dict[str, Tensor] = {}
     for file in files:
-        with _one_line(file):
-            try:
-                state |= load_file(file)
-            except SafetensorError as error:
-                raise RuntimeError(str(error)) from error
+        state |= load_tensors(file)
     with _one_line(files[0]):
         network.load_state_dict(state)
 
@@ -306,19 +293,14 @@ def _one_line(file: Path) -> Iterator[None]:
         raise ValueError(f"{file}: {reason}, expected weights of this model") from error
 
 
-@contextmanager
-def _aside(folder: Path, name: str) -> Iterator[Path]:
-    """An empty folder inside ``folder``, gone afterwards."""
-    aside = folder / f".{name}.{os.getpid()}"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        yield aside
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+def check_targets(network: nn.Module, target_modules: Sequence[str]) -> None:
+    """Refuses targets of LoRA that a network does not have; no weights are looked at.
 
-
-def _check_targets(network: nn.Module, target_modules: Sequence[str]) -> None:
+    Raises:
+        ValueError: no name, or one that is no linear layer or convolution.
+    """
+    if not target_modules:
+        raise ValueError(f"target_modules={list(target_modules)}: expected at least one name")
     known = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
     names = [name for name, module in network.named_modules() if isinstance(module, known)]
     for target in target_modules:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from sipo.families.base import PROMPT, Family, network_dtype, pick, unwrapped
+from sipo.families.base import LATENT_PIXELS, PROMPT, Family, network_dtype, pick, unwrapped
 
 
 class Wan(Family):
@@ -31,6 +31,15 @@ class Wan(Family):
         for option in ("boundary_ratio", "expand_timesteps"):  # two networks, or a timestep for each token
             if index.get(option):
                 raise ValueError(f"{path}: {option}={index[option]!r}, a Wan 2.2: expected a Wan 2.1 without it")
+
+    def check_network_size(self, config: Any, height: int, width: int, frames: int) -> None:
+        """See :meth:`Family.check_network_size`: rotary embeddings are tabulated."""
+        super().check_network_size(config, height, width, frames)
+        parts = [(frames - 1) // self.frame_stride + 1, height // LATENT_PIXELS, width // LATENT_PIXELS]
+        patches = [count // part for count, part in zip(parts, config.patch_size, strict=True)]
+        if max(patches) > config.rope_max_seq_len:
+            expected = f"at most {config.rope_max_seq_len} patches each way, by the network's rope_max_seq_len"
+            raise ValueError(f"height={height}, width={width}, frames={frames}: expected {expected}")
 
     def predict(self, module: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Any) -> Tensor:
         """See :meth:`Family.predict`."""

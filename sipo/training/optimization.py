@@ -27,15 +27,24 @@ def make_optimizer(config: TrainingConfig, parameters: Iterable[nn.Parameter], d
     }
     if config.optimizer == "adamw":
         return torch.optim.AdamW(parameters, fused=device.type in ("cpu", "cuda"), **options)
+    check_optimizer(config)
+    import bitsandbytes
+
+    kinds = {"adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit"}
+    return getattr(bitsandbytes.optim, kinds[config.optimizer])(parameters, **options)
+
+
+def check_optimizer(config: TrainingConfig) -> None:
+    """Refuses an optimiser whose package is missing. Errors as for :func:`make_optimizer`."""
+    if config.optimizer == "adamw":
+        return
     try:
-        import bitsandbytes
+        import bitsandbytes  # noqa: F401
     except ImportError as error:
         raise ImportError(
             f"optimizer={config.optimizer!r}: bitsandbytes is not installed, expected "
             "`pip install bitsandbytes`, or optimizer='adamw'"
         ) from error
-    kinds = {"adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit"}
-    return getattr(bitsandbytes.optim, kinds[config.optimizer])(parameters, **options)
 
 
 def rate_factor(config: TrainingConfig, step: int) -> float:

@@ -1,0 +1,207 @@
+"""What needs no data is refused before any data is encoded: by a table of mistakes, none of which reaches it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate.state import AcceleratorState
+
+from sipo import cli, config
+from sipo.checks import check_run
+from sipo.families import get
+from sipo.families.toy import build_toy
+from sipo.run import open_run
+from sipo.training import TrainingWarning
+from tests.family_cases import folder_of
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def own_accelerator() -> Iterator[None]:
+    """A process has one accelerator, whose precision cannot be changed."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs a command's checks; whatever would look at data is an error of its own."""
+
+    def prepare_data(*args: Any, **options: Any) -> Any:
+        raise AssertionError("data is prepared")
+
+    for module in ("sipo.run", "sipo.train", "sipo.analysis.probe"):
+        monkeypatch.setattr(f"{module}.prepare_data", prepare_data)
+
+    def run(command: str, family: str, *overrides: str, model: Path | None = None) -> int:
+        example = ROOT / "examples" / "toy" / f"{family}.yaml"
+        places = [f"data.cache={tmp_path / 'cache'}", f"training.output_dir={tmp_path / 'run'}"]
+        places.append(f"model.path={folder_of(family) if model is None else model}")
+        return cli.main([command, str(example), *places, *overrides])
+
+    return run
+
+
+BEFORE_DATA = [
+    ("sd15", ["training.optimizer=adamw8bit"], "training.optimizer='adamw8bit': bitsandbytes is not installed"),
+    ("sd15", ["training.trackers=[nonsense]"], "training.trackers='nonsense': expected one of "),
+    ("sd15", ["training.trackers=[swanlab]"], "training.trackers='swanlab': not installed"),
+    ("sd15", ["loss.backend=cuda"], "loss.backend='cuda' cannot run: "),
+    ("sd15", ["loss.backend=warp"], "loss.backend='warp': expected one of "),
+    ("sd15", ["loss.beta=-1"], "loss.beta=-1"),
+    ("sd15", ["training.timestep_distribution=shifted"], "training.timestep_distribution='shifted': expected one of"),
+    (
+        "sd15",
+        ["data.sizes=[[33, 32]]"],
+        "data.sizes=[[33, 32]]: height=33, width=32, frames=1: expected multiples of 8",
+    ),
+    ("cogvideox", ["data.frames=8"], "frames=8: expected multiples of 16 pixels and 4k+1 frames"),
+    (
+        "sd3",
+        ["data.sizes=[[32, 32], [32, 4096]]", "data.path=nowhere.jsonl"],
+        "height=32, width=4096: expected at most ",
+    ),
+    (
+        "wan",
+        ["data.sizes=[[16, 32768]]", "data.path=nowhere.jsonl"],
+        "patches each way, by the network's rope_max_seq_len",
+    ),
+    ("sd15", ["model.lora.target_modules=[to_x]"], "model.lora.target_modules: 'to_x' is no linear layer"),
+    ("sd15", ["model.lora.target_modules=[]"], "model.lora.target_modules=[]: expected at least one name"),
+    ("sd15", ["samples.steps=1001"], "samples.steps=1001: expected at most 1000"),
+    ("sd15", ["data.held_out=0", "samples.prompts=[]"], "training.validate_every=10: expected data.held_out > 0"),
+    ("sd15", ["data.draws=2", "training.timestep_sampling=informative"], "informative': expected data.draws=0"),
+]
+
+
+@pytest.mark.parametrize(("family", "overrides", "message"), BEFORE_DATA, ids=lambda value: str(value)[:40])
+def test_mistakes_are_refused_before_data_is_encoded(
+    family: str, overrides: list[str], message: str, opened: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert opened("train", family, *overrides) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("sipo: error: ") and message in error, error
+
+
+@pytest.mark.parametrize("command", ["precompute", "analyze"])
+def test_other_commands_refuse_what_they_need_and_warn_of_the_rest(
+    command: str, opened: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A machine that only encodes may lack what training needs."""
+    assert opened(command, "sd15", "model.lora.target_modules=[to_x]") == 2
+    assert "model.lora.target_modules: 'to_x' is no linear layer" in capsys.readouterr().err
+    lacks = {"training.optimizer=adamw8bit": "optimizer='adamw8bit': bitsandbytes"}
+    if command == "precompute":
+        lacks["loss.backend=cuda"] = "loss.backend='cuda' cannot run: "
+    else:
+        assert opened(command, "sd15", "loss.backend=cuda") == 2
+    with pytest.warns(TrainingWarning) as caught, pytest.raises(AssertionError, match="data is prepared"):
+        opened(command, "sd15", *lacks)
+    said = [str(warning.message) for warning in caught]
+    for message in lacks.values():
+        assert any(message in line and line.endswith("; `sipo train` would stop here") for line in said)
+
+
+def test_a_backend_of_the_environment_is_refused_as_well(
+    opened: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SIPO_BACKEND", "cuda")
+    assert opened("train", "sd15") == 2
+    assert "sipo: error: SIPO_BACKEND='cuda' cannot run: " in capsys.readouterr().err
+
+
+def test_a_sound_configuration_comes_to_its_data(opened: Any) -> None:
+    for family in ("sd15", "sdxl", "sd3", "cogvideox", "wan"):
+        with pytest.raises(AssertionError, match="data is prepared"):
+            opened("train", family)
+
+
+def test_weights_that_are_not_there_or_are_damaged_are_refused_before_data(
+    opened: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, name in enumerate(
+        ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model")
+    ):
+        model = Path(shutil.copytree(folder_of("sd15"), tmp_path / f"model-{number}"))
+        file = model / f"{name}.safetensors"
+        file.write_bytes(file.read_bytes()[:-9])
+        assert opened("train", "sd15", model=model) == 2
+        assert f"sipo: error: {file}: not a sound safetensors file" in capsys.readouterr().err
+        file.unlink()
+        assert opened("precompute", "sd15", model=model) == 2
+        assert f"sipo: error: {file.parent}: has no weights in safetensors" in capsys.readouterr().err
+
+
+def test_a_network_is_looked_at_without_its_weights(tmp_path: Path) -> None:
+    """By its configuration alone: patches, positions, checkpointing."""
+    model = Path(shutil.copytree(folder_of("cogvideox-2b"), tmp_path / "model"))
+    file = model / "transformer" / "config.json"
+    kept = json.loads(file.read_text())
+    for weights in model.rglob("*.safetensors"):
+        weights.unlink()
+    family = get("cogvideox")
+    for changes, size, message in (
+        ({}, (32, 48, 9), ""),
+        ({"patch_size": 4}, (32, 48, 9), "width=48: expected a multiple of 32 pixels, by the network's patch_size=4"),
+        (
+            {
+                "use_learned_positional_embeddings": True,
+                "use_rotary_positional_embeddings": True,
+                "sample_height": 4,
+                "sample_width": 4,
+            },
+            (32, 48, 9),
+            "width=32, whose",
+        ),
+    ):
+        file.write_text(json.dumps(kept | changes))
+        network: Any = family.empty_network(model)
+        assert {parameter.device.type for parameter in network.parameters()} == {"meta"}
+        if not message:
+            family.check_network_size(network.config, *size)
+            continue
+        with pytest.raises(ValueError, match=message):
+            family.check_network_size(network.config, *size)
+    file.write_text(json.dumps(kept | {"num_attention_heads": "many"}))
+    with pytest.raises(ValueError, match=f"^{file}: describes no CogVideoXTransformer3DModel") as caught:
+        family.empty_network(model)
+    assert "\n" not in str(caught.value)
+
+
+def test_checkpointing_that_a_network_lacks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import diffusers
+
+    build_toy("sd15", tmp_path / "model")
+    more = [f"data.cache={tmp_path / 'cache'}", f"model.path={tmp_path / 'model'}", "model.gradient_checkpointing=true"]
+    run = open_run(config.load(ROOT / "examples" / "toy" / "sd15.yaml", more))
+    check_run(run, "train")
+    monkeypatch.setattr(diffusers.UNet2DConditionModel, "_supports_gradient_checkpointing", False)
+    with pytest.raises(config.ConfigError, match=r"^model.gradient_checkpointing=True: expected False"):
+        check_run(run, "train")
+
+
+@pytest.mark.parametrize(
+    ("settings", "resume", "message"),
+    [
+        ({"checkpoint_every": 2}, False, "training.checkpoint_every=2: DeepSpeed keeps its state in pickled files"),
+        ({"checkpoint_every": 0}, True, "resume_from="),
+        ({"checkpoint_every": 0, "skip_inactive": True}, False, "training.skip_inactive=True: DeepSpeed counts"),
+        ({"checkpoint_every": 0, "ema_decay": 0.9}, False, "training.ema_decay=0.9: DeepSpeed keeps the weights"),
+    ],
+)
+def test_what_deepspeed_cannot_do_is_refused(
+    settings: dict[str, Any], resume: bool, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = [f"data.cache={tmp_path / 'cache'}", f"model.path={folder_of('sd15')}"]
+    more += [f"training.{key}={value}" for key, value in settings.items()]
+    run = open_run(config.load(ROOT / "examples" / "toy" / "sd15.yaml", more))
+    monkeypatch.setattr("sipo.training.preparation.is_deepspeed", lambda accelerator: True)
+    with pytest.raises(config.ConfigError, match=f"^{message}"):
+        check_run(run, "train", resume=resume)
