@@ -7,13 +7,15 @@ packages are missing: that is when it is wanted.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import importlib.util
 import platform
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 import sipo
 from sipo import cli_analysis
@@ -77,10 +79,38 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         options.overrides += rest
     try:
-        status: int = options.run(options)
+        with _plain_warnings():
+            status: int = options.run(options)
     except CommandError as error:
         return _fail(str(error))
     return status
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Our own warnings are one line on standard error, without file and source line; others stay as Python has them."""
+    others = warnings.showwarning
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if category.__module__.split(".")[0] == "sipo":
+            from sipo.progress import say
+
+            say(f"sipo: warning: {' '.join(str(message).split())}")
+        else:
+            others(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = others
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -52,6 +52,10 @@ _here: dict[
 _guard = threading.Lock()
 
 
+class LockWarning(UserWarning):
+    """It takes a while to find out whether a folder is in use."""
+
+
 class LockedError(ValueError):
     """A folder that another process is writing to."""
 
@@ -206,7 +210,8 @@ class _Lock:
             LockedError: it is.
         """
         who = f"process {holder.get('pid')} on {holder.get('host')}"
-        warnings.warn(f"{self._what}: {who} was writing there; watching for {WATCHED:g} s if it still is", stacklevel=6)
+        text = f"{self._what}: {who} was writing there; watching for {WATCHED:g} s if it still is"
+        warnings.warn(text, LockWarning, stacklevel=6)
         before, end = self._times(), time.monotonic() + WATCHED
         while (left := end - time.monotonic()) > 0:
             time.sleep(min(RENEWED / 2, left))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -204,3 +206,33 @@ def test_demo_options_reach_the_demo_and_its_errors_the_user(
         capsys.readouterr()
         assert cli.main(["demo"]) == 2
         assert capsys.readouterr().err == f"sipo: error: {problem}\n"
+
+
+def test_our_warnings_are_one_line_and_those_of_others_are_as_they_were(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from sipo.demo import run as demo
+    from sipo.training import TrainingWarning
+
+    def stand_in(config: demo.DemoConfig) -> dict[str, Any]:
+        warnings.warn("step 40: drift: the policy\n has left the data", TrainingWarning, stacklevel=1)
+        warnings.warn("somebody else's", FutureWarning, stacklevel=1)
+        return {}
+
+    monkeypatch.setattr(demo, "run_demo", stand_in)
+    monkeypatch.setattr(demo, "describe", lambda summary, output: "")
+    before = warnings.showwarning
+    with pytest.warns(FutureWarning, match="somebody else's"):
+        assert cli.main(["demo", "--output", str(tmp_path)]) == 0
+        assert capsys.readouterr().err == "sipo: warning: step 40: drift: the policy has left the data\n"
+    assert warnings.showwarning is before
+
+
+def test_every_warning_of_ours_has_a_category_of_ours() -> None:
+    """By which the command line knows them; plain ones would come with a path and a line of source."""
+    found = []
+    for path in Path(sipo.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "warnings.warn":
+                found.append(ast.unparse(node.args[1]) if len(node.args) > 1 else f"none, {path}:{node.lineno}")
+    assert len(found) >= 5 and set(found) <= {"TrainingWarning", "LogWarning", "LockWarning", "ConnectionWarning"}
