@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from sipo.data.clips import MAX_PIXELS
 from sipo.training.config import TrainingConfig
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -56,8 +57,8 @@ class ModelConfig:
         path: a local folder or a hub id with a whole diffusers pipeline; "toy" for a small random one.
         revision: of a hub id.
         variant: of the weight files ("fp16").
-        dtype: of frozen weights: text encoders and VAE, and with LoRA the network below the adapters. Weights
-            that are trained are float32.
+        dtype: of frozen weights: text encoders, and with LoRA the network below the adapters. Weights that are trained
+            are float32; the VAE has ``data.vae_dtype``.
         tuning: "lora" or "full".
         lora: with ``tuning: lora``.
         reference: where the reference's errors come from. "adapter_off": the same network without its adapters (LoRA);
@@ -104,14 +105,19 @@ class DataConfig:
         flip: mirror half of the pairs, both images of a pair alike.
         latents: "sample" draws once from the VAE's posterior, "mode" takes its mean.
         tiling: encode and decode in overlapping tiles, which takes less memory and rounds a little otherwise.
+        vae_dtype: that the VAE encodes and decodes in; in half precision latents are 1 to 2 % off.
         dtype: that latents and text embeddings are stored in.
         skip_bad: leave out pairs that cannot be used, and say how many; ``False`` stops at the first.
+        max_pixels: of an image or a frame; a pair with a larger one cannot be used. Decoded, a pixel takes 7 bytes.
         max_pairs: use no more than the first so many.
         held_out: pairs kept from training, for validation.
         draws: fixed (timestep, noise) draws for each pair; 0 draws anew each time, as training scripts do.
         reference_errors: compute the reference's error at each draw beforehand.
         seed: of crops, flips, latents and draws.
         shard_pairs: rows whose pairs are in one file of the cache.
+        num_workers: threads that decode; ``None`` takes one for each processor, 8 at most.
+        queue_mb: megabytes of decoded pairs in memory at most, at 8 bits a colour and the size they are trained at; of
+            large clips two pairs in any case, one of them being encoded.
     """
 
     path: str
@@ -126,14 +132,18 @@ class DataConfig:
     flip: bool = False
     latents: Literal["sample", "mode"] = "sample"
     tiling: bool = False
+    vae_dtype: Dtype = "float32"
     dtype: Dtype = "bfloat16"
     skip_bad: bool = False
+    max_pixels: int = MAX_PIXELS
     max_pairs: int | None = None
     held_out: int = 0
     draws: int = 0
     reference_errors: bool = False
     seed: int = 0
     shard_pairs: int = 64
+    num_workers: int | None = None
+    queue_mb: int = 1024
 
 
 @dataclass(frozen=True)
@@ -284,6 +294,9 @@ def _check(config: Config) -> None:
         ("data.draws", data.draws, 0),
         ("data.held_out", data.held_out, 0),
         ("data.shard_pairs", data.shard_pairs, 1),
+        ("data.max_pixels", data.max_pixels, 1),
+        ("data.num_workers", 1 if data.num_workers is None else data.num_workers, 1),
+        ("data.queue_mb", data.queue_mb, 1),
         ("samples.steps", config.samples.steps, 1),
     ):
         if value < least:

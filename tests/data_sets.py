@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 from collections.abc import Mapping, Sequence
@@ -167,9 +168,15 @@ def faulty_images(folder: Path) -> Builder:
     builder.add("row", chosen="")
     builder.add("row", chosen_score="high", rejected_score=1.0)
     builder.add("row", chosen_score=1.0, rejected_score=2.0)
+    builder.add("row", chosen_score=int("9" * 400), rejected_score=1)
+    builder.add_line("row", '{"prompt": "a", "chosen": ' + "[" * 100_000)
     builder.add("tie", chosen_score=2, rejected_score=2)
     builder.add("caption", prompt=" \n")
     builder.add("missing")[1].unlink()
+    for make in (os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero"), lambda path: path.symlink_to(path)):
+        chosen, _ = builder.add("missing")
+        chosen.unlink()
+        make(chosen)
     cut_short(builder.add("undecodable")[0])
     damage(builder.add("undecodable")[1])
     builder.add("undecodable")[0].write_bytes(b"")

@@ -78,7 +78,7 @@ def test_the_planted_sets_have_every_kind(tmp_path: Path) -> None:
     kinds = set()
     for make in (images, clips, pickapic, videodpo):
         kinds |= set(make(tmp_path / make.__name__)[1].values())
-    assert kinds == (SKIPPED.keys() | NOTED.keys()) - {"rate", "enlarged"}  # which depend on what is asked for
+    assert kinds == (SKIPPED.keys() | NOTED.keys()) - {"rate", "enlarged", "large"}  # which depend on what is asked for
 
 
 def test_clean_sets_have_no_findings(tmp_path: Path) -> None:
@@ -104,18 +104,42 @@ def test_exit_code_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         run_check(path, json_file=path, progress=False)
     assert path.read_bytes() == kept
     printed = capsys.readouterr().out
-    assert printed.startswith(f"{CLEAN_ROWS + len(planted) + 1} pairs, of which training would skip {skipped}\n")
+    assert printed.startswith(f"{CLEAN_ROWS + len(planted) + 1} pairs, of which training would skip {skipped}; rows ")
+    assert "; rows count from 1, as lines do in an editor\n" in printed
+    lines = path.read_text(encoding="utf-8").splitlines()
     for row, kind in planted.items():
         if list(planted.values()).count(kind) == 1:
-            assert f"       1  {(SKIPPED | NOTED)[kind]} (" in printed and f"row {row}: " in printed
-    assert "and 8 more" in printed  # of the nine faulty rows, of which one is shown
+            assert f"       1  {(SKIPPED | NOTED)[kind]} (" in printed and f" row {row + 1}: " in printed
+    assert "and 10 more" in printed  # of the eleven faulty rows, of which one is shown
     saved = json.loads((tmp_path / "report.json").read_text())
-    assert {found["row"]: found["kind"] for found in saved["findings"]} == planted
+    assert {found["row"] - 1: found["kind"] for found in saved["findings"]} == planted
+    (again,) = [found for found in saved["findings"] if found["kind"] == "duplicate"]
+    earlier = int(again["text"].removeprefix("is row ").removesuffix(" again"))
+    assert json.loads(lines[again["row"] - 1])["prompt"] == json.loads(lines[earlier - 1])["prompt"] == "prompt 3"
     assert (saved["pairs"], saved["skipped"]) == (CLEAN_ROWS + len(planted) + 1, skipped)
     assert saved["counts"]["undecodable"] == 5 and saved["counts"]["rate"] == 0
     # The clean rows alone.
     assert run_check(path, frames=1, limit=CLEAN_ROWS, progress=False) == 0
     assert capsys.readouterr().out == f"{CLEAN_ROWS} pairs, of which training would skip 0\n"
+
+
+def test_the_limit_of_pixels_is_one_rule_for_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    builder = clean_images(tmp_path, 3)
+    write_image(builder.add()[1], noise(4000, 3, 32, 48))
+    path = builder.save()
+    assert run_check(path, frames=1, max_pixels=32 * 48, progress=False) == 0
+    capsys.readouterr()
+    assert run_check(path, frames=1, max_pixels=32 * 48 - 1, progress=False) == 1
+    text = "has 32x48 pixels, expected at most 1535 (max_pixels)"
+    printed = capsys.readouterr().out
+    assert f"       1  {SKIPPED['large']} (skipped)\n          row 4: rejected: " in printed and text in printed
+    record = list(open_pairs(path))[3]
+    assert usable(record) == "" and text in usable(record, max_pixels=1535)
+    with pytest.raises(BadPair) as caught:
+        load_pair(record, max_pixels=1535)
+    assert caught.value.kind == "large"
+    with pytest.raises(ValueError, match="max_pixels=0: expected at least 1"):
+        run_check(path, max_pixels=0)
 
 
 def test_findings_that_nothing_is_skipped_for_leave_the_exit_code(tmp_path: Path) -> None:
@@ -320,8 +344,8 @@ def test_only_a_few_pairs_are_in_memory(monkeypatch: pytest.MonkeyPatch) -> None
 
     original = check._examine
 
-    def counted(*arguments: Any) -> Any:
-        examined = original(*arguments)
+    def counted(*arguments: Any, **options: Any) -> Any:
+        examined = original(*arguments, **options)
         with lock:
             counts["decoded"] += 1
         assert not any(isinstance(value, (torch.Tensor, Media)) for value in vars(examined).values())

@@ -492,7 +492,7 @@ def test_errors_of_another_schedule_are_not_used(tmp_path: Path) -> None:
     # The sampler's steps are the loss's business: errors do not depend on them.
     fewer = NoiseSchedule.discrete(num_inference_steps=20)
     assert open_references(cached.cache, fewer, **arguments()).folder == references.folder
-    with pytest.raises(CacheError, match="row 0: the reference's error was computed at timestep"):
+    with pytest.raises(CacheError, match="row 1: the reference's error was computed at timestep"):
         DrawnPairs(cached, 3, DISCRETE, 9, references=references)[0]
 
 
@@ -502,7 +502,7 @@ def test_an_error_that_is_not_finite_stops_with_its_row(tmp_path: Path) -> None:
     def predict(module: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Any) -> Tensor:
         return torch.full_like(noisy, torch.nan)
 
-    with pytest.raises(ValueError, match=r"row 0: the reference's errors at timestep \d+ are \[nan, nan\]"):
+    with pytest.raises(ValueError, match=r"row 1: the reference's errors at timestep \d+ are \[nan, nan\]"):
         reference_errors(cached, predict=predict)
 
 

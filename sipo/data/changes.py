@@ -17,6 +17,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sipo.data.records import row_name
 from sipo.files import file_hash
 
 Row = list[Any]
@@ -142,16 +143,16 @@ def first_row_change(before: Iterable[Row], after: Iterable[Row]) -> str:
         if old == new:
             continue
         if new is None or (old is not None and old[0] < new[0]):
-            return f"row {old[0]}: no longer a pair"
+            return f"{row_name(old[0])}: no longer a pair"
         if old is None or new[0] < old[0]:
-            return f"row {new[0]}: a new pair"
+            return f"{row_name(new[0])}: a new pair"
         for side, was, now in zip(_SIDES, old[1:3], new[1:3], strict=True):
             if was != now:
                 in_memory = was.startswith(_IN_MEMORY) and now.startswith(_IN_MEMORY)
-                return f"row {new[0]}: {side} " + ("has other content" if in_memory else f"is {now}, was {was}")
+                return f"{row_name(new[0])}: {side} " + ("has other content" if in_memory else f"is {now}, was {was}")
         if old[3] != new[3]:
-            return f"row {new[0]}: {new[3] or 'is valid now'}"
-        return f"row {new[0]}: its caption"
+            return f"{row_name(new[0])}: {new[3] or 'is valid now'}"
+        return f"{row_name(new[0])}: its caption"
     return ""
 
 

@@ -12,18 +12,21 @@ import math
 import os
 import re
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from sipo.data.media import Media, MediaError, check_request, nearest_size, probe_media, read_media
+from sipo.data.media import MAX_PIXELS, Media, MediaError, check_request, nearest_size, probe_media, read_media
 from sipo.data.readers import Format, open_pairs
-from sipo.data.records import PairReader, PairRecord
+from sipo.data.records import PairReader, PairRecord, row_name
+from sipo.progress import track
 
 SKIPPED = {
     "row": "faulty rows",
@@ -32,6 +35,7 @@ SKIPPED = {
     "caption": "empty captions",
     "missing": "missing files",
     "undecodable": "undecodable files",
+    "large": "files of too many pixels",
     "medium": "images for clips, or clips for images",
     "short": "clips too short",
     "rate": "clips of too few frames per second",
@@ -72,7 +76,14 @@ class BadPair(ValueError):  # noqa: N818 - about the data, not the program
         self.kind = kind
 
 
-def load_pair(record: PairRecord, *, frames: int | None = 1, fps: float | None = None) -> tuple[Media, Media]:
+def load_pair(
+    record: PairRecord,
+    *,
+    frames: int | None = 1,
+    fps: float | None = None,
+    max_pixels: int = MAX_PIXELS,
+    transform: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Media, Media]:
     """Decodes both sides of a pair that can be trained on.
 
     Args:
@@ -80,6 +91,9 @@ def load_pair(record: PairRecord, *, frames: int | None = 1, fps: float | None =
         frames: of a clip; 1 for images; ``None`` takes whatever the files hold, decodes all of it, and keeps no more
             than the first frame.
         fps: rate that clips are read at; ``None`` takes each file's own.
+        max_pixels: of an image or a frame.
+        transform: of both sides' images or frames, the chosen one's first (:func:`sipo.data.media.read_media`); not
+            without ``frames``.
 
     Returns:
         The chosen one and the rejected one. They may differ in resolution, not in aspect ratio.
@@ -94,14 +108,8 @@ def load_pair(record: PairRecord, *, frames: int | None = 1, fps: float | None =
         raise BadPair("tie", "neither is preferred")
     if not record.prompt.strip():
         raise BadPair("caption", "the caption is empty")
-    sides: list[Media] = []
-    for name, source in (("chosen", record.chosen), ("rejected", record.rejected)):
-        try:
-            sides.append(probe_media(source) if frames is None else read_media(source, frames, fps))
-        except MediaError as error:
-            raise BadPair(error.kind, f"{name}: {error}") from error
-    chosen, rejected = sides
-    sizes = [tuple(side.pixels.shape[-2:]) for side in sides]
+    chosen, rejected = _read_sides(record, frames, fps, max_pixels, transform)
+    sizes = [chosen.size, rejected.size]
     if (chosen.fps is None) != (rejected.fps is None):
         raise BadPair("medium", "one is an image and the other a clip")
     if abs(math.log(sizes[0][0] * sizes[1][1] / (sizes[0][1] * sizes[1][0]))) > math.log1p(RATIO_TOLERANCE):
@@ -112,16 +120,48 @@ def load_pair(record: PairRecord, *, frames: int | None = 1, fps: float | None =
     if alike and frames is None and chosen.fps is not None:
         # First frames may well be alike (an image that both clips start from), and no other was kept.
         alike = _digest(record.chosen) == _digest(record.rejected)
+    elif alike and transform is not None:  # what it has left of them is alike: the files may still differ
+        one, other = _read_sides(record, frames, fps, max_pixels, _hashed)
+        alike = torch.equal(one.pixels, other.pixels)
     if alike:
         shown = ", with transparent pixels shown on white" if chosen.transparent or rejected.transparent else ""
         raise BadPair("identical", f"chosen and rejected are the same{shown}")
     return chosen, rejected
 
 
-def usable(record: PairRecord, *, frames: int | None = 1, fps: float | None = None) -> str:
+def _read_sides(
+    record: PairRecord,
+    frames: int | None,
+    fps: float | None,
+    max_pixels: int,
+    transform: Callable[[Tensor], Tensor] | None,
+) -> list[Media]:
+    limit = {"max_pixels": max_pixels}
+    sides = []
+    for name, source in (("chosen", record.chosen), ("rejected", record.rejected)):
+        try:
+            if frames is None:
+                sides.append(probe_media(source, **limit))
+            else:
+                sides.append(read_media(source, frames, fps, transform=transform, **limit))
+        except MediaError as error:
+            raise BadPair(error.kind, f"{name}: {error}") from error
+    return sides
+
+
+def _hashed(pixels: Tensor) -> Tensor:
+    """Shape and levels of an image or a frame as ``[32]`` uint8, which is compared in its place."""
+    state = hashlib.sha256(repr(tuple(pixels.shape)).encode())
+    state.update(pixels.contiguous().numpy())
+    return torch.frombuffer(bytearray(state.digest()), dtype=torch.uint8)
+
+
+def usable(
+    record: PairRecord, *, frames: int | None = 1, fps: float | None = None, max_pixels: int = MAX_PIXELS
+) -> str:
     """Why training would skip a pair, or nothing where it would not; arguments as for :func:`load_pair`."""
     try:
-        load_pair(record, frames=frames, fps=fps)
+        load_pair(record, frames=frames, fps=fps, max_pixels=max_pixels)
     except BadPair as error:
         return str(error)
     return ""
@@ -129,7 +169,7 @@ def usable(record: PairRecord, *, frames: int | None = 1, fps: float | None = No
 
 @dataclass(frozen=True)
 class Finding:
-    """Something about one row; ``kind`` is a key of :data:`SKIPPED` or :data:`NOTED`."""
+    """Something about one row, from 0; ``kind`` is a key of :data:`SKIPPED` or :data:`NOTED`."""
 
     row: int
     kind: str
@@ -158,25 +198,27 @@ class CheckReport:
         return {kind: found[kind] for kind in (*SKIPPED, *NOTED)}
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it as JSON values."""
+        """All of it as JSON values, with rows counted from 1."""
         return {
             "pairs": self.pairs,
             "skipped": self.skipped,
             "counts": self.counts(),
             "sizes": [{"height": h, "width": w, "pairs": n} for (h, w), n in sorted(self.sizes.items())],
-            "findings": [vars(finding) for finding in self.findings],
+            "findings": [vars(finding) | {"row": finding.row + 1} for finding in self.findings],
         }
 
     def describe(self, rows: int = 5) -> str:
-        """A table, and the first ``rows`` rows of each kind."""
+        """A table, and the first ``rows`` rows of each kind, counted from 1."""
         lines = [f"{self.pairs} pairs, of which training would skip {self.skipped}"]
+        if self.findings:
+            lines[0] += "; rows count from 1, as lines do in an editor"
         for title, names in (("skipped", SKIPPED), ("not skipped", NOTED)):
             for kind, name in names.items():
                 found = [finding for finding in self.findings if finding.kind == kind]
                 if not found:
                     continue
                 lines.append(f"{len(found):>8}  {name} ({title})")
-                lines += [f"{'':>10}row {finding.row}: {finding.text}" for finding in found[:rows]]
+                lines += [f"{'':>10}{row_name(finding.row)}: {finding.text}" for finding in found[:rows]]
                 if len(found) > rows:
                     lines.append(f"{'':>10}and {len(found) - rows} more")
         lines += [f"{n:>8}  pairs at {_by(size)}" for size, n in sorted(self.sizes.items())]
@@ -190,8 +232,9 @@ def check_pairs(
     fps: float | None = None,
     sizes: Sequence[tuple[int, int]] | None = None,
     limit: int | None = None,
+    max_pixels: int = MAX_PIXELS,
     workers: int | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> CheckReport:
     """Reads and decodes every pair.
 
@@ -209,16 +252,18 @@ def check_pairs(
         fps: likewise.
         sizes: heights and widths to train at; pairs are counted by them, and smaller ones listed.
         limit: look at no more than the first so many rows.
+        max_pixels: of an image or a frame; larger ones are skipped.
         workers: threads that decode; ``None`` takes one for each core, four at most. Twice as many pairs are in memory.
-        progress: whether to draw a bar.
+        progress: as in :mod:`sipo.progress`.
 
     Raises:
-        ValueError: ``frames``, ``fps`` or ``limit`` make no sense.
+        ValueError: ``frames``, ``fps``, ``limit`` or ``max_pixels`` make no sense.
     """
-    _check_options(frames, fps, limit)
+    _check_options(frames, fps, limit, max_pixels)
     report = CheckReport()
     notes = _Notes()
-    for record, examined in _examine_all(islice(reader, limit), frames, fps, sizes, workers, progress):
+    examine = partial(_examine, frames=frames, fps=fps, sizes=sizes, max_pixels=max_pixels)
+    for record, examined in _examine_all(islice(reader, limit), examine, workers, progress):
         report.pairs += 1
         if examined.bad is not None:
             report.skipped += 1
@@ -242,10 +287,11 @@ def run_check(
     limit: int | None = None,
     *,
     sizes: Sequence[tuple[int, int]] | None = None,
+    max_pixels: int = MAX_PIXELS,
     streaming: bool = False,
     json_file: str | Path | None = None,
     rows: int = 5,
-    progress: bool = True,
+    progress: bool | None = True,
 ) -> int:
     """``sipo data check PATH``: prints the report, writes it to ``json_file`` if asked to.
 
@@ -255,26 +301,27 @@ def run_check(
     Raises:
         DataError: the data set cannot be read at all.
         OSError: a ``json_file`` that is something else.
-        ValueError: ``frames``, ``fps``, ``limit`` or ``rows`` make no sense.
+        ValueError: ``frames``, ``fps``, ``limit``, ``max_pixels`` or ``rows`` make no sense.
     """
     from sipo.files import write_aside
     from sipo.training.logs import check_output
 
-    _check_options(frames, fps, limit)
+    _check_options(frames, fps, limit, max_pixels)
     if rows < 0:
         raise ValueError(f"rows={rows}: expected at least 0")
     if json_file is not None:
         check_output(Path(json_file), "{\n", "a report of `sipo data check`")
     reader = open_pairs(path, format, split, streaming)
-    report = check_pairs(reader, frames=frames, fps=fps, sizes=sizes, limit=limit, progress=progress)
+    what = {"frames": frames, "fps": fps, "sizes": sizes, "limit": limit, "max_pixels": max_pixels}
+    report = check_pairs(reader, **what, progress=progress)  # type: ignore[arg-type]
     if json_file is not None:
         write_aside(Path(json_file), json.dumps(report.as_dict(), indent=1) + "\n")
     print(report.describe(rows))
     return 1 if report.skipped else 0
 
 
-def _check_options(frames: int | None, fps: float | None, limit: int | None) -> None:
-    check_request(frames, fps)
+def _check_options(frames: int | None, fps: float | None, limit: int | None, max_pixels: int) -> None:
+    check_request(frames, fps, max_pixels)
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit}: expected at least 1")
 
@@ -291,15 +338,21 @@ class _Examined:
 
 
 def _examine(
-    record: PairRecord, frames: int | None, fps: float | None, sizes: Sequence[tuple[int, int]] | None
+    record: PairRecord,
+    frames: int | None,
+    fps: float | None,
+    sizes: Sequence[tuple[int, int]] | None,
+    max_pixels: int,
 ) -> _Examined:
-    """Findings about one row alone; its pixels are freed on return."""
+    """Findings about one row alone."""
     try:
-        chosen, rejected = load_pair(record, frames=frames, fps=fps)
+        # Sizes and whether both are alike is all that is asked for: no clip need be in memory.
+        transform = None if frames is None else _hashed
+        chosen, rejected = load_pair(record, frames=frames, fps=fps, max_pixels=max_pixels, transform=transform)
     except BadPair as error:
         return _Examined(error)
     notes = []
-    shapes = [(side.pixels.shape[-2], side.pixels.shape[-1]) for side in (chosen, rejected)]
+    shapes = [chosen.size, rejected.size]
     if shapes[0] != shapes[1]:
         notes.append(("resolution", f"chosen is {_by(shapes[0])} and rejected {_by(shapes[1])}"))
     if chosen.length != rejected.length:
@@ -320,7 +373,7 @@ def _notes_on_files(sides: dict[str, Media]) -> Iterator[tuple[str, str]]:
             found.setdefault("alpha", []).append(f"{_percent(side.transparent)} of {name} is transparent")
         if side.pixel_aspect != 1:
             ratio = f"{side.pixel_aspect.numerator}:{side.pixel_aspect.denominator}"
-            done = "taken as square" if side.fps is None else f"scaled to {_by(tuple(side.pixels.shape[-2:]))}"
+            done = "taken as square" if side.fps is None else f"scaled to {_by(side.size)}"
             found.setdefault("pixels", []).append(f"{name} has pixels of {ratio}, {done}")
         if side.interlaced:
             text = f"{name} is interlaced: each frame mixes lines from two points in time"
@@ -330,22 +383,17 @@ def _notes_on_files(sides: dict[str, Media]) -> Iterator[tuple[str, str]]:
 
 def _examine_all(
     records: Iterable[PairRecord],
-    frames: int | None,
-    fps: float | None,
-    sizes: Sequence[tuple[int, int]] | None,
+    examine: Callable[[PairRecord], _Examined],
     workers: int | None,
-    progress: bool,
+    progress: bool | None,
 ) -> Iterator[tuple[PairRecord, _Examined]]:
     """In the records' order. In threads: Pillow, FFmpeg and hashlib release the interpreter's lock."""
     workers = workers or min(4, os.cpu_count() or 1)
     waiting: deque[tuple[PairRecord, Future[_Examined]]] = deque()
-    if progress:
-        from tqdm.auto import tqdm
-
-        records = tqdm(records, desc="checking", unit="pair", dynamic_ncols=True)
+    records = track(records, "checking", "pairs", progress)
     with ThreadPoolExecutor(workers) as pool:
         for record in records:
-            waiting.append((record, pool.submit(_examine, record, frames, fps, sizes)))
+            waiting.append((record, pool.submit(examine, record)))
             if len(waiting) > 2 * workers:
                 done, future = waiting.popleft()
                 yield done, future.result()
@@ -392,14 +440,14 @@ class _Notes:
         chosen, rejected = digests
         same, swapped = prompt + chosen + rejected, prompt + rejected + chosen
         if same in self._pairs:
-            yield "duplicate", f"is row {self._pairs[same]} again"
+            yield "duplicate", f"is {row_name(self._pairs[same])} again"
         elif swapped in self._pairs:
-            yield "contradiction", f"is row {self._pairs[swapped]} with chosen and rejected swapped"
+            yield "contradiction", f"is {row_name(self._pairs[swapped])} with chosen and rejected swapped"
         self._pairs.setdefault(same, record.row)
         for name, digest in (("chosen", chosen), ("rejected", rejected)):
             row, other = self._files.setdefault(digest, (record.row, prompt))
             if other != prompt:
-                yield "reused", f"{name} is a file of row {row}, whose prompt is another"
+                yield "reused", f"{name} is a file of {row_name(row)}, whose prompt is another"
         if isinstance(record.chosen, Path) and isinstance(record.rejected, Path):
             parts = [re.split(r"(\d+)", path.stem) for path in (record.chosen, record.rejected)]
             if parts[0][::2] == parts[1][::2]:

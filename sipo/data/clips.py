@@ -36,17 +36,17 @@ _WIDEST_PIXEL = 4  # largest sample aspect ratio, or its inverse: more is a dama
 # For transparent WebM clips: FFmpeg's own decoders drop the alpha channel, which shows the hidden colours.
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
-Kind = Literal["missing", "undecodable", "medium", "short", "rate"]
+Kind = Literal["missing", "undecodable", "large", "medium", "short", "rate"]
 
 
 class MediaError(ValueError):
     """An image or a clip that cannot be used, in one line that names it.
 
     Attributes:
-        kind: "missing": no such file, or none that can be read; "undecodable": damaged, cut short, of no known format,
-            or of too many pixels; "medium": an image where a clip was asked for, the reverse, or several images in one
-            file; "short": fewer frames than asked for; "rate": fewer frames a second than asked for, all along or in
-            one place.
+        kind: "missing": no such file, or none that can be read; "undecodable": damaged, cut short, or of no known
+            format; "large": of too many pixels; "medium": an image where a clip was asked for, the reverse, or several
+            images in one file; "short": fewer frames than asked for; "rate": fewer frames a second than asked for, all
+            along or in one place.
     """
 
     def __init__(self, kind: Kind, source: Path | bytes, problem: str) -> None:
@@ -264,9 +264,7 @@ def read_clip(
 def check_pixels(source: Path | bytes, height: int, width: int, max_pixels: int) -> None:
     """Refuses what is too large to be decoded, by its header."""
     if height * width > max_pixels:
-        raise MediaError(
-            "undecodable", source, f"has {height}x{width} pixels, expected at most {max_pixels} (max_pixels)"
-        )
+        raise MediaError("large", source, f"has {height}x{width} pixels, expected at most {max_pixels} (max_pixels)")
 
 
 def _seconds(clock: str) -> float:

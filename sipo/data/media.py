@@ -158,7 +158,7 @@ def _read_image(source: Path | bytes, max_pixels: int) -> Media | None:
             problem = "cannot be decoded: AVIF that is damaged or cut short"
         raise MediaError("undecodable", source, problem) from None
     except Image.DecompressionBombError as error:  # of more than twice as many
-        raise MediaError("undecodable", source, f"has more than {max_pixels} pixels (max_pixels)") from error
+        raise MediaError("large", source, f"has more than {max_pixels} pixels (max_pixels)") from error
     except Exception as error:  # Pillow's decoders raise all kinds of errors on damaged files
         if isinstance(error, OSError) and error.errno is not None:  # from the file system, not from Pillow
             raise MediaError("missing", source, f"cannot be read: {error.strerror}") from error

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sipo.data.cache import CAPTION, HELD_OUT, NOISE, TIMESTEP, Cache, CacheError
+from sipo.data.records import row_name
 from sipo.families.base import Condition
 from sipo.training.data import derive_seed
 from sipo.training.protocols import Schedule
@@ -153,7 +154,7 @@ class DrawnPairs:
             if timesteps[draw] != item["timestep"]:
                 # The same settings, and other numbers: a torch whose generators changed, or a schedule that did.
                 raise CacheError(
-                    f"row {row}: the reference's error was computed at timestep {timesteps[draw]}, expected this "
+                    f"{row_name(row)}: the reference's error was computed at timestep {timesteps[draw]}, expected this "
                     f"run's {item['timestep']}; `sipo precompute` into another cache computes it anew"
                 )
             item["ref_error"] = errors[draw]

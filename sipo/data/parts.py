@@ -14,7 +14,7 @@ from torch import Tensor
 from sipo.config import DataConfig
 from sipo.data.cache import digest, text_key
 from sipo.data.changes import FileRecord, Row, side_name, stamps_of
-from sipo.data.records import PairReader, PairRecord
+from sipo.data.records import PairReader, PairRecord, row_name
 from sipo.families.base import Condition
 
 _T = TypeVar("_T")
@@ -102,7 +102,7 @@ def parts(reader: PairReader, settings: DataConfig, tally: Tally) -> Iterator[Pa
         if settings.max_pairs is not None and candidates == settings.max_pairs:
             break
         if record.row <= last:  # its latents are stored under it
-            raise ValueError(f"row {record.row} after row {last}: expected a source whose rows grow")
+            raise ValueError(f"{row_name(record.row)} after {row_name(last)}: expected a source whose rows grow")
         last = record.row
         tally.records += 1
         if record.tie:
@@ -127,17 +127,20 @@ def parts(reader: PairReader, settings: DataConfig, tally: Tally) -> Iterator[Pa
 def ahead(
     pool: ThreadPoolExecutor, function: Callable[[_T], _R], items: Iterable[_T], depth: int
 ) -> Generator[tuple[_T, _R], None, None]:
-    """``(item, function(item))`` in order, with no more than ``depth`` results computed or waiting."""
+    """``(item, function(item))`` in order; beside the result that was given last, ``depth`` are computed or waiting."""
     waiting: deque[tuple[_T, Future[_R]]] = deque()
+
+    def first() -> tuple[_T, _R]:  # no variable of the generator holds a result until the next is asked for
+        item, future = waiting.popleft()
+        return item, future.result()
+
     try:
         for item in items:
             waiting.append((item, pool.submit(function, item)))
             if len(waiting) > depth:
-                first, future = waiting.popleft()
-                yield first, future.result()
+                yield first()
         while waiting:
-            first, future = waiting.popleft()
-            yield first, future.result()
+            yield first()
     finally:
         for _, future in waiting:
             future.cancel()
