@@ -239,20 +239,23 @@ def test_few_transparent_pixels_are_not_none(tmp_path: Path, transparent: int, s
 @pytest.mark.parametrize(
     ("option", "value", "expected"),
     [
-        ("--limit", "0", "limit=0: expected at least 1"),
-        ("--limit", "-1", "limit=-1: expected at least 1"),
-        ("--frames", "0", "frames=0: expected at least 1"),
-        ("--fps", "0", "fps=0: expected a finite number > 0"),
-        ("--fps", "nan", "fps=nan: expected a finite number > 0"),
-        ("--fps", "inf", "fps=inf: expected a finite number > 0"),
-        ("--rows", "-1", "rows=-1: expected at least 0"),
+        ("--limit", "0", "'0': expected a whole number of at least 1"),
+        ("--limit", "-1", "'-1': expected a whole number of at least 1"),
+        ("--frames", "1.5", "'1.5': expected a whole number of at least 1"),
+        ("--max-pixels", "0", "'0': expected a whole number of at least 1"),
+        ("--fps", "0", "'0': expected a number > 0"),
+        ("--fps", "nan", "'nan': expected a number > 0"),
+        ("--fps", "inf", "'inf': expected a number > 0"),
+        ("--rows", "-1", "'-1': expected a whole number of at least 0"),
     ],
 )
 def test_senseless_options_are_refused_before_anything_is_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, value: str, expected: str
 ) -> None:
-    assert cli.main(["data", "check", str(tmp_path / "nothing"), option, value]) == 2
-    assert capsys.readouterr().err == f"sipo: error: {expected}\n"
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["data", "check", str(tmp_path / "nothing"), option, value])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == f"sipo: error: argument {option}: {expected}\n"
 
 
 def test_clips_that_start_alike_are_not_the_same(tmp_path: Path) -> None:

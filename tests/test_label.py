@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sipo import cli
 from sipo.data.check import check_pairs
 from sipo.data.label import label, run_label
 from sipo.data.media import read_media, write_image, write_video
@@ -21,6 +23,7 @@ from sipo.data.readers import JsonlReader
 from sipo.data.records import DataError, PairRecord
 from sipo.data.scorers import AestheticScorer, ClipScorer, ScorerError, load_function
 from sipo.data.toy import make_toy_pairs
+from sipo.files import FileError
 from tests.data_sets import clip, noise, write_lines
 
 
@@ -161,7 +164,8 @@ def test_bad_rows_stop_or_are_skipped_and_told(tmp_path: Path) -> None:
     write_lines(source, lines)
     output = tmp_path / "pairs.jsonl"
     output.write_text("before")
-    with pytest.raises(DataError, match=r"^row 1: [^\n]*none\.png: no such file \(skip_bad leaves such rows out\)$"):
+    told = r"\(rows count from 1; skip_bad=True leaves such rows out\)"
+    with pytest.raises(DataError, match=rf"^row 2: [^\n]*none\.png: no such file {told}$"):
         label(source, output, level, batch_size=2)
     assert output.read_text() == "before"
     for batch_size in (1, 2, 4, 50):
@@ -169,9 +173,70 @@ def test_bad_rows_stop_or_are_skipped_and_told(tmp_path: Path) -> None:
         assert scores(output) == [(0, 2.0, 1.0), (2, 6.0, 5.0)]
         assert summary.rows == 6
         skipped = sorted(summary.skipped)
-        assert [text.split(":")[0] for text in skipped] == ["row 1", "row 3", "row 4", "row 5"]
+        assert [text.split(":")[0] for text in skipped] == ["row 2", "row 4", "row 5", "row 6"]
         assert "expected 'candidates', a list of two paths or more" in skipped[2]
-        assert "4 rows skipped\n  row " in summary.describe()
+        assert "4 rows skipped; they count from 1, as lines do in an editor\n  row " in summary.describe()
+
+
+def test_whatever_one_row_does_the_others_are_labelled(tmp_path: Path) -> None:
+    source = candidates(tmp_path, [1, 2], [3, 4], [5, 6], [7, 8], [9, 10])
+    lines: list[Any] = [json.loads(line) for line in source.read_text().splitlines()]
+    lines[0]["id"] = "half\ud800"  # which is passed on, and no text in UTF-8
+    lines[1]["prompt"] = "half\ud800"
+    (tmp_path / "fifo").mkdir()
+    os.mkfifo(tmp_path / "fifo" / "a.png")
+    lines[2]["candidates"][0] = "fifo/a.png"
+    write_image(tmp_path / "large.png", noise(1, 3, 100, 200))
+    lines[3]["candidates"][1] = "large.png"
+    lines += ['{"prompt": ' + "[" * 100_000, {"prompt": "a", "candidates": ["a\0.png", "b" * 300]}]
+    write_lines(source, lines)
+    output = tmp_path / "pairs.jsonl"
+    summary = label(source, output, level, skip_bad=True, max_pixels=19_999)
+    pairs = list(JsonlReader(output))
+    assert [(pair.prompt, pair.chosen_score, pair.extra["id"]) for pair in pairs] == [
+        ("prompt 0", 2.0, "half\ud800"),
+        ("prompt 4", 10.0, 40),
+    ]
+    found = [text.split(": ", 1) for text in sorted(summary.skipped)]
+    assert [row for row, _ in found] == ["row 2", "row 3", "row 4", "row 6", "row 7"]
+    expected = (
+        "prompt='half\\ud800': expected text",
+        f"{tmp_path / 'fifo/a.png'}: is a FIFO, expected a file",
+        f"{tmp_path / 'large.png'}: has 100x200 pixels, expected at most 19999 (max_pixels)",
+        "nested too deeply, expected JSON of a few levels",
+        f"'{tmp_path}/a\\x00.png': no such file",
+    )
+    assert tuple(problem for _, problem in found) == expected
+
+
+def test_a_bad_row_names_the_option_of_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sipo.data.label.load_function", lambda name: level)
+    source = write_lines(tmp_path / "candidates.jsonl", ["{"])
+    arguments = ["label", str(source), str(tmp_path / "pairs.jsonl"), "--function", "a:b"]
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("sipo: error: row 1: not JSON: ")
+    assert error.endswith(" (rows count from 1; --skip-bad leaves such rows out)\n")
+    assert cli.main([*arguments, "--skip-bad"]) == 0
+    for option, value in (("--min-margin", "-1"), ("--batch-size", "0"), ("--frames", "x"), ("--max-pixels", "0")):
+        with pytest.raises(SystemExit):
+            cli.main([*arguments, option, value])
+        assert capsys.readouterr().err.startswith(f"sipo: error: argument {option}: '{value}': expected a ")
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_scored(tmp_path: Path) -> None:
+    source = candidates(tmp_path, [1, 2])
+
+    def never(images: Any, prompts: Any) -> Any:
+        raise AssertionError("scored")
+
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "fifo")
+    for name, what in (("folder", "a folder"), ("fifo", "a FIFO")):
+        with pytest.raises(FileError, match=f"{name}: is {what}, expected a file"):
+            label(source, tmp_path / name, never)
 
 
 @pytest.mark.parametrize(
@@ -227,9 +292,9 @@ def test_function_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
 def test_one_scorer_is_named(tmp_path: Path) -> None:
     source = candidates(tmp_path, [1, 2])
     for arguments in ({}, {"clip": "a", "function": "b:c"}, {"aesthetic": "head.safetensors"}):
-        with pytest.raises(ValueError, match="expected a scorer: either clip"):
+        with pytest.raises(ValueError, match="expected a scorer: either --clip"):
             run_label(source, tmp_path / "out.jsonl", **arguments)
-    with pytest.raises(ValueError, match="aesthetic=head: expected clip beside it"):
+    with pytest.raises(ValueError, match="--aesthetic head: expected --clip beside it"):
         run_label(source, tmp_path / "out.jsonl", function="b:c", aesthetic="head")
 
 
@@ -416,8 +481,9 @@ def test_heads_that_do_not_fit(clip_folder: Path, tmp_path: Path) -> None:
         with pytest.raises(ScorerError, match=expected):
             AestheticScorer(str(clip_folder), path)
     path.write_bytes(b"not safetensors")
-    for bad in (path, tmp_path / "none.safetensors"):
-        with pytest.raises(ScorerError, match="no safetensors file"):
+    none = tmp_path / "none.safetensors"
+    for bad, problem in ((path, "not a sound safetensors file"), (none, "No such file or directory, expected")):
+        with pytest.raises(ScorerError, match=rf"^{bad}: {problem}"):
             AestheticScorer(str(clip_folder), bad)
     with pytest.raises(ValueError, match="activation='tanh': expected"):
         AestheticScorer(str(clip_folder), path, activation="tanh")  # type: ignore[arg-type]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
@@ -13,10 +13,11 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from sipo.data.media import MediaError, read_spaced
+from sipo.data.media import MAX_PIXELS, MediaError, check_request, read_spaced
 from sipo.data.readers import read_lines, write_jsonl
-from sipo.data.records import DataError, PairRecord
+from sipo.data.records import DataError, PairRecord, has_half, row_name, short
 from sipo.data.scorers import AestheticScorer, ClipScorer, Scorer, ScorerError, load_function
+from sipo.files import check_regular
 from sipo.progress import track
 
 Choice = Literal["best-worst", "all"]
@@ -30,7 +31,7 @@ class LabelSummary:
         rows: rows of the source.
         pairs: pairs written.
         below_margin: pairs left out because their scores are equal, or nearer than the margin.
-        skipped: rows left out, each with the reason.
+        skipped: rows left out, each with the reason; they count from 1.
     """
 
     rows: int = 0
@@ -42,7 +43,7 @@ class LabelSummary:
         """The counts, and the first ``rows`` rows that were left out."""
         lines = [f"{self.pairs} pairs of {self.rows} rows, {self.below_margin} left out below the margin"]
         if self.skipped:
-            lines.append(f"{len(self.skipped)} rows skipped")
+            lines.append(f"{len(self.skipped)} rows skipped; they count from 1, as lines do in an editor")
             lines += [f"  {text}" for text in self.skipped[:rows]]
         return "\n".join(lines)
 
@@ -56,8 +57,10 @@ def label(
     min_margin: float = 0.0,
     frames: int = 8,
     batch_size: int = 16,
+    max_pixels: int = MAX_PIXELS,
     skip_bad: bool = False,
     progress: bool | None = None,
+    skip_option: str = "skip_bad=True",
 ) -> LabelSummary:
     """Scores candidates and writes pairs of them as JSONL with both scores, aside and renamed.
 
@@ -71,11 +74,14 @@ def label(
         min_margin: pairs whose scores differ by less are left out; those whose scores are equal always are.
         frames: that a clip is scored by, evenly spaced.
         batch_size: candidates that the scorer gets at once.
+        max_pixels: of a candidate or a frame of it; larger ones cannot be scored.
         skip_bad: leave out rows that cannot be scored, and say which; ``False`` stops at the first.
         progress: as in :mod:`sipo.progress`.
+        skip_option: what an error calls ``skip_bad``.
 
     Raises:
         DataError: the source, or without ``skip_bad`` one of its rows, cannot be used.
+        FileError: an ``output`` that is no file.
         ScorerError: the scorer returned something else than finite numbers, one for each image.
     """
     if pairs not in ("best-worst", "all"):
@@ -85,10 +91,22 @@ def label(
     for name, value in (("frames", frames), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name}={value}: expected at least 1")
+    check_request(None, None, max_pixels)
+    _check_output(Path(output))
     summary = LabelSummary()
-    rows: Iterable[_Row] = _rows(Path(source), summary, skip_bad)
+
+    def skip(row: int, problem: str) -> None:
+        if not skip_bad:
+            raise DataError(f"{row_name(row)}: {problem} (rows count from 1; {skip_option} leaves such rows out)")
+        summary.skipped.append(f"{row_name(row)}: {problem}")
+
+    rows: Iterable[_Row] = _rows(Path(source), summary, skip)
     rows = track(rows, "labelling", "rows", progress)
-    scored = _score(rows, scorer, frames, batch_size, skip_bad, summary)
+
+    def read(path: Path) -> Tensor:
+        return read_spaced(path, frames, max_pixels=max_pixels).pixels
+
+    scored = _score(rows, scorer, read, batch_size, skip)
     write_jsonl((pair for row in scored for pair in _pairs(row, pairs, min_margin, summary)), output)
     return summary
 
@@ -107,6 +125,7 @@ def run_label(
     min_margin: float = 0.0,
     frames: int = 8,
     batch_size: int = 16,
+    max_pixels: int = MAX_PIXELS,
     skip_bad: bool = False,
     progress: bool | None = True,
 ) -> int:
@@ -120,10 +139,10 @@ def run_label(
     """
     scorer: Scorer
     if (clip is None) == (function is None):
-        raise ValueError("expected a scorer: either clip (with or without aesthetic) or function")
+        raise ValueError("expected a scorer: either --clip (with or without --aesthetic) or --function")
     if function is not None:
         if aesthetic is not None:
-            raise ValueError(f"aesthetic={aesthetic}: expected clip beside it, the model whose embeddings it rates")
+            raise ValueError(f"--aesthetic {aesthetic}: expected --clip beside it, the model whose embeddings it rates")
         scorer = load_function(function)
     elif aesthetic is not None:
         scorer = AestheticScorer(str(clip), aesthetic, processor=processor, activation=activation, device=device)
@@ -137,11 +156,22 @@ def run_label(
         min_margin=min_margin,
         frames=frames,
         batch_size=batch_size,
+        max_pixels=max_pixels,
         skip_bad=skip_bad,
         progress=progress,
+        skip_option="--skip-bad",
     )
     print(summary.describe())
     return 0
+
+
+def _check_output(path: Path) -> None:
+    """Refuses now what could not be written in the end, when everything has been scored."""
+    if path.exists():
+        check_regular(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"{path}: its folder may not be written to")
 
 
 # ---- Rows ----
@@ -157,12 +187,12 @@ class _Row:
     problem: str = ""
 
 
-def _rows(source: Path, summary: LabelSummary, skip_bad: bool) -> Iterator[_Row]:
+def _rows(source: Path, summary: LabelSummary, skip: Callable[[int, str], None]) -> Iterator[_Row]:
     for row, value in read_lines(source):
         summary.rows += 1
         problem, names = _candidates(value)
         if problem:
-            _skip(f"row {row}: {problem}", summary, skip_bad)
+            skip(row, problem)
             continue
         assert isinstance(value, dict)
         known = ("prompt", "candidates", "chosen", "rejected", "chosen_score", "rejected_score")
@@ -174,28 +204,27 @@ def _candidates(value: dict[str, Any] | str) -> tuple[str, list[str]]:
     """What is wrong with a line, or its candidates' names."""
     if isinstance(value, str):
         return value, []
-    if not isinstance(value.get("prompt"), str) or not value["prompt"].strip():
-        return f"prompt={value.get('prompt')!r}: expected text", []
+    prompt = value.get("prompt")
+    if not isinstance(prompt, str) or not prompt.strip() or has_half(prompt):
+        return f"prompt={short(prompt)}: expected text", []
     names = value.get("candidates", [value.get("chosen"), value.get("rejected")])
     if not isinstance(names, list) or len(names) < 2 or not all(isinstance(name, str) and name for name in names):
         return "expected 'candidates', a list of two paths or more, or 'chosen' and 'rejected'", []
     return "", names
 
 
-def _skip(text: str, summary: LabelSummary, skip_bad: bool) -> None:
-    if not skip_bad:
-        raise DataError(f"{text} (skip_bad leaves such rows out)")
-    summary.skipped.append(text)
-
-
 def _score(
-    rows: Iterable[_Row], scorer: Scorer, frames: int, batch_size: int, skip_bad: bool, summary: LabelSummary
+    rows: Iterable[_Row],
+    scorer: Scorer,
+    read: Callable[[Path], Tensor],
+    batch_size: int,
+    skip: Callable[[int, str], None],
 ) -> Iterator[_Row]:
     """The rows, in order, once all of their candidates are scored; a batch goes across rows."""
 
-    def read(item: tuple[_Row, Path]) -> Tensor | MediaError:
+    def try_read(item: tuple[_Row, Path]) -> Tensor | MediaError:
         try:
-            return read_spaced(item[1], frames).pixels
+            return read(item[1])
         except MediaError as error:
             return error
 
@@ -210,12 +239,12 @@ def _score(
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         while batch := list(islice(every, batch_size)):
             good: list[tuple[_Row, Tensor]] = []
-            for (row, _), pixels in zip(batch, pool.map(read, batch), strict=True):
+            for (row, _), pixels in zip(batch, pool.map(try_read, batch), strict=True):
                 if isinstance(pixels, Tensor):
                     good.append((row, pixels))
                 elif not row.problem:
                     row.problem = str(pixels)
-                    _skip(f"row {row.row}: {pixels}", summary, skip_bad)
+                    skip(row.row, row.problem)
             if good:
                 scores = _numbers(scorer([pixels for _, pixels in good], [row.prompt for row, _ in good]), len(good))
                 for (row, _), score in zip(good, scores, strict=True):

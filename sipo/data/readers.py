@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sipo.data.parquet import read_rows, rows_of
-from sipo.data.records import DataError, PairReader, PairRecord, row_name
+from sipo.data.records import DataError, PairReader, PairRecord, has_half, row_name, short
 from sipo.files import FileError, check_regular, parse_json, read_text
 
 Format = Literal["auto", "jsonl", "pickapic", "videodpo"]
@@ -31,7 +31,6 @@ _PICKAPIC_COLUMNS = ("jpg_0", "jpg_1", "label_0", "label_1", "caption")
 _PICKAPIC_EXTRA = ("has_label", "are_different", "best_image_uid", "image_0_uid", "image_1_uid")
 _LONGEST_LINE = 1 << 24  # bytes of a row of JSONL: what is longer is another kind of file
 _DEEPEST = 64  # levels of a row of JSONL
-_HALF = re.compile("[\ud800-\udfff]")  # of a character beyond 16 bits
 _HUB_SECONDS = 10.0  # to wait for an answer
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -147,18 +146,18 @@ class JsonlReader:
         extra = {key: item for key, item in value.items() if key not in _PAIR_KEYS}
         for key in ("prompt", "chosen", "rejected"):
             if not isinstance(value.get(key), str):
-                return _bad(row, f"{key}={_short(value[key])}: expected text" if key in value else f"no key {key!r}")
-            if not value[key].isascii() and _HALF.search(value[key]):
-                return _bad(row, f"{key}={_short(value[key])}: holds half a character")  # which JSON lets through
+                return _bad(row, f"{key}={short(value[key])}: expected text" if key in value else f"no key {key!r}")
+            if has_half(value[key]):
+                return _bad(row, f"{key}={short(value[key])}: holds half a character")  # which JSON lets through
         for key in ("chosen", "rejected"):
             if not value[key]:
                 return _bad(row, f"{key}='': expected a path", value["prompt"])
         for key in ("chosen_score", "rejected_score"):
             if value.get(key) is not None and not is_number(value[key]):
-                return _bad(row, f"{key}={_short(value[key])}: expected a number", value["prompt"])
+                return _bad(row, f"{key}={short(value[key])}: expected a number", value["prompt"])
         better, worse = value.get("chosen_score"), value.get("rejected_score")
         if better is not None and worse is not None and better < worse:
-            problem = f"chosen_score={_short(better)} is below rejected_score={_short(worse)}"
+            problem = f"chosen_score={short(better)} is below rejected_score={short(worse)}"
             return _bad(row, problem, value["prompt"])
         return PairRecord(
             row,
@@ -215,7 +214,7 @@ def _parse_line(line: bytes) -> dict[str, Any] | str:
         return str(error)
     if _is_deep(value):  # parsed here, it may still be too deep to be printed or written elsewhere
         return f"nested too deeply, expected JSON of at most {_DEEPEST} levels"
-    return value if isinstance(value, dict) else f"holds {_short(value)}, expected a JSON object"
+    return value if isinstance(value, dict) else f"holds {short(value)}, expected a JSON object"
 
 
 def _is_deep(value: Any) -> bool:
@@ -250,7 +249,8 @@ def write_jsonl(records: Iterable[PairRecord], path: str | Path) -> int:
         for key, score in (("chosen_score", record.chosen_score), ("rejected_score", record.rejected_score)):
             if score is not None:
                 value[key] = score
-        lines.append(json.dumps(value | record.extra, ensure_ascii=False) + "\n")
+        line = json.dumps(value | record.extra, ensure_ascii=False)
+        lines.append((json.dumps(value | record.extra) if has_half(line) else line) + "\n")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_aside(path, "".join(lines))
     return len(lines)
@@ -345,13 +345,13 @@ class PickapicReader:
 
 def _pickapic_record(row: int, value: Mapping[str, Any]) -> PairRecord:
     prompt = value["caption"]
-    if not isinstance(prompt, str) or _HALF.search(prompt):
-        return _bad(row, f"caption={_short(prompt)}: expected text")
+    if not isinstance(prompt, str) or has_half(prompt):
+        return _bad(row, f"caption={short(prompt)}: expected text")
     if value.get("has_label") is False:
         return _bad(row, "has_label=False: nobody has compared this pair", prompt)
     labels = [value["label_0"], value["label_1"]]
     if not all(is_number(label) and label >= 0 for label in labels) or not math.isclose(sum(labels), 1.0):
-        return _bad(row, f"label_0={_short(labels[0])}, label_1={_short(labels[1])}: expected a sum of 1", prompt)
+        return _bad(row, f"label_0={short(labels[0])}, label_1={short(labels[1])}: expected a sum of 1", prompt)
     tie = math.isclose(labels[0], labels[1])
     best = 0 if labels[0] >= labels[1] else 1
     named, uids = value.get("best_image_uid"), [value.get("image_0_uid"), value.get("image_1_uid")]
@@ -414,22 +414,22 @@ class VideoDpoReader:
 
     def _record(self, row: int, item: Any, clips: list[_Clip | None], captioned: dict[str, list[int]]) -> PairRecord:
         if not isinstance(item, dict):
-            return _bad(row, f"holds {_short(item)}, expected an object")
+            return _bad(row, f"holds {short(item)}, expected an object")
         prompt = _caption(item.get("frame_caption"))
         if prompt is None:
-            return _bad(row, f"frame_caption={_short(item.get('frame_caption'))}: expected text")
+            return _bad(row, f"frame_caption={short(item.get('frame_caption'))}: expected text")
         found: list[_Clip] = []
         for key in ("video1", "video2"):
             place = item.get(key)
             if not isinstance(place, int) or isinstance(place, bool):
-                return _bad(row, f"{key}={_short(place)}: expected a place in {_METADATA}", prompt)
+                return _bad(row, f"{key}={short(place)}: expected a place in {_METADATA}", prompt)
             if not 0 <= place < len(clips):
                 return _bad(row, f"{key}={place}: expected 0 to {len(clips) - 1}", prompt, "index")
             clip = clips[place]
             if clip is None:
                 return _bad(row, f"{key}={place}: that item of {_METADATA} has no clip_path or frame_caption", prompt)
             if clip.caption != _plain(prompt):
-                text = f"{key}={place} is captioned {_short(clip.caption)}, the pair {_short(prompt)}"
+                text = f"{key}={place} is captioned {short(clip.caption)}, the pair {short(prompt)}"
                 return _bad(row, text + _nearest(captioned.get(_plain(prompt), []), place), prompt, "index")
             found.append(clip)
         first, second = found
@@ -520,8 +520,3 @@ def _plain(text: str) -> str:
 
 def _one_line(error: object) -> str:
     return _plain(str(error)) or type(error).__name__
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
+
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,17 @@ class PairReader(Protocol):
 def row_name(row: int) -> str:
     """A row as people are told of it: "row 1" is the first, as an editor numbers the lines of a file."""
     return f"row {row + 1}"
+
+
+def has_half(text: str) -> bool:
+    """Whether a text holds half of a character beyond 16 bits, which JSON lets through and UTF-8 does not."""
+    return not text.isascii() and _HALF.search(text) is not None
+
+
+def short(value: Any) -> str:
+    """A value as a message shows it: 60 characters at most."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 class DataError(ValueError):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sipo.families.model_files import CONFIG, check_weights, fetch_weights, model_folder
+from sipo.files import FileError, load_tensors
 
 Scorer = Callable[[list[Tensor], list[str]], Sequence[float]]
 
@@ -160,13 +161,12 @@ class AestheticScorer:
 
 
 def _load_head(path: Path, width: int, device: str) -> list[tuple[Tensor, Tensor | None]]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
-        state = load_file(path, device=device)
-    except (OSError, SafetensorError) as error:
-        raise ScorerError(f"{path}: no safetensors file: {error}") from error
+        state = {name: tensor.to(device) for name, tensor in load_tensors(path).items()}
+    except OSError as error:
+        raise ScorerError(f"{path}: {error.strerror or error}, expected a safetensors file") from error
+    except FileError as error:
+        raise ScorerError(str(error)) from error
     names = [name for name in state if re.fullmatch(r"(.*\.)?weight", name) and state[name].ndim == 2]
     # "layers.10.weight" comes after "layers.9.weight".
     names.sort(key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
@@ -190,7 +190,7 @@ def load_function(name: str) -> Scorer:
     """
     module_name, separator, function_name = name.partition(":")
     if not separator or not module_name or not function_name:
-        raise ScorerError(f"function={name!r}: expected module:function")
+        raise ScorerError(f"scorer {name!r}: expected module:function")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
@@ -198,9 +198,9 @@ def load_function(name: str) -> Scorer:
         for part in function_name.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
-        raise ScorerError(f"function={name!r}: {error}") from error
+        raise ScorerError(f"scorer {name!r}: {error}") from error
     if not callable(found):
-        raise ScorerError(f"function={name!r}: is {type(found).__name__}, expected a function")
+        raise ScorerError(f"scorer {name!r}: is {type(found).__name__}, expected a function")
     scorer: Scorer = found
     return scorer
 
