@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -20,8 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sipo import NoiseSchedule, SIPOLoss
+from sipo.cli_errors import CommandError, one_line_errors
 from sipo.diagnostics import read_statistics
-from sipo.training import AdapterOff, TrainingInterrupted, gather_weights, storage, timesteps, train
+from sipo.training import AdapterOff, TrainingInterrupted, gather_weights, make_accelerator, storage, timesteps, train
 from tests.training_cases import (
     Adapted,
     Network,
@@ -67,6 +70,8 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "data": Grouped,
     },
     "adapter": {"steps": 4, "adapter": True},
+    "compiled adapter": {"steps": 3, "accumulation": 2, "adapter": True},
+    "sharded compiled": {"steps": 3, "accumulation": 2, "validate_every": 2},
     "not its reference": {"steps": 1, "moved": 1.0},
     "sharded adapter": {"steps": 4, "adapter": True},
     "sharded bf16": {"steps": 2, "mixed_precision": "bf16", "flow": True},
@@ -125,7 +130,12 @@ def run(folder: Path, accelerator: Accelerator, **options: Any) -> tuple[nn.Modu
 def accelerator_for(name: str, accumulation: int = 1, mixed_precision: str = "no") -> Accelerator:
     """This process's; under FSDP2 for the scenarios that ask for it."""
     AcceleratorState._reset_state()
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation, mixed_precision=mixed_precision)
+    accelerator = Accelerator(
+        cpu=True,
+        gradient_accumulation_steps=accumulation,
+        mixed_precision=mixed_precision,
+        dynamo_backend="eager" if "compiled" in name else None,
+    )
     if name.startswith("sharded"):
         from accelerate import FullyShardedDataParallelPlugin
         from accelerate.utils import DistributedType
@@ -145,6 +155,11 @@ def one_of_two(folder: str) -> None:
     """What each of two processes does; torch.distributed finds the other through the environment."""
     root = Path(folder)
     timesteps.BINS = 5
+    # 600 is accelerate's own default, which it would not pass on.
+    accelerator = make_accelerator(settings(root, ddp_timeout=600))
+    group = torch.distributed.distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))
+    waits = group.options._timeout.total_seconds()
+    (root / f"timeout-{accelerator.process_index}").write_text(str(waits))
     for name, options in SCENARIOS.items():
         options = dict(options)
         precision = options.get("mixed_precision", "no")
@@ -160,7 +175,7 @@ def one_of_two(folder: str) -> None:
             accelerator.wait_for_everyone()
             options["resume_from"] = "latest"
         policy, result = run(root / name, accelerator, **options)
-        weights = gather_weights(accelerator.unwrap_model(policy))
+        weights = gather_weights(policy)
         if accelerator.is_main_process:
             save_file(weights, root / name / "weights.safetensors")
             if result.ema is not None:
@@ -169,24 +184,52 @@ def one_of_two(folder: str) -> None:
             facts = {"history": result.history, "validation": result.validation, "placed": placed}
             (root / name / "facts.json").write_text(json.dumps(facts))
         accelerator.wait_for_everyone()
-    _stop_one(root)
-    torch.distributed.destroy_process_group()
+    for name, passes in STOPPED.items():
+        _stop_one(root, name, passes)
+    _lose_one(root)
 
 
-def _stop_one(root: Path) -> None:
-    """Asks the second process alone to stop, in its second step."""
-    accelerator = accelerator_for("plain")
+STOPPED = {"stopped": 1, "sharded stopped": 1, "stopped early": 2}
+"""Runs of two processes of which the second alone is asked to stop, and forward passes in each of their steps."""
+
+
+def _stop_one(root: Path, name: str, passes: int) -> None:
+    """Asks the second process alone to stop, in the first pass of its second step."""
+    accelerator = accelerator_for(name, passes)
 
     class Asking(Pairs):
         def __getitem__(self, index: int) -> dict[str, Any]:
-            if accelerator.process_index == 1 and len(self.seen) == 5:
+            if accelerator.process_index == 1 and len(self.seen) == 4 * passes + 1:
                 os.kill(os.getpid(), signal.SIGTERM)
             return super().__getitem__(index)
 
     try:
-        run(root / "stopped", accelerator, steps=9, log_every=4, data=Asking)
+        run(root / name, accelerator, steps=9, accumulation=passes, log_every=100, data=Asking)
     except TrainingInterrupted as stopped:
-        (root / f"stopped-{accelerator.process_index}").write_text(f"{stopped.step} {stopped.signal}")
+        (root / f"{name}-{accelerator.process_index}").write_text(f"{stopped.step} {stopped.signal}")
+
+
+def _lose_one(root: Path) -> None:
+    """Has the second process end in its second step, as a command would, and the first find out by itself."""
+    accelerator = accelerator_for("plain")
+
+    class Failing(Pairs):
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            if accelerator.process_index == 1 and len(self.seen) == 5:
+                raise ValueError("pair 5: not there")
+            return super().__getitem__(index)
+
+    @one_line_errors
+    def command(options: argparse.Namespace) -> int:
+        run(root / "lost", accelerator, steps=9, data=Failing)
+        return 0
+
+    try:
+        command(argparse.Namespace())
+    except CommandError as error:
+        (root / f"lost-{accelerator.process_index}").write_text(str(error))
+    finally:
+        os._exit(0)  # and nothing is said goodbye to
 
 
 @pytest.fixture(scope="module")
@@ -310,10 +353,27 @@ def test_everything_was_at_work(two: Path) -> None:
     assert (two / "steps/checkpoints/step-00000004/process-00001.safetensors").exists()
 
 
-def test_processes_stop_together_at_the_next_log_line(two: Path) -> None:
-    assert (two / "stopped-0").read_text() == "4 another process"
-    assert (two / "stopped-1").read_text() == "4 SIGTERM"
-    assert not storage.damage(two / "stopped/checkpoints/step-00000004")
+@pytest.mark.parametrize("name", STOPPED)
+def test_processes_stop_together_and_long_before_the_next_log_line(two: Path, name: str) -> None:
+    # With one pass a step, the second step's question is asked before the signal comes.
+    step = 3 if STOPPED[name] == 1 else 2
+    assert (two / f"{name}-0").read_text() == f"{step} another process"
+    assert (two / f"{name}-1").read_text() == f"{step} SIGTERM"
+    assert not storage.damage(two / name / f"checkpoints/step-{step:08d}")
+
+
+def test_a_process_whose_partner_has_ended_says_so_in_a_line(two: Path) -> None:
+    assert (two / "lost-1").read_text() == "pair 5: not there"
+    said = (two / "lost-0").read_text()
+    assert re.fullmatch(
+        r"the connection to the other processes is lost \([^()]+\): one of them has ended, and says why "
+        r"itself, or was killed, or training.ddp_timeout has passed",
+        said,
+    )
+
+
+def test_processes_wait_for_each_other_as_long_as_the_configuration_says(two: Path) -> None:
+    assert [(two / f"timeout-{rank}").read_text() for rank in range(2)] == ["600.0"] * 2  # gloo counts milliseconds
 
 
 def test_a_sharded_checkpoint_is_whole_and_a_run_resumed_from_it_repeats_itself(two: Path) -> None:

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sipo.training import TrainingInterrupted, TrainingOutOfMemory
+from sipo.training import TrainingInterrupted, TrainingOutOfMemory, storage
+from sipo.training.stopping import StopRequest, release_signals
 from tests.training_cases import Pairs, fit, fresh_accelerate, same
 
 __all__ = ["fresh_accelerate"]  # a fixture that every test here runs in
@@ -20,7 +21,7 @@ __all__ = ["fresh_accelerate"]  # a fixture that every test here runs in
 # ---------------------------------------------------------------- stopping
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [getattr(signal, f"SIG{name}") for name in ("INT", "TERM", "HUP", "USR1", "USR2")])
 def test_a_signal_lets_the_step_finish_and_the_run_resume(
     tmp_path: Path, number: signal.Signals, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -31,20 +32,66 @@ def test_a_signal_lets_the_step_finish_and_the_run_resume(
             return super().__getitem__(index)
 
     straight, _ = fit(tmp_path / "straight", steps=6)
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(number)
     with pytest.raises(TrainingInterrupted, match=rf"stopped by {number.name} after step 3; resume with") as caught:
         fit(tmp_path, data=Asking(), steps=6)
-    assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+    assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(number))
     stopped = caught.value
     assert (stopped.step, stopped.signal) == (3, number.name)
     assert stopped.checkpoint == tmp_path / "checkpoints/step-00000003" and str(stopped.checkpoint) in str(stopped)
-    assert f"{number.name}: finishing the step and writing a checkpoint" in capfd.readouterr().err
+    said = f"\n{number.name}: finishing the step or validation and writing a checkpoint; Ctrl-C stops at once\n"
+    assert said in capfd.readouterr().err
     resumed, result = fit(tmp_path, steps=6, resume_from=stopped.checkpoint)
     assert [line["step"] for line in result.history] == [4, 5, 6]
     assert same(straight, resumed)
 
 
-def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
+def test_a_signal_that_comes_twice_is_one_request(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    # A cluster manager sends it to all processes of a job, and the launcher passes on the one that it got.
+    class Launched(Pairs):
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            if len(self.seen) in (5, 6):
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().__getitem__(index)
+
+    with pytest.raises(TrainingInterrupted, match="stopped by SIGTERM after step 2"):
+        fit(tmp_path, data=Launched(), steps=6)
+    assert capfd.readouterr().err.count("SIGTERM") == 1
+    assert not storage.damage(tmp_path / "checkpoints/step-00000002")
+
+
+def test_signals_that_somebody_handles_or_ignores_stay_theirs(tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    class Warned(Pairs):
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            if len(self.seen) == 5:
+                os.kill(os.getpid(), signal.SIGUSR1)
+                os.kill(os.getpid(), signal.SIGHUP)
+            return super().__getitem__(index)
+
+    former = signal.signal(signal.SIGUSR1, lambda number, frame: seen.append(number))
+    ignored = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        _, result = fit(tmp_path, data=Warned(), steps=3)
+    finally:
+        signal.signal(signal.SIGUSR1, former)
+        signal.signal(signal.SIGHUP, ignored)
+    assert result.steps == 3 and seen == [signal.SIGUSR1]
+
+
+def test_what_is_said_of_a_signal_holds_for_several_processes_and_for_deepspeed() -> None:
+    assert StopRequest(2)._says == (
+        "finishing the step or validation, or a step more until all processes agree, and writing a checkpoint; "
+        "Ctrl-C stops at once"
+    )
+    assert StopRequest(saves=False)._says == (
+        "finishing the step or validation and ending without a checkpoint, which cannot be written here; "
+        "Ctrl-C stops at once"
+    )
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
     class Insisting(Pairs):
         def __getitem__(self, index: int) -> dict[str, Any]:
             if len(self.seen) in (9, 10):
@@ -64,8 +111,35 @@ def test_a_signal_in_the_last_step_is_no_interruption(tmp_path: Path) -> None:
                 os.kill(os.getpid(), signal.SIGTERM)
             return super().__getitem__(index)
 
-    _, result = fit(tmp_path, data=Late(), steps=2)
-    assert result.steps == 2 and result.checkpoint is None
+    _, result = fit(tmp_path, data=Late(), steps=2, validation=Pairs(4), validate_every=2)
+    assert result.steps == 2 and [line["step"] for line in result.validation] == [2]
+    # Promised, and what a kill before the weights are written leaves.
+    assert result.checkpoint == tmp_path / "checkpoints/step-00000002" and not storage.damage(result.checkpoint)
+
+
+def test_a_signal_to_workers_does_not_end_the_run(tmp_path: Path) -> None:
+    class Struck(Pairs):
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            if len(self.seen) == 3:
+                for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+                    os.kill(os.getpid(), number)
+            return super().__getitem__(index)
+
+    plain, _ = fit(tmp_path / "a", steps=4)
+    struck, _ = fit(tmp_path / "b", steps=4, num_workers=1, data=Struck())
+    assert same(plain, struck)
+
+
+def test_a_worker_that_hangs_is_ended_by_the_second_sigterm() -> None:
+    numbers = [getattr(signal, f"SIG{name}") for name in ("INT", "TERM", "HUP", "USR1", "USR2")]
+    former = [signal.getsignal(number) for number in numbers]
+    try:
+        release_signals(0)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        for number, handler in zip(numbers, former, strict=True):
+            signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("own", [True, False])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import random
+import signal
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +17,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from sipo import NoiseSchedule
+from sipo.training import TrainingInterrupted, storage
 from sipo.training.data import pair_noise, step_timesteps
 from sipo.training.forward import PairForward
 from sipo.training.logs import read_lines, step_mean
@@ -59,6 +63,70 @@ def test_validation_leaves_training_as_it_was(tmp_path: Path) -> None:
         assert lines == other.validation and len(lines) == (3 if "validation" in more else 0)
         assert read_lines(tmp_path / name / "metrics.jsonl") == other.history
         assert step_mean(other.history, "loss") == step_mean(one.history, "loss")
+
+
+class _LookError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("pairs", [True, False])
+@pytest.mark.parametrize("at", [4, 6])
+def test_a_look_that_fails_costs_nothing_and_is_made_up_for(tmp_path: Path, at: int, pairs: bool) -> None:
+    fails, looks = True, []
+
+    def look(step: int, policy: nn.Module) -> None:
+        if fails and step == at:
+            raise _LookError
+        looks.append(step)
+
+    options: dict[str, Any] = {"steps": 6, "validate_every": 2, "checkpoint_every": 2, "on_validation": look}
+    if pairs:
+        options["validation"] = Pairs(4)
+    with pytest.raises(_LookError):
+        fit(tmp_path, **options)
+    assert [path.name for path in storage.found(tmp_path / "checkpoints")][-1] == f"step-{at:08d}"
+    fails = False
+    resumed, result = fit(tmp_path, resume_from="latest", **options)
+    assert looks == [2, 4, 6]
+    assert [line["step"] for line in result.validation] == ([step for step in (2, 4, 6) if step >= at] if pairs else [])
+    straight, _ = fit(tmp_path / "straight", **options)
+    assert same(straight, resumed)
+    whole = untimed(lines_of(tmp_path))
+    assert whole == untimed(lines_of(tmp_path / "straight"))
+    assert [line["step"] for line in whole if line.get("kind") == ("validation" if pairs else "hook")] == [2, 4, 6]
+    fit(tmp_path, resume_from="latest", **options)  # of a finished run: all that was due has been done
+    assert looks == [2, 4, 6, 2, 4, 6] and untimed(lines_of(tmp_path)) == whole
+
+
+def test_a_stop_saves_first_and_leaves_the_validation_to_the_resumed_run(tmp_path: Path) -> None:
+    class Asking(Pairs):
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            if len(self.seen) == 7:  # in the second step of 4 pairs
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().__getitem__(index)
+
+    options: dict[str, Any] = {"steps": 5, "validate_every": 2, "validation": Pairs(4)}
+    with pytest.raises(TrainingInterrupted, match="after step 2"):
+        fit(tmp_path, data=Asking(), **options)
+    assert [line.get("kind") for line in lines_of(tmp_path)] == [None, None]
+    resumed, _ = fit(tmp_path, resume_from="latest", **options)
+    straight, _ = fit(tmp_path / "straight", **options)
+    assert same(straight, resumed)
+    assert untimed(lines_of(tmp_path)) == untimed(lines_of(tmp_path / "straight"))
+
+
+def test_a_signal_in_a_validation_stops_after_it(tmp_path: Path) -> None:
+    def look(step: int, policy: nn.Module) -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    with pytest.raises(TrainingInterrupted, match="stopped by SIGUSR1 after step 2"):
+        fit(tmp_path, steps=6, validate_every=2, validation=Pairs(4), on_validation=look)
+    assert not storage.damage(tmp_path / "checkpoints/step-00000002")
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl", "validation")] == [2]
+
+
+def lines_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_validation_is_the_loss_of_every_pair_once(tmp_path: Path) -> None:

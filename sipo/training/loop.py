@@ -1,13 +1,13 @@
 """The training loop: preference pairs to an aligned policy.
 
 One policy forward serves winners and losers, which share noise and timestep; the reference runs without
-gradients, or not at all. The host never waits for the device except when a log line is due.
+gradients, or not at all. The host waits for the device when a log line is due; with several processes it also
+waits, at the end of each step, until the device has begun the step's last pass.
 """
 
 from __future__ import annotations
 
 import math
-import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,7 +20,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from sipo.diagnostics import AlarmWatch, TimestepStatistics
-from sipo.training import checkpoint
+from sipo.locks import locked
+from sipo.loss import SIPOLoss
+from sipo.processes import from_main
+from sipo.progress import say
+from sipo.training import checkpoint, storage
 from sipo.training.config import (
     TrainingAlarm,
     TrainingConfig,
@@ -32,13 +36,13 @@ from sipo.training.config import (
 from sipo.training.data import StreamSampler, drop_captions, step_timesteps
 from sipo.training.first_step import NAMES, FirstStep, Mismatch
 from sipo.training.forward import PairForward, Reference, takes_totals
-from sipo.training.logs import MetricWindow, Recorder
+from sipo.training.logs import MetricWindow, Recorder, read_lines
 from sipo.training.optimization import Average, make_optimizer, rate_factor
 from sipo.training.preparation import check_setup, make_accelerator, prepare
 from sipo.training.protocols import PairDataset, PairLoss, PairLossResult, Predict
-from sipo.training.randomness import GLOBAL, WORKERS, derive_seed
-from sipo.training.sharded import is_deepspeed, local, reshard, whole
-from sipo.training.stopping import StopRequest, memory_advice, release_signals
+from sipo.training.randomness import WORKERS, derive_seed, seed_process
+from sipo.training.sharded import is_deepspeed, local, plain_name, reshard, unwrapped, whole
+from sipo.training.stopping import StopAgreement, StopRequest, memory_advice, release_signals
 from sipo.training.timesteps import InformativeTimesteps
 from sipo.training.validation import OnValidation, Validation
 from sipo_kernels import METRICS, Totals
@@ -94,8 +98,11 @@ def train(
     weights or the optimiser's moments, and they move only by what the optimiser does without a gradient
     (momentum, weight decay). The choice is made on the device.
 
-    Ctrl-C or SIGTERM lets the step finish and writes a checkpoint. One process stops at the step it is in; several
-    agree on it with their next log line.
+    A checkpoint that is due is written before the validation that is due at the same step; a run that is resumed from
+    there first does the validation, where its log has none of that step.
+
+    Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 or SIGUSR2 lets the step finish and writes a checkpoint; a validation that is due
+    is left to the resumed run. One process stops at the step it is in, several at this step or the next.
 
     Args:
         policy: trained where ``requires_grad`` is set; moved to the accelerator's device.
@@ -124,6 +131,7 @@ def train(
     Raises:
         TypeError, ValueError: arguments that cannot be trained with, or a folder with another run's checkpoints.
         ImportError: an optimiser or a tracker that is not installed.
+        LockedError: another process is writing to ``config.folder``.
         CheckpointError: a checkpoint that is absent, damaged or of another run.
         TrainingDiverged: too many non-finite steps in a row.
         TrainingMismatch: ``mismatch="raise"``, and policy and reference differ before the first step.
@@ -134,19 +142,24 @@ def train(
     if accelerator is None:
         accelerator = make_accelerator(config)
     check_setup(policy, reference, dataset, config, accelerator, resume_from)
-    if resume_from is None and checkpoint.found(config.checkpoints):
-        raise ValueError(f"{config.checkpoints} holds another run's checkpoints, expected resume_from or a new folder")
-    if config.validate_every and validation is None and on_validation is None:
-        raise ValueError(f"validate_every={config.validate_every}: expected pairs to validate on, or a hook")
-    if validation is not None and len(validation) == 0:
-        raise ValueError("the validation set holds 0 pairs, expected at least 1")
-    forward = PairForward(loss_fn, predict, reference, accelerator, offload=offload_reference)
-    run = _Run(policy, forward, dataset, config, optimizer, accelerator)
-    run.identity.update(identity or {})
-    run.validation = Validation(validation, on_validation, forward, config, accelerator)
-    run.mismatch = mismatch
-    with StopRequest() as request:
-        return run.go(resume_from, request)
+    with locked(config.folder, f"training.output_dir={str(config.output_dir)!r}", accelerator=accelerator):
+        if accelerator.is_main_process:
+            storage.clear(config.folder)
+        if resume_from is None and checkpoint.found(config.checkpoints):
+            raise ValueError(
+                f"{config.checkpoints} holds another run's checkpoints, expected resume_from or a new folder"
+            )
+        if config.validate_every and validation is None and on_validation is None:
+            raise ValueError(f"validate_every={config.validate_every}: expected pairs to validate on, or a hook")
+        if validation is not None and len(validation) == 0:
+            raise ValueError("the validation set holds 0 pairs, expected at least 1")
+        forward = PairForward(loss_fn, predict, reference, accelerator, offload=offload_reference)
+        run = _Run(policy, forward, dataset, config, optimizer, accelerator)
+        run.identity.update(identity or {})
+        run.validation = Validation(validation, on_validation, forward, config, accelerator)
+        run.mismatch = mismatch
+        with StopRequest(accelerator.num_processes, saves=not run.deepspeed) as request:
+            return run.go(resume_from, request)
 
 
 class _Run:
@@ -170,6 +183,7 @@ class _Run:
         self.forward = forward
         self.dataset = dataset
         self.deepspeed = is_deepspeed(accelerator)
+        self.network = unwrapped(policy)
         # Before the optimiser is made, so that it holds the parameters where they will be trained.
         policy.to(self.device).train()
         if optimizer is None:
@@ -177,7 +191,7 @@ class _Run:
         self.base_rates = [group["lr"] for group in optimizer.param_groups]
         self.policy, self.optimizer = prepare(policy, optimizer, config, accelerator)
         # FSDP2 has put others in their places.
-        self.names = {n: p for n, p in policy.named_parameters() if p.requires_grad}
+        self.names = {plain_name(n): p for n, p in self.network.named_parameters() if p.requires_grad}
         self.parameters = list(self.names.values())
         self.average = Average(self.names, config.ema_decay) if config.ema_decay is not None else None
         # A loss that adds to sums on the device by itself saves a pass some thirty small operations.
@@ -199,13 +213,13 @@ class _Run:
             "dataset_length": len(dataset),
             "groups": [len(group) for group in getattr(dataset, "groups", None) or ()],
             "processes": accelerator.num_processes,
-            "loss": repr(loss_fn) if isinstance(loss_fn, nn.Module) else type(loss_fn).__name__,
+            "loss": _describe(loss_fn),
         }
 
     def go(self, resume_from: str | Path | None, request: StopRequest) -> TrainingResult:
         """Trains from the start or a checkpoint to the last step."""
         config, accelerator = self.config, self.accelerator
-        torch.manual_seed(derive_seed(config.seed, GLOBAL, accelerator.process_index))
+        seed_process(config.seed, accelerator.process_index)
         accelerator.step = 0  # of accumulation; a run that broke off may have left it in mid-step
         first = 0 if resume_from is None else self._resume(resume_from)
         sampler = StreamSampler(
@@ -229,7 +243,10 @@ class _Run:
             generator=torch.Generator().manual_seed(derive_seed(config.seed, WORKERS, first)),
         )
         recorder = Recorder(config, first, accelerator)
+        agreement = StopAgreement(request, accelerator)
         try:
+            if first and self._validation_due(first) and not self._validated(first):
+                self._validate(recorder, first)
             batches = iter(loader)
             passes = iter(sampler.passes)
             for step in range(first, config.steps):
@@ -237,14 +254,16 @@ class _Run:
                     rate = self._set_learning_rate(step)
                     chunks = iter(self._timesteps(step))
                     self.forward.first = FirstStep(accelerator) if step == 0 else None
-                    for _ in range(config.accumulation):
+                    for number in range(config.accumulation):
+                        if number == config.accumulation - 1:
+                            agreement.ask()
                         with accelerator.accumulate(self.policy):
                             self._pass(next(batches), next(chunks), sampler.positions(next(passes)))
                     if self.forward.first is not None:
                         self._check_start(self.forward.first)
                     self._update()
                 recorder.advance()
-                if self._after(recorder, step + 1, rate, request):
+                if self._after(recorder, step + 1, rate, agreement):
                     if self.alarms:
                         raise TrainingAlarm(step + 1, self.saved, self.alarms)
                     raise TrainingInterrupted(step + 1, self.saved, request.signal)
@@ -295,11 +314,9 @@ class _Run:
         self.forward.first = None
         self.start = first.read()
         main = self.accelerator.is_main_process
-        if self.config.progress and main:
-            from tqdm.auto import tqdm
-
+        if self.config.progress is not None and main:
             difference, logit = (self.start[name] for name in NAMES)
-            tqdm.write(f"step 1: policy and reference differ by {difference:.2g}, logits by {logit:.2g}", sys.stderr)
+            say(f"step 1: policy and reference differ by {difference:.2g}, logits by {logit:.2g}")
         beyond, message = first.judge(self.start)
         if message is None or self.config.alarms == "off":
             return
@@ -355,32 +372,50 @@ class _Run:
 
     # ---- After a step ----
 
-    def _after(self, recorder: Recorder, done: int, rate: float, request: StopRequest) -> bool:
-        """Log, validation and checkpoint, each where due; returns whether to stop here."""
+    def _after(self, recorder: Recorder, done: int, rate: float, agreement: StopAgreement) -> bool:
+        """Log, checkpoint and validation, each where due and in this order; returns whether to stop here."""
         config = self.config
         last = done == config.steps
-        stop = bool(request.signal) and self.accelerator.num_processes == 1
+        asked = agreement.answer()
         # The first step always has a line: there the policy still is the reference, and a wrong
         # set-up shows.
         if last or done == 1 or done % config.log_every == 0:
-            stop = self._log(recorder, done, rate, request)
-        if config.validate_every and (last or done % config.validate_every == 0):
-            metrics = self.validation(self.policy, done)
-            if metrics:
-                recorder.write_validation(done, metrics)
-        stop = stop and not last
-        due = config.checkpoint_every and (last or done % config.checkpoint_every == 0)
-        if due or (stop and not self.deepspeed):
-            self._save(done)
-        return stop
+            self._log(recorder, done, rate)
+        # Samples or a validation may run out of memory or time: what has been trained is saved before.
+        saved = bool(config.checkpoint_every) and (last or done % config.checkpoint_every == 0)
+        if saved or asked or self.alarms:
+            saved = self._save(done)
+        if self._validation_due(done) and (last or not asked):
+            self._validate(recorder, done)
+            if not last:  # it may have taken long
+                agreement.ask()
+                asked = agreement.answer()
+                if asked and not saved:
+                    self._save(done)
+        return not last and (asked or bool(self.alarms))
 
-    def _log(self, recorder: Recorder, step: int, rate: float, request: StopRequest) -> bool:
-        """Writes a line; returns whether a process was asked to stop, or an alarm is to."""
-        asked = torch.full((1,), float(bool(request.signal)), dtype=torch.float32, device=self.device)
+    def _validation_due(self, step: int) -> bool:
+        every = self.config.validate_every
+        return bool(every) and (step == self.config.steps or step % every == 0)
+
+    def _validate(self, recorder: Recorder, step: int) -> None:
+        recorder.write_validation(step, self.validation(self.policy, step, self.network))
+
+    def _validated(self, step: int) -> bool:
+        """Whether the log has the validation of the step that a run was resumed from; every process calls it."""
+
+        def look() -> bool:
+            path = self.config.metrics_path
+            return any(line["step"] == step for kind in ("validation", "hook") for line in read_lines(path, kind))
+
+        return from_main(self.accelerator, look)
+
+    def _log(self, recorder: Recorder, step: int, rate: float) -> None:
+        """Writes a line, and notes an alarm that the run is to stop for."""
         # Not at the first and last line: what is drawn next must not depend on where a run began or ended.
         informative = self.informative if step % self.config.log_every == 0 else None
         windows = [taker.window.flatten() for taker in (informative, self.statistics) if taker is not None]
-        metrics, row, (stop, *sums) = self.window.read(self.accelerator, torch.cat([asked, *windows]))
+        metrics, row, sums = self.window.read(self.accelerator, torch.cat(windows) if windows else None)
         if informative is not None:
             informative.absorb(sums[: informative.window.numel()])
             del sums[: informative.window.numel()]
@@ -397,18 +432,18 @@ class _Run:
                 f"step {step}: {row} optimiser steps in a row had a non-finite gradient, expected fewer than "
                 f"max_nonfinite_steps={self.config.max_nonfinite_steps}; see {self.config.metrics_path}"
             )
-        if stop and not request.signal:
-            request.signal = "another process"
         messages = self.watch.update(metrics) if self.config.alarms != "off" else []
         if self.config.alarms == "stop" and step < self.config.steps:  # after the last there is nothing to stop
             self.alarms, messages = messages, []
-        for message in messages:
+        for message in messages if self.accelerator.is_main_process else ():
             warnings.warn(f"step {step}: {message}", TrainingWarning, stacklevel=2)
-        return stop > 0 or bool(self.alarms)
 
     # ---- Checkpoints ----
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int) -> bool:
+        """Writes a checkpoint, where one can be written; returns whether."""
+        if self.deepspeed:
+            return False
         window = self.window.state()
         progress: dict[str, Any] = {"alarms": self.watch.lines, "skipped": self.skipped}
         if self.informative is not None:
@@ -420,7 +455,7 @@ class _Run:
             self.config.checkpoints,
             step=step,
             identity=self.identity,
-            model=self.accelerator.unwrap_model(self.policy),
+            model=self.network,
             optimizer=self.optimizer,
             average=self.average,
             window=window,
@@ -428,25 +463,40 @@ class _Run:
             keep=self.config.keep_checkpoints,
             accelerator=self.accelerator,
         )
+        return True
 
     def _resume(self, source: str | Path) -> int:
-        step, window, progress = checkpoint.load(
+        step = checkpoint.load(
             source,
             self.config.checkpoints,
             identity=self.identity,
-            model=self.accelerator.unwrap_model(self.policy),
+            model=self.network,
             optimizer=self.optimizer,
             average=self.average,
+            restore=self._restore,
             accelerator=self.accelerator,
         )
         if step > self.config.steps:  # as many is a run that was stopped between its last step and what comes after
             raise ValueError(f"steps={self.config.steps}: the checkpoint has {step} already, expected at least as many")
+        return step
+
+    def _restore(self, window: dict[str, Tensor], progress: dict[str, Any]) -> None:
+        for name, tensor in window.items():
+            if tensor.dtype != torch.float32:
+                raise ValueError(f"window.{name} is {tensor.dtype}, expected float32")
         self.window.restore(window)
-        # Checkpoints of before the other alarms have the lines of the first alone.
-        self.watch.lines |= progress.get("alarms", {"stalled": progress.get("low_active_lines", 0)})
-        self.skipped = int(progress["skipped"])
+        self.watch.lines |= progress["alarms"]
+        self.skipped = progress["skipped"]
         if self.statistics is not None and "statistics" in window:
+            if window["statistics"].shape != self.statistics.window.shape:
+                raise ValueError(f"window.statistics has shape {[*window['statistics'].shape]}, expected this run's")
             self.statistics.window = window["statistics"].to(self.device)
         if self.informative is not None:
             self.informative.restore(progress["timesteps"], window["ratios"])
-        return step
+
+
+def _describe(loss_fn: PairLoss) -> Any:
+    """What a resumed run's loss must share; JSON values."""
+    if isinstance(loss_fn, SIPOLoss):
+        return loss_fn.settings()
+    return repr(loss_fn) if isinstance(loss_fn, nn.Module) else type(loss_fn).__name__

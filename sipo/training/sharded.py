@@ -31,8 +31,8 @@ def is_sharded(accelerator: Accelerator) -> bool:
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Whether a network is ``torch.compile``'s wrapper of another."""
-    return isinstance(model, torch._dynamo.eval_frame.OptimizedModule)
+    """Whether a network is ``torch.compile``'s wrapper of another, told without importing the compiler."""
+    return "_orig_mod" in model._modules
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -20,7 +20,7 @@ from sipo.training.data import step_timesteps
 from sipo.training.forward import PairForward
 from sipo.training.protocols import PairDataset, PairLoss
 from sipo.training.randomness import VALIDATION, derive_seed
-from sipo.training.sharded import reshard, unwrapped
+from sipo.training.sharded import is_compiled, reshard, unwrapped
 from sipo.training.stopping import release_signals
 from sipo_kernels import pair_loss
 
@@ -74,16 +74,23 @@ class Validation:
             size = config.batch_size
             self.batches = [list(group[i : i + size]) for group in groups for i in range(0, len(group), size)]
 
-    def __call__(self, policy: nn.Module, step: int) -> dict[str, float]:
+    def __call__(self, policy: nn.Module, step: int, plain: nn.Module | None = None) -> dict[str, float]:
         """Means by the names of docs/math.md §8, where it lists what a validation has beside; empty without pairs.
 
         Every process calls it. NaN where no pair is finite.
+
+        Args:
+            policy: wrapped as it is trained.
+            step: optimiser steps done.
+            plain: the network that was passed in to be trained, for the hook; the one inside ``policy`` if left out.
         """
-        network = unwrapped(policy)
-        with randomness.kept(self.accelerator.device), torch.no_grad(), _eval(network):
+        network = policy if is_compiled(policy) else unwrapped(policy)
+        if plain is None or self.accelerator.is_fsdp2:  # which gathers weights where the compiled network is called
+            plain = network
+        with randomness.kept(self.accelerator.device), torch.no_grad(), _eval(network), _eval(plain):
             metrics = self._measure(network) if self.batches else {}
             if self.hook is not None:
-                self.hook(step, network)
+                self.hook(step, plain)
             reshard(network)
         return metrics
 
