@@ -1,4 +1,4 @@
-"""The commands of ``sipo`` that look at a run, or at what one would be: ``analyze`` and ``score``."""
+"""The commands of ``sipo`` that look at a run, or at what one would be: ``analyze``, ``score``, ``verify``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from sipo.cli_data import CommandError, missing_packages, one_line_errors
+from sipo.cli_errors import CommandError, in_one_line, missing_packages, one_line_errors
 
 
 def add_commands(commands: Any) -> None:
@@ -48,6 +48,15 @@ def add_commands(commands: Any) -> None:
     )
     score.set_defaults(run=_score)
 
+    verify = commands.add_parser(
+        "verify",
+        help="is all that a run has written still as it was written?",
+        description="Reads a run's configuration, checkpoints, logs and weights, compares them with the hashes beside "
+        "them and prints a line for each. Exit status 1 where something is damaged. Nothing is changed.",
+    )
+    verify.add_argument("target", type=Path, metavar="RUN", help="folder of a run, or of weights copied from one")
+    verify.set_defaults(run=_verify)
+
 
 def _analyze(options: argparse.Namespace) -> int:
     if missing := missing_packages({"accelerate": "accelerate", "matplotlib": "matplotlib", "yaml": "pyyaml"}):
@@ -62,10 +71,8 @@ def _analyze(options: argparse.Namespace) -> int:
             raise CommandError(f"--{name} is for a YAML file, and {options.target} is a folder")
     if options.overrides:
         raise CommandError(f"{options.overrides[0]!r} is for a YAML file, and {options.target} is a folder")
-    try:
+    with in_one_line():
         page, findings = report_run(options.target, options.output)
-    except (OSError, ValueError) as error:
-        raise CommandError(str(error)) from error
     _print(page, findings)
     return 0
 
@@ -111,3 +118,13 @@ def _score(options: argparse.Namespace) -> int:
     )
     print(scored.describe())
     return 0
+
+
+@one_line_errors
+def _verify(options: argparse.Namespace) -> int:
+    from sipo.verify import verify_run
+
+    items = verify_run(options.target)
+    for item in items:
+        print(item.describe())
+    return 1 if any(item.fault for item in items) else 0

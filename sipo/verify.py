@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from sipo.files import FileError, file_hash, parse_json, read_text, write_aside
+from sipo.files import FileError, file_hash, read_text, write_aside
 
 SUMS = "SHA256SUMS"
 """File in a folder of weights: a line for each other file that is read back."""
@@ -92,11 +92,13 @@ def _checkpoint(folder: Path) -> str:
 
 
 def _log(file: Path) -> str:
-    lines = read_text(file).splitlines()
-    for number, line in enumerate(lines, 1):
-        if not isinstance(parse_json(line, f"line {number}"), dict):
-            raise FileError(f"line {number}: no JSON object")
-    return f"{len(lines)} lines"
+    from sipo.diagnostics import statistics_fault
+    from sipo.run_log import metrics_fault, read_log
+
+    log = read_log(file, metrics_fault if file.name.startswith("metrics") else statistics_fault)
+    if log.damage:
+        raise FileError(f"{len(log.damage)} of {len(log.damage) + len(log.lines)} lines: {log.damage[0]}")
+    return f"{len(log.lines)} lines"
 
 
 def _weights(folder: Path) -> str:

@@ -1,0 +1,254 @@
+"""How files are written and read: whole or not at all, on disk when they should be, with the umask's mode."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import stat
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from sipo import files
+from sipo.files import FileError
+
+TENSORS = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.ones(3, dtype=torch.bfloat16)}
+
+
+@pytest.fixture(params=[0o022, 0o077, 0o002])
+def umask(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def folder_of_two(place: Path) -> None:
+    """As diffusers writes a network: safetensors' files are 0600 whatever the umask says."""
+    place.mkdir()
+    save_file(TENSORS, place / "a.safetensors")
+    os.chmod(place / "a.safetensors", 0o600)
+    (place / "config.json").write_text("{}")
+
+
+def test_files_get_the_mode_that_the_umask_says(tmp_path: Path, umask: int) -> None:
+    files.save_tensors(tmp_path / "a.safetensors", TENSORS)
+    files.write_aside(tmp_path / "a.json", "{}")
+    with files.aside(tmp_path / "network") as place:
+        folder_of_two(place)
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) == 4 and {mode(path) for path in written} == {0o666 & ~umask}
+    assert mode(tmp_path / "network") == 0o777 & ~umask
+
+
+def test_a_folder_takes_the_former_ones_place(tmp_path: Path) -> None:
+    for number in (1, 2):
+        with files.aside(tmp_path / "network") as place:
+            folder_of_two(place)
+            (place / f"{number}").touch()
+    assert names(tmp_path) == ["network"] and names(tmp_path / "network") == ["2", "a.safetensors", "config.json"]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_an_error_leaves_what_was_there(tmp_path: Path, there: bool) -> None:
+    def failing() -> None:
+        with files.aside(tmp_path / "network") as place:
+            folder_of_two(place)
+            raise KeyError
+
+    if there:
+        with files.aside(tmp_path / "network") as place:
+            folder_of_two(place)
+    with pytest.raises(KeyError):
+        failing()
+    assert names(tmp_path) == ["network"] * there
+
+
+def test_a_folder_that_cannot_be_put_in_place_leaves_the_former(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with files.aside(tmp_path / "network") as place:
+        folder_of_two(place)
+    former, count = os.replace, 0
+
+    def failing(*paths: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 2:  # the former folder has been moved away
+            raise OSError("no")
+        former(*paths)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(OSError, match="no"), files.aside(tmp_path / "network") as place:
+        place.mkdir()
+    assert names(tmp_path) == ["network"] and len(names(tmp_path / "network")) == 2
+
+
+def _killed(work: Callable[[], object]) -> int:
+    """The number of a process that was killed as it did the work."""
+    child = os.fork()
+    if child == 0:
+        work()
+        os._exit(1)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    return child
+
+
+def kill(*args: Any, **options: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_leftovers_of_killed_processes_are_removed_and_no_others(tmp_path: Path) -> None:
+    def write() -> None:
+        with files.aside(tmp_path / "weights.safetensors") as place:
+            (place.parent / ".tmpA1b2C3").touch()  # as safetensors names what it is writing
+            kill()
+
+    def replace() -> None:
+        os.replace = lambda a, b, f=os.replace: (f(a, b), kill())  # type: ignore[assignment] # after the first
+        with files.aside(tmp_path / "network") as place:
+            folder_of_two(place)
+
+    with files.aside(tmp_path / "network") as place:
+        folder_of_two(place)
+    dead = [_killed(write), _killed(replace)]
+    assert names(tmp_path) == sorted([f".weights.safetensors.{dead[0]}.tmp", f".network.{dead[1]}.tmp"])
+    (tmp_path / f".other.{os.getppid()}.tmp").mkdir()  # of a process that runs
+    (tmp_path / ".mine.tmp").touch()
+    files.remove_leftovers(tmp_path)
+    assert names(tmp_path) == sorted([".mine.tmp", f".other.{os.getppid()}.tmp", "network"])
+    assert names(tmp_path / "network") == ["a.safetensors", "config.json"]  # put back
+
+
+def test_long_names_are_written(tmp_path: Path) -> None:
+    path = tmp_path / ("ü" * 125 + ".json")  # 255 bytes
+    files.write_aside(path, "x")
+    assert path.read_text() == "x" and names(tmp_path) == [path.name]
+
+
+def test_durable_files_are_on_disk_before_they_get_their_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Content and names within, then the rename, then the name itself."""
+    done: list[str] = []
+    replace = os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: done.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name))
+    monkeypatch.setattr(os, "replace", lambda a, b: (done.append("rename"), replace(a, b)))
+    with files.aside(tmp_path / "network", durable=True) as place:
+        folder_of_two(place)
+    assert done == ["a.safetensors", "config.json", "network", "rename", tmp_path.name]
+    done.clear()
+    files.save_tensors(tmp_path / "a.safetensors", TENSORS, durable=True)
+    assert done == ["a.safetensors", "rename", tmp_path.name]
+    done.clear()
+    files.write_aside(tmp_path / "a.json", "{}")
+    assert done == ["rename"]
+
+
+def test_metadata_are_in_order_and_tensors_as_they_were(tmp_path: Path) -> None:
+    metadata = {name: f'"{name}" ü\n' for name in "zyxwabcd"}
+    contents = set()
+    for order in (list(metadata), sorted(metadata)):
+        for _ in range(3):  # safetensors would have an order of its own each time
+            files.save_tensors(tmp_path / "a.safetensors", TENSORS, {name: metadata[name] for name in order})
+            contents.add((tmp_path / "a.safetensors").read_bytes())
+    assert len(contents) == 1
+    (content,) = contents
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    assert list(header["__metadata__"]) == sorted(metadata)
+    with safe_open(tmp_path / "a.safetensors", "pt") as opened:
+        assert opened.metadata() == metadata
+    loaded = files.load_tensors(tmp_path / "a.safetensors")
+    assert all(torch.equal(loaded[name], TENSORS[name]) for name in TENSORS)
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    """A limit on the size of files stands in for a disk without room."""
+    ready, told = os.pipe()
+    child = os.fork()
+    if child == 0:
+        import resource
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+        try:
+            files.save_tensors(tmp_path / "a.safetensors", {"a": torch.ones(1000)})
+        except OSError as error:
+            os.write(told, str(error).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    os.close(told)
+    message = os.read(ready, 1000).decode()
+    os.close(ready)
+    assert message.startswith(f"{tmp_path / 'a.safetensors'}: cannot be written (") and "\n" not in message
+    assert names(tmp_path) == []
+
+
+# ---------------------------------------------------------------- reading
+
+PLACES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "folder": (Path.mkdir, "is a folder, expected a file"),
+    "FIFO": (os.mkfifo, "is a FIFO, expected a file"),
+    "device": (lambda path: path.symlink_to("/dev/zero"), "is a device, expected a file"),
+    "loop": (lambda path: path.symlink_to(path), "not readable (Too many levels of symbolic links)"),
+}
+TEXTS: dict[str, tuple[bytes, str]] = {
+    "not UTF-8": (b'{"a": "\xff"}', "not UTF-8 (byte 7)"),
+    "empty": (b"", "not JSON ("),
+    "nested": (b"[" * 100_000, "nested too deeply, expected JSON of a few levels"),
+    "digits": (b'{"a": ' + b"9" * 5000 + b"}", "not JSON ("),
+    "list": (b"[1]", "holds list, expected a JSON object"),
+    "NUL": (b"\0", "not JSON ("),
+}
+
+
+@pytest.mark.parametrize("what", [*PLACES, *TEXTS])
+def test_what_is_no_json_file_is_one_line(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "state.json"
+    if what in PLACES:
+        make, message = PLACES[what]
+        make(path)
+    else:
+        content, message = TEXTS[what]
+        path.write_bytes(content)
+    started = time.monotonic()
+    with pytest.raises(FileError) as caught:
+        files.read_object(path)
+    assert str(caught.value).startswith(f"{path}: {message}") and "\n" not in str(caught.value)
+    assert time.monotonic() - started < 5
+
+
+WEIGHTS: dict[str, tuple[bytes, str]] = {
+    "LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "is a Git LFS pointer, expected"),
+    "pickle": (b"\x80\x02}q\x00.", "is a pickle, which is not read here, expected safetensors"),
+    "zip": (b"PK\x03\x04" + bytes(100), "is a pickle, which is not read here, expected safetensors"),
+    "empty": (b"", "not a sound safetensors file (0 bytes, cut short or damaged)"),
+    "cut": (bytes([200, 0, 0, 0, 0, 0, 0, 0]) + b"{", "not a sound safetensors file ("),
+    "header": (bytes([2, 0, 0, 0, 0, 0, 0, 0]) + b"{x", "not a sound safetensors file ("),
+}
+
+
+@pytest.mark.parametrize("what", [*sorted(PLACES.keys() - {"loop"}), *WEIGHTS])
+def test_what_is_no_safetensors_file_is_one_line(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "model.safetensors"
+    if what in PLACES:
+        make, message = PLACES[what]
+        make(path)
+    else:
+        content, message = WEIGHTS[what]
+        path.write_bytes(content)
+    with pytest.raises(FileError) as caught:
+        files.load_tensors(path)
+    assert str(caught.value).startswith(f"{path}: {message}") and "\n" not in str(caught.value)

@@ -1,0 +1,159 @@
+"""``sipo verify``, and the hashes beside trained weights: whatever one flipped bit does, it is noticed and named."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from sipo import cli
+from sipo.files import FileError, save_tensors
+from sipo.verify import SUMS, check_weights, verify_run, write_sums
+from tests.training_cases import fit, fresh_accelerate
+
+__all__ = ["fresh_accelerate"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with all that a run writes."""
+    folder = tmp_path_factory.mktemp("run")
+    fit(folder, steps=4, checkpoint_every=2)
+    config = {"model": {"family": "sd15", "path": "toy"}, "data": {"path": "toy", "cache": "c", "sizes": [[16, 16]]}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config | {"training": {"output_dir": "r", "steps": 4}}))
+    network = folder / "weights" / "unet"
+    network.mkdir(parents=True)
+    save_tensors(network / "diffusion_pytorch_model.safetensors", {"a": torch.arange(6.0)})
+    (network / "config.json").write_text("{}")
+    (folder / "weights" / "trained_on.json").write_text("{}")
+    (folder / "weights" / "README.md").write_text("# a model")
+    write_sums(folder / "weights")
+    return folder
+
+
+@pytest.fixture
+def copied(run: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(run, tmp_path / "run")
+
+
+def test_a_sound_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["verify", str(run)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"ok       {run / 'config.yaml'}",
+        f"ok       {run / 'checkpoints' / 'step-00000002'}",
+        f"ok       {run / 'checkpoints' / 'step-00000004'}",
+        f"ok       {run / 'metrics.jsonl'} (4 lines)",
+        f"ok       {run / 'timesteps.jsonl'} (4 lines)",
+        f"ok       {run / 'weights'} (3 files)",
+    ]
+
+
+def test_the_hashes_are_those_of_sha256sum(run: Path) -> None:
+    if shutil.which("sha256sum") is None:
+        pytest.skip("needs sha256sum")
+    command = ["sha256sum", "--check", "--strict", SUMS]
+    done = subprocess.run(command, cwd=run / "weights", capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count(": OK") == 3
+
+
+def test_a_flipped_bit_in_any_byte_that_is_read_back_is_noticed(copied: Path) -> None:
+    """The model card is not read back: it is there to be edited."""
+    for file in [*sorted((copied / "weights").rglob("*.*")), copied / "weights" / SUMS]:
+        content = file.read_bytes()
+        for place in range(len(content)):
+            file.write_bytes(content[:place] + bytes([content[place] ^ 1 << place % 8]) + content[place + 1 :])
+            faults = [item for item in verify_run(copied) if item.fault] if place == 0 else None
+            if file.name == "README.md":
+                assert check_weights(copied / "weights") and not faults
+                continue
+            with pytest.raises(FileError) as caught:
+                check_weights(copied / "weights")
+            assert "\n" not in str(caught.value) and SUMS in str(caught.value)
+            assert faults is None or [item.path.name for item in faults] == ["weights"]
+        file.write_bytes(content)
+    assert check_weights(copied / "weights")
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def _fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+_NETWORK = "weights/unet/diffusion_pytorch_model.safetensors"
+DAMAGE: dict[str, tuple[Callable[[Path], object], str, str]] = {
+    "weights": (lambda f: _flip(f / _NETWORK), _NETWORK, f"damaged, its SHA-256 is not the one that {SUMS} states"),
+    "no weights": (lambda f: (f / _NETWORK).unlink(), _NETWORK, f"missing, {SUMS} lists it"),
+    "another": (
+        lambda f: shutil.copy(f / _NETWORK, f / "weights/unet/a.safetensors"),
+        "weights/unet/a.safetensors",
+        f"not in {SUMS}, expected only files that the run has written",
+    ),
+    "FIFO": (lambda f: _fifo(f / _NETWORK), _NETWORK, "is a FIFO, expected a file"),
+    "no sums": (
+        lambda f: (f / "weights" / SUMS).unlink(),
+        "weights",
+        f"no {SUMS}: the run was ended while it wrote them",
+    ),
+    "empty sums": (lambda f: (f / "weights" / SUMS).write_text(""), f"weights/{SUMS}", "damaged, it is empty"),
+    "escape": (
+        lambda f: (f / "weights" / SUMS).write_text(f"{'0' * 64}  ../config.yaml\n"),
+        f"weights/{SUMS}",
+        "damaged, line 1 is not a SHA-256, two spaces and a file's name",
+    ),
+    "checkpoint": (
+        lambda f: _flip(f / "checkpoints/step-00000002/model.safetensors"),
+        "checkpoints/step-00000002",
+        "model.safetensors does not have the SHA-256 that state.json states",
+    ),
+    "config": (lambda f: (f / "config.yaml").write_text("a: [b"), "config.yaml", ""),
+    "log": (
+        lambda f: (f / "metrics.jsonl").write_text("3\n" + (f / "metrics.jsonl").read_text()),
+        "metrics.jsonl",
+        "1 of 5 lines: line 1 (no JSON object)",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_damage_is_one_line_that_names_the_file(what: str, copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spoil, place, message = DAMAGE[what]
+    spoil(copied)
+    assert cli.main(["verify", str(copied)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6
+    (line,) = (line for line in lines if not line.startswith("ok       "))
+    assert line.startswith(f"damaged  {copied / place}: {message}")
+
+
+def test_weights_that_were_copied_are_verified_alone(copied: Path, tmp_path: Path) -> None:
+    weights = shutil.move(copied / "weights", tmp_path / "elsewhere")
+    assert [item.describe() for item in verify_run(Path(weights))] == [f"ok       {weights} (3 files)"]
+    assert not check_weights(tmp_path)  # there are none to compare with
+
+
+def test_what_is_no_run_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder, message in ((tmp_path / "nowhere", "no such folder"), (tmp_path, "no config.yaml, checkpoints, logs")):
+        assert cli.main(["verify", str(folder)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"sipo: error: {folder}: {message}") and error.count("\n") == 1
+
+
+def test_sums_are_the_same_for_the_same_files(copied: Path) -> None:
+    before = (copied / "weights" / SUMS).read_bytes()
+    (copied / "weights" / ".hidden").write_text("left by another tool")
+    (copied / "weights" / "README.md").write_text(json.dumps({}))
+    write_sums(copied / "weights")
+    assert (copied / "weights" / SUMS).read_bytes() == before
