@@ -19,7 +19,16 @@ from typing import NoReturn, TextIO
 
 import sipo
 from sipo import cli_analysis
-from sipo.cli_data import CommandError, add_commands, missing_packages
+from sipo.cli_data import add_commands
+from sipo.cli_errors import (
+    INTERRUPTED,
+    READER_GONE,
+    CommandError,
+    gone_readers,
+    in_one_line,
+    missing_packages,
+    print_nowhere,
+)
 
 # Import name and distribution name of what `sipo demo` needs beyond the core.
 _DEMO_PACKAGES = {
@@ -70,8 +79,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; the process's own if left out.
 
     Returns:
-        Exit status: 0, or 2 for a user error. Parsing errors and ``--help`` raise ``SystemExit`` instead.
+        Exit status: 0, 2 for a user error, 130 after Ctrl-C, or 141 where nobody reads what is printed (``| head``).
+        Parsing errors and ``--help`` raise ``SystemExit`` instead.
     """
+    try:
+        try:
+            return _run(argv)
+        finally:
+            for stream in (sys.stdout, sys.stderr):  # here, as the interpreter's own errors at its end are not ours
+                if stream is not None and not stream.closed:
+                    stream.flush()
+    except BrokenPipeError:
+        if not (gone := gone_readers()):
+            raise
+        print_nowhere(gone)
+        return READER_GONE
+    except KeyboardInterrupt:
+        print("sipo: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _run(argv: Sequence[str] | None) -> int:
     parser = _parser()
     options, rest = parser.parse_known_args(argv)
     if rest:  # argparse takes no positional arguments after an option where some came before it
@@ -155,7 +183,6 @@ def _demo(options: argparse.Namespace) -> int:
     import torch
 
     from sipo.demo.run import DemoConfig, describe, run_demo
-    from sipo.training import TrainingDiverged
     from sipo_kernels import backends
 
     try:
@@ -164,10 +191,8 @@ def _demo(options: argparse.Namespace) -> int:
         backends.choose("auto", torch.device(config.device))
     except (ValueError, RuntimeError) as error:
         return _fail(str(error))
-    try:
+    with in_one_line():
         summary = run_demo(config)
-    except (OSError, TrainingDiverged) as error:
-        return _fail(str(error))
     print(describe(summary, config.output))
     return 0
 

@@ -6,34 +6,13 @@ And ``export``, which needs the configuration that a run has kept.
 from __future__ import annotations
 
 import argparse
-import functools
-import importlib.util
+import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Import name → distribution.
-_PACKAGES = {
-    "accelerate": "accelerate",
-    "av": "av",
-    "datasets": "datasets",
-    "diffusers": "diffusers",
-    "peft": "peft",
-    "PIL": "pillow",
-    "pydantic": "pydantic",
-    "safetensors": "safetensors",
-    "tqdm": "tqdm",
-    "transformers": "transformers",
-    "yaml": "pyyaml",
-}
-
-INTERRUPTED = 130
-"""Exit status after Ctrl-C, as a shell has it."""
-
-
-class CommandError(Exception):
-    """What a user did wrong, or what went wrong, in one line."""
+from sipo.cli_errors import INTERRUPTED, CommandError, one_line_errors
 
 
 def add_commands(commands: Any) -> None:
@@ -72,11 +51,14 @@ def add_commands(commands: Any) -> None:
     check.add_argument("path", help="JSONL file, parquet files, hub id, or VideoDPO folder")
     check.add_argument("--format", choices=("auto", "jsonl", "pickapic", "videodpo"), default="auto", help="of PATH")
     check.add_argument("--split", default="train", help="of a data set with several")
-    check.add_argument("--frames", type=int, help="frames that training will need of each clip")
-    check.add_argument("--fps", type=float, help="frames per second that it will read them at")
-    check.add_argument("--limit", type=int, help="look at no more than the first so many rows")
+    check.add_argument("--frames", type=_at_least(1), help="frames that training will need of each clip")
+    check.add_argument("--fps", type=_rate, help="frames per second that it will read them at")
+    check.add_argument("--limit", type=_at_least(1), help="look at no more than the first so many rows")
     check.add_argument("--streaming", action="store_true", help="read a hub's data set without downloading all of it")
-    check.add_argument("--rows", type=int, default=5, help="rows to list of each kind of fault (default %(default)s)")
+    check.add_argument(
+        "--rows", type=_at_least(0), default=5, help="rows to list of each kind of fault (default %(default)s)"
+    )
+    _add_max_pixels(check)
     check.add_argument("--json", type=Path, metavar="FILE", help="write every row of the report as JSON")
     check.set_defaults(run=_check)
 
@@ -95,12 +77,46 @@ def add_commands(commands: Any) -> None:
     label.add_argument(
         "--pairs", choices=("best-worst", "all"), default="best-worst", help="of one prompt's candidates"
     )
-    label.add_argument("--min-margin", type=float, default=0.0, help="leave out pairs whose scores differ by less")
-    label.add_argument("--frames", type=int, default=8, help="that a clip is scored by (default %(default)s)")
-    label.add_argument("--batch-size", type=int, default=16, help="images in one call (default %(default)s)")
+    label.add_argument(
+        "--min-margin", type=_at_least(0, float), default=0.0, help="leave out pairs whose scores differ by less"
+    )
+    label.add_argument("--frames", type=_at_least(1), default=8, help="that a clip is scored by (default %(default)s)")
+    label.add_argument("--batch-size", type=_at_least(1), default=16, help="images in one call (default %(default)s)")
     label.add_argument("--device", default="cpu", help="of the scorer (default %(default)s)")
     label.add_argument("--skip-bad", action="store_true", help="leave out files that cannot be read, and count them")
+    _add_max_pixels(label)
     label.set_defaults(run=_label)
+
+
+def _add_max_pixels(parser: argparse.ArgumentParser) -> None:
+    text = "that an image or a frame may have (default: 120 million)"
+    parser.add_argument("--max-pixels", type=_at_least(1), default=argparse.SUPPRESS, help=text)
+
+
+def _at_least(least: int, kind: Callable[[str], float] = int) -> Callable[[str], float]:
+    """Reads a number, so that an error names the option."""
+
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value < math.inf:
+            number = "number" if kind is float else "whole number"
+            raise argparse.ArgumentTypeError(f"{text!r}: expected a {number} of at least {least}")
+        return value
+
+    return read
+
+
+def _rate(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number > 0")
+    return value
 
 
 def _add_export(commands: Any) -> None:
@@ -124,56 +140,6 @@ def _add_export(commands: Any) -> None:
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, help="YAML file; see examples/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="laid over the file")
-
-
-def missing_packages(packages: Mapping[str, str]) -> str:
-    """Distributions whose module cannot be found, of a table from import name to distribution; "" if none."""
-    return ", ".join(name for module, name in packages.items() if importlib.util.find_spec(module) is None)
-
-
-def one_line_errors(work: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
-    """Errors that a user of a command can do something about become one line, a :class:`CommandError`."""
-
-    @functools.wraps(work)
-    def guarded(options: argparse.Namespace) -> int:
-        if missing := missing_packages(_PACKAGES):
-            raise CommandError(f"this needs {missing}: pip install 'sipo[train]'")
-        import torch
-
-        from sipo.processes import OtherProcessError, lost_connection
-        from sipo.training import TrainingDiverged, TrainingOutOfMemory
-
-        _quieten()
-        try:
-            return work(options)
-        except OtherProcessError as error:
-            raise CommandError(str(error)) from error
-        # OSError: files; ValueError: ours for data, caches, checkpoints and configurations; FloatingPointError: of
-        # loss.nonfinite=raise.
-        except (OSError, ValueError, FloatingPointError, ImportError, TrainingDiverged, TrainingOutOfMemory) as error:
-            raise CommandError(str(error) or type(error).__name__) from error
-        except torch.OutOfMemoryError as error:  # not in training, which says more
-            advice = "lower training.batch_size or data.sizes; data.tiling encodes and decodes in less"
-            raise CommandError(f"out of memory; {advice}: {error}") from error
-        except RuntimeError as error:
-            if message := lost_connection(error):
-                raise CommandError(message) from error
-            raise
-
-    return guarded
-
-
-def _quieten() -> None:
-    """Leaves out what diffusers and transformers print about every component that is loaded; downloads keep their bars.
-
-    Nor is a line wanted for each image processor that could do with torchvision.
-    """
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
 
 
 @one_line_errors
@@ -225,8 +191,8 @@ def _precompute(options: argparse.Namespace) -> int:
 def _check(options: argparse.Namespace) -> int:
     from sipo.data.check import run_check
 
-    report = {"streaming": options.streaming, "json_file": options.json, "rows": options.rows}
-    return run_check(options.path, options.format, options.split, options.frames, options.fps, options.limit, **report)
+    arguments = {name: value for name, value in vars(options).items() if name not in ("run", "json")}
+    return run_check(**arguments, json_file=options.json)
 
 
 @one_line_errors

@@ -1,0 +1,187 @@
+"""Errors that a user of the command line can do something about, in one line each; bugs keep their traceback."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import importlib.metadata
+import importlib.util
+import os
+import re
+import select
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+# What all commands but `sipo demo` and `sipo doctor` need. Import name → distribution.
+_PACKAGES = {
+    "accelerate": "accelerate",
+    "av": "av",
+    "datasets": "datasets",
+    "diffusers": "diffusers",
+    "peft": "peft",
+    "PIL": "pillow",
+    "pydantic": "pydantic",
+    "safetensors": "safetensors",
+    "tqdm": "tqdm",
+    "transformers": "transformers",
+    "yaml": "pyyaml",
+}
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as a shell has it."""
+
+READER_GONE = 141
+"""Exit status where nobody reads what is printed any more, as a shell has it of programs that end by SIGPIPE."""
+
+# Packages whose errors are about the network, a file, or what a codec can do, and have no other class in common.
+_OF_PACKAGES = {"av": "FFmpeg", "huggingface_hub": "hub", "safetensors": "safetensors"}
+_OF_PACKAGES["safetensors_rust"] = "safetensors"  # as it was called before
+_OF_PACKAGES |= dict.fromkeys(("aiohttp", "httpcore", "httpx", "httpx2", "requests", "urllib3"), "network")
+
+
+class CommandError(Exception):
+    """What a user did wrong, or what went wrong, in one line."""
+
+
+def missing_packages(packages: Mapping[str, str]) -> str:
+    """What has to be installed, of a table from import name to distribution; "" if all is there and new enough."""
+    floors = _floors()
+    found = []
+    for module, name in packages.items():
+        if importlib.util.find_spec(module) is None:
+            found.append(name)
+        elif name in floors and (version := _version(name)) and not floors[name].contains(version, prereleases=True):
+            found.append(f"{name}{floors[name]} ({version} is installed)")
+    return ", ".join(found)
+
+
+def _floors() -> dict[str, Any]:
+    """The versions that are needed of each distribution; none where sipo itself is not installed."""
+    try:
+        from packaging.requirements import Requirement
+
+        needed = [Requirement(line) for line in importlib.metadata.requires("sipo") or ()]
+    except (ImportError, importlib.metadata.PackageNotFoundError):
+        return {}
+    return {each.name: each.specifier for each in needed if each.name != "sipo"}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def one_line_errors(work: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """For a command that needs the packages of ``sipo[train]``: see :func:`in_one_line`."""
+
+    @functools.wraps(work)
+    def guarded(options: argparse.Namespace) -> int:
+        if missing := missing_packages(_PACKAGES):
+            raise CommandError(f"this needs {missing}: pip install 'sipo[train]'")
+        _quieten()
+        with in_one_line():
+            return work(options)
+
+    return guarded
+
+
+@contextlib.contextmanager
+def in_one_line() -> Iterator[None]:
+    """Errors that a user can do something about become a :class:`CommandError`.
+
+    Raises:
+        BrokenPipeError: nobody reads what is printed.
+    """
+    try:
+        yield
+    except CommandError:
+        raise
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and gone_readers():
+            raise
+        if message := describe(error):
+            raise CommandError(message) from error
+        raise
+
+
+def describe(error: Exception) -> str:
+    """What a user is told of an error, in one line; "" for one that can only be a mistake of ours."""
+    import torch
+
+    from sipo.processes import OtherProcessError, lost_connection
+
+    text = _said(error)
+    if isinstance(error, torch.OutOfMemoryError):  # not in training, which says more
+        advice = "lower training.batch_size or data.sizes; data.tiling encodes and decodes in less"
+        return f"out of memory; {advice}: {text}"
+    if isinstance(error, MemoryError):
+        advice = "lower training.num_workers, data.sizes or data.frames, or use smaller files"
+        return f"out of memory on the host; {advice}: {text}"
+    if isinstance(error, RecursionError):
+        return f"something that was read is nested too deeply: {text}"
+    # OSError: files; ValueError: ours for data, caches, checkpoints and configurations; FloatingPointError: of
+    # loss.nonfinite=raise.
+    if isinstance(error, (OSError, ValueError, FloatingPointError, ImportError, OtherProcessError)):
+        return text
+    if "sipo.training" in sys.modules and isinstance(error, _ends_of_training()):
+        return text
+    package = type(error).__module__.partition(".")[0]
+    if package in _OF_PACKAGES:
+        return f"{_OF_PACKAGES[package]}: {text}"
+    if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
+        return f"{text}; where the system ended it for its memory, lower training.num_workers"
+    return lost_connection(error)
+
+
+def _ends_of_training() -> tuple[type[Exception], ...]:
+    from sipo.training import TrainingDiverged, TrainingOutOfMemory
+
+    return TrainingDiverged, TrainingOutOfMemory
+
+
+def _said(error: Exception) -> str:
+    """An error's message; of one in a loader's process, which comes with its traceback, that of the error itself."""
+    text = str(error).strip()
+    if "Original Traceback (most recent call last)" in text:
+        last = re.search(r"^[\w.]+(?:: (.*))?\Z", text.splitlines()[-1])
+        text = (last[1] or "" if last else text).strip()
+    return " ".join(text.split()) or type(error).__name__
+
+
+def _quieten() -> None:
+    """Leaves out what diffusers and transformers print about every component that is loaded; downloads keep their bars.
+
+    Nor is a line wanted for each image processor that could do with torchvision.
+    """
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+
+# ---- Readers of what is printed, as `| head` ----
+
+
+def gone_readers() -> list[Any]:
+    """Of standard output and standard error those that nobody reads any more."""
+    found = []
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # none, closed, or no file
+            watch = select.poll()
+            watch.register(stream.fileno(), 0)
+            if any(event & (select.POLLERR | select.POLLHUP) for _, event in watch.poll(0)):
+                found.append(stream)
+    return found
+
+
+def print_nowhere(streams: list[Any]) -> None:
+    """Lets streams that nobody reads end in nothing: the interpreter writes what is left in them when it ends."""
+    with open(os.devnull, "wb") as nowhere:
+        for stream in streams:
+            os.dup2(nowhere.fileno(), stream.fileno())

@@ -1,0 +1,186 @@
+"""What went wrong is one line where a user can do something about it, and a traceback where it is a mistake of ours."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from sipo import cli, cli_data, cli_errors
+from sipo.data.cache import CacheError
+from sipo.processes import OtherProcessError
+from sipo.training import TrainingDiverged
+
+
+def _raiser(error: BaseException) -> Callable[..., Any]:
+    def fail(*args: Any, **options: Any) -> Any:
+        raise error
+
+    return fail
+
+
+class Broken(Dataset[int]):
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> int:
+        raise CacheError("latents-00000.safetensors: damaged: twice")
+
+
+def loader_error() -> Exception:
+    """As it comes from a loader's process: with a traceback in its message."""
+    with pytest.raises(CacheError) as caught:
+        next(iter(DataLoader(Broken(), num_workers=1)))
+    assert "Original Traceback" in str(caught.value)
+    return caught.value
+
+
+def network_error() -> Exception:
+    """Of a library whose classes have nothing in common with Python's own."""
+    return type("ReadTimeout", (Exception,), {"__module__": "httpx"})("The read operation\ntimed out")  # type: ignore[no-any-return]
+
+
+ONE_LINE = [
+    (lambda: safetensors.SafetensorError("Error while\ndeserializing"), "safetensors: Error while deserializing"),
+    (lambda: OSError(28, "No space left on device", "cache/x"), "[Errno 28] No space left on device: 'cache/x'"),
+    (lambda: MemoryError("could not allocate 9 GB"), "out of memory on the host; lower training.num_workers"),
+    (MemoryError, "out of memory on the host; lower training.num_workers"),
+    (lambda: torch.OutOfMemoryError("CUDA out of memory"), "out of memory; lower training.batch_size or data.sizes"),
+    (lambda: RecursionError("maximum recursion depth exceeded"), "something that was read is nested too deeply"),
+    (lambda: OtherProcessError("process 1: row 3 is bad"), "process 1: row 3 is bad"),
+    (lambda: TrainingDiverged("step 3"), "step 3"),
+    (lambda: torch.distributed.DistNetworkError("timed out"), "the connection to the other processes is lost"),
+    (loader_error, "latents-00000.safetensors: damaged: twice"),
+    (network_error, "network: The read operation timed out"),
+    (lambda: BrokenPipeError(32, "Broken pipe"), "[Errno 32] Broken pipe"),  # to another program, and not to a reader
+    (lambda: RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "lower training.num_workers"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), ONE_LINE, ids=[message[:30] for _, message in ONE_LINE])
+def test_what_a_user_can_mend_is_one_line(
+    make: Callable[[], Exception], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sipo.data.check.run_check", _raiser(make()))
+    assert cli.main(["data", "check", "nowhere"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("sipo: error: ") and error.count("\n") == 1 and message in error
+
+
+@pytest.mark.parametrize(
+    "mistake", [AssertionError("x"), AttributeError("x"), KeyError("x"), TypeError("x"), RuntimeError("shapes differ")]
+)
+def test_mistakes_of_ours_keep_their_traceback(mistake: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sipo.data.check.run_check", _raiser(mistake))
+    with pytest.raises(type(mistake)):
+        cli.main(["data", "check", "nowhere"])
+
+
+def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sipo.data.check.run_check", _raiser(KeyboardInterrupt()))
+    assert cli.main(["data", "check", "nowhere"]) == 130
+    assert capsys.readouterr().err == "sipo: interrupted\n"
+
+
+def test_demo_and_reports_have_the_same_errors(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("sipo.demo.run.run_demo", "sipo.analysis.report.report_run"):
+        monkeypatch.setattr(name, _raiser(safetensors.SafetensorError("damaged")))
+    for command in (["demo"], ["analyze", str(tmp_path)]):
+        assert cli.main(command) == 2
+        assert capsys.readouterr().err == "sipo: error: safetensors: damaged\n"
+
+
+# ---- Packages of other versions ----
+
+
+def test_a_package_that_is_too_old_is_named_with_what_is_needed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: ["torch>=2.9", "av>=17; extra == 'train'"])
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "14.2.0" if name == "av" else real(name))
+    assert cli.main(["data", "check", "nowhere"]) == 2
+    expected = "sipo: error: this needs av>=17 (14.2.0 is installed): pip install 'sipo[train]'\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_where_sipo_is_not_installed_any_version_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(name: str) -> Any:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    for name in ("requires", "version"):
+        monkeypatch.setattr(importlib.metadata, name, nothing)
+    assert cli_errors.missing_packages({"torch": "torch", "not_there": "not-there"}) == "not-there"
+
+
+# ---- Nobody reads what is printed ----
+
+
+@contextlib.contextmanager
+def unread() -> Iterator[None]:
+    """Standard output is a pipe whose reader has gone."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    stream = os.fdopen(writer, "w")
+    before, sys.stdout = sys.stdout, stream
+    try:
+        yield
+    finally:
+        sys.stdout = before
+    stream.close()  # which writes what is left, as the interpreter does at its end: now to nowhere
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])
+def test_a_reader_that_has_gone_ends_a_command_quietly(
+    lines: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Whether what is printed still fits into the stream's buffer or not."""
+
+    def check(*args: Any, **options: Any) -> int:
+        for number in range(lines):
+            print(number)
+        return 0
+
+    monkeypatch.setattr("sipo.data.check.run_check", check)
+    with unread():
+        assert cli.main(["data", "check", "nowhere"]) == 141
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("argument", ["--help", "--version"])
+def test_help_that_nobody_reads_is_no_traceback(argument: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with unread():
+        assert cli.main([argument]) == 141
+    assert capfd.readouterr().err == ""
+
+
+def test_a_process_whose_output_nobody_reads_ends_quietly() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sipo", "--help"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=Path(__file__).parents[1],
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": ""},  # argparse passes over what it cannot write
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(60) == 141
+    process.stderr.close()
+
+
+def test_commands_take_their_errors_from_one_place() -> None:
+    assert cli_data.one_line_errors is cli_errors.one_line_errors
