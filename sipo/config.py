@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import re
 import typing
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -17,9 +16,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sipo.data.clips import MAX_PIXELS
+from sipo.data.records import short
+from sipo.files import FileError
 from sipo.training.config import TrainingConfig
+from sipo.yaml_files import parse_yaml, read_yaml
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+_LARGEST = 1 << 63
 TOY = "toy"
 """In place of a model's or data set's path: a small one, made on the spot from a configuration."""
 
@@ -203,48 +206,29 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     Raises:
         ConfigError: a file that is not there or not YAML, an unknown key, a value that does not fit.
     """
-    import yaml
-
     try:
-        tree = _parse(Path(path).read_text(encoding="utf-8"))
+        tree = read_yaml(Path(path))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}, expected a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not YAML: {_one_line(error)}") from error
+    except FileError as error:
+        raise ConfigError(str(error)) from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: holds {type(tree).__name__}, expected the sections {', '.join(_names(Config))}")
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
-            raise ConfigError(f"{override!r}: expected section.key=value")
+            raise ConfigError(f"{short(override)}: expected section.key=value")
         *sections, name = key.split(".")
         place = tree
         for section in sections:
             place = place.setdefault(section, {})
             if not isinstance(place, dict):
-                raise ConfigError(f"{override!r}: {section} is no section")
+                raise ConfigError(f"{short(override)}: {section} is no section")
         try:
-            place[name] = _parse(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{override!r}: not YAML: {_one_line(error)}") from error
+            place[name] = parse_yaml(text, short(override))
+        except FileError as error:
+            raise ConfigError(str(error)) from error
     return from_dict(tree)
-
-
-def _parse(text: str) -> Any:
-    """YAML with version 1.2's booleans, true and false: "off" and "no" are words, and among the values of some keys."""
-    import yaml
-
-    boolean = "tag:yaml.org,2002:bool"
-
-    class Loader(yaml.SafeLoader):
-        pass
-
-    Loader.yaml_implicit_resolvers = {
-        first: [resolver for resolver in resolvers if resolver[0] != boolean]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-    Loader.add_implicit_resolver(boolean, re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-    return yaml.load(text, Loader)
 
 
 def from_dict(tree: dict[str, Any]) -> Config:
@@ -256,7 +240,10 @@ def from_dict(tree: dict[str, Any]) -> Config:
     from pydantic import TypeAdapter, ValidationError
 
     for key in _unknown(tree, Config, ()):
-        raise ConfigError(f"{'.'.join(key)}: no such key{_nearest(key)}")
+        raise ConfigError(f"{_one_line('.'.join(key))}: no such key{_nearest(key)}")
+    for name, value in _integers(tree, ""):
+        if not -_LARGEST <= value < _LARGEST:
+            raise ConfigError(f"{name}={short(value)}: expected an integer of 64 bits")
     try:
         config = TypeAdapter(Config).validate_python(tree)
     except ValidationError as error:
@@ -267,11 +254,23 @@ def from_dict(tree: dict[str, Any]) -> Config:
         cause = first.get("ctx", {}).get("error")
         if cause is not None:  # our own check of a whole section, which names the value itself
             raise ConfigError(f"{place}.{_one_line(cause)}") from error
-        raise ConfigError(f"{place}={first['input']!r}: {first['msg']}") from error
+        raise ConfigError(f"{place}={short(first['input'])}: {first['msg']}") from error
     except TypeError as error:  # TrainingConfig's own checks, which pydantic lets through
         raise ConfigError(f"training.{_one_line(error)}") from error
     _check(config)
     return config
+
+
+def _integers(value: Any, name: str) -> Iterator[tuple[str, int]]:
+    """Every integer in a tree of plain values, with the key that it belongs to."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _integers(item, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _integers(item, name)
+    elif isinstance(value, int):
+        yield name, value
 
 
 def _check(config: Config) -> None:
@@ -400,7 +399,8 @@ def _nearest(key: tuple[str, ...]) -> str:
 
 
 def _one_line(error: object) -> str:
-    return " ".join(str(error).split())
+    line = " ".join(str(error).split())
+    return line if len(line) <= 300 else f"{line[:297]}..."
 
 
 def _plain(value: Any) -> Any:

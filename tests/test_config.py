@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -146,8 +149,17 @@ def test_files_that_are_no_configuration(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     with pytest.raises(ConfigError, match=r"run\.yaml: No such file or directory, expected a YAML file"):
         load(path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ConfigError, match=r"folder: is a folder, expected a file$"):
+        load(tmp_path / "folder")
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(ConfigError, match=r"fifo: is a FIFO, expected a file$"):
+        load(tmp_path / "fifo")
+    path.write_bytes(b"a: \xff")
+    with pytest.raises(ConfigError, match=r"run\.yaml: not UTF-8 \(byte 3\)$"):
+        load(path)
     path.write_text("a: [")
-    with pytest.raises(ConfigError, match=r"run\.yaml: not YAML: while parsing") as caught:
+    with pytest.raises(ConfigError, match=r"run\.yaml: not YAML: while parsing .*, line 1$") as caught:
         load(path)
     assert "\n" not in str(caught.value)
     path.write_text("- 3")
@@ -161,6 +173,80 @@ def test_files_that_are_no_configuration(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             load(path, [override])
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in itertools.pairwise("abcdefghij")
+)
+MERGED = "a: &a {x: 1}\n" + "".join(
+    f"{name}: &{name} {{<<: [{', '.join([f'*{before}'] * 9)}]}}\n" for before, name in itertools.pairwise("abcdefghij")
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (BOMB, "holds more than 20000 values, expected a configuration"),
+        (MERGED, "holds more than 20000 values, expected a configuration"),
+        ("data: &a [*a]", "holds more than 20000 values, expected a configuration"),
+        ("data: &a {<<: *a}", "holds more than 20000 values, expected a configuration"),
+        ("data: " + "[" * 100_000, "nested too deeply, expected YAML of at most 64 levels"),
+        (
+            "data:\n" + "".join(" " * level + "-\n" for level in range(1000)),
+            "nested too deeply, expected YAML of at most 64 levels",
+        ),
+        (
+            "training: {steps: " + "7" * 5000 + "}",
+            "not YAML: Exceeds the limit (4300 digits) for integer string conversion",
+        ),
+        ("training: {steps: 2026-13-45}", "not YAML: month must be in 1..12"),
+        ("training: {steps: !!python/object:os.system 1}", "not YAML: could not determine a constructor for the tag"),
+        ("data: {? [a] : b}", "not YAML: while constructing a mapping: found unhashable key, line 1"),
+        ("#" * 1_100_000, "has 1100000 bytes, expected at most 1048576 of a configuration"),
+        ("data: *nothing", "not YAML: found undefined alias 'nothing', line 1"),
+        ("a: 1\n--- \nb: 2", "not YAML: expected a single document in the stream: but found another document, line 2"),
+        ("\0", "not YAML: "),
+    ],
+    ids=range(14),
+)
+def test_what_a_file_holds_is_refused_quickly_and_not_printed(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    started = time.monotonic()
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    assert time.monotonic() - started < 10  # without bounds they take minutes, or all memory
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500 + len(str(path))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.steps=[" + "secret, " * 1000 + "]", "training.steps=['secret', 's"),
+        ("training.steps=" + "7" * 4000, "training.steps=7777"),
+        ("training.steps=0x" + "f" * 6000, "training.steps=int: expected an integer of 64 bits"),
+        (f"data.sizes=[[64, {1 << 63}]]", "data.sizes=9223372036854775808: expected an integer of 64 bits"),
+        ("training.steps=" + "[" * 1000, "'training.steps=[[[["),
+        ("data='" + "secret" * 1000 + "'", "data='secretsecret"),
+        ("training." + "secret" * 1000 + "=1", "training.secretsecret"),
+        ("training.learning_rate=0x" + "f" * 300, "training.learning_rate="),
+        ("secret" * 1000, "'secretsecret"),
+    ],
+    ids=range(9),
+)
+def test_long_values_are_not_printed_whole(tmp_path: Path, override: str, message: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(tree()))
+    with pytest.raises(ConfigError) as caught:
+        load(path, [override])
+    assert message in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+
+
+def test_aliases_are_allowed(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(tree()) + "samples: {prompts: [&a cat, *a, dog]}\n")
+    assert load(path).samples.prompts == ["cat", "cat", "dog"]
 
 
 def test_the_reference_follows_from_tuning_and_data() -> None:

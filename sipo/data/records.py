@@ -67,7 +67,10 @@ def has_half(text: str) -> bool:
 
 def short(value: Any) -> str:
     """A value as a message shows it: 60 characters at most."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, which YAML reads in hexadecimal
+        return type(value).__name__
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

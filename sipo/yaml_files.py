@@ -1,0 +1,98 @@
+"""YAML, read so that no file takes long to be refused, and no message prints what is in it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from sipo.files import FileError, check_regular, read_text
+
+_MOST_BYTES = 1 << 20  # of a file: the parser takes seconds for a megabyte
+_MOST_VALUES = 20_000  # in a file, with aliases written out
+_DEEPEST = 64  # levels
+_BOOLEAN = "tag:yaml.org,2002:bool"
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        FileError: it cannot be read, or is not YAML, in one line that names it.
+    """
+    size = check_regular(path).st_size
+    if size > _MOST_BYTES:
+        raise FileError(f"{path}: has {size} bytes, expected at most {_MOST_BYTES} of a configuration")
+    return parse_yaml(read_text(path), path)
+
+
+def parse_yaml(text: str, where: object) -> Any:
+    """YAML with version 1.2's booleans, true and false: "off" and "no" are words, and among the values of some keys.
+
+    Args:
+        text: to parse.
+        where: named in the error.
+
+    Raises:
+        FileError: it is not YAML, is nested too deeply, holds a number of thousands of digits, or aliases that
+            multiply.
+    """
+    import yaml
+
+    many = FileError(f"{where}: holds more than {_MOST_VALUES} values, expected a configuration")
+    deep = FileError(f"{where}: nested too deeply, expected YAML of at most {_DEEPEST} levels")
+
+    class Loader(yaml.SafeLoader):
+        count = depth = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            self.count, self.depth = self.count + 1, self.depth + 1
+            if self.count > _MOST_VALUES or self.depth > _DEEPEST:
+                raise deep if self.depth > _DEEPEST else many
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
+
+    Loader.yaml_implicit_resolvers = {
+        first: [resolver for resolver in resolvers if resolver[0] != _BOOLEAN]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    Loader.add_implicit_resolver(_BOOLEAN, re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+    try:
+        loader = Loader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            # Before any value is made of it: merged mappings are copied, and so is much of a tree later.
+            if _values(node, {}) > _MOST_VALUES:
+                raise many
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except RecursionError as error:  # of a chain of aliases
+        raise deep from error
+    except yaml.MarkedYAMLError as error:  # without the mark's excerpt of the text
+        place = f", line {error.problem_mark.line + 1}" if error.problem_mark is not None else ""
+        context = f"{error.context}: " if error.context else ""
+        raise FileError(f"{where}: not YAML: {_short(context + (error.problem or ''))}{place}") from error
+    except (yaml.YAMLError, ValueError, OverflowError, MemoryError) as error:  # numbers and dates as well
+        if isinstance(error, FileError):
+            raise
+        raise FileError(f"{where}: not YAML: {_short(str(error)) or type(error).__name__}") from error
+
+
+def _values(node: Any, known: dict[int, int]) -> int:
+    """How many values a node stands for, with aliases written out; more than allowed, where it holds itself."""
+    if id(node) not in known:
+        known[id(node)] = _MOST_VALUES + 1  # until it is counted
+        children = node.value if isinstance(node.value, list) else []
+        flat = (child for item in children for child in (item if isinstance(item, tuple) else (item,)))
+        known[id(node)] = 1 + sum(_values(child, known) for child in flat)
+    return known[id(node)]
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 200 else f"{line[:197]}..."
