@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from sipo.data.media import write_image_grid, write_video
-from sipo.families.base import Condition, drop_text_encoders
+from sipo.families.base import Condition, drop_text_encoders, unwrapped
 from sipo.files import FileError, parse_json, read_text, write_aside
 from sipo.processes import everywhere, gathered, on_main
 from sipo.run import Run, free_memory
 from sipo.training import TrainingWarning, is_sharded
+from sipo.training.stopping import asked_to_stop
 
 SAMPLES = "samples"
 """Folder in ``training.output_dir`` that samples are written to."""
@@ -67,7 +68,8 @@ class Look:
         """Samples after ``step`` optimiser steps. Every process calls it, in evaluation mode and without gradients.
 
         Once the run has begun to train, what goes wrong here is a warning and no end: the weights that samples are
-        drawn from are as they were.
+        drawn from are as they were. Where the run is asked to stop meanwhile, samples are left out: a launcher gives it
+        seconds to write a checkpoint.
 
         Args:
             step: 0 before training.
@@ -86,8 +88,8 @@ class Look:
             if step == 0:
                 raise
             if accelerator.is_main_process:
-                reason = " ".join(f"{type(error).__name__}: {error}".split())
-                message = f"step {step}: samples could not be drawn, training goes on: {reason}"
+                reason = str(error) if isinstance(error, _StoppedError) else f"{type(error).__name__}: {error}"
+                message = f"step {step}: no samples, the run goes on without them: {' '.join(reason.split())}"
                 warnings.warn(message, TrainingWarning, stacklevel=2)
         free_memory()  # it may have been out of it
 
@@ -100,11 +102,14 @@ class Look:
         drawn: dict[int, Any] = {}
         if self.pipeline is None:
             return drawn
+        sharded = is_sharded(accelerator)
+        # A process that broke off by itself would leave the others waiting for its part of the network.
+        hook = None if sharded else unwrapped(policy).register_forward_pre_hook(_break_off)
         self.pipeline.to(accelerator.device)
         try:
             for number in range(rank, -(-count // world) * world, world):
                 idle = number >= count
-                if idle and not is_sharded(accelerator):
+                if idle and not sharded:
                     break
                 sample = run.family.sample(
                     self.pipeline,
@@ -119,13 +124,15 @@ class Look:
                     autocast=accelerator.autocast,
                 )
                 if not idle:
-                    drawn[number] = self._as_mp4(sample[0]) if run.family.video else sample
+                    drawn[number] = sample
         finally:
             self.pipeline.to("cpu")
-        return drawn
+            if hook is not None:
+                hook.remove()
+        return {n: self._as_mp4(sample[0]) for n, sample in drawn.items()} if run.family.video else drawn
 
     def _as_mp4(self, clip: Tensor) -> bytes:
-        """A clip's file: a hundredth of its pixels, which would otherwise go from process to process."""
+        """A clip's file: far fewer bytes than its pixels, which would otherwise go from process to process."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "clip.mp4"
             write_video(path, clip, self.run.config.data.fps or SAMPLE_FPS)
@@ -153,3 +160,13 @@ class Look:
         if former is not None:  # of a run that was resumed with others
             warnings.warn(f"{path}: earlier samples in this folder are of other prompts", TrainingWarning, stacklevel=2)
         write_aside(path, json.dumps(prompts, ensure_ascii=False, indent=1) + "\n")
+
+
+class _StoppedError(Exception):
+    """The run was asked to stop."""
+
+
+def _break_off(module: nn.Module, args: Any) -> None:
+    """Before each call of the network."""
+    if asked_to_stop():
+        raise _StoppedError("asked to stop")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,6 +24,7 @@ from sipo.families import Family
 from sipo.looks import Look
 from sipo.run import Run
 from sipo.training import TrainingConfig, TrainingWarning
+from sipo.training.stopping import StopRequest
 from tests.family_cases import folder_of
 from tests.small_family import in_processes
 
@@ -192,7 +195,7 @@ def test_a_look_that_fails_in_training_is_a_warning(tmp_path: Path) -> None:
     hook = policy.mid_block.register_forward_hook(fail)  # type: ignore[union-attr, arg-type]
     with pytest.raises(torch.OutOfMemoryError):
         look(0, policy)  # before anything is there to lose
-    warned = "step 3: samples could not be drawn, training goes on: OutOfMemoryError: out of memory. Tried to allocate"
+    warned = "step 3: no samples, the run goes on without them: OutOfMemoryError: out of memory. Tried to allocate"
     with pytest.warns(TrainingWarning, match=warned):
         look(3, policy)
     assert all(module.training for module in policy.modules()) and not policy._forward_hooks
@@ -202,6 +205,25 @@ def test_a_look_that_fails_in_training_is_a_warning(tmp_path: Path) -> None:
         warnings.simplefilter("error", TrainingWarning)
         look(4, policy)
     assert sorted(files(tmp_path)) == ["prompts.json", "step-00000004.png"]
+
+
+def test_a_look_ends_when_the_run_is_asked_to_stop(tmp_path: Path) -> None:
+    """Samples may take minutes, and a launcher kills what has not stopped after seconds."""
+    look, policy = Look(run_of(tmp_path)), network_of(run_of(tmp_path).family)
+    calls: list[int] = []
+
+    def stop(*_: Any) -> None:
+        calls.append(len(calls))
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    policy.register_forward_hook(stop)
+    with StopRequest() as request, pytest.warns(TrainingWarning, match="step 5: no samples, .* them: asked to stop$"):
+        look(5, policy)
+    assert request.signal == "SIGTERM" and len(calls) == 2
+    assert not policy._forward_pre_hooks
+    look(6, policy)  # the request ends with the run
+    assert sorted(files(tmp_path)) == ["prompts.json", "step-00000006.png"]
 
 
 def test_one_process_that_fails_leaves_no_other_waiting(tmp_path: Path) -> None:
@@ -217,7 +239,7 @@ def test_one_process_that_fails_leaves_no_other_waiting(tmp_path: Path) -> None:
         warnings.simplefilter("always")
         in_threads(2, look)
     said = [str(each.message) for each in seen if isinstance(each.message, TrainingWarning)]
-    failed = "step 2: samples could not be drawn, training goes on: OtherProcessError: process 1: division by zero"
+    failed = "step 2: no samples, the run goes on without them: OtherProcessError: process 1: division by zero"
     assert said == [failed]
 
 

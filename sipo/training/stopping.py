@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import distributed
@@ -34,6 +34,8 @@ class StopRequest:
         signal: what asked to stop, "" as long as nothing has.
     """
 
+    active: ClassVar[StopRequest | None] = None
+
     def __init__(self, processes: int = 1, *, saves: bool = True) -> None:
         self.signal = ""
         more = "" if processes == 1 else ", or a step more until all processes agree,"
@@ -42,6 +44,7 @@ class StopRequest:
         self._former: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
+        StopRequest.active = self
         if threading.current_thread() is threading.main_thread():
             for number in (*_ALWAYS, *_WARNINGS):
                 former = signal.getsignal(number)
@@ -53,6 +56,7 @@ class StopRequest:
         return self
 
     def __exit__(self, *error: object) -> None:
+        StopRequest.active = None
         while self._former:
             number, former = self._former.popitem()
             signal.signal(number, former)
@@ -66,6 +70,11 @@ class StopRequest:
         self.signal = signal.Signals(number).name
         # Not print: a handler may come in the middle of another write to the same stream.
         os.write(2, f"\n{self.signal}: {self._says}\n".encode())
+
+
+def asked_to_stop() -> bool:
+    """Whether this process's run was asked to stop: for what takes long between two steps and can be cut short."""
+    return StopRequest.active is not None and bool(StopRequest.active.signal)
 
 
 class StopAgreement:
