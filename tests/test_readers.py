@@ -358,6 +358,28 @@ def test_what_the_hub_refuses_is_not_asked_for_again(
     assert not hub.waits
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_name_that_is_neither_here_nor_on_the_hub_is_asked_for_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool
+) -> None:
+    """A folder's mistyped name may look like one of the hub's."""
+    asked: list[str] = []
+
+    def refuse(api: Any, path: str, **options: Any) -> Any:
+        asked.append(path)
+        raise ReadTimeout("Name or service not known")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", refuse)
+    monkeypatch.setattr("datasets.load_dataset", None)
+    monkeypatch.setattr("datasets.load_dataset_builder", None)
+    message = "^data/pairs: no such file or folder, and not found on the hub: Name or service not known$"
+    with pytest.raises(DataError, match=message):
+        next(iter(open_pairs("data/pairs", streaming=streaming)))
+    assert asked == ["data/pairs"]
+
+
 # ---- VideoDPO ----
 
 

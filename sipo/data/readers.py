@@ -305,8 +305,11 @@ class PickapicReader:
         if self.streaming or _exists(place):
             yield from read_rows(self._files(place), wanted, _PICKAPIC_COLUMNS)
             return
-        from datasets import load_dataset
+        from datasets import config, load_dataset
 
+        # What has been downloaded is read without the hub too. Else one request: the library tries for half a minute.
+        if not (Path(config.HF_DATASETS_CACHE) / self.path.replace("/", "___")).exists():
+            self.state()
         try:
             data = load_dataset(self.path, split=self.split)
             missing = [name for name in _PICKAPIC_COLUMNS if name not in data.column_names]
@@ -327,6 +330,8 @@ class PickapicReader:
                 _check_file(path)
         elif _exists(place):
             return [str(place)]
+        else:
+            self.state()  # as above
         from datasets import load_dataset_builder
 
         try:
