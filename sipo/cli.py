@@ -14,7 +14,6 @@ import platform
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import NoReturn, TextIO
 
 import sipo
@@ -27,6 +26,7 @@ from sipo.cli_errors import (
     gone_readers,
     in_one_line,
     missing_packages,
+    path,
     print_nowhere,
 )
 
@@ -165,7 +165,7 @@ def _add_demo(commands: argparse._SubParsersAction[_Parser]) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     default = DemoConfig
-    demo.add_argument("--output", type=Path, default=default.output, help="folder to write")
+    demo.add_argument("--output", type=path, default=default.output, help="folder to write")
     demo.add_argument("--method", choices=METHODS, default=default.method, help="preference loss")
     demo.add_argument("--beta", type=float, default=default.beta, help="strength; None is the method's own for images")
     demo.add_argument("--steps", type=int, default=default.steps, help="optimiser steps")

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from sipo.cli_errors import CommandError, in_one_line, missing_packages, one_line_errors
+from sipo.cli_errors import CommandError, in_one_line, missing_packages, one_line_errors, path
 
 
 def add_commands(commands: Any) -> None:
@@ -17,11 +17,11 @@ def add_commands(commands: Any) -> None:
         description="Writes one HTML page with curves, figures by noise level and a verdict, and prints the verdict. "
         "Of a folder: the run in it. Of a YAML file: the model with its data before any training.",
     )
-    analyze.add_argument("target", type=Path, help="folder of a run, or YAML file")
+    analyze.add_argument("target", type=path, help="folder of a run, or YAML file")
     analyze.add_argument("overrides", nargs="*", metavar="section.key=value", help="laid over the file")
     analyze.add_argument(
         "--output",
-        type=Path,
+        type=path,
         metavar="FILE",
         help="page to write (default: report.html in the run's folder; of a YAML file, before.html there)",
     )
@@ -35,16 +35,16 @@ def add_commands(commands: Any) -> None:
         description="Writes a line for each pair: the rewards of both halves and their margin with standard errors "
         "over draws of noise. Prints how often the model prefers what was chosen.",
     )
-    score.add_argument("target", type=Path, help="folder of a run of `sipo train`, or its YAML file")
+    score.add_argument("target", type=path, help="folder of a run of `sipo train`, or its YAML file")
     score.add_argument("overrides", nargs="*", metavar="section.key=value", help="other data, for instance")
-    score.add_argument("--weights", type=Path, metavar="DIR", help="trained weights (default: weights of the run)")
+    score.add_argument("--weights", type=path, metavar="DIR", help="trained weights (default: weights of the run)")
     score.add_argument("--draws", type=int, default=16, help="of noise, for each pair; even (default %(default)s)")
     score.add_argument("--seed", type=int, default=0, help="the same seed gives the same numbers")
     score.add_argument(
         "--of", choices=("auto", "held-out", "training", "all"), default="auto", help="auto: held-out pairs, if any"
     )
     score.add_argument(
-        "--output", type=Path, metavar="FILE", help="JSONL file (default: scores.jsonl in the run's folder)"
+        "--output", type=path, metavar="FILE", help="JSONL file (default: scores.jsonl in the run's folder)"
     )
     score.set_defaults(run=_score)
 
@@ -54,7 +54,7 @@ def add_commands(commands: Any) -> None:
         description="Reads a run's configuration, checkpoints, logs and weights, compares them with the hashes beside "
         "them and prints a line for each. Exit status 1 where something is damaged. Nothing is changed.",
     )
-    verify.add_argument("target", type=Path, metavar="RUN", help="folder of a run, or of weights copied from one")
+    verify.add_argument("target", type=path, metavar="RUN", help="folder of a run, or of weights copied from one")
     verify.set_defaults(run=_verify)
 
 

@@ -9,10 +9,9 @@ import argparse
 import math
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from sipo.cli_errors import INTERRUPTED, CommandError, one_line_errors
+from sipo.cli_errors import INTERRUPTED, CommandError, one_line_errors, path, path_or_id
 
 
 def add_commands(commands: Any) -> None:
@@ -48,7 +47,7 @@ def add_commands(commands: Any) -> None:
         help="find what training would stumble over",
         description="Reads every pair and lists what is wrong, by row. Exit status 0: training would skip nothing.",
     )
-    check.add_argument("path", help="JSONL file, parquet files, hub id, or VideoDPO folder")
+    check.add_argument("path", type=path_or_id, help="JSONL file, parquet files, hub id, or VideoDPO folder")
     check.add_argument("--format", choices=("auto", "jsonl", "pickapic", "videodpo"), default="auto", help="of PATH")
     check.add_argument("--split", default="train", help="of a data set with several")
     check.add_argument("--frames", type=_at_least(1), help="frames that training will need of each clip")
@@ -59,7 +58,7 @@ def add_commands(commands: Any) -> None:
         "--rows", type=_at_least(0), default=5, help="rows to list of each kind of fault (default %(default)s)"
     )
     _add_max_pixels(check)
-    check.add_argument("--json", type=Path, metavar="FILE", help="write every row of the report as JSON")
+    check.add_argument("--json", type=path, metavar="FILE", help="write every row of the report as JSON")
     check.set_defaults(run=_check)
 
     label = commands.add_parser(
@@ -67,11 +66,15 @@ def add_commands(commands: Any) -> None:
         help="make pairs from a scorer's preferences",
         description="Scores the candidates of each prompt and writes pairs with both scores.",
     )
-    label.add_argument("source", help='JSONL: {"prompt": ..., "candidates": [paths]}, or pairs to score anew')
-    label.add_argument("output", help="JSONL file to write")
-    label.add_argument("--clip", metavar="MODEL", help="CLIP-style model (PickScore, HPSv2): folder or hub id")
-    label.add_argument("--processor", metavar="MODEL", help="where its processor is, if elsewhere")
-    label.add_argument("--aesthetic", type=Path, metavar="FILE", help="safetensors head on --clip's image embeddings")
+    label.add_argument(
+        "source", type=path_or_id, help='JSONL: {"prompt": ..., "candidates": [paths]}, or pairs to score anew'
+    )
+    label.add_argument("output", type=path_or_id, help="JSONL file to write")
+    label.add_argument(
+        "--clip", type=path_or_id, metavar="MODEL", help="CLIP-style model (PickScore, HPSv2): folder or hub id"
+    )
+    label.add_argument("--processor", type=path_or_id, metavar="MODEL", help="where its processor is, if elsewhere")
+    label.add_argument("--aesthetic", type=path, metavar="FILE", help="safetensors head on --clip's image embeddings")
     label.add_argument("--activation", choices=("none", "relu"), default="none", help="between the head's layers")
     label.add_argument("--function", metavar="MODULE:NAME", help="scores(images_or_clips, prompts) in Python")
     label.add_argument(
@@ -128,17 +131,17 @@ def _add_export(commands: Any) -> None:
         description="Writes the LoRA of a run of `sipo train`, or of one of its checkpoints, in the format that "
         "another tool reads, with its strength in the weights.",
     )
-    export.add_argument("target", type=Path, metavar="RUN", help="folder of the run (training.output_dir)")
+    export.add_argument("target", type=path, metavar="RUN", help="folder of the run (training.output_dir)")
     export.add_argument("overrides", nargs="*", metavar="section.key=value", help="model.path, if it has moved")
     export.add_argument("--format", choices=FORMATS, required=True, help="of the file")
     export.add_argument("--checkpoint", metavar="STEP", help='of a checkpoint, by step or "latest" (default: weights)')
-    export.add_argument("--output", type=Path, metavar="FILE", help="to write (default: named after the run, in it)")
+    export.add_argument("--output", type=path, metavar="FILE", help="to write (default: named after the run, in it)")
     export.add_argument("--force", action="store_true", help="replace a file that is there")
     export.set_defaults(run=_export)
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", type=Path, help="YAML file; see examples/")
+    parser.add_argument("config", type=path, help="YAML file; see examples/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="laid over the file")
 
 

@@ -11,7 +11,9 @@ import os
 import re
 import select
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 # What all commands but `sipo demo` and `sipo doctor` need. Import name → distribution.
@@ -43,6 +45,21 @@ _OF_PACKAGES |= dict.fromkeys(("aiohttp", "httpcore", "httpx", "httpx2", "reques
 
 class CommandError(Exception):
     """What a user did wrong, or what went wrong, in one line."""
+
+
+def path_or_id(text: str) -> str:
+    """Type of an argument that may be a path: as :func:`sipo.files.expand` fills it in."""
+    from sipo.files import expand
+
+    try:
+        return expand(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def path(text: str) -> Path:
+    """The same as a path."""
+    return Path(path_or_id(text))
 
 
 def missing_packages(packages: Mapping[str, str]) -> str:
@@ -155,7 +172,8 @@ def _said(error: Exception) -> str:
 def _quieten() -> None:
     """Leaves out what diffusers and transformers print about every component that is loaded; downloads keep their bars.
 
-    Nor is a line wanted for each image processor that could do with torchvision.
+    Nor is a line wanted for each image processor that could do with torchvision, or for each image whose EXIF data are
+    damaged, and whose pixels are not.
     """
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
@@ -163,6 +181,7 @@ def _quieten() -> None:
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 # ---- Readers of what is printed, as `| head` ----

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from sipo.data.clips import MAX_PIXELS
 from sipo.data.records import short
-from sipo.files import FileError
+from sipo.files import FileError, expand
 from sipo.training.config import TrainingConfig
 from sipo.yaml_files import parse_yaml, read_yaml
 
@@ -28,6 +28,10 @@ TOY = "toy"
 
 # The type that training.mixed_precision rounds weights in float32 to.
 _COMPUTED = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+# Keys whose values may have ~ and environment variables in them.
+_PATHS = (("model", "path"), ("data", "path"), ("data", "cache"), ("training", "output_dir"))
 
 
 class ConfigError(ValueError):
@@ -239,6 +243,7 @@ def from_dict(tree: dict[str, Any]) -> Config:
     """
     from pydantic import TypeAdapter, ValidationError
 
+    tree = _with_paths(tree)
     for key in _unknown(tree, Config, ()):
         raise ConfigError(f"{_one_line('.'.join(key))}: no such key{_nearest(key)}")
     for name, value in _integers(tree, ""):
@@ -259,6 +264,19 @@ def from_dict(tree: dict[str, Any]) -> Config:
         raise ConfigError(f"training.{_one_line(error)}") from error
     _check(config)
     return config
+
+
+def _with_paths(tree: dict[str, Any]) -> dict[str, Any]:
+    """The same with ``~`` and environment variables filled in where a key is a path."""
+    tree = dict(tree)
+    for section, name in _PATHS:
+        values = tree.get(section)
+        if isinstance(values, dict) and isinstance(values.get(name), str):
+            try:
+                tree[section] = values | {name: expand(values[name])}
+            except ValueError as error:
+                raise ConfigError(f"{section}.{name}={_one_line(error)}") from error
+    return tree
 
 
 def _integers(value: Any, name: str) -> Iterator[tuple[str, int]]:

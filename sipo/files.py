@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,31 @@ _LETTERS = 50  # of a name, which may have 255 bytes in all, and a letter four o
 
 class FileError(ValueError):
     """A file that is damaged, or not what it should be, in one line that names it."""
+
+
+def expand(path: str) -> str:
+    """A path with ``~`` and environment variables (``$NAME``, ``${NAME}``) filled in, as a shell does.
+
+    What exists as it is written stays so, and a ``$`` without a name as well.
+
+    Raises:
+        ValueError: a variable that is not set, or no such user.
+    """
+
+    def value(found: re.Match[str]) -> str:
+        name = found[1] or found[2]
+        if name not in os.environ:
+            raise ValueError(f"{path!r}: the environment variable {name} is not set")
+        return os.environ[name]
+
+    if not path.startswith("~") and "$" not in path:
+        return path
+    if os.path.lexists(path):
+        return path
+    filled = os.path.expanduser(re.sub(r"\$(?:(\w+)|\{(\w+)\})", value, path, flags=re.ASCII))
+    if filled.startswith("~") and path.startswith("~"):
+        raise ValueError(f"{path!r}: no home folder of that user is known")
+    return filled
 
 
 def check_regular(path: Path) -> os.stat_result:

@@ -184,3 +184,35 @@ def test_a_process_whose_output_nobody_reads_ends_quietly() -> None:
 
 def test_commands_take_their_errors_from_one_place() -> None:
     assert cli_data.one_line_errors is cli_errors.one_line_errors
+
+
+# ---- Paths ----
+
+
+def test_home_and_environment_are_filled_in_in_every_argument_that_is_a_path(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("SIPO_TEST", "/data")
+    commands: dict[str, list[str]] = {
+        "train ~/a": ["config"],
+        "precompute ~/a": ["config"],
+        "export ~/a --format kohya --output $SIPO_TEST/a": ["target", "output"],
+        "data check ~/a --json $SIPO_TEST/a": ["path", "json"],
+        "label ~/a $SIPO_TEST/a --clip ~/a --processor ~/a --aesthetic ${SIPO_TEST}/a": [
+            *("source", "output", "clip", "processor", "aesthetic")
+        ],
+        "analyze ~/a --output $SIPO_TEST/a": ["target", "output"],
+        "score ~/a --weights ~/a --output $SIPO_TEST/a": ["target", "weights", "output"],
+        "verify ~/a": ["target"],
+        "demo --output ~/a": ["output"],
+    }
+    parser = cli._parser()
+    for command, names in commands.items():
+        options = parser.parse_args(command.split())
+        assert {str(getattr(options, name)) for name in names} <= {"/home/someone/a", "/data/a"}, command
+        with pytest.raises(SystemExit) as caught:
+            parser.parse_args(command.replace("~/a", "$SIPO_UNSET/a").split())
+        assert caught.value.code == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "'$SIPO_UNSET/a': the environment variable SIPO_UNSET is not set" in error

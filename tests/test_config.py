@@ -255,3 +255,53 @@ def test_the_reference_follows_from_tuning_and_data() -> None:
     errors = {"draws": 2, "reference_errors": True}
     assert reference_kind(from_dict(tree(data=errors))) == "errors"
     assert reference_kind(from_dict(tree(data=errors, model={"reference": "copy"}))) == "copy"
+
+
+# ---- Paths ----
+
+PATHS = [("model", "path"), ("data", "path"), ("data", "cache"), ("training", "output_dir")]
+
+
+def path_of(config: Any, section: str, name: str) -> str:
+    return str(getattr(getattr(config, section), name))
+
+
+@pytest.mark.parametrize(("section", "name"), PATHS)
+def test_home_and_environment_are_filled_in_in_every_path(
+    section: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("SIPO_TEST_DATA", "/data/x")
+    file = tmp_path / "config.yaml"
+    for given, expected in (
+        ("~/a", "/home/someone/a"),
+        ("$SIPO_TEST_DATA/a", "/data/x/a"),
+        ("${SIPO_TEST_DATA}a/$", "/data/xa/$"),
+        ("owner/name", "owner/name"),
+        ("a~/b", "a~/b"),
+    ):
+        file.write_text(yaml.safe_dump(tree(**{section: {name: given}})))
+        assert path_of(load(file), section, name) == expected
+        file.write_text(yaml.safe_dump(tree()))
+        config = load(file, [f"{section}.{name}={given}"])
+        assert path_of(config, section, name) == expected
+        assert path_of(from_dict(config.as_dict()), section, name) == expected  # as a run keeps it
+    for given, message in (
+        ("$SIPO_UNSET/a", "'$SIPO_UNSET/a': the environment variable SIPO_UNSET is not set"),
+        ("${SIPO_UNSET}", "'${SIPO_UNSET}': the environment variable SIPO_UNSET is not set"),
+        ("~nobody-of-this-name/a", "'~nobody-of-this-name/a': no home folder of that user is known"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            load(file, [f"{section}.{name}={given}"])
+        assert str(caught.value) == f"{section}.{name}={message}"
+
+
+def test_a_path_that_is_there_stays_as_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PRICE", "7")
+    config = from_dict(tree(data={"cache": "at-$PRICE"}))
+    assert config.data.cache == "at-7"
+    Path("at-$PRICE").mkdir()
+    assert from_dict(tree(data={"cache": "at-$PRICE"})).data.cache == "at-$PRICE"
+    Path("$NOT_SET_HERE").mkdir()
+    assert from_dict(tree(data={"cache": "$NOT_SET_HERE"})).data.cache == "$NOT_SET_HERE"
