@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from sipo import NoiseSchedule, SIPOLoss
 from sipo.cli_errors import CommandError, one_line_errors
 from sipo.diagnostics import read_statistics
+from sipo.locks import LockedError, locked
+from sipo.processes import OtherProcessError
 from sipo.training import AdapterOff, TrainingInterrupted, gather_weights, make_accelerator, storage, timesteps, train
 from tests.training_cases import (
     Adapted,
@@ -184,9 +186,19 @@ def one_of_two(folder: str) -> None:
             facts = {"history": result.history, "validation": result.validation, "placed": placed}
             (root / name / "facts.json").write_text(json.dumps(facts))
         accelerator.wait_for_everyone()
+    _find_locked(root)
     for name, passes in STOPPED.items():
         _stop_one(root, name, passes)
     _lose_one(root)
+
+
+def _find_locked(root: Path) -> None:
+    """Trains into a folder that another process is writing to."""
+    accelerator = accelerator_for("plain")
+    try:
+        run(root / "locked", accelerator, steps=2)
+    except (LockedError, OtherProcessError) as error:
+        (root / f"locked-{accelerator.process_index}").write_text(str(error))
 
 
 STOPPED = {"stopped": 1, "sharded stopped": 1, "stopped early": 2}
@@ -259,7 +271,8 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for rank in range(2)
     ]
     try:
-        outputs = [process.communicate(timeout=150)[0] for process in processes]
+        with locked(folder / "locked", "a test"):
+            outputs = [process.communicate(timeout=150)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -351,6 +364,13 @@ def test_everything_was_at_work(two: Path) -> None:
         skipped = [line["skipped_passes"] for line in facts(two, name)["history"]]
         assert 1 in skipped and 2 in skipped and 0 in skipped  # of a step's two passes
     assert (two / "steps/checkpoints/step-00000004/process-00001.safetensors").exists()
+
+
+def test_processes_that_find_a_folder_in_use_end_with_one_message(two: Path) -> None:
+    messages = [(two / f"locked-{rank}").read_text() for rank in range(2)]
+    assert messages[0].startswith(f"training.output_dir='{two / 'locked'}' is in use by process {os.getpid()} since ")
+    assert messages[1] == f"process 0: {messages[0]}"
+    assert [path.name for path in (two / "locked").iterdir()] == []
 
 
 @pytest.mark.parametrize("name", STOPPED)

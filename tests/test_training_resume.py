@@ -328,6 +328,7 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "step": (lambda state: state.update(step="4"), "state.json: step is str or has parts"),
     "true": (lambda state: state.update(step=True), "state.json: step is bool or has parts"),
     "no step": (lambda state: state.pop("step"), "state.json: no step"),
+    "no file": (lambda state: state["files"].pop("ema.safetensors"), "state.json: no ema.safetensors among its files"),
     "identity": (lambda state: state.update(identity=[]), "state.json: identity is list or has parts"),
     "progress": (lambda state: state.update(progress=None), "state.json: progress is NoneType or has parts"),
     "alarms": (lambda state: state["progress"].update(alarms={"stalled": "x"}), "state.json: progress is dict or has"),

@@ -125,6 +125,9 @@ def load(
         with reading(folder):
             state = storage.read_state(folder)
             _check_state(state)
+            for name in (_MODEL, _OPTIMIZER, _process(accelerator.process_index), *([_AVERAGE] if average else [])):
+                if name not in state["files"]:
+                    raise ValueError(f"{storage.STATE}: no {name} among its files")
             _check_identity(folder, state["identity"], identity)
             weights = load_tensors(folder / _MODEL)
             _check_model(folder, weights, model)

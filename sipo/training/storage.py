@@ -33,7 +33,7 @@ from sipo.files import (
     sync_all,
     write_aside,
 )
-from sipo.processes import everywhere, gathered, on_main
+from sipo.processes import everywhere, from_main, on_main
 from sipo.training.config import CheckpointError, TrainingWarning
 
 FORMAT = 3
@@ -162,9 +162,7 @@ def choose(source: str | Path, root: Path, accelerator: Any) -> Path:
             faults.append(f"{folder}: damaged, {fault}")
         raise CheckpointError("; ".join(faults) + (", expected a sound checkpoint" if len(faults) > 1 else ""))
 
-    chosen = gathered(accelerator, on_main(accelerator, look))[0]
-    assert chosen is not None  # the main process has looked
-    folder, faults = chosen
+    folder, faults = from_main(accelerator, look)
     if accelerator.is_main_process:
         for fault in faults:
             warnings.warn(f"{fault}; resuming from {folder}", TrainingWarning, stacklevel=2)
