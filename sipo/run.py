@@ -109,7 +109,8 @@ class Run:
         """The pipeline without its network, on the CPU; without ``text``, without its text encoders as well."""
         model, data = self.config.model, self.config.data
         types = {"dtype": getattr(torch, model.dtype), "vae_dtype": getattr(torch, data.vae_dtype)}
-        pipeline = self.family.load_encoders(self.model_path, **types, text=text, **hub_options(model))
+        options: dict[str, Any] = types | hub_options(model)
+        pipeline = self.family.load_encoders(self.model_path, text=text, **options)
         settings = self.config.model.prediction_type, self.config.model.shift
         pipeline.scheduler = with_settings(pipeline.scheduler, *settings)  # samples are drawn with it
         if self.config.data.tiling:
