@@ -253,15 +253,21 @@ def scaled_coef(coef: Tensor, upstream: Tensor) -> Tensor:
     return torch.where(coef == 0, 0, coef * per_sample.to(coef.dtype))
 
 
+def lies_as(agreed: Tensor, grad: Tensor) -> bool:
+    """Whether ``grad`` lies in ``agreed``'s layout with its samples back to back, as kernels write it."""
+    if grad.is_contiguous() and agreed.is_contiguous():
+        return True
+    same = dense_sample_strides(grad) == dense_sample_strides(agreed)
+    return same and grad.stride(0) == agreed.numel() // agreed.shape[0]
+
+
 def dense_like(agreed: Tensor, grad: Tensor) -> Tensor:
-    """``grad`` itself where it lies in ``agreed``'s layout with its samples back to back, else a buffer that does.
+    """``grad`` itself where it :func:`lies_as` ``agreed``, else a buffer that does.
 
     A kernel fills the result; a caller that got a buffer copies it into ``grad``.
     """
-    if grad.is_contiguous() and agreed.is_contiguous():
+    if lies_as(agreed, grad):
         return grad
     strides = dense_sample_strides(agreed)
     assert strides is not None  # agree
-    if dense_sample_strides(grad) == strides and grad.stride(0) == agreed.numel() // agreed.shape[0]:
-        return grad
     return _empty_dense(grad, strides)

@@ -160,6 +160,8 @@ def gradient(model_pred: Tensor, target: Tensor, coef: Tensor, upstream: Tensor)
     """
     acc = stats_dtype(model_pred, target)
     c = scaled_coef(coef, upstream).to(acc).reshape(-1, *[1] * (model_pred.ndim - 1))
-    goal = target if target.shape == model_pred.shape else torch.cat([target, target])
-    grad = torch.where(c == 0, 0, c * (model_pred.to(acc) - goal.to(acc)))
-    return empty_grad(model_pred).copy_(grad)
+    # In place: the only tensor of the gradient's size, or one beside it where that is of half precision.
+    grad = torch.empty_like(model_pred, dtype=acc).copy_(model_pred)
+    grad.unflatten(0, (-1, target.shape[0])).sub_(target)
+    grad.mul_(c).masked_fill_(c == 0, 0)
+    return grad if acc == model_pred.dtype else empty_grad(model_pred).copy_(grad)

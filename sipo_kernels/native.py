@@ -29,6 +29,7 @@ from sipo_kernels.contract import (
     dense_like,
     empty_grad,
     empty_stats,
+    lies_as,
     scaled_coef,
 )
 
@@ -221,7 +222,7 @@ def forward(
     assert goal is not None
     stats = empty_stats(inputs, settings, with_grad)
     assert stats.numbers is not None
-    filled = dense_like(model, stats.grad) if with_grad else None
+    filled = _to_fill(stats.grad, model, inputs.model_pred) if with_grad else None
     samples = model.shape[0]
     elements = model.numel() // samples
     numbers = [t if t is None else t.contiguous() for t in inputs[3:]]
@@ -283,25 +284,28 @@ def mend(
         remembered.fill_(came)
     if came == made_for and (upstream.ndim == 0 or bool((upstream == made_for).all())):
         return grad
-    model, (goal,) = agree(model_pred, target)
-    assert goal is not None
-    if dense_like(model, grad) is not grad:  # not a layout that the library writes
-        return gradient(model_pred, target, coef, upstream)
-    _write_gradient(grad, model, goal, coef, upstream)
-    return grad
+    return _write_gradient(grad, model_pred, target, coef, upstream)
 
 
 def gradient(model_pred: Tensor, target: Tensor, coef: Tensor, upstream: Tensor) -> Tensor:
     """See :func:`sipo_kernels.eager.gradient`."""
+    return _write_gradient(empty_grad(model_pred), model_pred, target, coef, upstream)
+
+
+def _to_fill(grad: Tensor, model: Tensor, model_pred: Tensor) -> Tensor:
+    """Where the library writes the gradient: into ``grad`` or, where that has a layout it does not write, elsewhere.
+
+    That is over ``model`` where it is a copy made by :func:`agree`: an element is read before it is written, and a
+    second gradient in memory is saved.
+    """
+    return model if model is not model_pred and not lies_as(model, grad) else dense_like(model, grad)
+
+
+def _write_gradient(grad: Tensor, model_pred: Tensor, target: Tensor, coef: Tensor, upstream: Tensor) -> Tensor:
+    """Fills ``grad``."""
     model, (goal,) = agree(model_pred, target)
     assert goal is not None
-    grad = empty_grad(model_pred)
-    filled = dense_like(model, grad)
-    _write_gradient(filled, model, goal, coef, upstream)
-    return grad if filled is grad else grad.copy_(filled)
-
-
-def _write_gradient(filled: Tensor, model: Tensor, goal: Tensor, coef: Tensor, upstream: Tensor) -> None:
+    filled = _to_fill(grad, model, model_pred)
     coef = scaled_coef(coef, upstream)
     samples, double = model.shape[0], coef.dtype == torch.float64
     dtypes = (model.dtype, None, goal.dtype)
@@ -309,3 +313,4 @@ def _write_gradient(filled: Tensor, model: Tensor, goal: Tensor, coef: Tensor, u
     args = _args(template, model, None, goal, filled)
     args.coef = coef.data_ptr()
     _run("sipo_pair_grad", args)
+    return grad if filled is grad else grad.copy_(filled)

@@ -191,6 +191,7 @@ class DirectPairLoss(torch.autograd.Function):
         model_pred, target, coef = ctx.saved_tensors
         grad, ctx.fused_grad = ctx.fused_grad, None  # handed out once: autograd may accumulate into what it is given
         if not _is_ordinary(upstream):
+            del grad  # the operator makes another
             return torch.ops.sipo.pair_grad(model_pred, target, coef, upstream, ctx.backend), None
         if grad is None:
             return ctx.module.gradient(model_pred, target, coef, upstream), None

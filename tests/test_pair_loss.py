@@ -7,6 +7,7 @@ import itertools
 import math
 import warnings
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -683,17 +684,74 @@ def test_vmap_says_so() -> None:
         )
 
 
+def allocated_by(call: Callable[[], Any]) -> int:
+    """Bytes that a call allocates on the CPU, whether or not they are given back."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with torch.profiler.profile(profile_memory=True) as profile:
+            call()
+    return sum(max(event.self_cpu_memory_usage, 0) for event in profile.key_averages())
+
+
 @pytest.mark.parametrize(("upstream", "expected"), [(1.0, None), (0.125, None), (0.125, 0.125), (0.125, 1.0)])
 def test_memory_is_the_gradient_and_little_else(backend: str, upstream: float, expected: float | None) -> None:
     """Contract 6: beyond the gradient, per-sample numbers and partial sums only, whatever the upstream gradient."""
     if backend == "eager":
         pytest.skip("plain torch keeps every intermediate tensor; the contract's memory clause is for the kernels")
     batch = make_batch((4, 5, 101, 103), (BF16, BF16, F32), device="cpu")
-    factor = torch.tensor(upstream)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with torch.profiler.profile(profile_memory=True) as profile:
-            run(batch, backend, upstream=factor, method="sipo", beta=3.0, expected_upstream=expected)
-    allocated = sum(max(event.self_cpu_memory_usage, 0) for event in profile.key_averages())
+    options = {"upstream": torch.tensor(upstream), "method": "sipo", "beta": 3.0, "expected_upstream": expected}
+    allocated = allocated_by(lambda: run(batch, backend, **options))
     gradient = batch.model_pred.numel() * 2
     assert gradient <= allocated <= gradient + 16_384
+
+
+def test_memory_of_a_layout_that_kernels_do_not_write(backend: str) -> None:
+    """Its samples lie side by side: inputs are copied, and the gradient is made again where it is, not beside it."""
+    if backend == "eager":
+        pytest.skip("plain torch keeps every intermediate tensor; the contract's memory clause is for the kernels")
+    batch = make_batch((4, 5, 31, 37), (BF16, BF16, F32), device="cpu")
+    _, plain = run(batch, backend, upstream=torch.tensor(0.125), method="sipo", beta=3.0)
+    model = batch.model_pred.detach().permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+    moved = batch._replace(model_pred=model.requires_grad_())
+    grads: list[torch.Tensor] = []
+    allocated = allocated_by(
+        lambda: grads.append(run(moved, backend, upstream=torch.tensor(0.125), method="sipo", beta=3.0)[1])
+    )
+    assert torch.equal(grads[0], plain) and grads[0].stride() == model.stride()
+    gradient = model.numel() * 2
+    # Forward: the gradient and a contiguous copy of the policy's prediction; backward: such a copy once more. The other
+    # inputs are contiguous. Only native writes over the copy; of the others each call has a buffer to fill.
+    assert allocated <= (3 if backend == "native" else 5) * gradient + 16_384
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_memory_of_the_plain_gradient(dtype: torch.dtype, shared: bool) -> None:
+    """In float32 it is the only tensor of its size; for bfloat16 there is one in float32 beside it."""
+    batch = make_batch((4, 5, 31, 37), (dtype, dtype, F32), shared_target=shared, device="cpu")
+    coef, upstream = torch.full((4,), 0.5), torch.tensor(0.125)
+    model = batch.model_pred.detach()
+    allocated = allocated_by(lambda: backends.module("eager").gradient(model, batch.target, coef, upstream))
+    assert allocated <= model.numel() * (4 if dtype == F32 else 4 + 2) + 16_384
+
+
+def test_a_gradient_that_is_made_anew_does_not_wait_for_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An upstream gradient that only the dispatcher can read goes to the operator, which makes one of its own."""
+    backend = next((name for name in backends.FUSED if backends.status(name, "cpu").available), None)
+    if backend is None:
+        pytest.skip("no backend here makes the gradient in the forward pass")
+    batch = make_batch((4, 5, 7), device="cpu")
+    out = pair_loss(*batch[:3], method="sipo", beta=3.0, ratio_scale=batch.ratio_scale, backend=backend)
+    held = weakref.ref(out.loss.grad_fn.fused_grad)
+    module = backends.module(backend)
+    gone, gradient = [], module.gradient
+
+    def watch(*arguments: Any) -> torch.Tensor:
+        gone.append(held() is None)
+        return gradient(*arguments)
+
+    monkeypatch.setattr(module, "gradient", watch)
+    upstream = torch.tensor(0.125 - 0.25j).conj().imag  # behind a negative bit
+    (grad,) = torch.autograd.grad(out.loss, batch.model_pred, grad_outputs=upstream)
+    assert gone == [True]
+    torch.testing.assert_close(grad, run(batch, backend, upstream=torch.tensor(0.25), method="sipo", beta=3.0)[1])
