@@ -106,10 +106,18 @@ def curves(
         if points is not None:
             axes.plot(points[0], points[1], "D", color=THIRD, markersize=5, label=points[2])
         _heights(axes, level, percent=percent, log=log, zero=zero)
+        axes.xaxis.set_major_locator(_steps())
+        axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.set_xlabel("optimiser step")
         axes.set_ylabel(label)
 
     return draw(paint)
+
+
+def _steps() -> Any:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(nbins="auto", steps=[1, 2, 2.5, 5, 10], integer=True)
 
 
 def _shade(axes: Any, places: Sequence[float], means: Sequence[float], spread: Sequence[float]) -> None:
@@ -121,15 +129,45 @@ def _shade(axes: Any, places: Sequence[float], means: Sequence[float], spread: S
 def _heights(axes: Any, level: tuple[float, str] | None, *, percent: bool, log: bool, zero: bool) -> None:
     """The vertical axis, once all is drawn, and the level that is to be read off it."""
     # Where nothing is above 0, which includes a run of NaN, matplotlib refuses a logarithmic axis.
-    if log and any(y > 0 for line in axes.get_lines() for y in line.get_ydata()):
-        axes.set_yscale("log")
+    heights = [y for line in axes.get_lines() for y in line.get_ydata() if y > 0]
+    if log and heights and max(heights) > 10 * min(heights):  # over less, a linear axis has plainer labels
+        _logarithmic(axes, max(heights) / min(heights))
     elif percent:
         axes.set_ylim(-0.03, 1.03)
         axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
     elif zero:
         axes.set_ylim(bottom=0, top=None if level is None else max(axes.get_ylim()[1], 1.15 * level[0]))
+    if not percent:
+        _plain_labels(axes)
     if level is not None:
         axes.axhline(level[0], color=_INK, linewidth=1, linestyle=(0, (4, 3)), label=level[1])
+
+
+def _logarithmic(axes: Any, ratio: float) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if ratio < 1000 else (1,)))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _plain_labels(axes: Any) -> None:
+    """Labels of the vertical axis are numbers as they are written, with no factor or offset beside the axis."""
+    low, high = axes.get_ylim()
+    largest = max(abs(low), abs(high))
+    if axes.get_yscale() == "log" or not 1e-4 <= largest < 1e6:
+        axes.yaxis.set_major_formatter(lambda value, _: number(value))
+    else:
+        axes.ticklabel_format(axis="y", style="plain", useOffset=False)
+
+
+def number(value: float) -> str:
+    """``0.0025``, ``1,000,000``, ``2.5·10⁻⁷``."""
+    if value == 0 or 1e-4 <= abs(value) < 1e7:
+        return f"{value:,.10g}"
+    mantissa, exponent = f"{value:.2e}".split("e")
+    raised = str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return f"10{raised}" if float(mantissa) == 1 else f"{float(mantissa):g}·10{raised}"
 
 
 # ---- By noise level ----

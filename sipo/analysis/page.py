@@ -7,7 +7,6 @@ import html
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import sipo
@@ -40,10 +39,15 @@ figure svg { width: 100%; height: auto; display: block; }
 figure svg text { font-family: inherit; }
 figure img { min-width: 16rem; max-width: 100%; height: auto; display: block; }
 figcaption { margin-top: .3rem; }
-table { border-collapse: collapse; font-size: .88rem; }
-td { padding: .15rem 1.2rem .15rem 0; border-bottom: 1px solid var(--grid); vertical-align: top;
-  overflow-wrap: anywhere; }
-.columns { columns: 2 22rem; column-gap: 2.5rem; }
+.sample { display: flex; flex-direction: column; justify-content: flex-end; }
+.sample h3 { font-weight: 400; overflow-wrap: anywhere; }
+.looks { display: grid; grid-template-columns: 1fr 1fr; gap: .6rem; }
+.looks img, .looks video { width: 100%; min-width: 0; max-width: 24rem; display: block; }
+.settings { columns: 2 24rem; column-gap: 2.5rem; font-size: .88rem; }
+.settings div { display: flex; gap: 1.2rem; justify-content: space-between; padding: .15rem 0;
+  border-bottom: 1px solid var(--grid); break-inside: avoid; }
+.settings dt { white-space: nowrap; }
+.settings dd { margin: 0; text-align: right; min-width: 0; overflow-wrap: anywhere; color: var(--soft); }
 code { font: .92em ui-monospace, "DejaVu Sans Mono", monospace; }
 footer { margin-top: 3rem; }
 @media print { :root { color-scheme: light; --paper: #fff; --card: #f6f7f9; --ink: #1d2127; --soft: #5b6472;
@@ -58,14 +62,22 @@ class Picture:
     """A figure of a page.
 
     Attributes:
-        title: what it shows.
-        content: SVG, or an ``<img>``.
+        title: what it shows; of a sample, its prompt.
+        content: SVG, or images.
         caption: one sentence: what healthy looks like.
+        kind: "sample" for samples.
     """
 
     title: str
     content: str
-    caption: str
+    caption: str = ""
+    kind: str = ""
+
+    def html(self) -> str:
+        """The figure."""
+        caption = f"<figcaption>{_prose(self.caption)}</figcaption>" if self.caption else ""
+        kind = f' class="{self.kind}"' if self.kind else ""
+        return f"<figure{kind}><h3>{_text(self.title)}</h3>{self.content}{caption}</figure>"
 
 
 @dataclass(frozen=True)
@@ -100,17 +112,14 @@ class Page:
             if remark:
                 parts.append(f'<p class="soft">{_prose(remark)}</p>')
             parts.append('<div class="figures">')
-            parts += [
-                f"<figure><h3>{_text(p.title)}</h3>{p.content}<figcaption>{_prose(p.caption)}</figcaption></figure>"
-                for p in pictures
-            ]
+            parts += [picture.html() for picture in pictures]
             parts.append("</div>")
         if self.settings:
             rows = "".join(
-                f"<tr><td>{_text(name)}</td><td>{_text(_value(value))}</td></tr>"
+                f"<div><dt>{_text(name)}</dt><dd>{_text(_value(value))}</dd></div>"
                 for name, value in self.settings.items()
             )
-            parts.append(f'<h2>Settings</h2>\n<div class="columns"><table>{rows}</table></div>')
+            parts.append(f'<h2>Settings</h2>\n<dl class="settings">{rows}</dl>')
         parts.append(
             f"<footer>Made by <code>sipo analyze</code>, sipo {sipo.__version__}. What the numbers are: "
             "docs/math.md §8; how to read the verdicts: docs/analyze.md.</footer>\n</body>\n</html>\n"
@@ -118,10 +127,20 @@ class Page:
         return "\n".join(parts)
 
 
-def image(path: Path) -> str:
-    """A PNG as part of a page."""
-    data = base64.b64encode(path.read_bytes()).decode("ascii")
-    return f'<img alt="{_text(path.name)}" src="data:image/png;base64,{data}">'
+def image(data: bytes, name: str) -> str:
+    """A PNG as part of a page, with what is read out in its place."""
+    return f'<img alt="{_text(name)}" src="{_inline("image/png", data)}">'
+
+
+def video(data: bytes, name: str) -> str:
+    """An MP4 as part of a page."""
+    return f'<video controls loop muted playsinline title="{_text(name)}" src="{_inline("video/mp4", data)}"></video>'
+
+
+def looks(pictures: Sequence[tuple[str, str]]) -> str:
+    """Pictures side by side, each with what is said under it."""
+    cells = (f'<div>{content}<span class="soft">{_text(name)}</span></div>' for content, name in pictures)
+    return f'<div class="looks">{"".join(cells)}</div>'
 
 
 def describe(findings: Sequence[Finding]) -> str:
@@ -157,5 +176,14 @@ def _plain(text: str) -> str:
     return text.replace("`", "")
 
 
+def _inline(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
+
+
 def _value(value: object) -> str:
+    """A setting as a configuration has it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_value, value))}]"
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -17,7 +17,7 @@ from sipo.analysis import figures
 from sipo.analysis.facts import is_plain, let_go
 from sipo.analysis.figures import finite
 from sipo.analysis.page import Page, Picture
-from sipo.analysis.report import PAGE, flat, gradient_coefficient, gradient_share
+from sipo.analysis.report import PAGE, flat, gradient_coefficient, gradient_share, in_force
 from sipo.analysis.verdicts import LOOSE, Finding, percent, sort
 from sipo.checks import check_run
 from sipo.config import Config
@@ -315,5 +315,5 @@ def probe_page(config: Config, found: Probe, findings: Sequence[Finding]) -> Pag
         about,
         findings,
         [("By noise level", "Means over an even grid of noise levels.", pictures)],
-        flat(config.as_dict()),
+        in_force(flat(config.as_dict())),
     )

@@ -340,19 +340,22 @@ def fit(
     original = (pixels.shape[-2], pixels.shape[-1])
     scale = max(height / original[0], width / original[1])
     covering = (max(height, round(original[0] * scale)), max(width, round(original[1] * scale)))
-    values = pixels.flip(-1) if flip else pixels
-    if covering != original:
-        frames = (values if values.ndim == 4 else values[None]).to(torch.float32)
-        frames = F.interpolate(frames, covering, mode="bicubic", antialias=True, align_corners=False)
-        frames = frames.round_().clamp_(0.0, 255.0).to(torch.uint8)
-        values = frames if values.ndim == 4 else frames[0]
     over = (covering[0] - height, covering[1] - width)
     if crop == "random":
         top, left = (int(torch.randint(each + 1, (), generator=generator)) for each in over)
     else:
         top, left = over[0] // 2, over[1] // 2
-    values = values[..., top : top + height, left : left + width]
-    return Fitted(values.contiguous(), (top, left), original)
+    cut = (slice(top, top + height), slice(left, left + width))
+    values = pixels.flip(-1) if flip else pixels
+    if covering == original:
+        return Fitted(values[..., cut[0], cut[1]].contiguous(), (top, left), original)
+    fitted = torch.empty(*values.shape[:-2], height, width, dtype=torch.uint8)
+    # One colour of one frame at a time, which takes less memory as floats, and half the time.
+    for source, target in zip(values.flatten(0, -3), fitted.flatten(0, -3), strict=True):
+        plane = source.to(torch.float32)[None, None]
+        plane = F.interpolate(plane, covering, mode="bicubic", antialias=True, align_corners=False)[0, 0]
+        target.copy_(plane[cut].round().clamp_(0.0, 255.0))
+    return Fitted(fitted, (top, left), original)
 
 
 # ---- Writing ----
@@ -386,6 +389,26 @@ def write_image_grid(path: str | Path, images: Tensor, columns: int | None = Non
         top, left = (index // columns) * (height + gap), (index % columns) * (width + gap)
         grid[:, top : top + height, left : left + width] = image
     write_image(path, grid)
+
+
+def split_image_grid(path: str | Path, count: int, height: int, width: int, gap: int = 2) -> list[Any]:
+    """The ``count`` images, as Pillow has them, of a file that :func:`write_image_grid` has written about square.
+
+    Raises:
+        OSError, ValueError: not readable, or not of the size that so many images have.
+    """
+    from PIL import Image
+
+    if count < 1:
+        raise ValueError(f"{path}: expected at least 1 image in it")
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    expected = columns * (width + gap) - gap, rows * (height + gap) - gap
+    with Image.open(path) as grid:
+        if grid.size != expected:
+            raise ValueError(f"{path}: {grid.width}x{grid.height} pixels, expected {expected[0]}x{expected[1]}")
+        corners = [((i % columns) * (width + gap), (i // columns) * (height + gap)) for i in range(count)]
+        return [grid.crop((left, top, left + width, top + height)) for left, top in corners]
 
 
 def write_video(path: str | Path, frames: Tensor, fps: float, crf: int = 18) -> None:
