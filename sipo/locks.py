@@ -209,9 +209,8 @@ class _Lock:
         Raises:
             LockedError: it is.
         """
-        who = f"process {holder.get('pid')} on {holder.get('host')}"
-        text = f"{self._what}: {who} was writing there; watching for {WATCHED:g} s if it still is"
-        warnings.warn(text, LockWarning, stacklevel=6)
+        holds = f"process {holder.get('pid')} on {holder.get('host')} was writing there"
+        warnings.warn(f"{self._what}: {holds}; watching for {WATCHED:g} s if it still is", stacklevel=6)
         before, end = self._times(), time.monotonic() + WATCHED
         while (left := end - time.monotonic()) > 0:
             time.sleep(min(RENEWED / 2, left))
@@ -248,11 +247,13 @@ class _Lock:
             return {}
 
     def _message(self, holder: dict[str, Any]) -> str:
-        who = "another process"
-        if holder:
-            where = "" if holder.get("host") == socket.gethostname() else f" on {holder.get('host')}"
-            who = f"process {holder.get('pid')}{where} since {holder.get('since')} ({holder.get('command')})"
-        return f"{self._what} is in use by {who}: wait until it has ended, or stop it"
+        if not holder:
+            return f"{self._what} is in use by another process: wait until it has ended, or stop it"
+        where = "" if holder.get("host") == socket.gethostname() else f" on {holder.get('host')}"
+        since = f"since {holder.get('since')} ({holder.get('command')})"
+        return (
+            f"{self._what} is in use by process {holder.get('pid')}{where} {since}: wait until it has ended, or stop it"
+        )
 
 
 def _holder(content: bytes) -> dict[str, Any]:

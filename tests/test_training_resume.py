@@ -456,7 +456,7 @@ def test_a_run_killed_at_any_point_ends_with_the_same_bits(tmp_path: Path) -> No
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tests.parent)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert process.returncode == 0, process.stderr
     ends = [line.rsplit(" ", 2) for line in process.stdout.splitlines()[:-1]]
