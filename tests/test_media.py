@@ -371,6 +371,7 @@ def png_chunks(content: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
     return content[:33] + b"".join(more) + content[33:]
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize("exif", [b"", b"MM", b"Exif", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\xff\xff\x01\x12"])
 def test_exif_that_cannot_be_read_is_passed_over(exif: bytes) -> None:
     content = encode(picture(), "PNG")
@@ -599,6 +600,22 @@ def test_a_gap_of_a_variable_frame_rate_is_named(tmp_path: Path) -> None:
     expected = "has no frame for 0.42 s after 0.35 s, expected at least 10 frames per second"
     assert str(caught.value) == f"{path}: {expected}" and caught.value.kind == "rate"
     assert numbers(read_media(path, 4, 10.0).pixels) == [0, 2, 4, 6]  # before the gap
+
+
+@pytest.mark.parametrize("name", ["scene:1.mp4", "concat:a.mp4", "http:a.mp4", "-i.mp4", "100%d.mp4", "a?b#c.mp4"])
+def test_no_part_of_a_clip_s_name_means_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Before a colon FFmpeg expects a protocol."""
+    write_video(tmp_path / "clip.mp4", counted(5), 8.0)
+    (tmp_path / "clip.mp4").rename(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    assert numbers(read_media(Path(name), 5).pixels) == list(range(5))
+
+
+def test_a_title_that_is_not_utf8_is_no_fault(tmp_path: Path) -> None:
+    path = tmp_path / "clip.mkv"
+    encode_clip(path, counted(5), tags={"title": "a title of some length"})
+    path.write_bytes(path.read_bytes().replace(b"a title", b"\xe4 title"))
+    assert numbers(read_media(path, 5).pixels) == list(range(5))
 
 
 def test_a_frame_of_more_pixels_than_allowed_is_not_decoded(tmp_path: Path) -> None:
@@ -900,9 +917,8 @@ def test_senseless_requests(frames: int, fps: float | None) -> None:
 def test_fit_at_the_same_size_changes_nothing() -> None:
     pixels = noise(2, 3, 16, 24)
     fitted = fit(pixels, 16, 24)
-    assert torch.equal(fitted.pixels, pixels.float() / 127.5 - 1.0)
+    assert torch.equal(fitted.pixels, pixels)
     assert (fitted.crop_top_left, fitted.original_size) == ((0, 0), (16, 24))
-    assert fitted.pixels.min() >= -1.0 and fitted.pixels.max() <= 1.0
     mirrored = fit(pixels, 16, 24, flip=True)
     assert torch.equal(mirrored.pixels, fitted.pixels.flip(-1))
 
@@ -911,23 +927,33 @@ def test_fit_crops_the_middle_without_distortion() -> None:
     """Covering 32x32 takes 16x24 to 32x48; 16 columns are over."""
     pixels = smooth(16, 24)
     fitted = fit(pixels, 32, 32)
-    assert fitted.pixels.shape == (3, 32, 32) and fitted.pixels.dtype == torch.float32
+    assert fitted.pixels.shape == (3, 32, 32) and fitted.pixels.dtype == torch.uint8
     assert (fitted.crop_top_left, fitted.original_size) == ((0, 8), (16, 24))
     wide = fit(pixels, 32, 48).pixels
     assert torch.equal(fitted.pixels, wide[..., 8:40])
     # Bicubic scaling keeps a gradient a gradient.
     expected = torch.linspace(30, 200, 24)
-    assert ((wide[1].mean(0) + 1) * 127.5)[2:-2:2].sub(expected[1:-1]).abs().max() < 5
+    assert wide[1].float().mean(0)[2:-2:2].sub(expected[1:-1]).abs().max() < 5
 
 
 def test_fit_is_antialiased() -> None:
     """Stripes as narrow as a pixel become their mean, and no coarser stripes."""
     stripes = torch.zeros(3, 64, 66, dtype=torch.uint8)
     stripes[..., ::2] = 200
-    small = (fit(stripes, 16, 16).pixels + 1) * 127.5
-    assert (small - 100).abs().max() < 25
+    small = fit(stripes, 16, 16).pixels
+    assert (small.int() - 100).abs().max() < 25
     moving = fit(stripes.expand(4, 3, 64, 66), 16, 16).pixels
-    assert torch.allclose(moving, (small / 127.5 - 1).expand(4, 3, 16, 16), atol=1e-6)
+    assert torch.equal(moving, small.expand(4, 3, 16, 16))
+
+
+def test_fit_rounds_once() -> None:
+    """To the nearest level of what floats give for the whole clip: rounding between the two directions would show."""
+    pixels = noise(7, 2, 3, 37, 53)
+    exact = torch.nn.functional.interpolate(
+        pixels.double(), (16, 23), mode="bicubic", antialias=True, align_corners=False
+    )
+    found = fit(pixels, 16, 16).pixels
+    assert ((found - exact[..., 3:19].clamp(0, 255)).abs() < 0.5001).all()
 
 
 def test_random_crops_follow_the_generator() -> None:
@@ -938,7 +964,7 @@ def test_random_crops_follow_the_generator() -> None:
         again = fit(pixels, 16, 16, crop="random", generator=torch.Generator().manual_seed(seed))
         top, left = fitted.crop_top_left
         assert fitted.crop_top_left == again.crop_top_left and top == 0 and 0 <= left <= 24
-        assert torch.equal(fitted.pixels, pixels[..., left : left + 16].float() / 127.5 - 1.0)
+        assert torch.equal(fitted.pixels, pixels[..., left : left + 16])
         seen.add(left)
     assert len(seen) > 15 and min(seen) < 4 and max(seen) > 20
 
@@ -947,7 +973,7 @@ def test_flip_comes_before_the_crop() -> None:
     pixels = noise(4, 3, 16, 40)
     fitted = fit(pixels, 16, 16, crop="random", flip=True, generator=torch.Generator().manual_seed(0))
     left = fitted.crop_top_left[1]
-    assert torch.equal(fitted.pixels, pixels.flip(-1)[..., left : left + 16].float() / 127.5 - 1.0)
+    assert torch.equal(fitted.pixels, pixels.flip(-1)[..., left : left + 16])
 
 
 def test_unknown_crop() -> None:

@@ -31,6 +31,8 @@ BACKGROUND = 255
 MAX_PIXELS = 120_000_000
 """Pixels that an image or a frame may have where nobody says otherwise: the largest cameras', and 360 MB decoded."""
 
+_FRAMES_AT_FIRST = 128  # that room is made for at most
+
 _WIDEST_PIXEL = 4  # largest sample aspect ratio, or its inverse: more is a damaged file, and would take much memory
 
 # For transparent WebM clips: FFmpeg's own decoders drop the alpha channel, which shows the hidden colours.
@@ -86,11 +88,13 @@ class Selection(Protocol):
     """Which of a clip's frames are wanted.
 
     Attributes:
-        picked: those taken so far: PyAV's frames, which the reader replaces by their pixels.
+        picked: those taken so far: PyAV's frames, each of which the reader replaces by ``None`` once it has its pixels.
+        frames: how many there are to be.
         done: whether the rest need not be decoded.
     """
 
     picked: list[Any]
+    frames: int
     done: bool
 
     def offer(self, frame: Any, time: float) -> None:
@@ -126,6 +130,7 @@ class Numbered:
     def __init__(self, indices: Sequence[int]) -> None:
         self.picked: list[Any] = []
         self.indices = indices
+        self.frames = len(indices)
         self.seen = 0
         self.done = False
 
@@ -206,7 +211,9 @@ def read_clip(
         raise MediaError("undecodable", source, "is empty")
     try:
         try:
-            opened = av.open(as_stream(source), options=_OPEN_OPTIONS)
+            # "file:", as what stands before a colon in a name is a protocol to FFmpeg. Titles need not be UTF-8.
+            place = io.BytesIO(source) if isinstance(source, bytes) else f"file:{source}"
+            opened = av.open(place, options=_OPEN_OPTIONS, metadata_errors="replace")
         except (av.InvalidDataError, av.ArgumentError):  # the latter for formats that are not in the list
             raise MediaError("undecodable", source, "is no image or clip of a known format, or is cut short") from None
         with opened as container:
@@ -230,7 +237,7 @@ def read_clip(
             expected = _seconds(tags.get("duration", ""))
             timed = container.format.name != "avi"  # AVI has decoding times alone
             length, index, start, end = 0, 0, 0.0, 0.0
-            shown = _Shown(source, stream.sample_aspect_ratio or Fraction(1), transform)
+            shown = _Shown(source, selection.frames, stream.sample_aspect_ratio or Fraction(1), transform)
             for packet in container.demux(stream):
                 if packet.is_corrupt:
                     raise MediaError("undecodable", source, f"is damaged or cut short after {length} frames")
@@ -246,7 +253,7 @@ def read_clip(
                     time = frame.time if timed and frame.time is not None else index / (rate or 1.0)
                     start = time if index == 0 else start
                     selection.offer(frame, time - start)
-                    shown.replace(selection.picked)
+                    shown.take(selection.picked)
                     index += 1
             if length == 0 or not rate > 0:
                 raise MediaError("undecodable", source, "holds no frames, or no frame rate")
@@ -280,7 +287,7 @@ class _Shown:
     """Makes pixels of selected frames, each at once: a whole clip as it is stored may take gigabytes."""
 
     def __init__(
-        self, source: Path | bytes, aspect: Fraction, transform: Callable[[Tensor], Tensor] | None = None
+        self, source: Path | bytes, frames: int, aspect: Fraction, transform: Callable[[Tensor], Tensor] | None
     ) -> None:
         if not 1 / _WIDEST_PIXEL <= aspect <= _WIDEST_PIXEL:
             shape, widest = f"{aspect.numerator}:{aspect.denominator}", _WIDEST_PIXEL
@@ -288,16 +295,23 @@ class _Shown:
                 "undecodable", source, f"has pixels of {shape}, expected between 1:{widest} and {widest}:1"
             )
         self.source = source
+        self.room = min(frames, _FRAMES_AT_FIRST)
         self.aspect = aspect
         self.transform = transform
         self.size: tuple[int, int] | None = None
+        self.pixels = torch.empty(0, 3, 0, 0, dtype=torch.uint8)  # [n, ...] for as many frames and more
         self.shares: list[float] = []  # of transparent pixels, by frame
         self.interlaced = False
 
-    def replace(self, picked: list[Any]) -> None:
-        """Puts pixels, ``[3, H, W]`` uint8, in the place of the frames that were selected since the last call."""
+    def take(self, picked: list[Any]) -> None:
+        """Makes pixels of the frames that were selected since the last call, and lets these go."""
         for index in range(len(self.shares), len(picked)):
-            picked[index] = self._pixels(picked[index])
+            pixels, picked[index] = self._pixels(picked[index]), None
+            if index == 0:
+                self.pixels = torch.empty(self.room, *pixels.shape, dtype=torch.uint8)
+            elif index == len(self.pixels):
+                self.pixels = torch.cat([self.pixels, torch.empty_like(self.pixels)])
+            self.pixels[index] = pixels  # all in one place: between frames that are let go, memory would have holes
 
     def _pixels(self, frame: Any) -> Tensor:
         colours, share = _rgb(frame, self.aspect)
@@ -311,13 +325,11 @@ class _Shown:
         return colours if self.transform is None else self.transform(colours)
 
     def media(self, picked: list[Any], fps: float, length: int) -> Media:
-        """All that was selected; empties ``picked``."""
-        self.replace(picked)
-        count = len(picked)
-        pixels = torch.empty(count, *(picked[0].shape if picked else (3, 0, 0)), dtype=torch.uint8)
-        for index in range(count):
-            pixels[index] = picked.pop(0)
+        """All that was selected."""
+        self.take(picked)
+        count = len(self.shares)
         transparent = sum(share / count for share in self.shares)
+        pixels = self.pixels[:count]
         return Media(pixels, self.size or (0, 0), fps, length, self.aspect, transparent, self.interlaced)
 
 
@@ -339,7 +351,10 @@ def _rgb(frame: Any, aspect: Fraction) -> tuple[Tensor, float]:
 
 def _upright(source: Path | bytes, pixels: Tensor, frame: Any) -> Tensor:
     """Applies the display matrix: phones record sideways, and their front cameras mirrored."""
-    found = [data for data in frame.side_data if data.type.name == "DISPLAYMATRIX"]
+    from av.sidedata.sidedata import SideDataContainer
+
+    # frame.side_data is one that the frame keeps and that refers to the frame: its memory would wait for the collector.
+    found = [data for data in SideDataContainer(frame) if data.type.name == "DISPLAYMATRIX"]  # type: ignore[call-arg]
     if not found:
         return pixels
     # x' = a x + c y and y' = b x + d y, with y downwards: a 3x3 matrix whose third column is not needed.
@@ -369,7 +384,3 @@ def on_background(rgba: Tensor) -> tuple[Tensor, float]:
     weight = alpha.int()
     mixed = (colours.int() * weight + BACKGROUND * (255 - weight) + 127).div(255, rounding_mode="floor")
     return mixed.to(torch.uint8), 1.0 - float(opaque.float().mean())
-
-
-def as_stream(source: Path | bytes) -> Any:
-    return io.BytesIO(source) if isinstance(source, bytes) else str(source)

@@ -6,10 +6,9 @@ image with grey nor a short clip with repeated frames.
 
 from __future__ import annotations
 
+import io
 import math
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -26,12 +25,11 @@ from sipo.data.clips import (
     Media,
     MediaError,
     Numbered,
-    as_stream,
     check_pixels,
     on_background,
     read_clip,
 )
-from sipo.files import FileError, check_regular
+from sipo.files import FileError, aside, check_regular
 
 # A list of formats, so that none of Pillow's rarer decoders is used (one of which starts another program).
 _IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -200,7 +198,7 @@ def _decode_image(source: Path | bytes, formats: tuple[str, ...], max_pixels: in
     """See :func:`_read_image`; raises whatever Pillow does."""
     from PIL import Image
 
-    with Image.open(as_stream(source), formats=formats) as image:
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats) as image:
         check_pixels(source, image.height, image.width, max_pixels)
         if getattr(image, "is_animated", False):
             if image.format in ("GIF", "AVIF"):
@@ -367,8 +365,9 @@ def write_image(path: str | Path, pixels: Tensor) -> None:
 
     _check_pixels(pixels, 3)
     image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())
-    with _aside(Path(path)) as aside:
-        image.save(aside)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with aside(Path(path)) as place:
+        image.save(place)
 
 
 def write_image_grid(path: str | Path, images: Tensor, columns: int | None = None, gap: int = 2) -> None:
@@ -429,7 +428,8 @@ def write_video(path: str | Path, frames: Tensor, fps: float, crf: int = 18) -> 
     if height % 2 or width % 2:
         raise ValueError(f"frames are {height}x{width}, expected even sides")
     path = Path(path)
-    with _aside(path) as aside, av.open(str(aside), "w") as container:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with aside(path) as place, av.open(f"file:{place}", "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         stream.codec_context.thread_count = 1
@@ -445,15 +445,3 @@ def _check_pixels(pixels: Tensor, dimensions: int) -> None:
     shape = "[3, H, W]" if dimensions == 3 else "[N, 3, H, W]"
     if pixels.dtype != torch.uint8 or pixels.ndim != dimensions or pixels.shape[-3] != 3 or 0 in pixels.shape:
         raise ValueError(f"pixels are {pixels.dtype} {list(pixels.shape)}, expected torch.uint8 {shape}")
-
-
-@contextmanager
-def _aside(path: Path) -> Iterator[Path]:
-    """A temporary path with the same suffix; renamed on success, removed on failure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        yield aside
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
