@@ -276,21 +276,26 @@ def test_loads_in_parts(toy: str) -> None:
     assert type(network).__name__ == family.network_class
     encoders = family.load_encoders(folder_of(toy), dtype=torch.bfloat16)
     assert encoders.components[family.network] is None
-    modules = [m for m in encoders.components.values() if isinstance(m, nn.Module)]
+    modules = {name: m for name, m in encoders.components.items() if isinstance(m, nn.Module)}
     assert len(modules) >= 2
-    for module in modules:
+    for name, module in modules.items():
         assert not module.training
         assert not any(p.requires_grad for p in module.parameters())
-        assert next(module.parameters()).dtype == torch.bfloat16
+        assert next(module.parameters()).dtype == (torch.float32 if name == "vae" else torch.bfloat16)
+    without = family.load_encoders(folder_of(toy), vae_dtype=torch.bfloat16, text=False)
+    held = {name: m for name, m in without.components.items() if isinstance(m, nn.Module)}
+    assert held.keys() == {"vae"} and held["vae"].dtype == torch.bfloat16
     whole = getattr(pipeline_of(toy), family.network)
     mine = network.state_dict()
     for name, tensor in whole.state_dict().items():  # diffusers keeps some of Wan's in float32
         assert torch.equal(mine[name], tensor.to(mine[name].dtype))
 
 
-def test_a_half_precision_image_vae_that_overflows_is_kept_in_float32() -> None:
+def test_an_image_vae_that_overflows_in_half_precision() -> None:
     encoders = get("sdxl").load_encoders(folder_of("sdxl"), dtype=torch.float16)
     assert (encoders.vae.dtype, encoders.text_encoder.dtype) == (torch.float32, torch.float16)
+    with pytest.raises(SettingError, match="its VAE overflows in vae_dtype='float16'"):
+        get("sdxl").load_encoders(folder_of("sdxl"), vae_dtype=torch.float16)
 
 
 @pytest.mark.parametrize(
