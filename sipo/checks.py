@@ -157,7 +157,7 @@ _CHECKS: tuple[tuple[Callable[[Run], None], tuple[Work, ...]], ...] = (
 )
 
 
-def _named(check: Callable[[], None]) -> None:
+def _named(check: Callable[[], Any]) -> None:
     """The loop's own messages begin with a setting's name: here its section stands before it."""
     try:
         check()

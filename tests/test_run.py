@@ -164,6 +164,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     """The one line of a command that does nothing else."""
+    capsys.readouterr()  # of what was done before
     assert cli.main([*words]) == 2
     error = capsys.readouterr().err
     assert error.startswith("sipo: error: ") and error.count("\n") == 1
@@ -426,17 +427,8 @@ def test_two_processes_are_one_with_twice_the_batch(shared: Path, tmp_path: Path
         (["model.shift=3"], "model.shift=3.0: leave it out, PNDMScheduler has no flow schedule"),
         (["model.prediction_type=flow_prediction"], "model.prediction_type='flow_prediction': expected 'epsilon', 'v_"),
         (["model.prediction_type=sample"], "model.prediction_type='sample': expected another, PNDMScheduler draws no"),
-        (["data.sizes=[[33, 32]]"], "33"),
         (["data.held_out=32"], "data.held_out=32: expected at least 0 and fewer than the 32 pairs there are"),
         (["loss.method=ppo"], "loss.method='ppo': expected one of diffusion_dpo, dpo_cm, sipo, sdpo"),
-        (["loss.beta=-1"], "loss.beta=-1"),
-        (["model.lora.target_modules=[to_x]"], "model.lora.target_modules: 'to_x' is no linear layer"),
-        (
-            ["training.timestep_distribution=shifted"],
-            "training.timestep_distribution='shifted': expected one of uniform",
-        ),
-        (["training.optimizer=adamw8bit"], "bitsandbytes"),
-        (["data.held_out=0", "samples.prompts=[]"], "training.validate_every=2: expected data.held_out > 0"),
         (["data.dtype=bfloat16"], "data.dtype"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

@@ -242,8 +242,9 @@ def _ask(path: str, options: Mapping[str, Any], expected: str, index: str) -> _F
             return _Found(folder, folder.name, names)
     cached = try_to_load_from_cache(path, index, revision=revision, **place)
     if not isinstance(cached, str):
-        found = f"no such folder, and no hub id that answers ({problem})"
-        raise FileNotFoundError(f"{path}: {found}, expected a {expected}")
+        raise FileNotFoundError(
+            f"{path}: no such folder, and no hub id that answers ({problem}), expected a {expected}"
+        )
     return _Found(Path(cached).parent, None, [])
 
 
