@@ -24,6 +24,7 @@ from sipo.families.tuning import load_saved, save_full, save_lora
 from sipo.run import build, datasets, open_run, prepare_data
 from sipo.train import TRAINED_ON
 from sipo.training import AdapterOff
+from sipo.verify import SUMS
 from tests.test_run import example, options
 from tests.test_run import train as train_toy
 from tests.training_cases import Adapted, Network, Pairs, fresh_accelerate, networks, predict, without_adapter
@@ -263,7 +264,7 @@ def test_a_run_is_scored_by_the_weights_that_it_saved(
     lines = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     assert [line["index"] for line in lines] == [0, 1, 2, 3] and "4 pairs, 4 draws each, beta 1000" in told  # held out
     prompts = {record.row: record.prompt for record in JsonlReader(trained / "cache-toy" / "pairs" / "pairs.jsonl")}
-    assert all(line["prompt"] == prompts[line["row"]] for line in lines)
+    assert all(line["prompt"] == prompts[line["row"] - 1] for line in lines)
     right = sum(line["margin"] > 0 for line in lines) / 4
     assert f"the chosen half is preferred in {100 * right:.1f} ±" in told and str(run / "weights") in told
     assert " of 4, no more often than chance explains\n" in told and "pairs: held out of training\n" in told
@@ -343,6 +344,7 @@ def test_held_out_is_said_of_the_data_that_was_trained_on_alone(
     assert_unknown("the data, or how it is encoded, has changed since")
     pairs.write_text(text)
     assert cli.main(score) == 0 and "pairs: held out of training\n" in capsys.readouterr().out
+    (folder / "run" / "weights" / SUMS).unlink()  # weights of another origin
     for content in ("[1]", "{"):
         (folder / "run" / "weights" / TRAINED_ON).write_text(content)
         assert_unknown(f"{folder / 'run' / 'weights' / TRAINED_ON} cannot be read")
@@ -416,7 +418,7 @@ def test_nothing_is_read_or_made_in_vain(
     monkeypatch.setattr(JsonlReader, "__iter__", counted)
     output = tmp_path / "scores.jsonl"
     assert cli.main(["score", str(trained / "run"), "--draws", "2", "--output", str(output)]) == 0
-    rows = [json.loads(line)["row"] for line in output.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line)["row"] - 1 for line in output.read_text(encoding="utf-8").splitlines()]
     assert max(rows) < 31 and read == list(range(max(rows) + 2))  # the first that is too far ends it
     # What a command may run into is one line.
     for error, message in (
@@ -453,3 +455,46 @@ def test_what_the_command_cannot_score_is_one_line(
     assert cli.main(["score", *(word.format(**places) for word in arguments), "--output", str(output)]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("sipo: error: ") and message in error and not output.exists()
+
+
+def scored(run: Path, *more: str) -> int:
+    return cli.main(["score", str(run), "--draws", "2", *more])
+
+
+@pytest.mark.parametrize("name", ["pytorch_lora_weights.safetensors", "trained_on.json", "SHA256SUMS"])
+def test_one_flipped_bit_of_the_weights_is_noticed(
+    name: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before any network is built."""
+    monkeypatch.setattr("sipo.analysis.score_run.open_run", Mock(side_effect=AssertionError("too late")))
+    run = tmp_path / "run"
+    shutil.copytree(trained / "run", run)
+    path = run / "weights" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert scored(run, "--output", str(tmp_path / "scores.jsonl")) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("sipo: error: ") and str(run / "weights") in error and error.count("\n") == 1
+    assert "damaged" in error or f"not in {SUMS}" in error or "missing" in error
+    assert not (tmp_path / "scores.jsonl").exists()
+
+
+def test_damaged_weights_without_hashes_are_one_line_too(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = tmp_path / "weights"
+    shutil.copytree(trained / "run" / "weights", weights)
+    (weights / SUMS).unlink()
+    here = ["--weights", str(weights), "--output", str(tmp_path / "scores.jsonl")]
+    file = weights / "pytorch_lora_weights.safetensors"
+    sound = file.read_bytes()
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    for damage in (sound[:-1], sound[:9], b"", b"\x80\x04", sound[:20] + b"\xff" + sound[21:], pointer):
+        file.write_bytes(damage)
+        assert scored(trained / "run", *here) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"sipo: error: {file}: ") and error.count("\n") == 1
+    file.write_bytes(sound)
+    assert scored(trained / "run", *here) == 0
+    assert f"weights: {weights} (no {SUMS}, so that damage would go unnoticed)" in capsys.readouterr().out

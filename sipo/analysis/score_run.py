@@ -18,11 +18,12 @@ from sipo.data.pairs import CachedPairs
 from sipo.data.readers import open_pairs
 from sipo.data.records import DataError
 from sipo.families.tuning import load_saved
-from sipo.files import write_aside
+from sipo.files import FileError, read_object, write_aside
 from sipo.run import Run, build, datasets, loss_beta, make_loss, open_run, prepare_data
 from sipo.train import TRAINED_ON, WEIGHTS, trained_on
 from sipo.training.checkpoint import is_weights, weights_change
 from sipo.training.logs import check_output
+from sipo.verify import SUMS, check_weights
 
 _KINDS = {
     "held-out": "held out of training",
@@ -40,17 +41,20 @@ class Scored(NamedTuple):
         pairs: which they are, in words.
         weights: folder of those scored.
         output: the JSONL file.
+        hashed: whether the weights are known to be as they were saved; weights of another origin have no hashes.
     """
 
     scores: PairScores
     pairs: str
     weights: Path
     output: Path
+    hashed: bool
 
     def describe(self) -> str:
         """What was found, for a terminal."""
         lines = [self.scores.describe(), f"pairs: {self.pairs}"]
-        return "\n".join([*lines, f"weights: {self.weights}", f"scores: {self.output}"])
+        unknown = "" if self.hashed else f" (no {SUMS}, so that damage would go unnoticed)"
+        return "\n".join([*lines, f"weights: {self.weights}{unknown}", f"scores: {self.output}"])
 
 
 def score_run(
@@ -63,7 +67,7 @@ def score_run(
     draws: int,
     seed: int = 0,
 ) -> Scored:
-    """Scores pairs and writes a JSON line for each: its place, its row and prompt in the source, its rewards.
+    """Scores pairs and writes a JSON line for each: its place, its row (from 1) and prompt in the source, its rewards.
 
     Args:
         target: folder of a run, or a configuration.
@@ -78,6 +82,7 @@ def score_run(
         ConfigError: also held-out or training pairs asked for, where the data or the split are not those of training,
             or another network than the one trained from.
         CacheError, BadPair, DataError, FileNotFoundError, ValueError: as for training.
+        FileError: weights that are damaged; names the file.
         FileExistsError: an output that is there and holds something else than scores.
     """
     file = target / "config.yaml" if target.is_dir() else target
@@ -90,6 +95,7 @@ def score_run(
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder, expected the weights of a run; --weights names another")
     check_output(output, '{"index": ', "scores of `sipo score`")
+    hashed = check_weights(folder)
     run = open_run(with_network(config))
     loss_fn = make_loss(run)
     origin = _origin(folder)
@@ -114,16 +120,16 @@ def score_run(
         progress=config.training.progress,
     )
     _write(scores, output, rows, prompts)
-    return Scored(scores, which, folder, output)
+    return Scored(scores, which, folder, output, hashed)
 
 
 def _origin(folder: Path) -> dict[str, Any]:
     """What the run has written down of its data and its network; empty where it cannot be read."""
     try:
-        origin = json.loads((folder / TRAINED_ON).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        origin = read_object(folder / TRAINED_ON)
+    except (OSError, FileError):
         return {}
-    return origin if isinstance(origin, dict) and isinstance(origin.get("network"), dict) else {}
+    return origin if isinstance(origin.get("network"), dict) else {}
 
 
 def _check_network(run: Run, folder: Path, origin: dict[str, Any]) -> None:
@@ -182,5 +188,5 @@ def _write(scores: PairScores, output: Path, rows: list[int], prompts: dict[int,
     lines = []
     for row, line in zip(rows, scores.lines(), strict=True):
         known = {"prompt": prompts[row]} if row in prompts else {}
-        lines.append(json.dumps({"index": line.pop("index"), "row": row, **known, **line}, ensure_ascii=False) + "\n")
+        lines.append(json.dumps({"index": line.pop("index"), "row": row + 1, **known, **line}, ensure_ascii=False) + "\n")
     write_aside(output, "".join(lines))
