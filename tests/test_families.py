@@ -294,7 +294,7 @@ def test_loads_in_parts(toy: str) -> None:
 def test_an_image_vae_that_overflows_in_half_precision() -> None:
     encoders = get("sdxl").load_encoders(folder_of("sdxl"), dtype=torch.float16)
     assert (encoders.vae.dtype, encoders.text_encoder.dtype) == (torch.float32, torch.float16)
-    with pytest.raises(SettingError, match="its VAE overflows in vae_dtype='float16'"):
+    with pytest.raises(ValueError, match="its VAE overflows in vae_dtype='float16'"):
         get("sdxl").load_encoders(folder_of("sdxl"), vae_dtype=torch.float16)
 
 
