@@ -25,6 +25,7 @@ from sipo.run import Run, build, datasets, make_loss, open_run, prepare_data
 from sipo.training import TrainingConfig, TrainingResult, gather_weights, is_sharded, make_accelerator, train
 from sipo.training import storage as checkpoints
 from sipo.training.first_step import Mismatch
+from sipo.training.logs import check_logs
 from sipo.verify import SUMS, write_sums
 
 WEIGHTS = "weights"
@@ -121,7 +122,7 @@ def _check_folder(training: TrainingConfig, resume: bool) -> bool:
     """Whether the folder has checkpoints to go on from; a run in it that would be overwritten is refused."""
     saved = checkpoints.found(training.checkpoints)
     log, weights = training.metrics_path, training.folder / WEIGHTS
-    logged, finished = log.is_file() and log.stat().st_size > 0, weights.exists()
+    logged, finished = log in check_logs(training) and log.stat().st_size > 0, weights.exists()
     if (saved and resume) or not (saved or logged or finished):
         return bool(saved)
     names = [f"{training.checkpoints.name}/{saved[-1].name}"] if saved else []

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -147,7 +148,12 @@ def test_what_a_killed_run_leaves_at_the_end_is_no_damage(cut: bytes, tmp_path: 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "timesteps.jsonl"])
 @pytest.mark.parametrize(("make", "what"), [(os.mkfifo, "a FIFO"), (os.mkdir, "a folder")])
 def test_what_is_no_file_is_refused_before_it_is_opened(
-    name: str, make: Callable[[Path], None], what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str,
+    make: Callable[[Path], None],
+    what: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     written(tmp_path / "metrics.jsonl", metrics(1))
     path = tmp_path / name
@@ -157,6 +163,10 @@ def test_what_is_no_file_is_refused_before_it_is_opened(
     assert capsys.readouterr().err == f"sipo: error: {path}: is {what}, expected a file\n"
     with pytest.raises(FileError, match=f"{name}: is {what}, expected a file"):
         fit(tmp_path)
+    monkeypatch.setattr("sipo.train.open_run", Mock(side_effect=AssertionError("too late")))
+    toy = Path(__file__).parents[1] / "examples/toy/sd15.yaml"
+    assert cli.main(["train", str(toy), f"training.output_dir={tmp_path}"]) == 2
+    assert capsys.readouterr().err == f"sipo: error: {path}: is {what}, expected a file\n"
 
 
 def test_a_run_with_a_damaged_log_is_resumed_and_the_log_is_kept(tmp_path: Path) -> None:
