@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from PIL import Image
@@ -19,7 +20,7 @@ from sipo.config import DataConfig, ModelConfig
 from sipo.data.precompute import precompute_pairs
 from sipo.data.records import PairRecord
 from sipo.data.summary import CacheSummary
-from sipo.families.base import Condition, Family
+from sipo.families.base import Condition, Family, as_floats
 
 TOKENS, WIDTH = 8, 4
 MODEL = ModelConfig(family="small", path="nowhere")
@@ -57,7 +58,7 @@ class SmallFamily(Family):
         pipeline.encoded += 1
         if pipeline.encoded == pipeline.fail_at:
             raise KeyboardInterrupt
-        means = torch.nn.functional.avg_pool2d(pixels, 8)
+        means = torch.nn.functional.avg_pool2d(as_floats(pixels), 8)
         if generator is not None:
             means = means + 0.1 * torch.randn(means.shape, generator=generator)
         return means
@@ -138,6 +139,7 @@ def settings(**changes: Any) -> DataConfig:
         "dtype": "float32",
         "shard_pairs": 4,
         "seed": 5,
+        "num_workers": 2,
     }
     return DataConfig(**default | changes)
 
@@ -146,8 +148,8 @@ def build(
     folder: Path, reader: Any = None, pipeline: Pipeline | None = None, accelerator: Any = None, **changes: Any
 ) -> CacheSummary:
     """Runs :func:`precompute_pairs`; some of the changes are its own arguments."""
-    names = ("check_hashes", "verify", "refuse_changes", "workers")
-    own = {"workers": 2} | {name: changes.pop(name) for name in names if name in changes}
+    names = ("check_hashes", "verify", "refuse_changes")
+    own = {name: changes.pop(name) for name in names if name in changes}
     pipeline = pipeline or Pipeline()
     return precompute_pairs(
         Records.make() if reader is None else reader,
@@ -174,32 +176,56 @@ class Accelerator:
     process_index: int
     num_processes: int
     barrier: threading.Barrier
+    values: list[Any]
+
+    @property
+    def is_main_process(self) -> bool:
+        return self.process_index == 0
 
     def wait_for_everyone(self) -> None:
         self.barrier.wait(60)
+
+    def gather_object(self, value: list[Any]) -> list[Any]:
+        """As accelerate.utils has it."""
+        self.values[self.process_index] = value[0]
+        self.wait_for_everyone()
+        found = list(self.values)
+        self.wait_for_everyone()
+        return found
 
     def autocast(self) -> AbstractContextManager[None]:
         return nullcontext()
 
 
-def in_processes(count: int, function: Callable[[Accelerator], Any]) -> list[Any]:
-    """Calls a function in several threads at once, as several processes of a run would."""
-    barrier = threading.Barrier(count)
+def outcomes_in_processes(count: int, function: Callable[[Accelerator], Any]) -> list[Any]:
+    """Calls a function in several threads at once, as several processes of a run would.
+
+    Returns:
+        What each returned, or the error that it raised.
+    """
+    barrier, values, me = threading.Barrier(count), [None] * count, threading.local()
     results: list[Any] = [None] * count
-    errors: list[BaseException] = []
 
     def call(rank: int) -> None:
+        me.accelerator = Accelerator(rank, count, barrier, values)
         try:
-            results[rank] = function(Accelerator(rank, count, barrier))
+            results[rank] = function(me.accelerator)
         except BaseException as error:
-            errors.append(error)
-            barrier.abort()
+            results[rank] = error
 
     threads = [threading.Thread(target=call, args=(rank,)) for rank in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
+    with mock.patch("accelerate.utils.gather_object", lambda value: me.accelerator.gather_object(value)):
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    return results
+
+
+def in_processes(count: int, function: Callable[[Accelerator], Any]) -> list[Any]:
+    """The same, where all are to succeed; else raises the first error."""
+    results = outcomes_in_processes(count, function)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
     return results

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,10 @@ from sipo.data.cache import (
     intact_shard,
     open_cache,
     pad,
+    read_json,
     text_key,
     trim,
+    write_json,
     write_shard,
 )
 from sipo.data.precompute import fingerprint
@@ -130,7 +131,7 @@ def test_a_folder_without_a_finished_cache(tmp_path: Path) -> None:
         open_cache(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "[1]", '{"format": 3}', '{"format": 3, "complete": true, "fingerprint": {}}'])
+@pytest.mark.parametrize("text", ["", "[1]", '{"format": 4}', '{"format": 4, "complete": true, "fingerprint": {}}'])
 def test_an_index_that_is_none(tmp_path: Path, text: str) -> None:
     (tmp_path / INDEX).write_text(text)
     with pytest.raises(DamagedError, match=r"index\.json: .*`sipo precompute` rebuilds it"):
@@ -139,9 +140,10 @@ def test_an_index_that_is_none(tmp_path: Path, text: str) -> None:
 
 def test_an_index_of_another_format(tmp_path: Path) -> None:
     build(tmp_path)
-    index = json.loads((tmp_path / INDEX).read_text())
-    (tmp_path / INDEX).write_text(json.dumps(index | {"format": 99}))
-    with pytest.raises(CacheError, match=r"cache format 99, expected 3: .*use another folder, or delete this one"):
+    index = read_json(tmp_path / INDEX)
+    assert index is not None
+    write_json(tmp_path / INDEX, index | {"format": 99})
+    with pytest.raises(CacheError, match=r"cache format 99, expected 4: .*use another folder, or delete this one"):
         open_cache(tmp_path)
 
 

@@ -144,15 +144,15 @@ def empty_caption(lines: Lines) -> None:
 
 EVERYTHING = [f"{kind}-0000{n}" for kind in ("latents", "text") for n in range(3)]
 ROWS: list[tuple[Change, list[str], str]] = [
-    (swap, ["latents-00001"], "row 3: chosen is b/3.bmp, was a/3.bmp"),
-    (edit, [], "row 3: another prompt"),
-    (edit_all, ["text-00000", "text-00001", "text-00002"], "row 0: another prompt"),
-    (drop, ["latents-00002"], "row 5: no longer a pair"),
-    (drop_first, EVERYTHING, "row 0: chosen is a/1.bmp, was a/0.bmp"),
-    (drop_shard, [], "row 4: no longer a pair"),
-    (add, ["latents-00003", "text-00003"], "row 6: a new pair"),
-    (tie, ["latents-00002"], "row 5: no longer a pair"),
-    (tie_early, ["latents-00000"], "row 1: no longer a pair"),
+    (swap, ["latents-00001"], "row 4: chosen is b/3.bmp, was a/3.bmp"),
+    (edit, [], "row 4: another prompt"),
+    (edit_all, ["text-00000", "text-00001", "text-00002"], "row 1: another prompt"),
+    (drop, ["latents-00002"], "row 6: no longer a pair"),
+    (drop_first, EVERYTHING, "row 1: chosen is a/1.bmp, was a/0.bmp"),
+    (drop_shard, [], "row 5: no longer a pair"),
+    (add, ["latents-00003", "text-00003"], "row 7: a new pair"),
+    (tie, ["latents-00002"], "row 6: no longer a pair"),
+    (tie_early, ["latents-00000"], "row 2: no longer a pair"),
 ]
 
 
@@ -187,7 +187,7 @@ def test_a_caption_that_is_empty_now_is_a_bad_pair(data: Path) -> None:
     lines = read(data)
     empty_caption(lines)
     write(data, lines)
-    with pytest.raises(BadPair, match="row 3: the caption is empty"):
+    with pytest.raises(BadPair, match="row 4: the caption is empty"):
         encode(data)
     assert encode(data, skip_bad=True).skipped == {"caption": 1}
 
@@ -198,7 +198,7 @@ def test_another_prompt_of_a_pair_that_is_left_out_is_a_change_too(data: Path) -
     lines = read(data)
     lines[3]["prompt"] = "another"
     write(data, lines)
-    with pytest.raises(CacheError, match="row 2 or one behind it: another prompt"):
+    with pytest.raises(CacheError, match="row 3 or one behind it: another prompt"):
         encode(data, skip_bad=True, refuse_changes=True)
     assert encode(data, skip_bad=True).texts == 1
 
@@ -241,10 +241,10 @@ def shorten(folder: Path) -> None:
 def test_files_that_have_changed_are_encoded_anew(data: Path, change: Callable[[Path], None]) -> None:
     before = written_at(data.parent.parent / "cache")
     change(data.parent)
-    with pytest.raises(CacheError, match=r"row 4: a/4\.bmp has other content"):
+    with pytest.raises(CacheError, match=r"row 5: a/4\.bmp has other content"):
         encode(data, refuse_changes=True)
     summary = encode(data)
-    assert summary.changes[0].startswith("row 4: a/4.bmp has other content")
+    assert summary.changes[0].startswith("row 5: a/4.bmp has other content")
     assert (summary.written, summary.kept) == (1, 2)
     assert changed(before, data.parent.parent / "cache") == ["latents-00002"]
     assert_as_new(data)
@@ -317,7 +317,7 @@ def test_verify_finds_what_sizes_and_times_do_not_show(data: Path, monkeypatch: 
     overwrite(data.parent, 0)
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert encode(data).kept == 3
-    assert encode(data, verify=True).changes == ["row 0: a/0.bmp has other content"]
+    assert encode(data, verify=True).changes == ["row 1: a/0.bmp has other content"]
     assert_as_new(data)
     assert encode(data, verify=True).kept == 3
 
@@ -340,8 +340,8 @@ def test_a_file_that_is_written_to_while_pairs_are_encoded_is_found(data: Path) 
                 overwrite(data.parent, 0)
 
     shutil.rmtree(data.parent.parent / "cache")
-    encode(data, Overwrites(), workers=1, check_hashes=True)
-    assert encode(data).changes == ["row 0: a/0.bmp has other content"]
+    encode(data, Overwrites(), num_workers=1, check_hashes=True)
+    assert encode(data).changes == ["row 1: a/0.bmp has other content"]
     assert_as_new(data)
 
 
@@ -394,11 +394,11 @@ def test_files_that_are_gone(data: Path) -> None:
     assert encode(data).absent == 1  # text needs no image
     assert not [name for name in changed(before, data.parent.parent / "cache") if name.startswith("latents")]
     (data.parent / "a" / "2.bmp").unlink()
-    with pytest.raises(BadPair, match="row 2: chosen: "):
+    with pytest.raises(BadPair, match="row 3: chosen: "):
         encode(data)
     assert encode(data, skip_bad=True).skipped == {"missing": 1}
     write_image(data.parent / "a" / "2.bmp", noise(4, 3, 32, 32))
-    assert encode(data).changes == ["row 2: a/2.bmp is there now"]
+    assert encode(data).changes == ["row 3: a/2.bmp is there now"]
     for number in (4, 5):
         for side, folder in enumerate("ab"):
             write_image(data.parent / folder / f"{number}.bmp", noise(2 * number + side, 3, 32, 32))
@@ -413,18 +413,18 @@ def test_pairs_that_cannot_be_encoded_again_are_not_thrown_away(data: Path) -> N
     for row in (2, 3):
         for side in "ab":
             (data.parent / side / f"{row}.bmp").unlink()
-    with pytest.raises(CacheError, match=r"^the pairs: none of the images or clips of rows 2 to 3 is there, expected"):
+    with pytest.raises(CacheError, match=r"^the pairs: none of the images or clips of rows 3 to 4 is there, expected"):
         encode(data, verify=True)
     swap(lines)
     write(data, lines)
-    message = "^the pairs: row 3: chosen is b/3.bmp, was a/3.bmp, since .* rows 2 to 3 is there to be encoded anew: exp"
+    message = "^the pairs: row 4: chosen is b/3.bmp, was a/3.bmp, since .* rows 3 to 4 is there to be encoded anew: exp"
     for skip_bad in (False, True):
         with pytest.raises(CacheError, match=message):
             encode(data, skip_bad=skip_bad)
     lines[3] |= {"chosen": "c/3.bmp"}
     write_image(data.parent / "c" / "3.bmp", noise(50, 3, 32, 32))
     write(data, lines)  # another image, which is there, and the rest of the shard is not
-    with pytest.raises(CacheError, match=r"row 3: chosen is c/3\.bmp, was a/3\.bmp, since"):
+    with pytest.raises(CacheError, match=r"row 4: chosen is c/3\.bmp, was a/3\.bmp, since"):
         encode(data, skip_bad=True)
     assert not changed(before, cache) and (cache / INDEX).read_bytes() == kept
 
@@ -434,7 +434,7 @@ def test_why_a_shard_is_encoded_anew_comes_before_what_it_lacks(data: Path) -> N
     lines = read(data)
     swap(lines)
     write(data, lines)
-    said = r"^the data has changed \(row 3: chosen is b/3\.bmp.*, but row 2: chosen: .*2\.bmp"
+    said = r"^the data has changed \(row 4: chosen is b/3\.bmp.*, but row 3: chosen: .*2\.bmp"
     with pytest.raises(BadPair, match=said):
         encode(data)
 
@@ -490,7 +490,7 @@ def test_a_data_set_that_has_moved_is_taken_if_it_is_the_same(data: Path) -> Non
     lines = read(moved)
     swap(lines)
     write(moved, lines)
-    others = r'made with data\.path="elsewhere", this run has "another", whose pairs are others \(row 3: chosen is b/3'
+    others = r'made with data\.path="elsewhere", this run has "another", whose pairs are others \(row 4: chosen is b/3'
     with pytest.raises(CacheError, match=others):
         encode(moved, path="another")
     assert not changed(before, data.parent.parent / "cache")
@@ -525,7 +525,7 @@ def test_several_processes_find_what_has_changed(data: Path) -> None:
     summaries = in_processes(2, run)
     assert [summary.changes for summary in summaries] == [
         [],
-        ["row 3: chosen is b/3.bmp, was a/3.bmp", "row 6: a new pair"],
+        ["row 4: chosen is b/3.bmp, was a/3.bmp", "row 7: a new pair"],
     ]
     assert [pipeline.encoded for pipeline in pipelines] == [0, 3]
     assert_as_new(data)
@@ -563,7 +563,7 @@ def test_parquet_files_are_compared_by_sizes_and_times(tmp_path: Path, monkeypat
     builder.rows[3]["jpg_0"] = builder.rows[0]["jpg_1"]
     builder.save(path)
     summary = encode_parquet()
-    assert summary.changes == ["row 3: rejected has other content"] and summary.written == 1
+    assert summary.changes == ["row 4: rejected has other content"] and summary.written == 1
     path.unlink()
     path.parent.rmdir()
     with pytest.raises(DataError, match="no such file or folder, and not found on the hub"):
@@ -653,7 +653,7 @@ def test_a_new_run_trains_on_the_pairs_as_they_are_now(place: Place, capsys: pyt
     latents, errors = [open_cache(place.cache).pair(n)[:2] for n in range(5)], place.errors()
     assert place.run("train", *ERRORS, run="again") == 0
     output = capsys.readouterr().out
-    assert output.count("the data has changed (row 3: chosen is b/3.bmp, was a/3.bmp, and in 1 more shard): 2 of") == 1
+    assert output.count("the data has changed (row 4: chosen is b/3.bmp, was a/3.bmp, and in 1 more shard): 2 of") == 1
     assert "| pairs | 5 |" in (place.folder / "again" / "weights" / "README.md").read_text()
     cache = open_cache(place.cache)
     # The posterior is drawn with one seed for each pair, so that halves that change places have other latents.
@@ -674,7 +674,7 @@ def test_a_run_is_not_resumed_on_other_data(place: Place, capsys: pytest.Capture
     write(place.data, lines)
     assert place.run("train", *ERRORS, "training.steps=2", flags=("--resume",)) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert f"{place.data}: row 3: chosen is b/3.bmp, was a/3.bmp" in error and "another training.output_dir" in error
+    assert f"{place.data}: row 4: chosen is b/3.bmp, was a/3.bmp" in error and "another training.output_dir" in error
     assert not changed(before, place.cache)
     write(place.data, original)
     for path in place.folder.glob("*/*/*.*"):  # new times, of weights too
@@ -831,7 +831,26 @@ def test_weights_are_read_once_and_again_to_verify(place: Place, monkeypatch: py
 
 def test_a_cache_of_another_format_is_one_line(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     index = place.cache / INDEX
-    index.write_text(json.dumps(json.loads(index.read_text()) | {"format": 1}))
+    old = {key: value for key, value in json.loads(index.read_text()).items() if key != "sha256_below"}
+    index.write_text(json.dumps(old | {"format": 1}))  # which had no hash
     assert place.run("train", run="again") == 2
     error = capsys.readouterr().err
-    assert "cache format 1, expected 3: " in error and "delete this one" in error and error.count("\n") == 1
+    assert "cache format 1, expected 4: " in error and "delete this one" in error and error.count("\n") == 1
+
+
+def test_a_higher_limit_of_pixels_lets_pairs_in(tmp_path: Path) -> None:
+    """The shard in which a pair was left out is encoded anew, and no other."""
+    data = make_pairs(tmp_path / "data")
+    for side in "ab":
+        write_image(data.parent / side / "3.bmp", noise(ord(side), 3, 64, 64))
+    with pytest.raises(BadPair, match=r"^row 4: chosen: .*3\.bmp: has 64x64 pixels, expected at most 4095 \(max_pixels\)"):
+        encode(data, max_pixels=4095)
+    assert encode(data, max_pixels=4095, skip_bad=True).skipped == {"large": 1}
+    assert encode(data, max_pixels=4095, skip_bad=True).changes == []
+    with pytest.raises(CacheError, match=r"row 3 or one behind it: data\.max_pixels allows for it now, since .* was"):
+        encode(data, max_pixels=4096, refuse_changes=True)
+    before = written_at(tmp_path / "cache")
+    assert encode(data, max_pixels=4096).changes == ["row 3 or one behind it: data.max_pixels allows for it now"]
+    assert changed(before, tmp_path / "cache") == ["latents-00001"]
+    assert_as_new(data)
+    assert encode(data, max_pixels=5000).changes == encode(data, max_pixels=1).changes == []

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,11 +34,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sipo.families.base import Condition
-from sipo.files import file_hash, save_tensors, write_aside
+from sipo.files import FileError, file_hash, parse_json, read_text, save_tensors, write_aside
 from sipo.training.checkpoint import is_weights, weights_change
 
 # Changes whenever the layout of the files changes, or how pixels and text are encoded.
-FORMAT = 3
+FORMAT = 4
 INDEX = "index.json"
 FILES = "files.json"
 LATENTS, TEXT, UNCONDITIONAL = "latents", "text", "unconditional"
@@ -47,8 +46,6 @@ LATENTS, TEXT, UNCONDITIONAL = "latents", "text", "unconditional"
 # Streams of random numbers, beside those of sipo.training.data.
 FLIP, CROP, POSTERIOR, NOISE, TIMESTEP, CAPTION, HELD_OUT = range(100, 107)
 
-# Names that files are written under: write_shard's, write_aside's, and safetensors' own.
-_LEFTOVER = re.compile(r"\.((latents|text|errors)-\d+|unconditional|index|files|weights)\..*|\.tmp\w{6}")
 _WHOLE = {"path", "state", "pairs", "records", "ties", "skipped", "text_shapes", "text", "latents"}  # in an index
 _SEAL = '{"sha256_below": "%s", '  # a JSON file's begin
 _OPEN_SHARDS = 32  # that a process keeps open: there may be more shards than file handles
@@ -128,21 +125,23 @@ def read_json(path: Path) -> dict[str, Any] | None:
         CacheError: a file of another format.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        value = json.loads(text)
+        text = read_text(path)
+        value = parse_json(text, path)
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DamagedError(f"{path}: not readable ({' '.join(str(error).split())}); {_REMEDY}") from error
+    except FileError as error:
+        raise DamagedError(f"{error}; {_REMEDY}") from error
     if not isinstance(value, dict):
         raise DamagedError(f"{path}: holds {type(value).__name__}, expected an object; {_REMEDY}")
-    if path.name == INDEX and value.get("format") != FORMAT:
+    hashed = value.pop("sha256_below", None)
+    begin = _SEAL % hashed
+    sealed = begin == _SEAL % hashlib.sha256(text[len(begin) :].encode()).hexdigest()
+    if path.name == INDEX and value.get("format") != FORMAT and (sealed or hashed is None):
         raise CacheError(
             f"{path}: cache format {value.get('format')!r}, expected {FORMAT}: it was written by another version of "
             "sipo; use another folder, or delete this one, and the pairs are encoded anew"
         )
-    seal = _SEAL % value.pop("sha256_below", "")
-    if seal != _SEAL % hashlib.sha256(text[len(seal) :].encode()).hexdigest():
+    if not sealed:
         raise DamagedError(f"{path}: not as it was written (its SHA-256 is another); {_REMEDY}")
     return value
 
@@ -164,13 +163,6 @@ def write_shard(folder: Path, name: str, tensors: Mapping[str, Tensor], facts: d
     return shard
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Removes what was being written when a process was killed; for when nobody writes any more."""
-    for path in folder.iterdir():
-        if _LEFTOVER.fullmatch(path.name):
-            path.unlink()
-
-
 def remove_shards(folder: Path, kinds: Sequence[str], count: int) -> None:
     """Removes shards beyond the first so many of each kind, which a longer source had."""
     for path in folder.iterdir():
@@ -182,9 +174,10 @@ def remove_shards(folder: Path, kinds: Sequence[str], count: int) -> None:
 def read_shard(folder: Path, name: str) -> Shard | None:
     """What a shard's JSON file says; ``None`` if there is none that can be read. The tensors are not looked at."""
     try:
-        return _as_shard(read_json(folder / f"{name}.json"))
+        shard = _as_shard(read_json(folder / f"{name}.json"))
     except CacheError:
         return None
+    return shard if shard is not None and shard.name == name else None  # not another's, renamed
 
 
 def intact_shard(folder: Path, name: str) -> Shard | None:
@@ -193,9 +186,11 @@ def intact_shard(folder: Path, name: str) -> Shard | None:
     if shard is None:
         return None
     path = folder / shard.file
-    if not path.is_file() or path.stat().st_size != shard.bytes or file_hash(path) != shard.sha256:
+    try:
+        whole = path.stat().st_size == shard.bytes and file_hash(path) == shard.sha256
+    except (OSError, FileError):  # none there, or one that cannot be read
         return None
-    return shard
+    return shard if whole else None
 
 
 def check_sizes(folder: Path, shards: Sequence[Shard]) -> None:

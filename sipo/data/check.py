@@ -152,7 +152,7 @@ def _read_sides(
 def _hashed(pixels: Tensor) -> Tensor:
     """Shape and levels of an image or a frame as ``[32]`` uint8, which is compared in its place."""
     state = hashlib.sha256(repr(tuple(pixels.shape)).encode())
-    state.update(pixels.contiguous().numpy())
+    state.update(pixels.contiguous().numpy().tobytes())
     return torch.frombuffer(bytearray(state.digest()), dtype=torch.uint8)
 
 

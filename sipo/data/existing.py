@@ -42,7 +42,7 @@ from sipo.data.changes import (
 )
 from sipo.data.check import BadPair
 from sipo.data.parts import Part, prefix_of
-from sipo.data.records import PairReader
+from sipo.data.records import PairReader, row_name
 
 ROWS_FACT, FILES_FACT = "rows", "files"
 """Facts of a shard of latents that its own JSON file has, and the index leaves out."""
@@ -106,7 +106,11 @@ class Existing:
     def there(self, name: str) -> Shard | None:
         """A shard that is there and whole, as the finished index or its own JSON file has it."""
         if self.check_hashes:
-            return intact_shard(self.folder, name)
+            found = intact_shard(self.folder, name)
+            known = self.known.get(name)
+            if found is not None and known is not None and found.sha256 != known.sha256:
+                self.stale = True  # the index is of another one, as where a file has been restored
+            return found
         shard = self.known.get(name) or read_shard(self.folder, name)
         try:
             check_sizes(self.folder, [] if shard is None else [shard])
@@ -122,12 +126,16 @@ class Existing:
         part.needs_text = facts.get("source") != self.source or facts.get("prompts") != part.new_keys
         name = shard_name(LATENTS, part.number)
         latents = self.there(name)
+        if latents is not None and is_limit_raised(latents.facts, self.settings):
+            part.change = f"{row_name(part.rows[0][0])} or one behind it: data.max_pixels allows for it now"
+            self._changed(part.change)
+            latents = None
         if latents is None or not (latents.facts.get("seen") == part.seen and not self.verify):
             self._compare(part, latents, pool)
         else:
             part.needs_latents = False
         if part.needs_text and facts.get("source") == self.source and not self.changes:
-            self._changed(f"row {part.rows[0][0]} or one behind it: another prompt")  # of a pair that is left out
+            self._changed(f"{row_name(part.rows[0][0])} or one behind it: another prompt")  # of a pair that is left out
         if latents is not None and not part.needs_latents:
             stop_at_skipped([latents.facts], self.settings)
 
@@ -140,7 +148,7 @@ class Existing:
         gone = self.known.get(shard_name(LATENTS, parts))
         if gone is not None:
             row = min(row for row, *_ in [*gone.facts["pairs"], *gone.facts["skipped"]])
-            self._changed(f"row {row}: no longer a pair")
+            self._changed(f"{row_name(row)}: no longer a pair")
 
     def _compare(self, part: Part, shard: Shard | None, pool: ThreadPoolExecutor) -> None:
         """Compares a part with the rows and files of its shard of latents; records new stamps and prompts."""
@@ -148,7 +156,7 @@ class Existing:
         shard = None if shard is None else read_shard(self.folder, name)  # the index has neither rows nor files
         if shard is None:
             if self.finished and name not in self.known:
-                self._changed(f"row {part.rows[0][0]}: a new pair")
+                self._changed(f"{row_name(part.rows[0][0])}: a new pair")
             return
         facts = shard.facts
         if facts["source"] != self.source:
@@ -169,7 +177,7 @@ class Existing:
             return
         found = compare_files(facts[FILES_FACT], path_of, pool, self.verify)
         if found.change:
-            part.change = f"row {row_of(part.rows, found.name)}: {found.name} {found.change}"
+            part.change = f"{row_name(row_of(part.rows, found.name))}: {found.name} {found.change}"
             self._changed(part.change)
             return
         if found.absent and self.verify:
@@ -182,7 +190,7 @@ class Existing:
         keys = {row[0]: key for row, key in zip(part.rows, part.keys, strict=True)}
         other = [row for row, key, _ in facts["pairs"] if keys[row] != key]
         if other:
-            self._changed(f"row {other[0]}: another prompt")
+            self._changed(f"{row_name(other[0])}: another prompt")
             self.begin_change()
         pairs = [[row, keys[row], shape] for row, _, shape in facts["pairs"]]
         now = facts | {FILES_FACT: found.files, "pairs": pairs}
@@ -210,7 +218,7 @@ class Existing:
 
 
 def _rows(rows: list[Row]) -> str:
-    return f"row {rows[0][0]}" if len(rows) == 1 else f"rows {rows[0][0]} to {rows[-1][0]}"
+    return row_name(rows[0][0]) if len(rows) == 1 else f"rows {rows[0][0] + 1} to {rows[-1][0] + 1}"
 
 
 def stop(row: int, kind: str, reason: str, change: str = "") -> BadPair:
@@ -223,8 +231,16 @@ def stop(row: int, kind: str, reason: str, change: str = "") -> BadPair:
         change: why it is encoded anew, if it is.
     """
     before = f"the data has changed ({change}) and is encoded anew, but " if change else ""
-    remedy = "(data.skip_bad=true leaves such pairs out and counts them; `sipo data check` lists them)"
-    return BadPair(kind, f"{before}row {row}: {reason} {remedy}")
+    remedy = (
+        "(rows count from 1; data.skip_bad=true leaves such pairs out and counts them; `sipo data check` lists them)"
+    )
+    return BadPair(kind, f"{before}{row_name(row)}: {reason} {remedy}")
+
+
+def is_limit_raised(shard: dict[str, Any], settings: DataConfig) -> bool:
+    """Whether pairs were left out of a shard because of a ``data.max_pixels`` that is higher now."""
+    limit: int = shard.get("max_pixels", settings.max_pixels)
+    return limit < settings.max_pixels
 
 
 def stop_at_skipped(shards: Iterable[dict[str, Any]], settings: DataConfig) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -30,7 +30,6 @@ from sipo.data.cache import (
     Shard,
     read_index,
     read_shard,
-    remove_leftovers,
     remove_shards,
     shard_name,
     text_key,
@@ -45,6 +44,7 @@ from sipo.data.existing import (
     ROWS_FACT,
     Existing,
     indexed,
+    is_limit_raised,
     is_unchanged,
     read_known,
     stop,
@@ -57,6 +57,9 @@ from sipo.data.records import DataError, PairReader, PairRecord
 from sipo.data.summary import CacheSummary
 from sipo.data.weights import PLACE
 from sipo.families.base import Condition, Family
+from sipo.files import remove_leftovers
+from sipo.processes import everywhere, gathered, in_rounds, on_main
+from sipo.progress import Meter
 from sipo.training.data import derive_seed
 
 TEXT_BATCH = 16
@@ -75,7 +78,7 @@ def fingerprint(model: ModelConfig, data: DataConfig, weights: Mapping[str, str]
             and variant have to do.
     """
     of_model = ("family", "dtype")
-    of_data = ("format", "split", "sizes", "frames", "fps", "crop", "flip", "latents", "tiling", "dtype")
+    of_data = ("format", "split", "sizes", "frames", "fps", "crop", "flip", "latents", "tiling", "vae_dtype", "dtype")
     of_rows = ("max_pairs", "seed", "shard_pairs")
     marks = {f"model.{name}": getattr(model, name) for name in of_model}
     if weights is None:
@@ -97,21 +100,22 @@ def precompute_pairs(
     verify: bool = False,
     refuse_changes: bool = False,
     accelerator: Any = None,
-    workers: int | None = None,
-    progress: bool = True,
+    progress: bool | None = True,
 ) -> CacheSummary:
     """Encodes every pair of a source, and every prompt once, into a cache; what is there and has not changed is kept.
 
-    A pair's latents depend on its row, the settings and the encoders alone: both halves are encoded together and
-    with nobody else, and every random number (the posterior's draw, a random crop, a flip, which both halves share) has
-    the row for its seed. So it does not matter how many processes there are, or how often they were interrupted.
+    A pair's latents depend on its row, the settings and the encoders alone: images are encoded with the pair's other
+    half and with nobody else, clips alone, as two would take twice the memory; and every random number (the
+    posterior's draw, a random crop, a flip, which both halves share) has the row for its seed. So it does not matter
+    how many processes there are, or how often they were interrupted.
 
     A shard is compared with the rows that it is made of and with their files, by size, times and inode, and by content
     where the size alone is equal. One that differs is encoded anew as a whole: latents where a row, a side or a file
     has changed, text where a prompt has.
 
     Every process calls this, and reads the source from its start to find its own shards. A source that says by itself
-    that nothing has changed (``state()``) is not read.
+    that nothing has changed (``state()``) is not read. An error of one process ends all of them
+    (:mod:`sipo.processes`).
 
     Args:
         reader: the source.
@@ -126,8 +130,7 @@ def precompute_pairs(
         verify: read every file of the source that a shard was made of, and compare contents.
         refuse_changes: raise at the first change, before anything is encoded anew: for a run that goes on.
         accelerator: accelerate's, if there is one: shards are dealt out to its processes, who must see one folder.
-        workers: decoding threads; ``None`` takes as many as there are processors, and 8 at most.
-        progress: whether to draw a progress bar.
+        progress: as in :mod:`sipo.progress`.
 
     Raises:
         BadPair: without ``settings.skip_bad``, a pair that cannot be used. What was finished stays.
@@ -136,6 +139,7 @@ def precompute_pairs(
             be verified; no pair can be used.
         DataError: a source that cannot be read.
         ValueError: a setting out of its range; a size that the family cannot take; rows of the source that do not grow.
+        OtherProcessError: whatever ended another process.
     """
     started = time.monotonic()
     folder = Path(folder)
@@ -143,46 +147,78 @@ def precompute_pairs(
         raise ValueError(f"data.shard_pairs={settings.shard_pairs}: expected at least 1")
     marks = fingerprint(model, settings, weights)
     rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
-    index = read_known(folder, marks)
-    finished = index if index is not None and index["complete"] else None
-    state = None
-    # An unfinished cache needs only the rows, which may be local when the hub is not reachable.
-    with contextlib.suppress(*(() if finished is not None else (DataError,))):
-        state = getattr(reader, "state", lambda: None)()
-    unread = finished is not None and not check_hashes and not verify
-    if finished is not None and unread and is_unchanged(folder, finished, reader, state, settings.path):
+
+    def look() -> tuple[_Run, CacheSummary | None]:
+        """What is there; its summary, where all is as it was."""
+        index = read_known(folder, marks)
+        finished = index if index is not None and index["complete"] else None
+        state = None
+        # An unfinished cache needs only the rows, which may be local when the hub is not reachable.
+        with contextlib.suppress(*(() if finished is not None else (DataError,))):
+            state = getattr(reader, "state", lambda: None)()
+        how = {"check_hashes": check_hashes, "verify": verify, "refuse_changes": refuse_changes}
+        existing = Existing(folder, settings, marks, index, **how)
+        existing.stale |= world > 1  # others may have recorded new times
+        run = _Run(family, load_pipeline, folder, settings, existing, state)
+        if finished is None or check_hashes or verify:
+            return run, None
+        raised = any(is_limit_raised(shard, settings) for shard in finished["latents"])
+        if raised or not is_unchanged(folder, finished, reader, state, settings.path):
+            return run, None
         stop_at_skipped(finished["latents"], settings)
-        for _ in range(0 if accelerator is None else 2):  # as below, should another process have seen a change
-            accelerator.wait_for_everyone()
-        return _summary(finished, len(range(rank, len(finished["latents"]), world)), time.monotonic() - started)
-    how = {"check_hashes": check_hashes, "verify": verify, "refuse_changes": refuse_changes}
-    there = Existing(folder, settings, marks, index, **how)
-    there.stale |= world > 1  # others may have recorded new times
-    run = _Run(family, load_pipeline, folder, settings, there, state)
-    if finished is None:
-        run.pipeline()  # sizes are checked before anything is written
-        folder.mkdir(parents=True, exist_ok=True)
-        if rank == 0 and index is None:
-            there.begin()
-    if rank == 0:
-        run.encode_unconditional()
-    run.encode_parts(reader, rank, world, workers or min(8, os.cpu_count() or 1), progress)
-    if accelerator is not None:
-        accelerator.wait_for_everyone()
-    if rank == 0:
-        run.finish()
-    if accelerator is not None:
-        accelerator.wait_for_everyone()
-    index = read_index(folder)
+        return run, _summary(finished, len(range(rank, len(finished["latents"]), world)), time.monotonic() - started)
+
+    def begin() -> None:
+        if not run.existing.finished:
+            run.pipeline()  # sizes are checked before anything is written
+            folder.mkdir(parents=True, exist_ok=True)
+            if rank == 0:
+                run.existing.begin()
+        if rank == 0:
+            run.encode_unconditional()
+
+    run, unchanged = everywhere(accelerator, look)
+    if unchanged is not None and all(gathered(accelerator, unchanged is not None)):
+        return unchanged
+    everywhere(accelerator, begin)
+    in_rounds(accelerator, run.encode_parts(reader, rank, world, progress))
+    on_main(accelerator, run.finish)
+    index = everywhere(accelerator, lambda: read_index(folder))
     assert index is not None  # the first process has written it
     return _summary(index, run.kept, time.monotonic() - started, run)
 
 
 class _Prepared(NamedTuple):
-    """Both halves of a pair: pixels ``[2, ...]`` float32 in [-1, 1], and what each is told beside its prompt."""
+    """Both halves of a pair: uint8 pixels of one shape, and what each is told beside its prompt, ``[2, ...]``."""
 
-    pixels: Tensor
+    pixels: list[Tensor]
     own: Condition
+
+
+class _Fitter:
+    """Brings both halves of a pair, frame by frame, to the one of the sizes that is nearest in shape to the first.
+
+    Attributes:
+        size: (height, width) that they are brought to.
+        crops: (top, left) of the crop, by the size that a half had.
+    """
+
+    def __init__(self, settings: DataConfig, row: int) -> None:
+        self.settings = settings
+        self.flip = settings.flip and derive_seed(settings.seed, FLIP, row) % 2 == 1
+        self.seed = derive_seed(settings.seed, CROP, row)
+        self.size: tuple[int, int] = (0, 0)
+        self.crops: dict[tuple[int, int], tuple[int, int]] = {}
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """``[3, H, W]`` to ``[3, *size]``, both uint8."""
+        if not self.crops:
+            self.size = nearest_size(pixels.shape[-2], pixels.shape[-1], self.settings.sizes)
+        # Made anew each time: frames of one size are cut alike, in both halves.
+        generator = torch.Generator().manual_seed(self.seed)
+        fitted = fit(pixels, *self.size, crop=self.settings.crop, flip=self.flip, generator=generator)
+        self.crops[fitted.original_size] = fitted.crop_top_left
+        return fitted.pixels
 
 
 class _Decoded(NamedTuple):
@@ -232,23 +268,31 @@ class _Run:
             condition = self.family.encode_unconditional(self.pipeline())
             self._write_text(UNCONDITIONAL, {"": condition}, {"source": self.existing.source, "prompts": []})
 
-    def encode_parts(self, reader: PairReader, rank: int, world: int, workers: int, progress: bool) -> None:
-        """Encodes every shard of this process that is missing or no longer agrees with the source."""
-        from tqdm.auto import tqdm
-
-        # A cache that has everything is compared in a moment, and needs no bar.
-        bar = tqdm(desc="precompute", unit="pair", delay=1.0, disable=not progress or rank != 0)
+    def encode_parts(
+        self, reader: PairReader, rank: int, world: int, progress: bool | None
+    ) -> Generator[None, None, None]:
+        """Encodes every shard of this process that is missing or no longer agrees with the source, pair by pair."""
+        bar = Meter("precompute", "pairs", progress if rank == 0 else None)
+        workers = self.settings.num_workers or min(8, os.cpu_count() or 1)
         with bar, ThreadPoolExecutor(workers, "decode") as pool:
             todo = self._todo(reader, rank, world, pool, bar)
-            with closing(ahead(pool, self._prepare, todo, 2 * workers)) as pairs:
+            with closing(ahead(pool, self._prepare, todo, self._queue_length(workers))) as pairs:
                 for (part, record), decoded in pairs:
                     if record is None or decoded is None:
                         self._flush(part)
-                        continue
-                    self._encode(part, record, decoded)
-                    bar.update()
+                    else:
+                        self._encode(part, record, decoded)
+                        bar.update()
+                    del decoded  # before the next is waited for
+                    yield
         if rank == 0:
             self.existing.find_gone(self.tally.parts)
+
+    def _queue_length(self, workers: int) -> int:
+        """Pairs that are decoded ahead: with the one that is being encoded they fit into ``queue_mb``, but for one."""
+        settings = self.settings
+        pair = 2 * settings.frames * 3 * max(height * width for height, width in settings.sizes)
+        return max(1, min(2 * workers, settings.queue_mb * 10**6 // pair - 1))
 
     def finish(self) -> None:
         """Writes the index, once every shard is there, if it has changed."""
@@ -337,23 +381,17 @@ class _Run:
 
     def _decode(self, record: PairRecord) -> _Prepared | BadPair:
         settings = self.settings
+        fitter = _Fitter(settings, record.row)
         try:
-            media = load_pair(record, frames=settings.frames, fps=settings.fps)
+            what = {"frames": settings.frames, "fps": settings.fps, "max_pixels": settings.max_pixels}
+            media = load_pair(record, **what, transform=fitter)  # type: ignore[arg-type]
         except BadPair as error:
             return error
-        shape = media[0].pixels.shape
-        height, width = nearest_size(shape[-2], shape[-1], settings.sizes)
-        flip = settings.flip and derive_seed(settings.seed, FLIP, record.row) % 2 == 1
-        halves = []
-        for side in media:
-            # Made anew for each half: where both have one size, both are cut alike.
-            generator = torch.Generator().manual_seed(derive_seed(settings.seed, CROP, record.row))
-            halves.append(fit(side.pixels, height, width, crop=settings.crop, flip=flip, generator=generator))
-        own = [self.family.own_condition(h.original_size, h.crop_top_left, (height, width)) for h in halves]
+        own = [self.family.own_condition(half.size, fitter.crops[half.size], fitter.size) for half in media]
         stacked = {name: torch.stack([own[0][name], own[1][name]]) for name in own[0]}
-        pixels = torch.stack([half.pixels for half in halves])
-        if self.family.video and pixels.ndim == 4:  # an image is a clip of one frame
-            pixels = pixels.unsqueeze(1)
+        pixels = [half.pixels for half in media]
+        if self.family.video and settings.frames == 1:  # an image is a clip of one frame
+            pixels = [half[None] for half in pixels]
         return _Prepared(pixels, stacked)
 
     def _encode(self, part: Part, record: PairRecord, decoded: _Decoded) -> None:
@@ -364,9 +402,12 @@ class _Run:
         generator = None
         if self.settings.latents == "sample":
             generator = torch.Generator().manual_seed(derive_seed(self.settings.seed, POSTERIOR, record.row))
+        batches = [torch.stack(prepared.pixels)]
+        if self.family.video:  # one at a time
+            batches = [half[None] for half in prepared.pixels]
         # Left on the device until the part is whole, so that the host decodes on meanwhile.
-        latents = self.family.encode_pixels(self.pipeline(), prepared.pixels, generator).to(self.dtype)
-        part.pairs.append((record.row, text_key(record.prompt), latents, prepared.own))
+        latents = [self.family.encode_pixels(self.pipeline(), batch, generator).to(self.dtype) for batch in batches]
+        part.pairs.append((record.row, text_key(record.prompt), torch.cat(latents), prepared.own))
 
     def _skip(self, part: Part, row: int, kind: str, reason: str) -> None:
         if not self.settings.skip_bad:
@@ -398,7 +439,7 @@ class _Run:
             pairs.append((row, key, list(latents.shape[1:])))
             tensors |= {f"{row}.winner": latents[0], f"{row}.loser": latents[1]}
             tensors |= {f"{row}.own.{name}": tensor for name, tensor in own.items()}
-        facts = {
+        facts: dict[str, Any] = {
             "source": self.existing.source,
             "seen": part.seen,
             ROWS_FACT: part.rows,
@@ -407,6 +448,8 @@ class _Run:
             "pairs": pairs,
             "skipped": sorted(part.skipped),
         }
+        if any(kind == "large" for _, kind, _ in part.skipped):
+            facts["max_pixels"] = self.settings.max_pixels
         self.existing.begin_change()
         write_shard(self.folder, shard_name(LATENTS, part.number), tensors, facts)
 

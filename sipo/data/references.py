@@ -10,7 +10,7 @@ is kept, beside the cache they were computed from:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,6 @@ from sipo.data.cache import (
     intact_shard,
     read_index,
     read_shard,
-    remove_leftovers,
     remove_shards,
     shard_from_entry,
     shard_name,
@@ -42,6 +41,10 @@ from sipo.data.cache import (
     write_shard,
 )
 from sipo.data.pairs import CachedPairs, DrawnPairs
+from sipo.data.records import row_name
+from sipo.files import remove_leftovers
+from sipo.processes import everywhere, in_rounds, on_main
+from sipo.progress import track
 from sipo.schedule import NoiseSchedule
 from sipo.training.data import to_device, twice, widened
 from sipo.training.protocols import Predict
@@ -179,13 +182,14 @@ def precompute_references(
     accelerator: Any = None,
     autocast: Callable[[], AbstractContextManager[Any]] | None = None,
     num_workers: int = 0,
-    progress: bool = True,
+    progress: bool | None = True,
 ) -> References:
     """Computes the reference's error for every pair at each of its fixed draws, and writes them beside the cache.
 
     The noisy latents and targets are those of training: the same items (:class:`sipo.data.pairs.DrawnPairs`), the same
     calls of the schedule, in the same types. Errors are summed in float64, so that they are the exact errors of the
-    prediction. What is there already is kept after a check; every process calls this.
+    prediction. What is there already is kept after a check. Every process calls this, and an error of one ends all of
+    them (:mod:`sipo.processes`).
 
     Args:
         cache: pairs.
@@ -202,11 +206,12 @@ def precompute_references(
         accelerator: accelerate's, if there is one: shards are dealt out to its processes.
         autocast: gives the context that predictions are made in; the accelerator's own if left out.
         num_workers: data loader processes.
-        progress: whether to draw a progress bar.
+        progress: as in :mod:`sipo.progress`.
 
     Raises:
         CacheError: the cache is damaged.
         ValueError: a number out of its range, or an error that is not finite, with its row and timestep.
+        OtherProcessError: whatever ended another process.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: expected at least 1")
@@ -223,24 +228,36 @@ def precompute_references(
     rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     context = autocast or (nullcontext if accelerator is None else accelerator.autocast)
     unfinished = {"format": FORMAT, "complete": False, "fingerprint": marks}
-    mine = [n for n in range(rank, len(cache.latents), world) if not _is_current(cache, folder, n)]
-    folder.mkdir(parents=True, exist_ok=True)
-    if rank == 0 and not (folder / INDEX).is_file():
-        write_json(folder / INDEX, unfinished)
+
+    def begin() -> list[int]:
+        """Shards of this process that are missing, damaged or of other pairs."""
+        missing = [n for n in range(rank, len(cache.latents), world) if not _is_current(cache, folder, n)]
+        folder.mkdir(parents=True, exist_ok=True)
+        if rank == 0 and not (folder / INDEX).is_file():
+            write_json(folder / INDEX, unfinished)
+        return missing
+
+    mine = everywhere(accelerator, begin)
+
+    def compute() -> Generator[None, None, None]:
+        for found in _errors_of_shards(
+            drawn, mine, network, predict, schedule, batch_size, context, num_workers, progress if rank == 0 else None
+        ):
+            if found is not None:
+                number, errors, timesteps = found
+                _check_finite(cache, number, errors, timesteps)
+                facts = {"pairs": len(errors), "inputs": cache.shard_digest(number)}
+                write_shard(folder, shard_name(ERRORS, number), {"errors": errors, "timesteps": timesteps}, facts)
+            yield
+
     was_training = network.training
     network.eval()
     try:
-        for number, errors, timesteps in _errors_of_shards(
-            drawn, mine, network, predict, schedule, batch_size, context, num_workers, progress and rank == 0
-        ):
-            _check_finite(cache, number, errors, timesteps)
-            facts = {"pairs": len(errors), "inputs": cache.shard_digest(number)}
-            write_shard(folder, shard_name(ERRORS, number), {"errors": errors, "timesteps": timesteps}, facts)
+        in_rounds(accelerator, compute())
     finally:
         network.train(was_training)
-    if accelerator is not None:
-        accelerator.wait_for_everyone()
-    if rank == 0:
+
+    def finish() -> None:
         shards = [read_shard(folder, shard_name(ERRORS, n)) for n in range(len(cache.latents))]
         for number, shard in enumerate(shards):
             if shard is None:
@@ -253,9 +270,9 @@ def precompute_references(
         write_json(folder / INDEX, unfinished | {"complete": True, "shards": whole})
         remove_shards(folder, (ERRORS,), len(whole))
         remove_leftovers(folder)
-    if accelerator is not None:
-        accelerator.wait_for_everyone()
-    return open_references(cache, schedule, **arguments)
+
+    on_main(accelerator, finish)
+    return everywhere(accelerator, lambda: open_references(cache, schedule, **arguments))
 
 
 def _folder(cache: Cache, fingerprint: Mapping[str, Any]) -> Path:
@@ -280,11 +297,9 @@ def _errors_of_shards(
     batch_size: int,
     context: Callable[[], AbstractContextManager[Any]],
     num_workers: int,
-    progress: bool,
-) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """For each shard its number, errors ``[n, K, 2]`` and timesteps ``[n, K]``."""
-    from tqdm.auto import tqdm
-
+    progress: bool | None,
+) -> Iterator[tuple[int, Tensor, Tensor] | None]:
+    """For each shard its number, errors ``[n, K, 2]`` and timesteps ``[n, K]``; ``None`` after each batch before."""
     cache, device = drawn.cached.cache, next(network.parameters()).device
     batches = {number: list(_batches(cache, drawn.draws, number, batch_size)) for number in numbers}
     loader: DataLoader[Any] = DataLoader(
@@ -295,15 +310,15 @@ def _errors_of_shards(
         collate_fn=default_collate,
     )
     items = iter(loader)
-    for number in tqdm(numbers, desc="reference errors", unit="shard", disable=not progress):
+    for number in track(numbers, "reference errors", "shards", progress):
         start, pairs = cache.shard_places(number).start * drawn.draws, len(cache.shard_places(number))
         errors = torch.empty(pairs * drawn.draws, 2, dtype=torch.float64)
         timesteps: Tensor | None = None
         # Errors stay on the device until the shard is whole, so that the host is a batch ahead of it.
-        found = [
-            (batch, *_errors(to_device(next(items), device), network, predict, schedule, context))
-            for batch in batches[number]
-        ]
+        found = []
+        for batch in batches[number]:
+            found.append((batch, *_errors(to_device(next(items), device), network, predict, schedule, context)))
+            yield None
         for batch, batch_errors, batch_timesteps in found:
             if timesteps is None:
                 timesteps = torch.empty(len(errors), dtype=batch_timesteps.dtype)
@@ -355,7 +370,7 @@ def _check_finite(cache: Cache, number: int, errors: Tensor, timesteps: Tensor) 
         pair, draw = wrong[0].tolist()
         row = int(cache.rows[cache.shard_places(number)[pair]])
         raise ValueError(
-            f"row {row}: the reference's errors at timestep {timesteps[pair, draw].item()} are "
+            f"{row_name(row)}: the reference's errors at timestep {timesteps[pair, draw].item()} are "
             f"{errors[pair, draw].tolist()}, expected finite numbers"
         )
 
