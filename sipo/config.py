@@ -115,7 +115,7 @@ class DataConfig:
         vae_dtype: that the VAE encodes and decodes in; in half precision latents are 1 to 2 % off.
         dtype: that latents and text embeddings are stored in.
         skip_bad: leave out pairs that cannot be used, and say how many; ``False`` stops at the first.
-        max_pixels: of an image or a frame; a pair with a larger one cannot be used. Decoding takes about 8 bytes for each.
+        max_pixels: of an image or a frame; larger ones cannot be used. Decoding takes about 8 bytes for each.
         max_pairs: use no more than the first so many.
         held_out: pairs kept from training, for validation.
         draws: fixed (timestep, noise) draws for each pair; 0 draws anew each time, as training scripts do.
