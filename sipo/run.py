@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import os
-import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +39,7 @@ from sipo.diffusers_schedulers import SettingError, setting_changes, with_settin
 from sipo.families import Family, get
 from sipo.families.toy import build_toy
 from sipo.families.tuning import adapter_off, freeze, frozen_copy, prepare_full, prepare_lora
+from sipo.files import aside, remove_leftovers
 from sipo.loss import SIPOLoss
 from sipo.processes import everywhere, from_main, gathered, on_main
 from sipo.schedule import DEFAULT_INFERENCE_STEPS, NoiseSchedule
@@ -415,10 +414,10 @@ def hub_options(model: ModelConfig) -> dict[str, str]:
 def _made(folder: Path, make: Any) -> Any:
     """What ``make`` makes in a folder, made once: aside, and renamed when it is whole."""
     if not folder.exists():
-        aside = folder.with_name(f".{folder.name}.{os.getpid()}")
-        shutil.rmtree(aside, ignore_errors=True)
-        make(aside)
-        os.replace(aside, folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder.parent)
+        with aside(folder) as place:
+            make(place)
     return folder
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch.utils.data import Dataset
 from sipo.demo import data as demo_data
 from sipo.demo import measure as demo_measure
 from sipo.demo import model as demo_model
+from sipo.files import load_tensors, save_tensors
 from sipo.training.protocols import Predict
 
 CLASSES = demo_data.CLASSES
@@ -232,18 +232,14 @@ class RewardPairs(Dataset[dict[str, Tensor]]):
 
 def base_samples(task: Task, cache: Path, count: int = BASE_SAMPLES) -> tuple[Labelled, Labelled]:
     """Samples of the base model, four fifths to learn from and one held out; computed once and kept in ``cache``."""
-    from safetensors.torch import load_file, save_file
-
     path = cache / f"{task.name}-{count}.safetensors"
     if not path.exists():
         model, scheduler = task.load_base()
         classes = torch.arange(count) % CLASSES
         images = task.sample(model, scheduler, classes, 10_000)  # a seed that no measurement uses
         cache.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file({"images": images.contiguous(), "labels": classes}, aside)
-        os.replace(aside, path)
-    found = load_file(path)
+        save_tensors(path, {"images": images.contiguous(), "labels": classes})
+    found = load_tensors(path)
     images, labels, first = found["images"], found["labels"], count - count // 5
     return Labelled(images[:first], labels[:first]), Labelled(images[first:], labels[first:])
 

@@ -5,9 +5,6 @@ diffusers loads its classes lazily, out of a type checker's sight: they are ``An
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sipo.demo.data import CLASSES, IMAGE_SIZE
+from sipo.files import aside
 
 BASE = Path(__file__).parent / "base"
 """The shipped base model, made by ``python -m sipo.demo.train_base``."""
@@ -109,12 +107,7 @@ def sample(model: Any, scheduler: Any, classes: Tensor, seed: int) -> Tensor:
 
 
 def save_aside(thing: Any, folder: Path) -> None:
-    """Saves a diffusers model or scheduler into ``folder``: files are written elsewhere and then moved there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
-    try:
-        thing.save_pretrained(aside)
-        for file in aside.iterdir():
-            os.replace(file, folder / file.name)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    """Saves a diffusers model or scheduler as ``folder``, which appears or is replaced as a whole."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with aside(folder) as place:
+        thing.save_pretrained(place)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from sipo.demo.data import CLASSES, IMAGE_SIZE, ink
 from sipo.demo.measure import Scores
+from sipo.files import aside
 from sipo.training.logs import pluck
 
 BEFORE, AFTER, LIMIT, TEXT = "#8d939c", "#1f5fa8", "#b8501a", "#22262b"
@@ -83,12 +83,8 @@ def draw(path: Path, facts: Facts) -> None:
         _loss(figure.add_subplot(bottom[0]), facts)
         _fractions(figure.add_subplot(bottom[1]), facts)
         _weights(figure.add_subplot(bottom[2]), facts)
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            figure.savefig(aside, format="png", metadata={"Software": None})
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
+        with aside(path) as place:
+            figure.savefig(place, format="png", metadata={"Software": None})
 
 
 def _signed(value: float) -> str:

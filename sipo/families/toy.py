@@ -6,13 +6,13 @@ has 4x4 latents. Text encoders, VAE and network have the parts of the full-size 
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from sipo.files import aside
 
 _WIDTH = 32  # of every text encoder
 _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'\"()-/"
@@ -38,14 +38,9 @@ def build_toy(name: str, folder: str | Path, seed: int = 0) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipeline = _TOYS[name]()
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        pipeline.save_pretrained(aside, safe_serialization=True)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(aside, folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with aside(folder) as place:
+        pipeline.save_pretrained(place, safe_serialization=True)
     return folder
 
 
