@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sipo.data.media import write_image_grid, write_video
 from sipo.families.base import Condition, drop_text_encoders, unwrapped
 from sipo.files import FileError, parse_json, read_text, write_aside
-from sipo.processes import everywhere, gathered, on_main
+from sipo.processes import everywhere, gathered, lost_connection, on_main
 from sipo.run import Run, free_memory
 from sipo.training import TrainingWarning, is_sharded
 from sipo.training.stopping import asked_to_stop
@@ -76,7 +76,7 @@ class Look:
             policy: the network, unwrapped, on the run's device.
 
         Raises:
-            Exception: at step 0, where there is nothing to lose yet.
+            Exception: at step 0, where there is nothing to lose yet; where another process is gone.
         """
         accelerator = self.run.accelerator
         try:
@@ -85,7 +85,7 @@ class Look:
             on_main(accelerator, lambda: self._write(step, shares))
             return
         except Exception as error:
-            if step == 0:
+            if step == 0 or lost_connection(error):
                 raise
             if accelerator.is_main_process:
                 reason = str(error) if isinstance(error, _StoppedError) else f"{type(error).__name__}: {error}"

@@ -84,7 +84,8 @@ def _run_training(config: Config, resume: bool, accelerator: Accelerator) -> Tra
     cache, references, _ = prepare_data(run, refuse_changes=there, progress=training.progress)
     data_hash = cache.content_hash()
     pairs, held_out = datasets(run, cache, references)
-    look = Look(run) if config.samples.prompts else None  # before the networks: its text encoders are gone again
+    sampled = config.samples.prompts and (training.validate_every or not there)
+    look = Look(run) if sampled else None  # before the networks: its text encoders are gone again
     network, reference = build(run)
     if look is not None and not there:
         look(0, network.to(run.accelerator.device))

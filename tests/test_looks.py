@@ -243,6 +243,18 @@ def test_one_process_that_fails_leaves_no_other_waiting(tmp_path: Path) -> None:
     assert said == [failed]
 
 
+def test_a_process_that_is_gone_ends_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no training without it."""
+    look, policy = Look(run_of(tmp_path)), network_of(run_of(tmp_path).family)
+
+    def gone(*_: Any) -> None:
+        raise RuntimeError("[/a/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:431")
+
+    monkeypatch.setattr(looks, "gathered", gone)
+    with pytest.raises(RuntimeError, match="Connection closed by peer"):
+        look(3, policy)
+
+
 def test_other_prompts_are_said(tmp_path: Path) -> None:
     run = run_of(tmp_path)
     network = network_of(run.family)
