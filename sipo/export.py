@@ -11,9 +11,10 @@ from sipo.config import Config, ConfigError
 from sipo.families import Family, get
 from sipo.families.lora_files import Adapter, check_format, needs_network_config, read_adapter, write_adapter
 from sipo.families.tuning import ADAPTER
-from sipo.run import model_folder
+from sipo.run import hub_options, model_folder
 from sipo.training import checkpoint, storage
 from sipo.training.config import CheckpointError
+from sipo.verify import check_weights
 
 _PLACES = ("model.path", "model.revision", "model.variant")
 """Keys that may be overridden: they say where the model is, and do not change the weights."""
@@ -47,7 +48,8 @@ def export_run(
             there already, or cannot be written.
         CheckpointError: no such checkpoint, or a damaged one.
         FileNotFoundError: no weights yet; for SDXL, a model whose configuration cannot be read.
-        ValueError: weights that are no such adapter, do not match the run's configuration, or are not finite.
+        ValueError: weights that are damaged, are no such adapter, do not match the run's configuration, or are not
+            finite.
     """
     file = target / "config.yaml"
     if not file.is_file():
@@ -105,6 +107,7 @@ def _of_weights(family: Family, folder: Path) -> tuple[Path, Adapter]:
     file = folder / LORA_WEIGHT_NAME_SAFE
     if not file.is_file():
         raise FileNotFoundError(f"{file}: not there, weights are saved at the end; --checkpoint exports a checkpoint")
+    check_weights(folder)
     return file, read_adapter(family, file)
 
 
@@ -134,14 +137,9 @@ def _checkpoint(root: Path, wanted: str) -> Path:
 
 def _network_config(family: Family, config: Config) -> dict[str, Any]:
     """The configuration of the run's network, from which SDXL's blocks are numbered."""
-    import diffusers
-
     path = model_folder(config)
     try:
-        found: dict[str, Any] = getattr(diffusers, family.network_class).load_config(
-            path, subfolder=family.network, revision=config.model.revision
-        )
-    except OSError as error:
+        return family.network_config(path, **hub_options(config.model))
+    except (OSError, ValueError) as error:
         reason = f"cannot read the configuration of its {family.network}, by which its blocks are numbered"
         raise FileNotFoundError(f"model.path={path!r}: {reason}; model.path=... names where it is now") from error
-    return found

@@ -20,6 +20,7 @@ from sipo.families import FAMILIES, get
 from sipo.families.lora_files import Adapter, read_adapter, write_adapter
 from sipo.families.tuning import load_saved, save_lora
 from sipo.training import storage
+from sipo.verify import write_sums
 from tests.family_cases import TOYS, family_of, folder_of, network_input, pipeline_of
 from tests.original_names import NETWORK_CONFIGS, WIDTH, comfyui_keys, diffusers_rows, kohya_keys, patched
 from tests.test_families_tuning import lora_network
@@ -284,10 +285,7 @@ def test_damaged_files_are_one_line_errors(tmp_path: Path) -> None:
 class Alone:
     """What :func:`sipo.training.storage.write` asks of an accelerator."""
 
-    is_main_process = True
-
-    def wait_for_everyone(self) -> None:
-        pass
+    is_main_process, num_processes = True, 1
 
 
 @pytest.fixture(scope="module")
@@ -453,3 +451,17 @@ def test_a_module_without_an_original_name_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"blocks\.0\.norm2: wan's original code has no module for it"):
         write_adapter(get("wan"), adapter, tmp_path / "lora.safetensors", "comfyui")
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_have_changed_since_they_were_written_are_not_exported(
+    run: tuple[Path, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "other"
+    shutil.copytree(run[0], folder)
+    write_sums(folder / "weights")
+    weights = folder / "weights" / "pytorch_lora_weights.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-4] ^= 1  # of a mantissa: as good a number as before
+    weights.write_bytes(content)
+    printed = export(capsys, folder, "--format", "diffusers")
+    assert printed == f"{weights}: damaged, its SHA-256 is not the one that SHA256SUMS states"

@@ -98,20 +98,24 @@ class Family(ABC):
         """
         import diffusers
 
-        folder, index = self._open(path, options)
-        config = read_object(folder / self.network / CONFIG)
-        network_class = getattr(diffusers, self.network_class)
-        if index.get(self.network, [None, None])[1] != self.network_class:
-            found = index.get(self.network)
-            raise ValueError(f"{path}: its {self.network} is {found!r}, expected a {self.network_class}")
+        config = self.network_config(path, **options)
         try:
             with torch.device("meta"):
-                network: nn.Module = network_class.from_config(config)
+                network: nn.Module = getattr(diffusers, self.network_class).from_config(config)
         except Exception as error:  # whatever numbers the file holds
-            file, reason = folder / self.network / CONFIG, f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise ValueError(f"{file}: describes no {self.network_class} ({reason})") from error
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            file = f"{path}: its {self.network}/{CONFIG}"
+            raise ValueError(f"{file} describes no {self.network_class} ({reason})") from error
         self._check_network(path, network)
         return network
+
+    def network_config(self, path: str | Path, **options: Any) -> dict[str, Any]:
+        """The network's configuration. Arguments and errors as for :meth:`load_network`."""
+        folder, index = self._open(path, options)
+        found = index.get(self.network)
+        if not isinstance(found, list) or found[1:] != [self.network_class]:
+            raise ValueError(f"{path}: its {self.network} is {found!r}, expected a {self.network_class}")
+        return read_object(folder / self.network / CONFIG)
 
     def load_encoders(
         self,
@@ -324,6 +328,18 @@ class Family(ABC):
         mean, scale = _affine(vae.config, latents)
         latents = (latents - mean) * scale
         return latents.transpose(1, 2).contiguous() if self.latent_layout == "FCHW" else latents
+
+    def latent_shape(self, pipeline: Any, height: int, width: int, frames: int = 1) -> tuple[int, ...]:
+        """What :meth:`encode_pixels` makes of one sample of that size: numbers of the VAE's configuration."""
+        config = pipeline.vae.config
+        factor = getattr(pipeline, "vae_scale_factor_spatial", None) or pipeline.vae_scale_factor
+        sides = {
+            "C": getattr(config, "latent_channels", None) or config.z_dim,
+            "F": (frames - 1) // self.frame_stride + 1,
+            "H": height // factor,
+            "W": width // factor,
+        }
+        return tuple(sides[axis] for axis in self.latent_layout)
 
     @torch.no_grad()
     def decode_latents(self, pipeline: Any, latents: Tensor) -> Tensor:
