@@ -163,6 +163,12 @@ def shown(text: str) -> list[tuple[str, list[str], list[int]]]:
     return found
 
 
+def test_a_prompt_that_no_file_can_hold_is_shown_as_far_as_it_goes(tmp_path: Path) -> None:
+    samples(run_folder(tmp_path, CONFIG), (0,), count=1)
+    (tmp_path / "samples/prompts.json").write_text('["half \\ud800 of it"]')
+    assert "<h3>half ? of it</h3>" in pictures(tmp_path).encode().decode()
+
+
 @pytest.mark.parametrize("beside", [True, False])
 def test_each_sample_is_shown_with_its_prompt_at_the_first_and_the_last_step(beside: bool, tmp_path: Path) -> None:
     """By the file beside the samples, or, for a run from before there was one, by its configuration."""

@@ -164,7 +164,8 @@ def _finding(finding: Finding, first: bool) -> str:
 
 
 def _text(value: object) -> str:
-    return html.escape(str(value))
+    plain = str(value).encode("utf-8", "replace").decode()  # JSON and YAML can hold half of a character
+    return html.escape(plain)
 
 
 def _prose(text: str) -> str:
