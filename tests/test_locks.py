@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from sipo import locks
+from sipo import cli, locks
 from sipo.locks import LOCK, LockedError, locked
 
 WHAT = "training.output_dir='runs/a'"
@@ -135,6 +135,27 @@ def test_an_error_inside_lets_go(tmp_path: Path) -> None:
         with pytest.raises(KeyError), locked(tmp_path, WHAT):
             raise KeyError
         assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["train", "train --resume", "demo"])
+def test_a_command_ends_before_it_does_anything(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sipo.train.open_run", None)
+    monkeypatch.setattr("sipo.demo.run.load_base", None)
+    run, config = tmp_path / "run", tmp_path / "config.yaml"
+    config.write_text(
+        "model: {family: sd15, path: toy}\n"
+        f"data: {{path: toy, cache: {tmp_path / 'cache'}, sizes: [[16, 16]]}}\n"
+        f"training: {{output_dir: {run}, steps: 1, mixed_precision: 'no'}}\n"
+    )
+    words = ["--output", str(run)] if command == "demo" else [str(config)]
+    with holder(run) as pid:
+        assert cli.main([*command.split(), *words]) == 2
+        error = capsys.readouterr().err
+        name = "output" if command == "demo" else "training.output_dir"
+        assert error.startswith(f"sipo: error: {name}='{run}' is in use by process {pid} since ")
+        assert error.count("\n") == 1 and [path.name for path in run.iterdir()] == [LOCK]
 
 
 # ---------------------------------------------------------------- where the kernel's lock says nothing

@@ -15,6 +15,7 @@ import torch
 from sipo.demo.data import CLASSES, InkPairs, ink, load_digits
 from sipo.demo.measure import Judge, Scores, weight_by_timestep
 from sipo.demo.model import load_base, predict, sample, save_aside
+from sipo.locks import locked
 from sipo.loss import SIPOLoss
 from sipo.schedule import NoiseSchedule
 
@@ -89,9 +90,15 @@ def run_demo(config: DemoConfig, *, progress: bool | None = True) -> dict[str, A
         What ``summary.json`` holds. Everything but ``seconds`` is a function of the configuration and machine.
 
     Raises:
+        LockedError: another process is writing to the output folder.
         OSError: the output folder cannot be written, or the package lacks its base model.
         TrainingDiverged: the run broke down.
     """
+    with locked(config.output, f"output={str(config.output)!r}"):
+        return _run_demo(config, progress)
+
+
+def _run_demo(config: DemoConfig, progress: bool | None) -> dict[str, Any]:
     started = time.perf_counter()
     from accelerate import Accelerator
 
