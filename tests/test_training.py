@@ -296,6 +296,8 @@ def test_means_over_a_run_weigh_lines_by_their_steps() -> None:
         ({"lr_schedule": "step"}, "lr_schedule='step': expected one of constant, cosine, linear"),
         ({"timestep_sampling": "some"}, "timestep_sampling='some': expected one of all, informative"),
         ({"trackers": "wandb"}, "trackers='wandb': expected a list of names"),
+        ({"ddp_timeout": 0}, "ddp_timeout=0: expected at least 1"),
+        ({"ddp_timeout": 10**15}, "ddp_timeout=1000000000000000: expected at most 1000000000 seconds"),
         ({"mixed_precision": "fp8"}, "mixed_precision='fp8': expected one of no, bf16, fp16"),
         ({"log_every": True}, "log_every=True: expected an integer"),
     ],

@@ -16,6 +16,8 @@ RateSchedule = Literal["constant", "cosine", "linear"]
 TimestepSampling = Literal["all", "informative"]
 Alarms = Literal["warn", "stop", "off"]
 
+_LONGEST_TIMEOUT = 10**9  # seconds; datetime's own limit is 86,400 times as much
+
 _FREE_ON_RESUME = frozenset(
     {
         "steps",
@@ -186,6 +188,8 @@ class TrainingConfig:
             _check_integer(name, getattr(self, name), 1)
         for name in ("warmup", "validate_every", "checkpoint_every", "keep_checkpoints", "num_workers", "seed"):
             _check_integer(name, getattr(self, name), 0)
+        if self.ddp_timeout > _LONGEST_TIMEOUT:
+            raise ValueError(f"ddp_timeout={self.ddp_timeout}: expected at most {_LONGEST_TIMEOUT} seconds")
         for name in ("learning_rate", "eps"):
             _check_number(name, getattr(self, name), zero=False)
         _check_number("weight_decay", self.weight_decay, zero=True)
