@@ -142,6 +142,25 @@ def test_the_limit_of_pixels_is_one_rule_for_all(tmp_path: Path, capsys: pytest.
         run_check(path, max_pixels=0)
 
 
+def test_a_file_that_goes_while_it_is_looked_at_is_a_missing_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = clean_images(tmp_path, 3).save()
+    original = check.load_pair
+
+    def load_and_lose(record: PairRecord, **options: Any) -> Any:
+        pair = original(record, **options)
+        if record.row == 1:
+            assert isinstance(record.rejected, Path)
+            record.rejected.unlink()
+        return pair
+
+    monkeypatch.setattr(check, "load_pair", load_and_lose)
+    (finding,) = check_pairs(open_pairs(path), frames=1).findings
+    assert (finding.row, finding.kind) == (1, "missing")
+    assert finding.text.endswith("000001.png: cannot be read: No such file or directory")
+
+
 def test_findings_that_nothing_is_skipped_for_leave_the_exit_code(tmp_path: Path) -> None:
     builder = clean_images(tmp_path, 3)
     builder.lines.append(builder.lines[0])

@@ -418,6 +418,20 @@ def test_videodpo_problems_say_what_is_wrong(tmp_path: Path) -> None:
     }
 
 
+def test_half_a_character_in_videodpo_s_lists_is_its_row_s_fault(tmp_path: Path) -> None:
+    """JSON lets it through, and no file of text in UTF-8 can hold it."""
+    builder = VideoDpoBuilder(tmp_path)
+    for _ in range(3):
+        builder.add()
+    builder.pairs[0]["frame_caption"] = "half\ud800"
+    builder.clips[2]["basic"]["clip_path"] = "half\ud800.mp4"
+    found = problems(builder.save())
+    assert found == {
+        0: "frame_caption='half\\ud800': expected text",
+        1: "video1=2: that item of metadata.json has no clip_path or frame_caption",
+    }
+
+
 def test_a_clip_that_the_published_loader_drops_shifts_nothing(tmp_path: Path) -> None:
     """That loader leaves out clips of less than a second before it counts: every later pair gets other clips."""
     builder = VideoDpoBuilder(tmp_path)

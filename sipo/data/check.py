@@ -349,6 +349,7 @@ def _examine(
         # Sizes and whether both are alike is all that is asked for: no clip need be in memory.
         transform = None if frames is None else _hashed
         chosen, rejected = load_pair(record, frames=frames, fps=fps, max_pixels=max_pixels, transform=transform)
+        digests = (_digest(record.chosen), _digest(record.rejected))
     except BadPair as error:
         return _Examined(error)
     notes = []
@@ -362,7 +363,7 @@ def _examine(
         smaller = min(shapes)
         notes.append(("enlarged", f"{_by(smaller)} is enlarged to {_by(size)}"))
     notes += _notes_on_files({"chosen": chosen, "rejected": rejected})
-    return _Examined(None, tuple(notes), (_digest(record.chosen), _digest(record.rejected)), size)
+    return _Examined(None, tuple(notes), digests, size)
 
 
 def _notes_on_files(sides: dict[str, Media]) -> Iterator[tuple[str, str]]:
@@ -406,9 +407,12 @@ def _digest(source: Path | bytes) -> bytes:
     if isinstance(source, bytes):
         digest.update(source)
         return digest.digest()
-    with source.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    try:
+        with source.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:  # decoded a moment ago, and gone now
+        raise BadPair("missing", f"{source}: cannot be read: {error.strerror}") from error
     return digest.digest()
 
 

@@ -298,6 +298,18 @@ class PickapicReader:
             missing = f"{self.path}: no such file or folder, and not found on the hub"
             raise DataError(f"{missing}: {_one_line(error)}") from error
 
+    def count(self) -> int | None:
+        """Rows of local files, by their footers; ``None`` of a hub's, and where a file cannot be read."""
+        from pyarrow import parquet
+
+        place = Path(self.path)
+        if not _exists(place):
+            return None
+        try:
+            return sum(parquet.read_metadata(file).num_rows for file in self._files(place))
+        except (DataError, OSError, ValueError):  # which reading says better
+            return None
+
     def _rows(self) -> Iterator[dict[str, Any] | str]:
         """The rows; for one that cannot be read, what is wrong with it."""
         wanted = (*_PICKAPIC_COLUMNS, *_PICKAPIC_EXTRA)
@@ -462,7 +474,7 @@ def _clip(folder: Path, item: Any) -> _Clip | None:
     if not isinstance(basic, dict) or not isinstance(misc, dict):
         return None
     name, caption = basic.get("clip_path"), _caption(misc.get("frame_caption"))
-    if not isinstance(name, str) or not name or caption is None:
+    if not isinstance(name, str) or not name or has_half(name) or caption is None:
         return None
     path = folder / name
     if Path(name).is_absolute() and not os.path.exists(path):  # which is quiet about names that no file can have
@@ -476,7 +488,7 @@ def _caption(value: Any) -> str | None:
     """A caption, given as text or as a list that starts with it."""
     if isinstance(value, list) and value:
         value = value[0]
-    return value if isinstance(value, str) else None
+    return value if isinstance(value, str) and not has_half(value) else None
 
 
 def _nearest(places: list[int], wanted: int) -> str:
