@@ -213,7 +213,7 @@ def read_clip(
         try:
             # "file:", as what stands before a colon in a name is a protocol to FFmpeg. Titles need not be UTF-8.
             place = io.BytesIO(source) if isinstance(source, bytes) else f"file:{source}"
-            opened = av.open(place, options=_OPEN_OPTIONS, metadata_errors="replace")
+            opened = av.open(place, "r", options=_OPEN_OPTIONS, metadata_errors="replace")
         except (av.InvalidDataError, av.ArgumentError):  # the latter for formats that are not in the list
             raise MediaError("undecodable", source, "is no image or clip of a known format, or is cut short") from None
         with opened as container:
