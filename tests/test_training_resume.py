@@ -273,6 +273,22 @@ def test_a_sound_checkpoint_is_not_thrown_out_for_a_later_damaged_one(tmp_path: 
     assert not storage.damage(tmp_path / "checkpoints/step-00000005")
 
 
+def test_what_killed_runs_have_left_is_gone_when_the_next_one_starts(tmp_path: Path) -> None:
+    dead = os.fork()
+    if dead == 0:
+        os._exit(0)
+    os.waitpid(dead, 0)
+    fit(tmp_path, steps=2, checkpoint_every=2)
+    before = sorted(tmp_path.rglob("*"))
+    for left in (f".metrics.jsonl.{dead}.tmp", f"weights/.unet.{dead}.tmp", "checkpoints/.step-00000004.tmp"):
+        (tmp_path / left).mkdir(parents=True)
+        (tmp_path / left / "model.safetensors").touch()
+    (tmp_path / "checkpoints/.step-00000001.old").mkdir()
+    (tmp_path / ".lock").write_text("")  # as a process that was killed while it took the lock
+    fit(tmp_path, steps=2, checkpoint_every=2, resume_from="latest")
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "weights"])
+
+
 @pytest.mark.parametrize(
     ("what", "message"),
     [
