@@ -43,9 +43,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """
     while True:
         if is_compiled(model):
-            model = model._orig_mod  # type: ignore[assignment]
+            model = model.get_submodule("_orig_mod")
         elif isinstance(model, DistributedDataParallel) or type(model).__name__ == "DeepSpeedEngine":
-            model = model.module
+            model = model.get_submodule("module")
         else:
             return model
 
