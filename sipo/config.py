@@ -322,6 +322,9 @@ def _check(config: Config) -> None:
         raise ConfigError(f"model.shift={model.shift}: expected a finite number > 0")
     if data.fps is not None and not 0 < data.fps < math.inf:
         raise ConfigError(f"data.fps={data.fps:g}: expected a finite number > 0")
+    guidance = config.samples.guidance
+    if guidance is not None and not 0 <= guidance < math.inf:
+        raise ConfigError(f"samples.guidance={guidance:g}: expected a finite number of at least 0")
     _check_half_types(config)
     if not data.sizes or any(side < 1 for size in data.sizes for side in size):
         raise ConfigError(f"data.sizes={data.sizes}: expected at least one [height, width] in pixels")

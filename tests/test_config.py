@@ -115,6 +115,8 @@ def test_overrides_lie_over_the_file(tmp_path: Path) -> None:
         ({"data": {"sizes": []}}, "data.sizes=[]: expected at least one [height, width]"),
         ({"data": {"sizes": [[3]]}}, "data.sizes.0.1: missing, expected a value"),
         ({"data": {"frames": 0}}, "data.frames=0: expected at least 1"),
+        ({"samples": {"guidance": float("nan")}}, "samples.guidance=nan: expected a finite number of at least 0"),
+        ({"samples": {"guidance": -1}}, "samples.guidance=-1: expected a finite number of at least 0"),
         ({"data": {"fps": 0}}, "data.fps=0: expected a finite number > 0"),
         ({"data": {"fps": float("inf")}}, "data.fps=inf: expected a finite number > 0"),
     ],

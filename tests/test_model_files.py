@@ -152,6 +152,19 @@ def test_damaged_weights_are_one_line_that_names_the_file(component: str, model:
     assert f"{weights}: is a FIFO, expected a file" in message_of(model, component)
 
 
+def test_no_special_file_is_opened(model: Path) -> None:
+    for name in ("tokenizer/tokenizer.json", "scheduler/scheduler_config.json", "vae/config.json", "model_index.json"):
+        file = model / name
+        content = file.read_bytes()
+        file.unlink()
+        os.mkfifo(file)
+        load = get("sd15").load_scheduler if name.startswith("scheduler") else get("sd15").load_encoders
+        with pytest.raises((ValueError, OSError), match=rf"{file.name}"):
+            load(model)
+        file.unlink()
+        file.write_bytes(content)
+
+
 def test_weights_of_another_network_are_one_line(model: Path) -> None:
     for component in ("unet", "text_encoder"):
         file = model / component / "config.json"
@@ -162,6 +175,17 @@ def test_weights_of_another_network_are_one_line(model: Path) -> None:
         file.write_text("{")
         assert f"{file}: not JSON" in message_of(model, component)
         file.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("component", WEIGHTS)
+def test_weights_without_one_of_their_tensors_are_refused(component: str, model: Path) -> None:
+    """Libraries would put random numbers in its place, with a line that nobody sees."""
+    file = model / component / f"{WEIGHTS[component]}.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in sorted(tensors) if "norm" in name)
+    save_file({key.replace(name, "of.another.name"): tensor for key, tensor in tensors.items()}, file, {"format": "pt"})
+    text = f"{file.parent}: its weights have no {name}, expected those of a whole "
+    assert text in message_of(model, component)
 
 
 @pytest.mark.parametrize("length", [128, 384, 640, 896, 1152, 0x4B50])

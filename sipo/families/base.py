@@ -13,8 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from sipo.diffusers_schedulers import SettingError, check_sampler, with_settings
-from sipo.families.model_files import CONFIG, HUB_OPTIONS, MODEL_INDEX, check_model, fetch_weights, model_folder
-from sipo.files import read_object
+from sipo.families.model_files import (
+    CONFIG,
+    HUB_OPTIONS,
+    MODEL_INDEX,
+    check_model,
+    fetch_weights,
+    is_module,
+    load_module,
+    model_folder,
+)
+from sipo.files import FileError, read_object
 from sipo.schedule import DEFAULT_INFERENCE_STEPS, NoiseSchedule
 
 Condition = dict[str, Tensor]
@@ -81,13 +90,10 @@ class Family(ABC):
             FileNotFoundError: nothing to load there, in one line that names the path.
             ValueError: a pipeline, or a network, that is not of this family; a damaged file, or a pickle.
         """
-        import diffusers
-
-        folder = self.fetch(path, network=True, **options)
+        self.network_config(path, **options)  # names another class, if it is one
+        folder, variant = self.fetch(path, network=True, **options), options.get("variant")
         with _one_line(path):
-            network: nn.Module = getattr(diffusers, self.network_class).from_pretrained(
-                str(folder), subfolder=self.network, use_safetensors=True, **_typed(dtype), **_local(options)
-            )
+            network = load_module(folder / self.network, "diffusers", self.network_class, dtype, variant)
         self._check_network(path, network)
         return network
 
@@ -134,22 +140,23 @@ class Family(ABC):
         """
         import diffusers
 
-        folder = self.fetch(path, network=False, **options)
-        left_out = dict.fromkeys((self.network, *self._without))
+        folder, variant = self.fetch(path, network=False, **options), options.pop("variant", None)
+        _, index = self._open(path, options)
+        modules: dict[str, Any] = dict.fromkeys((self.network, *self._without))
         if not text:
-            left_out |= dict.fromkeys(name for name in self._open(path, options)[1] if name.startswith(TEXT_ENCODER))
+            modules |= dict.fromkeys(name for name in index if name.startswith(TEXT_ENCODER))
         if vae_dtype == torch.float16 and not self.video and read_object(folder / VAE / CONFIG).get(_UPCAST, True):
             raise ValueError(
                 f"{path}: its VAE overflows in vae_dtype='float16' ({_UPCAST}), expected 'float32' or 'bfloat16'"
             )
         with _one_line(path):
-            pipeline = getattr(diffusers, self.pipeline_class).from_pretrained(
-                str(folder),
-                use_safetensors=True,
-                **_typed({"default": dtype, VAE: vae_dtype}),
-                **left_out,
-                **_local(options),
-            )
+            for name, (library, class_name) in _present(index):
+                if name not in modules and is_module(library, class_name):
+                    kept = vae_dtype if name == VAE else dtype
+                    modules[name] = load_module(folder / name, library, class_name, kept, variant)
+            # What is left are tokenizers and the scheduler.
+            pipeline_class = getattr(diffusers, self.pipeline_class)
+            pipeline = pipeline_class.from_pretrained(str(folder), **modules, **_local(options))
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):
                 component.requires_grad_(False).eval()
@@ -168,8 +175,7 @@ class Family(ABC):
         """
         folder, index = self._open(path, options)
         left_out = (self.network, *self._without)
-        present = [name for name, value in index.items() if isinstance(value, list) and any(value)]
-        components = [self.network] if network else [name for name in present if name not in left_out]
+        components = [self.network] if network else [name for name, _ in _present(index) if name not in left_out]
         variant = options.get("variant")
         if self.network not in index:
             raise ValueError(f"{path}: has no {self.network}, expected a whole {self.pipeline_class}")
@@ -240,10 +246,12 @@ class Family(ABC):
         import diffusers
 
         folder, index = self._open(path, options)
-        library, class_name = (index.get("scheduler") or (None, None))[:2]
-        scheduler_class = getattr(diffusers, str(class_name), None) if library == "diffusers" else None
+        entry = index.get("scheduler")
+        library, class_name = entry if isinstance(entry, list) and len(entry) == 2 else (None, entry)
+        scheduler_class: Any = getattr(diffusers, str(class_name), None) if library == "diffusers" else None
         if scheduler_class is None:
             raise ValueError(f"{path}: its scheduler is {class_name!r}, expected one of diffusers'")
+        read_object(folder / "scheduler" / "scheduler_config.json")
         with _one_line(path):
             return scheduler_class.from_pretrained(str(folder), subfolder="scheduler")
 
@@ -577,12 +585,9 @@ def _affine(config: Any, latents: Tensor) -> tuple[Tensor | float, Tensor | floa
     return latents.new_tensor(mean).view(shape), scale / latents.new_tensor(std).view(shape)
 
 
-def _typed(dtype: torch.dtype | dict[str, torch.dtype]) -> dict[str, Any]:
-    """The type to load weights in, under the name that the installed diffusers has for it."""
-    import diffusers
-
-    release = tuple(int(part) for part in diffusers.__version__.split(".")[:2])
-    return {"dtype" if release >= (0, 40) else "torch_dtype": dtype}
+def _present(index: Mapping[str, Any]) -> list[tuple[str, list[Any]]]:
+    """A pipeline's components that are there, each with its library and class."""
+    return [(name, value) for name, value in index.items() if isinstance(value, list) and any(value)]
 
 
 def _local(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -593,14 +598,11 @@ def _local(options: Mapping[str, Any]) -> dict[str, Any]:
 @contextmanager
 def _one_line(path: str | Path) -> Iterator[None]:
     """diffusers' and transformers' errors about files, some of many lines, as one that begins with the path."""
-    from safetensors import SafetensorError
-
     try:
         yield
     except OSError as error:
         raise FileNotFoundError(f"{path}: {' '.join(str(error).split())}") from error
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, MemoryError, FileError):
         raise
-    # Tensors of other shapes, damaged files, and libraries that a scheduler or tokenizer needs and that are not there.
-    except (RuntimeError, ValueError, SafetensorError, ImportError) as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+    except Exception as error:  # whatever a file's values lead to in a library, missing packages included
+        raise ValueError(f"{path}: {' '.join(str(error).split()) or type(error).__name__}") from error

@@ -14,9 +14,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
-from sipo.files import FileError, check_tensors, read_object
+from sipo.files import FileError, check_regular, check_tensors, read_object
 
 MODEL_INDEX = "model_index.json"
 CONFIG = "config.json"
@@ -131,7 +132,8 @@ def check_model(folder: Path, index: Mapping[str, Any], components: Sequence[str
         ValueError: a class of another library.
     """
     for name in components:
-        library, class_name = (*index[name], None, None)[:2]
+        entry = index.get(name)
+        library, class_name = entry if isinstance(entry, list) and len(entry) == 2 else (None, entry)
         if library not in _LIBRARIES or not isinstance(class_name, str):
             raise ValueError(
                 f"{folder}: its {name} is {class_name!r} of {library!r}, whose code is not run here: expected a class "
@@ -140,8 +142,54 @@ def check_model(folder: Path, index: Mapping[str, Any], components: Sequence[str
         kind = getattr(importlib.import_module(library), class_name, None)
         if kind is None or _AUTO.match(class_name):
             raise ValueError(f"{folder}: its {name} is {class_name!r}, expected one of the classes of {library}")
-        if isinstance(kind, type) and issubclass(kind, nn.Module):
+        for file in sorted((folder / name).glob("*")):
+            if file.exists() and not file.is_dir():
+                check_regular(file)
+        if is_module(library, class_name):
             check_weights(folder / name, class_name, variant)
+
+
+def is_module(library: str, class_name: str) -> bool:
+    """Whether a component has weights."""
+    kind = getattr(importlib.import_module(library), class_name, None)
+    return isinstance(kind, type) and issubclass(kind, nn.Module)
+
+
+def load_module(
+    folder: Path, library: str, class_name: str, dtype: torch.dtype, variant: str | None = None
+) -> nn.Module:
+    """Loads a component of a folder that :func:`check_model` has let pass, in eval mode.
+
+    Args:
+        folder: the component's.
+        library: "diffusers" or "transformers".
+        class_name: of the component.
+        dtype: of its weights.
+        variant: whose weights are taken where there are any.
+
+    Raises:
+        FileError: weights that lack a tensor, in whose place there would be random numbers.
+        Exception: the library's.
+    """
+    kind: Any = getattr(importlib.import_module(library), class_name)
+    options = _typed(library, dtype)
+    chosen = weight_files([path.name for path in folder.iterdir()], variant)
+    if variant is not None and any(_variant(name) == variant for name in chosen):
+        options["variant"] = variant
+    module, found = kind.from_pretrained(str(folder), use_safetensors=True, output_loading_info=True, **options)
+    if missing := sorted(found["missing_keys"]):
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise FileError(f"{folder}: its weights have no {missing[0]}{others}, expected those of a whole {class_name}")
+    loaded: nn.Module = module.eval()
+    return loaded
+
+
+def _typed(library: str, dtype: torch.dtype) -> dict[str, Any]:
+    """The type to load weights in, under the name that the installed library has for it."""
+    import diffusers
+
+    release = tuple(int(part) for part in diffusers.__version__.split(".")[:2])
+    return {"torch_dtype" if library == "diffusers" and release < (0, 40) else "dtype": dtype}
 
 
 def check_weights(folder: Path, class_name: str, variant: str | None) -> None:
