@@ -19,7 +19,7 @@ EVERY = 30.0
 
 # The bar comes last, so that a narrow terminal shows the numbers and cuts the bar.
 _BAR = "{desc}: {n_fmt}/{total_fmt} {unit}, {remaining} left, {rate_noinv_fmt} |{bar}|"
-_STEPS = "step {n_fmt}/{total_fmt}%s, {remaining} left, {rate_inv_fmt} |{bar}|"
+_STEPS = "step {n_fmt}/{total_fmt}%s, {remaining} left, {rate_inv_fmt}%s |{bar}|"
 
 
 def bars(progress: bool | None) -> bool:
@@ -130,7 +130,7 @@ class Steps:
         self._lines = progress is not None and not bars(progress)
         self._bar: Any = None
         if bars(progress):
-            self._bar = _bar(total=steps, initial=first, unit="step", bar_format=_STEPS % "")
+            self._bar = _bar(total=steps, initial=first, unit="step", bar_format=_STEPS % ("", ""))
         self._line = (first, time.monotonic())  # the newest
         self._start: tuple[int, float] | None = None
 
@@ -140,15 +140,16 @@ class Steps:
             with _printing:
                 self._bar.update(1)
 
-    def show(self, step: int, numbers: str) -> None:
+    def show(self, step: int, numbers: str, more: str = "") -> None:
         """Shows a log line.
 
         Args:
             step: that it is of.
             numbers: what is to be seen of it, the most important first.
+            more: what a narrow terminal is to cut before the time.
         """
         if self._bar is not None:
-            self._bar.bar_format = _STEPS % f", {numbers}"
+            self._bar.bar_format = _STEPS % (numbers and f", {numbers}", more and f", {more}")
             with _printing:
                 self._bar.refresh()
         if not self._lines:
@@ -160,7 +161,9 @@ class Steps:
             self._start, rest = self._line, each
         else:
             rest = (now - self._start[1]) / (step - self._start[0])
-        say(f"step {step}/{self._steps}, {numbers}, {each:.3g} s/step, {duration((self._steps - step) * rest)} left")
+        time_left = duration((self._steps - step) * rest)
+        parts = (f"step {step}/{self._steps}", numbers, more, f"{each:.3g} s/step", f"{time_left} left")
+        say(", ".join(part for part in parts if part))
 
     def note(self, step: int, numbers: str) -> None:
         """Shows what was measured beside, at a step."""

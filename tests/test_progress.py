@@ -132,16 +132,17 @@ def test_what_cannot_be_printed_ends_no_run(tmp_path: Path, monkeypatch: pytest.
     assert [line["step"] for result in results for line in result.history] == [1, 2, 1, 2]
 
 
-@pytest.mark.parametrize(("columns", "bar"), [(140, True), (44, False)])
+@pytest.mark.parametrize(("columns", "left", "bar"), [(140, True, True), (56, True, False), (44, False, False)])
 def test_on_a_terminal_the_bar_yields_to_the_numbers(
-    columns: int, bar: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    columns: int, left: bool, bar: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with terminal(columns, monkeypatch) as shown:
         fit(tmp_path, steps=3, progress=True)
     assert "step 1: policy and reference differ by 0, logits by 0" in shown()
     last = [text for text in re.split(r"[\r\n]+", shown()) if text.strip()][-1]
     assert re.match(r"step 3/3, loss \d\.\d{3}, accuracy \d\.\d{3}", last) and len(last) <= columns
-    assert ("|██" in last, bool(re.search(r", 00:00 left, +[\d.]+s/step \|", last))) == (bar, bar)
+    whole = re.search(r", 00:00 left, +[\d.]+s/step, active \d\.\d{3} \|██", last)
+    assert ("00:00 left" in last, bool(whole)) == (left, bar)
 
 
 def test_the_bar_of_other_work_yields_as_well(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from sipo.training.config import TrainingConfig
 from sipo_kernels.output import add_metrics
 
 _COUNTED = "nonfinite_pairs"
+_SHOWN = {"loss": "loss", "accuracy": "implicit_acc", "active": "active_fraction"}
 
 
 class MetricWindow:
@@ -180,7 +181,7 @@ class Recorder:
         tracked = {} if statistics is None else {f"timesteps/{k}": v for k, v in scalars(statistics).items()}
         line = self._write({"step": step}, values, "train/", tracked)
         self.history.append(line)
-        self._shown.show(step, _numbers(line, ""))
+        self._shown.show(step, _numbers(line, "", "loss", "accuracy"), _numbers(line, "", "active"))
         return line
 
     def write_validation(self, step: int, values: dict[str, Any]) -> dict[str, Any]:
@@ -192,7 +193,7 @@ class Recorder:
         line = self._write({"step": step, "kind": "validation" if values else "hook"}, named, "")
         if values:
             self.validation.append(line)
-            self._shown.note(step, f"held out: {_numbers(line, 'validation/')}")
+            self._shown.note(step, f"held out: {_numbers(line, 'validation/', *_SHOWN)}")
         return line
 
     def _write(
@@ -342,13 +343,11 @@ def _free_names(paths: Sequence[Path]) -> list[Path]:
     return names
 
 
-def _numbers(line: dict[str, Any], prefix: str) -> str:
-    """What of a line is shown while a run goes on, the most important first; a loss of one's own may lack some."""
-    names = {"loss": "loss", "accuracy": "implicit_acc", "active": "active_fraction"}
-    values = {shown: line.get(prefix + name, math.inf) for shown, name in names.items()}
-    return ", ".join(
-        f"{name} {'nan' if value is None else f'{value:.3f}'}" for name, value in values.items() if value != math.inf
-    )
+def _numbers(line: dict[str, Any], prefix: str, *names: str) -> str:
+    """What of a line is shown while a run goes on; a loss of one's own may lack some."""
+    values = {name: line.get(prefix + _SHOWN[name], "") for name in names}
+    shown = {name: "nan" if value is None else f"{value:.3f}" for name, value in values.items() if value != ""}
+    return ", ".join(f"{name} {text}" for name, text in shown.items())
 
 
 def pluck(history: Sequence[dict[str, Any]], name: str) -> list[float]:
