@@ -257,16 +257,16 @@ def test_few_active_pairs_are_warned_about_once(tmp_path: Path) -> None:
     assert [line["loss"] for line in result.history] == [0.0] * 8
 
 
-def test_tensorboard_and_the_bar_show_the_logged_numbers(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_tensorboard_and_standard_error_show_the_logged_numbers(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     _, result = fit(tmp_path, steps=3, tensorboard=True, progress=True)
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     logged = [(event.step, event.value) for event in events.Scalars("train/loss")]
     assert logged == [(line["step"], pytest.approx(line["loss"], rel=1e-6)) for line in result.history]
-    bar = capfd.readouterr().err
+    said = capfd.readouterr().err
     last = result.history[-1]
-    assert f"loss={last['loss']:.3f}, implicit_acc={last['implicit_acc']:.3f}, active_fraction=1.000" in bar
+    assert f"step 3/3, loss {last['loss']:.3f}, accuracy {last['implicit_acc']:.3f}, active 1.000," in said
 
 
 def test_means_over_a_run_weigh_lines_by_their_steps() -> None:
