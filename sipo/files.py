@@ -127,11 +127,14 @@ def aside(path: Path, *, durable: bool = False) -> Iterator[Path]:
     Args:
         path: to be written or replaced; its folder exists.
         durable: wait until content and names are on disk, so that a power cut leaves the former one or this one.
+
+    Raises:
+        OSError: it cannot be written; names ``path``.
     """
     folder = path.with_name(f".{path.name[:_LETTERS]}.{os.getpid()}{_ASIDE}")
     _clear(folder)  # of a killed process that had this one's number
-    folder.mkdir()
     try:
+        folder.mkdir()
         place = folder / path.name
         yield place
         mode = default_mode(folder)
@@ -146,6 +149,15 @@ def aside(path: Path, *, durable: bool = False) -> Iterator[Path]:
         os.replace(place, path)
         if durable:
             sync(path.parent)
+    except OSError as error:
+        inner = error.filename is None or str(error.filename).startswith(str(folder))
+        if error.errno is not None and inner:  # of a full disk, Python says no file, and others this one's place aside
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise OSError(f"{path}: cannot be written ({_reason(error)})") from error  # what the file system says, too
     finally:
         _clear(folder)
 
@@ -176,14 +188,10 @@ def save_tensors(
     Raises:
         OSError: it cannot be written; names the file.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with aside(path, durable=durable) as place:
-        try:
-            save_file(dict(tensors), place, metadata=dict(metadata) if metadata else None)
-        except SafetensorError as error:  # what the file system says, too
-            raise OSError(f"{path}: cannot be written ({_reason(error)})") from error
+        save_file(dict(tensors), place, metadata=dict(metadata) if metadata else None)
         if metadata and len(metadata) > 1:
             _sort_metadata(place)
 

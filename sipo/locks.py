@@ -284,5 +284,5 @@ def _started(pid: Any) -> int | None:
 
 def _command() -> str:
     name = Path(sys.argv[0]).name if sys.argv else ""
-    name = "sipo" if name == "__main__.py" else name
-    return shlex.join([name, *sys.argv[1:]])[:300]
+    text = shlex.join(["sipo" if name == "__main__.py" else name, *sys.argv[1:]])
+    return text if len(text) <= 100 else f"{text[:100]}…"

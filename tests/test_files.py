@@ -174,7 +174,21 @@ def test_metadata_are_in_order_and_tensors_as_they_were(tmp_path: Path) -> None:
     assert all(torch.equal(loaded[name], TENSORS[name]) for name in TENSORS)
 
 
-def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
+def _network(path: Path) -> None:
+    with files.aside(path) as place:
+        place.mkdir()
+        save_file({"a": torch.ones(1000)}, place / "model.safetensors")
+
+
+FULL: dict[str, Callable[[Path], object]] = {
+    "tensors": lambda path: files.save_tensors(path, {"a": torch.ones(1000)}),
+    "text": lambda path: files.write_aside(path, "x" * 1000),
+    "folder": _network,
+}
+
+
+@pytest.mark.parametrize("what", FULL)
+def test_a_full_disk_names_the_file(tmp_path: Path, what: str) -> None:
     """A limit on the size of files stands in for a disk without room."""
     ready, told = os.pipe()
     child = os.fork()
@@ -184,7 +198,7 @@ def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
         try:
-            files.save_tensors(tmp_path / "a.safetensors", {"a": torch.ones(1000)})
+            FULL[what](tmp_path / "written")
         except OSError as error:
             os.write(told, str(error).encode())
         os._exit(0)
@@ -192,8 +206,15 @@ def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
     os.close(told)
     message = os.read(ready, 1000).decode()
     os.close(ready)
-    assert message.startswith(f"{tmp_path / 'a.safetensors'}: cannot be written (") and "\n" not in message
-    assert names(tmp_path) == []
+    assert str(tmp_path / "written") in message and "large" in message and "\n" not in message
+    assert ".tmp" not in message and names(tmp_path) == []
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "nowhere" / "a.json"
+    with pytest.raises(FileNotFoundError) as caught:
+        files.write_aside(path, "{}")
+    assert str(caught.value) == f"[Errno 2] No such file or directory: '{path}'"
 
 
 # ---------------------------------------------------------------- reading
