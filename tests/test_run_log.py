@@ -11,6 +11,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+from accelerate import Accelerator
 
 from sipo import cli
 from sipo.analysis.facts import beyond_chance
@@ -18,8 +19,8 @@ from sipo.analysis.report import read_run
 from sipo.diagnostics import STATISTICS, read_statistics, statistics_fault
 from sipo.files import FileError
 from sipo.run_log import LogWarning, metrics_fault, read_log
-from sipo.training.logs import read_lines
-from tests.training_cases import fit, fresh_accelerate, untimed
+from sipo.training.logs import Recorder, read_lines
+from tests.training_cases import fit, fresh_accelerate, settings, untimed
 
 __all__ = ["fresh_accelerate"]  # a fixture
 
@@ -197,6 +198,20 @@ def test_a_run_with_a_damaged_log_is_resumed_and_the_log_is_kept(tmp_path: Path)
     names = sorted(p.name for p in tmp_path.glob("*.jsonl"))
     fit(tmp_path, steps=6, checkpoint_every=2, resume_from="latest")  # nothing is damaged any more
     assert sorted(p.name for p in tmp_path.glob("*.jsonl")) == names
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux alone has a device that is always full")
+def test_a_line_that_cannot_be_written_names_the_file(tmp_path: Path) -> None:
+    recorder = Recorder(settings(tmp_path), 0, Accelerator(cpu=True))
+    assert recorder._file is not None
+    recorder._file.close()
+    with open("/dev/full", "w") as full:
+        recorder._file = full
+        with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+            recorder.write(1, {"loss": 0.5})
+        recorder.close()  # without another error, which would take the first one's place
+    with pytest.raises(ValueError, match="closed file"):
+        full.flush()
 
 
 def test_the_sign_test_of_billions_of_pairs_takes_no_time() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -176,8 +177,7 @@ class Recorder:
         if statistics is not None and self._file is not None:
             if self._statistics is None:  # a run without such numbers has no such file
                 self._statistics = self._statistics_path.open("a", encoding="utf-8")
-            self._statistics.write(json.dumps(statistics) + "\n")
-            self._statistics.flush()
+            _append(self._statistics, statistics)
         tracked = {} if statistics is None else {f"timesteps/{k}": v for k, v in scalars(statistics).items()}
         line = self._write({"step": step}, values, "train/", tracked)
         self.history.append(line)
@@ -203,8 +203,7 @@ class Recorder:
             line[name] = None if isinstance(value, float) and not math.isfinite(value) else value
         line["seconds"] = round(time.perf_counter() - self._started, 3)
         if self._file is not None:
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
+            _append(self._file, line)
         if values:
             numbers = {prefix + name: v for name, v in line.items() if name not in ("step", "kind") and v is not None}
             self._accelerator.log(numbers | (tracked or {}), step=line["step"])
@@ -212,12 +211,22 @@ class Recorder:
 
     def close(self) -> None:
         """Closes the files, the bar and the trackers that were started here."""
-        for stream in (self._file, self._statistics, self._shown):
-            if stream is not None:
-                stream.close()
+        for file in (self._file, self._statistics):
+            if file is not None:
+                with contextlib.suppress(OSError):  # said by the line that could not be written
+                    file.close()
+        self._shown.close()
         for tracker in self._trackers:
             tracker.finish()
             self._accelerator.trackers.remove(tracker)
+
+
+def _append(file: TextIO, line: dict[str, Any]) -> None:
+    try:
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+    except OSError as error:  # a full disk, of which Python does not say the file
+        raise OSError(error.errno, error.strerror, file.name) from error
 
 
 def start_trackers(accelerator: Any, config: TrainingConfig, first_step: int) -> list[Any]:
