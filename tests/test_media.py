@@ -618,6 +618,30 @@ def test_a_title_that_is_not_utf8_is_no_fault(tmp_path: Path) -> None:
     assert numbers(read_media(path, 5).pixels) == list(range(5))
 
 
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "DefaultCPUAllocator: can't allocate memory"),
+        (MemoryError(), "MemoryError"),
+        (av.error.NotImplementedError(1, "Not yet implemented"), "Not yet implemented"),
+        (RuntimeError("a mistake of ours"), None),
+    ],
+)
+def test_memory_that_does_not_suffice_names_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str | None
+) -> None:
+    path = tmp_path / "clip.mp4"
+    write_video(path, counted(5), 8.0)
+
+    def fail(*arguments: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr("sipo.data.clips._rgb", fail)
+    with pytest.raises(RuntimeError if reason is None else MediaError) as caught:
+        read_media(path, 5)
+    assert reason is None or str(caught.value) == f"{path}: cannot be decoded: {reason}"
+
+
 def test_a_frame_of_more_pixels_than_allowed_is_not_decoded(tmp_path: Path) -> None:
     path = tmp_path / "clip.mp4"
     write_video(path, counted(5), 8.0)

@@ -261,10 +261,12 @@ def read_clip(
                 raise MediaError("undecodable", source, f"is cut short after {end:.2f} s of {expected:.2f} s")
             fps = selection.finish(source, length, rate)
             return shown.media(selection.picked, fps, length)
-    except (av.FFmpegError, OSError, ValueError) as error:
-        if isinstance(error, MediaError):
+    except (av.FFmpegError, OSError, ValueError, ArithmeticError, MemoryError, RuntimeError) as error:
+        # Of torch where memory does not suffice; its other errors are no fault of the file.
+        ours = isinstance(error, RuntimeError) and not isinstance(error, av.FFmpegError)
+        if isinstance(error, MediaError) or (ours and "allocate" not in str(error)):
             raise
-        reason = getattr(error, "strerror", None) or error
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise MediaError("undecodable", source, f"cannot be decoded: {reason}") from error
 
 
