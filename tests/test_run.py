@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -78,6 +79,11 @@ def test_a_run_leaves_what_it_says(trained: tuple[str, Path]) -> None:
     assert kept == config.load(example(name), options(folder, 4))
     card = (run / "weights" / "README.md").read_text()
     assert f"| β (`beta`) | {20 if get(name).video else 1000}:" in card and "| pairs | 28 |" in card
+    assert cli.main(["verify", str(run)]) == 0
+    umask = os.umask(0o077)
+    os.umask(umask)
+    modes = {path.relative_to(folder): stat.S_IMODE(path.stat().st_mode) for path in folder.rglob("*.*")}
+    assert len(modes) > 20 and {path for path in modes if modes[path] != 0o666 & ~umask} == set()
 
 
 def test_weights_reload_in_the_pipeline_and_sample_the_same(trained: tuple[str, Path], tmp_path: Path) -> None:
