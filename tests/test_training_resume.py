@@ -132,6 +132,24 @@ def test_checkpoints_hold_no_pickle_and_the_oldest_go(tmp_path: Path) -> None:
     assert state["files"]["model.safetensors"]["bytes"] == (result.checkpoint / names[0]).stat().st_size
 
 
+def test_a_checkpoint_is_on_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    replace = os.replace
+
+    def renamed(source: Any, target: Any) -> None:
+        done.append(f"-> {Path(target).name}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", lambda handle: done.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name))
+    monkeypatch.setattr(os, "replace", renamed)
+    fit(tmp_path, steps=2, checkpoint_every=2)
+    place = done.index("-> step-00000002")
+    files = [path.name for path in (tmp_path / "checkpoints/step-00000002").iterdir()]
+    last_written = max(done.index(f"-> {name}") for name in files)
+    assert sorted(done[last_written + 1 : place]) == sorted([*files, ".step-00000002.tmp"])
+    assert done[place - 1] == ".step-00000002.tmp" and done[place + 1] == "checkpoints"
+
+
 def test_only_what_is_trained_is_saved(tmp_path: Path) -> None:
     policy, _ = networks()
     policy.inward.requires_grad_(False)
