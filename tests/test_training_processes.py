@@ -25,7 +25,7 @@ from sipo import NoiseSchedule, SIPOLoss
 from sipo.cli_errors import CommandError, one_line_errors
 from sipo.diagnostics import read_statistics
 from sipo.locks import LockedError, locked
-from sipo.processes import OtherProcessError
+from sipo.processes import OtherProcessError, lost_connection
 from sipo.training import AdapterOff, TrainingInterrupted, gather_weights, make_accelerator, storage, timesteps, train
 from tests.training_cases import (
     Adapted,
@@ -390,6 +390,29 @@ def test_a_process_whose_partner_has_ended_says_so_in_a_line(two: Path) -> None:
         r"itself, or was killed, or training.ddp_timeout has passed",
         said,
     )
+
+
+_GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/"
+_CLOSED, _LATE = "Connection closed by peer [::1]:7", "Timed out waiting 600000ms for recv"
+_NCCL = "NCCL error in: NCCLUtils.hpp:328, remote process exited, NCCL version 2.21.5 ncclRemoteError: A call failed"
+_NETWORK = "the client socket has timed out"
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError(f"{_GLOO}pair.cc:553] {_CLOSED}. This is typically caused by a crash"), _CLOSED),
+        (RuntimeError(f"{_GLOO}unbound_buffer.cc:81] {_LATE}"), _LATE),
+        (torch.distributed.DistBackendError(_NCCL.replace(" nccl", "\nnccl") + ". Last error:\nsocketProgress"), _NCCL),
+        (torch.distributed.DistNetworkError(_NETWORK), _NETWORK),
+        (RuntimeError("the sizes do not match"), ""),
+        (ValueError(f"{_GLOO}pair.cc:553] is quoted"), ""),
+    ],
+)
+def test_errors_of_a_collective_library_are_told_from_others(error: Exception, reason: str) -> None:
+    said = lost_connection(error)
+    assert said.startswith(f"the connection to the other processes is lost ({reason}): ") if reason else said == ""
+    assert "\n" not in said
 
 
 def test_processes_wait_for_each_other_as_long_as_the_configuration_says(two: Path) -> None:
