@@ -145,13 +145,14 @@ def _loading(family: Family, base: str, lora: bool) -> list[str]:
 
 def _files(family: Family, lora: bool) -> list[tuple[str, str]]:
     """Which file is for which tool."""
+    sums = ("`SHA256SUMS`, here", "`sha256sum --check SHA256SUMS`, in this folder")
     if not lora:
-        return [(f"`{family.network}/`, here", "diffusers")]
+        return [(f"`{family.network}/`, here", "diffusers"), sums]
     kohya = f"kohya-ss's {'musubi-tuner' if family.video else 'sd-scripts'}, and tools that take its files"
     tools = {"kohya": kohya, "comfyui": "ComfyUI"}
     others = [(f"`sipo export RUN --format {name}`", tools[name]) for name in formats_of(family) if name in tools]
     strength = ("strength to load them at", "1; alpha / rank is in the weights")
-    return [("`pytorch_lora_weights.safetensors`, here", "diffusers"), *others, strength]
+    return [("`pytorch_lora_weights.safetensors`, here", "diffusers"), *others, strength, sums]
 
 
 def _table(title: str, rows: Iterable[tuple[str, Any]]) -> list[str]:
