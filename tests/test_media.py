@@ -429,7 +429,7 @@ def test_a_tall_image_is_converted_in_strips(monkeypatch: pytest.MonkeyPatch) ->
     images = [picture(), faded(), palette, picture().convert("CMYK"), picture().convert("LA"), picture().convert("1")]
     contents = [encode(image, "TIFF") for image in images] + [encode(palette, "PNG", transparency=3)]
     whole = [read_media(content) for content in contents]
-    monkeypatch.setattr("sipo.data.media._STRIP", 70)
+    monkeypatch.setattr("sipo.data.images._STRIP", 70)
     for content, expected in zip(contents, whole, strict=True):
         media = read_media(content)
         assert torch.equal(media.pixels, expected.pixels)
