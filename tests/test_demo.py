@@ -24,6 +24,7 @@ from sipo.demo.data import CLASSES, Digits, InkPairs, ink, load_digits
 from sipo.demo.measure import Judge, weight_by_timestep
 from sipo.demo.model import BASE, build_model, load_base, predict, sample
 from sipo.demo.run import DemoConfig, describe, run_demo
+from sipo.files import FileError
 from sipo.training.logs import read_lines, step_mean
 
 SMALL: dict[str, Any] = {"steps": 10, "samples": 50, "batch_size": 8, "seed": 3}
@@ -275,3 +276,14 @@ def test_the_closing_lines_state_the_numbers(outcome: Outcome) -> None:
 def test_an_option_out_of_range_is_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         DemoConfig(**options)
+
+
+def test_a_damaged_base_is_named_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = Path(shutil.copytree(BASE, tmp_path / "base"))
+    monkeypatch.setattr("sipo.demo.model.BASE", base)
+    weights = base / "diffusion_pytorch_model.safetensors"
+    sound = weights.read_bytes()
+    for content, message in ((sound[:-1], "not a sound safetensors file"), (b"\x80\x04.", "is a pickle, which is not read")):
+        weights.write_bytes(content)
+        with pytest.raises(FileError, match=f"^{weights}: {message}"):
+            load_base()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sipo.demo.data import CLASSES, IMAGE_SIZE
+from sipo.families.model_files import check_weights, load_module
 from sipo.files import aside
 
 BASE = Path(__file__).parent / "base"
@@ -60,13 +61,15 @@ def load_base() -> tuple[Any, Any]:
 
     Raises:
         FileNotFoundError: the package was installed without its data.
+        FileError: they are damaged.
     """
     if not (BASE / "config.json").is_file():
         raise FileNotFoundError(f"{BASE}: no base model, expected config.json as python -m sipo.demo.train_base writes")
-    from diffusers import DDPMScheduler, UNet2DModel
+    from diffusers import DDPMScheduler
 
-    model = UNet2DModel.from_pretrained(BASE, use_safetensors=True, local_files_only=True)
-    return model.eval(), DDPMScheduler.from_pretrained(BASE / SCHEDULER_FOLDER)
+    check_weights(BASE, "UNet2DModel", None)
+    model = load_module(BASE, "diffusers", "UNet2DModel", torch.float32)
+    return model, DDPMScheduler.from_pretrained(BASE / SCHEDULER_FOLDER)
 
 
 def predict(module: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Any) -> Tensor:
