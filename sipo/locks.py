@@ -210,7 +210,8 @@ class _Lock:
             LockedError: it is.
         """
         holds = f"process {holder.get('pid')} on {holder.get('host')} was writing there"
-        warnings.warn(f"{self._what}: {holds}; watching for {WATCHED:g} s if it still is", stacklevel=6)
+        text = f"{self._what}: {holds}; watching for {WATCHED:g} s if it still is"
+        warnings.warn(text, LockWarning, stacklevel=6)
         before, end = self._times(), time.monotonic() + WATCHED
         while (left := end - time.monotonic()) > 0:
             time.sleep(min(RENEWED / 2, left))
