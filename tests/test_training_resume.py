@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import nn
 
@@ -389,6 +390,7 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved")
+    AcceleratorState._reset_state(reset_partial_state=True)  # of another module's tests
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(timesteps, "BINS", 5)
         full(folder)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 
 from sipo import cli
 from sipo.files import FileError, save_tensors
@@ -25,6 +26,7 @@ __all__ = ["fresh_accelerate"]
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with all that a run writes."""
     folder = tmp_path_factory.mktemp("run")
+    AcceleratorState._reset_state(reset_partial_state=True)  # of another module's tests
     fit(folder, steps=4, checkpoint_every=2)
     config = {"model": {"family": "sd15", "path": "toy"}, "data": {"path": "toy", "cache": "c", "sizes": [[16, 16]]}}
     (folder / "config.yaml").write_text(yaml.safe_dump(config | {"training": {"output_dir": "r", "steps": 4}}))
