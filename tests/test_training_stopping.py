@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from sipo.training import TrainingInterrupted, TrainingOutOfMemory, storage
-from sipo.training.stopping import StopRequest, release_signals
+from sipo.training import TrainingInterrupted, TrainingOutOfMemory, stopping, storage
+from sipo.training.stopping import StopAgreement, StopRequest, release_signals
 from tests.training_cases import Pairs, fit, fresh_accelerate, same
 
 __all__ = ["fresh_accelerate"]  # a fixture that every test here runs in
@@ -89,6 +92,53 @@ def test_what_is_said_of_a_signal_holds_for_several_processes_and_for_deepspeed(
         "finishing the step or validation and ending without a checkpoint, which cannot be written here; "
         "Ctrl-C stops at once"
     )
+
+
+def test_on_a_device_the_host_waits_for_the_answer_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for torch.cuda: its side stream waits for the others, and nothing reads the device."""
+    did: list[str] = []
+    other = [False]
+
+    class Stream:
+        def __init__(self, device: Any) -> None:
+            pass
+
+    class Event:
+        def record(self) -> None:
+            did.append("record")
+
+        def synchronize(self) -> None:
+            did.append("synchronize")
+
+    @contextlib.contextmanager
+    def stream(which: Stream) -> Iterator[None]:
+        did.append("side stream")
+        yield
+        did.append("main stream")
+
+    def all_reduce(flag: Tensor, *, op: Any, async_op: bool) -> Any:
+        assert op is torch.distributed.ReduceOp.MAX and async_op
+        did.append("reduce")
+        flag |= other[0]
+        return SimpleNamespace(wait=lambda: did.append("wait"))
+
+    def zeros(number: int, **options: Any) -> Tensor:
+        assert options.pop("pin_memory", False) or options.pop("device").type == "cuda"
+        return torch.full((number,), 0, **options)
+
+    monkeypatch.setattr(stopping.torch, "zeros", zeros)
+    device_module = SimpleNamespace(Stream=Stream, Event=Event, stream=stream)
+    monkeypatch.setattr(stopping.torch, "get_device_module", lambda device: device_module)
+    monkeypatch.setattr(stopping.distributed, "all_reduce", all_reduce)
+    request = StopRequest(2)
+    agreement = StopAgreement(request, SimpleNamespace(num_processes=2, device=torch.device("cuda")))
+    for asked in (False, True):
+        other[0] = asked
+        did.clear()
+        agreement.ask()
+        assert did == ["reduce", "side stream", "wait", "record", "main stream"]
+        assert agreement.answer() is asked and did[5:] == ["synchronize"]
+    assert request.signal == "another process"
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
