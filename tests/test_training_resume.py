@@ -360,16 +360,32 @@ def test_an_absent_checkpoint_and_a_used_folder_are_refused(tmp_path: Path) -> N
 
 
 WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "step": (lambda state: state.update(step="4"), "state.json: step is str or has parts"),
-    "true": (lambda state: state.update(step=True), "state.json: step is bool or has parts"),
+    "step": (lambda state: state.update(step="4"), "state.json: step is no such value as is written there"),
+    "digits": (lambda state: state.update(step=10**400), "state.json: step is no such value as is written there"),
+    "true": (lambda state: state.update(step=True), "state.json: step is no such value as is written there"),
     "no step": (lambda state: state.pop("step"), "state.json: no step"),
     "no file": (lambda state: state["files"].pop("ema.safetensors"), "state.json: no ema.safetensors among its files"),
-    "identity": (lambda state: state.update(identity=[]), "state.json: identity is list or has parts"),
-    "progress": (lambda state: state.update(progress=None), "state.json: progress is NoneType or has parts"),
-    "alarms": (lambda state: state["progress"].update(alarms={"stalled": "x"}), "state.json: progress is dict or has"),
-    "skipped": (lambda state: state["progress"].update(skipped=0.5), "state.json: progress is dict or has parts"),
-    "optimizer": (lambda state: state.update(optimizer=3), "state.json: optimizer is int or has parts"),
-    "groups": (lambda state: state["optimizer"].update(groups=[3]), "state.json: optimizer is dict or has parts"),
+    "identity": (lambda state: state.update(identity=[]), "state.json: identity is no such value as is written there"),
+    "progress": (
+        lambda state: state.update(progress=None),
+        "state.json: progress is no such value as is written there",
+    ),
+    "alarms": (
+        lambda state: state["progress"].update(alarms={"stalled": "x"}),
+        "state.json: progress is no such value as is written there",
+    ),
+    "skipped": (
+        lambda state: state["progress"].update(skipped=0.5),
+        "state.json: progress is no such value as is written there",
+    ),
+    "optimizer": (
+        lambda state: state.update(optimizer=3),
+        "state.json: optimizer is no such value as is written there",
+    ),
+    "groups": (
+        lambda state: state["optimizer"].update(groups=[3]),
+        "state.json: optimizer is no such value as is written there",
+    ),
     "lr": (
         lambda state: state["optimizer"]["groups"][0].update(betas=[0.9, "x"]),
         r"optimiser group has betas=\[0.9, 'x'\], expected one like \(0.9, 0.999\)",

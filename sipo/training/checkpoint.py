@@ -230,7 +230,7 @@ def _check_state(state: dict[str, Any]) -> None:
         ValueError: with the value's name.
     """
     kinds: dict[str, Callable[[Any], bool]] = {
-        "step": lambda value: type(value) is int and value >= 0,
+        "step": lambda value: type(value) is int and 0 <= value < 10**12,
         "identity": lambda value: isinstance(value, dict),
         "progress": _is_progress,
         "optimizer": _is_settings,
@@ -240,7 +240,7 @@ def _check_state(state: dict[str, Any]) -> None:
         if name not in state:
             raise ValueError(f"{storage.STATE}: no {name}")
         if not right(state[name]):
-            raise ValueError(f"{storage.STATE}: {name} is {type(state[name]).__name__} or has parts of other types")
+            raise ValueError(f"{storage.STATE}: {name} is no such value as is written there")
 
 
 def _is_progress(value: Any) -> bool:
