@@ -283,7 +283,7 @@ def test_a_damaged_base_is_named_in_one_line(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("sipo.demo.model.BASE", base)
     weights = base / "diffusion_pytorch_model.safetensors"
     sound = weights.read_bytes()
-    for content, message in ((sound[:-1], "not a sound safetensors file"), (b"\x80\x04.", "is a pickle, which is not read")):
+    for content, message in ((sound[:-1], "not a sound safetensors file"), (b"\x80\x04.", "is a pickle, which is not")):
         weights.write_bytes(content)
         with pytest.raises(FileError, match=f"^{weights}: {message}"):
             load_base()
