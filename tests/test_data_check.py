@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from sipo.data.media import Media, write_image, write_video
 from sipo.data.readers import open_pairs
 from sipo.data.records import PairRecord
 from sipo.data.toy import make_toy_pairs
+from sipo.files import FileError
 from tests.data_sets import (
     CLEAN_ROWS,
     Planted,
@@ -103,6 +105,10 @@ def test_exit_code_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     with pytest.raises(FileExistsError, match="is there already and not a report of `sipo data check`, expected a new"):
         run_check(path, json_file=path, progress=False)
     assert path.read_bytes() == kept
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(FileError, match=r"fifo: is a FIFO, expected a file$"):
+        run_check(path, json_file=tmp_path / "fifo", progress=False)
+    assert (tmp_path / "fifo").is_fifo()
     printed = capsys.readouterr().out
     assert printed.startswith(f"{CLEAN_ROWS + len(planted) + 1} pairs, of which training would skip {skipped}; rows ")
     assert "; rows count from 1, as lines do in an editor\n" in printed

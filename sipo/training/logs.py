@@ -300,10 +300,11 @@ def check_output(path: Path, begins: str, what: str) -> None:
 
     Raises:
         OSError: no file can be written there, or one of another kind would be lost.
+        FileError: a FIFO, a socket or a device is there.
     """
     if path.is_dir():
         raise IsADirectoryError(f"{path}: is a folder, expected a file to write")
-    if path.is_file() and path.stat().st_size:
+    if path.exists() and check_regular(path).st_size:  # a FIFO or a device would be replaced by a file
         with path.open("rb") as file:
             if file.read(len(begins.encode())) != begins.encode():
                 raise FileExistsError(f"{path}: is there already and not {what}, expected a new file")
