@@ -237,6 +237,10 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_scored(t
     for name, what in (("folder", "a folder"), ("fifo", "a FIFO")):
         with pytest.raises(FileError, match=f"{name}: is {what}, expected a file"):
             label(source, tmp_path / name, never)
+        with pytest.raises(FileError, match=f"{name}: is {what}, expected a file"):
+            run_label(source, tmp_path / name, clip="no/model")
+    with pytest.raises(DataError, match="none: No such file or directory, expected a file"):
+        run_label(tmp_path / "none", tmp_path / "pairs.jsonl", clip="no/model")
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from torch import Tensor
 from sipo.data.media import MAX_PIXELS, MediaError, check_request, read_spaced
 from sipo.data.readers import read_lines, write_jsonl
 from sipo.data.records import DataError, PairRecord, has_half, row_name, short
+from sipo.data.rows import check_file
 from sipo.data.scorers import AestheticScorer, ClipScorer, Scorer, ScorerError, load_function
 from sipo.files import check_regular
 from sipo.progress import track
@@ -135,11 +136,13 @@ def run_label(
         Exit status 0.
 
     Raises:
-        ValueError: as :func:`label`, or no scorer is named, or two are.
+        ValueError: as :func:`label`, or no scorer is named, or two are. Source and output are looked at first.
     """
     scorer: Scorer
     if (clip is None) == (function is None):
         raise ValueError("expected a scorer: either --clip (with or without --aesthetic) or --function")
+    check_file(Path(source))  # before a model is loaded
+    _check_output(Path(output))
     if function is not None:
         if aesthetic is not None:
             raise ValueError(f"--aesthetic {aesthetic}: expected --clip beside it, the model whose embeddings it rates")
