@@ -75,8 +75,10 @@ def in_rounds(accelerator: Any, work: Generator[None, None, None]) -> None:
     def round_of_work() -> None:
         nonlocal done
         until = time.monotonic() + ROUND_SECONDS
-        while not done and time.monotonic() < until:
+        while not done:
             done = next(work, True) is True
+            if time.monotonic() >= until:
+                return
 
     try:
         while not all(gathered(accelerator, done)):

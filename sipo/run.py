@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from sipo.data.precompute import fingerprint, precompute_pairs
 from sipo.data.readers import open_pairs
 from sipo.data.records import DataError, PairReader
 from sipo.data.references import References, open_references, precompute_references, reference_marks
+from sipo.data.savings import Cost
 from sipo.data.summary import CacheSummary
 from sipo.data.toy import make_toy_pairs
 from sipo.data.weights import PLACE, weight_hashes
@@ -40,6 +42,7 @@ from sipo.families import Family, get
 from sipo.families.toy import build_toy
 from sipo.families.tuning import adapter_off, freeze, frozen_copy, prepare_full, prepare_lora
 from sipo.files import aside, remove_leftovers
+from sipo.locks import locked
 from sipo.loss import SIPOLoss
 from sipo.processes import everywhere, from_main, gathered, on_main
 from sipo.schedule import DEFAULT_INFERENCE_STEPS, NoiseSchedule
@@ -235,6 +238,7 @@ def prepare_data(
             verify=verify,
             refuse_changes=refuse_changes,
             accelerator=accelerator,
+            on_cost=lambda cost: _say_cost(run, cost),
             progress=progress,
         )
         summary = _of_all(summary, accelerator)
@@ -254,6 +258,22 @@ def prepare_data(
     if config.data.reference_errors:
         references = _references(run, cache, repair, refuse_changes, progress)
     return Prepared(cache, references, summary)
+
+
+def _say_cost(run: Run, cost: Cost) -> None:
+    """Prints what encoding costs and what of it training will not see; refuses what the disk has no room for."""
+    data, training = run.config.data, run.config.training
+    free = shutil.disk_usage(run.cache).free
+    draws = data.draws if data.reference_errors else 0
+    try:
+        cost.check(free)
+    except ValueError as error:
+        raise CacheError(f"{run.cache}: {error}") from error
+    print(f"{run.cache}: {cost.describe(free, draws)}", flush=True)
+    seen = training.steps * training.batch_size * training.accumulation * run.accelerator.num_processes
+    unused = cost.unused(draws=draws, held_out=data.held_out, seen=seen)
+    if unused:
+        print(f"{run.cache}: {training.steps} steps of {seen // training.steps} pairs: {unused}", flush=True)
 
 
 def _open_source(run: Run, ask: bool) -> tuple[PairReader | None, str]:
@@ -305,18 +325,19 @@ def _references(run: Run, cache: Cache, repair: bool, refuse_changes: bool, prog
     found = None if repair else everywhere(accelerator, there)
     if found is not None and all(gathered(accelerator, found is not None)):
         return found
-    network = round_whole(frozen_reference(run), accelerator).to(accelerator.device)
-    found = precompute_references(
-        cache,
-        network,
-        run.family.predict,
-        run.schedule,
-        **which,
-        batch_size=config.training.batch_size,
-        accelerator=accelerator,
-        num_workers=config.training.num_workers,
-        progress=progress,
-    )
+    with locked(run.cache, f"data.cache={str(run.cache)!r}", accelerator=accelerator):
+        network = round_whole(frozen_reference(run), accelerator).to(accelerator.device)
+        found = precompute_references(
+            cache,
+            network,
+            run.family.predict,
+            run.schedule,
+            **which,
+            batch_size=config.training.batch_size,
+            accelerator=accelerator,
+            num_workers=config.training.num_workers,
+            progress=progress,
+        )
     del network
     free_memory()
     return found

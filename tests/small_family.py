@@ -63,6 +63,9 @@ class SmallFamily(Family):
             means = means + 0.1 * torch.randn(means.shape, generator=generator)
         return means
 
+    def latent_shape(self, pipeline: Any, height: int, width: int, frames: int = 1) -> tuple[int, ...]:
+        return 3, height // 8, width // 8
+
     def own_condition(
         self, original_size: tuple[int, int], crop_top_left: tuple[int, int], size: tuple[int, int]
     ) -> Condition:
@@ -148,7 +151,7 @@ def build(
     folder: Path, reader: Any = None, pipeline: Pipeline | None = None, accelerator: Any = None, **changes: Any
 ) -> CacheSummary:
     """Runs :func:`precompute_pairs`; some of the changes are its own arguments."""
-    names = ("check_hashes", "verify", "refuse_changes")
+    names = ("check_hashes", "verify", "refuse_changes", "on_cost")
     own = {name: changes.pop(name) for name in names if name in changes}
     pipeline = pipeline or Pipeline()
     return precompute_pairs(

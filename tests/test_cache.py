@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -164,3 +165,61 @@ def test_a_cache_may_be_sent_to_another_process(tmp_path: Path) -> None:
     assert torch.equal(copy.pair(11)[0], cache.pair(11)[0])
     with pytest.raises(DamagedError, match="latents-00000"):  # the other process looks for itself
         copy.pair(0)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("files", "index"), ("latents-00000", "latents-00001"), ("text-00000", "index")]
+)
+def test_a_file_that_has_another_ones_name_is_noticed_and_replaced(tmp_path: Path, one: str, other: str) -> None:
+    """Also where a shard and its JSON file have changed places together with another's."""
+    build(tmp_path)
+    whole = files(tmp_path)
+    for ending in (".json", ".safetensors"):
+        pair = [tmp_path / f"{name}{ending}" for name in (one, other)]
+        if all(path.is_file() for path in pair):
+            contents = [path.read_bytes() for path in pair]
+            for path, content in zip(pair, reversed(contents), strict=True):
+                path.write_bytes(content)
+    with pytest.raises(DamagedError, match="`sipo precompute` rebuilds it") as caught:
+        read_everything(open_cache(tmp_path))
+    assert "\n" not in str(caught.value)
+    build(tmp_path, check_hashes=True)
+    assert files(tmp_path) == whole
+
+
+def test_any_bit_of_any_json_file_that_has_changed_is_noticed(tmp_path: Path) -> None:
+    build(tmp_path)
+    whole = files(tmp_path)
+    for name in ("index.json", "files.json", "latents-00001.json", "text-00000.json"):
+        content = whole[name]
+        for place in range(0, len(content), max(1, len(content) // 60)):
+            changed = bytearray(content)
+            changed[place] ^= 1 << place % 8
+            (tmp_path / name).write_bytes(changed)
+            with pytest.raises(DamagedError, match=r"`sipo precompute` rebuilds it$"):
+                read_json(tmp_path / name)
+        if name == "files.json":
+            build(tmp_path)  # which says at every start whether anything has to be compared
+            assert files(tmp_path) == whole
+        (tmp_path / name).write_bytes(content)
+
+
+def test_swapped_prompts_are_noticed(tmp_path: Path) -> None:
+    build(tmp_path)
+    text = (tmp_path / INDEX).read_text()
+    keys = [text_key("a"), text_key("a b c")]
+    (tmp_path / INDEX).write_text(text.replace(keys[0], "x").replace(keys[1], keys[0]).replace("x", keys[1]))
+    with pytest.raises(DamagedError, match=r"index\.json: not as it was written"):
+        open_cache(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b'{"a": ' + b"[" * 100_000, b'{"format": ' + b"9" * 10_000 + b"}", b"\xff", b""])
+def test_json_that_no_parser_takes_is_one_line(tmp_path: Path, content: bytes) -> None:
+    build(tmp_path)
+    (tmp_path / INDEX).write_bytes(content)
+    with pytest.raises(DamagedError, match=r"index\.json: (nested|not) [^\n]*; `sipo precompute` rebuilds it$"):
+        open_cache(tmp_path)
+    (tmp_path / INDEX).unlink()
+    os.mkfifo(tmp_path / INDEX)
+    with pytest.raises(DamagedError, match=r"index\.json: is a FIFO, expected a file"):
+        open_cache(tmp_path)

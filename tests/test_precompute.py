@@ -7,8 +7,9 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,20 @@ import torch
 
 from sipo.data.cache import CacheError, open_cache
 from sipo.data.check import BadPair
-from sipo.data.records import PairRecord
+from sipo.data.records import DataError, PairRecord
 from sipo.families.base import as_floats
 from sipo.training.data import derive_seed
-from tests.small_family import Accelerator, Pipeline, Records, SmallFamily, build, files, in_processes, png
+from tests.small_family import (
+    Accelerator,
+    Pipeline,
+    Records,
+    SmallFamily,
+    build,
+    files,
+    in_processes,
+    outcomes_in_processes,
+    png,
+)
 
 
 def test_what_is_stored_is_what_the_family_makes_of_the_files(tmp_path: Path) -> None:
@@ -394,3 +405,304 @@ def test_real_families_from_files_to_reference_errors(tmp_path: Path, name: str)
         prediction = family.predict(network, schedule.add_noise(sample, noise, level), level, condition)
     error = (prediction - schedule.target(sample, noise, level)).double().square().mean()
     assert item["ref_error"][1].item() == pytest.approx(error.item(), rel=1e-5)
+
+
+# ---- Memory ----
+
+
+def clips(folder: Path, pairs: int = 1, frames: int = 9, height: int = 40, width: int = 64) -> list[PairRecord]:
+    """Random clips in files."""
+    from sipo.data.media import write_video
+
+    records = []
+    for row in range(pairs):
+        for side in range(2):
+            generator = torch.Generator().manual_seed(2 * row + side)
+            pixels = torch.randint(256, (frames, 3, height, width), generator=generator, dtype=torch.uint8)
+            write_video(folder / f"{row}-{side}.mp4", pixels, 8.0)
+        records.append(PairRecord(row, "a", folder / f"{row}-0.mp4", folder / f"{row}-1.mp4"))
+    return records
+
+
+class Clips(SmallFamily):
+    """Records what it is given; latents are those of each frame."""
+
+    video = True
+
+    def encode_pixels(self, pipeline: Any, pixels: Any, generator: Any = None) -> torch.Tensor:
+        pipeline.given.append(pixels)
+        return torch.stack([super(Clips, self).encode_pixels(pipeline, clip, generator) for clip in pixels])
+
+
+def encode_clips(folder: Path, records: list[PairRecord], **changes: Any) -> list[torch.Tensor]:
+    """What the family was given."""
+    from sipo.data.precompute import precompute_pairs
+    from tests.small_family import MODEL, settings
+
+    pipeline: Any = Pipeline()
+    pipeline.given = []
+    wanted = settings(frames=9, sizes=[(16, 24)], **changes)
+    precompute_pairs(Records(records), Clips(), lambda: pipeline, folder, settings=wanted, model=MODEL, progress=None)
+    given: list[torch.Tensor] = pipeline.given
+    return given
+
+
+def test_clips_are_encoded_one_at_a_time_in_eight_bits_and_cut_as_they_are_decoded(tmp_path: Path) -> None:
+    from sipo.data.media import fit, read_media
+
+    records = clips(tmp_path)
+    given = encode_clips(tmp_path / "cache", records)
+    assert [(pixels.dtype, list(pixels.shape)) for pixels in given] == [(torch.uint8, [1, 9, 3, 16, 24])] * 2
+    whole = [read_media(source, 9) for source in (records[0].chosen, records[0].rejected)]
+    assert all(
+        torch.equal(pixels[0], fit(media.pixels, 16, 24).pixels) for pixels, media in zip(given, whole, strict=True)
+    )
+    seen = []
+
+    def shrink(pixels: torch.Tensor) -> torch.Tensor:
+        seen.append(pixels.shape)
+        return pixels[:, ::2, ::2]
+
+    media = read_media(records[0].chosen, 9, transform=shrink)
+    assert seen == [(3, 40, 64)] * 9 and media.size == (40, 64)  # one frame at a time
+    assert torch.equal(media.pixels, whole[0].pixels[..., ::2, ::2])
+
+
+def test_one_clip_after_the_other_gives_the_latents_that_both_at_once_give(tmp_path: Path) -> None:
+    from sipo.families import get
+    from tests.family_cases import encoders_of
+
+    for name in ("wan", "cogvideox"):
+        family, encoders = get(name), encoders_of(name)
+        levels = torch.randint(256, (2, 9, 3, 32, 48), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+        both = family.encode_pixels(encoders, levels, torch.Generator().manual_seed(2))
+        generator = torch.Generator().manual_seed(2)
+        each = [family.encode_pixels(encoders, clip[None], generator) for clip in levels]
+        torch.testing.assert_close(torch.cat(each), both, rtol=1e-5, atol=1e-5)
+        floats = family.encode_pixels(encoders, levels[:1].float() / 127.5 - 1, torch.Generator().manual_seed(2))
+        assert torch.equal(floats, each[0])  # the same bits as of floats
+        shape = family.latent_shape(encoders, 32, 48, 9)
+        assert shape == tuple(both.shape[1:])
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3"])
+def test_shapes_of_latents_are_known_beforehand(name: str) -> None:
+    from sipo.families import get
+    from tests.family_cases import encoders_of
+
+    family, encoders = get(name), encoders_of(name)
+    found = family.encode_pixels(encoders, torch.zeros(1, 3, 32, 48, dtype=torch.uint8))
+    assert family.latent_shape(encoders, 32, 48) == tuple(found.shape[1:])
+
+
+def test_levels_become_the_floats_they_became_before() -> None:
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(as_floats(levels), levels.to(torch.float32) / 127.5 - 1.0)
+
+
+def test_memory_of_decoded_frames_does_not_wait_for_the_collector(tmp_path: Path) -> None:
+    import gc
+
+    import av
+
+    from sipo.data.media import read_media
+
+    (record,) = clips(tmp_path)
+    gc.collect()
+    gc.disable()
+    try:
+        read_media(record.chosen, 9)
+        assert not [found for found in gc.get_objects() if type(found) is av.VideoFrame]
+    finally:
+        gc.enable()
+
+
+def test_pairs_that_are_decoded_ahead_are_bounded_in_bytes() -> None:
+    from sipo.data.precompute import _Run
+    from tests.small_family import settings
+
+    def length(workers: int, **changes: Any) -> int:
+        run = _Run(SmallFamily(), lambda: None, Path(), settings(**changes), None, None)  # type: ignore[arg-type]
+        return run._queue_length(workers)
+
+    clip = {"frames": 81, "sizes": [(240, 416), (480, 832)]}  # 194 MB a pair at the larger size
+    assert length(2, **clip) == 4 and length(8, **clip) == 4
+    assert length(8, queue_mb=400, **clip) == 1 and length(8, queue_mb=1, **clip) == 1
+    assert length(8, queue_mb=600, **clip) == 2
+    assert length(8, sizes=[(1024, 1024)]) == 16  # 6 MB: two for each thread
+
+
+def test_no_more_results_wait_than_asked_for() -> None:
+    import weakref
+    from concurrent.futures import ThreadPoolExecutor
+
+    from sipo.data.parts import ahead
+
+    alive: list[weakref.ref[Any]] = []
+
+    def decode(number: int) -> torch.Tensor:
+        result = torch.zeros(1)
+        alive.append(weakref.ref(result))
+        return result
+
+    with ThreadPoolExecutor(1) as pool:
+        for number, result in ahead(pool, decode, iter(range(10)), 2):
+            assert sum(each() is not None for each in alive) <= 3 and number < 10
+            del result
+
+
+# ---- Several processes ----
+
+
+@pytest.mark.parametrize("fault", ["pair", "disk", "source"])
+def test_an_error_of_one_process_ends_all_with_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """Row 6 is in the second shard, which the second of two processes encodes."""
+    from sipo.data import precompute
+    from sipo.processes import OtherProcessError
+
+    records = Records.make().records
+    if fault == "pair":
+        records[5] = replace(records[5], chosen=b"no image")
+    write = precompute.write_shard
+
+    def full(folder: Path, name: str, *args: Any) -> Any:
+        if name == "latents-00001":
+            raise OSError(28, "No space left on device", str(folder / name))
+        return write(folder, name, *args)
+
+    def rows(rank: int) -> Any:
+        yield from records[:6]
+        if rank == 1:
+            raise DataError("the pairs: not readable")
+        yield from records[6:]
+
+    if fault == "disk":
+        monkeypatch.setattr(precompute, "write_shard", full)
+
+    def run(accelerator: Accelerator) -> Any:
+        reader = rows(accelerator.process_index) if fault == "source" else Records(records)
+        return build(tmp_path, reader, None, accelerator)
+
+    first, second = outcomes_in_processes(2, run)
+    assert type(second) is {"pair": BadPair, "disk": OSError, "source": DataError}[fault]
+    assert type(first) is OtherProcessError
+    assert str(first) == f"process 1: {second}" and "\n" not in str(first)
+    with pytest.raises(CacheError, match="not finished"):
+        open_cache(tmp_path)
+    if fault == "pair":
+        summaries = in_processes(2, lambda one: build(tmp_path, Records(records), None, one, skip_bad=True))
+        assert [summary.skipped for summary in summaries] == [{"undecodable": 1}] * 2
+
+
+def test_a_process_that_works_on_hears_of_an_error_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sipo import processes
+
+    monkeypatch.setattr(processes, "ROUND_SECONDS", 0.0)
+    done = [0, 0]
+
+    def work(rank: int) -> Any:
+        for number in range(1000):
+            done[rank] += 1
+            if rank == 1 and number == 3:
+                raise ValueError("no memory left")
+            yield
+
+    def unequal(rank: int) -> Any:
+        for _ in range(3 + 4 * rank):
+            done[rank] += 1
+            yield
+
+    outcomes = outcomes_in_processes(2, lambda one: processes.in_rounds(one, work(one.process_index)))
+    assert [str(error) for error in outcomes] == ["process 1: no memory left", "no memory left"]
+    assert max(done) <= 5
+    done[:] = 0, 0
+    in_processes(2, lambda one: processes.in_rounds(one, unequal(one.process_index)))
+    assert done == [3, 7]
+
+
+# ---- What it costs ----
+
+
+def test_what_encoding_costs_is_said_before_and_refused_where_there_is_no_room(tmp_path: Path) -> None:
+    """By paths the rows are known, by images in memory those that the source counts; what is there is left out."""
+    from sipo.data.savings import Cost
+
+    @dataclass
+    class Paths(Records):
+        root: Path = tmp_path
+
+    @dataclass
+    class Counted(Records):
+        def count(self) -> int:
+            return 12
+
+    costs: list[Cost] = []
+    reader = Paths(Records.make().records)
+    reader.records[1] = replace(reader.records[1], tie=True)
+    build(tmp_path / "a", reader, on_cost=costs.append)
+    build(tmp_path / "a", reader, on_cost=costs.append)  # finished: nothing to say
+    # Latents of 3x2x3 and 3x3x2 in float32, for both halves; text of 8x4 and 4.
+    assert costs == [Cost(11, 0, 4, True, (144, 144), 144)]
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "b", Counted(Records.make().records), Pipeline(fail_at=6), dtype="float16")
+    build(tmp_path / "b", Counted(Records.make().records), dtype="float16", on_cost=costs.append)
+    build(tmp_path / "c", on_cost=costs.append, max_pairs=5)
+    build(tmp_path / "d", on_cost=costs.append)
+    assert costs[1:] == [
+        Cost(8, 4, 8, False, (72, 72), 72),
+        Cost(5, 0, 5, False, (144, 144), 144),
+        Cost(None, 0, 1, False, (144, 144), 144),
+    ]
+    line = "to encode 11 pairs: about 1.58 kB of latents and at most 576 B of text on disk, 2 GB free; "
+    assert costs[0].describe(2 * 10**9, 3) == (
+        line + "22 passes of the VAE, at most 4 of the text encoders, 66 of the reference"
+    )
+    assert (
+        costs[1].describe(999_700).startswith("to encode at most 8 pairs: at most 576 B of latents and at most 576 B ")
+    )
+    assert "999 kB free" not in costs[1].describe(999_700) and "1 MB free" in costs[1].describe(999_700)
+    costs[0].check(1584)
+    with pytest.raises(ValueError, match=r"latents of 11 pairs take 1\.58 kB, 1\.58 kB are free there: expected room"):
+        costs[0].check(1583)
+    costs[1].check(0)  # at most so many: nobody knows
+
+
+def test_what_a_run_will_not_see_of_a_cache_is_said() -> None:
+    from sipo.data.savings import Cost
+
+    cost = Cost(90, 10, 5, True, (1, 1), 1)
+    assert cost.unused(draws=0, held_out=20, seen=80) == ""
+    assert cost.unused(draws=0, held_out=20, seen=79) == (
+        "training sees 79 of the 80 pairs: data.max_pairs=99 encodes no others"
+    )
+    assert cost.unused(draws=4, held_out=20, seen=320) == ""
+    assert cost.unused(draws=4, held_out=20, seen=161) == (
+        "training sees 161 of the 320 draws: data.draws=3 computes no others"
+    )
+
+
+def test_another_run_is_not_disturbed(tmp_path: Path) -> None:
+    """One writes at a time; a finished cache is read by any number."""
+    from sipo.locks import LockedError, locked
+
+    build(tmp_path)
+    held, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with locked(tmp_path, "the cache"):
+            held.set()
+            leave.wait(60)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    try:
+        assert held.wait(60)
+        assert len(open_cache(tmp_path)) == 12
+        with pytest.raises(LockedError, match=r"^data\.cache='.*' is in use by "):
+            build(tmp_path)
+    finally:
+        leave.set()
+        holder.join()
+    assert build(tmp_path).kept == 3 and not (tmp_path / ".lock").exists()

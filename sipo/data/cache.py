@@ -13,9 +13,10 @@ A cache is a folder. A shard is a safetensors file with a JSON file of the same 
 The JSON file of a shard of latents also has the rows and the files that it was made of (changes.py); the index, which
 is read at every start, has one digest of them for each shard.
 
-Each JSON file begins with the hash of the rest of it, so that damage is found. Each file is written under another name
-and renamed, the index's ``complete`` comes last, and a row's content depends on the row and the settings alone. So a
-cache that was interrupted is continued where it stopped, and of a damaged one only the damaged shards are replaced.
+Each JSON file begins with the hash of its name and of the rest of it, so that damage is found. Each file is written
+under another name and renamed, the index's ``complete`` comes last, and a row's content depends on the row and the
+settings alone. So a cache that was interrupted is continued where it stopped, and of a damaged one only the damaged
+shards are replaced.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
         indent: ``None`` for what is as large as the data set.
     """
     rest = json.dumps(value, indent=indent)[1:] + "\n"
-    write_aside(path, _SEAL % hashlib.sha256(rest.encode()).hexdigest() + rest)
+    write_aside(path, _seal(path, rest) + rest)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -135,7 +136,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
         raise DamagedError(f"{path}: holds {type(value).__name__}, expected an object; {_REMEDY}")
     hashed = value.pop("sha256_below", None)
     begin = _SEAL % hashed
-    sealed = begin == _SEAL % hashlib.sha256(text[len(begin) :].encode()).hexdigest()
+    sealed = begin == _seal(path, text[len(begin) :])
     if path.name == INDEX and value.get("format") != FORMAT and (sealed or hashed is None):
         raise CacheError(
             f"{path}: cache format {value.get('format')!r}, expected {FORMAT}: it was written by another version of "
@@ -144,6 +145,11 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if not sealed:
         raise DamagedError(f"{path}: not as it was written (its SHA-256 is another); {_REMEDY}")
     return value
+
+
+def _seal(path: Path, rest: str) -> str:
+    """What a JSON file begins with: the hash of its name, so that no other is taken for it, and of the rest of it."""
+    return _SEAL % hashlib.sha256(f"{path.name} {rest}".encode()).hexdigest()
 
 
 def write_shard(folder: Path, name: str, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> Shard:

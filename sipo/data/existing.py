@@ -255,15 +255,20 @@ def is_unchanged(folder: Path, index: dict[str, Any], reader: PairReader, state:
     """Whether neither rows nor files of a finished cache have changed, as far as stamps tell."""
     if state is None or index["state"] != state or index["path"] != path:
         return False
-    try:
-        files = read_json(folder / FILES)
-    except CacheError:
-        return False
+    files = read_files(folder)
     if files is None:
         return False
     prefix = prefix_of(reader)
     with ThreadPoolExecutor(8, "stat") as pool:
         return files_digest(stamps_of([path_named(name, prefix) for name in files["names"]], pool)) == files["digest"]
+
+
+def read_files(folder: Path) -> dict[str, Any] | None:
+    """What :func:`write_files` wrote, where it is there and whole."""
+    try:
+        return read_json(folder / FILES)
+    except CacheError:
+        return None
 
 
 def write_files(folder: Path, latents: Iterable[Shard]) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +48,7 @@ from sipo.data.existing import (
     indexed,
     is_limit_raised,
     is_unchanged,
+    read_files,
     read_known,
     stop,
     stop_at_skipped,
@@ -54,11 +57,13 @@ from sipo.data.existing import (
 from sipo.data.media import fit, nearest_size
 from sipo.data.parts import Part, Tally, ahead, parts
 from sipo.data.records import DataError, PairReader, PairRecord
+from sipo.data.savings import Cost
 from sipo.data.summary import CacheSummary
 from sipo.data.weights import PLACE
 from sipo.families.base import Condition, Family
 from sipo.files import remove_leftovers
-from sipo.processes import everywhere, gathered, in_rounds, on_main
+from sipo.locks import locked
+from sipo.processes import everywhere, from_main, gathered, in_rounds, on_main
 from sipo.progress import Meter
 from sipo.training.data import derive_seed
 
@@ -100,6 +105,7 @@ def precompute_pairs(
     verify: bool = False,
     refuse_changes: bool = False,
     accelerator: Any = None,
+    on_cost: Callable[[Cost], None] | None = None,
     progress: bool | None = True,
 ) -> CacheSummary:
     """Encodes every pair of a source, and every prompt once, into a cache; what is there and has not changed is kept.
@@ -130,6 +136,7 @@ def precompute_pairs(
         verify: read every file of the source that a shard was made of, and compare contents.
         refuse_changes: raise at the first change, before anything is encoded anew: for a run that goes on.
         accelerator: accelerate's, if there is one: shards are dealt out to its processes, who must see one folder.
+        on_cost: told what is to be encoded, before any pair of a cache that is not finished is; in the first process.
         progress: as in :mod:`sipo.progress`.
 
     Raises:
@@ -139,12 +146,14 @@ def precompute_pairs(
             be verified; no pair can be used.
         DataError: a source that cannot be read.
         ValueError: a setting out of its range; a size that the family cannot take; rows of the source that do not grow.
+        LockedError: another run is writing to the folder.
         OtherProcessError: whatever ended another process.
     """
     started = time.monotonic()
     folder = Path(folder)
     if settings.shard_pairs < 1:
         raise ValueError(f"data.shard_pairs={settings.shard_pairs}: expected at least 1")
+    load_pipeline = functools.cache(load_pipeline)
     marks = fingerprint(model, settings, weights)
     rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
 
@@ -170,20 +179,31 @@ def precompute_pairs(
 
     def begin() -> None:
         if not run.existing.finished:
-            run.pipeline()  # sizes are checked before anything is written
             folder.mkdir(parents=True, exist_ok=True)
             if rank == 0:
                 run.existing.begin()
         if rank == 0:
+            if writable:
+                remove_leftovers(folder)
             run.encode_unconditional()
+            if on_cost is not None and not run.existing.finished:
+                on_cost(run.cost(reader))
 
     run, unchanged = everywhere(accelerator, look)
     if unchanged is not None and all(gathered(accelerator, unchanged is not None)):
         return unchanged
-    everywhere(accelerator, begin)
-    in_rounds(accelerator, run.encode_parts(reader, rank, world, progress))
-    on_main(accelerator, run.finish)
-    index = everywhere(accelerator, lambda: read_index(folder))
+    everywhere(accelerator, lambda: run.existing.finished or run.pipeline())  # sizes are checked before all else
+    # A finished cache that nobody can write to may still be compared, and is then found to be as it was.
+    writable = from_main(accelerator, lambda: not folder.exists() or os.access(folder, os.W_OK))
+    what = f"data.cache={str(folder)!r}"
+    with locked(folder, what, accelerator=accelerator) if writable else contextlib.nullcontext():
+        run, unchanged = everywhere(accelerator, look)  # again: another run may have been at work meanwhile
+        if unchanged is not None and all(gathered(accelerator, unchanged is not None)):
+            return unchanged
+        everywhere(accelerator, begin)
+        in_rounds(accelerator, run.encode_parts(reader, rank, world, progress))
+        on_main(accelerator, run.finish)
+        index = everywhere(accelerator, lambda: read_index(folder))
     assert index is not None  # the first process has written it
     return _summary(index, run.kept, time.monotonic() - started, run)
 
@@ -268,6 +288,33 @@ class _Run:
             condition = self.family.encode_unconditional(self.pipeline())
             self._write_text(UNCONDITIONAL, {"": condition}, {"source": self.existing.source, "prompts": []})
 
+    def cost(self, reader: PairReader) -> Cost:
+        """What is to be encoded, by what the source says and what is there; latents and text as stored."""
+        settings, pipeline = self.settings, self.pipeline()
+        latents = [prod(self.family.latent_shape(pipeline, *size, settings.frames)) for size in settings.sizes]
+        unconditional = self._finished(UNCONDITIONAL)
+        text = sum(map(prod, unconditional.facts["shapes"].values()))
+        names = {path.stem for path in self.folder.glob(f"{LATENTS}-*.json")}
+        shards = [shard for name in sorted(names) if (shard := read_shard(self.folder, name)) is not None]
+        there = {s.name: len(s.facts["pairs"]) for s in shards if s.facts["source"] == self.existing.source}
+        exact = getattr(reader, "root", None) is not None  # of paths alone, which are read in a moment
+        pairs: int | None = 0
+        prompts = 0
+        if exact:
+            assert pairs is not None
+            for part in parts(reader, settings, Tally()):
+                if shard_name(LATENTS, part.number) not in there:
+                    pairs += sum(not record.problem for record in part.records)
+                    prompts += len(part.prompts)
+        else:
+            counts = [getattr(reader, "count", lambda: None)(), settings.max_pairs]
+            known = [count for count in counts if count is not None]
+            pairs = max(0, min(known) - sum(there.values())) if known else None
+            prompts = 1 if pairs is None else pairs
+        width = self.dtype.itemsize
+        sizes = (2 * max(latents) * width, 2 * min(latents) * width)
+        return Cost(pairs, sum(there.values()), prompts, exact, sizes, text * width)
+
     def encode_parts(
         self, reader: PairReader, rank: int, world: int, progress: bool | None
     ) -> Generator[None, None, None]:
@@ -300,9 +347,8 @@ class _Run:
         counts = None if found is None else [found.get(name) for name in ("records", "ties", "path", "state")]
         now = [tally.records, tally.ties, self.settings.path, self.state]
         existing = self.existing
-        if existing.check_hashes or existing.begun:  # else another run may be recording new times
-            remove_leftovers(self.folder)
-        if not existing.stale and not existing.changes and found is not None and found["complete"] and counts == now:
+        changed = existing.stale or existing.changes or read_files(self.folder) is None
+        if not changed and found is not None and found["complete"] and counts == now:
             return
         latents = [self._finished(shard_name(LATENTS, n)) for n in range(self.tally.parts)]
         text = [self._finished(name) for name in self._text_names()]

@@ -46,9 +46,10 @@ class PairRecord:
 class PairReader(Protocol):
     """A source of pairs, read from the start each time.
 
-    It may have two further things. ``root``: the folder that paths are given in, so that a data set that moves as a
+    It may have three further things. ``root``: the folder that paths are given in, so that a data set that moves as a
     whole is known again. ``state()``: a JSON value that changes when a row or an image in memory changes, obtained
-    without reading rows; it raises a ``DataError`` where it cannot be told.
+    without reading rows; it raises a ``DataError`` where it cannot be told. ``count()``: how many rows there are, where
+    that is known without reading them, or ``None``.
     """
 
     def __iter__(self) -> Iterator[PairRecord]:

@@ -1,4 +1,4 @@
-"""What a cache saves, by arithmetic: for published models at full size, or for any other numbers."""
+"""What a cache costs and saves, by arithmetic: of a run, of published models at full size, or of any other numbers."""
 
 from __future__ import annotations
 
@@ -33,6 +33,87 @@ FULL_SIZE = {
     "Wan 2.1 1.3B": ModelSize(1_418_996_800, (16, 21, 60, 104), ((512, 4096),), "81 frames of 480x832"),
 }
 """The families as published; parameters counted from the published configurations."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What is to be encoded for a cache, before any of it is.
+
+    Attributes:
+        pairs: to be encoded; ``None`` where the source does not say how many it has.
+        there: pairs that are encoded already.
+        prompts: whose text is to be encoded, at most.
+        exact: whether the source's rows have been read; else ties and faulty rows count as pairs.
+        pair_bytes: of both halves' latents, at the largest size and at the smallest.
+        prompt_bytes: of one prompt's embeddings, at most: what pads them is not stored.
+    """
+
+    pairs: int | None
+    there: int
+    prompts: int
+    exact: bool
+    pair_bytes: tuple[int, int]
+    prompt_bytes: int
+
+    def check(self, free: int) -> None:
+        """Refuses latents that there is no room for, whatever the text takes.
+
+        Args:
+            free: bytes.
+
+        Raises:
+            ValueError: with both numbers.
+        """
+        needed = (self.pairs or 0) * self.pair_bytes[1]
+        if self.exact and needed > free:
+            raise ValueError(
+                f"latents of {self.pairs} pairs take {_size(needed)}, {_size(free)} are free there: expected room for "
+                "them; another data.cache, or fewer pairs (data.max_pairs)"
+            )
+
+    def describe(self, free: int, draws: int = 0) -> str:
+        """One line.
+
+        Args:
+            free: bytes.
+            draws: of each pair whose reference errors are computed.
+        """
+        most = "" if self.exact else "at most "
+        number = 1 if self.pairs is None else self.pairs
+        what = "each pair" if self.pairs is None else f"{most}{number} pair{'s' * (number != 1)}"
+        passes = [f"{most}{2 * number} passes of the VAE", f"at most {self.prompts} of the text encoders"]
+        if draws:
+            passes.append(f"{most}{2 * number * draws} of the reference")
+        return (
+            f"to encode {what}: {most or 'about '}{_size(number * self.pair_bytes[0])} of latents and at most "
+            f"{_size(self.prompts * self.prompt_bytes)} of text on disk, {_size(free)} free; {', '.join(passes)}"
+        )
+
+    def unused(self, *, draws: int, held_out: int, seen: int) -> str:
+        """What of it a run does not see, and the key that leaves it out; empty where it sees all.
+
+        Args:
+            draws: of each pair whose reference errors are computed; 0 for none.
+            held_out: pairs kept from training.
+            seen: pairs that training sees, repetitions counted.
+        """
+        if self.pairs is None:
+            return ""
+        pairs = self.pairs + self.there - held_out
+        if seen < pairs:
+            return f"training sees {seen} of the {pairs} pairs: data.max_pairs={seen + held_out} encodes no others"
+        if seen < pairs * draws:
+            enough = -(-seen // pairs)
+            return f"training sees {seen} of the {pairs * draws} draws: data.draws={enough} computes no others"
+        return ""
+
+
+def _size(number: int) -> str:
+    """Bytes in the unit that leaves three digits."""
+    value, units = float(number), ["B", "kB", "MB", "GB", "TB"]
+    while value >= 999.5 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{value:.3g} {units[0]}"
 
 
 @dataclass(frozen=True)
