@@ -162,6 +162,8 @@ def _named(check: Callable[[], Any]) -> None:
     try:
         check()
     except (ValueError, ImportError) as error:
+        (name, _, _), text = str(error).partition("="), str(error)
+        if name == "resume_from":
+            text = f"--resume: {text.partition(': ')[2]}"
         known = {field.name for field in dataclasses.fields(TrainingConfig)}
-        section = "training." if str(error).partition("=")[0] in known else ""
-        raise ConfigError(f"{section}{error}") from error
+        raise ConfigError(f"training.{text}" if name in known else text) from error

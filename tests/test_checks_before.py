@@ -191,7 +191,7 @@ def test_checkpointing_that_a_network_lacks_is_refused(tmp_path: Path, monkeypat
     ("settings", "resume", "message"),
     [
         ({"checkpoint_every": 2}, False, "training.checkpoint_every=2: DeepSpeed keeps its state in pickled files"),
-        ({"checkpoint_every": 0}, True, "resume_from="),
+        ({"checkpoint_every": 0}, True, "--resume: DeepSpeed keeps its state in pickled files"),
         ({"checkpoint_every": 0, "skip_inactive": True}, False, "training.skip_inactive=True: DeepSpeed counts"),
         ({"checkpoint_every": 0, "ema_decay": 0.9}, False, "training.ema_decay=0.9: DeepSpeed keeps the weights"),
     ],
