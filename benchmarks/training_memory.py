@@ -114,7 +114,7 @@ def watch(steps: int, device: str, folder: Path) -> list[dict[str, Any]]:
         steps=steps,
         output_dir=folder / "run",
         batch_size=BATCH_SIZE,
-        progress=False,
+        progress=None,
         checkpoint_every=max(1, steps // 8),
     )
     loss = SIPOLoss(setup.schedule)

@@ -157,7 +157,7 @@ def _cached(case: TrainingCase, device: str, folder: Path) -> Setup:
         data.cache,
         settings=data,
         model=ModelConfig(family=case.family, path=str(model)),
-        progress=False,
+        progress=None,
     )
     cache, schedule = open_cache(data.cache), family.load_schedule(model, INFERENCE_STEPS)
     network: Any = family.load_network(model)
@@ -171,7 +171,7 @@ def _cached(case: TrainingCase, device: str, folder: Path) -> Setup:
         schedule,
         reference={"of": "benchmarks.training"},
         batch_size=case.batch_size,
-        progress=False,
+        progress=None,
         **options,
     )
     pairs = CachedPairs(cache)

@@ -69,7 +69,7 @@ def run_cell(cell: Cell, *, steps: int | None = None, samples: int | None = None
         timestep_distribution=task.distribution,
         seed=cell.seed,
         log_every=10,
-        progress=False,
+        progress=None,
         tensorboard=False,
         alarms="off",
     )
