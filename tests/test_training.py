@@ -257,7 +257,7 @@ def test_few_active_pairs_are_warned_about_once(tmp_path: Path) -> None:
     assert [line["loss"] for line in result.history] == [0.0] * 8
 
 
-def test_tensorboard_and_standard_error_show_the_logged_numbers(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_tensorboard_and_standard_error_have_the_log(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     _, result = fit(tmp_path, steps=3, tensorboard=True, progress=True)
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))

@@ -141,8 +141,8 @@ class TrainingConfig:
         num_workers: data loader processes.
         ddp_timeout: seconds that a process waits for the others before the run ends with an error; under DDP and FSDP2
             alike, by the name that transformers has for it. Not used where the caller passes in an accelerator.
-        progress: ``True`` draws a bar where standard error is a terminal, and prints a line there for each log line where
-            it is none; ``False`` prints the lines in any case, and ``None`` nothing.
+        progress: ``True`` draws a bar where standard error is a terminal, and prints a line there for each log line
+            where it is none; ``False`` prints the lines in any case, and ``None`` nothing.
         tensorboard: whether to write TensorBoard events, where TensorBoard is installed.
         trackers: further trackers by accelerate's names ("wandb", ...), each of which must be installed.
 
