@@ -76,7 +76,7 @@ def locked(folder: str | Path, what: str, *, accelerator: Any = None) -> Iterato
         OSError: no file can be written in the folder.
 
     Warns:
-        UserWarning: it takes a minute to learn whether a process on another machine is still there.
+        LockWarning: it takes a minute to learn whether a process on another machine is still there.
     """
     lock = _Lock(Path(folder), what)
     if accelerator is None:
