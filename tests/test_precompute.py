@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -292,8 +293,9 @@ def test_latents_that_are_not_finite_are_a_bad_pair(tmp_path: Path) -> None:
     from sipo.data.precompute import precompute_pairs
     from tests.small_family import MODEL, settings
 
-    def run(skip_bad: bool) -> Any:
-        wanted, pipeline = settings(dtype="float16", skip_bad=skip_bad, num_workers=1), Pipeline()
+    def run(skip_bad: bool, **changes: Any) -> Any:
+        wanted = settings(dtype="float16", skip_bad=skip_bad, num_workers=1, **changes)
+        pipeline = Pipeline()
         return precompute_pairs(
             Records.make(),
             Overflows(),
@@ -308,6 +310,9 @@ def test_latents_that_are_not_finite_are_a_bad_pair(tmp_path: Path) -> None:
         run(skip_bad=False)
     summary = run(skip_bad=True)
     assert (summary.pairs, summary.skipped) == (11, {"latents": 1})
+    shutil.rmtree(tmp_path)
+    with pytest.raises(ValueError, match=r"row 2: latents that are not finite with data\.vae_dtype='float16'"):
+        run(skip_bad=True, vae_dtype="float16")  # a setting's fault is no pair's
 
 
 def test_max_pairs_takes_the_first_rows_that_are_no_ties(tmp_path: Path) -> None:

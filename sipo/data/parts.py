@@ -144,4 +144,3 @@ def ahead(
     finally:
         for _, future in waiting:
             future.cancel()
-

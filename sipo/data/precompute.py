@@ -56,7 +56,7 @@ from sipo.data.existing import (
 )
 from sipo.data.media import fit, nearest_size
 from sipo.data.parts import Part, Tally, ahead, parts
-from sipo.data.records import DataError, PairReader, PairRecord
+from sipo.data.records import DataError, PairReader, PairRecord, row_name
 from sipo.data.savings import Cost
 from sipo.data.summary import CacheSummary
 from sipo.data.weights import PLACE
@@ -480,6 +480,11 @@ class _Run:
         pairs: list[tuple[int, str, list[int]]] = []
         for row, key, latents, own in part.pairs:
             if not latents.isfinite().all():
+                if self.settings.vae_dtype == "float16":  # the setting's fault, and not the pair's
+                    raise ValueError(
+                        f"{row_name(row)}: latents that are not finite with data.vae_dtype='float16', expected "
+                        "'float32' or 'bfloat16'"
+                    )
                 self._skip(part, row, "latents", f"its latents are not finite in {self.settings.dtype}")
                 continue
             pairs.append((row, key, list(latents.shape[1:])))
