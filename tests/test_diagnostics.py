@@ -36,7 +36,7 @@ from sipo.diagnostics import (
     read_statistics,
     scalars,
 )
-from sipo.training import TrainingAlarm, TrainingConfig, TrainingWarning, checkpoint, train
+from sipo.training import CheckpointError, TrainingAlarm, TrainingConfig, TrainingWarning, checkpoint, train
 from sipo.training.logs import MetricWindow, read_lines
 from sipo_kernels import METHODS
 from tests.training_cases import Broken, Pairs, PlainLoss, fit, fresh_accelerate, loss, same, settings, untimed
@@ -267,30 +267,31 @@ def test_without_statistics_nothing_is_written(tmp_path: Path) -> None:
     assert same(on, off) and len(lines(tmp_path / "on")) == 4
 
 
-def test_a_checkpoint_of_before_there_were_statistics_is_gone_on_from(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_statistics_that_are_turned_on_when_a_run_is_resumed_begin_there(tmp_path: Path) -> None:
     options: dict[str, Any] = {"log_every": 3, "loss_fn": loss(mask_threshold=1.0)}
     with pytest.warns(TrainingWarning, match="step 6: stalled"):
         straight, _ = fit(tmp_path / "straight", steps=8, **options)
+    off = options | {"timestep_statistics": False, "checkpoint_every": 5}
+    with pytest.raises(KeyboardInterrupt):  # in the sixth step, between two lines
+        fit(tmp_path / "run", steps=8, data=Pairs(fail_after=22), **off)
+    with pytest.warns(TrainingWarning, match="step 6: stalled"):
+        resumed, _ = fit(tmp_path / "run", steps=8, resume_from="latest", **options)
+    assert same(straight, resumed)
+    assert [(line["step"], line["pairs"]) for line in lines(tmp_path / "run")] == [(6, 4), (8, 8)]
+
+
+def test_a_checkpoint_of_another_format_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one was before there were alarms of drift and collapse."""
     save = checkpoint.save
 
     def former(*args: Any, **given: Any) -> Path:
-        window = {name: tensor for name, tensor in given["window"].items() if name != "statistics"}
-        window["steps"] = window["steps"][:5].clone()
-        progress = {"low_active_lines": given["progress"]["alarms"]["stalled"], "skipped": 0}
-        return save(*args, **(given | {"window": window, "progress": progress}))
+        return save(*args, **(given | {"progress": {"low_active_lines": 2, "skipped": 0}}))
 
     monkeypatch.setattr(checkpoint, "save", former)
-    with pytest.raises(KeyboardInterrupt):  # in the sixth step, between two lines
-        fit(tmp_path / "run", steps=8, checkpoint_every=5, data=Pairs(fail_after=22), **options)
+    fit(tmp_path, steps=2, checkpoint_every=2)
     monkeypatch.undo()
-    with pytest.warns(TrainingWarning, match="step 6: stalled"):
-        resumed, result = fit(tmp_path / "run", steps=8, resume_from="latest", **options)
-    assert same(straight, resumed)
-    # Of the window that the checkpoint broke into, the norms' spread is not known.
-    assert [(line["step"], line["grad_norm_std"]) for line in result.history[:1]] == [(6, None)]
-    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 3, 6, 8]
+    with pytest.raises(CheckpointError, match=r"step-00000002: does not fit this run \(state.json: progress"):
+        fit(tmp_path, steps=4, resume_from="latest")
 
 
 def test_the_spread_of_gradient_norms_is_that_of_the_sample() -> None:
