@@ -843,7 +843,8 @@ def test_a_higher_limit_of_pixels_lets_pairs_in(tmp_path: Path) -> None:
     data = make_pairs(tmp_path / "data")
     for side in "ab":
         write_image(data.parent / side / "3.bmp", noise(ord(side), 3, 64, 64))
-    with pytest.raises(BadPair, match=r"^row 4: chosen: .*3\.bmp: has 64x64 pixels, expected at most 4095 \(max_pixels\)"):
+    message = r"^row 4: chosen: .*3\.bmp: has 64x64 pixels, expected at most 4095 \(max_pixels\)"
+    with pytest.raises(BadPair, match=message):
         encode(data, max_pixels=4095)
     assert encode(data, max_pixels=4095, skip_bad=True).skipped == {"large": 1}
     assert encode(data, max_pixels=4095, skip_bad=True).changes == []

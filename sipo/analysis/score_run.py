@@ -188,5 +188,6 @@ def _write(scores: PairScores, output: Path, rows: list[int], prompts: dict[int,
     lines = []
     for row, line in zip(rows, scores.lines(), strict=True):
         known = {"prompt": prompts[row]} if row in prompts else {}
-        lines.append(json.dumps({"index": line.pop("index"), "row": row + 1, **known, **line}, ensure_ascii=False) + "\n")
+        value = {"index": line.pop("index"), "row": row + 1, **known, **line}
+        lines.append(json.dumps(value, ensure_ascii=False) + "\n")
     write_aside(output, "".join(lines))
