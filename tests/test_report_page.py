@@ -19,7 +19,9 @@ import yaml
 
 from sipo import cli
 from sipo.analysis import figures
-from sipo.analysis.report import _samples, in_force, read_run, run_page
+from sipo.analysis.report import read_run, run_page
+from sipo.analysis.samples import sample_pictures
+from sipo.analysis.settings import in_force
 from sipo.data.media import split_image_grid, write_image_grid
 from sipo.run_log import LogWarning
 
@@ -145,7 +147,7 @@ def samples(folder: Path, steps: Sequence[int], count: int = 5) -> None:
 
 def pictures(folder: Path) -> str:
     """The page's figures of samples alone, as the others take time."""
-    return "".join(picture.html() for picture in _samples(read_run(folder))[1])
+    return "".join(picture.html() for picture in sample_pictures(folder, read_run(folder).settings)[1])
 
 
 def shown(text: str) -> list[tuple[str, list[str], list[int]]]:

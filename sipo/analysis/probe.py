@@ -17,7 +17,8 @@ from sipo.analysis import figures
 from sipo.analysis.facts import is_plain, let_go
 from sipo.analysis.figures import finite
 from sipo.analysis.page import Page, Picture
-from sipo.analysis.report import PAGE, flat, gradient_coefficient, gradient_share, in_force
+from sipo.analysis.report import PAGE, gradient_coefficient, gradient_share
+from sipo.analysis.settings import flat, in_force
 from sipo.analysis.verdicts import LOOSE, Finding, percent, sort
 from sipo.checks import check_run
 from sipo.config import Config

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import math
-import re
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,14 +12,15 @@ from typing import Any
 from sipo.analysis import figures
 from sipo.analysis.facts import TAIL, is_plain
 from sipo.analysis.figures import finite
-from sipo.analysis.page import Page, Picture, image, looks, video
+from sipo.analysis.page import Page, Picture
+from sipo.analysis.samples import sample_pictures
+from sipo.analysis.settings import in_force, loss_numbers, read_settings
 from sipo.analysis.verdicts import Finding, judge
 from sipo.diagnostics import MEANS, merge, over_bins, read_statistics
-from sipo.files import FileError, parse_json, read_bytes, read_object, read_text, write_aside
-from sipo.run_log import LogWarning, is_number, metrics_fault, read_log, show
+from sipo.files import write_aside
+from sipo.run_log import metrics_fault, read_log
 from sipo.training.logs import check_output, pluck
 from sipo.training.validation import no_preference
-from sipo.yaml_files import read_yaml
 
 REPORT = "report.html"
 PAGE = ("<!doctype html>", "a page of `sipo analyze`")  # how it begins, and what it is
@@ -30,13 +28,6 @@ PAGE = ("<!doctype html>", "a page of `sipo analyze`")  # how it begins, and wha
 Line = dict[str, Any]
 _LEAST_PAIRS = 12  # of a bin on average; wider bins where there are fewer
 _BINS = (50, 25, 10, 5)
-_WHOLE = -1  # in place of a prompt's number
-# Settings that are reckoned with.
-_NUMBERS = (
-    *("loss.beta", "loss.mask_threshold", "loss.label_smoothing", "beta"),
-    *("training.batch_size", "training.accumulation", "batch_size"),
-)
-_NAMES = ("model.family", "loss.method", "loss.link", "loss.ratio", "method")
 
 
 @dataclass(frozen=True)
@@ -117,8 +108,8 @@ def read_run(folder: Path) -> RunLog:
     lines, validation = _read_metrics(folder / "metrics.jsonl")
     path = folder / "timesteps.jsonl"
     statistics = read_statistics(path) if path.exists() else []
-    settings = _settings(folder)
-    beta, threshold = _loss(settings)
+    settings = read_settings(folder)
+    beta, threshold = loss_numbers(settings)
     return RunLog(folder, lines, validation, statistics, settings, beta, threshold, _per_step(statistics, settings))
 
 
@@ -148,71 +139,6 @@ def _read_metrics(path: Path) -> tuple[list[Line], list[Line]]:
     return training, validation
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    """Flat settings of a run of ``sipo train``, or of the demo."""
-    config, summary = folder / "config.yaml", folder / "summary.json"
-    tree: Any = {}
-    path = config if config.exists() else summary
-    if config.exists():
-        tree = read_yaml(config)
-    elif summary.exists():
-        tree = read_object(summary)
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path}: holds {type(tree).__name__}, expected the run's settings")
-    found = flat(tree)
-    if path == summary:
-        found = {name: value for name, value in found.items() if not isinstance(value, list)}
-    for name in _NUMBERS:
-        if found.get(name) is not None and not is_number(found[name]):
-            raise ValueError(f"{path}: {name}={show(found[name])}, expected a number")
-    for name in _NAMES:
-        if not isinstance(found.get(name, ""), str):
-            raise ValueError(f"{path}: {name}={show(found[name])}, expected a name")
-    return found
-
-
-def flat(tree: dict[str, Any], place: str = "") -> dict[str, Any]:
-    """A tree of settings as ``section.key``."""
-    found: dict[str, Any] = {}
-    for name, value in tree.items():
-        found |= flat(value, f"{place}{name}.") if isinstance(value, dict) else {f"{place}{name}": value}
-    return found
-
-
-def in_force(settings: dict[str, Any]) -> dict[str, Any]:
-    """Flat settings with the numbers that a default stands for."""
-    from sipo.families import get
-    from sipo.schedule import DEFAULT_INFERENCE_STEPS
-
-    if "loss.method" not in settings or "model.family" not in settings:
-        return settings
-    numbers = {
-        "model.lora.alpha": settings.get("model.lora.rank"),
-        "loss.beta": _loss(settings)[0],
-        "loss.num_inference_steps": DEFAULT_INFERENCE_STEPS,
-        "samples.guidance": get(settings["model.family"]).guidance,
-    }
-    unset = {name: value for name, value in numbers.items() if name in settings and settings[name] is None}
-    return settings | {name: f"{value:g} (default)" for name, value in unset.items() if is_number(value)}
-
-
-def _loss(settings: dict[str, Any]) -> tuple[float | None, float | None]:
-    """β and the mask's threshold, where the settings say them or say what their defaults hang on."""
-    from sipo.families import get
-    from sipo.loss import SIPOLoss
-    from sipo.schedule import NoiseSchedule
-
-    method = settings.get("loss.method", settings.get("method"))
-    if method is None:
-        return None, None
-    loss_fn = SIPOLoss(NoiseSchedule.discrete(), method=method)
-    beta = settings.get("loss.beta", settings.get("beta"))
-    if beta is None and "model.family" in settings:
-        beta = loss_fn.default_beta(5 if get(settings["model.family"]).video else 4)
-    threshold = settings.get("loss.mask_threshold", loss_fn.mask_threshold)
-    return beta, 0.0 if method == "diffusion_dpo" else threshold
-
-
 # ---- The page ----
 
 
@@ -240,7 +166,7 @@ def run_page(run: RunLog, findings: Sequence[Finding]) -> Page:
             "off), so that nothing can be said by noise level."
         )
         sections.append(("By noise level", remark, ()))
-    remark, samples = _samples(run)
+    remark, samples = sample_pictures(run.folder, run.settings)
     if samples:
         sections.append(("Samples", remark, samples))
     name = "/".join(run.folder.resolve().parts[-2:])  # the last part alone is often "run"
@@ -427,92 +353,3 @@ def gradient_share(line: Line, weights: Sequence[float] | None = None) -> Pictur
         figures.shares(line, named, "share"),
         "Healthy: spread over many levels; a few bars that hold nearly all of it mean that the rest teaches little.",
     )
-
-
-def _samples(run: RunLog) -> tuple[str, list[Picture]]:
-    """The first and the last samples of a run by prompt, with a remark; and the demo's picture."""
-    pictures: list[Picture] = []
-    prompts = _prompts(run)
-    found = _looks(run.folder / "samples", len(prompts), run.settings.get("data.sizes"))
-    for number, prompt in enumerate(prompts):
-        cells = [(look[number], f"step {step:,}") for step, look in found.items() if number in look]
-        if cells:
-            pictures.append(Picture(prompt or "(an empty prompt)", looks(cells), kind="sample"))
-    remark = "Each prompt with the same noise at both steps." if pictures else ""
-    for step, look in found.items():
-        if _WHOLE in look:
-            pictures.append(Picture(f"Step {step:,}", look[_WHOLE], "Which prompts these are of is not known."))
-    path = run.folder / "demo.png"
-    if path.is_file():
-        content = image(path.read_bytes(), "the demo's picture")
-        pictures.append(Picture("The demo", content, "Samples before and after, and what was measured."))
-    return remark, pictures
-
-
-def _prompts(run: RunLog) -> list[str]:
-    """In the order of the samples; a run from before they were written beside them has them in its configuration."""
-    path = run.folder / "samples" / "prompts.json"
-    prompts = run.settings.get("samples.prompts")
-    try:
-        prompts = parse_json(read_text(path), path)
-    except FileNotFoundError:
-        pass
-    except FileError as error:
-        warnings.warn(f"{error}; the configuration's samples.prompts are shown", LogWarning, stacklevel=2)
-    if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
-        return []
-    return prompts
-
-
-def _looks(folder: Path, count: int, sizes: Any) -> dict[int, dict[int, str]]:
-    """What a page shows of the first and of the last samples, by step and number of the prompt.
-
-    A damaged file is warned of and left out. An image that is not one of ``count`` samples of the first of
-    ``sizes`` is shown whole.
-    """
-    from PIL import Image
-
-    files: dict[int, list[tuple[int, Path]]] = {}
-    for path in sorted(folder.glob("step-*")):
-        if named := re.fullmatch(r"step-(\d{1,12})(?:-(\d{1,6})\.mp4|\.png)", path.name):
-            files.setdefault(int(named[1]), []).append((int(named[2] or 0), path))
-    steps = sorted(files)
-    found: dict[int, dict[int, str]] = {}
-    for step in dict.fromkeys(steps[:1] + steps[-1:]):
-        name, found[step] = f"sample at step {step:,}", {}
-        for number, path in files[step]:
-            try:
-                data = read_bytes(path)
-                if path.suffix == ".mp4":
-                    found[step][number] = video(data, name)
-                else:
-                    found[step] |= {i: image(cell, name) for i, cell in _cells(path, data, count, sizes)}
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises
-                warnings.warn(f"{path}: samples left out ({error})", LogWarning, stacklevel=2)
-    return found
-
-
-def _cells(path: Path, data: bytes, count: int, sizes: Any) -> list[tuple[int, bytes]]:
-    """The samples in an image, each as a PNG, by number of the prompt; one that has others is whole.
-
-    Raises:
-        OSError, ValueError, SyntaxError: it is not readable.
-    """
-    from PIL import Image
-
-    from sipo.data.media import split_image_grid
-
-    try:
-        height, width = map(int, sizes[0])
-        cells = split_image_grid(path, count, height, width)
-    except (ValueError, TypeError, LookupError):  # of other prompts; no sizes, or none that can be
-        with Image.open(path) as whole:
-            whole.load()
-        return [(_WHOLE, data)]
-    return [(number, _png(cell)) for number, cell in enumerate(cells)]
-
-
-def _png(picture: Any) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return buffer.getvalue()
