@@ -241,7 +241,7 @@ def check_tensors(path: Path) -> None:
             reason = _reason(error)
     if begin.startswith(b"version https://git-lfs"):
         raise FileError(f"{path}: is a Git LFS pointer, expected the weights themselves: `git lfs pull` fetches them")
-    if begin[:2] == b"PK" or begin[:1] == b"\x80":
+    if begin[8:9] != b"{" and (begin[:2] == b"PK" or begin[:1] == b"\x80"):
         raise FileError(f"{path}: is a pickle, which is not read here, expected safetensors")
     raise FileError(f"{path}: not a sound safetensors file ({reason})")
 
