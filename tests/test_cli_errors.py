@@ -193,7 +193,7 @@ def test_commands_take_their_errors_from_one_place() -> None:
 def test_home_and_environment_are_filled_in_in_every_argument_that_is_a_path(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("HOME", "/folder/of/someone")
     monkeypatch.setenv("SIPO_TEST", "/data")
     commands: dict[str, list[str]] = {
         "train ~/a": ["config"],
@@ -211,7 +211,7 @@ def test_home_and_environment_are_filled_in_in_every_argument_that_is_a_path(
     parser = cli._parser()
     for command, names in commands.items():
         options = parser.parse_args(command.split())
-        assert {str(getattr(options, name)) for name in names} <= {"/home/someone/a", "/data/a"}, command
+        assert {str(getattr(options, name)) for name in names} <= {"/folder/of/someone/a", "/data/a"}, command
         with pytest.raises(SystemExit) as caught:
             parser.parse_args(command.replace("~/a", "$SIPO_UNSET/a").split())
         assert caught.value.code == 2

@@ -272,11 +272,11 @@ def path_of(config: Any, section: str, name: str) -> str:
 def test_home_and_environment_are_filled_in_in_every_path(
     section: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("HOME", "/folder/of/someone")
     monkeypatch.setenv("SIPO_TEST_DATA", "/data/x")
     file = tmp_path / "config.yaml"
     for given, expected in (
-        ("~/a", "/home/someone/a"),
+        ("~/a", "/folder/of/someone/a"),
         ("$SIPO_TEST_DATA/a", "/data/x/a"),
         ("${SIPO_TEST_DATA}a/$", "/data/xa/$"),
         ("owner/name", "owner/name"),
