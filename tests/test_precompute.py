@@ -711,3 +711,19 @@ def test_another_run_is_not_disturbed(tmp_path: Path) -> None:
         leave.set()
         holder.join()
     assert build(tmp_path).kept == 3 and not (tmp_path / ".lock").exists()
+
+
+@pytest.mark.parametrize("key", ["num_workers", "queue_mb"])
+def test_workers_and_queue_have_a_least_value_and_change_nothing(tmp_path: Path, key: str) -> None:
+    from sipo.config import ConfigError, from_dict
+
+    tree: dict[str, Any] = {
+        "model": {"family": "sd15", "path": "p"},
+        "data": {"path": "p", "cache": "c", key: 0},
+        "training": {"steps": 1, "output_dir": "o"},
+    }
+    with pytest.raises(ConfigError, match=rf"^data\.{key}=0: expected at least 1$"):
+        from_dict(tree)
+    build(tmp_path / "a")
+    build(tmp_path / "b", **{key: 1})
+    assert files(tmp_path / "a") == files(tmp_path / "b")
