@@ -24,7 +24,16 @@ from sipo.data.references import References, open_references, precompute_referen
 from sipo.data.savings import FULL_SIZE, ModelSize, describe_savings, savings_table
 from sipo.training.config import TrainingConfig
 from sipo.training.forward import PairForward
-from tests.small_family import Accelerator, Network, Records, SmallFamily, build, files, in_processes
+from tests.small_family import (
+    Accelerator,
+    Network,
+    Records,
+    SmallFamily,
+    build,
+    files,
+    in_processes,
+    outcomes_in_processes,
+)
 
 DISCRETE = NoiseSchedule.discrete(num_inference_steps=50)
 FLOW = NoiseSchedule.flow(shift=3.0)
@@ -372,6 +381,26 @@ def test_several_processes_write_the_same_errors(tmp_path: Path) -> None:
     assert files(tmp_path / "many") == files(tmp_path / "one")
     assert torch.equal(first.at(11)[0], second.at(11)[0])
     assert [predict.calls for predict in calls] == [6, 3]  # two shards and one
+
+
+def test_an_error_of_one_process_ends_the_others(tmp_path: Path) -> None:
+    """The second process's network overflows."""
+    pairs_in(tmp_path)
+    networks = [Network(), Network()]
+
+    class Overflows(SmallFamily):
+        def predict(self, module: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Any) -> Tensor:
+            out = super().predict(module, noisy, timesteps, condition)
+            return out * (float("inf") if module is networks[1] else 1.0)
+
+    def run(accelerator: Accelerator) -> Any:
+        network = networks[accelerator.process_index]
+        cached = CachedPairs(open_cache(tmp_path))
+        return reference_errors(cached, accelerator=accelerator, network=network, predict=Overflows().predict)
+
+    first, second = outcomes_in_processes(2, run)
+    assert isinstance(second, ValueError) and "the reference's errors at timestep" in str(second)
+    assert isinstance(first, OtherProcessError) and str(first) == f"process 1: {second}"
 
 
 def test_damaged_errors_are_named_and_rebuilt(tmp_path: Path) -> None:
