@@ -22,6 +22,7 @@ from sipo.data.cache import CacheError, DamagedError, open_cache
 from sipo.data.pairs import CachedPairs, DrawnPairs, split
 from sipo.data.references import References, open_references, precompute_references, reference_marks
 from sipo.data.savings import FULL_SIZE, ModelSize, describe_savings, savings_table
+from sipo.processes import OtherProcessError
 from sipo.training.config import TrainingConfig
 from sipo.training.forward import PairForward
 from tests.small_family import (
