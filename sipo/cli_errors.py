@@ -129,13 +129,13 @@ def describe(error: Exception) -> str:
     """What a user is told of an error, in one line; "" for one that can only be a mistake of ours."""
     import torch
 
-    from sipo.processes import OtherProcessError, lost_connection
+    from sipo.processes import OtherProcessError, is_out_of_memory, lost_connection
 
     text = _said(error)
     if isinstance(error, torch.OutOfMemoryError):  # not in training, which says more
         advice = "lower training.batch_size or data.sizes; data.tiling encodes and decodes in less"
         return f"out of memory; {advice}: {text}"
-    if isinstance(error, MemoryError):
+    if is_out_of_memory(error):
         advice = "lower training.num_workers, data.sizes or data.frames, or use smaller files"
         return f"out of memory on the host; {advice}: {text}"
     if isinstance(error, RecursionError):
@@ -204,3 +204,16 @@ def print_nowhere(streams: list[Any]) -> None:
     with open(os.devnull, "wb") as nowhere:
         for stream in streams:
             os.dup2(nowhere.fileno(), stream.fileno())
+
+
+def tell(line: str = "") -> None:
+    """Prints a line on standard error, or what is left there; where nobody reads it any more, that is no error."""
+    if sys.stderr is None or sys.stderr.closed:
+        return
+    try:
+        if line:
+            print(line, file=sys.stderr)
+        sys.stderr.flush()
+    except OSError:
+        with contextlib.suppress(OSError):  # no file
+            print_nowhere([sys.stderr])

@@ -114,3 +114,13 @@ def lost_connection(error: BaseException) -> str:
         f"the connection to the other processes is lost ({reason}): one of them has ended, and says why itself, or was "
         "killed, or training.ddp_timeout has passed"
     )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device's memory or the host's does not suffice."""
+    import torch
+
+    # The CPU's allocator has no class of its own.
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )

@@ -77,10 +77,13 @@ def parse_yaml(text: str, where: object) -> Any:
         place = f", line {error.problem_mark.line + 1}" if error.problem_mark is not None else ""
         context = f"{error.context}: " if error.context else ""
         raise FileError(f"{where}: not YAML: {_short(context + (error.problem or ''))}{place}") from error
+    except FileError:
+        raise
     except (yaml.YAMLError, ValueError, OverflowError, MemoryError) as error:  # numbers and dates as well
-        if isinstance(error, FileError):
-            raise
         raise FileError(f"{where}: not YAML: {_short(str(error)) or type(error).__name__}") from error
+    except Exception as error:  # PyYAML makes values of tagged text without looking at it: KeyError, IndexError
+        problem = f"a value that does not fit its tag ({type(error).__name__}: {_short(str(error))})"
+        raise FileError(f"{where}: not YAML: {problem}") from error
 
 
 def _values(node: Any, known: dict[int, int]) -> int:

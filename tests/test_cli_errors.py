@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import os
+import pty
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from sipo import cli, cli_data, cli_errors
+from sipo.config import Config, DataConfig, ModelConfig
 from sipo.data.cache import CacheError
+from sipo.families import base, tuning
+from sipo.locks import LockWarning
 from sipo.processes import OtherProcessError
-from sipo.training import TrainingDiverged
+from sipo.training import TrainingConfig, TrainingDiverged, TrainingInterrupted
 
 
 def _raiser(error: BaseException) -> Callable[..., Any]:
@@ -50,11 +55,18 @@ def network_error() -> Exception:
     return type("ReadTimeout", (Exception,), {"__module__": "httpx"})("The read operation\ntimed out")  # type: ignore[no-any-return]
 
 
+NO_HOST_MEMORY = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes. Error code 12"
+
 ONE_LINE = [
     (lambda: safetensors.SafetensorError("Error while\ndeserializing"), "safetensors: Error while deserializing"),
     (lambda: OSError(28, "No space left on device", "cache/x"), "[Errno 28] No space left on device: 'cache/x'"),
     (lambda: MemoryError("could not allocate 9 GB"), "out of memory on the host; lower training.num_workers"),
     (MemoryError, "out of memory on the host; lower training.num_workers"),
+    (
+        lambda: RuntimeError(f"[enforce fail at alloc_cpu.cpp:127] {NO_HOST_MEMORY}"),
+        "out of memory on the host; lower "
+        "training.num_workers, data.sizes or data.frames, or use smaller files: [enforce fail",
+    ),
     (lambda: torch.OutOfMemoryError("CUDA out of memory"), "out of memory; lower training.batch_size or data.sizes"),
     (lambda: RecursionError("maximum recursion depth exceeded"), "something that was read is nested too deeply"),
     (lambda: OtherProcessError("process 1: row 3 is bad"), "process 1: row 3 is bad"),
@@ -76,6 +88,13 @@ def test_what_a_user_can_mend_is_one_line(
     error = capsys.readouterr().err
     assert error.startswith("sipo: error: ") and error.count("\n") == 1
     assert message in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), RuntimeError(NO_HOST_MEMORY), MemoryError()])
+@pytest.mark.parametrize("reading", [base._one_line, tuning._one_line])
+def test_a_lack_of_memory_is_no_fault_of_the_file_that_is_read(reading: Any, error: Exception) -> None:
+    with pytest.raises(type(error)), reading(Path("model.safetensors")):
+        raise error
 
 
 @pytest.mark.parametrize(
@@ -130,16 +149,19 @@ def test_where_sipo_is_not_installed_any_version_will_do(monkeypatch: pytest.Mon
 
 
 @contextlib.contextmanager
-def unread() -> Iterator[None]:
-    """Standard output is a pipe whose reader has gone."""
-    reader, writer = os.pipe()
+def unread(*names: str, terminal: bool = False) -> Iterator[None]:
+    """Standard output, or the streams of these names, are a pipe whose reader has gone, or a closed terminal."""
+    reader, writer = pty.openpty() if terminal else os.pipe()
     os.close(reader)
     stream = os.fdopen(writer, "w")
-    before, sys.stdout = sys.stdout, stream
+    before = {name: getattr(sys, name) for name in names or ("stdout",)}
+    for name in before:
+        setattr(sys, name, stream)
     try:
         yield
     finally:
-        sys.stdout = before
+        for name, former in before.items():
+            setattr(sys, name, former)
     stream.close()  # which writes what is left, as the interpreter does at its end: now to nowhere
 
 
@@ -158,6 +180,35 @@ def test_a_reader_that_has_gone_ends_a_command_quietly(
     with unread():
         assert cli.main(["data", "check", "nowhere"]) == 141
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("streams", [("stderr",), ("stdout", "stderr")])
+@pytest.mark.parametrize("status", [2, 130, 0])
+def test_a_status_stays_where_nobody_can_be_told(
+    status: int, streams: tuple[str, ...], terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(*args: Any, **options: Any) -> int:
+        warnings.warn("something", LockWarning, stacklevel=2)
+        if status == 2:
+            raise CacheError("damaged")
+        if status == 130:
+            raise KeyboardInterrupt
+        return 0
+
+    monkeypatch.setattr("sipo.data.check.run_check", check)
+    with unread(*streams, terminal=terminal):
+        assert cli.main(["data", "check", "nowhere"]) == status
+
+
+def test_a_run_that_stops_keeps_its_status_where_nobody_can_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    training = TrainingConfig(steps=1, output_dir="nowhere")
+    config = Config(ModelConfig(family="sd15", path="nowhere"), DataConfig(path="nowhere", cache="nowhere"), training)
+    stopped = TrainingInterrupted(3, Path("nowhere"), "SIGINT")
+    monkeypatch.setattr("sipo.config.load", lambda *_: config)
+    monkeypatch.setattr("sipo.train.run_training", _raiser(stopped))
+    with unread("stderr"):
+        assert cli.main(["train", "config.yaml"]) == 130
 
 
 @pytest.mark.parametrize("argument", ["--help", "--version"])

@@ -208,8 +208,13 @@ MERGED = "a: &a {x: 1}\n" + "".join(
         ("data: *nothing", "not YAML: found undefined alias 'nothing', line 1"),
         ("a: 1\n--- \nb: 2", "not YAML: expected a single document in the stream: but found another document, line 2"),
         ("\0", "not YAML: "),
+        ("a: !!bool maybe", "not YAML: a value that does not fit its tag (KeyError: 'maybe')"),
+        ('a: !!int ""', "not YAML: a value that does not fit its tag (IndexError: string index out of range)"),
+        ('a: !!float ""', "not YAML: a value that does not fit its tag (IndexError: string index out of range)"),
+        ("a: !!int _", "not YAML: a value that does not fit its tag (IndexError: string index out of range)"),
+        ("a: !!timestamp foo", "not YAML: a value that does not fit its tag (AttributeError"),
     ],
-    ids=range(14),
+    ids=range(19),
 )
 def test_what_a_file_holds_is_refused_quickly_and_not_printed(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "run.yaml"

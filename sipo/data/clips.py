@@ -19,6 +19,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from sipo.processes import is_out_of_memory
+
 # A list of formats, so that no playlist is read, for which FFmpeg would open other files, and no text file as an image
 # because of its name.
 _OPEN_OPTIONS = {
@@ -264,7 +266,7 @@ def read_clip(
     except (av.FFmpegError, OSError, ValueError, ArithmeticError, MemoryError, RuntimeError) as error:
         # Of torch where memory does not suffice; its other errors are no fault of the file.
         ours = isinstance(error, RuntimeError) and not isinstance(error, av.FFmpegError)
-        if isinstance(error, MediaError) or (ours and "allocate" not in str(error)):
+        if isinstance(error, MediaError) or (ours and not is_out_of_memory(error)):
             raise
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise MediaError("undecodable", source, f"cannot be decoded: {reason}") from error

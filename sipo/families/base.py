@@ -24,6 +24,7 @@ from sipo.families.model_files import (
     model_folder,
 )
 from sipo.files import FileError, read_object
+from sipo.processes import is_out_of_memory
 from sipo.schedule import DEFAULT_INFERENCE_STEPS, NoiseSchedule
 
 Condition = dict[str, Tensor]
@@ -602,7 +603,9 @@ def _one_line(path: str | Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise FileNotFoundError(f"{path}: {' '.join(str(error).split())}") from error
-    except (torch.OutOfMemoryError, MemoryError, FileError):
+    except FileError:
         raise
     except Exception as error:  # whatever a file's values lead to in a library, missing packages included
+        if is_out_of_memory(error):
+            raise
         raise ValueError(f"{path}: {' '.join(str(error).split()) or type(error).__name__}") from error

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sipo.families.base import Family, evaluating, unwrapped
 from sipo.families.lora_files import Adapter, check_lora, read_adapter, scaled, write_adapter
 from sipo.files import aside, load_tensors
+from sipo.processes import is_out_of_memory
 
 ADAPTER = "default"
 """The adapter's name inside the network, which is peft's default."""
@@ -288,6 +289,8 @@ def _one_line(file: Path) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         first, *others = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = others[0].rstrip(".") if others else first
         raise ValueError(f"{file}: {reason}, expected weights of this model") from error

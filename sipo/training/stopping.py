@@ -6,12 +6,13 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, ClassVar
 
 import torch
 from torch import distributed
 
+from sipo.processes import is_out_of_memory
 from sipo.training.config import TrainingConfig, TrainingOutOfMemory
 
 _ALWAYS = (signal.SIGINT, signal.SIGTERM)
@@ -22,7 +23,7 @@ _WARNINGS = tuple(getattr(signal, name) for name in ("SIGHUP", "SIGUSR1", "SIGUS
 class StopRequest:
     """Turns a signal inside the context into a request: Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 or SIGUSR2.
 
-    Ctrl-C after that stops at once. The others may come again without effect: launchers pass on to their processes what
+    Ctrl-C after that stops at once. Repeating any other signal has no effect: launchers pass on to their processes what
     a cluster manager has sent to all of them. Python gives signals to its main thread alone; in another one this does
     nothing.
 
@@ -68,8 +69,10 @@ class StopRequest:
                 raise KeyboardInterrupt
             return
         self.signal = signal.Signals(number).name
-        # Not print: a handler may come in the middle of another write to the same stream.
-        os.write(2, f"\n{self.signal}: {self._says}\n".encode())
+        # Not print: a handler may come in the middle of another write to the same stream. Where the terminal or the
+        # reader of a pipe is gone, which may be why the signal came, nobody is there to be told.
+        with suppress(OSError):
+            os.write(2, f"\n{self.signal}: {self._says}\n".encode())
 
 
 def asked_to_stop() -> bool:
@@ -145,8 +148,8 @@ def memory_advice(config: TrainingConfig, device: torch.device, step: int) -> It
     """
     try:
         yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator has no class of its own
-        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+    except RuntimeError as error:  # not MemoryError, which is not of ``device``
+        if not is_out_of_memory(error):
             raise
         if config.batch_size > 1:
             lower = f"batch_size={config.batch_size} (and raise accumulation={config.accumulation} by as much)"
