@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import importlib.metadata
 import importlib.util
 import platform
@@ -28,6 +29,7 @@ from sipo.cli_errors import (
     missing_packages,
     path,
     print_nowhere,
+    tell,
 )
 
 # Import name and distribution name of what `sipo demo` needs beyond the core.
@@ -68,7 +70,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _fail(message: str) -> int:
     """Prints a user error as one line and returns the exit status for it."""
-    print(f"sipo: error: {' '.join(message.split())}", file=sys.stderr)
+    tell(f"sipo: error: {' '.join(message.split())}")
     return 2
 
 
@@ -82,21 +84,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: 0, 2 for a user error, 130 after Ctrl-C, or 141 where nobody reads what is printed (``| head``).
         Parsing errors and ``--help`` raise ``SystemExit`` instead.
     """
+    status = 0
     try:
         try:
-            return _run(argv)
-        finally:
-            for stream in (sys.stdout, sys.stderr):  # here, as the interpreter's own errors at its end are not ours
-                if stream is not None and not stream.closed:
-                    stream.flush()
-    except BrokenPipeError:
-        if not (gone := gone_readers()):
+            status = _run(argv)
+        except KeyboardInterrupt:
+            status = INTERRUPTED
+            tell("sipo: interrupted")
+        finally:  # here, as the interpreter's own errors at its end are not ours
+            tell()
+            if sys.stdout is not None and not sys.stdout.closed:
+                sys.stdout.flush()
+    except OSError as error:  # EIO: of a terminal that was closed
+        if error.errno not in (errno.EPIPE, errno.EIO) or not (gone := gone_readers()):
             raise
         print_nowhere(gone)
-        return READER_GONE
-    except KeyboardInterrupt:
-        print("sipo: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return status or READER_GONE
+    return status
 
 
 def _run(argv: Sequence[str] | None) -> int:

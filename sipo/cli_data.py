@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from sipo.cli_errors import INTERRUPTED, CommandError, one_line_errors, path, path_or_id
+from sipo.cli_errors import INTERRUPTED, CommandError, one_line_errors, path, path_or_id, tell
 
 
 def add_commands(commands: Any) -> None:
@@ -166,7 +166,7 @@ def _train(options: argparse.Namespace) -> int:
         raise CommandError(message) from alarm
     except TrainingInterrupted as stop:
         if accelerator.is_main_process:
-            print(f"sipo: stopped after step {stop.step}; `{command}` goes on from there", file=sys.stderr)
+            tell(f"sipo: stopped after step {stop.step}; `{command}` goes on from there")
         return INTERRUPTED
     if accelerator.is_main_process:
         if trained.result.validation:

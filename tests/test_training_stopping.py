@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pty
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,6 +48,30 @@ def test_a_signal_lets_the_step_finish_and_the_run_resume(
     resumed, result = fit(tmp_path, steps=6, resume_from=stopped.checkpoint)
     assert [line["step"] for line in result.history] == [4, 5, 6]
     assert same(straight, resumed)
+
+
+@pytest.mark.parametrize("end", ["pipe", "terminal"])
+def test_a_stop_that_nobody_can_be_told_of_still_writes_a_checkpoint(tmp_path: Path, end: str) -> None:
+    """As with `2>&1 | tee log`, where Ctrl-C ends `tee` too, and where the terminal was closed."""
+
+    class Asking(Pairs):
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            if len(self.seen) == 5:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().__getitem__(index)
+
+    gone, writer = os.pipe() if end == "pipe" else pty.openpty()
+    os.close(gone)
+    kept = os.dup(2)
+    os.dup2(writer, 2)
+    os.close(writer)
+    try:
+        with pytest.raises(TrainingInterrupted, match="stopped by SIGINT after step 2"):
+            fit(tmp_path, data=Asking(), steps=6)
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+    assert not storage.damage(tmp_path / "checkpoints/step-00000002")
 
 
 def test_a_signal_that_comes_twice_is_one_request(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
