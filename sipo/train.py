@@ -26,7 +26,7 @@ from sipo.training import TrainingConfig, TrainingResult, gather_weights, is_sha
 from sipo.training import storage as checkpoints
 from sipo.training.first_step import Mismatch
 from sipo.training.logs import check_logs
-from sipo.verify import SUMS, write_sums
+from sipo.verify import SUMS, begin_run, end_run, write_sums
 
 WEIGHTS = "weights"
 """Folder in ``training.output_dir`` that a run's trained weights are written to, once it has ended."""
@@ -109,7 +109,9 @@ def _run_training(config: Config, resume: bool, accelerator: Accelerator) -> Tra
         _write_config(run)  # only now is it known to belong to the run that was there
     number = len(pairs) // max(1, config.data.draws)
     origin = trained_on(run, cache)
-    return Trained(result, save(run, network, result, loss_fn, pairs=number, origin=origin))
+    weights = save(run, network, result, loss_fn, pairs=number, origin=origin)
+    on_main(run.accelerator, lambda: end_run(training.folder))
+    return Trained(result, weights)
 
 
 def trained_on(run: Run, cache: Cache) -> dict[str, Any]:
@@ -170,6 +172,7 @@ def _write_config(run: Run) -> None:
     def write() -> None:
         folder = run.config.training.folder
         folder.mkdir(parents=True, exist_ok=True)
+        begin_run(folder)
         write_aside(folder / "config.yaml", yaml.safe_dump(run.config.as_dict(), sort_keys=False))
 
     on_main(run.accelerator, write)

@@ -1,21 +1,23 @@
 """``sipo verify``: whether what a run has written is still what it wrote.
 
 Beside trained weights lies ``SHA256SUMS``, which ``sha256sum --check`` reads as well. The model card is not in it: it
-is there to be edited.
+is there to be edited. A run that has ended has another one in its own folder, for its configuration, logs and prompts.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from sipo.files import FileError, file_hash, read_text, write_aside
+from sipo.files import FileError, file_hash, parse_json, read_text, write_aside
 
 SUMS = "SHA256SUMS"
-"""File in a folder of weights: a line for each other file that is read back."""
+"""File in a folder of weights: a line for each other file that is read back. In a run's folder: see :func:`end_run`."""
 
+_LOGS = ("metrics*.jsonl", "timesteps*.jsonl")  # earlier runs' have a number
+_CONFIG, _PROMPTS = "config.yaml", "samples/prompts.json"
 _CARD = "README.md"
 _READ_BACK = (".safetensors", ".json")
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
@@ -42,7 +44,9 @@ class Item(NamedTuple):
 
 
 def verify_run(folder: Path) -> list[Item]:
-    """Looks at everything that a run reads back: configuration, checkpoints, logs, weights. Nothing is changed.
+    """Looks at everything that a run reads back, and compares it with hashes. Nothing is changed.
+
+    Configuration, logs and prompts have hashes once the run has ended; until then they are only read.
 
     Args:
         folder: of a run of ``sipo train`` or :func:`sipo.training.train`; or a folder of weights alone.
@@ -57,23 +61,47 @@ def verify_run(folder: Path) -> list[Item]:
 
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder, expected the folder of a run")
-    if (folder / SUMS).exists():
-        return [_item(folder, _weights)]
-    found: list[tuple[Path, Callable[[Path], str]]] = [(folder / "config.yaml", _config)]
+    logs = [path for pattern in _LOGS for path in sorted(folder.glob(pattern))]
+    found: list[tuple[Path, Callable[[Path], str]]] = [(folder / _CONFIG, _config)]
     found += [(path, _checkpoint) for path in storage.found(folder / "checkpoints")]
-    found += [(path, _log) for name in ("metrics", "timesteps") for path in sorted(folder.glob(f"{name}*.jsonl"))]
-    found += [(folder / "weights", _weights)]
-    items = [_item(path, look) for path, look in found if path.exists()]
-    if not items:
+    found += [(path, _log) for path in logs]
+    found += [(folder / _PROMPTS, _prompts), (folder / "weights", _weights)]
+    found = [(path, look) for path, look in found if path.exists()]
+    ended = (folder / SUMS).exists()
+    if not found and ended:
+        return [_item(folder, _weights)]
+    if not found:
         raise FileNotFoundError(f"{folder}: no config.yaml, checkpoints, logs or weights, expected the folder of a run")
-    return items
-
-
-def _item(path: Path, look: Callable[[Path], str]) -> Item:
     try:
-        return Item(path, "", look(path))
+        sums = _read_sums(folder / SUMS) if ended else None
     except (OSError, ValueError) as error:
-        return Item(path, " ".join(str(error).split()))
+        items = [Item(folder / SUMS, _one_line(error))]
+        return [*items, *(_item(path, look) for path, look in found)]
+    hashed = {path for path, look in found if look in (_config, _log, _prompts)}
+    items = [_item(path, look, folder, sums) if path in hashed else _item(path, look) for path, look in found]
+    lost = [folder / name for name in sums or () if folder / name not in hashed]
+    return [*items, *(Item(path, f"missing, {SUMS} lists it") for path in lost)]
+
+
+def _item(
+    path: Path, look: Callable[[Path], str], folder: Path | None = None, sums: Mapping[str, str] | None = None
+) -> Item:
+    """What ``look`` says of a file; of one in a run's ``folder``, whether its hash is that of ``sums`` too."""
+    try:
+        note = look(path)
+        if folder is not None and sums is not None:
+            name = path.relative_to(folder).as_posix()
+            if name not in sums:
+                raise FileError(f"{path}: not in {SUMS}, expected only files that the run has written")
+            _compare(path, sums[name])
+    except (OSError, ValueError) as error:
+        return Item(path, _one_line(error))
+    unknown = "" if folder is None or sums is not None else "no hash: the run has not ended"
+    return Item(path, "", "; ".join(filter(None, (note, unknown))))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _config(file: Path) -> str:
@@ -101,15 +129,38 @@ def _log(file: Path) -> str:
     return f"{len(log.lines)} lines"
 
 
+def _prompts(file: Path) -> str:
+    parse_json(read_text(file), file)
+    return ""
+
+
 def _weights(folder: Path) -> str:
     if not check_weights(folder):
-        raise FileError(f"no {SUMS}: the run was ended while it wrote them, --resume writes them anew")
+        raise FileError(f"no {SUMS}: the run was interrupted while writing the weights; --resume writes them again")
     return f"{len(_read_sums(folder / SUMS))} files"
 
 
 def write_sums(folder: Path) -> None:
     """Writes the hashes of a folder's files beside them; the last file to be written there."""
-    lines = [f"{file_hash(path)}  {path.relative_to(folder).as_posix()}\n" for path in _files(folder)]
+    _write_sums(folder, _files(folder))
+
+
+def end_run(folder: Path) -> None:
+    """Writes the hashes of a run's configuration, logs and prompts; for when nothing more will be written there.
+
+    Checkpoints and weights have hashes of their own. A run that goes on removes these (:func:`begin_run`).
+    """
+    paths = [folder / _CONFIG, *(path for pattern in _LOGS for path in sorted(folder.glob(pattern))), folder / _PROMPTS]
+    _write_sums(folder, [path for path in paths if path.exists()])
+
+
+def begin_run(folder: Path) -> None:
+    """Removes the hashes that :func:`end_run` has written, before what they are of is changed."""
+    (folder / SUMS).unlink(missing_ok=True)
+
+
+def _write_sums(folder: Path, paths: Iterable[Path]) -> None:
+    lines = [f"{file_hash(path)}  {path.relative_to(folder).as_posix()}\n" for path in paths]
     write_aside(folder / SUMS, "".join(lines), durable=True)
 
 
@@ -129,29 +180,37 @@ def check_weights(folder: Path) -> bool:
         return False
     sums = _read_sums(folder / SUMS)
     for name, expected in sums.items():
-        file = folder / name
-        try:
-            found = file_hash(file)
-        except OSError as error:
-            raise FileError(f"{file}: {'missing' if not file.exists() else error.strerror}, {SUMS} lists it") from error
-        if found != expected:
-            raise FileError(f"{file}: damaged, its SHA-256 is not the one that {SUMS} states")
+        _compare(folder / name, expected)
     for file in _files(folder):
         if file.suffix in _READ_BACK and file.relative_to(folder).as_posix() not in sums:
             raise FileError(f"{file}: not in {SUMS}, expected only files that the run has written")
     return True
 
 
+def _compare(file: Path, expected: str) -> None:
+    try:
+        found = file_hash(file)
+    except OSError as error:
+        raise FileError(f"{file}: {'missing' if not file.exists() else error.strerror}, {SUMS} lists it") from error
+    if found != expected:
+        raise FileError(f"{file}: damaged, its SHA-256 is not the one that {SUMS} states")
+
+
 def _read_sums(file: Path) -> dict[str, str]:
     sums: dict[str, str] = {}
     for number, line in enumerate(read_text(file).splitlines(), 1):
         match = _LINE.fullmatch(line)
-        if match is None or not match[2].isprintable() or match[2] in sums or ".." in Path(match[2]).parts:
+        if match is None or match[2] in sums or not _is_below(match[2]):
             raise FileError(f"{file}: damaged, line {number} is not a SHA-256, two spaces and a file's name")
         sums[match[2]] = match[1]
     if not sums:
         raise FileError(f"{file}: damaged, it is empty")
     return sums
+
+
+def _is_below(name: str) -> bool:
+    """Whether a name can only be that of a file in the folder or below it."""
+    return name.isprintable() and not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 def _files(folder: Path) -> list[Path]:

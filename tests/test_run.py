@@ -25,6 +25,7 @@ from sipo.families import get
 from sipo.looks import SAMPLE_FPS
 from sipo.run import make_loss, open_run
 from sipo.training.logs import read_lines
+from sipo.verify import SUMS, verify_run
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = ("sd15", "sdxl", "sd3", "cogvideox", "wan")
@@ -79,7 +80,10 @@ def test_a_run_leaves_what_it_says(trained: tuple[str, Path]) -> None:
     assert kept == config.load(example(name), options(folder, 4))
     card = (run / "weights" / "README.md").read_text()
     assert f"| β (`beta`) | {20 if get(name).video else 1000}:" in card and "| pairs | 28 |" in card
-    assert cli.main(["verify", str(run)]) == 0
+    assert cli.main(["verify", str(run)]) == 0 and not any("no hash" in item.note for item in verify_run(run))
+    assert {line.split()[1] for line in (run / SUMS).read_text().splitlines()} == {
+        *("config.yaml", "metrics.jsonl", "timesteps.jsonl", "samples/prompts.json")
+    }
     umask = os.umask(0o077)
     os.umask(umask)
     modes = {path.relative_to(folder): stat.S_IMODE(path.stat().st_mode) for path in folder.rglob("*.*")}

@@ -15,8 +15,8 @@ import yaml
 from accelerate.state import AcceleratorState
 
 from sipo import cli
-from sipo.files import FileError, save_tensors
-from sipo.verify import SUMS, check_weights, verify_run, write_sums
+from sipo.files import file_hash, save_tensors
+from sipo.verify import SUMS, Item, begin_run, check_weights, end_run, verify_run, write_sums
 from tests.training_cases import fit, fresh_accelerate
 
 __all__ = ["fresh_accelerate"]
@@ -37,6 +37,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "weights" / "trained_on.json").write_text("{}")
     (folder / "weights" / "README.md").write_text("# a model")
     write_sums(folder / "weights")
+    (folder / "samples").mkdir()
+    (folder / "samples" / "prompts.json").write_text('["a cat"]')
+    end_run(folder)
     return folder
 
 
@@ -53,34 +56,62 @@ def test_a_sound_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
         f"ok       {run / 'checkpoints' / 'step-00000004'}",
         f"ok       {run / 'metrics.jsonl'} (4 lines)",
         f"ok       {run / 'timesteps.jsonl'} (4 lines)",
+        f"ok       {run / 'samples' / 'prompts.json'}",
         f"ok       {run / 'weights'} (3 files)",
     ]
 
 
-def test_the_hashes_are_those_of_sha256sum(run: Path) -> None:
+@pytest.mark.parametrize(("folder", "count"), [(".", 4), ("weights", 3)])
+def test_the_hashes_are_those_of_sha256sum(run: Path, folder: str, count: int) -> None:
     if shutil.which("sha256sum") is None:
         pytest.skip("needs sha256sum")
     command = ["sha256sum", "--check", "--strict", SUMS]
-    done = subprocess.run(command, cwd=run / "weights", capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.count(": OK") == 3
+    done = subprocess.run(command, cwd=run / folder, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count(": OK") == count
 
 
-def test_a_flipped_bit_in_any_byte_that_is_read_back_is_noticed(copied: Path) -> None:
-    """The model card is not read back: it is there to be edited."""
-    for file in [*sorted((copied / "weights").rglob("*.*")), copied / "weights" / SUMS]:
+def _damaged(folder: Path) -> list[Item]:
+    return [item for item in verify_run(folder) if item.fault]
+
+
+def test_a_flipped_bit_in_any_file_that_is_read_back_is_noticed(copied: Path) -> None:
+    """At a few places spread over the file. The model card is not read back: it is there to be edited."""
+    read_back = {path for path in copied.rglob("*") if path.is_file()} - {copied / "weights/README.md"}
+    assert len(read_back) == 17
+    for file in sorted(read_back):
         content = file.read_bytes()
-        for place in range(len(content)):
+        for place in {*range(0, len(content), len(content) // 7 + 1), len(content) - 1}:
             file.write_bytes(content[:place] + bytes([content[place] ^ 1 << place % 8]) + content[place + 1 :])
-            faults = [item for item in verify_run(copied) if item.fault] if place == 0 else None
-            if file.name == "README.md":
-                assert check_weights(copied / "weights") and not faults
-                continue
-            with pytest.raises(FileError) as caught:
-                check_weights(copied / "weights")
-            assert "\n" not in str(caught.value) and SUMS in str(caught.value)
-            assert faults is None or [item.path.name for item in faults] == ["weights"]
+            items = _damaged(copied)
+            assert items and all("\n" not in item.describe() for item in items)
+            if file != copied / SUMS:
+                assert [item for item in items if not file.is_relative_to(item.path)] == []
         file.write_bytes(content)
-    assert check_weights(copied / "weights")
+    (copied / "weights/README.md").write_text("edited")
+    assert not _damaged(copied)
+
+
+def test_a_run_that_has_not_ended_has_no_hashes(copied: Path) -> None:
+    begin_run(copied)
+    (copied / "samples/prompts.json").write_text('["a dog"]')
+    items = verify_run(copied)
+    assert not any(item.fault for item in items)
+    notes = {item.path.name: item.note for item in items if "no hash: the run has not ended" in item.note}
+    assert sorted(notes) == ["config.yaml", "metrics.jsonl", "prompts.json", "timesteps.jsonl"]
+    assert notes["metrics.jsonl"] == "4 lines; no hash: the run has not ended"
+
+
+def test_a_run_that_goes_on_removes_its_hashes_before_it_changes_its_log(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: object) -> None:
+        assert not (copied / SUMS).exists()
+        raise KeyError
+
+    monkeypatch.setattr("sipo.training.logs._keep_lines", broken)
+    with pytest.raises(KeyError):
+        fit(copied, steps=5, checkpoint_every=2, resume_from="latest")
+    assert not _damaged(copied)
 
 
 def _flip(path: Path) -> None:
@@ -94,6 +125,7 @@ def _fifo(path: Path) -> None:
     os.mkfifo(path)
 
 
+_PROMPTS = "samples/prompts.json"
 _NETWORK = "weights/unet/diffusion_pytorch_model.safetensors"
 DAMAGE: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "weights": (lambda f: _flip(f / _NETWORK), _NETWORK, f"damaged, its SHA-256 is not the one that {SUMS} states"),
@@ -107,11 +139,16 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "no sums": (
         lambda f: (f / "weights" / SUMS).unlink(),
         "weights",
-        f"no {SUMS}: the run was ended while it wrote them",
+        f"no {SUMS}: the run was interrupted while writing the weights; --resume writes them again",
     ),
     "empty sums": (lambda f: (f / "weights" / SUMS).write_text(""), f"weights/{SUMS}", "damaged, it is empty"),
     "escape": (
         lambda f: (f / "weights" / SUMS).write_text(f"{'0' * 64}  ../config.yaml\n"),
+        f"weights/{SUMS}",
+        "damaged, line 1 is not a SHA-256, two spaces and a file's name",
+    ),
+    "absolute": (
+        lambda f: (f / "weights" / SUMS).write_text(f"{file_hash(f / _NETWORK)}  {f / _NETWORK}\n"),
         f"weights/{SUMS}",
         "damaged, line 1 is not a SHA-256, two spaces and a file's name",
     ),
@@ -121,6 +158,30 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "model.safetensors does not have the SHA-256 that state.json states",
     ),
     "config": (lambda f: (f / "config.yaml").write_text("a: [b"), "config.yaml", ""),
+    "config changed": (
+        lambda f: (f / "config.yaml").write_text((f / "config.yaml").read_text() + "# a remark\n"),
+        "config.yaml",
+        f"damaged, its SHA-256 is not the one that {SUMS} states",
+    ),
+    "log changed": (
+        lambda f: (f / "metrics.jsonl").write_text(
+            (f / "metrics.jsonl").read_text().replace('"seconds": ', '"seconds": 1')
+        ),
+        "metrics.jsonl",
+        f"damaged, its SHA-256 is not the one that {SUMS} states",
+    ),
+    "prompts lost": (lambda f: (f / _PROMPTS).unlink(), _PROMPTS, f"missing, {SUMS} lists it"),
+    "prompts": (lambda f: (f / _PROMPTS).write_text('["a'), _PROMPTS, "not JSON ("),
+    "another log": (
+        lambda f: shutil.copy(f / "metrics.jsonl", f / "metrics.1.jsonl"),
+        "metrics.1.jsonl",
+        f"not in {SUMS}, expected only files that the run has written",
+    ),
+    "sums of the run": (
+        lambda f: (f / SUMS).write_text(""),
+        SUMS,
+        "damaged, it is empty",
+    ),
     "log": (
         lambda f: (f / "metrics.jsonl").write_text("3\n" + (f / "metrics.jsonl").read_text()),
         "metrics.jsonl",
@@ -135,7 +196,7 @@ def test_damage_is_one_line_that_names_the_file(what: str, copied: Path, capsys:
     spoil(copied)
     assert cli.main(["verify", str(copied)]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 6
+    assert len(lines) == (8 if what in ("another log", "sums of the run") else 7)
     (line,) = (line for line in lines if not line.startswith("ok       "))
     assert line.startswith(f"damaged  {copied / place}: {message}")
 

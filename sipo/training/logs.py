@@ -21,6 +21,7 @@ from sipo.processes import on_main
 from sipo.progress import Steps
 from sipo.run_log import metrics_fault, read_log
 from sipo.training.config import TrainingConfig
+from sipo.verify import begin_run
 from sipo_kernels.output import add_metrics
 
 _COUNTED = "nonfinite_pairs"
@@ -153,6 +154,7 @@ class Recorder:
     def _open(self, config: TrainingConfig, first_step: int) -> None:
         config.folder.mkdir(parents=True, exist_ok=True)
         logs = check_logs(config)
+        begin_run(config.folder)  # the logs will not be those that it has hashes of
         if first_step == 0:
             _set_aside(logs)
         else:
