@@ -52,8 +52,8 @@ def add_commands(commands: Any) -> None:
         "verify",
         help="is all that a run has written still as it was written?",
         description="Reads a run's configuration, checkpoints, logs, prompts and weights, compares them with the "
-        "hashes that the run has written (of configuration, logs and prompts when it ended) and prints a line for each. Exit "
-        "status 1 where something is damaged. Nothing is changed.",
+        "hashes that the run has written (of configuration, logs and prompts when it ended) and prints a line for "
+        "each. Exit status 1 where something is damaged. Nothing is changed.",
     )
     verify.add_argument("target", type=path, metavar="RUN", help="folder of a run, or of weights copied from one")
     verify.set_defaults(run=_verify)
