@@ -315,6 +315,23 @@ def test_latents_that_are_not_finite_are_a_bad_pair(tmp_path: Path) -> None:
         run(skip_bad=True, vae_dtype="float16")  # a setting's fault is no pair's
 
 
+@pytest.mark.parametrize(("first", "then"), [(None, 5), (5, None), (8, 5), (5, 8)])
+def test_an_unfinished_cache_takes_another_max_pairs_and_keeps_whole_shards(
+    first: int | None, then: int | None, tmp_path: Path
+) -> None:
+    """As the line on what training will not see advises, read when encoding has begun."""
+    records = Records.make().records
+    expected = build(tmp_path / "whole", Records(records), max_pairs=then, shard_pairs=2)
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "cut", Records(records), Pipeline(fail_at=5), max_pairs=first, shard_pairs=2)
+    kept = tmp_path / "cut" / "latents-00000.safetensors"
+    before = kept.stat().st_mtime_ns
+    summary = build(tmp_path / "cut", Records(records), max_pairs=then, shard_pairs=2)
+    assert (summary.pairs, summary.prompts) == (expected.pairs, expected.prompts) and not summary.changes
+    assert summary.kept >= 1 and kept.stat().st_mtime_ns == before
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+
+
 def test_max_pairs_takes_the_first_rows_that_are_no_ties(tmp_path: Path) -> None:
     records = Records.make().records
     records[1] = replace(records[1], tie=True)
@@ -551,9 +568,9 @@ def test_no_more_results_wait_than_asked_for() -> None:
         return result
 
     with ThreadPoolExecutor(1) as pool:
-        for number, result in ahead(pool, decode, iter(range(10)), 2):
-            assert sum(each() is not None for each in alive) <= 3 and number < 10
-            del result
+        for pair in ahead(pool, decode, iter(range(10)), 2):
+            assert sum(each() is not None for each in alive) <= 3 and pair is not None
+            del pair
 
 
 # ---- Several processes ----
@@ -625,6 +642,83 @@ def test_a_process_that_works_on_hears_of_an_error_soon(monkeypatch: pytest.Monk
     done[:] = 0, 0
     in_processes(2, lambda one: processes.in_rounds(one, unequal(one.process_index)))
     assert done == [3, 7]
+
+
+@pytest.mark.parametrize("lagging", [0, 1])
+def test_processes_that_see_other_files_go_on_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lagging: int
+) -> None:
+    """On a network folder one of them may see a file's new times earlier than the others."""
+    from sipo.data import precompute
+
+    @dataclass
+    class Stated(Records):
+        def state(self) -> str:
+            return "as before"
+
+    build(tmp_path, Stated.make())
+    before = files(tmp_path)
+    is_unchanged = precompute.is_unchanged
+    me = threading.local()
+    monkeypatch.setattr(precompute, "is_unchanged", lambda *a: me.rank != lagging and is_unchanged(*a))
+
+    def run(accelerator: Accelerator) -> Any:
+        me.rank = accelerator.process_index
+        return build(tmp_path, Stated.make(), None, accelerator, check_hashes=False)
+
+    summaries = in_processes(2, run)
+    assert [summary.written for summary in summaries] == [0, 0] and sum(summary.kept for summary in summaries) > 0
+    assert files(tmp_path) == before
+
+
+def test_processes_hear_of_each_other_while_shards_are_only_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading a large cache may take longer than a collective operation waits."""
+    from sipo.data import existing, precompute
+
+    build(tmp_path)
+    read, looked, most = existing.intact_shard, [0, 0], [0, 0]
+    me = threading.local()
+
+    def counted(folder: Path, name: str) -> Any:
+        looked[me.rank] += 1
+        return read(folder, name)
+
+    def rounds(accelerator: Accelerator, work: Any) -> None:
+        looked[me.rank] = 0
+        rounds_of[me.rank] = 0
+        for _ in work:
+            rounds_of[me.rank] += 1
+            most[me.rank] = max(most[me.rank], looked[me.rank])
+            looked[me.rank] = 0
+        assert looked[me.rank] == 0
+
+    rounds_of = [0, 0]
+    monkeypatch.setattr(existing, "intact_shard", counted)
+    monkeypatch.setattr(precompute, "in_rounds", rounds)
+
+    def run(accelerator: Accelerator) -> Any:
+        me.rank = accelerator.process_index
+        return build(tmp_path, None, None, accelerator)
+
+    assert [summary.kept for summary in in_processes(2, run)] == [2, 1]
+    assert most == [2, 2]  # latents and text of one part
+    assert rounds_of == [3, 3]  # after the partner's parts too, which have to be read
+
+
+def test_processes_hear_of_each_other_while_text_is_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sipo.data import precompute
+
+    monkeypatch.setattr(precompute, "TEXT_BATCH", 1)
+    pipeline, told = Pipeline(), []
+
+    def rounds(accelerator: Any, work: Any) -> None:
+        told.extend(len(pipeline.prompts) for _ in work)
+
+    monkeypatch.setattr(precompute, "in_rounds", rounds)
+    build(tmp_path, pipeline=pipeline, shard_pairs=12)
+    assert {2, 3, 4} <= set(told)
 
 
 # ---- What it costs ----

@@ -43,6 +43,7 @@ FORMAT = 4
 INDEX = "index.json"
 FILES = "files.json"
 LATENTS, TEXT, UNCONDITIONAL = "latents", "text", "unconditional"
+MAX_PAIRS = "data.max_pairs"  # in a fingerprint
 
 # Streams of random numbers, beside those of sipo.training.data.
 FLIP, CROP, POSTERIOR, NOISE, TIMESTEP, CAPTION, HELD_OUT = range(100, 107)
@@ -476,13 +477,17 @@ def read_pairs_index(folder: Path, fingerprint: Mapping[str, Any] | None = None)
     """The same of pairs, compared with what they are expected to depend on.
 
     Raises:
-        CacheError: as for :func:`read_index`, or a cache of other settings.
+        CacheError: as for :func:`read_index`, or a cache of other settings. One that is not finished may take another
+            ``data.max_pairs``, on which no pair's content depends.
     """
     index = read_index(folder)
     if index is None:
         return None
     if fingerprint is not None:
-        check_fingerprint(folder, index["fingerprint"], fingerprint)
+        found = index["fingerprint"]
+        if not index["complete"] and MAX_PAIRS in fingerprint:
+            found = found | {MAX_PAIRS: fingerprint[MAX_PAIRS]}
+        check_fingerprint(folder, found, fingerprint)
     missing = sorted((_WHOLE if index["complete"] else {"path"}) - index.keys())
     if missing:
         raise DamagedError(f"{folder / INDEX}: not a whole index, {missing[0]!r} is missing; {_REMEDY}")

@@ -14,6 +14,7 @@ from sipo.data.cache import (
     FORMAT,
     INDEX,
     LATENTS,
+    MAX_PAIRS,
     TEXT,
     CacheError,
     DamagedError,
@@ -53,7 +54,7 @@ class Existing:
 
     Attributes:
         finished: whether the cache was, when it was opened.
-        source: digest of what the content depends on beside the pairs.
+        source: digest of what a shard's content depends on beside its pairs.
         changes: the first change in each shard that no longer agrees with the source.
         absent: how many shards of latents have none of their files any more.
         begun: whether the index says that the cache is being written.
@@ -84,7 +85,7 @@ class Existing:
         self.check_hashes = check_hashes
         self.verify = verify
         self.refuse_changes = refuse_changes
-        self.source = digest(marks)
+        self.source = digest({key: value for key, value in marks.items() if key != MAX_PAIRS})
         self.path = settings.path if index is None else index["path"]  # of the pairs that are there
         self.finished = index is not None and index["complete"]
         self.known = {shard.name: shard for shard in _shards(index)} if index is not None and self.finished else {}
@@ -134,7 +135,8 @@ class Existing:
             self._compare(part, latents, pool)
         else:
             part.needs_latents = False
-        if part.needs_text and facts.get("source") == self.source and not self.changes:
+        same_source = part.needs_text and facts.get("source") == self.source
+        if same_source and not self.changes and not self._is_recut(facts["prompts"], part.new_keys):
             self._changed(f"{row_name(part.rows[0][0])} or one behind it: another prompt")  # of a pair that is left out
         if latents is not None and not part.needs_latents:
             stop_at_skipped([latents.facts], self.settings)
@@ -167,13 +169,16 @@ class Existing:
 
         if facts[ROWS_FACT] != part.rows:
             part.change = first_row_change(facts[ROWS_FACT], part.rows)
-            self._changed(part.change)
+            recut = self._is_recut(facts[ROWS_FACT], part.rows)
+            if not recut:
+                self._changed(part.change)
             if are_absent(facts[FILES_FACT], path_of, pool):  # encoded anew, every pair would be lost
                 raise CacheError(
                     f"{self.settings.path}: {part.change}, since {self.folder} was encoded, and none of the images or "
                     f"clips of {_rows(facts[ROWS_FACT])} is there to be encoded anew: expected these files, or the row "
                     "as it was"
                 )
+            part.change = "" if recut else part.change
             return
         found = compare_files(facts[FILES_FACT], path_of, pool, self.verify)
         if found.change:
@@ -204,6 +209,11 @@ class Existing:
                 raise
             return  # a read-only cache: new times are compared again the next time
         self.stale |= not found.absent
+
+    def _is_recut(self, before: list[Any], now: list[Any]) -> bool:
+        """Whether a shard of an unfinished cache has only more or fewer pairs, as the last under another max_pairs."""
+        common = min(len(before), len(now))
+        return not self.finished and self.path == self.settings.path and before[:common] == now[:common]
 
     def _changed(self, change: str) -> None:
         """Records a change for the report, or refuses it."""
