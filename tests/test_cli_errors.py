@@ -18,7 +18,7 @@ import safetensors
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from sipo import cli, cli_data, cli_errors
+from sipo import cli, cli_errors
 from sipo.config import Config, DataConfig, ModelConfig
 from sipo.data.cache import CacheError
 from sipo.families import base, tuning
@@ -232,10 +232,6 @@ def test_a_process_whose_output_nobody_reads_ends_quietly() -> None:
     assert process.stderr.read() == ""
     assert process.wait(60) == 141
     process.stderr.close()
-
-
-def test_commands_take_their_errors_from_one_place() -> None:
-    assert cli_data.one_line_errors is cli_errors.one_line_errors
 
 
 # ---- Paths ----
