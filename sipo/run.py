@@ -283,13 +283,18 @@ def _open_source(run: Run, ask: bool) -> tuple[PairReader | None, str]:
         run: of :func:`open_run`.
         ask: whether they must be able to say that they have not changed, as a hub that is out of reach is not.
     """
-    data, reader, missing = run.config.data, None, ""
-    try:
-        reader = open_pairs(run.data_path, data.format, data.split, data.streaming)
-        if ask:
-            getattr(reader, "state", str)()
-    except DataError as error:
-        missing = str(error)
+    data = run.config.data
+
+    def look() -> tuple[PairReader | None, str]:
+        try:
+            reader = open_pairs(run.data_path, data.format, data.split, data.streaming)
+            if ask:
+                getattr(reader, "state", str)()
+        except DataError as error:
+            return None, str(error)
+        return reader, ""
+
+    reader, missing = everywhere(run.accelerator, look)
     missing = next(filter(None, gathered(run.accelerator, missing)), "")
     return (None, missing) if missing else (reader, "")
 
@@ -323,7 +328,7 @@ def _references(run: Run, cache: Cache, repair: bool, refuse_changes: bool, prog
         return None
 
     found = None if repair else everywhere(accelerator, there)
-    if found is not None and all(gathered(accelerator, found is not None)):
+    if all(gathered(accelerator, found is not None)) and found is not None:
         return found
     with locked(run.cache, f"data.cache={str(run.cache)!r}", accelerator=accelerator):
         network = round_whole(frozen_reference(run), accelerator).to(accelerator.device)

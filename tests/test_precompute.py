@@ -352,7 +352,7 @@ def test_sizes_are_checked_before_anything_is_read(tmp_path: Path) -> None:
         build(tmp_path / "none", pipeline=pipeline, sizes=[(16, 24), (20, 24)])
     with pytest.raises(ValueError, match=r"data\.shard_pairs=0: expected at least 1"):
         build(tmp_path / "none", pipeline=pipeline, shard_pairs=0)
-    assert pipeline.encoded == 0 and not (tmp_path / "none").exists()
+    assert pipeline.encoded == 0 and not [*(tmp_path / "none").glob("*")]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -801,6 +801,9 @@ def test_another_run_is_not_disturbed(tmp_path: Path) -> None:
         assert len(open_cache(tmp_path)) == 12
         with pytest.raises(LockedError, match=r"^data\.cache='.*' is in use by "):
             build(tmp_path)
+        (tmp_path / "index.json").unlink()
+        with pytest.raises(LockedError), mock.patch.object(SmallFamily, "check_size", side_effect=AssertionError):
+            build(tmp_path)  # no encoder is loaded before
     finally:
         leave.set()
         holder.join()

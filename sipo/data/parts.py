@@ -125,9 +125,12 @@ def parts(reader: PairReader, settings: DataConfig, tally: Tally) -> Iterator[Pa
 
 
 def ahead(
-    pool: ThreadPoolExecutor, function: Callable[[_T], _R], items: Iterable[_T], depth: int
-) -> Generator[tuple[_T, _R], None, None]:
-    """``(item, function(item))`` in order; beside the result that was given last, ``depth`` are computed or waiting."""
+    pool: ThreadPoolExecutor, function: Callable[[_T], _R], items: Iterable[_T | None], depth: int
+) -> Generator[tuple[_T, _R] | None, None, None]:
+    """``(item, function(item))`` in order; beside the result that was given last, ``depth`` are computed or waiting.
+
+    ``None`` among the items is passed on at once: it comes before the results of earlier items that are waiting.
+    """
     waiting: deque[tuple[_T, Future[_R]]] = deque()
 
     def first() -> tuple[_T, _R]:  # no variable of the generator holds a result until the next is asked for
@@ -136,6 +139,9 @@ def ahead(
 
     try:
         for item in items:
+            if item is None:
+                yield None
+                continue
             waiting.append((item, pool.submit(function, item)))
             if len(waiting) > depth:
                 yield first()

@@ -190,16 +190,17 @@ def precompute_pairs(
                 on_cost(run.cost(reader))
 
     run, unchanged = everywhere(accelerator, look)
-    if unchanged is not None and all(gathered(accelerator, unchanged is not None)):
+    if all(gathered(accelerator, unchanged is not None)) and unchanged is not None:
         return unchanged
-    everywhere(accelerator, lambda: run.existing.finished or run.pipeline())  # sizes are checked before all else
     # A finished cache that nobody can write to may still be compared, and is then found to be as it was.
     writable = from_main(accelerator, lambda: not folder.exists() or os.access(folder, os.W_OK))
     what = f"data.cache={str(folder)!r}"
     with locked(folder, what, accelerator=accelerator) if writable else contextlib.nullcontext():
         run, unchanged = everywhere(accelerator, look)  # again: another run may have been at work meanwhile
-        if unchanged is not None and all(gathered(accelerator, unchanged is not None)):
+        if all(gathered(accelerator, unchanged is not None)) and unchanged is not None:
             return unchanged
+        # Sizes are checked before anything is written, and no encoder is loaded where another run has the folder.
+        everywhere(accelerator, lambda: run.existing.finished or run.pipeline())
         everywhere(accelerator, begin)
         in_rounds(accelerator, run.encode_parts(reader, rank, world, progress))
         on_main(accelerator, run.finish)
@@ -324,13 +325,15 @@ class _Run:
         with bar, ThreadPoolExecutor(workers, "decode") as pool:
             todo = self._todo(reader, rank, world, pool, bar)
             with closing(ahead(pool, self._prepare, todo, self._queue_length(workers))) as pairs:
-                for (part, record), decoded in pairs:
-                    if record is None or decoded is None:
-                        self._flush(part)
-                    else:
-                        self._encode(part, record, decoded)
-                        bar.update()
-                    del decoded  # before the next is waited for
+                for pair in pairs:
+                    if pair is not None:
+                        (part, record), decoded = pair
+                        if record is None or decoded is None:
+                            yield from self._flush(part)
+                        else:
+                            self._encode(part, record, decoded)
+                            bar.update()
+                        del pair, decoded  # before the next is waited for
                     yield
         if rank == 0:
             self.existing.find_gone(self.tally.parts)
@@ -395,12 +398,17 @@ class _Run:
 
     def _todo(
         self, reader: PairReader, rank: int, world: int, pool: ThreadPoolExecutor, bar: Any
-    ) -> Iterator[tuple[Part, PairRecord | None]]:
-        """The records to encode, each with its part, and ``None`` after the last of a part."""
+    ) -> Iterator[tuple[Part, PairRecord | None] | None]:
+        """The records to encode, each with its part and ``None`` after the last of a part.
+
+        And nothing after each part that was read or compared, which may take long of itself.
+        """
         for part in parts(reader, self.settings, self.tally):
             if part.number % world != rank:
+                yield None
                 continue
             self.existing.look(part, pool)
+            yield None
             if not part.needs_latents:
                 self.kept += 1
                 bar.update(len(part.records))
@@ -460,7 +468,7 @@ class _Run:
             raise stop(row, kind, reason, part.change)
         part.skipped.append((row, kind, reason))
 
-    def _flush(self, part: Part) -> None:
+    def _flush(self, part: Part) -> Generator[None, None, None]:
         """Writes what a part lacks."""
         if part.needs_text:
             conditions: dict[str, Condition] = {}
@@ -468,6 +476,7 @@ class _Run:
                 prompts = part.prompts[start : start + TEXT_BATCH]
                 encoded = self.family.encode_text(self.pipeline(), prompts)
                 conditions.update(zip(map(text_key, prompts), encoded, strict=True))
+                yield
             facts = {"source": self.existing.source, "prompts": list(conditions)}
             self._write_text(shard_name(TEXT, part.number), conditions, facts)
             self.texts += 1
