@@ -5,12 +5,15 @@ Nothing here imports anything of sipo, so that every part of it can use this.
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
 import stat
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +23,10 @@ from torch import Tensor
 
 _ASIDE, _OLD = ".tmp", "old"
 _LETTERS = 50  # of a name, which may have 255 bytes in all, and a letter four of them
+_count = itertools.count()  # of places aside: threads may write one name, or names that begin alike
+
+_REFUSED = (errno.EPERM, errno.EACCES, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF)
+"""How file systems without modes, or without folders that can be synced (SMB, FUSE), answer."""
 
 
 class FileError(ValueError):
@@ -29,7 +36,7 @@ class FileError(ValueError):
 def expand(path: str) -> str:
     """A path with ``~`` and environment variables (``$NAME``, ``${NAME}``) filled in, as a shell does.
 
-    What exists as it is written stays so, and a ``$`` without a name as well.
+    A path that exists as written is left unchanged, as is a ``$`` with no name after it.
 
     Raises:
         ValueError: a variable that is not set, or no such user.
@@ -52,10 +59,10 @@ def expand(path: str) -> str:
 
 
 def check_regular(path: Path) -> os.stat_result:
-    """Refuses what is no regular file: opening a FIFO would wait for ever, and a device may have no end.
+    """Refuses anything but a regular file: opening a FIFO would wait for ever, and a device may have no end.
 
     Raises:
-        FileNotFoundError: nothing there.
+        FileNotFoundError: it does not exist.
         FileError: a folder, FIFO, socket or device.
     """
     found = path.stat()
@@ -69,7 +76,7 @@ def read_bytes(path: Path) -> bytes:
     """A regular file's content.
 
     Raises:
-        FileNotFoundError: nothing there.
+        FileNotFoundError: it does not exist.
         FileError: it cannot be read.
     """
     try:
@@ -131,7 +138,7 @@ def aside(path: Path, *, durable: bool = False) -> Iterator[Path]:
     Raises:
         OSError: it cannot be written; names ``path``.
     """
-    folder = path.with_name(f".{path.name[:_LETTERS]}.{os.getpid()}{_ASIDE}")
+    folder = path.with_name(f".{path.name[:_LETTERS]}.{next(_count)}.{os.getpid()}{_ASIDE}")
     _clear(folder)  # of a killed process that had this one's number
     try:
         folder.mkdir()
@@ -140,7 +147,7 @@ def aside(path: Path, *, durable: bool = False) -> Iterator[Path]:
         mode = default_mode(folder)
         for file in [place] if place.is_file() else sorted(place.rglob("*")):
             if file.is_file() and not file.is_symlink():
-                os.chmod(file, mode)
+                _set_mode(file, mode)
         if durable:
             sync_all(place)
         if place.is_dir() and path.is_dir():  # a folder cannot be renamed over another
@@ -151,7 +158,8 @@ def aside(path: Path, *, durable: bool = False) -> Iterator[Path]:
             sync(path.parent)
     except OSError as error:
         inner = error.filename is None or str(error.filename).startswith(str(folder))
-        if error.errno is not None and inner:  # of a full disk, Python says no file, and others this one's place aside
+        # On a full disk Python names no file; other errors name the temporary path.
+        if error.errno is not None and inner:
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     except Exception as error:
@@ -208,7 +216,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, on the CPU.
 
     Raises:
-        FileNotFoundError: nothing there.
+        FileNotFoundError: it does not exist.
         FileError: no safetensors file, or a damaged one.
     """
     from safetensors import SafetensorError
@@ -261,7 +269,7 @@ def default_mode(folder: Path) -> int:
 
     The umask can only be asked for by setting it, which would race with other threads.
     """
-    probe = folder / f".mode.{os.getpid()}"
+    probe = folder / f".mode.{os.getpid()}.{threading.get_ident()}"
     try:
         probe.touch()
         return stat.S_IMODE(probe.stat().st_mode)
@@ -270,12 +278,23 @@ def default_mode(folder: Path) -> int:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file's content, or the names in a folder, are on disk."""
-    handle = os.open(path, os.O_RDONLY)
+    """Waits until a file's content, or the names in a folder, are on disk.
+
+    Some file systems refuse this for folders, which is no error: there is nothing else to wait for.
+
+    Raises:
+        OSError: it cannot be written; names ``path``.
+    """
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if error.errno in _REFUSED and path.is_dir():
+            return
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def sync_all(path: Path) -> None:
@@ -292,6 +311,17 @@ def remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def _set_mode(file: Path, mode: int) -> None:
+    """Sets a file's mode where it is another, and the file system has modes."""
+    if stat.S_IMODE(file.stat().st_mode) == mode:
+        return
+    try:
+        os.chmod(file, mode)
+    except OSError as error:
+        if error.errno not in _REFUSED:
+            raise
 
 
 def _clear(folder: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import stat
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +129,9 @@ def test_leftovers_of_killed_processes_are_removed_and_no_others(tmp_path: Path)
     with files.aside(tmp_path / "network") as place:
         folder_of_two(place)
     dead = [_killed(write), _killed(replace)]
-    assert names(tmp_path) == sorted([f".weights.safetensors.{dead[0]}.tmp", f".network.{dead[1]}.tmp"])
+    beginnings = [name.rpartition(".tmp")[0] for name in names(tmp_path)]
+    left = sorted((name.rsplit(".", 2)[0], int(name.rsplit(".", 1)[1])) for name in beginnings)
+    assert left == [(".network", dead[1]), (".weights.safetensors", dead[0])]
     (tmp_path / f".other.{os.getppid()}.tmp").mkdir()  # of a process that runs
     (tmp_path / ".mine.tmp").touch()
     files.remove_leftovers(tmp_path)
@@ -155,6 +160,65 @@ def test_durable_files_are_on_disk_before_they_get_their_name(tmp_path: Path, mo
     done.clear()
     files.write_aside(tmp_path / "a.json", "{}")
     assert done == ["rename"]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM])
+def test_file_systems_without_modes_and_without_syncing_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """SMB and FUSE: what they refuse is left out."""
+    synced, fsync = [], os.fsync
+
+    def sync(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(number, os.strerror(number))
+        synced.append(handle)
+        fsync(handle)
+
+    def chmod(*args: Any, **options: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "chmod", chmod)
+    with files.aside(tmp_path / "network", durable=True) as place:
+        place.mkdir()
+        (place / "a").touch(0o600)
+    assert names(tmp_path / "network") == ["a"] and len(synced) == 1
+
+
+def test_a_file_that_cannot_be_synced_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def sync(handle: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    (tmp_path / "a").touch()
+    monkeypatch.setattr(os, "fsync", sync)
+    for path in (tmp_path, tmp_path / "a"):
+        with pytest.raises(OSError, match="Input/output error") as caught:
+            files.sync(path)
+        assert caught.value.filename == str(path)
+
+
+def test_a_mode_that_is_right_is_not_set_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(os, "chmod", lambda *args: calls.append(args))
+    files.write_aside(tmp_path / "a", "x")
+    assert calls == []
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_threads_may_write_one_name_and_names_that_begin_alike(tmp_path: Path, same: bool) -> None:
+    ready = threading.Barrier(2)
+
+    def write(end: str) -> None:
+        with files.aside(tmp_path / ("a" * 60 + end)) as place:
+            ready.wait(20)
+            place.write_text(end)
+            ready.wait(20)
+
+    with ThreadPoolExecutor(2) as pool:
+        for future in [pool.submit(write, "1" if same else end) for end in ("1", "2")]:
+            future.result(60)
+    assert names(tmp_path) == ["a" * 60 + end for end in ("1" if same else "12")]
 
 
 def test_metadata_are_in_order_and_tensors_as_they_were(tmp_path: Path) -> None:
