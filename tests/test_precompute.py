@@ -782,8 +782,9 @@ def test_what_a_run_will_not_see_of_a_cache_is_said() -> None:
     )
 
 
-def test_another_run_is_not_disturbed(tmp_path: Path) -> None:
+def test_another_run_is_not_disturbed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One writes at a time; a finished cache is read by any number."""
+    from sipo.data.precompute import _Run
     from sipo.locks import LockedError, locked
 
     build(tmp_path)
@@ -801,9 +802,11 @@ def test_another_run_is_not_disturbed(tmp_path: Path) -> None:
         assert len(open_cache(tmp_path)) == 12
         with pytest.raises(LockedError, match=r"^data\.cache='.*' is in use by "):
             build(tmp_path)
-        (tmp_path / "index.json").unlink()
-        with pytest.raises(LockedError), mock.patch.object(SmallFamily, "check_size", side_effect=AssertionError):
-            build(tmp_path)  # no encoder is loaded before
+        (tmp_path / "index.json").unlink()  # not finished
+        monkeypatch.setattr(_Run, "pipeline", lambda run: pytest.fail("encoders are loaded"))
+        with pytest.raises(LockedError):
+            build(tmp_path)
+        monkeypatch.undo()
     finally:
         leave.set()
         holder.join()
