@@ -20,7 +20,7 @@ from sipo.files import write_aside
 from sipo.locks import locked
 from sipo.looks import Look
 from sipo.loss import SIPOLoss
-from sipo.processes import on_main
+from sipo.processes import from_main, on_main
 from sipo.run import Run, build, datasets, make_loss, open_run, prepare_data
 from sipo.training import TrainingConfig, TrainingResult, gather_weights, is_sharded, make_accelerator, train
 from sipo.training import storage as checkpoints
@@ -75,7 +75,7 @@ def run_training(config: Config, *, resume: bool = False, accelerator: Accelerat
 
 def _run_training(config: Config, resume: bool, accelerator: Accelerator) -> Trained:
     training = config.training
-    there = _check_folder(training, resume)
+    there = from_main(accelerator, lambda: _check_folder(training, resume))
     run = open_run(config, accelerator)
     check_run(run, "train", resume=there)
     loss_fn = make_loss(run)

@@ -9,10 +9,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,10 +24,13 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import nn
 
+import sipo.train
 from sipo import NoiseSchedule, SIPOLoss
-from sipo.training import CheckpointError, TrainingWarning, storage, timesteps
+from sipo.processes import OtherProcessError
+from sipo.training import CheckpointError, TrainingWarning, loop, storage, timesteps, train
 from sipo.training.logs import read_lines
-from tests.training_cases import Pairs, fit, fresh_accelerate, loss, networks, same, untimed
+from tests.small_family import in_processes, outcomes_in_processes
+from tests.training_cases import Pairs, fit, fresh_accelerate, loss, networks, predict, same, settings, untimed
 
 __all__ = ["fresh_accelerate"]  # a fixture that every test here runs in
 
@@ -357,6 +362,61 @@ def test_an_absent_checkpoint_and_a_used_folder_are_refused(tmp_path: Path) -> N
     fit(tmp_path, checkpoint_every=4)
     with pytest.raises(ValueError, match="holds another run's checkpoints, expected resume_from"):
         fit(tmp_path)
+
+
+def test_the_main_process_says_what_a_folder_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a network folder another process may still see what was removed, or not yet see what was written."""
+    fit(tmp_path / "there", checkpoint_every=4)
+    sound, me = tmp_path / "there" / "checkpoints", threading.local()
+    listed = storage.found
+
+    def ranked(function: Callable[..., Any]) -> Callable[[Any], Any]:
+        def call(accelerator: Any) -> Any:
+            me.rank = accelerator.process_index
+            return function(accelerator)
+
+        return call
+
+    # The second process lacks what is there, and has what is not.
+    monkeypatch.setattr(storage, "found", lambda root: listed(root) if me.rank == 0 else [])
+    chosen = in_processes(2, ranked(lambda one: storage.choose("latest", sound, one)))
+    assert chosen == [sound / "step-00000004"] * 2
+
+    class Reached(Exception):  # noqa: N818
+        pass
+
+    def reached(*args: Any, **options: Any) -> Any:
+        raise Reached(str(options.get("resume")))
+
+    def start(accelerator: Any) -> None:
+        policy, reference = networks()
+        train(policy, reference, loss(), Pairs(), predict, settings(tmp_path), accelerator=accelerator)
+
+    monkeypatch.setattr(loop, "check_setup", lambda *_: None)
+    monkeypatch.setattr(loop, "PairForward", reached)
+    monkeypatch.setattr(loop.checkpoint, "found", lambda root: [] if me.rank == 0 else [root / "step-00000001"])
+    assert [type(outcome) for outcome in outcomes_in_processes(2, ranked(start))] == [Reached, Reached]
+
+    monkeypatch.setattr(sipo.train, "_check_folder", lambda *_: me.rank == 0)
+    monkeypatch.setattr(sipo.train, "open_run", lambda *_: None)
+    monkeypatch.setattr(sipo.train, "check_run", reached)
+    config = SimpleNamespace(training=settings(tmp_path))
+    run = ranked(lambda one: sipo.train.run_training(config, accelerator=one))  # type: ignore[arg-type]
+    assert [str(outcome) for outcome in outcomes_in_processes(2, run)] == ["True", "True"]
+
+
+def test_leftovers_that_cannot_be_removed_end_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(folder: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    def start(accelerator: Any) -> None:
+        policy, reference = networks()
+        train(policy, reference, loss(), Pairs(), predict, settings(tmp_path), accelerator=accelerator)
+
+    monkeypatch.setattr(loop, "check_setup", lambda *_: None)
+    monkeypatch.setattr(loop.storage, "clear", broken)
+    outcomes = outcomes_in_processes(2, start)
+    assert [type(outcome) for outcome in outcomes] == [PermissionError, OtherProcessError]
 
 
 WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from sipo.diagnostics import AlarmWatch, TimestepStatistics
 from sipo.locks import locked
 from sipo.loss import SIPOLoss
-from sipo.processes import from_main
+from sipo.processes import from_main, on_main
 from sipo.progress import say
 from sipo.training import checkpoint, storage
 from sipo.training.config import (
@@ -143,9 +143,9 @@ def train(
         accelerator = make_accelerator(config)
     check_setup(policy, reference, dataset, config, accelerator, resume_from)
     with locked(config.folder, f"training.output_dir={str(config.output_dir)!r}", accelerator=accelerator):
-        if accelerator.is_main_process:
-            storage.clear(config.folder)
-        if resume_from is None and checkpoint.found(config.checkpoints):
+        on_main(accelerator, lambda: storage.clear(config.folder))
+        # The main process says: on a network folder others may still see what it has removed.
+        if resume_from is None and from_main(accelerator, lambda: checkpoint.found(config.checkpoints)):
             raise ValueError(
                 f"{config.checkpoints} holds another run's checkpoints, expected resume_from or a new folder"
             )

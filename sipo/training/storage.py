@@ -147,13 +147,13 @@ def choose(source: str | Path, root: Path, accelerator: Any) -> Path:
     Warns:
         TrainingWarning: "latest" passed a damaged one over.
     """
-    candidates = found(root)[::-1] if source == LATEST else [Path(source)]
-    if not candidates:
-        raise CheckpointError(f"resume_from={LATEST!r}: no checkpoint in {root}, expected a folder step-NNNNNNNN")
-    if source != LATEST and not (candidates[0] / STATE).is_file():
-        raise CheckpointError(f"resume_from={str(source)!r}: no checkpoint there, expected a folder with {STATE}")
 
     def look() -> tuple[Path, list[str]]:
+        candidates = found(root)[::-1] if source == LATEST else [Path(source)]
+        if not candidates:
+            raise CheckpointError(f"resume_from={LATEST!r}: no checkpoint in {root}, expected a folder step-NNNNNNNN")
+        if source != LATEST and not (candidates[0] / STATE).is_file():
+            raise CheckpointError(f"resume_from={str(source)!r}: no checkpoint there, expected a folder with {STATE}")
         faults: list[str] = []
         for folder in candidates:
             fault = damage(folder)
