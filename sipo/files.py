@@ -170,6 +170,30 @@ def aside(path: Path, *, durable: bool = False) -> Iterator[Path]:
         _clear(folder)
 
 
+def check_output(path: Path, begins: str, what: str) -> None:
+    """Makes the folder of a file that :func:`write_aside` is to write after long work.
+
+    Args:
+        path: the file.
+        begins: regular expression of how an earlier output of the same kind begins; that is replaced, and no other
+            file.
+        what: the kind, for the message.
+
+    Raises:
+        OSError: no file can be written there, or one of another kind would be lost.
+        FileError: a FIFO, a socket or a device is there.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: is a folder, expected a file to write")
+    if path.exists() and check_regular(path).st_size:  # a FIFO or a device would be replaced by a file
+        with path.open("rb") as file:
+            if not re.match(begins.encode(), file.read(1 << 20)):
+                raise FileExistsError(f"{path}: is there already and not {what}, expected a new file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"{path}: its folder may not be written to")
+
+
 def write_aside(path: Path, content: str | bytes, *, durable: bool = False) -> None:
     """Writes a file aside and renames it (:func:`aside`), so that nobody ever reads half of it.
 

@@ -105,6 +105,9 @@ def test_exit_code_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     with pytest.raises(FileExistsError, match="is there already and not a report of `sipo data check`, expected a new"):
         run_check(path, json_file=path, progress=False)
     assert path.read_bytes() == kept
+    (tmp_path / "config.json").write_text('{\n "a": 1\n}\n')
+    with pytest.raises(FileExistsError, match=r"config\.json: is there already and not a report"):
+        run_check(path, json_file=tmp_path / "config.json", progress=False)
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(FileError, match=r"fifo: is a FIFO, expected a file$"):
         run_check(path, json_file=tmp_path / "fifo", progress=False)

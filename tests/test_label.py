@@ -163,11 +163,12 @@ def test_bad_rows_stop_or_are_skipped_and_told(tmp_path: Path) -> None:
     lines += ["{", {"prompt": "a", "candidates": ["one.png"]}, {"prompt": " ", "candidates": ["a", "b"]}]
     write_lines(source, lines)
     output = tmp_path / "pairs.jsonl"
-    output.write_text("before")
+    before = '{"prompt": "a", "chosen": "a.png", "rejected": "b.png", "chosen_score": 1.0, "rejected_score": 0.0}\n'
+    output.write_text(before)
     told = r"\(rows count from 1; skip_bad=True leaves such rows out\)"
     with pytest.raises(DataError, match=rf"^row 2: [^\n]*none\.png: no such file {told}$"):
         label(source, output, level, batch_size=2)
-    assert output.read_text() == "before"
+    assert output.read_text() == before
     for batch_size in (1, 2, 4, 50):
         summary = label(source, output, level, batch_size=batch_size, skip_bad=True)
         assert scores(output) == [(0, 2.0, 1.0), (2, 6.0, 5.0)]
@@ -234,11 +235,24 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_scored(t
 
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "fifo")
-    for name, what in (("folder", "a folder"), ("fifo", "a FIFO")):
-        with pytest.raises(FileError, match=f"{name}: is {what}, expected a file"):
+    (tmp_path / "link.jsonl").symlink_to(source)
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "other.jsonl").write_text('{"prompt": "a", "candidates": ["a.png", "b.png"]}\n')
+    new = "and not pairs of `sipo label`, expected a new file"
+    refused = {
+        "folder": "is a folder, expected a file",
+        "fifo": "is a FIFO, expected a file",
+        source.name: "is the source, expected a new file",
+        "link.jsonl": "is the source, expected a new file",
+        "notes.txt": f"is there already {new}",
+        "other.jsonl": f"is there already {new}",
+    }
+    for name, what in refused.items():
+        with pytest.raises((OSError, FileError), match=f"^{tmp_path / name}: {what}"):
             label(source, tmp_path / name, never)
-        with pytest.raises(FileError, match=f"{name}: is {what}, expected a file"):
+        with pytest.raises((OSError, FileError), match=f"^{tmp_path / name}: {what}"):
             run_label(source, tmp_path / name, clip="no/model")
+    assert (tmp_path / "link.jsonl").is_symlink() and (tmp_path / "notes.txt").read_text() == "mine"
     with pytest.raises(DataError, match="none: No such file or directory, expected a file"):
         run_label(tmp_path / "none", tmp_path / "pairs.jsonl", clip="no/model")
 

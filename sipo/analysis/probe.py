@@ -24,11 +24,10 @@ from sipo.checks import check_run
 from sipo.config import Config
 from sipo.diagnostics import NoiseBins, TimestepStatistics
 from sipo.families.base import evaluating
-from sipo.files import write_aside
+from sipo.files import check_output, write_aside
 from sipo.run import Run, build, datasets, loss_beta, make_loss, open_run, prepare_data
 from sipo.training.data import step_timesteps
 from sipo.training.forward import PairForward
-from sipo.training.logs import check_output
 
 BEFORE = "before.html"
 """The page, beside ``report.html`` of the run."""

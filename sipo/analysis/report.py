@@ -17,9 +17,9 @@ from sipo.analysis.samples import sample_pictures
 from sipo.analysis.settings import in_force, loss_numbers, read_settings
 from sipo.analysis.verdicts import Finding, judge
 from sipo.diagnostics import MEANS, merge, over_bins, read_statistics
-from sipo.files import write_aside
+from sipo.files import check_output, write_aside
 from sipo.run_log import metrics_fault, read_log
-from sipo.training.logs import check_output, pluck
+from sipo.training.logs import pluck
 from sipo.training.validation import no_preference
 
 REPORT = "report.html"

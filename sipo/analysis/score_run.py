@@ -18,11 +18,10 @@ from sipo.data.pairs import CachedPairs
 from sipo.data.readers import open_pairs
 from sipo.data.records import DataError
 from sipo.families.tuning import load_saved
-from sipo.files import FileError, read_object, write_aside
+from sipo.files import FileError, check_output, read_object, write_aside
 from sipo.run import Run, build, datasets, loss_beta, make_loss, open_run, prepare_data
 from sipo.train import TRAINED_ON, WEIGHTS, trained_on
 from sipo.training.checkpoint import is_weights, weights_change
-from sipo.training.logs import check_output
 from sipo.verify import SUMS, check_weights
 
 _KINDS = {
@@ -94,7 +93,7 @@ def score_run(
     output = place / "scores.jsonl" if output is None else output
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder, expected the weights of a run; --weights names another")
-    check_output(output, '{"index": ', "scores of `sipo score`")
+    check_output(output, r'\{"index": ', "scores of `sipo score`")
     hashed = check_weights(folder)
     run = open_run(with_network(config))
     loss_fn = make_loss(run)

@@ -303,14 +303,13 @@ def run_check(
         OSError: a ``json_file`` that is something else.
         ValueError: ``frames``, ``fps``, ``limit``, ``max_pixels`` or ``rows`` make no sense.
     """
-    from sipo.files import write_aside
-    from sipo.training.logs import check_output
+    from sipo.files import check_output, write_aside
 
     _check_options(frames, fps, limit, max_pixels)
     if rows < 0:
         raise ValueError(f"rows={rows}: expected at least 0")
     if json_file is not None:
-        check_output(Path(json_file), "{\n", "a report of `sipo data check`")
+        check_output(Path(json_file), r'\{\n "pairs": ', "a report of `sipo data check`")
     reader = open_pairs(path, format, split, streaming)
     what = {"frames": frames, "fps": fps, "sizes": sizes, "limit": limit, "max_pixels": max_pixels}
     report = check_pairs(reader, **what, progress=progress)  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ from sipo.data.readers import read_lines, write_jsonl
 from sipo.data.records import DataError, PairRecord, has_half, row_name, short
 from sipo.data.rows import check_file
 from sipo.data.scorers import AestheticScorer, ClipScorer, Scorer, ScorerError, load_function
-from sipo.files import check_regular
+from sipo.files import check_output
 from sipo.progress import track
 
 Choice = Literal["best-worst", "all"]
@@ -68,7 +68,7 @@ def label(
     Args:
         source: JSONL with ``prompt`` and ``candidates``, a list of two paths or more, in each line; or with ``prompt``,
             ``chosen`` and ``rejected``, which are scored anew. Paths are relative to the file. Further keys are kept.
-        output: the JSONL file to write.
+        output: the JSONL file to write. One of an earlier labelling is replaced, and no other file.
         scorer: see :mod:`sipo.data.scorers`.
         pairs: "best-worst": one pair for each prompt, of the highest score and the lowest. "all": each two candidates,
             the better one chosen.
@@ -82,7 +82,8 @@ def label(
 
     Raises:
         DataError: the source, or without ``skip_bad`` one of its rows, cannot be used.
-        FileError: an ``output`` that is no file.
+        FileError: a FIFO, a socket or a device as ``output``.
+        OSError: ``output`` cannot be written, or is the source or another file that would be lost.
         ScorerError: the scorer returned something else than finite numbers, one for each image.
     """
     if pairs not in ("best-worst", "all"):
@@ -93,7 +94,7 @@ def label(
         if value < 1:
             raise ValueError(f"{name}={value}: expected at least 1")
     check_request(None, None, max_pixels)
-    _check_output(Path(output))
+    _check_output(Path(source), Path(output))
     summary = LabelSummary()
 
     def skip(row: int, problem: str) -> None:
@@ -142,7 +143,7 @@ def run_label(
     if (clip is None) == (function is None):
         raise ValueError("expected a scorer: either --clip (with or without --aesthetic) or --function")
     check_file(Path(source))  # before a model is loaded
-    _check_output(Path(output))
+    _check_output(Path(source), Path(output))
     if function is not None:
         if aesthetic is not None:
             raise ValueError(f"--aesthetic {aesthetic}: expected --clip beside it, the model whose embeddings it rates")
@@ -168,13 +169,11 @@ def run_label(
     return 0
 
 
-def _check_output(path: Path) -> None:
+def _check_output(source: Path, output: Path) -> None:
     """Refuses now what could not be written in the end, when everything has been scored."""
-    if path.exists():
-        check_regular(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"{path}: its folder may not be written to")
+    if output.exists() and source.exists() and output.samefile(source):
+        raise FileExistsError(f"{output}: is the source, expected a new file")
+    check_output(output, r'\{"prompt": .*"chosen_score": ', "pairs of `sipo label`")
 
 
 # ---- Rows ----

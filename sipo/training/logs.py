@@ -292,27 +292,6 @@ def read_lines(path: Path, kind: str = "training") -> list[dict[str, Any]]:
     return [line for line in log.lines if line.get("kind", "training") == kind]
 
 
-def check_output(path: Path, begins: str, what: str) -> None:
-    """Makes the folder of a file that :func:`sipo.files.write_aside` is to write after long work.
-
-    Args:
-        path: the file.
-        begins: how an earlier output of the same kind begins; that is replaced, and no other file.
-        what: the kind, for the message.
-
-    Raises:
-        OSError: no file can be written there, or one of another kind would be lost.
-        FileError: a FIFO, a socket or a device is there.
-    """
-    if path.is_dir():
-        raise IsADirectoryError(f"{path}: is a folder, expected a file to write")
-    if path.exists() and check_regular(path).st_size:  # a FIFO or a device would be replaced by a file
-        with path.open("rb") as file:
-            if file.read(len(begins.encode())) != begins.encode():
-                raise FileExistsError(f"{path}: is there already and not {what}, expected a new file")
-    path.parent.mkdir(parents=True, exist_ok=True)
-
-
 def check_logs(config: TrainingConfig) -> list[Path]:
     """A run's logs that are there; nothing else may stand in their places, as a FIFO, which a run would wait for.
 
