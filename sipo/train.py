@@ -123,6 +123,7 @@ def trained_on(run: Run, cache: Cache) -> dict[str, Any]:
 
 def _check_folder(training: TrainingConfig, resume: bool) -> bool:
     """Whether the folder has checkpoints to go on from; a run in it that would be overwritten is refused."""
+    checkpoints.clear(training.folder)  # which may give a checkpoint its name back
     saved = checkpoints.found(training.checkpoints)
     log, weights = training.metrics_path, training.folder / WEIGHTS
     logged, finished = log in check_logs(training) and log.stat().st_size > 0, weights.exists()

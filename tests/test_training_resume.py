@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import nn
@@ -307,10 +308,47 @@ def test_what_killed_runs_have_left_is_gone_when_the_next_one_starts(tmp_path: P
     for left in (f".metrics.jsonl.{dead}.tmp", f"weights/.unet.{dead}.tmp", "checkpoints/.step-00000004.tmp"):
         (tmp_path / left).mkdir(parents=True)
         (tmp_path / left / "model.safetensors").touch()
-    (tmp_path / "checkpoints/.step-00000001.old").mkdir()
+    (tmp_path / "checkpoints/.step-00000002.old").mkdir()
     (tmp_path / ".lock").write_text("")  # as a process that was killed while it took the lock
     fit(tmp_path, steps=2, checkpoint_every=2, resume_from="latest")
     assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "weights"])
+
+
+@pytest.mark.parametrize("killed_at", [1, 2, 3])
+def test_a_run_killed_while_it_replaces_its_only_checkpoint_keeps_one(
+    killed_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, accelerator = tmp_path / "run" / "checkpoints", Accelerator(cpu=True)
+    options: dict[str, Any] = {"own": lambda folder: None, "keep": 1, "accelerator": accelerator}
+
+    def write(number: float) -> None:
+        shared = {"model.safetensors": {"a": torch.full((2,), number)}}
+        storage.write(root, 5, shared=shared, state={}, **options)
+
+    class Killed(BaseException):
+        pass
+
+    write(1.0)
+    calls = []
+    for name in ("replace", "remove"):
+        module = os if name == "replace" else storage
+
+        def step(*places: Any, real: Callable[..., Any] = getattr(module, name)) -> None:
+            if any(Path(place).parent == root for place in places):
+                calls.append(places)
+                if len(calls) == killed_at:
+                    raise Killed
+            real(*places)
+
+        monkeypatch.setattr(module, name, step)
+    with pytest.raises(Killed):
+        write(2.0)
+    monkeypatch.undo()
+    assert sipo.train._check_folder(settings(tmp_path / "run"), resume=True)
+    assert [path.name for path in root.iterdir()] == ["step-00000005"]
+    assert not storage.damage(root / "step-00000005")
+    held = load_file(root / "step-00000005" / "model.safetensors")["a"]
+    assert held.tolist() == [2.0, 2.0] if killed_at == 3 else [1.0, 1.0]
 
 
 @pytest.mark.parametrize(

@@ -72,10 +72,13 @@ def write(
         OSError: it cannot be written, for lack of room for instance; the former ones are as they were.
     """
     final = root / f"step-{step:08d}"
-    aside = root / f".{final.name}.tmp"
+    aside, former = root / f".{final.name}.tmp", root / f".{final.name}.old"
 
     def begin() -> None:
-        root.mkdir(parents=True, exist_ok=True)
+        if not root.is_dir():
+            root.mkdir(parents=True, exist_ok=True)
+            for parent in list(root.parents)[:2]:  # the names of the folder and of the run's, which may be as new
+                sync(parent)
         _clear(root)
         aside.mkdir()
 
@@ -91,10 +94,11 @@ def write(
         content = {"format": FORMAT, "step": step, "files": files, **state}
         write_aside(aside / STATE, json.dumps(content | {"sha256": _digest(content)}, indent=1))
         sync_all(aside)
-        if final.exists():
-            _discard(final)
+        if final.exists():  # one of the two keeps the name, or :func:`_clear` gives it back
+            os.replace(final, former)
         os.replace(aside, final)
         sync(root)
+        remove(former)
         # Later ones are there where this run began before the newest: they have had their turn.
         earlier = [path for path in found(root) if step_of(path) <= step]
         for old in earlier[:-keep] if keep else []:
@@ -107,7 +111,10 @@ def write(
 
 
 def clear(folder: Path) -> None:
-    """Removes what killed runs have left in a run's folder; for when no other run is writing there."""
+    """Removes what killed runs have left in a run's folder; for when no other run is writing there.
+
+    A checkpoint that was about to be replaced gets its name back.
+    """
     remove_leftovers(folder)
     for below in sorted(folder.glob("*/")):
         remove_leftovers(below)
@@ -116,7 +123,11 @@ def clear(folder: Path) -> None:
 
 def _clear(root: Path) -> None:
     for left in root.glob(".step-*"):
-        remove(left)
+        name = root / left.name.removeprefix(".").removesuffix(".old")
+        if left.suffix == ".old" and _NAME.fullmatch(name.name) and not name.exists():
+            os.replace(left, name)  # whole: the process was killed before another took its place
+        else:
+            remove(left)
 
 
 def found(root: Path) -> list[Path]:
@@ -226,7 +237,7 @@ def _shown(value: Any) -> str:
 
 def _discard(folder: Path) -> None:
     """Removes a checkpoint in such an order that no half of it keeps the name."""
-    aside = folder.with_name(f".{folder.name}.old")
+    aside = folder.with_name(f".{folder.name}.tmp")
     remove(aside)
     os.replace(folder, aside)
     remove(aside)
