@@ -197,7 +197,7 @@ class _Lock:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in _HELD:
-                raise LockedError(self._message(self._read())) from error
+                raise LockedError(self._message(self._settled())) from error
             if error.errno not in _NO_LOCKS:
                 raise
             return False
@@ -238,6 +238,13 @@ class _Lock:
             return os.path.samestat(os.fstat(self._file), os.stat(self._path))
         except FileNotFoundError:
             return False
+
+    def _settled(self) -> dict[str, Any]:
+        """What the file says of a holder that may be about to write it."""
+        end = time.monotonic() + 2 * _SETTLED  # it may first wait that long for another one
+        while not (holder := self._read()) and time.monotonic() < end:
+            time.sleep(0.05)
+        return holder
 
     def _read(self) -> dict[str, Any]:
         """What the file says, asked anew; unlocks the file."""

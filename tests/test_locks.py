@@ -71,6 +71,19 @@ def test_a_second_process_is_told_who_holds_it(tmp_path: Path) -> None:
         assert there(tmp_path) == held
 
 
+def test_a_second_process_waits_until_it_is_told_who_holds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The holder has locked the file and not yet written to it, for two processes that start at once."""
+    with holder(tmp_path) as pid:
+        content = (tmp_path / LOCK).read_bytes()
+        (tmp_path / LOCK).write_bytes(b"")
+        monkeypatch.setattr(locks.time, "sleep", lambda seconds: (tmp_path / LOCK).write_bytes(content))
+        assert f"by process {pid} since " in refused(tmp_path)
+        monkeypatch.setattr(locks, "_SETTLED", 0.02)
+        (tmp_path / LOCK).write_bytes(b"")
+        monkeypatch.setattr(locks.time, "sleep", lambda seconds: None)
+        assert " by another process: " in refused(tmp_path)
+
+
 def test_a_killed_holders_lock_is_taken_over_at_once(tmp_path: Path) -> None:
     with holder(tmp_path):
         pass

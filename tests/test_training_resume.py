@@ -28,7 +28,7 @@ from torch import nn
 import sipo.train
 from sipo import NoiseSchedule, SIPOLoss
 from sipo.processes import OtherProcessError
-from sipo.training import CheckpointError, TrainingWarning, loop, storage, timesteps, train
+from sipo.training import CheckpointError, TrainingWarning, checkpoint, loop, storage, timesteps, train
 from sipo.training.logs import read_lines
 from tests.small_family import in_processes, outcomes_in_processes
 from tests.training_cases import Pairs, fit, fresh_accelerate, loss, networks, predict, same, settings, untimed
@@ -154,6 +154,7 @@ def test_a_checkpoint_is_on_disk_before_it_gets_its_name(tmp_path: Path, monkeyp
     files = [path.name for path in (tmp_path / "checkpoints/step-00000002").iterdir()]
     last_written = max(done.index(f"-> {name}") for name in files)
     assert sorted(done[last_written + 1 : place]) == sorted([*files, ".step-00000002.tmp"])
+    assert {tmp_path.name, tmp_path.parent.name} <= {*done[:place]}  # the folder's own name, and the run's
     assert done[place - 1] == ".step-00000002.tmp" and done[place + 1] == "checkpoints"
 
 
@@ -332,8 +333,9 @@ def test_a_run_killed_while_it_replaces_its_only_checkpoint_keeps_one(
     calls = []
     for name in ("replace", "remove"):
         module = os if name == "replace" else storage
+        original = getattr(module, name)
 
-        def step(*places: Any, real: Callable[..., Any] = getattr(module, name)) -> None:
+        def step(*places: Any, real: Callable[..., Any] = original) -> None:
             if any(Path(place).parent == root for place in places):
                 calls.append(places)
                 if len(calls) == killed_at:
@@ -455,6 +457,25 @@ def test_leftovers_that_cannot_be_removed_end_all_processes(tmp_path: Path, monk
     monkeypatch.setattr(loop.storage, "clear", broken)
     outcomes = outcomes_in_processes(2, start)
     assert [type(outcome) for outcome in outcomes] == [PermissionError, OtherProcessError]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.distributed.DistBackendError("NCCL error, remote process exited"),
+        RuntimeError("[/a/gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]:7"),
+        MemoryError("no room"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        torch.OutOfMemoryError("out of memory"),
+        OSError(5, "Input/output error", "model.safetensors"),
+        PermissionError(13, "Permission denied", "model.safetensors"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_is_no_fault_of_a_checkpoint_is_not_said_of_it(error: Exception) -> None:
+    with pytest.raises(type(error)) as caught, checkpoint.reading(Path("step-00000001")):
+        raise error
+    assert caught.value is error
 
 
 WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
