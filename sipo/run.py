@@ -45,6 +45,7 @@ from sipo.files import aside, remove_leftovers
 from sipo.locks import locked
 from sipo.loss import SIPOLoss
 from sipo.processes import everywhere, from_main, gathered, on_main
+from sipo.progress import say
 from sipo.schedule import DEFAULT_INFERENCE_STEPS, NoiseSchedule
 from sipo.training import AdapterOff, Reference, TrainingWarning, make_accelerator
 from sipo.training.protocols import PairDataset
@@ -253,7 +254,7 @@ def prepare_data(
         said.append(f"{number} of {number + len(cache)} pairs cannot be used and are left out: {reasons}")
     if accelerator.is_main_process:
         for line in said:
-            print(f"{run.cache}: {line}", flush=True)
+            say(f"{run.cache}: {line}")
     references = None
     if config.data.reference_errors:
         references = _references(run, cache, repair, refuse_changes, progress)
@@ -261,7 +262,7 @@ def prepare_data(
 
 
 def _say_cost(run: Run, cost: Cost) -> None:
-    """Prints what encoding costs and what of it training will not see; refuses what the disk has no room for."""
+    """Says what encoding costs and what of it training will not use; refuses what the disk has no room for."""
     data, training = run.config.data, run.config.training
     free = shutil.disk_usage(run.cache).free
     draws = data.draws if data.reference_errors else 0
@@ -269,11 +270,11 @@ def _say_cost(run: Run, cost: Cost) -> None:
         cost.check(free)
     except ValueError as error:
         raise CacheError(f"{run.cache}: {error}") from error
-    print(f"{run.cache}: {cost.describe(free, draws)}", flush=True)
+    say(f"{run.cache}: {cost.describe(free, draws)}")
     seen = training.steps * training.batch_size * training.accumulation * run.accelerator.num_processes
     unused = cost.unused(draws=draws, held_out=data.held_out, seen=seen)
     if unused:
-        print(f"{run.cache}: {training.steps} steps of {seen // training.steps} pairs: {unused}", flush=True)
+        say(f"{run.cache}: {training.steps} steps of {seen // training.steps} pairs: {unused}")
 
 
 def _open_source(run: Run, ask: bool) -> tuple[PairReader | None, str]:

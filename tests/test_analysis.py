@@ -583,6 +583,7 @@ def test_a_model_before_training(toy: list[str], tmp_path: Path, capsys: pytest.
     fixed = ["data.draws=2", "data.reference_errors=true"]
     assert cli.main(["analyze", str(example("sd15")), *where, *toy, *fixed]) == 0
     told = capsys.readouterr().out
+    assert "to encode" not in told and told.startswith(("NOTE", "OK", "WARNING", "STOP"))
     assert re.search(r"^NOTE: The mask drops \d+ % of draws at the start, ", told, re.M)
     assert "over 120 draws" in told and "At beta = 1000 the loss lets go of a pair" in told
     outline = Outline(page.read_text(encoding="utf-8"))

@@ -687,7 +687,7 @@ def test_a_cache_without_its_source_is_used_and_that_is_said(place: Place, capsy
     before = written_at(place.cache)
     shutil.rmtree(place.data.parent)
     assert place.run("train", run="again") == 0
-    output = capsys.readouterr().out
+    output = capsys.readouterr().err
     said = f"{place.cache}: could not be compared with its pairs, the encoded data is used unchanged: {place.data}"
     assert output.count(said) == 1
     assert "| pairs | 6 |" in (place.folder / "again" / "weights" / "README.md").read_text()
@@ -705,7 +705,7 @@ def test_pairs_that_are_left_out_are_said_in_training(place: Place, capsys: pyte
     for run in ("again", "once more"):  # encoded, and without the source
         assert place.run("train", "data.skip_bad=true", run=run) == 0
         line = f"{place.cache}: 2 of 6 pairs cannot be used and are left out: 1 missing, 1 undecodable\n"
-        assert capsys.readouterr().out.count(line) == 1
+        assert capsys.readouterr().err.count(line) == 1
         shutil.rmtree(place.data.parent, ignore_errors=True)
 
 

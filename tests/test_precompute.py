@@ -742,6 +742,8 @@ def test_what_encoding_costs_is_said_before_and_refused_where_there_is_no_room(t
     reader.records[1] = replace(reader.records[1], tie=True)
     build(tmp_path / "a", reader, on_cost=costs.append)
     build(tmp_path / "a", reader, on_cost=costs.append)  # finished: nothing to say
+    (tmp_path / "a" / "index.json").unlink()
+    assert build(tmp_path / "a", reader, on_cost=costs.append).written == 0  # nor where all pairs are there
     # Latents of 3x2x3 and 3x3x2 in float32, for both halves; text of 8x4 and 4.
     assert costs == [Cost(11, 0, 4, True, (144, 144), 144)]
     with pytest.raises(KeyboardInterrupt):
@@ -763,8 +765,10 @@ def test_what_encoding_costs_is_said_before_and_refused_where_there_is_no_room(t
     )
     assert "999 kB free" not in costs[1].describe(999_700) and "1 MB free" in costs[1].describe(999_700)
     costs[0].check(1584)
-    with pytest.raises(ValueError, match=r"latents of 11 pairs take 1\.58 kB, 1\.58 kB are free there: expected room"):
+    with pytest.raises(ValueError, match="latents of 11 pairs take 1584 B, 1583 B are free: not enough disk space"):
         costs[0].check(1583)
+    with pytest.raises(ValueError, match=r"latents of 11 pairs take 1\.58 kB, 0 B are free: not enough disk space"):
+        costs[0].check(0)
     costs[1].check(0)  # at most so many: nobody knows
 
 
@@ -774,11 +778,14 @@ def test_what_a_run_will_not_see_of_a_cache_is_said() -> None:
     cost = Cost(90, 10, 5, True, (1, 1), 1)
     assert cost.unused(draws=0, held_out=20, seen=80) == ""
     assert cost.unused(draws=0, held_out=20, seen=79) == (
-        "training sees 79 of the 80 pairs: data.max_pairs=99 encodes no others"
+        "training uses only 79 of the 80 pairs; data.max_pairs=99 would encode just those and the held-out ones"
+    )
+    assert cost.unused(draws=0, held_out=0, seen=4) == (
+        "training uses only 4 of the 100 pairs; data.max_pairs=4 would encode just those"
     )
     assert cost.unused(draws=4, held_out=20, seen=320) == ""
     assert cost.unused(draws=4, held_out=20, seen=161) == (
-        "training sees 161 of the 320 draws: data.draws=3 computes no others"
+        "training uses only 161 of the 320 draws; data.draws=3 would compute just those"
     )
 
 

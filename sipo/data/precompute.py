@@ -136,7 +136,8 @@ def precompute_pairs(
         verify: read every file of the source that a shard was made of, and compare contents.
         refuse_changes: raise at the first change, before anything is encoded anew: for a run that goes on.
         accelerator: accelerate's, if there is one: shards are dealt out to its processes, who must see one folder.
-        on_cost: told what is to be encoded, before any pair of a cache that is not finished is; in the first process.
+        on_cost: told what is to be encoded, if anything is, before any pair of a cache that is not finished is; in the
+            first process.
         progress: as in :mod:`sipo.progress`.
 
     Raises:
@@ -187,7 +188,9 @@ def precompute_pairs(
                 remove_leftovers(folder)
             run.encode_unconditional()
             if on_cost is not None and not run.existing.finished:
-                on_cost(run.cost(reader))
+                cost = run.cost(reader)
+                if cost.pairs != 0:
+                    on_cost(cost)
 
     run, unchanged = everywhere(accelerator, look)
     if all(gathered(accelerator, unchanged is not None)) and unchanged is not None:

@@ -66,9 +66,12 @@ class Cost:
         """
         needed = (self.pairs or 0) * self.pair_bytes[1]
         if self.exact and needed > free:
+            take, there = _size(needed), _size(free)
+            if take == there:  # rounded
+                take, there = f"{needed} B", f"{free} B"
             raise ValueError(
-                f"latents of {self.pairs} pairs take {_size(needed)}, {_size(free)} are free there: expected room for "
-                "them; another data.cache, or fewer pairs (data.max_pairs)"
+                f"latents of {self.pairs} pairs take {take}, {there} are free: not enough disk space; use another "
+                "data.cache, or fewer pairs (data.max_pairs)"
             )
 
     def describe(self, free: int, draws: int = 0) -> str:
@@ -90,7 +93,7 @@ class Cost:
         )
 
     def unused(self, *, draws: int, held_out: int, seen: int) -> str:
-        """What of it a run does not see, and the key that leaves it out; empty where it sees all.
+        """What of it a run does not use, and the key that leaves it out; empty where it uses all.
 
         Args:
             draws: of each pair whose reference errors are computed; 0 for none.
@@ -101,10 +104,14 @@ class Cost:
             return ""
         pairs = self.pairs + self.there - held_out
         if seen < pairs:
-            return f"training sees {seen} of the {pairs} pairs: data.max_pairs={seen + held_out} encodes no others"
+            kept = " and the held-out ones" if held_out else ""
+            return (
+                f"training uses only {seen} of the {pairs} pairs; data.max_pairs={seen + held_out} "
+                f"would encode just those{kept}"
+            )
         if seen < pairs * draws:
             enough = -(-seen // pairs)
-            return f"training sees {seen} of the {pairs * draws} draws: data.draws={enough} computes no others"
+            return f"training uses only {seen} of the {pairs * draws} draws; data.draws={enough} would compute just those"
         return ""
 
 
