@@ -151,7 +151,13 @@ def describe(error: Exception) -> str:
         return f"{_OF_PACKAGES[package]}: {text}"
     if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
         return f"{text}; where the system ended it for its memory, lower training.num_workers"
-    return lost_connection(error)
+    return lost_connection(error) or (text if isinstance(error, _collective_errors()) else "")
+
+
+def _collective_errors() -> tuple[type[Exception], ...]:
+    from torch import distributed
+
+    return (distributed.DistError,) if distributed.is_available() else ()
 
 
 def _ends_of_training() -> tuple[type[Exception], ...]:

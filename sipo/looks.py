@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sipo.data.media import write_image_grid, write_video
 from sipo.families.base import Condition, drop_text_encoders, unwrapped
 from sipo.files import FileError, parse_json, read_text, write_aside
-from sipo.processes import everywhere, gathered, lost_connection, on_main
+from sipo.processes import OtherProcessError, everywhere, gathered, is_collective, on_main
 from sipo.run import Run, free_memory
 from sipo.training import TrainingWarning, is_sharded
 from sipo.training.stopping import asked_to_stop
@@ -67,9 +67,9 @@ class Look:
     def __call__(self, step: int, policy: nn.Module) -> None:
         """Samples after ``step`` optimiser steps. Every process calls it, in evaluation mode and without gradients.
 
-        Once the run has begun to train, what goes wrong here is a warning and no end: the weights that samples are
-        drawn from are as they were. Where the run is asked to stop meanwhile, samples are left out: a launcher gives it
-        seconds to write a checkpoint.
+        Once the run has begun to train, a failure here is only a warning: the weights that samples are drawn from are
+        as they were. Where the run is asked to stop meanwhile, samples are left out: a launcher gives it seconds to
+        write a checkpoint.
 
         Args:
             step: 0 before training.
@@ -85,10 +85,10 @@ class Look:
             on_main(accelerator, lambda: self._write(step, shares))
             return
         except Exception as error:
-            if step == 0 or lost_connection(error):
+            if step == 0 or is_collective(error):
                 raise
             if accelerator.is_main_process:
-                reason = str(error) if isinstance(error, _StoppedError) else f"{type(error).__name__}: {error}"
+                reason = str(error) if isinstance(error, _PLAIN) else f"{type(error).__name__}: {error}"
                 message = f"step {step}: no samples, the run goes on without them: {' '.join(reason.split())}"
                 warnings.warn(message, TrainingWarning, stacklevel=2)
         free_memory()  # it may have been out of it
@@ -158,12 +158,19 @@ class Look:
         if former == prompts:
             return
         if former is not None:  # of a run that was resumed with others
-            warnings.warn(f"{path}: earlier samples in this folder are of other prompts", TrainingWarning, stacklevel=2)
+            warnings.warn(
+                f"{path}: earlier samples in this folder were drawn from different prompts",
+                TrainingWarning,
+                stacklevel=2,
+            )
         write_aside(path, json.dumps(prompts, ensure_ascii=False, indent=1) + "\n")
 
 
 class _StoppedError(Exception):
     """The run was asked to stop."""
+
+
+_PLAIN = (_StoppedError, OtherProcessError)  # whose classes tell a user nothing
 
 
 def _break_off(module: nn.Module, args: Any) -> None:

@@ -1,4 +1,7 @@
-"""Work that processes of one run share: an error of one is every process's, and nobody waits for who has left."""
+"""Work that processes of one run share.
+
+An error in one process is raised in all, and nobody waits for a process that has exited.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,13 @@ _T = TypeVar("_T")
 
 ROUND_SECONDS = 10.0
 """How long a process works on before it hears of the others; a collective operation waits that long, and no longer."""
+
+# What gloo, NCCL and torch's store say where the other end is gone or too late.
+_LOST = re.compile(
+    r"closed by (remote )?peer|connection (was likely )?closed|connection (reset|refused)|broken pipe|got 0 bytes"
+    r"|tim(ed|e) ?out|pair closure|remote process exited|ncclRemoteError|was aborted",
+    re.IGNORECASE,
+)
 
 
 class OtherProcessError(RuntimeError):
@@ -37,7 +47,13 @@ def everywhere(accelerator: Any, work: Callable[[], _T]) -> _T:
         result = work()
     except Exception as error:
         failed = error
-    messages = gathered(accelerator, "" if failed is None else " ".join(str(failed).split()) or type(failed).__name__)
+    try:
+        message = "" if failed is None else " ".join(str(failed).split()) or type(failed).__name__
+        messages = gathered(accelerator, message)
+    except Exception:
+        if failed is not None:  # says more than that another process is gone, which may be for the same reason
+            raise failed  # noqa: B904 - the other one is its context
+        raise
     if failed is not None:
         raise failed
     for rank, message in enumerate(messages):
@@ -96,24 +112,41 @@ def gathered(accelerator: Any, value: _T) -> list[_T]:
     return found
 
 
+def is_collective(error: BaseException) -> bool:
+    """Whether an error comes from communication between processes, which does not go on after one."""
+    from torch import distributed
+
+    known = distributed.is_available() and isinstance(error, distributed.DistError)
+    return known or _of_gloo(error) is not None
+
+
 def lost_connection(error: BaseException) -> str:
-    """What a user is told of a collective library's error, in one line; "" for any other error.
+    """What a user is told where another process does not answer any more, in one line; "" for any other error.
+
+    Other errors of communication, as a port in use or a wrong setting of NCCL, are none of this.
 
     Args:
         error: that ended a process, which may be the only sign that it has of another one's end.
     """
-    from torch import distributed
-
-    text = " ".join(str(error).split())
-    # gloo has no class of its own: "[…/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:431. …"
-    gloo = re.match(r"\[\S*gloo/\S+\] (.*)", text) if type(error) is RuntimeError else None
-    if gloo is None and not (distributed.is_available() and isinstance(error, distributed.DistError)):
+    if not is_collective(error):
         return ""
-    reason = re.split(r"\. [A-Z]", gloo[1] if gloo else text)[0].rstrip(".")
+    gloo = _of_gloo(error)
+    text = " ".join(str(error).split()) if gloo is None else re.split(r"\. [A-Z]", gloo)[0]
+    if not _LOST.search(text):
+        return ""
     return (
-        f"the connection to the other processes is lost ({reason}): one of them has ended, and says why itself, or was "
-        "killed, or training.ddp_timeout has passed"
+        f"the connection to the other processes is lost ({text.rstrip('.')}): another process failed (see its own "
+        "error), was killed, or did not answer within training.ddp_timeout"
     )
+
+
+def _of_gloo(error: BaseException) -> str | None:
+    """The message of an error of gloo's, which has no class of its own, without the place in its source.
+
+    "[…/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:431. …"
+    """
+    found = re.match(r"\[\S*gloo/\S+\] (.*)", " ".join(str(error).split())) if type(error) is RuntimeError else None
+    return None if found is None else found[1]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -239,8 +239,22 @@ def test_one_process_that_fails_leaves_no_other_waiting(tmp_path: Path) -> None:
         warnings.simplefilter("always")
         in_threads(2, look)
     said = [str(each.message) for each in seen if isinstance(each.message, TrainingWarning)]
-    failed = "step 2: no samples, the run goes on without them: OtherProcessError: process 1: division by zero"
+    failed = "step 2: no samples, the run goes on without them: process 1: division by zero"
     assert said == [failed]
+
+
+def test_a_stop_that_another_process_was_asked_for_is_named_plainly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, me = network_of(run_of(tmp_path).family), threading.local()
+    monkeypatch.setattr(looks, "asked_to_stop", lambda: me.rank == 1)
+
+    def look(accelerator: Any) -> None:
+        me.rank = accelerator.process_index
+        Look(run_of(tmp_path, accelerator=accelerator))(2, copy.deepcopy(network))
+
+    with pytest.warns(TrainingWarning, match="without them: process 1: asked to stop$"):
+        in_threads(2, look)
 
 
 def test_a_process_that_is_gone_ends_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,7 +274,9 @@ def test_other_prompts_are_said(tmp_path: Path) -> None:
     network = network_of(run.family)
     Look(run)(0, network)
     other = replace(run, config=replace(run.config, samples=replace(run.config.samples, prompts=["b"])))
-    with pytest.warns(TrainingWarning, match=r"samples.prompts.json: earlier samples in this folder are of other"):
+    with pytest.warns(
+        TrainingWarning, match=r"samples.prompts.json: earlier samples in this folder were drawn from different prompts"
+    ):
         Look(other)(2, network)
     assert json.loads(files(tmp_path)["prompts.json"]) == ["b"]
 

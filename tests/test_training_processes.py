@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,11 +22,11 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sipo import NoiseSchedule, SIPOLoss
-from sipo.cli_errors import CommandError, one_line_errors
+from sipo import NoiseSchedule, SIPOLoss, processes
+from sipo.cli_errors import CommandError, describe, one_line_errors
 from sipo.diagnostics import read_statistics
 from sipo.locks import LockedError, locked
-from sipo.processes import OtherProcessError, lost_connection
+from sipo.processes import OtherProcessError, is_collective, lost_connection
 from sipo.training import AdapterOff, TrainingInterrupted, gather_weights, make_accelerator, storage, timesteps, train
 from tests.training_cases import (
     Adapted,
@@ -386,8 +387,8 @@ def test_a_process_whose_partner_has_ended_says_so_in_a_line(two: Path) -> None:
     assert (two / "lost-1").read_text() == "pair 5: not there"
     said = (two / "lost-0").read_text()
     assert re.fullmatch(
-        r"the connection to the other processes is lost \([^()]+\): one of them has ended, and says why "
-        r"itself, or was killed, or training.ddp_timeout has passed",
+        r"the connection to the other processes is lost \([^()]+\): another process failed \(see its own "
+        r"error\), was killed, or did not answer within training.ddp_timeout",
         said,
     )
 
@@ -403,7 +404,10 @@ _NETWORK = "the client socket has timed out"
     [
         (RuntimeError(f"{_GLOO}pair.cc:553] {_CLOSED}. This is typically caused by a crash"), _CLOSED),
         (RuntimeError(f"{_GLOO}unbound_buffer.cc:81] {_LATE}"), _LATE),
-        (torch.distributed.DistBackendError(_NCCL.replace(" nccl", "\nnccl") + ". Last error:\nsocketProgress"), _NCCL),
+        (torch.distributed.DistBackendError(_NCCL.replace(" nccl", "\nnccl") + ". Last:\nx"), f"{_NCCL}. Last: x"),
+        (torch.distributed.DistBackendError("NCCL error, invalid usage.\nDuplicate GPU detected : rank 1 and 0"), ""),
+        (torch.distributed.DistNetworkError("The server socket has failed to listen: address already in use"), ""),
+        (RuntimeError(f"{_GLOO}pair.cc:456] op.preamble.length <= op.nbytes. 8 vs 4"), ""),
         (torch.distributed.DistNetworkError(_NETWORK), _NETWORK),
         (RuntimeError("the sizes do not match"), ""),
         (ValueError(f"{_GLOO}pair.cc:553] is quoted"), ""),
@@ -413,6 +417,27 @@ def test_errors_of_a_collective_library_are_told_from_others(error: Exception, r
     said = lost_connection(error)
     assert said.startswith(f"the connection to the other processes is lost ({reason}): ") if reason else said == ""
     assert "\n" not in said
+
+
+def test_other_errors_of_communication_are_one_line_and_mistakes_of_ours_are_not() -> None:
+    gpu = "NCCL error, invalid usage. Duplicate GPU detected : rank 1 and 0"
+    assert describe(torch.distributed.DistBackendError(gpu.replace(". ", ".\n"))) == gpu
+    sizes = RuntimeError(f"{_GLOO}pair.cc:456] op.preamble.length <= op.nbytes. 8 vs 4")
+    assert describe(sizes) == "" and is_collective(sizes)
+
+
+def test_an_error_of_its_own_outlives_that_of_a_partner_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*_: Any) -> None:
+        raise RuntimeError(f"{_GLOO}pair.cc:553] {_CLOSED}")
+
+    def work() -> None:
+        if fails:
+            raise ValueError("row 3: damaged")
+
+    monkeypatch.setattr(processes, "gathered", gone)
+    for fails, message in ((True, "row 3: damaged"), (False, "Connection closed by peer")):
+        with pytest.raises(Exception, match=message):
+            processes.everywhere(SimpleNamespace(num_processes=2), work)
 
 
 def test_processes_wait_for_each_other_as_long_as_the_configuration_says(two: Path) -> None:

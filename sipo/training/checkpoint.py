@@ -24,7 +24,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from sipo.files import check_tensors, load_tensors, save_tensors
-from sipo.processes import everywhere
+from sipo.processes import everywhere, is_collective, is_out_of_memory
 from sipo.training import randomness, sharded, storage
 from sipo.training.config import CheckpointError
 from sipo.training.optimization import Average
@@ -157,17 +157,18 @@ def reading(folder: Path) -> Iterator[None]:
     """Inside, a checkpoint's content is put to use: whatever that raises is one line about the checkpoint.
 
     Raises:
-        CheckpointError: in place of any error but its own.
+        CheckpointError: in place of any error but its own, and those that say nothing of the checkpoint: of memory, of
+            a disk or of communication between processes.
     """
     try:
         yield
     except CheckpointError:
         raise
-    except torch.OutOfMemoryError:
-        raise
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder}: {Path(str(error.filename)).name} is missing") from error
     except Exception as error:  # the files are as they were written, and what was written may be anything
+        if isinstance(error, OSError) or is_out_of_memory(error) or is_collective(error):
+            raise
         reason = " ".join(str(error).split()).removeprefix(f"{folder}{os.sep}") or type(error).__name__
         name = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise CheckpointError(f"{folder}: does not fit this run ({name}{reason})") from error
