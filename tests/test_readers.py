@@ -358,6 +358,14 @@ def test_what_the_hub_refuses_is_not_asked_for_again(
     assert not hub.waits
 
 
+def test_a_damaged_file_is_not_asked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Breaking(tmp_path / "data.parquet", monkeypatch, every=10_000, error=ReadTimeout())
+    hub.path.write_bytes(b"not parquet, and of no use a minute later either")
+    with pytest.raises(DataError, match="cannot be read from row 1 on: Parquet magic bytes not found"):
+        next(iter(open_pairs("some/set", streaming=True)))
+    assert not hub.waits
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_name_that_is_neither_here_nor_on_the_hub_is_asked_for_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool

@@ -36,7 +36,7 @@ def read_rows(
         needed: those of them that every file must have.
 
     Raises:
-        DataError: a file that is none, lacks a column, or cannot be read, also not in several attempts.
+        DataError: a file that is not a parquet file, lacks a column, or cannot be read, also not in several attempts.
     """
     row = 0
     for file in files:
@@ -106,8 +106,10 @@ def _open(file: str | Path) -> Any:
 
 
 def _is_for_good(error: Exception) -> bool:
+    from pyarrow import ArrowInvalid  # not a parquet file, or a damaged one
+
     status = getattr(getattr(error, "response", None), "status_code", None)
-    return isinstance(error, (FileNotFoundError, PermissionError)) or status in _FOR_GOOD
+    return isinstance(error, (ArrowInvalid, FileNotFoundError, PermissionError)) or status in _FOR_GOOD
 
 
 def _reason(error: Exception) -> str:

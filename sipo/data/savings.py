@@ -111,7 +111,9 @@ class Cost:
             )
         if seen < pairs * draws:
             enough = -(-seen // pairs)
-            return f"training uses only {seen} of the {pairs * draws} draws; data.draws={enough} would compute just those"
+            return (
+                f"training uses only {seen} of the {pairs * draws} draws; data.draws={enough} would compute just those"
+            )
         return ""
 
 
