@@ -304,7 +304,8 @@ def test_scores_are_the_runs_and_replace_nothing_else(
         assert "pairs: all of them; which were held out of training is unknown: data.held_out=0, 4 in tra" in told
     assert len((run / "scores.jsonl").read_text(encoding="utf-8").splitlines()) == 32 and not list(tmp_path.iterdir())
     # What others have written is not, and that is said before a model is opened.
-    others = (run / "metrics.jsonl", trained / "cache-toy" / "pairs" / "pairs.jsonl")
+    others = (run / "metrics.jsonl", trained / "cache-toy" / "pairs" / "pairs.jsonl", tmp_path / "page.html")
+    others[-1].write_text("<!doctype html>\n<title>mine</title>\n")
     kept = {path: path.read_bytes() for path in others}
     monkeypatch.setattr("sipo.analysis.score_run.open_run", None)
     for path, text in kept.items():

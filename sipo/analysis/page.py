@@ -12,6 +12,9 @@ from typing import Any
 import sipo
 from sipo.analysis.verdicts import Finding
 
+BEGIN = '<!doctype html>\n<html lang="en">\n<head>\n<meta name="generator" content="sipo analyze">'
+"""How a page begins, and no other program's."""
+
 _TITLES = {"problem": "Problem", "warning": "Warning", "good": "Good", "note": "Note"}
 
 _STYLE = """
@@ -101,7 +104,7 @@ class Page:
     def html(self) -> str:
         """The page."""
         parts = [
-            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+            f'{BEGIN}\n<meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{_text(self.title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>",
             f'<h1>{_text(self.title)}</h1>\n<p class="soft">{_text(self.about)}</p>',

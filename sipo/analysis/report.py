@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,7 +13,7 @@ from typing import Any
 from sipo.analysis import figures
 from sipo.analysis.facts import TAIL, is_plain
 from sipo.analysis.figures import finite
-from sipo.analysis.page import Page, Picture
+from sipo.analysis.page import BEGIN, Page, Picture
 from sipo.analysis.samples import sample_pictures
 from sipo.analysis.settings import in_force, loss_numbers, read_settings
 from sipo.analysis.verdicts import Finding, judge
@@ -23,7 +24,7 @@ from sipo.training.logs import pluck
 from sipo.training.validation import no_preference
 
 REPORT = "report.html"
-PAGE = ("<!doctype html>", "a page of `sipo analyze`")  # how it begins, and what it is
+PAGE = (re.escape(BEGIN), "a page of `sipo analyze`")  # how it begins, and what it is
 
 Line = dict[str, Any]
 _LEAST_PAIRS = 12  # of a bin on average; wider bins where there are fewer
