@@ -1,7 +1,7 @@
-"""What of a configuration can be checked without data is checked before any data is encoded, all of it here.
+"""All checks of a configuration that need no data.
 
-Encoding may take days. What the loop, the loss or a library would refuse after it is refused before, in one line that
-names the key.
+Encoding may take days. Whatever the loop, the loss or a library would refuse afterwards is refused before it, in one
+line that names the key.
 """
 
 from __future__ import annotations

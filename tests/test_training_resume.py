@@ -512,7 +512,7 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "scalars": (lambda state: state["optimizer"].update(scalars={"x": 1}), "does not fit this run"),
     "timesteps": (
         lambda state: state["progress"]["timesteps"].update(means=["x"] * 5),
-        "does not fit this run .*statistics of timesteps that are no numbers",
+        "does not fit this run .*timestep statistics are not numbers",
     ),
     "bins": (lambda state: state["progress"]["timesteps"].update(means=[1.0]), "statistics of 1 bins of timesteps"),
     "no timesteps": (

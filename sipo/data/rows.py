@@ -13,12 +13,12 @@ from sipo.files import FileError, check_regular
 
 
 def exists(place: Path) -> bool:
-    """Whether anything is there: of a name that no file can have, older Python raises an error."""
+    """Whether the path exists; False for names that no file can have, on which older Python raises."""
     return os.path.exists(place)
 
 
 def check_file(path: Path) -> None:
-    """Refuses what is no regular file, before anything opens it.
+    """Refuses anything but a regular file, before anything opens it.
 
     Raises:
         DataError: a folder, a FIFO, a socket or a device, or nothing.

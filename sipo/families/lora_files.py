@@ -206,7 +206,7 @@ def _number(config: Mapping[str, Any], name: str, default: float) -> float:
     try:
         return float(value)
     except OverflowError as error:  # an integer of hundreds of digits
-        raise ValueError(f"its metadata has a {name} beyond all bounds, expected a number") from error
+        raise ValueError(f"the {name} in its metadata is out of range, expected a number") from error
 
 
 def _targets(config: Mapping[str, Any]) -> Sequence[str]:

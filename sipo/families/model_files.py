@@ -1,9 +1,9 @@
 """A model's folder: found on disk or on the hub, and its files checked before any library reads them.
 
-Nothing is unpickled. diffusers and transformers look for safetensors, but read a pickle where an index of safetensors
-names one; and code beside the weights, an adapter, or a class from elsewhere would be loaded as well. All of it is
-refused here, by what the folder holds. A hub's files are downloaded first, and those alone that are read: afterwards
-no library asks the hub anything.
+Nothing is unpickled. diffusers and transformers look for safetensors, but read a pickle where a safetensors index names
+one; they would also load code shipped with the weights, an adapter, or a class from another package. All of it is
+refused here, by what the folder holds. Of a model on the hub only the files that are read are downloaded, and before
+anything else: afterwards no library asks the hub anything.
 """
 
 from __future__ import annotations
@@ -275,11 +275,11 @@ def _ask(path: str, options: Mapping[str, Any], expected: str, index: str) -> _F
         try:
             info = HfApi(token=options.get("token")).model_info(path, revision=revision, timeout=HUB_TIMEOUT)
         except GatedRepoError as error:
-            raise FileNotFoundError(f"{path}: needs its owner's consent on the hub, and `hf auth login`") from error
+            raise FileNotFoundError(f"{path}: is gated: accept its terms on the hub, then run `hf auth login`") from error
         except RevisionNotFoundError as error:
             raise FileNotFoundError(f"{path}: the hub has no revision {revision!r} of it") from error
         except RepositoryNotFoundError:
-            problem = "none of that name, or one that needs `hf auth login`"
+            problem = "not found; a private one needs `hf auth login`"
         except Exception as error:  # httpx's, in whichever version
             problem = " ".join(str(error).split()) or type(error).__name__
         else:

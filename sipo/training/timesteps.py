@@ -123,13 +123,13 @@ class InformativeTimesteps:
         """Undoes :meth:`progress` and :attr:`window`.
 
         Raises:
-            ValueError: of other bins, or no numbers.
+            ValueError: of other bins, or not numbers.
         """
         means, counts = list(progress["means"]), list(progress["counts"])
         if len(means) != self.bins or len(counts) != self.bins or window.shape != self.window.shape:
             raise ValueError(f"statistics of {len(means)} bins of timesteps, expected {self.bins}")
         if not all(isinstance(value, (int, float)) for value in (*means, *counts)):
-            raise ValueError("statistics of timesteps that are no numbers")
+            raise ValueError("timestep statistics are not numbers")
         self.means, self.counts = means, counts
         self.window = window.to(self.window.device)
 
