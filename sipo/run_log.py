@@ -21,6 +21,7 @@ _LARGEST = 1e100  # float32 ends at 3.4e38, and squares of this are finite
 _NAMED = 3  # damaged lines in a message
 _SHARES = ("implicit_acc", "active_fraction")
 _ERRORS = ("model_mse", "ref_mse")  # mean squares
+_COUNTS = ("nonfinite_pairs", "nonfinite_steps")
 
 
 class LogWarning(UserWarning):
@@ -109,7 +110,8 @@ def metrics_fault(line: dict[str, Any]) -> str:
             return f"{name}={value}, expected a number from 0 to 1"
         if kind in _ERRORS and value < 0:
             return f"{name}={value}, expected at least 0"
-        if (kind == "pairs" or kind.startswith("nonfinite_")) and not is_count(value):
+        # The names of our own; a loss may have metrics of any other name.
+        if (kind in _COUNTS or name == "validation/pairs") and not (value == int(value) and is_count(int(value))):
             return f"{name}={show(value)}, expected a count"
     return ""
 

@@ -63,11 +63,20 @@ DAMAGED: list[tuple[bytes | dict[str, Any], str]] = [
     (metrics(2, implicit_acc=1.5), "implicit_acc=1.5, expected a number from 0 to 1"),
     (metrics(2, ref_mse=-0.1), "ref_mse=-0.1, expected at least 0"),
     (metrics(2, nonfinite_pairs=0.5), "nonfinite_pairs=0.5, expected a count"),
+    (metrics(2, nonfinite_steps=-1), "nonfinite_steps=-1, expected a count"),
     (metrics(2, kind=["training"]), "kind=[…], expected a name"),
     (metrics(2, kind="validation", **{"validation/pairs": -3}), "validation/pairs=-3, expected a count"),
     (metrics(9), "step=9 is out of order"),
     (metrics(1), "step=1 is out of order"),  # a second time
 ]
+
+
+def test_metrics_of_a_loss_of_ones_own_have_any_value() -> None:
+    assert metrics_fault(metrics(1, nonfinite_share=0.5, pairs=0.25)) == ""
+    assert (
+        metrics_fault(metrics(1, kind="validation", **{"validation/nonfinite_share": 0.5, "validation/pairs": 3.0}))
+        == ""
+    )
 
 
 @pytest.mark.parametrize(("bad", "reason"), DAMAGED, ids=[reason for _, reason in DAMAGED])
