@@ -6,6 +6,7 @@ import contextlib
 import os
 import pty
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -206,15 +207,32 @@ def test_a_signal_to_workers_does_not_end_the_run(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_hangs_is_ended_by_the_second_sigterm() -> None:
-    numbers = [getattr(signal, f"SIG{name}") for name in ("INT", "TERM", "HUP", "USR1", "USR2")]
-    former = [signal.getsignal(number) for number in numbers]
-    try:
+    """Also outside of Python, where no handler of Python's can run."""
+    ready, told = os.pipe()
+    child = os.fork()
+    if child == 0:
         release_signals(0)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        os.write(told, b"x")
+        sum(range(10**15))  # one call into C, for weeks
+        os._exit(0)
+    try:
+        assert os.read(ready, 1) == b"x"
+        time.sleep(0.2)  # until it is there
+        os.kill(child, signal.SIGTERM)
+        time.sleep(0.2)
+        assert os.waitpid(child, os.WNOHANG) == (0, 0)  # the first is a cluster manager's, and the worker goes on
+        os.kill(child, signal.SIGTERM)
+        until, ended, status = time.monotonic() + 10, 0, 0
+        while not ended and time.monotonic() < until:
+            ended, status = os.waitpid(child, os.WNOHANG)
+            time.sleep(0.01)
+        assert ended == child and os.WTERMSIG(status) == signal.SIGTERM
     finally:
-        for number, handler in zip(numbers, former, strict=True):
-            signal.signal(number, handler)
+        os.close(ready)
+        os.close(told)
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
 
 
 @pytest.mark.parametrize("own", [True, False])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import threading
@@ -136,7 +137,11 @@ def release_signals(worker: int) -> None:
     """
     for number in (signal.SIGINT, *_WARNINGS):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "sysv_signal"):  # a handler for one signal, which the kernel then takes away
+        libc.sysv_signal(signal.SIGTERM, libc.abs)  # does nothing; one of Python's would not run during a call into C
+    else:
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 @contextmanager
