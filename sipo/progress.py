@@ -33,9 +33,13 @@ _printing = contextlib.suppress(OSError)
 
 def say(text: str) -> None:
     """Prints a line on standard error, above a bar that is there."""
-    from tqdm.auto import tqdm
-
     with _printing:
+        if not bars(True):
+            # Not tqdm's: it takes a lock that forked processes share, and one that is killed meanwhile keeps it.
+            print(text, file=sys.stderr, flush=True)
+            return
+        from tqdm.auto import tqdm
+
         tqdm.write(text, file=sys.stderr)
 
 

@@ -155,3 +155,14 @@ def test_the_bar_of_other_work_yields_as_well(monkeypatch: pytest.MonkeyPatch) -
             meter.close()
         last = [text for text in re.split(r"[\r\n]+", shown()) if text.strip()][-1]
         assert last.startswith("checking: 4/4 pairs, 00:00 left") and ("|██" in last) == bar
+
+
+def test_lines_take_no_lock_that_killed_processes_keep(capsys: pytest.CaptureFixture[str]) -> None:
+    """tqdm's lock is shared with forked processes: one that is killed while it prints would stop all others."""
+    from tqdm.auto import tqdm
+
+    lock = tqdm.get_lock()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(lock), "acquire", lambda *_: pytest.fail("takes tqdm's lock"))
+        progress.say("a line")
+    assert capsys.readouterr().err == "a line\n"
