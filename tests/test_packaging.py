@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -621,3 +622,19 @@ def test_files_name_no_machine() -> None:
             continue  # weights and pictures
         named += [f"{path}: {found[0]}" for found in place.finditer(text)]
     assert named == []
+
+
+def test_every_package_that_is_imported_is_declared() -> None:
+    """Not only brought along by another, which may stop doing so."""
+    imported: dict[str, Path] = {}
+    for path in [*ROOT.glob("sipo/**/*.py"), *ROOT.glob("sipo_kernels/**/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names = [node.module]
+            imported |= {name.partition(".")[0]: path for name in names}
+    other_names = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+    own = {*sys.stdlib_module_names, "sipo", "sipo_kernels", "bitsandbytes"}  # the last is asked for by an error
+    needed = {other_names.get(name, name).replace("_", "-") for name in imported.keys() - own}
+    declared = set(re.findall(r'"([a-z-]+)>=[0-9.]+[";]', (ROOT / "pyproject.toml").read_text(encoding="utf-8")))
+    assert needed - declared == set() and len(needed) > 15
