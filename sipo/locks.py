@@ -2,10 +2,10 @@
 
     .lock    there as long as the folder is in use; JSON: machine, process, since when, by what command
 
-The kernel locks the file for the process, and lets go when the process ends in whatever way: a killed run is in
-nobody's way. These are POSIX record locks: unlike those of ``flock`` they are not handed down to forked workers, which
-may outlive their parent, and NFS takes them to the server. A process would lose them by closing the file once, so the
-process that the file names also counts as there as long as it runs.
+The kernel locks the file for the process, and lets go when the process ends in whatever way: a killed run blocks no
+one. These are POSIX record locks: unlike those of ``flock`` they are not handed down to forked workers, which
+may outlive their parent, and NFS takes them to the server. Closing any descriptor of the file releases the lock,
+so the process that the file names also counts as there as long as it runs.
 
 Some file systems have no such locks, or have each machine's apart. So the holder touches the file every few seconds,
 and a process on another machine that finds it there watches it for a while: as long as the file's times change, the
@@ -30,6 +30,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from sipo.files import FileError, check_regular
 from sipo.processes import on_main
 
 LOCK = ".lock"
@@ -73,7 +74,8 @@ def locked(folder: str | Path, what: str, *, accelerator: Any = None) -> Iterato
 
     Raises:
         LockedError: another process has it; says which, and what to do. In every process alike.
-        OSError: no file can be written in the folder.
+        FileError: something else than a file has the lock's name.
+        OSError: no file can be written in the folder; names the file.
 
     Warns:
         LockWarning: it takes a minute to learn whether a process on another machine is still there.
@@ -100,8 +102,11 @@ class _Lock:
         self._own: dict[str, Any] = {}
         self._dead: dict[str, Any] = {}  # a holder on another machine that is no longer there
         self._stop = threading.Event()
+        self._renewer = threading.Thread(target=self._renew, name="lock", daemon=True)
+        self._made: list[Path] = []  # the folder and those above it, as far as they were not there
 
     def acquire(self) -> None:
+        self._made = [path for path in (self._folder, *self._folder.parents) if not path.exists()]
         self._folder.mkdir(parents=True, exist_ok=True)
         found = self._folder.stat()
         key, me = (found.st_dev, found.st_ino), (os.getpid(), threading.get_ident())
@@ -116,23 +121,34 @@ class _Lock:
         try:
             while not self._take():
                 pass
-        except BaseException:
+        except BaseException as error:
             with _guard:
                 del _here[key]
+            self._remove_folders()
+            if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+                raise OSError(error.errno, error.strerror, str(self._path)) from error
             raise
-        threading.Thread(target=self._renew, name="lock", daemon=True).start()
+        self._renewer.start()
 
     def release(self) -> None:
         if not self._own or self._own["pid"] != os.getpid():  # not taken, or by the process that this was forked from
             return
         self._stop.set()
+        self._renewer.join()  # it touches the file, whose number another file may have once it is closed
         with contextlib.suppress(OSError):
             if self._is_there() and _holder(os.pread(self._file, _BYTES, 0)) == self._own:
                 self._path.unlink()
         os.close(self._file)
         self._own = {}
+        self._remove_folders()
         with _guard:
             del _here[self._key]
+
+    def _remove_folders(self) -> None:
+        """Removes the folders that were made here and are still empty: a refused command leaves nothing behind."""
+        with contextlib.suppress(OSError):  # one holds something
+            for folder in self._made:
+                folder.rmdir()
 
     def _take(self) -> bool:
         """Opens and locks the file and writes this process down; false where that is to be tried again."""
@@ -140,12 +156,19 @@ class _Lock:
             self._file, made = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), True
         except FileExistsError:
             try:
+                check_regular(self._path)
                 self._file, made = os.open(self._path, os.O_RDWR | os.O_NONBLOCK), False
-            except FileNotFoundError:
+            except FileNotFoundError as error:
+                if self._path.is_symlink():
+                    raise FileError(f"{self._path}: is a link to nothing, expected a file") from error
                 return False
         taken = False
         try:
             taken = self._write_down(made)
+        except OSError:  # a full disk: half a file would tell the next process nothing
+            if made and self._is_there():
+                self._path.unlink(missing_ok=True)
+            raise
         finally:
             if not taken:
                 os.close(self._file)
@@ -209,8 +232,8 @@ class _Lock:
         Raises:
             LockedError: it is.
         """
-        holds = f"process {holder.get('pid')} on {holder.get('host')} was writing there"
-        text = f"{self._what}: {holds}; watching for {WATCHED:g} s if it still is"
+        holds = f"process {holder.get('pid')} on {holder.get('host')} held this lock"
+        text = f"{self._what}: {holds}; waiting up to {WATCHED:g} s to see whether it is still running"
         warnings.warn(text, LockWarning, stacklevel=6)
         before, end = self._times(), time.monotonic() + WATCHED
         while (left := end - time.monotonic()) > 0:

@@ -9,14 +9,16 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from sipo import cli, locks
+from sipo.files import FileError
 from sipo.locks import LOCK, LockedError, locked
 
 WHAT = "training.output_dir='runs/a'"
@@ -58,7 +60,13 @@ def test_a_folder_is_locked_for_a_while_and_nothing_stays(tmp_path: Path) -> Non
     folder = tmp_path / "new" / "run"
     with locked(folder, WHAT):
         assert (folder / LOCK).is_file()
-    assert list(folder.iterdir()) == []
+    assert list(tmp_path.iterdir()) == []  # the folders were made for the lock alone
+    with locked(folder, WHAT):
+        (folder / "written").touch()
+    assert [path.name for path in folder.iterdir()] == ["written"]
+    with locked(tmp_path / "new", WHAT):
+        pass
+    assert folder.is_dir()
 
 
 def test_a_second_process_is_told_who_holds_it(tmp_path: Path) -> None:
@@ -84,14 +92,13 @@ def test_a_second_process_waits_until_it_is_told_who_holds_it(tmp_path: Path, mo
         assert " by another process: " in refused(tmp_path)
 
 
-def test_a_killed_holders_lock_is_taken_over_at_once(tmp_path: Path) -> None:
+def test_a_killed_holders_lock_is_taken_over_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with holder(tmp_path):
         pass
     assert (tmp_path / LOCK).is_file()  # SIGKILL leaves it
-    started = time.monotonic()
+    monkeypatch.setattr(locks.time, "sleep", None)  # called for no wait
     with locked(tmp_path, WHAT):
         assert there(tmp_path)["pid"] == os.getpid()
-    assert time.monotonic() - started < locks._SETTLED
     assert not (tmp_path / LOCK).exists()
 
 
@@ -171,6 +178,67 @@ def test_a_command_ends_before_it_does_anything(
         assert error.count("\n") == 1 and [path.name for path in run.iterdir()] == [LOCK]
 
 
+def test_a_refused_command_leaves_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "model: {family: sd15, path: nowhere/at-all}\n"
+        f"data: {{path: {tmp_path / 'none'}, cache: {tmp_path / 'cache'}, sizes: [[16, 16]]}}\n"
+        f"training: {{output_dir: {tmp_path / 'runs' / 'a'}, steps: 1, mixed_precision: 'no'}}\n"
+    )
+    assert cli.main(["train", str(config)]) == 2
+    assert capsys.readouterr().err.startswith("sipo: error: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+PLACES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "FIFO": (os.mkfifo, "is a FIFO, expected a file"),
+    "folder": (Path.mkdir, "is a folder, expected a file"),
+    "link": (lambda path: path.symlink_to("nowhere"), "is a link to nothing, expected a file"),
+}
+
+
+@pytest.mark.parametrize("kind", PLACES)
+def test_something_else_of_the_locks_name_is_refused(tmp_path: Path, kind: str) -> None:
+    make, message = PLACES[kind]
+    make(tmp_path / LOCK)
+    with pytest.raises(FileError, match=f"^{tmp_path / LOCK}: {message}$"), locked(tmp_path, WHAT):
+        pass
+    assert os.path.lexists(tmp_path / LOCK)
+
+
+def test_a_full_disk_names_the_file_and_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(OSError, match="No space left on device") as caught, locked(folder, WHAT):
+            pass
+    assert caught.value.filename == str(folder / LOCK) and not folder.exists()
+    with locked(folder, WHAT):
+        pass
+
+
+def test_nothing_renews_a_lock_that_was_released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file's number is another file's then; and who lets go does not wait for the next renewal."""
+    renewing, leaving, done = threading.Event(), threading.Event(), threading.Event()
+
+    def slow(*args: Any) -> None:
+        monkeypatch.setattr(locks, "RENEWED", 3600.0)
+        renewing.set()
+        assert leaving.wait(20)
+        time.sleep(0.1)
+        done.set()
+
+    monkeypatch.setattr(os, "utime", slow)
+    monkeypatch.setattr(locks, "RENEWED", 0.001)
+    with locked(tmp_path, WHAT):
+        assert renewing.wait(20)
+        leaving.set()
+    assert done.is_set()
+
+
 # ---------------------------------------------------------------- where the kernel's lock says nothing
 
 
@@ -190,29 +258,26 @@ def other_machine(folder: Path, **changes: Any) -> dict[str, Any]:
 def test_another_machines_holder_is_watched_and_taken_over_where_it_is_dead(tmp_path: Path, quick: None) -> None:
     other_machine(tmp_path)
     warned = pytest.warns(
-        UserWarning, match=r"process 4711 on node7 was writing there; watching for 0\.15 s if it still"
+        UserWarning, match=r"process 4711 on node7 held this lock; waiting up to 0\.15 s to see whether"
     )
     with warned, locked(tmp_path, WHAT):
         assert there(tmp_path)["pid"] == os.getpid()
 
 
-@pytest.mark.filterwarnings("ignore:.*was writing there")
-def test_another_machines_holder_that_renews_it_keeps_it(tmp_path: Path, quick: None) -> None:
-    held = other_machine(tmp_path)
-    stop = threading.Event()
+@pytest.mark.filterwarnings("ignore:.*held this lock")
+def test_another_machines_holder_that_renews_it_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, now = other_machine(tmp_path), 1000.0
 
-    def renew() -> None:
-        while not stop.wait(0.02):
-            os.utime(tmp_path / LOCK)
+    def sleep(seconds: float) -> None:
+        """The holder renews it ten seconds after its start, and time passes at once."""
+        nonlocal now
+        if now < 1000 + locks.RENEWED <= now + seconds:
+            os.utime(tmp_path / LOCK, (now, now))
+        now += seconds
 
-    thread = threading.Thread(target=renew)
-    thread.start()
-    try:
-        assert refused(tmp_path).startswith(f"{WHAT} is in use by process 4711 on node7 since yesterday (sipo): ")
-    finally:
-        stop.set()
-        thread.join()
-    assert there(tmp_path) == held
+    monkeypatch.setattr(locks, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: now))
+    assert refused(tmp_path).startswith(f"{WHAT} is in use by process 4711 on node7 since yesterday (sipo): ")
+    assert there(tmp_path) == held and now == 1000 + locks.RENEWED
 
 
 def test_the_holder_renews_it(tmp_path: Path, quick: None) -> None:
@@ -224,7 +289,7 @@ def test_the_holder_renews_it(tmp_path: Path, quick: None) -> None:
             time.sleep(0.005)
 
 
-@pytest.mark.filterwarnings("ignore:.*was writing there")
+@pytest.mark.filterwarnings("ignore:.*held this lock")
 def test_of_two_machines_that_come_at_once_the_last_to_write_has_it(
     tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,7 +305,7 @@ def test_of_two_machines_that_come_at_once_the_last_to_write_has_it(
     assert there(tmp_path)["pid"] == 4712
 
 
-@pytest.mark.filterwarnings("ignore:.*was writing there")
+@pytest.mark.filterwarnings("ignore:.*held this lock")
 def test_a_file_system_without_locks(tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def none(*args: Any) -> None:
         raise OSError(errno.ENOLCK, "no locks available")

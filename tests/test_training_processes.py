@@ -371,7 +371,7 @@ def test_processes_that_find_a_folder_in_use_end_with_one_message(two: Path) -> 
     messages = [(two / f"locked-{rank}").read_text() for rank in range(2)]
     assert messages[0].startswith(f"training.output_dir='{two / 'locked'}' is in use by process {os.getpid()} since ")
     assert messages[1] == f"process 0: {messages[0]}"
-    assert [path.name for path in (two / "locked").iterdir()] == []
+    assert not (two / "locked").exists()  # nothing was written, and the test's own lock made it
 
 
 @pytest.mark.parametrize("name", STOPPED)
