@@ -59,15 +59,15 @@ def test_labels_are_plain_numbers() -> None:
     """On a logarithmic axis over less than a decade they were 1.12 × 10⁰, and 6 × 10⁻¹."""
     line = {"kind": "discrete", "levels": 1000, "bins": 4}
 
-    def by_level(values: Sequence[float]) -> list[str]:
-        return labels(figures.by_level(line, {"": (line, values)}, "error", log=True))
+    def by_level(*values: float) -> list[str]:
+        found = labels(figures.by_level(line, {"": (line, values)}, "error", log=True))
+        assert not re.search("[×{}$]", "".join(found))
+        return found
 
-    assert {"1.04", "1.10", "1.16"} <= set(by_level([1.03, 1.12, 1.17, 1.05]))
-    assert {"0.1", "0.2", "0.5", "1"} <= set(by_level([0.09, 0.3, 1.2, 1.0]))
-    assert {"0.001", "0.01", "0.1", "1"} <= set(by_level([0.0009, 0.01, 1.0, 2.0]))
-    assert {"10⁻⁷", "10⁻⁵", "0.001"} <= set(by_level([0.9e-7, 1e-5, 1e-3, 0.01]))
-    for values in ([1.03, 1.12, 1.17, 1.05], [0.09, 0.3, 1.2, 1.0], [0.0009, 0.01, 1.0, 2.0]):
-        assert not re.search("[×{}$]", "".join(by_level(values)))
+    assert {"1.04", "1.10", "1.16"} <= set(by_level(1.03, 1.12, 1.17, 1.05))
+    assert {"0.1", "0.2", "0.5", "1"} <= set(by_level(0.09, 0.3, 1.2, 1.0))
+    assert {"0.001", "0.01", "0.1", "1"} <= set(by_level(0.0009, 0.01, 1.0, 2.0))
+    assert {"10⁻⁷", "10⁻⁵", "0.001"} <= set(by_level(0.9e-7, 1e-5, 1e-3, 0.01))
 
 
 def test_an_axis_has_no_factor_beside_it_and_whole_steps_below() -> None:
