@@ -140,7 +140,7 @@ def read_statistics(path: str | Path) -> list[dict[str, Any]]:
     A last line without its end is left out: a running process is writing it, or one was killed there.
 
     Raises:
-        FileNotFoundError: nothing there.
+        FileNotFoundError: it does not exist.
         FileError: no regular file.
         OSError: it cannot be read.
     """

@@ -66,7 +66,7 @@ def read_log(path: str | Path, fault: Callable[[dict[str, Any]], str]) -> Log:
         fault: says what is wrong with a line that has a step; "" for nothing.
 
     Raises:
-        FileNotFoundError: nothing there.
+        FileNotFoundError: it does not exist.
         FileError: no regular file.
         OSError: it cannot be read.
     """

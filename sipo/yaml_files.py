@@ -18,7 +18,7 @@ def read_yaml(path: Path) -> Any:
     """What a YAML file holds.
 
     Raises:
-        FileNotFoundError: nothing there.
+        FileNotFoundError: it does not exist.
         FileError: it cannot be read, or is not YAML, in one line that names it.
     """
     size = check_regular(path).st_size

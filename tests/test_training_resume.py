@@ -479,31 +479,31 @@ def test_what_is_no_fault_of_a_checkpoint_is_not_said_of_it(error: Exception) ->
 
 
 WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "step": (lambda state: state.update(step="4"), "state.json: step is no such value as is written there"),
-    "digits": (lambda state: state.update(step=10**400), "state.json: step is no such value as is written there"),
-    "true": (lambda state: state.update(step=True), "state.json: step is no such value as is written there"),
+    "step": (lambda state: state.update(step="4"), "state.json: step has an invalid value"),
+    "digits": (lambda state: state.update(step=10**400), "state.json: step has an invalid value"),
+    "true": (lambda state: state.update(step=True), "state.json: step has an invalid value"),
     "no step": (lambda state: state.pop("step"), "state.json: no step"),
     "no file": (lambda state: state["files"].pop("ema.safetensors"), "state.json: no ema.safetensors among its files"),
-    "identity": (lambda state: state.update(identity=[]), "state.json: identity is no such value as is written there"),
+    "identity": (lambda state: state.update(identity=[]), "state.json: identity has an invalid value"),
     "progress": (
         lambda state: state.update(progress=None),
-        "state.json: progress is no such value as is written there",
+        "state.json: progress has an invalid value",
     ),
     "alarms": (
         lambda state: state["progress"].update(alarms={"stalled": "x"}),
-        "state.json: progress is no such value as is written there",
+        "state.json: progress has an invalid value",
     ),
     "skipped": (
         lambda state: state["progress"].update(skipped=0.5),
-        "state.json: progress is no such value as is written there",
+        "state.json: progress has an invalid value",
     ),
     "optimizer": (
         lambda state: state.update(optimizer=3),
-        "state.json: optimizer is no such value as is written there",
+        "state.json: optimizer has an invalid value",
     ),
     "groups": (
         lambda state: state["optimizer"].update(groups=[3]),
-        "state.json: optimizer is no such value as is written there",
+        "state.json: optimizer has an invalid value",
     ),
     "lr": (
         lambda state: state["optimizer"]["groups"][0].update(betas=[0.9, "x"]),

@@ -241,7 +241,7 @@ def _check_state(state: dict[str, Any]) -> None:
         if name not in state:
             raise ValueError(f"{storage.STATE}: no {name}")
         if not right(state[name]):
-            raise ValueError(f"{storage.STATE}: {name} is no such value as is written there")
+            raise ValueError(f"{storage.STATE}: {name} has an invalid value")
 
 
 def _is_progress(value: Any) -> bool:

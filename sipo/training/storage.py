@@ -204,7 +204,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     """What a checkpoint's ``state.json`` says, if it is as it was written.
 
     Raises:
-        FileNotFoundError: nothing there.
+        FileNotFoundError: it does not exist.
         FileError: damaged, or of another version.
     """
     file = folder / STATE
