@@ -14,7 +14,7 @@ from sipo.families.tuning import ADAPTER
 from sipo.run import hub_options, model_folder
 from sipo.training import checkpoint, storage
 from sipo.training.config import CheckpointError
-from sipo.verify import check_weights
+from sipo.verify import check_config, check_weights
 
 _PLACES = ("model.path", "model.revision", "model.variant")
 """Keys that may be overridden: they say where the model is, and do not change the weights."""
@@ -52,13 +52,14 @@ def export_run(
             finite.
     """
     file = target / "config.yaml"
-    if not file.is_file():
+    if not file.exists():
         raise ConfigError(f"{target}: no config.yaml, expected the folder of a run of `sipo train`")
     overrides = list(overrides)
     for override in overrides:
         if override.partition("=")[0] not in _PLACES:
             raise ConfigError(f"{override}: expected {', '.join(_PLACES[:-1])} or {_PLACES[-1]}, where the model is")
     config = configuration.load(file, overrides)
+    check_config(target)
     family = get(config.model.family)
     if config.model.tuning != "lora":
         whole = target / "weights" / family.network

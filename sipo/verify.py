@@ -7,6 +7,7 @@ is there to be edited. A run that has ended has another one in its own folder, f
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,10 @@ _CONFIG, _PROMPTS = "config.yaml", "samples/prompts.json"
 _CARD = "README.md"
 _READ_BACK = (".safetensors", ".json")
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
+
+
+class ConfigWarning(UserWarning):
+    """A run's ``config.yaml`` is not the one that it was trained with."""
 
 
 class Item(NamedTuple):
@@ -63,7 +68,9 @@ def verify_run(folder: Path) -> list[Item]:
         raise FileNotFoundError(f"{folder}: no such folder, expected the folder of a run")
     logs = [path for pattern in _LOGS for path in sorted(folder.glob(pattern))]
     found: list[tuple[Path, Callable[[Path], str]]] = [(folder / _CONFIG, _config)]
-    found += [(path, _checkpoint) for path in storage.found(folder / "checkpoints")]
+    root = folder / "checkpoints"
+    found += [(root, _check_folder)] if root.exists() and not root.is_dir() else []
+    found += [(path, _checkpoint) for path in storage.found(root)]
     found += [(path, _log) for path in logs]
     found += [(folder / _PROMPTS, _prompts), (folder / "weights", _weights)]
     found = [(path, look) for path, look in found if path.exists()]
@@ -134,9 +141,16 @@ def _prompts(file: Path) -> str:
     return ""
 
 
+def _check_folder(folder: Path) -> str:
+    if not folder.is_dir():
+        raise FileError(f"{folder}: is a file, expected a folder")
+    return ""
+
+
 def _weights(folder: Path) -> str:
+    _check_folder(folder)
     if not check_weights(folder):
-        raise FileError(f"no {SUMS}: the run was interrupted while writing the weights; --resume writes them again")
+        raise FileError(f"no {SUMS} (an older version's run, or one interrupted while writing)")
     return f"{len(_read_sums(folder / SUMS))} files"
 
 
@@ -157,6 +171,27 @@ def end_run(folder: Path) -> None:
 def begin_run(folder: Path) -> None:
     """Removes the hashes that :func:`end_run` has written, before what they are of is changed."""
     (folder / SUMS).unlink(missing_ok=True)
+
+
+def check_config(folder: Path) -> None:
+    """Compares a run's configuration with the hash that :func:`end_run` has written, if there is one.
+
+    Warns:
+        ConfigWarning: it is another one; a user may edit it on purpose.
+    """
+    file = folder / _CONFIG
+    try:
+        expected = _read_sums(folder / SUMS).get(_CONFIG)
+        same = expected is None or file_hash(file) == expected
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        text = f"{file}: cannot be compared with the one that the run was trained with: {_one_line(error)}"
+        warnings.warn(text, ConfigWarning, stacklevel=3)
+        return
+    if not same:
+        text = f"{file}: has been changed since the run was trained with it; it is used as it is now"
+        warnings.warn(text, ConfigWarning, stacklevel=3)
 
 
 def _write_sums(folder: Path, paths: Iterable[Path]) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from sipo.families import FAMILIES, get
 from sipo.families.lora_files import Adapter, read_adapter, write_adapter
 from sipo.families.tuning import load_saved, save_lora
 from sipo.training import storage
-from sipo.verify import write_sums
+from sipo.verify import end_run, write_sums
 from tests.family_cases import TOYS, family_of, folder_of, network_input, pipeline_of
 from tests.original_names import NETWORK_CONFIGS, WIDTH, comfyui_keys, diffusers_rows, kohya_keys, patched
 from tests.test_families_tuning import lora_network
@@ -465,3 +467,25 @@ def test_weights_that_have_changed_since_they_were_written_are_not_exported(
     weights.write_bytes(content)
     printed = export(capsys, folder, "--format", "diffusers")
     assert printed == f"{weights}: damaged, its SHA-256 is not the one that SHA256SUMS states"
+
+
+def test_a_changed_configuration_is_said_and_a_fifo_in_its_place_is_refused(
+    run: tuple[Path, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sipo.analysis.score_run.check_weights", Mock(side_effect=ValueError("stops here")))
+    folder = tmp_path / "other"
+    shutil.copytree(run[0], folder)
+    file = folder / "config.yaml"
+    end_run(folder)
+    file.write_text(file.read_text() + "# a remark\n")
+    changed = "has been changed since the run was trained with it; it is used as it is now"
+    for command in (["export", str(folder), "--format", "kohya", "--force"], ["score", str(folder)]):
+        status = cli.main(command)
+        error = capsys.readouterr().err
+        assert error.startswith(f"sipo: warning: {file}: {changed}\n")
+        assert (status, error.count("\n")) == ((0, 1) if command[0] == "export" else (2, 2))
+    file.unlink()
+    os.mkfifo(file)
+    for command in (["export", str(folder), "--format", "kohya"], ["score", str(folder)]):
+        assert cli.main(command) == 2
+        assert capsys.readouterr().err == f"sipo: error: {file}: is a FIFO, expected a file\n"

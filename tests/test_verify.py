@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,17 @@ from accelerate.state import AcceleratorState
 
 from sipo import cli
 from sipo.files import file_hash, save_tensors
-from sipo.verify import SUMS, Item, begin_run, check_weights, end_run, verify_run, write_sums
+from sipo.verify import (
+    SUMS,
+    ConfigWarning,
+    Item,
+    begin_run,
+    check_config,
+    check_weights,
+    end_run,
+    verify_run,
+    write_sums,
+)
 from tests.training_cases import fit, fresh_accelerate
 
 __all__ = ["fresh_accelerate"]
@@ -139,7 +150,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "no sums": (
         lambda f: (f / "weights" / SUMS).unlink(),
         "weights",
-        f"no {SUMS}: the run was interrupted while writing the weights; --resume writes them again",
+        f"no {SUMS} (an older version's run, or one interrupted while writing)",
     ),
     "empty sums": (lambda f: (f / "weights" / SUMS).write_text(""), f"weights/{SUMS}", "damaged, it is empty"),
     "escape": (
@@ -199,6 +210,30 @@ def test_damage_is_one_line_that_names_the_file(what: str, copied: Path, capsys:
     assert len(lines) == (8 if what in ("another log", "sums of the run") else 7)
     (line,) = (line for line in lines if not line.startswith("ok       "))
     assert line.startswith(f"damaged  {copied / place}: {message}")
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "weights"])
+def test_a_file_in_a_folders_place_is_damage(name: str, copied: Path) -> None:
+    shutil.rmtree(copied / name)
+    (copied / name).write_text("")
+    (item,) = _damaged(copied)
+    assert item.describe() == f"damaged  {copied / name}: is a file, expected a folder"
+
+
+def test_a_configuration_that_was_changed_is_noticed(copied: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_config(copied)
+    (copied / "config.yaml").write_text((copied / "config.yaml").read_text() + "# a remark\n")
+    with pytest.warns(ConfigWarning, match=r"config\.yaml: has been changed since the run was trained with it; it is"):
+        check_config(copied)
+    (copied / SUMS).write_text("?")
+    with pytest.warns(ConfigWarning, match=rf"config\.yaml: cannot be compared .*{SUMS}: damaged, line 1 is not"):
+        check_config(copied)
+    begin_run(copied)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_config(copied)
 
 
 def test_weights_that_were_copied_are_verified_alone(copied: Path, tmp_path: Path) -> None:

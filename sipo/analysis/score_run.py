@@ -22,7 +22,7 @@ from sipo.files import FileError, check_output, read_object, write_aside
 from sipo.run import Run, build, datasets, loss_beta, make_loss, open_run, prepare_data
 from sipo.train import TRAINED_ON, WEIGHTS, trained_on
 from sipo.training.checkpoint import is_weights, weights_change
-from sipo.verify import SUMS, check_weights
+from sipo.verify import SUMS, check_config, check_weights
 
 _KINDS = {
     "held-out": "held out of training",
@@ -85,9 +85,11 @@ def score_run(
         FileExistsError: an output that is there and holds something else than scores.
     """
     file = target / "config.yaml" if target.is_dir() else target
-    if target.is_dir() and not file.is_file():
+    if target.is_dir() and not file.exists():
         raise ConfigError(f"{target}: no config.yaml, expected the folder of a run of `sipo train`")
     config = configuration.load(file, overrides)
+    if target.is_dir():
+        check_config(target)
     place = target if target.is_dir() else config.training.folder
     folder = weights or place / WEIGHTS
     output = place / "scores.jsonl" if output is None else output
