@@ -188,6 +188,62 @@ def test_weights_without_one_of_their_tensors_are_refused(component: str, model:
     assert text in message_of(model, component)
 
 
+@pytest.mark.parametrize("removed", ["tokenizer", "tokenizer/tokenizer.json", "tokenizer/*"])
+def test_a_tokenizer_without_its_vocabulary_is_refused(removed: str, model: Path) -> None:
+    # transformers would make one of its special tokens alone, to which every caption is the same.
+    for path in list(model.glob(removed)):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    reason = "no such folder, expected a " if removed == "tokenizer" else "has no vocabulary, expected tok"
+    assert f"{model / 'tokenizer'}: {reason}" in message_of(model, "text_encoder")
+
+
+def test_a_tokenizer_with_a_few_tokens_is_refused(model: Path) -> None:
+    file = model / "tokenizer" / "tokenizer.json"
+    kept = json.loads(file.read_text())
+    kept["model"] |= {"vocab": {"<|startoftext|>": 0, "<|endoftext|>": 1}, "merges": []}
+    file.write_text(json.dumps(kept))
+    message = message_of(model, "text_encoder")
+    assert f"{model / 'tokenizer'}: its vocabulary has " in message and "expected about the 517 of its" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scaling_factor": "x"}, "scaling_factor='x', expected a positive number"),
+        ({"scaling_factor": None}, "scaling_factor=None, expected a positive number"),
+        ({"scaling_factor": 0}, "scaling_factor=0, expected a positive number"),
+        ({"scaling_factor": 10**400}, "expected a positive number"),
+        ({"shift_factor": True}, "shift_factor=True, expected a finite number"),
+        ({"latents_mean": [0, 0, 0, float("nan")]}, "latents_mean=[0, 0, 0, nan], expected finite numbers"),
+        ({"latents_mean": 1}, "latents_mean=1, expected finite numbers, one for each of 4 channels"),
+        ({"latents_std": [1, 1, 1]}, "latents_std=[1, 1, 1], expected positive numbers, one for each of 4 channels"),
+    ],
+)
+def test_values_of_a_vae_that_latents_cannot_be_scaled_by_are_refused(
+    changes: dict[str, Any], message: str, model: Path
+) -> None:
+    file = model / "vae" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    found = message_of(model, "vae")
+    assert found.startswith(f"{file}: ") and message in found
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attn_implementation": "someone/kernel"},
+        {"_attn_implementation": "someone/kernel:flash"},
+        {"_attn_implementation": {"": "eager", "text_config": "someone/kernel"}},
+        {"text_config": {"_attn_implementation_internal": "eager", "attn_implementation": "someone/kernel"}},
+    ],
+)
+def test_kernels_of_the_hub_are_refused(changes: dict[str, Any], model: Path) -> None:
+    file = model / "text_encoder" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    message = message_of(model, "text_encoder")
+    assert message.startswith(f"{file}: names 'someone/kernel") and "which is not run here" in message
+
+
 @pytest.mark.parametrize("length", [128, 384, 640, 896, 1152, 0x4B50])
 def test_a_header_is_not_taken_for_a_pickle_by_its_length(length: int, tmp_path: Path) -> None:
     """The first bytes are a length, in which those of pickles and archives occur."""
@@ -221,6 +277,11 @@ def test_scorers_read_no_pickles(tmp_path: Path, loaded: Any) -> None:
         with pytest.raises(ScorerError, match=r"pickle|nothing is unpickled") as caught:
             _Clip(str(folder), None, "cpu", torch.float32)
         assert "\n" not in str(caught.value)
+    shutil.rmtree(folder)
+    clip.save_pretrained(folder)
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "CLIPTokenizer"}')
+    with pytest.raises(ScorerError, match="has no vocabulary, expected tokenizer"):
+        _Clip(str(folder), None, "cpu", torch.float32)
     for device in ("nonsense", "cuda:77"):
         with pytest.raises(ScorerError, match=f"^device='{device}': .*, expected another$"):
             _Clip(str(folder), None, device, torch.float32)

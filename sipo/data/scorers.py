@@ -17,7 +17,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sipo.families.model_files import CONFIG, check_weights, fetch_weights, model_folder
+from sipo.families.model_files import (
+    CONFIG,
+    check_tokenizer,
+    check_vocabulary,
+    check_weights,
+    fetch_weights,
+    model_folder,
+)
 from sipo.files import FileError, load_tensors
 
 Scorer = Callable[[list[Tensor], list[str]], Sequence[float]]
@@ -46,8 +53,10 @@ class _Clip:
                 beside = Path(processor)
                 if not beside.is_dir():
                     beside = model_folder(processor, {}, "CLIPProcessor", "preprocessor_config.json")
+            check_tokenizer(beside, "CLIPTokenizer")
             model: Any = CLIPModel.from_pretrained(folder, dtype=dtype, use_safetensors=True)
             self.tokenizer = AutoTokenizer.from_pretrained(beside, trust_remote_code=False)
+            check_vocabulary(beside, self.tokenizer, model.config.text_config.vocab_size)
             self.images = CLIPImageProcessorPil.from_pretrained(beside)
         except (OSError, ValueError, RuntimeError) as error:
             raise ScorerError(f"{path}: no CLIP model with its processor: {' '.join(str(error).split())}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,6 +19,7 @@ from sipo.families.model_files import (
     HUB_OPTIONS,
     MODEL_INDEX,
     check_model,
+    check_vocabulary,
     fetch_weights,
     is_module,
     load_module,
@@ -32,6 +34,9 @@ Condition = dict[str, Tensor]
 
 TEXT_ENCODER = "text_encoder"
 """What the names of a pipeline's components that encode text begin with."""
+
+TOKENIZER = "tokenizer"
+"""What the names of their tokenizers begin with, and end alike."""
 
 VAE = "vae"
 """The name of a pipeline's VAE."""
@@ -146,7 +151,9 @@ class Family(ABC):
         modules: dict[str, Any] = dict.fromkeys((self.network, *self._without))
         if not text:
             modules |= dict.fromkeys(name for name in index if name.startswith(TEXT_ENCODER))
-        if vae_dtype == torch.float16 and not self.video and read_object(folder / VAE / CONFIG).get(_UPCAST, True):
+        vae_config = read_object(folder / VAE / CONFIG)
+        _check_affine(folder / VAE / CONFIG, vae_config)
+        if vae_dtype == torch.float16 and not self.video and vae_config.get(_UPCAST, True):
             raise ValueError(
                 f"{path}: its VAE overflows in vae_dtype='float16' ({_UPCAST}), expected 'float32' or 'bfloat16'"
             )
@@ -158,9 +165,12 @@ class Family(ABC):
             # What is left are tokenizers and the scheduler.
             pipeline_class = getattr(diffusers, self.pipeline_class)
             pipeline = pipeline_class.from_pretrained(str(folder), **modules, **_local(options))
-        for component in pipeline.components.values():
+        for name, component in pipeline.components.items():
             if isinstance(component, nn.Module):
                 component.requires_grad_(False).eval()
+            elif name.startswith(TOKENIZER) and component is not None:
+                encoder = read_object(folder / name.replace(TOKENIZER, TEXT_ENCODER) / CONFIG)
+                check_vocabulary(folder / name, component, encoder.get("vocab_size"))
         return pipeline
 
     def fetch(self, path: str | Path, *, network: bool, **options: Any) -> Path:
@@ -584,6 +594,37 @@ def _affine(config: Any, latents: Tensor) -> tuple[Tensor | float, Tensor | floa
         return getattr(config, "shift_factor", None) or 0.0, scale
     shape = (1, -1, *[1] * (latents.ndim - 2))
     return latents.new_tensor(mean).view(shape), scale / latents.new_tensor(std).view(shape)
+
+
+def _check_affine(file: Path, config: Mapping[str, Any]) -> None:
+    """Refuses values of a VAE's ``config.json`` that :func:`_affine` cannot calculate with.
+
+    Raises:
+        FileError: names the file, the key and the value.
+    """
+    channels = config.get("latent_channels") or config.get("z_dim")
+    for name in ("latents_mean", "latents_std"):
+        values = config.get(name)
+        if values is None:
+            continue
+        positive = name == "latents_std"
+        sound = isinstance(values, list) and all(_is_number(value, positive) for value in values)
+        if not sound or (isinstance(channels, int) and len(values) != channels):
+            kind = "positive numbers" if positive else "finite numbers"
+            shown = reprlib.repr(values)
+            raise FileError(f"{file}: {name}={shown}, expected {kind}, one for each of {channels} channels")
+    for name, positive in (("scaling_factor", True), ("shift_factor", False)):
+        # Of configurations without the key diffusers has the class's own value; a VAE need not shift.
+        value = config.get(name, 1.0)
+        if not (_is_number(value, positive) or (value is None and not positive)):
+            kind = "a positive number" if positive else "a finite number"
+            raise FileError(f"{file}: {name}={reprlib.repr(value)}, expected {kind}")
+
+
+def _is_number(value: Any, positive: bool) -> bool:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    return abs(value) <= torch.finfo(torch.float32).max and (value > 0 or not positive)
 
 
 def _present(index: Mapping[str, Any]) -> list[tuple[str, list[Any]]]:

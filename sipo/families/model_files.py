@@ -147,6 +147,10 @@ def check_model(folder: Path, index: Mapping[str, Any], components: Sequence[str
                 check_regular(file)
         if is_module(library, class_name):
             check_weights(folder / name, class_name, variant)
+        elif not (folder / name).is_dir():
+            raise FileNotFoundError(f"{folder / name}: no such folder, expected a {class_name}")
+        elif hasattr(kind, "vocab_files_names"):
+            check_tokenizer(folder / name, class_name, kind.vocab_files_names)
 
 
 def is_module(library: str, class_name: str) -> bool:
@@ -192,13 +196,54 @@ def _typed(library: str, dtype: torch.dtype) -> dict[str, Any]:
     return {"torch_dtype" if library == "diffusers" and release < (0, 40) else "dtype": dtype}
 
 
+def check_tokenizer(folder: Path, class_name: str, files: Mapping[str, str] | None = None) -> None:
+    """Refuses a tokenizer without its vocabulary, in whose place transformers makes an empty one.
+
+    Args:
+        folder: the tokenizer's.
+        class_name: for the message.
+        files: its class's ``vocab_files_names``, where the class is known.
+
+    Raises:
+        FileNotFoundError: no file with a vocabulary.
+    """
+    own = {name for kind, name in (files or {}).items() if kind in ("vocab_file", "merges_file")}
+    sets = [{"tokenizer.json"}, own or {"vocab.json", "merges.txt"}]
+    names = {path.name for path in folder.iterdir()}
+    if not any(each <= names for each in sets) and not any(name.endswith(".model") for name in names):
+        wanted = " or ".join(" and ".join(sorted(each, reverse=True)) for each in sets)
+        raise FileNotFoundError(f"{folder}: has no vocabulary, expected {wanted} of a {class_name}")
+
+
+def check_vocabulary(folder: Path, tokenizer: Any, vocab_size: Any) -> None:
+    """Refuses a tokenizer that has less than half of the tokens of its text encoder: each unknown word is the same.
+
+    Real ones have as many, or some that are reserved less (T5 28, UMT5 84).
+
+    Args:
+        folder: the tokenizer's, for the message.
+        tokenizer: loaded.
+        vocab_size: of the text encoder's configuration.
+
+    Raises:
+        FileError: it has.
+    """
+    if isinstance(vocab_size, int) and 2 * len(tokenizer) < vocab_size:
+        raise FileError(
+            f"{folder}: its vocabulary has {len(tokenizer)} tokens, expected about the {vocab_size} of its text encoder"
+        )
+
+
 def check_weights(folder: Path, class_name: str, variant: str | None) -> None:
     """Refuses a component as :func:`check_model` does, by every file that a library would take weights from."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder, expected a {class_name}")
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{folder}: has no {CONFIG}, expected a {class_name}")
-    named = read_object(folder / CONFIG).get("transformers_weights")
+    config = read_object(folder / CONFIG)
+    if kernel := _hub_kernel(config):
+        raise FileError(f"{folder / CONFIG}: names {kernel!r}, code of the hub, which is not run here")
+    named = config.get("transformers_weights")
     if named is not None or (folder / "adapter_config.json").exists():
         found = "adapter_config.json" if named is None else f"transformers_weights={named!r} in its {CONFIG}"
         raise FileError(f"{folder}: has {found}, expected a {class_name} alone, without an adapter")
@@ -212,6 +257,17 @@ def check_weights(folder: Path, class_name: str, variant: str | None) -> None:
     for name in chosen:
         if name.endswith(".safetensors"):
             check_tensors(folder / name)
+
+
+def _hub_kernel(value: Any, key: str = "") -> str | None:
+    """What a configuration asks transformers to load from the hub and run, as for its attention; None for nothing."""
+    if isinstance(value, str):
+        return value if key.endswith("_implementation") and "/" in value else None
+    if not isinstance(value, dict):
+        return None
+    # One implementation may be named for each part of a model.
+    parts = (_hub_kernel(inner, key if key.endswith("_implementation") else name) for name, inner in value.items())
+    return next((found for found in parts if found), None)
 
 
 def _check_index(file: Path) -> None:
