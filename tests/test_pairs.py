@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
+import sipo.run
 from sipo import NoiseSchedule, SIPOLoss
 from sipo.config import Config, DataConfig, ModelConfig
 from sipo.data.cache import CacheError, DamagedError, open_cache
@@ -402,6 +405,38 @@ def test_an_error_of_one_process_ends_the_others(tmp_path: Path) -> None:
     first, second = outcomes_in_processes(2, run)
     assert isinstance(second, ValueError) and "the reference's errors at timestep" in str(second)
     assert isinstance(first, OtherProcessError) and str(first) == f"process 1: {second}"
+
+
+def test_processes_of_which_one_does_not_see_the_errors_go_on_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a network folder: each asks the others, also one that misses them itself."""
+    me = threading.local()
+
+    def opened(*args: Any, **options: Any) -> str:
+        if me.rank == 1:
+            raise CacheError("not there yet")
+        return "found"
+
+    monkeypatch.setattr(sipo.run, "open_references", opened)
+    monkeypatch.setattr(sipo.run, "frozen_reference", lambda *_: nn.Linear(1, 1))
+    monkeypatch.setattr(sipo.run, "round_whole", lambda network, accelerator: network)
+    monkeypatch.setattr(sipo.run, "precompute_references", lambda *_, **options: "computed")
+    training = SimpleNamespace(batch_size=1, num_workers=0)
+
+    def run(accelerator: Any) -> Any:
+        me.rank, accelerator.device = accelerator.process_index, "cpu"
+        made = SimpleNamespace(
+            config=SimpleNamespace(training=training),
+            accelerator=accelerator,
+            references={},
+            schedule=None,
+            cache=tmp_path,
+            family=SimpleNamespace(predict=None),
+        )
+        return sipo.run._references(made, None, False, False, None)  # type: ignore[arg-type]
+
+    assert in_processes(2, run) == ["computed"] * 2
 
 
 def test_damaged_errors_are_named_and_rebuilt(tmp_path: Path) -> None:
