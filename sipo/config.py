@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sipo.data.clips import MAX_PIXELS
-from sipo.data.records import short
-from sipo.files import FileError, expand
+from sipo.files import FileError, expand, short
 from sipo.training.config import TrainingConfig
 from sipo.yaml_files import parse_yaml, read_yaml
 

@@ -379,6 +379,15 @@ def _sort_metadata(path: Path) -> None:
         file.write(text.ljust(length))
 
 
+def short(value: object, limit: int = 60) -> str:
+    """A value as a message shows it: ``limit`` characters of its ``repr``, however large it is."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, which YAML reads in hexadecimal
+        return type(value).__name__
+    return text if len(text) <= limit else f"{text[:limit]}…"
+
+
 def _reason(error: BaseException) -> str:
     """An error's message in one line."""
     if isinstance(error, OSError) and error.strerror:

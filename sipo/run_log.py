@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sipo.files import FileError, check_regular, parse_json
+from sipo.files import FileError, check_regular, parse_json, short
 
 MOST = 10**12
 """Steps, pairs and counts are at most so many in a sound line."""
@@ -132,8 +132,7 @@ def show(value: object) -> str:
         return "[…]" if isinstance(value, list) else "{…}"
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) > MOST:
         return f"an integer of {value.bit_length()} bits"
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:40]}…"
+    return short(value, 40)
 
 
 def _parse(text: bytes, fault: Callable[[dict[str, Any]], str]) -> dict[str, Any]:

@@ -110,8 +110,10 @@ def test_existing_pairs_are_labelled_anew(tmp_path: Path) -> None:
         {"prompt": "prompt 1", "chosen": names[2], "rejected": names[3], "chosen_score": 9, "id": 10},
     ]
     source = write_lines(tmp_path / "pairs.jsonl", lines)
-    label(source, source, level)  # onto itself
-    assert scores(source) == [(0, 50.0, 10.0), (1, 70.0, 60.0)]
+    output = tmp_path / "labelled.jsonl"
+    for _ in range(2):  # an earlier labelling is replaced
+        label(source, output, level)
+        assert scores(output) == [(0, 50.0, 10.0), (1, 70.0, 60.0)]
 
 
 def test_visible_preference_of_the_toy_set_is_found(tmp_path: Path) -> None:

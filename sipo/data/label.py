@@ -15,10 +15,10 @@ from torch import Tensor
 
 from sipo.data.media import MAX_PIXELS, MediaError, check_request, read_spaced
 from sipo.data.readers import read_lines, write_jsonl
-from sipo.data.records import DataError, PairRecord, has_half, row_name, short
+from sipo.data.records import DataError, PairRecord, has_half, row_name
 from sipo.data.rows import check_file
 from sipo.data.scorers import AestheticScorer, ClipScorer, Scorer, ScorerError, load_function
-from sipo.files import check_output
+from sipo.files import check_output, short
 from sipo.progress import track
 
 Choice = Literal["best-worst", "all"]

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sipo.data.pickapic import PickapicReader
-from sipo.data.records import DataError, PairReader, PairRecord, has_half, row_name, short
+from sipo.data.records import DataError, PairReader, PairRecord, has_half, row_name
 from sipo.data.rows import bad_row, check_file, exists, is_number, states
 from sipo.data.videodpo import METADATA, PAIRS, VideoDpoReader
-from sipo.files import FileError, parse_json
+from sipo.files import FileError, parse_json, short
 
 Format = Literal["auto", "jsonl", "pickapic", "videodpo"]
 

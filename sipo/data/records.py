@@ -66,14 +66,5 @@ def has_half(text: str) -> bool:
     return not text.isascii() and _HALF.search(text) is not None
 
 
-def short(value: Any) -> str:
-    """A value as a message shows it: 60 characters at most."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # an integer of thousands of digits, which YAML reads in hexadecimal
-        return type(value).__name__
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
 class DataError(ValueError):
     """A data set that cannot be read at all, in one line that names the path and what was expected."""

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sipo.data.records import DataError, PairRecord, has_half, short
+from sipo.data.records import DataError, PairRecord, has_half
 from sipo.data.rows import bad_row, is_number, plain, states
-from sipo.files import FileError, parse_json, read_text
+from sipo.files import FileError, parse_json, read_text, short
 
 METADATA, PAIRS = "metadata.json", "pair.json"
 

@@ -23,7 +23,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from sipo.files import check_tensors, load_tensors, save_tensors
+from sipo.files import check_tensors, load_tensors, save_tensors, short
 from sipo.processes import everywhere, is_collective, is_out_of_memory
 from sipo.training import randomness, sharded, storage
 from sipo.training.config import CheckpointError
@@ -284,12 +284,7 @@ def _difference(name: str, was: Any, now: Any) -> str:
         for number, pair in enumerate(zip(was, now, strict=True)):
             if pair[0] != pair[1]:
                 return _difference(f"{name}[{number}]", *pair)
-    return f"{name}={_shown(was)}, expected this run's {_shown(now)}"
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}…"
+    return f"{name}={short(was, 80)}, expected this run's {short(now, 80)}"
 
 
 def is_weights(name: str) -> bool:
@@ -332,8 +327,8 @@ def _check_groups(folder: Path, settings: dict[str, Any], optimizer: torch.optim
     for was, now in zip(settings["groups"], optimizer.param_groups, strict=True):
         for name, value in now.items():
             if name != "params" and _kind(was.get(name)) != _kind(value):
-                found = f"{name}={_shown(was.get(name))}"
-                raise CheckpointError(f"{folder}: an optimiser group has {found}, expected one like {_shown(value)}")
+                found = f"{name}={short(was.get(name), 80)}"
+                raise CheckpointError(f"{folder}: an optimiser group has {found}, expected one like {short(value, 80)}")
 
 
 def _kind(value: Any) -> str:

@@ -29,6 +29,7 @@ from sipo.files import (
     remove,
     remove_leftovers,
     save_tensors,
+    short,
     sync,
     sync_all,
     write_aside,
@@ -210,7 +211,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     file = folder / STATE
     state = read_object(file)
     if state.get("format") != FORMAT:
-        raise FileError(f"{file}: format {_shown(state.get('format'))}, expected {FORMAT}")
+        raise FileError(f"{file}: format {short(state.get('format'))}, expected {FORMAT}")
     try:
         sound = state.pop("sha256", None) == _digest(state)
     except RecursionError as error:
@@ -219,7 +220,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise FileError(f"{file} does not have the SHA-256 that it states")
     files = state.get("files")
     if not isinstance(files, dict) or not all(map(_is_entry, files.items())):
-        raise FileError(f"{file}: files={_shown(files)}, expected the bytes and SHA-256 of each file by its name")
+        raise FileError(f"{file}: files={short(files)}, expected the bytes and SHA-256 of each file by its name")
     return state
 
 
@@ -228,11 +229,6 @@ def _is_entry(item: tuple[str, Any]) -> bool:
     if not isinstance(entry, dict) or entry.keys() != {"bytes", "sha256"} or not _FILE.fullmatch(name):
         return False
     return type(entry["bytes"]) is int and isinstance(entry["sha256"], str)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 def _discard(folder: Path) -> None:
