@@ -157,6 +157,8 @@ def make_workspace(folder: Path, clip: Path) -> Path:
     make_pickapic(make_toy_pairs(folder / "images", video=False, pairs=14), folder / "liuhuohuo2" / "pick-a-pic-v2")
     pairs = make_toy_pairs(folder / "data", video=True, pairs=12)
     lines = [json.loads(line) for line in pairs.read_text().splitlines()]
+    scores = {"chosen_score": 1.0, "rejected_score": 0.0}  # as an earlier labelling, which `sipo label` replaces
+    pairs.write_text("".join(json.dumps(line | scores) + "\n" for line in lines))
     candidates = [{"prompt": line["prompt"], "candidates": [line["chosen"], line["rejected"]]} for line in lines]
     (folder / "data" / "candidates.jsonl").write_text("".join(json.dumps(line) + "\n" for line in candidates))
     (folder / "examples").mkdir()

@@ -407,7 +407,8 @@ def test_a_hub_model_with_a_pickle_in_its_index_is_refused(hub: Any, model: Path
 def test_a_path_that_leads_nowhere_costs_one_request_at_most(hub: Any, tmp_path: Path) -> None:
     server = hub(None)
     message = message_of("owner/mistyped")
-    assert message.startswith("owner/mistyped: no such folder, and no hub id that answers (not found; a private one needs `hf auth login`)")
+    expected = "no such folder, and no hub id that answers (not found; a private one needs `hf auth login`)"
+    assert message.startswith(f"owner/mistyped: {expected}")
     assert "expected a StableDiffusionPipeline" in message and len(server.asked) == 1
     message_of("owner/mistyped")
     for path in ("/absent", "./absent", "~/absent", "of/three/parts", "a b", "models/sd15.safetensors", "x" * 200):

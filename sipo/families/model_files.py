@@ -331,7 +331,8 @@ def _ask(path: str, options: Mapping[str, Any], expected: str, index: str) -> _F
         try:
             info = HfApi(token=options.get("token")).model_info(path, revision=revision, timeout=HUB_TIMEOUT)
         except GatedRepoError as error:
-            raise FileNotFoundError(f"{path}: is gated: accept its terms on the hub, then run `hf auth login`") from error
+            text = f"{path}: is gated: accept its terms on the hub, then run `hf auth login`"
+            raise FileNotFoundError(text) from error
         except RevisionNotFoundError as error:
             raise FileNotFoundError(f"{path}: the hub has no revision {revision!r} of it") from error
         except RepositoryNotFoundError:
