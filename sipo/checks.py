@@ -63,6 +63,8 @@ def _check_training(run: Run, resume: bool) -> None:
         raise ConfigError(
             f"training.validate_every={training.validate_every}: expected data.held_out > 0, or samples.prompts"
         )
+    if data.max_pairs is not None and data.held_out >= data.max_pairs:
+        raise ConfigError(f"data.held_out={data.held_out}: expected fewer than data.max_pairs={data.max_pairs}")
     if training.timestep_sampling == "informative" and data.draws:
         raise ConfigError("training.timestep_sampling='informative': expected data.draws=0, fixed draws have theirs")
 

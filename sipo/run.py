@@ -262,7 +262,7 @@ def prepare_data(
 
 
 def _say_cost(run: Run, cost: Cost) -> None:
-    """Says what encoding costs and what of it training will not use; refuses what the disk has no room for."""
+    """Says what encoding costs and what of it training will not use; refuses what cannot be trained with or stored."""
     data, training = run.config.data, run.config.training
     free = shutil.disk_usage(run.cache).free
     draws = data.draws if data.reference_errors else 0
@@ -270,6 +270,9 @@ def _say_cost(run: Run, cost: Cost) -> None:
         cost.check(free)
     except ValueError as error:
         raise CacheError(f"{run.cache}: {error}") from error
+    pairs = cost.there + (cost.pairs or 0)
+    if cost.exact and 0 < pairs <= data.held_out:
+        raise ConfigError(f"data.held_out={data.held_out}: expected fewer than the {pairs} pairs there are")
     say(f"{run.cache}: {cost.describe(free, draws)}")
     seen = training.steps * training.batch_size * training.accumulation * run.accelerator.num_processes
     unused = cost.unused(draws=draws, held_out=data.held_out, seen=seen)
