@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -156,16 +157,19 @@ def _train(options: argparse.Namespace) -> int:
     config = configuration.load(options.config, options.overrides)
     accelerator = make_accelerator(config.training)
     if accelerator.is_main_process:
-        print(yaml.safe_dump(config.as_dict(), sort_keys=False), flush=True)
-    command = " ".join(["sipo train", str(options.config), *options.overrides, "--resume"])
+        readable = (sys.stdout.encoding or "").lower().startswith("utf")  # of others not every letter can be written
+        print(yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=readable), flush=True)
+    command = f"`{' '.join(['sipo train', str(options.config), *options.overrides, '--resume'])}`"
+    if accelerator.num_processes > 1:  # their launcher's own words are not known here
+        command = "the same command with --resume"
     try:
         trained = run_training(config, resume=options.resume, accelerator=accelerator)
     except TrainingAlarm as alarm:
-        message = f"{alarm.said}; `{command}` goes on from there" if alarm.checkpoint else str(alarm)
+        message = f"{alarm.said}; {command} goes on from there" if alarm.checkpoint else str(alarm)
         raise CommandError(message) from alarm
     except TrainingInterrupted as stop:
         if accelerator.is_main_process:
-            tell(f"sipo: stopped after step {stop.step}; `{command}` goes on from there")
+            tell(f"sipo: stopped after step {stop.step}; {command} goes on from there")
         return INTERRUPTED
     if accelerator.is_main_process:
         if trained.result.validation:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +15,11 @@ from accelerate.state import AcceleratorState
 
 from sipo import cli, config
 from sipo.checks import check_run
+from sipo.config import ConfigError
+from sipo.data.savings import Cost
 from sipo.families import get
 from sipo.families.toy import build_toy
-from sipo.run import open_run
+from sipo.run import _say_cost, open_run
 from tests.family_cases import folder_of
 
 ROOT = Path(__file__).parent.parent
@@ -76,6 +80,7 @@ BEFORE_DATA = [
     ("sd15", ["model.lora.target_modules=[]"], "model.lora.target_modules=[]: expected at least one name"),
     ("sd15", ["samples.steps=1001"], "samples.steps=1001: expected at most 1000"),
     ("sd15", ["data.held_out=0", "samples.prompts=[]"], "training.validate_every=10: expected data.held_out > 0"),
+    ("sd15", ["data.max_pairs=8", "data.held_out=8"], "data.held_out=8: expected fewer than data.max_pairs=8"),
     ("sd15", ["data.draws=2", "training.timestep_sampling=informative"], "informative': expected data.draws=0"),
 ]
 
@@ -107,6 +112,22 @@ def test_other_commands_refuse_what_they_need_and_warn_of_the_rest(
     said = capsys.readouterr().err.splitlines()
     for message in lacks.values():
         assert any(message in line and line.endswith("; `sipo train` would stop here") for line in said)
+
+
+def test_more_pairs_held_out_than_there_are_is_refused_before_any_is_encoded(tmp_path: Path) -> None:
+    values = {
+        "model": {"family": "sd15", "path": "toy"},
+        "data": {"path": "toy", "cache": str(tmp_path), "held_out": 9},
+        "training": {"output_dir": str(tmp_path), "steps": 1},
+    }
+    cost = Cost(pairs=6, there=3, prompts=0, exact=True, pair_bytes=(8, 8), prompt_bytes=8)
+    opened: Any = SimpleNamespace(
+        config=config.from_dict(values), cache=tmp_path, accelerator=SimpleNamespace(num_processes=1)
+    )
+    with pytest.raises(ConfigError, match=r"^data\.held_out=9: expected fewer than the 9 pairs there are$"):
+        _say_cost(opened, cost)
+    _say_cost(opened, dataclasses.replace(cost, there=4))
+    _say_cost(opened, dataclasses.replace(cost, exact=False))  # at most so many: the data say it themselves
 
 
 def test_a_backend_of_the_environment_is_refused_as_well(

@@ -6,6 +6,7 @@ import copy
 import math
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -36,7 +37,15 @@ from sipo.diagnostics import (
     read_statistics,
     scalars,
 )
-from sipo.training import CheckpointError, TrainingAlarm, TrainingConfig, TrainingWarning, checkpoint, train
+from sipo.training import (
+    CheckpointError,
+    TrainingAlarm,
+    TrainingConfig,
+    TrainingInterrupted,
+    TrainingWarning,
+    checkpoint,
+    train,
+)
 from sipo.training.logs import MetricWindow, read_lines
 from sipo_kernels import METHODS
 from tests.training_cases import Broken, Pairs, PlainLoss, fit, fresh_accelerate, loss, same, settings, untimed
@@ -476,5 +485,12 @@ def test_the_command_line_says_it_in_one_line(
         monkeypatch.setattr("sipo.train.run_training", Mock(side_effect=alarm))
         assert cli.main(["train", str(example), place]) == 2
         assert capsys.readouterr().err == f"sipo: error: step 40: drift: model_mse 9; alarms='stop'{end}"
+    # How several processes were launched is not known.
+    two = SimpleNamespace(num_processes=2, is_main_process=True)
+    monkeypatch.setattr("sipo.training.make_accelerator", lambda training: two)
+    monkeypatch.setattr("sipo.train.run_training", Mock(side_effect=TrainingInterrupted(7, tmp_path, "SIGTERM")))
+    assert cli.main(["train", str(example), place]) == 130
+    end = "stopped after step 7; the same command with --resume goes on from there"
+    assert capsys.readouterr().err == f"sipo: {end}\n"
     with pytest.raises(ValueError, match="alarms='loud': expected one of warn, stop, off"):
         settings(tmp_path, alarms="loud")
