@@ -174,6 +174,11 @@ def _said(error: Exception) -> str:
     if "Original Traceback (most recent call last)" in text:
         last = re.search(r"^[\w.]+(?:: (.*))?\Z", text.splitlines()[-1])
         text = (last[1] or "" if last else text).strip()
+    elif isinstance(error, OSError) and error.strerror and error.filename is not None:
+        names = [name for name in (error.filename, error.filename2) if name is not None]
+        # A number stands for a file that was open already.
+        shown = [os.fsdecode(name) if isinstance(name, (str, bytes)) else str(name) for name in names]
+        text = f"{' -> '.join(shown)}: {error.strerror}"
     return " ".join(text.split()) or type(error).__name__
 
 
@@ -187,6 +192,7 @@ def _quieten() -> None:
     from transformers.utils import logging as transformers_logging
 
     diffusers_logging.disable_progress_bar()
+    diffusers_logging.set_verbosity_error()  # it prints every prompt of a batch that is too long
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")

@@ -209,6 +209,8 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     Raises:
         ConfigError: a file that is not there or not YAML, an unknown key, a value that does not fit.
     """
+    if Path(path).suffix in (".jsonl", ".parquet"):
+        raise ConfigError(f"{path}: is data, expected a YAML configuration, whose data.path names it")
     try:
         tree = read_yaml(Path(path))
     except OSError as error:

@@ -21,6 +21,9 @@ from typing import Any
 
 from torch import Tensor
 
+LFS_POINTER = b"version https://git-lfs"
+"""How a file begins that stands for another, which Git LFS has not fetched."""
+
 _ASIDE, _OLD = ".tmp", "old"
 _LETTERS = 50  # of a name, which may have 255 bytes in all, and a letter four of them
 _count = itertools.count()  # of places aside: threads may write one name, or names that begin alike
@@ -271,7 +274,7 @@ def check_tensors(path: Path) -> None:
                 return
         except (OSError, SafetensorError, MemoryError) as error:
             reason = _reason(error)
-    if begin.startswith(b"version https://git-lfs"):
+    if begin.startswith(LFS_POINTER):
         raise FileError(f"{path}: is a Git LFS pointer, expected the weights themselves: `git lfs pull` fetches them")
     if begin[8:9] != b"{" and (begin[:2] == b"PK" or begin[:1] == b"\x80"):
         raise FileError(f"{path}: is a pickle, which is not read here, expected safetensors")

@@ -174,7 +174,7 @@ def _write_config(run: Run) -> None:
         folder = run.config.training.folder
         folder.mkdir(parents=True, exist_ok=True)
         begin_run(folder)
-        write_aside(folder / "config.yaml", yaml.safe_dump(run.config.as_dict(), sort_keys=False))
+        write_aside(folder / "config.yaml", yaml.safe_dump(run.config.as_dict(), sort_keys=False, allow_unicode=True))
 
     on_main(run.accelerator, write)
 

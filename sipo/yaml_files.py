@@ -41,6 +41,7 @@ def parse_yaml(text: str, where: object) -> Any:
     import yaml
 
     many = FileError(f"{where}: holds more than {_MOST_VALUES} values, expected a configuration")
+    itself = FileError(f"{where}: not YAML: a value refers to itself, expected a configuration")
     deep = FileError(f"{where}: nested too deeply, expected YAML of at most {_DEEPEST} levels")
 
     class Loader(yaml.SafeLoader):
@@ -66,6 +67,8 @@ def parse_yaml(text: str, where: object) -> Any:
             if node is None:
                 return None
             # Before any value is made of it: merged mappings are copied, and so is much of a tree later.
+            if _holds_itself(node, set(), set()):
+                raise itself
             if _values(node, {}) > _MOST_VALUES:
                 raise many
             return loader.construct_document(node)
@@ -80,10 +83,24 @@ def parse_yaml(text: str, where: object) -> Any:
     except FileError:
         raise
     except (yaml.YAMLError, ValueError, OverflowError, MemoryError) as error:  # numbers and dates as well
-        raise FileError(f"{where}: not YAML: {_short(str(error)) or type(error).__name__}") from error
+        problem = "a number of thousands of digits" if "int_max_str_digits" in str(error) else _short(str(error))
+        raise FileError(f"{where}: not YAML: {problem or type(error).__name__}") from error
     except Exception as error:  # PyYAML makes values of tagged text without looking at it: KeyError, IndexError
         problem = f"a value that does not fit its tag ({type(error).__name__}: {_short(str(error))})"
         raise FileError(f"{where}: not YAML: {problem}") from error
+
+
+def _holds_itself(node: Any, above: set[int], sound: set[int]) -> bool:
+    """Whether a node is below itself, by an alias."""
+    if id(node) in above:
+        return True
+    if id(node) in sound or not isinstance(node.value, list):
+        return False
+    flat = (child for item in node.value for child in (item if isinstance(item, tuple) else (item,)))
+    if any(_holds_itself(child, above | {id(node)}, sound) for child in flat):
+        return True
+    sound.add(id(node))
+    return False
 
 
 def _values(node: Any, known: dict[int, int]) -> int:

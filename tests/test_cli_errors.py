@@ -59,7 +59,8 @@ NO_HOST_MEMORY = "DefaultCPUAllocator: can't allocate memory: you tried to alloc
 
 ONE_LINE = [
     (lambda: safetensors.SafetensorError("Error while\ndeserializing"), "safetensors: Error while deserializing"),
-    (lambda: OSError(28, "No space left on device", "cache/x"), "[Errno 28] No space left on device: 'cache/x'"),
+    (lambda: OSError(28, "No space left on device", "cache/x"), "sipo: error: cache/x: No space left on device\n"),
+    (lambda: OSError(18, "Cross-device link", "a", None, "b"), "sipo: error: a -> b: Cross-device link\n"),
     (lambda: MemoryError("could not allocate 9 GB"), "out of memory on the host; lower training.num_workers"),
     (MemoryError, "out of memory on the host; lower training.num_workers"),
     (

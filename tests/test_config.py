@@ -6,12 +6,14 @@ import itertools
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
 from sipo.config import ConfigError, from_dict, load, reference_kind
+from sipo.train import _write_config
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").rglob("*.yaml"))
@@ -34,6 +36,19 @@ def test_defaults_are_filled_in_and_written_out() -> None:
     again = from_dict(config.as_dict())
     assert again == config
     assert from_dict(yaml.safe_load(yaml.safe_dump(config.as_dict()))) == config
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.parquet"])
+def test_data_in_the_place_of_a_configuration_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('{"prompt": "a"}\n')
+    with pytest.raises(ConfigError, match="is data, expected a YAML configuration"):
+        load(tmp_path / name)
+
+
+def test_what_is_kept_beside_a_run_has_its_letters_as_they_are(tmp_path: Path) -> None:
+    given = from_dict(tree(samples={"prompts": ["ein großer Bär"]}, training={"output_dir": str(tmp_path / "run")}))
+    _write_config(SimpleNamespace(config=given, accelerator=None))  # type: ignore[arg-type]
+    assert "ein großer Bär" in (tmp_path / "run" / "config.yaml").read_text(encoding="utf-8")
 
 
 def test_off_and_no_are_words(tmp_path: Path) -> None:
@@ -190,8 +205,8 @@ MERGED = "a: &a {x: 1}\n" + "".join(
     [
         (BOMB, "holds more than 20000 values, expected a configuration"),
         (MERGED, "holds more than 20000 values, expected a configuration"),
-        ("data: &a [*a]", "holds more than 20000 values, expected a configuration"),
-        ("data: &a {<<: *a}", "holds more than 20000 values, expected a configuration"),
+        ("data: &a [*a]", "not YAML: a value refers to itself"),
+        ("data: &a {<<: *a}", "not YAML: a value refers to itself"),
         ("data: " + "[" * 100_000, "nested too deeply, expected YAML of at most 64 levels"),
         (
             "data:\n" + "".join(" " * level + "-\n" for level in range(1000)),
@@ -199,7 +214,7 @@ MERGED = "a: &a {x: 1}\n" + "".join(
         ),
         (
             "training: {steps: " + "7" * 5000 + "}",
-            "not YAML: Exceeds the limit (4300 digits) for integer string conversion",
+            "not YAML: a number of thousands of digits",
         ),
         ("training: {steps: 2026-13-45}", "not YAML: month must be in 1..12"),
         ("training: {steps: !!python/object:os.system 1}", "not YAML: could not determine a constructor for the tag"),
@@ -212,9 +227,12 @@ MERGED = "a: &a {x: 1}\n" + "".join(
         ('a: !!int ""', "not YAML: a value that does not fit its tag (IndexError: string index out of range)"),
         ('a: !!float ""', "not YAML: a value that does not fit its tag (IndexError: string index out of range)"),
         ("a: !!int _", "not YAML: a value that does not fit its tag (IndexError: string index out of range)"),
+        ("a: 1" + "0" * 6000, "not YAML: a number of thousands of digits"),
+        ("a: &x [1, *x]", "not YAML: a value refers to itself"),
+        ("a: &x {b: [*x]}", "not YAML: a value refers to itself"),
         ("a: !!timestamp foo", "not YAML: a value that does not fit its tag (AttributeError"),
     ],
-    ids=range(19),
+    ids=range(22),
 )
 def test_what_a_file_holds_is_refused_quickly_and_not_printed(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "run.yaml"

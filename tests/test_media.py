@@ -388,7 +388,7 @@ def test_long_text_in_a_png_is_no_fault_and_too_much_is_one_line() -> None:
         (b"zTXt", b"bomb\0\0" + zlib.compress(bytes(65 << 20), 1)),
         (b"iTXt", b"bomb\0\1\0\0\0" + zlib.compress(bytes(65 << 20), 1)),
     ):
-        with pytest.raises(MediaError, match=r"bytes in memory: cannot be decoded: [^\n]*MAX_TEXT") as caught:
+        with pytest.raises(MediaError, match=r"memory: cannot be decoded: holds more than 64 MB of text$") as caught:
             read_media(png_chunks(content, (name, data)))
         assert caught.value.kind == "undecodable"
 
@@ -409,7 +409,7 @@ def test_our_limit_of_pixels_counts_and_not_pillow_s(monkeypatch: pytest.MonkeyP
     content = encode(picture(), "PNG")
     for side, message in (
         (12_000, "has 12000x12000 pixels, expected at most 120000000"),
-        (60_000, "has more than 120000000 pixels"),
+        (60_000, "has 3600000000 pixels, expected at most 120000000"),
     ):
         header = b"IHDR" + struct.pack(">II", side, side) + content[24:29]
         large = content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:]
@@ -769,7 +769,10 @@ def test_what_is_no_image_and_no_clip_is_told_without_codes(tmp_path: Path) -> N
     tga, unknown = encode(picture(), "TGA"), "is no image or clip of a known format, or is cut short"
     write_video(tmp_path / "clip.mp4", counted(5), 8.0)
     cut = (tmp_path / "clip.mp4").read_bytes()[:100]  # its index comes last
-    for content, message in ((b"", "is empty"), (b"no picture", unknown), (tga, unknown), (cut, unknown)):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 5\n"
+    lfs = "is a Git LFS pointer, expected the file itself: `git lfs pull` fetches it"
+    cases = ((b"", "is empty"), (b"no picture", unknown), (tga, unknown), (cut, unknown), (pointer, lfs))
+    for content, message in cases:
         path.write_bytes(content)
         for read in (read_media, probe_media, lambda source: read_spaced(source, 2)):
             with pytest.raises(MediaError) as caught:

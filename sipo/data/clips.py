@@ -19,6 +19,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from sipo.files import LFS_POINTER
 from sipo.processes import is_out_of_memory
 
 # A list of formats, so that no playlist is read, for which FFmpeg would open other files, and no text file as an image
@@ -217,7 +218,10 @@ def read_clip(
             place = io.BytesIO(source) if isinstance(source, bytes) else f"file:{source}"
             opened = av.open(place, "r", options=_OPEN_OPTIONS, metadata_errors="replace")
         except (av.InvalidDataError, av.ArgumentError):  # the latter for formats that are not in the list
-            raise MediaError("undecodable", source, "is no image or clip of a known format, or is cut short") from None
+            problem = "is no image or clip of a known format, or is cut short"
+            if _begins_with(source, LFS_POINTER):
+                problem = "is a Git LFS pointer, expected the file itself: `git lfs pull` fetches it"
+            raise MediaError("undecodable", source, problem) from None
         with opened as container:
             stream = container.streams.best("video")
             # Where the file ends before its first frame, there is a stream without a decoder.
@@ -276,6 +280,13 @@ def check_pixels(source: Path | bytes, height: int, width: int, max_pixels: int)
     """Refuses what is too large to be decoded, by its header."""
     if height * width > max_pixels:
         raise MediaError("large", source, f"has {height}x{width} pixels, expected at most {max_pixels} (max_pixels)")
+
+
+def _begins_with(source: Path | bytes, start: bytes) -> bool:
+    if isinstance(source, bytes):
+        return source.startswith(start)
+    with source.open("rb") as file:
+        return file.read(len(start)) == start
 
 
 def _seconds(clock: str) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -46,12 +47,21 @@ def read_image(source: Path | bytes, max_pixels: int) -> Media | None:
             problem = "cannot be decoded: AVIF that is damaged or cut short"
         raise MediaError("undecodable", source, problem) from None
     except Image.DecompressionBombError as error:  # of more than twice as many
-        raise MediaError("large", source, f"has more than {max_pixels} pixels (max_pixels)") from error
+        raise MediaError("large", source, _too_many(error, max_pixels)) from error
     except Exception as error:  # Pillow's decoders raise all kinds of errors on damaged files
         if isinstance(error, OSError) and error.errno is not None:  # from the file system, not from Pillow
             raise MediaError("missing", source, f"cannot be read: {error.strerror}") from error
         reason = str(error) or type(error).__name__
+        if "MAX_TEXT" in reason:
+            reason = "holds more than 64 MB of text"
         raise MediaError("undecodable", source, f"cannot be decoded: {reason}") from error
+
+
+def _too_many(error: Exception, max_pixels: int) -> str:
+    """As :func:`sipo.data.clips.check_pixels` says it, but that Pillow tells the number of pixels alone."""
+    number = re.search(r"\d+", str(error))
+    has = f"{number[0]} pixels" if number else f"more than {max_pixels} pixels"
+    return f"has {has}, expected at most {max_pixels} (max_pixels)"
 
 
 def _check_file(path: Path) -> None:
