@@ -74,7 +74,7 @@ def locked(folder: str | Path, what: str, *, accelerator: Any = None) -> Iterato
 
     Raises:
         LockedError: another process has it; says which, and what to do. In every process alike.
-        FileError: something else than a file has the lock's name.
+        FileError: the folder cannot be made; something else than a file has the lock's name.
         OSError: no file can be written in the folder; names the file.
 
     Warns:
@@ -107,7 +107,10 @@ class _Lock:
 
     def acquire(self) -> None:
         self._made = [path for path in (self._folder, *self._folder.parents) if not path.exists()]
-        self._folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise FileError(f"{self._what}: {error.strerror}, expected a folder that can be written") from error
         found = self._folder.stat()
         key, me = (found.st_dev, found.st_ino), (os.getpid(), threading.get_ident())
         with _guard:

@@ -92,6 +92,17 @@ def test_a_second_process_waits_until_it_is_told_who_holds_it(tmp_path: Path, mo
         assert " by another process: " in refused(tmp_path)
 
 
+def test_a_folder_that_cannot_be_made_is_named_as_it_was_given(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("")
+    for folder, reason in ((tmp_path / "a", "File exists"), (tmp_path / "a" / "b", "Not a directory")):
+        with (
+            pytest.raises(FileError, match=rf"^{WHAT}: {reason}, expected a folder that can be written$"),
+            locked(folder, WHAT),
+        ):
+            pass
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
 def test_a_killed_holders_lock_is_taken_over_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with holder(tmp_path):
         pass
