@@ -235,4 +235,10 @@ def test_every_warning_of_ours_has_a_category_of_ours() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "warnings.warn":
                 found.append(ast.unparse(node.args[1]) if len(node.args) > 1 else f"none, {path}:{node.lineno}")
-    assert len(found) >= 5 and set(found) <= {"TrainingWarning", "LogWarning", "LockWarning", "ConnectionWarning"}
+    assert len(found) >= 5 and set(found) <= {
+        "ConfigWarning",
+        "ConnectionWarning",
+        "LockWarning",
+        "LogWarning",
+        "TrainingWarning",
+    }

@@ -42,7 +42,7 @@ class _Clip:
         from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
         try:
-            torch.empty(0, device=device)
+            torch.empty(0, dtype=torch.float32, device=device)
         except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled for it
             raise ScorerError(f"device={device!r}: {str(error).splitlines()[0]}, expected another") from error
         try:
