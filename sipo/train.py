@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +28,7 @@ from sipo.processes import from_main, on_main
 from sipo.run import Run, build, datasets, make_loss, open_run, prepare_data
 from sipo.training import TrainingConfig, TrainingResult, gather_weights, is_sharded, make_accelerator, train
 from sipo.training import storage as checkpoints
+from sipo.training.config import CheckpointError
 from sipo.training.first_step import Mismatch
 from sipo.training.logs import check_logs
 from sipo.verify import SUMS, begin_run, end_run, write_sums
@@ -90,21 +95,22 @@ def _run_training(config: Config, resume: bool, accelerator: Accelerator) -> Tra
     if look is not None and not there:
         look(0, network.to(run.accelerator.device))
     validate = held_out if training.validate_every else None
-    result = train(
-        network,
-        reference,
-        loss_fn,
-        pairs,
-        run.family.predict,
-        training,
-        accelerator=run.accelerator,
-        resume_from=checkpoints.LATEST if there else None,
-        validation=validate,
-        on_validation=look if training.validate_every else None,
-        offload_reference=config.model.reference_offload,
-        identity=_identity(run, f"{len(cache)} pairs, {data_hash}"),
-        mismatch=_mismatch(config, network),
-    )
+    with _named():
+        result = train(
+            network,
+            reference,
+            loss_fn,
+            pairs,
+            run.family.predict,
+            training,
+            accelerator=run.accelerator,
+            resume_from=checkpoints.LATEST if there else None,
+            validation=validate,
+            on_validation=look if training.validate_every else None,
+            offload_reference=config.model.reference_offload,
+            identity=_identity(run, f"{len(cache)} pairs, {data_hash}"),
+            mismatch=_mismatch(config, network),
+        )
     if there:
         _write_config(run)  # only now is it known to belong to the run that was there
     number = len(pairs) // max(1, config.data.draws)
@@ -143,6 +149,17 @@ def _check_folder(training: TrainingConfig, resume: bool) -> bool:
             "training.output_dir leaves all as it is"
         )
     return False
+
+
+@contextlib.contextmanager
+def _named() -> Iterator[None]:
+    """Inside, a checkpoint of other settings names the loop's as the configuration does, by section and key."""
+    try:
+        yield
+    except CheckpointError as error:
+        names = "|".join(field.name for field in dataclasses.fields(TrainingConfig))
+        text = re.sub(rf": made with (?=({names})\b)", ": made with training.", str(error), count=1)
+        raise CheckpointError(text) from error
 
 
 def _mismatch(config: Config, network: nn.Module) -> Mismatch:

@@ -315,6 +315,29 @@ def test_what_killed_runs_have_left_is_gone_when_the_next_one_starts(tmp_path: P
     assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "weights"])
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_nothing(
+    named: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, tensors: Any) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device", str(path)) if named else OSError(f"{path}: cannot be written")
+
+    monkeypatch.setattr(storage, "save_tensors", full)
+    with pytest.raises(OSError, match="step-00000005/a.safetensors") as caught:
+        storage.write(
+            tmp_path,
+            5,
+            shared={"a.safetensors": {}},
+            own=lambda folder: None,
+            state={},
+            keep=1,
+            accelerator=Accelerator(cpu=True),
+        )
+    assert str(tmp_path / "step-00000005" / "a.safetensors") in str(caught.value) and ".tmp" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == [] and (not named or caught.value.errno == 28)
+
+
 @pytest.mark.parametrize("killed_at", [1, 2, 3])
 def test_a_run_killed_while_it_replaces_its_only_checkpoint_keeps_one(
     killed_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -379,6 +402,17 @@ def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(tmp_path: Path, w
     with pytest.raises(ValueError, match=message) as caught:
         fit(tmp_path, policy=policy, resume_from="latest", **options)
     assert "\n" not in str(caught.value)
+
+
+def test_settings_have_the_configurations_names_and_a_default_its_own(tmp_path: Path) -> None:
+    fit(tmp_path, steps=2, checkpoint_every=2, loss_fn=loss(beta=None))
+    default = r"made with loss\.beta=the method's own default, expected this run's 51\.0$"
+    with pytest.raises(CheckpointError, match=default):
+        fit(tmp_path, steps=3, resume_from="latest", loss_fn=loss(beta=51.0))
+    with pytest.raises(CheckpointError, match=r": made with training\.seed=0, expected"), sipo.train._named():
+        fit(tmp_path, steps=3, resume_from="latest", loss_fn=loss(beta=None), seed=1)
+    with pytest.raises(CheckpointError, match=r": made with dataset_length=24, expected"), sipo.train._named():
+        fit(tmp_path, steps=3, resume_from="latest", loss_fn=loss(beta=None), data=Pairs(20))
 
 
 def test_a_finished_run_resumes_to_its_end(tmp_path: Path) -> None:

@@ -284,7 +284,8 @@ def _difference(name: str, was: Any, now: Any) -> str:
         for number, pair in enumerate(zip(was, now, strict=True)):
             if pair[0] != pair[1]:
                 return _difference(f"{name}[{number}]", *pair)
-    return f"{name}={short(was, 80)}, expected this run's {short(now, 80)}"
+    shown = ["the method's own default" if name == "loss.beta" and v is None else short(v, 80) for v in (was, now)]
+    return f"{name}={shown[0]}, expected this run's {shown[1]}"
 
 
 def is_weights(name: str) -> bool:
