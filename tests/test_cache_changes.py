@@ -21,6 +21,7 @@ from sipo.data import changes
 from sipo.data.cache import INDEX, CacheError, DamagedError, open_cache, read_json, write_json
 from sipo.data.check import BadPair
 from sipo.data.media import write_image
+from sipo.data.precompute import precompute_pairs
 from sipo.data.readers import JsonlReader, PickapicReader
 from sipo.data.records import DataError
 from sipo.data.summary import CacheSummary
@@ -28,7 +29,7 @@ from sipo.data.weights import weight_hashes
 from sipo.families import get
 from sipo.families.toy import build_toy
 from tests.data_sets import PickapicBuilder, noise
-from tests.small_family import Accelerator, Pipeline, build, in_processes
+from tests.small_family import MODEL, Accelerator, Pipeline, SmallFamily, build, in_processes, settings
 
 Lines = list[dict[str, Any]]
 Change = Callable[[Lines], Any]
@@ -566,8 +567,30 @@ def test_parquet_files_are_compared_by_sizes_and_times(tmp_path: Path, monkeypat
     assert summary.changes == ["row 4: rejected has other content"] and summary.written == 1
     path.unlink()
     path.parent.rmdir()
-    with pytest.raises(DataError, match="no such file or folder, and not found on the hub"):
+    with pytest.raises(DataError, match="no such file or folder, and no hub id that answers"):
         encode_parquet()
+
+
+def test_a_source_that_cannot_be_reached_is_told_before_encoders_are_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(*args: Any, **options: Any) -> Any:
+        raise OSError("timed out")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", unreachable)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "none"))
+    loaded: list[int] = []
+    with pytest.raises(DataError, match=r"no hub id that answers \(timed out\)$"):
+        precompute_pairs(
+            PickapicReader("owner/name"),
+            SmallFamily(),
+            lambda: loaded.append(1),
+            tmp_path / "cache",
+            settings=settings(),
+            model=MODEL,
+            progress=False,
+        )
+    assert loaded == []
 
 
 def test_a_hub_s_data_set_is_known_by_the_hashes_of_its_files(monkeypatch: pytest.MonkeyPatch) -> None:

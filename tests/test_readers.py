@@ -382,7 +382,7 @@ def test_a_name_that_is_neither_here_nor_on_the_hub_is_asked_for_once(
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", refuse)
     monkeypatch.setattr("datasets.load_dataset", None)
     monkeypatch.setattr("datasets.load_dataset_builder", None)
-    message = "^data/pairs: no such file or folder, and not found on the hub: Name or service not known$"
+    message = r"^data/pairs: no such file or folder, and no hub id that answers \(Name or service not known\)$"
     with pytest.raises(DataError, match=message):
         next(iter(open_pairs("data/pairs", streaming=streaming)))
     assert asked == ["data/pairs"]

@@ -324,7 +324,7 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_nothing(
         raise OSError(28, "No space left on device", str(path)) if named else OSError(f"{path}: cannot be written")
 
     monkeypatch.setattr(storage, "save_tensors", full)
-    with pytest.raises(OSError, match="step-00000005/a.safetensors") as caught:
+    with pytest.raises(OSError, match="step-00000005") as caught:
         storage.write(
             tmp_path,
             5,

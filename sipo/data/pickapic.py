@@ -45,6 +45,7 @@ class PickapicReader:
         if exists(place):
             return states(place, [place] if place.is_file() else sorted(place.rglob("*.parquet")))
         from huggingface_hub import HfApi
+        from huggingface_hub.utils import RepositoryNotFoundError
 
         try:
             info = HfApi().dataset_info(self.path, timeout=_HUB_SECONDS, files_metadata=True)
@@ -54,8 +55,9 @@ class PickapicReader:
             configs = info.card_data.get("configs") if info.card_data is not None else None
             return {"files": files or info.sha, "configs": configs}
         except Exception as error:  # of the hub's library, of the one below it for HTTP, and of the network
-            missing = f"{self.path}: no such file or folder, and not found on the hub"
-            raise DataError(f"{missing}: {one_line(error)}") from error
+            missing = isinstance(error, RepositoryNotFoundError)
+            problem = "not found; a private one needs `hf auth login`" if missing else one_line(error)
+            raise DataError(f"{self.path}: no such file or folder, and no hub id that answers ({problem})") from error
 
     def count(self) -> int | None:
         """Rows of local files, by their footers; ``None`` of a hub's, and where a file cannot be read."""

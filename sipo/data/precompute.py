@@ -163,9 +163,14 @@ def precompute_pairs(
         index = read_known(folder, marks)
         finished = index if index is not None and index["complete"] else None
         state = None
-        # An unfinished cache needs only the rows, which may be local when the hub is not reachable.
-        with contextlib.suppress(*(() if finished is not None else (DataError,))):
+        try:
             state = getattr(reader, "state", lambda: None)()
+        except DataError:
+            if finished is not None:
+                raise
+            # An unfinished cache needs only the rows, which may be local when the hub is not reachable. Where they
+            # are not, this says so before any encoder is loaded.
+            next(iter(reader), None)
         how = {"check_hashes": check_hashes, "verify": verify, "refuse_changes": refuse_changes}
         existing = Existing(folder, settings, marks, index, **how)
         existing.stale |= world > 1  # others may have recorded new times

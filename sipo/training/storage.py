@@ -105,9 +105,17 @@ def write(
         for old in earlier[:-keep] if keep else []:
             _discard(old)
 
-    on_main(accelerator, begin)
-    everywhere(accelerator, write_own)
-    on_main(accelerator, end)
+    try:
+        on_main(accelerator, begin)
+        everywhere(accelerator, write_own)
+        on_main(accelerator, end)
+    except Exception as error:
+        if accelerator.is_main_process:  # half a checkpoint would keep a full disk full
+            _clear(root)
+        if isinstance(error, OSError) and str(aside) in str(error):
+            text = str(error.filename or error).replace(str(aside), str(final))
+            raise (OSError(error.errno, error.strerror, text) if error.filename else OSError(text)) from error
+        raise
     return final
 
 
