@@ -91,6 +91,18 @@ def test_what_a_user_can_mend_is_one_line(
     assert message in error and "Traceback" not in error
 
 
+def test_prompts_that_are_too_long_are_not_printed_one_by_one() -> None:
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity()
+    try:
+        logging.set_verbosity_warning()
+        cli_errors._quieten()
+        assert logging.get_verbosity() == logging.ERROR
+    finally:
+        logging.set_verbosity(before)
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), RuntimeError(NO_HOST_MEMORY), MemoryError()])
 @pytest.mark.parametrize("reading", [base._one_line, tuning._one_line])
 def test_a_lack_of_memory_is_no_fault_of_the_file_that_is_read(reading: Any, error: Exception) -> None:

@@ -244,6 +244,14 @@ def test_kernels_of_the_hub_are_refused(changes: dict[str, Any], model: Path) ->
     assert message.startswith(f"{file}: names 'someone/kernel") and "which is not run here" in message
 
 
+def test_a_class_has_the_article_that_it_is_spoken_with(model: Path) -> None:
+    shutil.rmtree(model / "vae")
+    (model / "vae").mkdir()
+    (model / "vae" / "config.json").write_text("{}")
+    assert message_of(model, "vae").endswith("expected those of an AutoencoderKL")
+    assert model_files.a("UNet2DConditionModel") == "a UNet2DConditionModel"
+
+
 @pytest.mark.parametrize("length", [128, 384, 640, 896, 1152, 0x4B50])
 def test_a_header_is_not_taken_for_a_pickle_by_its_length(length: int, tmp_path: Path) -> None:
     """The first bytes are a length, in which those of pickles and archives occur."""

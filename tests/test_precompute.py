@@ -763,6 +763,8 @@ def test_what_encoding_costs_is_said_before_and_refused_where_there_is_no_room(t
     assert (
         costs[1].describe(999_700).startswith("to encode at most 8 pairs: at most 576 B of latents and at most 576 B ")
     )
+    unknown = costs[3].describe(10**9)
+    assert unknown.startswith("to encode each pair (the source does not say how many): at most 144 B of latents")
     assert "999 kB free" not in costs[1].describe(999_700) and "1 MB free" in costs[1].describe(999_700)
     costs[0].check(1584)
     with pytest.raises(ValueError, match="latents of 11 pairs take 1584 B, 1583 B are free: not enough disk space"):

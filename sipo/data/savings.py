@@ -83,7 +83,9 @@ class Cost:
         """
         most = "" if self.exact else "at most "
         number = 1 if self.pairs is None else self.pairs
-        what = "each pair" if self.pairs is None else f"{most}{number} pair{'s' * (number != 1)}"
+        what = f"{most}{number} pair{'s' * (number != 1)}"
+        if self.pairs is None:
+            what = "each pair (the source does not say how many)"
         passes = [f"{most}{2 * number} passes of the VAE", f"at most {self.prompts} of the text encoders"]
         if draws:
             passes.append(f"{most}{2 * number * draws} of the reference")
