@@ -6,6 +6,7 @@ And ``export``, which needs the configuration that a run has kept.
 from __future__ import annotations
 
 import argparse
+import errno
 import math
 import sys
 from collections.abc import Callable
@@ -158,7 +159,12 @@ def _train(options: argparse.Namespace) -> int:
     accelerator = make_accelerator(config.training)
     if accelerator.is_main_process:
         readable = (sys.stdout.encoding or "").lower().startswith("utf")  # of others not every letter can be written
-        print(yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=readable), flush=True)
+        try:
+            print(yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=readable), flush=True)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise CommandError(f"standard output: {error.strerror}, expected room for what is printed") from error
     command = f"`{' '.join(['sipo train', str(options.config), *options.overrides, '--resume'])}`"
     if accelerator.num_processes > 1:  # their launcher's own words are not known here
         command = "the same command with --resume"

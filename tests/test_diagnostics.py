@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -492,5 +493,10 @@ def test_the_command_line_says_it_in_one_line(
     assert cli.main(["train", str(example), place]) == 130
     end = "stopped after step 7; the same command with --resume goes on from there"
     assert capsys.readouterr().err == f"sipo: {end}\n"
+    with suppress(OSError), open("/dev/full", "w") as full:  # closing it fails once more
+        monkeypatch.setattr("sys.stdout", full)
+        assert cli.main(["train", str(example), place]) == 2
+        monkeypatch.undo()
+    assert capsys.readouterr().err.startswith("sipo: error: standard output: No space left on device, expected")
     with pytest.raises(ValueError, match="alarms='loud': expected one of warn, stop, off"):
         settings(tmp_path, alarms="loud")
