@@ -561,3 +561,12 @@ def _hashes(folder: Path) -> dict[str, str]:
 def test_unknown_toy(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="toy='flux': expected one of sd15"):
         build_toy("flux", tmp_path / "flux")
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd3"])
+def test_prompts_that_are_cut_are_counted_in_one_warning(name: str) -> None:
+    family = get(name)
+    pipeline = family.load_encoders(folder_of(name))
+    most = {"sd15": 77, "sd3": 256}[name]
+    with pytest.warns(UserWarning, match=f"^1 of 2 prompts are cut after {most} tokens$"):
+        family.encode_text(pipeline, ["a " * 400, "a"])

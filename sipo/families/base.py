@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import reprlib
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -300,6 +301,7 @@ class Family(ABC):
         """
         if not prompts:
             return []
+        self._tell_of_cut_prompts(pipeline, prompts)
         encoded = pipeline.encode_prompt(
             prompt=list(prompts),
             device=pipeline.text_encoder.device,
@@ -310,6 +312,16 @@ class Family(ABC):
         tensors = {PROMPT: encoded[0]} if len(encoded) == 2 else {PROMPT: encoded[0], POOLED: encoded[2]}
         host = {name: tensor.cpu() for name, tensor in tensors.items()}
         return [{name: tensor[i].clone() for name, tensor in host.items()} for i in range(len(prompts))]
+
+    def _tell_of_cut_prompts(self, pipeline: Any, prompts: Sequence[str]) -> None:
+        """One warning with a number; diffusers prints what is cut off of each."""
+        tokenizer = getattr(pipeline, "tokenizer_3", None) or getattr(pipeline, "tokenizer", None)
+        most = self.text_options.get("max_sequence_length") or getattr(tokenizer, "model_max_length", None)
+        if tokenizer is None or most is None:
+            return
+        number = sum(len(tokens) > most for tokens in tokenizer(list(prompts)).input_ids)
+        if number:
+            warnings.warn(f"{number} of {len(prompts)} prompts are cut after {most} tokens", stacklevel=3)
 
     def encode_prompts(self, pipeline: Any, prompts: Sequence[str]) -> list[Condition]:
         """What :meth:`sample` takes in place of each prompt, so that the text encoders need not be kept.
