@@ -164,7 +164,7 @@ def _train(options: argparse.Namespace) -> int:
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
-            raise CommandError(f"standard output: {error.strerror}, expected room for what is printed") from error
+            raise CommandError(f"standard output: {error.strerror}") from error
     command = f"`{' '.join(['sipo train', str(options.config), *options.overrides, '--resume'])}`"
     if accelerator.num_processes > 1:  # their launcher's own words are not known here
         command = "the same command with --resume"
