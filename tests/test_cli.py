@@ -240,5 +240,6 @@ def test_every_warning_of_ours_has_a_category_of_ours() -> None:
         "ConnectionWarning",
         "LockWarning",
         "LogWarning",
+        "PromptWarning",
         "TrainingWarning",
     }

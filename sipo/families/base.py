@@ -52,6 +52,10 @@ LATENT_PIXELS = 8
 """Pixels on a side of one latent, of every family's VAE."""
 
 
+class PromptWarning(UserWarning):
+    """Prompts are longer than what the text encoder reads."""
+
+
 class Family(ABC):
     """One family of diffusion models: which diffusers classes it is made of, and how they are called.
 
@@ -298,6 +302,9 @@ class Family(ABC):
 
         Every prompt's tensors have the same shapes: ``prompt_embeds [L, D]`` padded to the family's length, and
         where the family has them ``pooled_prompt_embeds [D']``, in the text encoders' type.
+
+        Warns:
+            PromptWarning: how many of the prompts are cut.
         """
         if not prompts:
             return []
@@ -321,7 +328,7 @@ class Family(ABC):
             return
         number = sum(len(tokens) > most for tokens in tokenizer(list(prompts)).input_ids)
         if number:
-            warnings.warn(f"{number} of {len(prompts)} prompts are cut after {most} tokens", stacklevel=3)
+            warnings.warn(f"{number} of {len(prompts)} prompts are cut after {most} tokens", PromptWarning, stacklevel=3)
 
     def encode_prompts(self, pipeline: Any, prompts: Sequence[str]) -> list[Condition]:
         """What :meth:`sample` takes in place of each prompt, so that the text encoders need not be kept.
