@@ -328,7 +328,8 @@ class Family(ABC):
             return
         number = sum(len(tokens) > most for tokens in tokenizer(list(prompts)).input_ids)
         if number:
-            warnings.warn(f"{number} of {len(prompts)} prompts are cut after {most} tokens", PromptWarning, stacklevel=3)
+            text = f"{number} of {len(prompts)} prompts are cut after {most} tokens"
+            warnings.warn(text, PromptWarning, stacklevel=3)
 
     def encode_prompts(self, pipeline: Any, prompts: Sequence[str]) -> list[Condition]:
         """What :meth:`sample` takes in place of each prompt, so that the text encoders need not be kept.
