@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import warnings
 from pathlib import Path
@@ -250,31 +251,37 @@ def test_inside_distributed_data_parallel(tmp_path: Path) -> None:
 
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
-        network = torch.nn.Linear(8, 8).to(DEVICE)
-
-        class Whole(torch.nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.network, self.loss_fn = network, module()
-
-            def forward(self, x: Tensor, ref: Tensor, target: Tensor) -> Tensor:
-                return self.loss_fn(self.network(x), ref, target, TIMESTEPS).loss
-
-        x, ref, target = (make_batch((6, 4, 8), seed=seed, device=DEVICE).target for seed in range(3))
-        plain = Whole()
-        wrapped = torch.nn.parallel.DistributedDataParallel(plain, gradient_as_bucket_view=True)
-        for turn in range(3):
-            grads = []
-            for model in (plain, wrapped):
-                network.zero_grad()
-                for _ in range(2):
-                    with warnings.catch_warnings():
-                        warnings.simplefilter("ignore")
-                        (model(x, ref, target) / 2).backward()
-                grads.append([p.grad.clone() for p in network.parameters()])
-            assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True)), turn
+        compare_with_wrapped()
+        gc.collect()  # DDP, were it the last to hold the group, would wait for its threads and keep the GIL
     finally:
         dist.destroy_process_group()
+
+
+def compare_with_wrapped() -> None:
+    """Gradients of a module by itself and of the same in DistributedDataParallel."""
+    network = torch.nn.Linear(8, 8).to(DEVICE)
+
+    class Whole(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network, self.loss_fn = network, module()
+
+        def forward(self, x: Tensor, ref: Tensor, target: Tensor) -> Tensor:
+            return self.loss_fn(self.network(x), ref, target, TIMESTEPS).loss
+
+    x, ref, target = (make_batch((6, 4, 8), seed=seed, device=DEVICE).target for seed in range(3))
+    plain = Whole()
+    wrapped = torch.nn.parallel.DistributedDataParallel(plain, gradient_as_bucket_view=True)
+    for turn in range(3):
+        grads = []
+        for model in (plain, wrapped):
+            network.zero_grad()
+            for _ in range(2):
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    (model(x, ref, target) / 2).backward()
+            grads.append([p.grad.clone() for p in network.parameters()])
+        assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True)), turn
 
 
 # ---- Errors ---------------------------------------------------------------------------------------------------------
