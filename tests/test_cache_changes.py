@@ -675,7 +675,7 @@ def test_a_new_run_trains_on_the_pairs_as_they_are_now(place: Place, capsys: pyt
     write(place.data, lines)
     latents, errors = [open_cache(place.cache).pair(n)[:2] for n in range(5)], place.errors()
     assert place.run("train", *ERRORS, run="again") == 0
-    output = capsys.readouterr().out
+    output = capsys.readouterr().err
     assert output.count("the data has changed (row 4: chosen is b/3.bmp, was a/3.bmp, and in 1 more shard): 2 of") == 1
     assert "| pairs | 5 |" in (place.folder / "again" / "weights" / "README.md").read_text()
     cache = open_cache(place.cache)
