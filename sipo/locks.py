@@ -2,8 +2,8 @@
 
     .lock    there as long as the folder is in use; JSON: machine, process, since when, by what command
 
-The kernel locks the file for the process, and lets go when the process ends in whatever way: a killed run blocks no
-one. These are POSIX record locks: unlike those of ``flock`` they are not handed down to forked workers, which
+The kernel holds the lock for the process and releases it however the process ends, so a killed run blocks no other.
+These are POSIX record locks: unlike those of ``flock`` they are not handed down to forked workers, which
 may outlive their parent, and NFS takes them to the server. Closing any descriptor of the file releases the lock,
 so the process that the file names also counts as there as long as it runs.
 
@@ -116,7 +116,7 @@ class _Lock:
         with _guard:
             there = _here.get(key)
             if there == me:
-                return  # whoever took it lets go
+                return  # released by the call that took it
             if there is not None and there[0] == me[0]:
                 raise LockedError(f"{self._what} is in use by another thread of this process")
             _here[key] = me  # before the file is opened: closing it once more would unlock it

@@ -1,6 +1,6 @@
 """Work that processes of one run share.
 
-An error in one process is raised in all, and nobody waits for a process that has exited.
+An error in one process is raised in all, and no process waits for one that has exited.
 """
 
 from __future__ import annotations

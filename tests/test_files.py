@@ -299,15 +299,21 @@ TEXTS: dict[str, tuple[bytes, str]] = {
 }
 
 
-@pytest.mark.parametrize("what", [*PLACES, *TEXTS])
-def test_what_is_no_json_file_is_one_line(tmp_path: Path, what: str) -> None:
-    path = tmp_path / "state.json"
+def put(path: Path, what: str, contents: dict[str, tuple[bytes, str]]) -> str:
+    """Puts a case of ``PLACES`` or of ``contents`` at a path; returns how the message about it begins."""
     if what in PLACES:
         make, message = PLACES[what]
         make(path)
     else:
-        content, message = TEXTS[what]
+        content, message = contents[what]
         path.write_bytes(content)
+    return message
+
+
+@pytest.mark.parametrize("what", [*PLACES, *TEXTS])
+def test_what_is_no_json_file_is_one_line(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "state.json"
+    message = put(path, what, TEXTS)
     started = time.monotonic()
     with pytest.raises(FileError) as caught:
         files.read_object(path)
@@ -328,12 +334,7 @@ WEIGHTS: dict[str, tuple[bytes, str]] = {
 @pytest.mark.parametrize("what", [*sorted(PLACES.keys() - {"loop"}), *WEIGHTS])
 def test_what_is_no_safetensors_file_is_one_line(tmp_path: Path, what: str) -> None:
     path = tmp_path / "model.safetensors"
-    if what in PLACES:
-        make, message = PLACES[what]
-        make(path)
-    else:
-        content, message = WEIGHTS[what]
-        path.write_bytes(content)
+    message = put(path, what, WEIGHTS)
     with pytest.raises(FileError) as caught:
         files.load_tensors(path)
     assert str(caught.value).startswith(f"{path}: {message}") and "\n" not in str(caught.value)

@@ -232,7 +232,7 @@ def test_a_full_disk_names_the_file_and_leaves_none(tmp_path: Path, monkeypatch:
 
 
 def test_nothing_renews_a_lock_that_was_released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file's number is another file's then; and who lets go does not wait for the next renewal."""
+    """Its descriptor may belong to another file by then; a release does not wait for the next renewal."""
     renewing, leaving, done = threading.Event(), threading.Event(), threading.Event()
 
     def slow(*args: Any) -> None:
