@@ -391,8 +391,11 @@ def short(value: object, limit: int = 60) -> str:
     return text if len(text) <= limit else f"{text[:limit]}…"
 
 
-def _reason(error: BaseException) -> str:
-    """An error's message in one line."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
+def one_line(error: BaseException) -> str:
+    """An error's message in one line; its type, where it has none."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def _reason(error: BaseException) -> str:
+    """The same without the file that an error of the system names."""
+    return error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)

@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Generator
 from typing import Any, TypeVar
 
+from sipo.files import one_line
+
 _T = TypeVar("_T")
 
 ROUND_SECONDS = 10.0
@@ -48,7 +50,7 @@ def everywhere(accelerator: Any, work: Callable[[], _T]) -> _T:
     except Exception as error:
         failed = error
     try:
-        message = "" if failed is None else " ".join(str(failed).split()) or type(failed).__name__
+        message = "" if failed is None else one_line(failed)
         messages = gathered(accelerator, message)
     except Exception:
         if failed is not None:  # says more than that another process is gone, which may be for the same reason

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from sipo.files import FileError, file_hash, parse_json, read_text, write_aside
+from sipo.files import FileError, file_hash, one_line, parse_json, read_text, write_aside
 
 SUMS = "SHA256SUMS"
 """File in a folder of weights: a line for each other file that is read back. In a run's folder: see :func:`end_run`."""
@@ -82,7 +82,7 @@ def verify_run(folder: Path) -> list[Item]:
     try:
         sums = _read_sums(folder / SUMS) if ended else None
     except (OSError, ValueError) as error:
-        items = [Item(folder / SUMS, _one_line(error))]
+        items = [Item(folder / SUMS, one_line(error))]
         return [*items, *(_item(path, look) for path, look in found)]
     hashed = {path for path, look in found if look in (_config, _log, _prompts)}
     items = [_item(path, look, folder, sums) if path in hashed else _item(path, look) for path, look in found]
@@ -102,13 +102,9 @@ def _item(
                 raise FileError(f"{path}: not in {SUMS}, expected only files that the run has written")
             _compare(path, sums[name])
     except (OSError, ValueError) as error:
-        return Item(path, _one_line(error))
+        return Item(path, one_line(error))
     unknown = "" if folder is None or sums is not None else "no hash: the run has not ended"
     return Item(path, "", "; ".join(filter(None, (note, unknown))))
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _config(file: Path) -> str:
@@ -186,7 +182,7 @@ def check_config(folder: Path) -> None:
     except FileNotFoundError:
         return
     except (OSError, ValueError) as error:
-        text = f"{file}: cannot be compared with the one that the run was trained with: {_one_line(error)}"
+        text = f"{file}: cannot be compared with the one that the run was trained with: {one_line(error)}"
         warnings.warn(text, ConfigWarning, stacklevel=3)
         return
     if not same:

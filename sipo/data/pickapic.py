@@ -10,8 +10,8 @@ from typing import Any
 
 from sipo.data.parquet import read_rows, rows_of
 from sipo.data.records import DataError, PairRecord, has_half
-from sipo.data.rows import bad_row, check_file, exists, is_number, one_line, states
-from sipo.files import short
+from sipo.data.rows import bad_row, check_file, exists, is_number, states
+from sipo.files import one_line, short
 
 _COLUMNS = ("jpg_0", "jpg_1", "label_0", "label_1", "caption")
 _EXTRA = ("has_label", "are_different", "best_image_uid", "image_0_uid", "image_1_uid")

@@ -54,8 +54,3 @@ def bad_row(row: int, problem: str, prompt: str = "", kind: Literal["row", "inde
 def plain(text: str) -> str:
     """A text in one line, with single spaces."""
     return " ".join(text.split())
-
-
-def one_line(error: object) -> str:
-    """An error's message in one line; its type, where it has none."""
-    return plain(str(error)) or type(error).__name__

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from sipo.files import FileError, check_regular, check_tensors, read_object
+from sipo.files import FileError, check_regular, check_tensors, one_line, read_object
 
 MODEL_INDEX = "model_index.json"
 CONFIG = "config.json"
@@ -343,7 +343,7 @@ def _ask(path: str, options: Mapping[str, Any], expected: str, index: str) -> _F
         except RepositoryNotFoundError:
             problem = "not found; a private one needs `hf auth login`"
         except Exception as error:  # httpx's, in whichever version
-            problem = " ".join(str(error).split()) or type(error).__name__
+            problem = one_line(error)
         else:
             names = [sibling.rfilename for sibling in info.siblings or []]
             if index not in names:

@@ -23,7 +23,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from sipo.files import check_tensors, load_tensors, save_tensors, short
+from sipo.files import check_tensors, load_tensors, one_line, save_tensors, short
 from sipo.processes import everywhere, is_collective, is_out_of_memory
 from sipo.training import randomness, sharded, storage
 from sipo.training.config import CheckpointError
@@ -169,7 +169,7 @@ def reading(folder: Path) -> Iterator[None]:
     except Exception as error:  # the files are as they were written, and what was written may be anything
         if isinstance(error, OSError) or is_out_of_memory(error) or is_collective(error):
             raise
-        reason = " ".join(str(error).split()).removeprefix(f"{folder}{os.sep}") or type(error).__name__
+        reason = one_line(error).removeprefix(f"{folder}{os.sep}")
         name = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise CheckpointError(f"{folder}: does not fit this run ({name}{reason})") from error
 

@@ -25,6 +25,7 @@ from sipo.files import (
     FileError,
     check_regular,
     file_hash,
+    one_line,
     read_object,
     remove,
     remove_leftovers,
@@ -205,7 +206,7 @@ def damage(folder: Path) -> str:
     except OSError as error:
         return f"{error.strerror}: {error.filename}"
     except ValueError as error:
-        return " ".join(str(error).split()).removeprefix(f"{folder}{os.sep}")
+        return one_line(error).removeprefix(f"{folder}{os.sep}")
     return ""
 
 
