@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.cases import BETA, Batch
 from sipo_kernels import backends, pair_loss
-from sipo_kernels.contract import pair_dtype
+from sipo_kernels.layout import pair_dtype
 
 PUBLISHED = "torch, input dtype"
 UPCAST = "torch, float32"

@@ -22,7 +22,7 @@ from benchmarks.cases import BETA, SHAPES, TARGET, TRAINED, UPSTREAM, Batch, Cas
 from benchmarks.machine import OthersLoad
 from benchmarks.suite import announce, default_output, make_before
 from sipo import NoiseSchedule, SIPOLoss
-from sipo.diagnostics import TimestepStatistics
+from sipo.training.statistics import TimestepStatistics
 from sipo_kernels import METRICS, backends, pair_loss
 
 SECONDS = 5.0  # for each batch

@@ -152,7 +152,7 @@ def commit() -> str:
 
 def _native() -> str:
     try:
-        from sipo_kernels import native
+        from sipo_kernels.backends import native
     except ImportError as error:
         return str(error)
     return native.REASON

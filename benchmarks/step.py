@@ -34,7 +34,7 @@ from benchmarks.machine import OthersLoad
 from benchmarks.step_network import make_network
 from benchmarks.suite import MAX_ERROR, announce, default_output
 from sipo_kernels import backends
-from sipo_kernels.contract import pair_dtype
+from sipo_kernels.layout import pair_dtype
 
 TRIVIAL = "trivial loss (mean of the output)"
 MODE = "training step"

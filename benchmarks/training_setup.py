@@ -131,14 +131,14 @@ def _cached(case: TrainingCase, device: str, folder: Path) -> Setup:
     if missing:
         raise ImportError(f"{', '.join(missing)}: not installed, expected for a cache of toy pairs")
     from sipo import families
-    from sipo.config import DataConfig, ModelConfig
-    from sipo.data.cache import open_cache
-    from sipo.data.pairs import CachedPairs, DrawnPairs
-    from sipo.data.precompute import precompute_pairs
+    from sipo.cache.format import open_cache
+    from sipo.cache.pairs import CachedPairs, DrawnPairs
+    from sipo.cache.precompute import precompute_pairs
+    from sipo.cache.reference_errors import precompute_references
     from sipo.data.readers import open_pairs
-    from sipo.data.references import precompute_references
     from sipo.data.toy import make_toy_pairs
     from sipo.families.toy import build_toy
+    from sipo.recipe.config import DataConfig, ModelConfig
 
     quiet()
     assert case.pixels is not None

@@ -1,5 +1,5 @@
 // The per-pair arithmetic of docs/math.md §3-6: one source for CPU and CUDA, a handful of numbers per pair, in double.
-// The plain-torch twin is sipo_kernels/eager.py.
+// The plain-torch twin is sipo_kernels/backends/eager.py.
 #pragma once
 #include <cmath>
 
@@ -12,7 +12,7 @@
 
 namespace sipo {
 
-// The order of METHODS, RATIOS and LINKS in sipo_kernels/contract.py.
+// The order of METHODS, RATIOS and LINKS in sipo_kernels/layout.py.
 enum Method : int { kDiffusionDpo = 0, kDpoCm = 1, kSipo = 2, kSdpo = 3 };
 enum Ratio : int { kPosterior = 0, kReference = 1 };
 enum Link : int { kSigmoid = 0, kIpo = 1, kHinge = 2, kDmpo = 3 };

@@ -5,12 +5,12 @@
 
 namespace sipo {
 
-// The order of METRICS in sipo_kernels/contract.py; behind them, the pairs that the means are over.
+// The order of METRICS in sipo_kernels/layout.py; behind them, the pairs that the means are over.
 enum Metric : int {
   kLoss, kImplicitAcc, kModelMse, kRefMse, kRewardMargin, kWinGap, kLoseGap, kWeightMean, kClipFraction,
   kActiveFraction, kNonfinitePairs, kMetrics, kCounted = kMetrics, kFacts
 };
-// Rows of the sums by noise level: STATISTICS in sipo_kernels/contract.py.
+// Rows of the sums by noise level: STATISTICS in sipo_kernels/layout.py.
 constexpr int kStatistics = 18;
 
 SIPO_HD double correct(double logits) { return logits > 0 ? 1.0 : (logits == 0 ? 0.5 : 0.0); }  // a tie counts one half

@@ -1,7 +1,7 @@
 """Preference optimisation for diffusion models: Diffusion-DPO, DPO-C&M, SIPO and SDPO.
 
 The loss (:class:`SIPOLoss`), the noise schedule behind it (:class:`NoiseSchedule`) and β's conventions
-(:func:`convert_beta`). The formulas are those of docs/math.md; :mod:`sipo.reference` has them in float64.
+(:func:`convert_beta`). The formulas are those of docs/math.md; :mod:`sipo_kernels.reference` has them in float64.
 """
 
 from sipo.loss import SIPOLoss, convert_beta

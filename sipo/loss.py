@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sipo.levels import check_count, check_positive
 from sipo.schedule import DEFAULT_INFERENCE_STEPS, NoiseSchedule
+from sipo.schedule.levels import check_count, check_positive
 from sipo_kernels import PairLossOutput, Totals, pair_loss
 from sipo_kernels.backends import BACKENDS
-from sipo_kernels.checks import check_choice, check_settings
-from sipo_kernels.contract import pair_dtype
+from sipo_kernels.layout import pair_dtype
+from sipo_kernels.options import check_choice, check_settings
 
 # docs/math.md §5, by method and number of dimensions of the batch: 4 for images, 5 for videos
 _DEFAULT_BETA = {

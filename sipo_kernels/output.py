@@ -11,7 +11,61 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sipo_kernels.contract import METRICS, Totals, pair_dtype
+from sipo_kernels.layout import pair_dtype
+
+# What a batch reports (§8), in the order in which the kernels write it.
+METRICS = (
+    "loss",
+    "implicit_acc",
+    "model_mse",
+    "ref_mse",
+    "reward_margin",
+    "win_gap",
+    "lose_gap",
+    "weight_mean",
+    "clip_fraction",
+    "active_fraction",
+    "nonfinite_pairs",
+)
+# Rows of the sums by noise level (§8): pairs that the sums are over, pairs that are left out, and what is summed.
+STATISTICS = (
+    "count",
+    "nonfinite",
+    "model_error_winner",
+    "model_error_loser",
+    "ref_error_winner",
+    "ref_error_loser",
+    "win_gap",
+    "lose_gap",
+    "ratio",
+    "weight",
+    "clipped",
+    "active",
+    "logits",
+    "logits_sq",
+    "implicit_acc",
+    "coef",
+    "coef_sq",
+    "grad_sq",
+)
+
+
+class Totals(NamedTuple):
+    """Running sums that a call adds its numbers to, on its device, so that many calls are read at once (§8).
+
+    Attributes:
+        metrics: ``[2, len(METRICS)]`` float32: sums of each metric's finite values, each times the pairs that it is a
+            mean over, and sums of these pairs; of ``nonfinite_pairs`` its total, and the calls.
+        levels: ``[len(STATISTICS), n]`` float32: sums over pairs by noise level, in n bins of equal width.
+        timesteps: where each pair is in them: ``[B]`` or ``[S]`` (then the winners'), of any type but bool.
+        top: the end of the noise levels: the number of training timesteps, or 1 for σ. Pair i is in bin
+            ``⌊timesteps[i] · n / top⌋``, the first or last where that lies outside.
+    """
+
+    metrics: Tensor | None = None
+    levels: Tensor | None = None
+    timesteps: Tensor | None = None
+    top: float = 1.0
 
 
 class PairLossOutput(NamedTuple):

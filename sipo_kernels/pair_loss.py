@@ -1,6 +1,6 @@
 """The pair loss: public function, ``torch.autograd.Function``, custom operators and their fakes.
 
-The way of one batch: :func:`pair_loss` checks it (``checks.py``), chooses a backend (``backends.py``) and calls it for
+The way of one batch: :func:`pair_loss` checks it (``inputs.py``), chooses a backend (``backends/``) and calls it for
 every number of ``docs/math.md`` §2-5 and §8, one gradient coefficient per sample (§6) and, where the backend fuses it,
 the gradient for the upstream gradient that is expected. The backward pass hands that gradient out, made again from the
 inputs where another upstream gradient came.
@@ -21,9 +21,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from sipo_kernels import backends, checks
-from sipo_kernels.contract import Inputs, Settings, Stats, Totals, empty_grad, empty_stats, has_lazy_bit
-from sipo_kernels.output import PairLossOutput, add_totals
+from sipo_kernels import backends
+from sipo_kernels.backends.interface import Stats, empty_stats
+from sipo_kernels.inputs import Inputs, check_extras, check_tensors
+from sipo_kernels.layout import empty_grad, has_lazy_bit
+from sipo_kernels.options import Settings, check_settings
+from sipo_kernels.output import PairLossOutput, Totals, add_totals
 
 _SETTINGS_SCHEMA = (
     "str method, float beta, str ratio, float clip_low, float clip_high, float mask_threshold, "
@@ -108,7 +111,7 @@ def _refuse_higher_order(upstream: Tensor | None) -> None:
         _refuse_tangents(upstream=upstream)
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "pair_loss does not support double backward (create_graph=True): use sipo.reference.pair_loss for it"
+            "pair_loss does not support double backward (create_graph=True): use sipo_kernels.reference.pair_loss"
         )
 
 
@@ -211,7 +214,7 @@ def _checked_settings(
     label_smoothing: float,
     winner_preserving: float | None,
 ) -> Settings:
-    checks.check_settings(
+    check_settings(
         method=method,
         beta=beta,
         ratio=ratio,
@@ -326,7 +329,7 @@ def pair_loss(
         settings = (_checked_settings if compiling else _cached_settings)(*choices, *relatives)
     except TypeError:  # of a wrong type, or so wrong that no cache can hold it: this says which and why
         settings = _checked_settings(*choices, *relatives)
-    checks.check_tensors(
+    check_tensors(
         model_pred,
         ref_pred,
         target,
@@ -336,7 +339,7 @@ def pair_loss(
         ref_error=ref_error,
     )
     if expected_upstream is not None or totals is not None:
-        checks.check_extras(expected_upstream, totals, model_pred)
+        check_extras(expected_upstream, totals, model_pred)
     chosen = backends.choose(backend, model_pred.device)
     if compiling and nonfinite == "raise":
         raise ValueError(

@@ -19,10 +19,11 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sipo_kernels import triton_passes as passes
-from sipo_kernels import triton_plan
-from sipo_kernels.contract import LINKS, METHODS, accumulate_dtype, stats_dtype
-from sipo_kernels.triton_kernels import FOLD
+from sipo_kernels.backends.triton import passes as passes
+from sipo_kernels.backends.triton import plan as triton_plan
+from sipo_kernels.backends.triton.launch import FOLD
+from sipo_kernels.layout import accumulate_dtype, stats_dtype
+from sipo_kernels.options import LINKS, METHODS
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 CAPABILITIES = (80, 90, 100)

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sipo import reference
-from sipo_kernels import PairLossOutput, pair_loss
+from sipo_kernels import PairLossOutput, pair_loss, reference
 
 
 class Batch(NamedTuple):

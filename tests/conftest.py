@@ -14,7 +14,9 @@ if not torch.cuda.is_available():
 import pytest
 from hypothesis import HealthCheck, settings
 
-from sipo_kernels import backends, cuda, native
+from sipo_kernels import backends
+from sipo_kernels.backends import native
+from sipo_kernels.backends.cuda import launch as cuda
 from tests import emulation
 
 # A shell starts what runs in the background with Ctrl-C ignored, and what tests start inherits it; some send it.

@@ -15,7 +15,7 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
-from sipo_kernels.cuda_plan import Gpu
+from sipo_kernels.backends.cuda.plan import Gpu
 
 ROOT = Path(__file__).parent.parent
 SOURCE = "csrc/cuda/pair_loss.cu"

@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from sipo.config import DataConfig, ModelConfig
-from sipo.data.precompute import precompute_pairs
+from sipo.cache.precompute import precompute_pairs
+from sipo.cache.summary import CacheSummary
 from sipo.data.records import PairRecord
-from sipo.data.summary import CacheSummary
 from sipo.families.base import Condition, Family, as_floats
+from sipo.recipe.config import DataConfig, ModelConfig
 
 TOKENS, WIDTH = 8, 4
 MODEL = ModelConfig(family="small", path="nowhere")

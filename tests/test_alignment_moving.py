@@ -35,7 +35,7 @@ from benchmarks.alignment.moving import (
 )
 from benchmarks.alignment.tasks import frechet_distance
 from sipo import NoiseSchedule, SIPOLoss
-from sipo.demo.data import CLASSES, load_digits
+from sipo.demo.digits import CLASSES, load_digits
 
 # On 200 held-out clips; the shipped weights have 0.127 and 0.195.
 LOSS = {"cogvideox": 0.15, "wan": 0.23}

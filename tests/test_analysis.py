@@ -18,8 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from sipo import SIPOLoss, cli, cli_analysis
-from sipo import config as configuration
+from sipo import SIPOLoss, cli
 from sipo.analysis.facts import (
     LN2,
     accuracy_se,
@@ -32,12 +31,14 @@ from sipo.analysis.facts import (
 from sipo.analysis.probe import Probe, judge_start, probe
 from sipo.analysis.report import ends, read_run, regroup, report_run
 from sipo.analysis.verdicts import Finding, judge
-from sipo.demo.data import Digits, InkPairs, load_digits
+from sipo.cli import analysis_commands as cli_analysis
+from sipo.demo.digits import Digits, InkPairs, load_digits
 from sipo.demo.model import load_base, predict
-from sipo.diagnostics import MEANS, read_statistics
-from sipo.run import build, datasets, open_run, prepare_data
+from sipo.recipe import config as configuration
+from sipo.recipe.build import build, datasets, open_run, prepare_data
 from sipo.training import TrainingConfig, train
-from sipo.training.data import pair_noise
+from sipo.training.statistics import MEANS, read_statistics
+from sipo.training.stream import pair_noise
 from tests.test_run import SHORT, example
 from tests.training_cases import fresh_accelerate
 

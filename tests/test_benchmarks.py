@@ -35,8 +35,7 @@ from benchmarks import (
 )
 from benchmarks import summary as summaries
 from benchmarks.cases import BOTH, FORWARD, Case
-from sipo import reference
-from sipo_kernels import METRICS, Totals, backends, pair_loss
+from sipo_kernels import METRICS, Totals, backends, pair_loss, reference
 
 ROOT = Path(__file__).parent.parent
 TINY = Case("tiny", (3, 5, 7), 2, "bfloat16", "float32", upstream=1 / 8)

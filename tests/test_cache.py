@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from sipo.data.cache import (
+from sipo.cache.format import (
     INDEX,
     CacheError,
     DamagedError,
@@ -24,7 +24,7 @@ from sipo.data.cache import (
     write_json,
     write_shard,
 )
-from sipo.data.precompute import fingerprint
+from sipo.cache.precompute import fingerprint
 from tests.small_family import MODEL, Pipeline, Records, SmallFamily, build, files, settings
 
 

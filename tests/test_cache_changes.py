@@ -16,18 +16,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sipo import cli
-from sipo.config import ModelConfig
-from sipo.data import changes
-from sipo.data.cache import INDEX, CacheError, DamagedError, open_cache, read_json, write_json
+from sipo.cache import changes
+from sipo.cache.format import INDEX, CacheError, DamagedError, open_cache, read_json, write_json
+from sipo.cache.precompute import precompute_pairs
+from sipo.cache.summary import CacheSummary
+from sipo.cache.weights import weight_hashes
 from sipo.data.check import BadPair
 from sipo.data.media import write_image
-from sipo.data.precompute import precompute_pairs
 from sipo.data.readers import JsonlReader, PickapicReader
 from sipo.data.records import DataError
-from sipo.data.summary import CacheSummary
-from sipo.data.weights import weight_hashes
 from sipo.families import get
 from sipo.families.toy import build_toy
+from sipo.recipe.config import ModelConfig
 from tests.data_sets import PickapicBuilder, noise
 from tests.small_family import MODEL, Accelerator, Pipeline, SmallFamily, build, in_processes, settings
 
@@ -374,7 +374,7 @@ def test_another_prompt_that_cannot_be_written_down_is_an_error(data: Path, monk
         real(path, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr("sipo.data.existing.write_json", refuse)
+        patch.setattr("sipo.cache.existing.write_json", refuse)
         with pytest.raises(OSError, match="No space left"):
             encode(data)
     encode(data)
@@ -441,7 +441,7 @@ def test_why_a_shard_is_encoded_anew_comes_before_what_it_lacks(data: Path) -> N
 
 
 def test_a_run_whose_cache_another_run_encodes_anew_is_told(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sipo.data.cache._OPEN_SHARDS", 1)
+    monkeypatch.setattr("sipo.cache.format._OPEN_SHARDS", 1)
     cache = open_cache(data.parent.parent / "cache")
     cache.pair(0)
     cache.pair(4)  # and the first shard is closed
@@ -833,7 +833,7 @@ def test_a_configuration_is_known_by_what_it_says_of_the_model(place: Place) -> 
 
 def test_weights_are_read_once_and_again_to_verify(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     model, real, hashed = place.folder / "model", changes.stamp, changes.file_hash
-    monkeypatch.setattr("sipo.data.weights.stamp", lambda path: [*real(path)[:2], 0, 0])
+    monkeypatch.setattr("sipo.cache.weights.stamp", lambda path: [*real(path)[:2], 0, 0])
     monkeypatch.setattr(changes, "stamp", lambda path: [*real(path)[:2], 0, 0])
     reads: list[Path] = []
     monkeypatch.setattr(changes, "file_hash", lambda path: reads.append(path) or hashed(path))

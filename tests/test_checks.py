@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from sipo_kernels import backends, cuda, native, pair_loss
+from sipo_kernels import backends, pair_loss
+from sipo_kernels.backends import native
+from sipo_kernels.backends.cuda import launch as cuda
 
 
 def _call(**changes: Any) -> Any:

@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 from accelerate.state import AcceleratorState
 
-from sipo import cli, config
-from sipo.checks import check_run
-from sipo.config import ConfigError
-from sipo.data.savings import Cost
+from sipo import cli
+from sipo.cache.savings import Cost
 from sipo.families import get
 from sipo.families.toy import build_toy
-from sipo.run import _say_cost, open_run
+from sipo.recipe import config
+from sipo.recipe.build import _say_cost, open_run
+from sipo.recipe.checks import check_run
+from sipo.recipe.config import ConfigError
 from tests.family_cases import folder_of
 
 ROOT = Path(__file__).parent.parent
@@ -40,7 +41,7 @@ def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     def prepare_data(*args: Any, **options: Any) -> Any:
         raise AssertionError("data is prepared")
 
-    for module in ("sipo.run", "sipo.train", "sipo.analysis.probe"):
+    for module in ("sipo.recipe.build", "sipo.recipe.train", "sipo.analysis.probe"):
         monkeypatch.setattr(f"{module}.prepare_data", prepare_data)
 
     def run(command: str, family: str, *overrides: str, model: Path | None = None) -> int:

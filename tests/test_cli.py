@@ -179,7 +179,7 @@ def test_demo_options_reach_the_demo_and_its_errors_the_user(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     pytest.importorskip("diffusers")
-    from sipo.demo import run as demo
+    from sipo.demo import main as demo
     from sipo.training import TrainingDiverged
 
     seen: list[demo.DemoConfig] = []
@@ -211,7 +211,7 @@ def test_demo_options_reach_the_demo_and_its_errors_the_user(
 def test_our_warnings_are_one_line_and_those_of_others_are_as_they_were(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from sipo.demo import run as demo
+    from sipo.demo import main as demo
     from sipo.training import TrainingWarning
 
     def stand_in(config: demo.DemoConfig) -> dict[str, Any]:

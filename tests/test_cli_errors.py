@@ -18,12 +18,13 @@ import safetensors
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from sipo import cli, cli_errors
-from sipo.config import Config, DataConfig, ModelConfig
-from sipo.data.cache import CacheError
+from sipo import cli
+from sipo.cache.format import CacheError
+from sipo.cli import errors as cli_errors
 from sipo.families import base, tuning
 from sipo.locks import LockWarning
 from sipo.processes import OtherProcessError
+from sipo.recipe.config import Config, DataConfig, ModelConfig
 from sipo.training import TrainingConfig, TrainingDiverged, TrainingInterrupted
 
 
@@ -128,7 +129,7 @@ def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 def test_demo_and_reports_have_the_same_errors(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("sipo.demo.run.run_demo", "sipo.analysis.report.report_run"):
+    for name in ("sipo.demo.main.run_demo", "sipo.analysis.report.report_run"):
         monkeypatch.setattr(name, _raiser(safetensors.SafetensorError("damaged")))
     for command in (["demo"], ["analyze", str(tmp_path)]):
         assert cli.main(command) == 2
@@ -218,8 +219,8 @@ def test_a_run_that_stops_keeps_its_status_where_nobody_can_be_told(monkeypatch:
     training = TrainingConfig(steps=1, output_dir="nowhere")
     config = Config(ModelConfig(family="sd15", path="nowhere"), DataConfig(path="nowhere", cache="nowhere"), training)
     stopped = TrainingInterrupted(3, Path("nowhere"), "SIGINT")
-    monkeypatch.setattr("sipo.config.load", lambda *_: config)
-    monkeypatch.setattr("sipo.train.run_training", _raiser(stopped))
+    monkeypatch.setattr("sipo.recipe.config.load", lambda *_: config)
+    monkeypatch.setattr("sipo.recipe.train.run_training", _raiser(stopped))
     with unread("stderr"):
         assert cli.main(["train", "config.yaml"]) == 130
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from sipo.config import ConfigError, from_dict, load, reference_kind
-from sipo.train import _write_config
+from sipo.recipe.config import ConfigError, from_dict, load, reference_kind
+from sipo.recipe.train import _write_config
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").rglob("*.yaml"))

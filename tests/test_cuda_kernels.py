@@ -15,9 +15,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from sipo_kernels import METHODS, METRICS, STATISTICS, Totals, cuda, pair_loss
-from sipo_kernels.contract import Inputs, Settings, Stats
-from sipo_kernels.cuda_plan import ANY, BLOCKS_PER_SM, MIXED, SCRATCH_BYTES, THREADS, VECTOR, Gpu, Plan, make_plan
+from sipo_kernels import METHODS, METRICS, STATISTICS, Totals, pair_loss
+from sipo_kernels.backends.cuda import launch as cuda
+from sipo_kernels.backends.cuda.plan import (
+    ANY,
+    BLOCKS_PER_SM,
+    MIXED,
+    SCRATCH_BYTES,
+    THREADS,
+    VECTOR,
+    Gpu,
+    Plan,
+    make_plan,
+)
+from sipo_kernels.backends.interface import Stats
+from sipo_kernels.inputs import Inputs
+from sipo_kernels.options import Settings
 from sipo_kernels.output import add_totals
 from tests import emulation
 from tests.cases import Batch, make_batch, run

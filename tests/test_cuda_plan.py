@@ -11,7 +11,7 @@ from docs_pages import DOCS
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sipo_kernels.cuda_plan import (
+from sipo_kernels.backends.cuda.plan import (
     ANY,
     L2_SHARE,
     MIXED,

@@ -20,12 +20,12 @@ from diffusers import UNet2DModel
 
 from sipo import NoiseSchedule, SIPOLoss
 from sipo.demo import train_base
-from sipo.demo.data import CLASSES, Digits, InkPairs, ink, load_digits
+from sipo.demo.digits import CLASSES, Digits, InkPairs, ink, load_digits
+from sipo.demo.main import DemoConfig, describe, run_demo
 from sipo.demo.measure import Judge, weight_by_timestep
 from sipo.demo.model import BASE, build_model, load_base, predict, sample
-from sipo.demo.run import DemoConfig, describe, run_demo
 from sipo.files import FileError
-from sipo.training.logs import read_lines, step_mean
+from sipo.training.log import read_lines, step_mean
 
 SMALL: dict[str, Any] = {"steps": 10, "samples": 50, "batch_size": 8, "seed": 3}
 

@@ -20,24 +20,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from sipo import NoiseSchedule, SIPOLoss, cli
-from sipo.demo.data import InkPairs, load_digits
-from sipo.diagnostics import (
-    ALARM_LINES,
-    BINS,
-    COLLAPSE_GROWTH,
-    COLLAPSE_SHARE,
-    DRIFT,
-    MEANS,
-    AlarmWatch,
-    NoiseBins,
-    TimestepStatistics,
-    collapsing,
-    drifted,
-    merge,
-    over_bins,
-    read_statistics,
-    scalars,
-)
+from sipo.demo.digits import InkPairs, load_digits
 from sipo.training import (
     CheckpointError,
     TrainingAlarm,
@@ -47,7 +30,18 @@ from sipo.training import (
     checkpoint,
     train,
 )
-from sipo.training.logs import MetricWindow, read_lines
+from sipo.training.alarms import ALARM_LINES, COLLAPSE_GROWTH, COLLAPSE_SHARE, DRIFT, AlarmWatch, collapsing, drifted
+from sipo.training.log import MetricWindow, read_lines
+from sipo.training.statistics import (
+    BINS,
+    MEANS,
+    NoiseBins,
+    TimestepStatistics,
+    merge,
+    over_bins,
+    read_statistics,
+    scalars,
+)
 from sipo_kernels import METHODS
 from tests.training_cases import Broken, Pairs, PlainLoss, fit, fresh_accelerate, loss, same, settings, untimed
 
@@ -483,13 +477,13 @@ def test_the_command_line_says_it_in_one_line(
         (None, ": no checkpoint can be written here\n"),
     ):
         alarm = TrainingAlarm(40, saved, ["drift: model_mse 9"])
-        monkeypatch.setattr("sipo.train.run_training", Mock(side_effect=alarm))
+        monkeypatch.setattr("sipo.recipe.train.run_training", Mock(side_effect=alarm))
         assert cli.main(["train", str(example), place]) == 2
         assert capsys.readouterr().err == f"sipo: error: step 40: drift: model_mse 9; alarms='stop'{end}"
     # How several processes were launched is not known.
     two = SimpleNamespace(num_processes=2, is_main_process=True)
     monkeypatch.setattr("sipo.training.make_accelerator", lambda training: two)
-    monkeypatch.setattr("sipo.train.run_training", Mock(side_effect=TrainingInterrupted(7, tmp_path, "SIGTERM")))
+    monkeypatch.setattr("sipo.recipe.train.run_training", Mock(side_effect=TrainingInterrupted(7, tmp_path, "SIGTERM")))
     assert cli.main(["train", str(example), place]) == 130
     end = "stopped after step 7; the same command with --resume goes on from there"
     assert capsys.readouterr().err == f"sipo: {end}\n"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.previous_level import markdown, rows
 from sipo import NoiseSchedule
-from sipo.diffusers_schedulers import SettingError, check_sampler, with_settings
+from sipo.schedule.diffusers_schedulers import SettingError, check_sampler, with_settings
 
 BY_NAME = {case.name: case for case in load_ratio_scales()}
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

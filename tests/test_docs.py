@@ -15,10 +15,10 @@ import pytest
 import torch
 import yaml
 
-from sipo.config import from_dict
+from sipo.cache.savings import FULL_SIZE
 from sipo.data.readers import JsonlReader
-from sipo.data.savings import FULL_SIZE
 from sipo.families import get
+from sipo.recipe.config import from_dict
 from sipo.training import TrainingConfig
 from sipo.training.optimization import rate_factor
 from tests.docs_pages import (

@@ -17,12 +17,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sipo import cli, config
+from sipo import cli
 from sipo.families import FAMILIES, get
 from sipo.families.lora_files import Adapter, read_adapter, write_adapter
 from sipo.families.tuning import load_saved, save_lora
+from sipo.recipe import config
+from sipo.recipe.verify import end_run, write_sums
 from sipo.training import storage
-from sipo.verify import end_run, write_sums
 from tests.family_cases import TOYS, family_of, folder_of, network_input, pipeline_of
 from tests.original_names import NETWORK_CONFIGS, WIDTH, comfyui_keys, diffusers_rows, kohya_keys, patched
 from tests.test_families_tuning import lora_network
@@ -472,7 +473,7 @@ def test_weights_that_have_changed_since_they_were_written_are_not_exported(
 def test_a_changed_configuration_is_said_and_a_fifo_in_its_place_is_refused(
     run: tuple[Path, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sipo.analysis.score_run.check_weights", Mock(side_effect=ValueError("stops here")))
+    monkeypatch.setattr("sipo.recipe.score_run.check_weights", Mock(side_effect=ValueError("stops here")))
     folder = tmp_path / "other"
     shutil.copytree(run[0], folder)
     file = folder / "config.yaml"

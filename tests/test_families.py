@@ -16,10 +16,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sipo.diffusers_schedulers import SettingError
 from sipo.families import FAMILIES, get
 from sipo.families.base import network_dtype, unwrapped
 from sipo.families.toy import build_toy
+from sipo.schedule.diffusers_schedulers import SettingError
 from tests.family_cases import (
     FRAMES,
     HEIGHT,

@@ -16,12 +16,12 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from sipo import cli
-from sipo.config import Config, DataConfig, ModelConfig, policy_dtype
 from sipo.families.tuning import freeze, frozen_copy
-from sipo.run import Run, build, frozen_reference, open_run
+from sipo.recipe.build import Run, build, frozen_reference, open_run
+from sipo.recipe.config import Config, DataConfig, ModelConfig, policy_dtype
 from sipo.training import TrainingWarning
 from sipo.training.config import TrainingConfig
-from sipo.training.logs import read_lines
+from sipo.training.log import read_lines
 from tests.family_cases import TOYS, family_of, folder_of, network_input
 
 each_toy = pytest.mark.parametrize("toy", TOYS)
@@ -255,7 +255,7 @@ def test_a_run_whose_policy_is_not_its_reference_is_one_line(
             policy.conv_out.weight.mul_(1.1)  # type: ignore[operator,union-attr]
         return policy, reference
 
-    monkeypatch.setattr("sipo.train.build", moved)
+    monkeypatch.setattr("sipo.recipe.train.build", moved)
     assert cli.main([*arguments, f"training.output_dir={tmp_path}"]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("sipo: error: step 1: policy and reference differ before training: "), error

@@ -22,7 +22,8 @@ from benchmarks.gpu_check import device, faults, processes, sanitizer
 from benchmarks.gpu_check.all_checks import CHECKS, Context
 from benchmarks.gpu_check.context import CheckFailed, NotRun, poisoned, same_bits
 from benchmarks.gpu_check.processes import Plan, Row
-from sipo_kernels import backends, native
+from sipo_kernels import backends
+from sipo_kernels.backends import native
 
 BACKEND = "native" if native.LIBRARY is not None else "eager"
 QUICK = Plan("cpu", quick=True)

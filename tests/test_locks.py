@@ -172,8 +172,8 @@ def test_an_error_inside_lets_go(tmp_path: Path) -> None:
 def test_a_command_ends_before_it_does_anything(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sipo.train.open_run", None)
-    monkeypatch.setattr("sipo.demo.run.load_base", None)
+    monkeypatch.setattr("sipo.recipe.train.open_run", None)
+    monkeypatch.setattr("sipo.demo.main.load_base", None)
     run, config = tmp_path / "run", tmp_path / "config.yaml"
     config.write_text(
         "model: {family: sd15, path: toy}\n"

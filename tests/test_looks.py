@@ -18,11 +18,12 @@ import pytest
 import torch
 from torch import nn
 
-from sipo import looks, processes
-from sipo.config import Config, DataConfig, ModelConfig, SampleConfig
+from sipo import processes
 from sipo.families import Family
-from sipo.looks import Look
-from sipo.run import Run
+from sipo.recipe import sampling as looks
+from sipo.recipe.build import Run
+from sipo.recipe.config import Config, DataConfig, ModelConfig, SampleConfig
+from sipo.recipe.sampling import Look
 from sipo.training import TrainingConfig, TrainingWarning
 from sipo.training.stopping import StopRequest
 from tests.family_cases import folder_of

@@ -12,7 +12,8 @@ import pytest
 import torch
 from cases import make_batch, run
 
-from sipo_kernels import native, pair_loss
+from sipo_kernels import pair_loss
+from sipo_kernels.backends import native
 
 pytestmark = pytest.mark.skipif(native.LIBRARY is None, reason=f"needs the native library: {native.REASON}")
 

@@ -584,7 +584,7 @@ def test_kernels_need_torch_alone_and_a_checkout(example: tuple[str, str], tmp_p
 
 def test_core_needs_torch_alone(tmp_path: Path) -> None:
     program = """
-import torch, sipo, sipo.reference
+import torch, sipo, sipo_kernels.reference
 schedule = sipo.NoiseSchedule.flow(shift=3.0)
 print(f"{schedule.ratio_scale(torch.tensor([0.5])).item():.6g}")
 same = torch.ones(2, 3, 4, 4)

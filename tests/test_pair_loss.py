@@ -1,4 +1,4 @@
-"""One contract for every backend: the values of sipo/reference.py, and the properties of docs/math.md."""
+"""One contract for every backend: the values of sipo_kernels/reference.py, and the properties of docs/math.md."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sipo import reference
-from sipo_kernels import METHODS, backends, pair_loss
+from sipo_kernels import METHODS, backends, pair_loss, reference
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 CASES = load_cases()

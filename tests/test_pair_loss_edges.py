@@ -11,9 +11,10 @@ from cases import make_batch, run, run_reference
 from conftest import DEVICE
 from torch.autograd import forward_ad
 
-from sipo import NoiseSchedule, SIPOLoss, reference
-from sipo_kernels import METHODS, METRICS, STATISTICS, Totals, backends, cuda, pair_loss
-from sipo_kernels.contract import pair_dtype
+from sipo import NoiseSchedule, SIPOLoss
+from sipo_kernels import METHODS, METRICS, STATISTICS, Totals, backends, pair_loss, reference
+from sipo_kernels.backends.cuda import launch as cuda
+from sipo_kernels.layout import pair_dtype
 from tests import emulation
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64

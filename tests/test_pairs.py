@@ -18,14 +18,14 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
-import sipo.run
+import sipo.recipe.build
 from sipo import NoiseSchedule, SIPOLoss
-from sipo.config import Config, DataConfig, ModelConfig
-from sipo.data.cache import CacheError, DamagedError, open_cache
-from sipo.data.pairs import CachedPairs, DrawnPairs, split
-from sipo.data.references import References, open_references, precompute_references, reference_marks
-from sipo.data.savings import FULL_SIZE, ModelSize, describe_savings, savings_table
+from sipo.cache.format import CacheError, DamagedError, open_cache
+from sipo.cache.pairs import CachedPairs, DrawnPairs, split
+from sipo.cache.reference_errors import References, open_references, precompute_references, reference_marks
+from sipo.cache.savings import FULL_SIZE, ModelSize, describe_savings, savings_table
 from sipo.processes import OtherProcessError
+from sipo.recipe.config import Config, DataConfig, ModelConfig
 from sipo.training.config import TrainingConfig
 from sipo.training.forward import PairForward
 from tests.small_family import (
@@ -418,10 +418,10 @@ def test_processes_of_which_one_does_not_see_the_errors_go_on_together(
             raise CacheError("not there yet")
         return "found"
 
-    monkeypatch.setattr(sipo.run, "open_references", opened)
-    monkeypatch.setattr(sipo.run, "frozen_reference", lambda *_: nn.Linear(1, 1))
-    monkeypatch.setattr(sipo.run, "round_whole", lambda network, accelerator: network)
-    monkeypatch.setattr(sipo.run, "precompute_references", lambda *_, **options: "computed")
+    monkeypatch.setattr(sipo.recipe.build, "open_references", opened)
+    monkeypatch.setattr(sipo.recipe.build, "frozen_reference", lambda *_: nn.Linear(1, 1))
+    monkeypatch.setattr(sipo.recipe.build, "round_whole", lambda network, accelerator: network)
+    monkeypatch.setattr(sipo.recipe.build, "precompute_references", lambda *_, **options: "computed")
     training = SimpleNamespace(batch_size=1, num_workers=0)
 
     def run(accelerator: Any) -> Any:
@@ -434,7 +434,7 @@ def test_processes_of_which_one_does_not_see_the_errors_go_on_together(
             cache=tmp_path,
             family=SimpleNamespace(predict=None),
         )
-        return sipo.run._references(made, None, False, False, None)  # type: ignore[arg-type]
+        return sipo.recipe.build._references(made, None, False, False, None)  # type: ignore[arg-type]
 
     assert in_processes(2, run) == ["computed"] * 2
 

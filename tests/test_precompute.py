@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 import torch
 
-from sipo.data.cache import CacheError, open_cache
+from sipo.cache.format import CacheError, open_cache
 from sipo.data.check import BadPair
 from sipo.data.records import DataError, PairRecord
 from sipo.families.base import as_floats
-from sipo.training.data import derive_seed
+from sipo.seeds import derive_seed
 from tests.small_family import (
     Accelerator,
     Pipeline,
@@ -290,7 +290,7 @@ def test_latents_that_are_not_finite_are_a_bad_pair(tmp_path: Path) -> None:
             latents = super().encode_pixels(pipeline, pixels, generator)
             return latents * (1e6 if pipeline.encoded == 2 else 1.0)
 
-    from sipo.data.precompute import precompute_pairs
+    from sipo.cache.precompute import precompute_pairs
     from tests.small_family import MODEL, settings
 
     def run(skip_bad: bool, **changes: Any) -> Any:
@@ -369,15 +369,15 @@ def test_latents_are_stored_in_the_type_asked_for(tmp_path: Path, dtype: str) ->
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "cogvideox", "wan"])
 def test_real_families_from_files_to_reference_errors(tmp_path: Path, name: str) -> None:
-    from sipo.config import DataConfig, ModelConfig
+    from sipo.cache.pairs import CachedPairs, DrawnPairs
+    from sipo.cache.precompute import precompute_pairs
+    from sipo.cache.reference_errors import precompute_references
     from sipo.data.media import fit, read_media
-    from sipo.data.pairs import CachedPairs, DrawnPairs
-    from sipo.data.precompute import precompute_pairs
     from sipo.data.readers import open_pairs
-    from sipo.data.references import precompute_references
     from sipo.data.toy import make_toy_pairs
     from sipo.families import get
     from sipo.families.toy import build_toy
+    from sipo.recipe.config import DataConfig, ModelConfig
 
     family = get(name)
     frames = 9 if family.video else 1
@@ -458,7 +458,7 @@ class Clips(SmallFamily):
 
 def encode_clips(folder: Path, records: list[PairRecord], **changes: Any) -> list[torch.Tensor]:
     """What the family was given."""
-    from sipo.data.precompute import precompute_pairs
+    from sipo.cache.precompute import precompute_pairs
     from tests.small_family import MODEL, settings
 
     pipeline: Any = Pipeline()
@@ -540,7 +540,7 @@ def test_memory_of_decoded_frames_does_not_wait_for_the_collector(tmp_path: Path
 
 
 def test_pairs_that_are_decoded_ahead_are_bounded_in_bytes() -> None:
-    from sipo.data.precompute import _Run
+    from sipo.cache.precompute import _Run
     from tests.small_family import settings
 
     def length(workers: int, **changes: Any) -> int:
@@ -558,7 +558,7 @@ def test_no_more_results_wait_than_asked_for() -> None:
     import weakref
     from concurrent.futures import ThreadPoolExecutor
 
-    from sipo.data.parts import ahead
+    from sipo.cache.parts import ahead
 
     alive: list[weakref.ref[Any]] = []
 
@@ -581,7 +581,7 @@ def test_an_error_of_one_process_ends_all_with_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     """Row 6 is in the second shard, which the second of two processes encodes."""
-    from sipo.data import precompute
+    from sipo.cache import precompute
     from sipo.processes import OtherProcessError
 
     records = Records.make().records
@@ -649,7 +649,7 @@ def test_processes_that_see_other_files_go_on_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lagging: int
 ) -> None:
     """On a network folder one of them may see a file's new times earlier than the others."""
-    from sipo.data import precompute
+    from sipo.cache import precompute
 
     @dataclass
     class Stated(Records):
@@ -675,7 +675,7 @@ def test_processes_hear_of_each_other_while_shards_are_only_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Reading a large cache may take longer than a collective operation waits."""
-    from sipo.data import existing, precompute
+    from sipo.cache import existing, precompute
 
     build(tmp_path)
     read, looked, most = existing.intact_shard, [0, 0], [0, 0]
@@ -708,7 +708,7 @@ def test_processes_hear_of_each_other_while_shards_are_only_compared(
 
 
 def test_processes_hear_of_each_other_while_text_is_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sipo.data import precompute
+    from sipo.cache import precompute
 
     monkeypatch.setattr(precompute, "TEXT_BATCH", 1)
     pipeline, told = Pipeline(), []
@@ -726,7 +726,7 @@ def test_processes_hear_of_each_other_while_text_is_encoded(tmp_path: Path, monk
 
 def test_what_encoding_costs_is_said_before_and_refused_where_there_is_no_room(tmp_path: Path) -> None:
     """By paths the rows are known, by images in memory those that the source counts; what is there is left out."""
-    from sipo.data.savings import Cost
+    from sipo.cache.savings import Cost
 
     @dataclass
     class Paths(Records):
@@ -775,7 +775,7 @@ def test_what_encoding_costs_is_said_before_and_refused_where_there_is_no_room(t
 
 
 def test_what_a_run_will_not_see_of_a_cache_is_said() -> None:
-    from sipo.data.savings import Cost
+    from sipo.cache.savings import Cost
 
     cost = Cost(90, 10, 5, True, (1, 1), 1)
     assert cost.unused(draws=0, held_out=20, seen=80) == ""
@@ -793,7 +793,7 @@ def test_what_a_run_will_not_see_of_a_cache_is_said() -> None:
 
 def test_another_run_is_not_disturbed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One writes at a time; a finished cache is read by any number."""
-    from sipo.data.precompute import _Run
+    from sipo.cache.precompute import _Run
     from sipo.locks import LockedError, locked
 
     build(tmp_path)
@@ -824,7 +824,7 @@ def test_another_run_is_not_disturbed(tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("key", ["num_workers", "queue_mb"])
 def test_workers_and_queue_have_a_least_value_and_change_nothing(tmp_path: Path, key: str) -> None:
-    from sipo.config import ConfigError, from_dict
+    from sipo.recipe.config import ConfigError, from_dict
 
     tree: dict[str, Any] = {
         "model": {"family": "sd15", "path": "p"},

@@ -1,4 +1,4 @@
-"""sipo.reference against the golden files, against autograd and against what math.md says of it."""
+"""sipo_kernels.reference against the golden files, against autograd and against what math.md says of it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sipo.reference import ReferenceOutput, pair_grad, pair_loss
-from sipo_kernels.contract import METHODS, RATIOS, REDUCTIONS
+from sipo_kernels.options import METHODS, RATIOS, REDUCTIONS
+from sipo_kernels.reference import ReferenceOutput, pair_grad, pair_loss
 
 CASES = load_cases()
 PER_SAMPLE = ("model_error", "ref_error", "reward_gap", "log_ratio", "weight")

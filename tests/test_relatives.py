@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sipo import NoiseSchedule, SIPOLoss, reference
-from sipo.config import LossConfig
-from sipo_kernels import METHODS, pair_loss
-from sipo_kernels.contract import LINKS, Settings
+from sipo import NoiseSchedule, SIPOLoss
+from sipo.recipe.config import LossConfig
+from sipo_kernels import METHODS, pair_loss, reference
+from sipo_kernels.options import LINKS, Settings
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 SMOOTHED = [(link, s) for link in LINKS for s in (0.0, 0.1, 0.4) if s == 0 or link in ("sigmoid", "dmpo")]

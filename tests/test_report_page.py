@@ -23,7 +23,7 @@ from sipo.analysis.report import read_run, run_page
 from sipo.analysis.samples import sample_pictures
 from sipo.analysis.settings import in_force
 from sipo.data.media import split_image_grid, write_image_grid
-from sipo.run_log import LogWarning
+from sipo.training.log_reader import LogWarning
 
 CONFIG: dict[str, Any] = {
     "model": {"family": "sd15", "lora": {"rank": 4, "alpha": None}},

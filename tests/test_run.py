@@ -19,13 +19,14 @@ import torch
 import yaml
 from safetensors.torch import load, load_file
 
-from sipo import cli, config
+from sipo import cli
 from sipo.data.media import read_media, write_video
 from sipo.families import get
-from sipo.looks import SAMPLE_FPS
-from sipo.run import make_loss, open_run
-from sipo.training.logs import read_lines
-from sipo.verify import SUMS, verify_run
+from sipo.recipe import config
+from sipo.recipe.build import make_loss, open_run
+from sipo.recipe.sampling import SAMPLE_FPS
+from sipo.recipe.verify import SUMS, verify_run
+from sipo.training.log import read_lines
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = ("sd15", "sdxl", "sd3", "cogvideox", "wan")
@@ -198,7 +199,7 @@ def test_a_run_without_checkpoints_is_not_overwritten_either(
     changed = contents(tmp_path / "run")
     assert {name for name in changed if changed[name] != kept.get(name)} == {"before.html"}
     # And no second run replaces it, whether it is to go on or to start: refused before anything is opened.
-    monkeypatch.setattr("sipo.train.open_run", None)
+    monkeypatch.setattr("sipo.recipe.train.open_run", None)
     for resume in ((), ("--resume",)):
         error = refused(capsys, *command, *resume)
         assert f"training.output_dir='{tmp_path / 'run'}' holds a run already (metrics.jsonl, weights): " in error

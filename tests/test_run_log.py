@@ -16,10 +16,10 @@ from accelerate import Accelerator
 from sipo import cli
 from sipo.analysis.facts import beyond_chance
 from sipo.analysis.report import read_run
-from sipo.diagnostics import STATISTICS, read_statistics, statistics_fault
 from sipo.files import FileError
-from sipo.run_log import LogWarning, metrics_fault, read_log
-from sipo.training.logs import Recorder, read_lines
+from sipo.training.log import Recorder, read_lines
+from sipo.training.log_reader import LogWarning, metrics_fault, read_log
+from sipo.training.statistics import STATISTICS, read_statistics, statistics_fault
 from tests.training_cases import fit, fresh_accelerate, settings, untimed
 
 __all__ = ["fresh_accelerate"]  # a fixture
@@ -173,7 +173,7 @@ def test_what_is_no_file_is_refused_before_it_is_opened(
     assert capsys.readouterr().err == f"sipo: error: {path}: is {what}, expected a file\n"
     with pytest.raises(FileError, match=f"{name}: is {what}, expected a file"):
         fit(tmp_path)
-    monkeypatch.setattr("sipo.train.open_run", Mock(side_effect=AssertionError("too late")))
+    monkeypatch.setattr("sipo.recipe.train.open_run", Mock(side_effect=AssertionError("too late")))
     toy = Path(__file__).parents[1] / "examples/toy/sd15.yaml"
     assert cli.main(["train", str(toy), f"training.output_dir={tmp_path}"]) == 2
     assert capsys.readouterr().err == f"sipo: error: {path}: is {what}, expected a file\n"

@@ -20,7 +20,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-import sipo.schedule
+import sipo.schedule.noise_schedule
 from sipo import NoiseSchedule, SIPOLoss
 
 GOLDEN = load_ratio_scales()
@@ -206,7 +206,7 @@ def test_types_of_discrete_timesteps(dtype: torch.dtype) -> None:
 
 def test_tables_are_uploaded_once_to_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     # "meta" stands for an accelerator, here one without float64
-    monkeypatch.setattr(sipo.schedule, "pair_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(sipo.schedule.noise_schedule, "pair_dtype", lambda device: torch.float32)
     schedule = NoiseSchedule.discrete()
     meta = ALL_STEPS.to("meta")
     scale = schedule.ratio_scale(meta)

@@ -16,15 +16,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sipo import NoiseSchedule, cli, config
+from sipo import NoiseSchedule, cli
 from sipo.analysis.score import PairScores, score_pairs
 from sipo.data.readers import JsonlReader
 from sipo.families import get
 from sipo.families.tuning import load_saved, save_full, save_lora
-from sipo.run import build, datasets, open_run, prepare_data
-from sipo.train import TRAINED_ON
+from sipo.recipe import config
+from sipo.recipe.build import build, datasets, open_run, prepare_data
+from sipo.recipe.train import TRAINED_ON
+from sipo.recipe.verify import SUMS
 from sipo.training import AdapterOff
-from sipo.verify import SUMS
 from tests.test_run import example, options
 from tests.test_run import train as train_toy
 from tests.training_cases import Adapted, Network, Pairs, fresh_accelerate, networks, predict, without_adapter
@@ -307,7 +308,7 @@ def test_scores_are_the_runs_and_replace_nothing_else(
     others = (run / "metrics.jsonl", trained / "cache-toy" / "pairs" / "pairs.jsonl", tmp_path / "page.html")
     others[-1].write_text("<!doctype html>\n<title>mine</title>\n")
     kept = {path: path.read_bytes() for path in others}
-    monkeypatch.setattr("sipo.analysis.score_run.open_run", None)
+    monkeypatch.setattr("sipo.recipe.score_run.open_run", None)
     for path, text in kept.items():
         for command, what in (("score", "scores of `sipo score`"), ("analyze", "a page of `sipo analyze`")):
             assert cli.main([command, str(run), "--output", str(path)]) == 2
@@ -426,12 +427,12 @@ def test_nothing_is_read_or_made_in_vain(
         (torch.OutOfMemoryError("Tried to\nallocate 2 GiB."), "out of memory; lower training.batch_size or"),
         (FloatingPointError("pairs 3 of 4 are not finite"), "pairs 3 of 4 are not finite"),
     ):
-        monkeypatch.setattr("sipo.analysis.score_run.score_pairs", Mock(side_effect=error))
+        monkeypatch.setattr("sipo.recipe.score_run.score_pairs", Mock(side_effect=error))
         assert cli.main(["score", str(trained / "run"), "--output", str(output)]) == 2
         last = capsys.readouterr().err.splitlines()[-1]
         assert last.startswith(f"sipo: error: {message}") and last.endswith(str(error).split("\n")[-1])
     # Nor is anything made that could not be written.
-    monkeypatch.setattr("sipo.analysis.score_run.open_run", None)
+    monkeypatch.setattr("sipo.recipe.score_run.open_run", None)
     assert cli.main(["score", str(trained / "run"), "--output", str(tmp_path)]) == 2
     assert capsys.readouterr().err.endswith(f"sipo: error: {tmp_path}: is a folder, expected a file to write\n")
 
@@ -467,7 +468,7 @@ def test_one_flipped_bit_of_the_weights_is_noticed(
     name: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before any network is built."""
-    monkeypatch.setattr("sipo.analysis.score_run.open_run", Mock(side_effect=AssertionError("too late")))
+    monkeypatch.setattr("sipo.recipe.score_run.open_run", Mock(side_effect=AssertionError("too late")))
     run = tmp_path / "run"
     shutil.copytree(trained / "run", run)
     path = run / "weights" / name

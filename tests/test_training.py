@@ -22,8 +22,8 @@ from sipo.training import (
     loop,
     train,
 )
-from sipo.training.data import StreamSampler, pair_noise, step_timesteps
-from sipo.training.logs import MetricWindow, read_lines, step_mean
+from sipo.training.log import MetricWindow, read_lines, step_mean
+from sipo.training.stream import StreamSampler, pair_noise, step_timesteps
 from tests.training_cases import (
     Broken,
     Pairs,

@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sipo.seeds import derive_seed
 from sipo.training import AdapterOff
-from sipo.training.data import StreamSampler, derive_seed, drop_captions, pair_noise
+from sipo.training.stream import StreamSampler, drop_captions, pair_noise
 from tests.training_cases import (
     Adapted,
     Network,

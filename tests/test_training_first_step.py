@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from sipo import NoiseSchedule
 from sipo.analysis.score import Alone
 from sipo.training import AdapterOff, TrainingMismatch, TrainingWarning, train
-from sipo.training.data import pair_noise
 from sipo.training.first_step import NAMES, FirstStep
-from sipo.training.logs import read_lines
+from sipo.training.log import read_lines
 from sipo.training.preparation import make_accelerator
-from sipo.training.sharded import round_whole
+from sipo.training.sharding import round_whole
+from sipo.training.stream import pair_noise
 from tests.training_cases import (
     Adapted,
     Network,

@@ -23,11 +23,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sipo import NoiseSchedule, SIPOLoss, processes
-from sipo.cli_errors import CommandError, describe, one_line_errors
-from sipo.diagnostics import read_statistics
+from sipo.cli.errors import CommandError, describe, one_line_errors
 from sipo.locks import LockedError, locked
 from sipo.processes import OtherProcessError, is_collective, lost_connection
 from sipo.training import AdapterOff, TrainingInterrupted, gather_weights, make_accelerator, storage, timesteps, train
+from sipo.training.statistics import read_statistics
 from tests.training_cases import (
     Adapted,
     Network,

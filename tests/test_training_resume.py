@@ -25,11 +25,11 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import nn
 
-import sipo.train
+import sipo.recipe.train
 from sipo import NoiseSchedule, SIPOLoss
 from sipo.processes import OtherProcessError
 from sipo.training import CheckpointError, TrainingWarning, checkpoint, loop, storage, timesteps, train
-from sipo.training.logs import read_lines
+from sipo.training.log import read_lines
 from tests.small_family import in_processes, outcomes_in_processes
 from tests.training_cases import Pairs, fit, fresh_accelerate, loss, networks, predict, same, settings, untimed
 
@@ -369,7 +369,7 @@ def test_a_run_killed_while_it_replaces_its_only_checkpoint_keeps_one(
     with pytest.raises(Killed):
         write(2.0)
     monkeypatch.undo()
-    assert sipo.train._check_folder(settings(tmp_path / "run"), resume=True)
+    assert sipo.recipe.train._check_folder(settings(tmp_path / "run"), resume=True)
     assert [path.name for path in root.iterdir()] == ["step-00000005"]
     assert not storage.damage(root / "step-00000005")
     held = load_file(root / "step-00000005" / "model.safetensors")["a"]
@@ -409,9 +409,9 @@ def test_settings_have_the_configurations_names_and_a_default_its_own(tmp_path: 
     default = r"made with loss\.beta=the method's own default, expected this run's 51\.0$"
     with pytest.raises(CheckpointError, match=default):
         fit(tmp_path, steps=3, resume_from="latest", loss_fn=loss(beta=51.0))
-    with pytest.raises(CheckpointError, match=r": made with training\.seed=0, expected"), sipo.train._named():
+    with pytest.raises(CheckpointError, match=r": made with training\.seed=0, expected"), sipo.recipe.train._named():
         fit(tmp_path, steps=3, resume_from="latest", loss_fn=loss(beta=None), seed=1)
-    with pytest.raises(CheckpointError, match=r": made with dataset_length=24, expected"), sipo.train._named():
+    with pytest.raises(CheckpointError, match=r": made with dataset_length=24, expected"), sipo.recipe.train._named():
         fit(tmp_path, steps=3, resume_from="latest", loss_fn=loss(beta=None), data=Pairs(20))
 
 
@@ -471,11 +471,11 @@ def test_the_main_process_says_what_a_folder_holds(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(loop.checkpoint, "found", lambda root: [] if me.rank == 0 else [root / "step-00000001"])
     assert [type(outcome) for outcome in outcomes_in_processes(2, ranked(start))] == [Reached, Reached]
 
-    monkeypatch.setattr(sipo.train, "_check_folder", lambda *_: me.rank == 0)
-    monkeypatch.setattr(sipo.train, "open_run", lambda *_: None)
-    monkeypatch.setattr(sipo.train, "check_run", reached)
+    monkeypatch.setattr(sipo.recipe.train, "_check_folder", lambda *_: me.rank == 0)
+    monkeypatch.setattr(sipo.recipe.train, "open_run", lambda *_: None)
+    monkeypatch.setattr(sipo.recipe.train, "check_run", reached)
     config = SimpleNamespace(training=settings(tmp_path))
-    run = ranked(lambda one: sipo.train.run_training(config, accelerator=one))  # type: ignore[arg-type]
+    run = ranked(lambda one: sipo.recipe.train.run_training(config, accelerator=one))  # type: ignore[arg-type]
     assert [str(outcome) for outcome in outcomes_in_processes(2, run)] == ["True", "True"]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sipo import NoiseSchedule, SIPOLoss
 from sipo.training import timesteps
-from sipo.training.data import step_timesteps
+from sipo.training.stream import step_timesteps
 from sipo.training.timesteps import BINS, EXPLORATION, LEAST_PAIRS, MEMORY, InformativeTimesteps
 from tests.training_cases import Pairs, fit, fresh_accelerate, loss, same, untimed
 

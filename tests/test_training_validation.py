@@ -17,11 +17,11 @@ from accelerate import Accelerator
 from torch import nn
 
 from sipo import NoiseSchedule
+from sipo.seeds import VALIDATION, derive_seed
 from sipo.training import TrainingInterrupted, storage
-from sipo.training.data import pair_noise, step_timesteps
 from sipo.training.forward import PairForward
-from sipo.training.logs import read_lines, step_mean
-from sipo.training.randomness import VALIDATION, derive_seed
+from sipo.training.log import read_lines, step_mean
+from sipo.training.stream import pair_noise, step_timesteps
 from sipo.training.validation import Validation
 from sipo_kernels import METRICS
 from tests.training_cases import Pairs, fit, fresh_accelerate, loss, networks, predict, same, settings, untimed

@@ -27,9 +27,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sipo_kernels import eager, output, triton_kernels, triton_passes, triton_plan
-from sipo_kernels.contract import METHODS, METRICS, SMALL_SAMPLE, STATISTICS, Inputs, Settings, Stats, Totals
-from sipo_kernels.triton_plan import Device
+from sipo_kernels import output
+from sipo_kernels.backends import eager
+from sipo_kernels.backends.interface import Stats
+from sipo_kernels.backends.triton import launch as triton_kernels
+from sipo_kernels.backends.triton import passes as triton_passes
+from sipo_kernels.backends.triton import plan as triton_plan
+from sipo_kernels.backends.triton.plan import Device
+from sipo_kernels.inputs import Inputs
+from sipo_kernels.layout import SMALL_SAMPLE
+from sipo_kernels.options import METHODS, Settings
+from sipo_kernels.output import METRICS, STATISTICS, Totals
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 MB = 1 << 20
@@ -552,8 +560,6 @@ def test_a_float32_target(half: torch.dtype, shared: bool) -> None:
         options["beta"] = beta_for(batch, **options)
         out, grad = run(batch, "triton", expected_upstream=1.0, **options)
         assert_within_budget(batch, out, grad, reference_grad(batch, **options), run_reference(batch, **options))
-
-
 
 
 # ---- The machine code ------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 
 from sipo import cli
 from sipo.files import file_hash, save_tensors
-from sipo.verify import (
+from sipo.recipe.verify import (
     SUMS,
     ConfigWarning,
     Item,
@@ -119,7 +119,7 @@ def test_a_run_that_goes_on_removes_its_hashes_before_it_changes_its_log(
         assert not (copied / SUMS).exists()
         raise KeyError
 
-    monkeypatch.setattr("sipo.training.logs._keep_lines", broken)
+    monkeypatch.setattr("sipo.training.log._keep_lines", broken)
     with pytest.raises(KeyError):
         fit(copied, steps=5, checkpoint_every=2, resume_from="latest")
     assert not _damaged(copied)

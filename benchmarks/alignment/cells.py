@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from benchmarks.alignment.variants import PARTS, RELATIVES, SFT, VARIANTS
-from sipo_kernels.contract import METHODS
+from sipo_kernels.options import METHODS
 
 BETAS = (20.0, 200.0, 1000.0, 5000.0, 20000.0)
 SEEDS = (0, 1, 2)

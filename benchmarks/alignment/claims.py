@@ -35,8 +35,8 @@ from benchmarks.alignment.estimates import (
     winners_gap,
 )
 from benchmarks.alignment.variants import PARTS, RELATIVES, SFT
-from sipo.diagnostics import COLLAPSE_SHARE, DRIFT, collapsing, drifted
-from sipo_kernels.contract import METHODS
+from sipo.training.alarms import COLLAPSE_SHARE, DRIFT, collapsing, drifted
+from sipo_kernels.options import METHODS
 
 
 @dataclass(frozen=True)

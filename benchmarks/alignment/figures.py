@@ -35,7 +35,7 @@ from benchmarks.alignment.estimates import (
 )
 from benchmarks.alignment.variants import PARTS, RELATIVES, SFT
 from benchmarks.machine import caption
-from sipo_kernels.contract import METHODS
+from sipo_kernels.options import METHODS
 
 # Okabe and Ito's palette; a marker says the same once more.
 STYLES = {

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sipo.demo.data import CLASSES, IMAGE_SIZE, Digits, load_digits
+from sipo.demo.digits import CLASSES, IMAGE_SIZE, Digits, load_digits
 from sipo.families import FAMILIES
 from sipo.families.base import PROMPT
 from sipo.training.protocols import Predict

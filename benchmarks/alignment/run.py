@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks.alignment import probe, tasks
 from benchmarks.alignment.cells import Cell
 from benchmarks.alignment.variants import make_loss
-from sipo_kernels.contract import METHODS
+from sipo_kernels.options import METHODS
 
 CACHE = Path("out/alignment")
 """Samples of base models, which all cells share."""
@@ -181,7 +181,7 @@ def preference_accuracy(
 
 def _training(folder: Path, history: list[dict[str, Any]]) -> dict[str, Any]:
     """The curves, how the gradient's norm spreads over the last half, and statistics by noise level, early and late."""
-    from sipo.diagnostics import merge, read_statistics
+    from sipo.training.statistics import merge, read_statistics
 
     lines = [line for line in history if line["step"] > 1]
     late = lines[len(lines) // 2 :]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from sipo.demo import data as demo_data
+from sipo.demo import digits as demo_data
 from sipo.demo import measure as demo_measure
 from sipo.demo import model as demo_model
 from sipo.files import load_tensors, save_tensors

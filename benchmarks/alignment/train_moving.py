@@ -33,7 +33,7 @@ from benchmarks.alignment.moving import (
     smoothness,
 )
 from sipo import NoiseSchedule
-from sipo.demo.data import CLASSES
+from sipo.demo.digits import CLASSES
 from sipo.demo.model import save_aside
 from sipo.demo.train_base import fit
 

@@ -1,6 +1,6 @@
 """Correctness on a GPU in one command: ``python -m benchmarks.gpu_check``. Needs torch and Triton alone.
 
-Each backend of the device is held to ``sipo/reference.py`` in float64, to the properties of the contract
+Each backend of the device is held to ``sipo_kernels/reference.py`` in float64, to the properties of the contract
 (``docs/architecture.md``), and to NVIDIA's compute-sanitizer where that is installed.
 
     context.py     what a check is made of: the list of checks, budgets, poisoned memory

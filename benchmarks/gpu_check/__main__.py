@@ -179,7 +179,7 @@ def imports() -> Row:
         "    def find_spec(self, name, *_):\n"
         f"        if name.split('.')[0] in {UNWANTED}: raise ModuleNotFoundError(name, name=name)\n"
         "sys.meta_path.insert(0, Refuse())\n"
-        "import sipo, sipo.reference, sipo_kernels, benchmarks.gpu_check.all_checks\n"
+        "import sipo, sipo_kernels.reference, sipo_kernels, benchmarks.gpu_check.all_checks\n"
     )
     begin = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)

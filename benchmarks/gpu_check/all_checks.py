@@ -4,7 +4,7 @@ import subprocess
 
 from benchmarks.gpu_check import calls, device, sanitizer, values
 from benchmarks.gpu_check.context import CHECKS, Check, Context, from_tests
-from sipo_kernels import cuda
+from sipo_kernels.backends.cuda import launch as cuda
 
 __all__ = ["CHECKS", "Check", "Context", "calls", "device", "emulate_cuda", "sanitizer", "values"]
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sipo_kernels import METRICS, STATISTICS, PairLossOutput, Totals
-from sipo_kernels.contract import pair_dtype
+from sipo_kernels.layout import pair_dtype
 
 TESTS = Path(__file__).resolve().parents[2] / "tests"
 

@@ -1,4 +1,4 @@
-"""Checks of values: every type, size, method and kind of input against ``sipo/reference.py`` in float64."""
+"""Checks of values: every type, size, method and kind of input against ``sipo_kernels/reference.py`` in float64."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from benchmarks.gpu_check.context import (
     poisoned,
 )
 from sipo_kernels import METHODS, Totals, pair_loss
-from sipo_kernels.contract import SMALL_SAMPLE
+from sipo_kernels.layout import SMALL_SAMPLE
 from sipo_kernels.output import add_totals
 
 

@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from sipo_kernels import METRICS, Totals
-from sipo_kernels.contract import Inputs, Settings, Stats, dense_sample_strides
+from sipo_kernels.backends.interface import Stats
+from sipo_kernels.inputs import Inputs
+from sipo_kernels.layout import dense_sample_strides
+from sipo_kernels.options import Settings
 
 # Rows of Stats.samples: see contract.py.
 COEF = 5

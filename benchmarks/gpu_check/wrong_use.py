@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_check.wrong_results import Faulty, made_for
-from sipo_kernels.contract import Inputs, Settings, Stats
+from sipo_kernels.backends.interface import Stats
+from sipo_kernels.inputs import Inputs
+from sipo_kernels.options import Settings
 
 
 class AllocatesACopy(Faulty):

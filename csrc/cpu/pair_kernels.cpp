@@ -226,7 +226,7 @@ template <class V> inline double lanes(V v) {
 
 template <class T> constexpr bool is_half = sizeof(T) == 2;
 
-// Which type the terms have is accumulate_dtype's decision (sipo_kernels/contract.py): double costs nothing while memory is
+// Which type the terms have is accumulate_dtype's decision (sipo_kernels/layout.py): double costs nothing while memory is
 // the limit. Float sums of half-precision terms are kept short: 32 of them in each lane.
 constexpr int64_t kRun = 64 * Simd<float>::width;
 constexpr int64_t kAhead = 1024;  // bytes

@@ -1,5 +1,5 @@
 // The pair loss on a CPU: errors, per-pair arithmetic and gradient in one call, pair by pair, so that the gradient finds
-// the pair's data in cache. Plain C interface for ctypes (sipo_kernels/native.py); no torch headers.
+// the pair's data in cache. Plain C interface for ctypes (sipo_kernels/backends/native.py); no torch headers.
 //
 // Work is cut into chunks of a fixed size whatever the number of threads, and their partial sums are added in order:
 // same input, same bits. Threads meet once per group of pairs; between two meetings nothing is shared.
@@ -142,18 +142,18 @@ void advise_huge_pages(void* begin, int64_t bytes) {
 
 }  // namespace
 
-// Mirrored field by field in sipo_kernels/native.py. Strides are between samples, in elements.
+// Mirrored field by field in sipo_kernels/backends/native.py. Strides are between samples, in elements.
 struct Args {
   const void *model, *ref, *target;  // ref: null if ref_error is given
   int64_t model_stride, ref_stride, target_stride;
   int64_t pairs, elements;
   const void *ratio_scale, *error_weight, *ref_error;  // [S] or null
-  // Float or double; samples: [6][S], the rows of Stats in sipo_kernels/contract.py; numbers: [kMetrics + 1].
+  // Float or double; samples: [6][S], the rows of Stats in sipo_kernels/layout.py; numbers: [kMetrics + 1].
   void *loss, *samples, *logits, *numbers;
   const void* coef;  // sipo_pair_grad: [S], float or double, the upstream gradient included
   bool* mask;
   void* grad;         // null: no gradient. Samples lie `elements` apart
-  float* metrics;     // Totals in sipo_kernels/contract.py: [2][kMetrics] or null
+  float* metrics;     // Totals in sipo_kernels/layout.py: [2][kMetrics] or null
   float* levels;      // [kStatistics][bins] or null
   const void* timesteps;  // [B], where there are levels
   double top;

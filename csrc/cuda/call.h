@@ -15,7 +15,7 @@ struct Numbers {
   int64_t dtype;
 };
 
-// Mirrored field by field in sipo_kernels/cuda.py. Strides are between samples, in elements.
+// Mirrored field by field in sipo_kernels/backends/cuda/launch.py. Strides are between samples, in elements.
 struct Args {
   const void *model, *ref, *target;  // ref: null if ref_error is given
   int64_t model_stride, ref_stride, target_stride;
@@ -23,11 +23,11 @@ struct Args {
   Numbers ratio_scale, error_weight, ref_error;
   Numbers timesteps;  // of pairs, where there are levels; integers too
   Numbers upstream;   // sipo_cuda_pair_grad: of pairs, with stride 0 if there is one for all; none: 1
-  // Float or double; samples: [6][S], the rows of Stats in sipo_kernels/contract.py; numbers: [kMetrics + 1].
+  // Float or double; samples: [6][S], the rows of Stats in sipo_kernels/layout.py; numbers: [kMetrics + 1].
   void *loss, *samples, *logits, *numbers;
   bool* mask;
   void* grad;                 // null: no gradient. Samples lie `elements` apart
-  float *metrics, *levels;    // Totals in sipo_kernels/contract.py: [2][kMetrics], [kStatistics][bins], or null
+  float *metrics, *levels;    // Totals in sipo_kernels/layout.py: [2][kMetrics], [kStatistics][bins], or null
   const double* expected_at;  // where the expected upstream gradient is to be read; null: it is `expected`
   double* remembered;         // where the upstream gradient that came is to be kept, or null
   const void* coef;           // sipo_cuda_pair_grad: [S]

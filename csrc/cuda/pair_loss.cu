@@ -1,6 +1,6 @@
 // The pair loss on a GPU: errors, per-pair arithmetic, gradient and what a batch reports in one traversal of device
-// memory, in one launch. Plain C interface for ctypes (sipo_kernels/cuda.py); no torch headers.
-// sipo_kernels/cuda_plan.py decides the numbers.
+// memory, in one launch. Plain C interface for ctypes (sipo_kernels/backends/cuda/launch.py); no torch headers.
+// sipo_kernels/backends/cuda/plan.py decides the numbers.
 //
 // A pair is cut into tiles: kThreads · kVector elements of the winner and the same ones of the loser. The pairs go
 // through in groups; within a group each block has a run of consecutive tiles, and comes back for the gradient of the

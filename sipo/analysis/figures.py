@@ -185,7 +185,7 @@ def by_level(
     zero: bool = False,
     origin: bool = False,
 ) -> str:
-    """Curves over noise levels; lines as :mod:`sipo.diagnostics` has them.
+    """Curves over noise levels; lines as :mod:`sipo.training.statistics` has them.
 
     Args:
         line: says what noise levels there are.

@@ -20,14 +20,14 @@ from sipo.analysis.page import Page, Picture
 from sipo.analysis.report import PAGE, gradient_coefficient, gradient_share
 from sipo.analysis.settings import flat, in_force
 from sipo.analysis.verdicts import LOOSE, Finding, percent, sort
-from sipo.checks import check_run
-from sipo.config import Config
-from sipo.diagnostics import NoiseBins, TimestepStatistics
 from sipo.families.base import evaluating
 from sipo.files import check_output, write_aside
-from sipo.run import Run, build, datasets, loss_beta, make_loss, open_run, prepare_data
-from sipo.training.data import step_timesteps
+from sipo.recipe.build import Run, build, datasets, loss_beta, make_loss, open_run, prepare_data
+from sipo.recipe.checks import check_run
+from sipo.recipe.config import Config
 from sipo.training.forward import PairForward
+from sipo.training.statistics import NoiseBins, TimestepStatistics
+from sipo.training.stream import step_timesteps
 
 BEFORE = "before.html"
 """The page, beside ``report.html`` of the run."""
@@ -45,7 +45,7 @@ class Probe:
     """The untrained policy over the data, by noise level.
 
     Attributes:
-        line: statistics as :mod:`sipo.diagnostics` writes them, over an even grid.
+        line: statistics as :mod:`sipo.training.statistics` writes them, over an even grid.
         drawn: share of training's timesteps in each bin.
         highest: the highest noise level at which the mask dropped a pair; ``None`` where it dropped none.
         beta: the loss's.

@@ -17,10 +17,10 @@ from sipo.analysis.page import BEGIN, Page, Picture
 from sipo.analysis.samples import sample_pictures
 from sipo.analysis.settings import in_force, loss_numbers, read_settings
 from sipo.analysis.verdicts import Finding, judge
-from sipo.diagnostics import MEANS, merge, over_bins, read_statistics
 from sipo.files import check_output, write_aside
-from sipo.run_log import metrics_fault, read_log
-from sipo.training.logs import pluck
+from sipo.training.log import pluck
+from sipo.training.log_reader import metrics_fault, read_log
+from sipo.training.statistics import MEANS, merge, over_bins, read_statistics
 from sipo.training.validation import no_preference
 
 REPORT = "report.html"

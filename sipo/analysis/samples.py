@@ -10,7 +10,7 @@ from typing import Any
 
 from sipo.analysis.page import Picture, image, looks, video
 from sipo.files import FileError, parse_json, read_bytes, read_text
-from sipo.run_log import LogWarning
+from sipo.training.log_reader import LogWarning
 
 _WHOLE = -1  # in place of a prompt's number
 

@@ -18,9 +18,9 @@ from sipo.families.base import evaluating
 from sipo.loss import SIPOLoss
 from sipo.progress import track
 from sipo.schedule import NoiseSchedule
+from sipo.seeds import derive_seed
 from sipo.training.forward import PairForward, Reference
 from sipo.training.protocols import PairDataset, Predict
-from sipo.training.randomness import derive_seed
 
 DRAWS = 16
 """Draws of noise and noise level for each pair."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sipo.files import read_object
-from sipo.run_log import is_number, show
+from sipo.training.log_reader import is_number, show
 from sipo.yaml_files import read_yaml
 
 # Settings that are reckoned with.

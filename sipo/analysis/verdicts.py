@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from sipo.analysis.facts import LN2, SURE, Facts, HeldOut, accuracy_se, gather, held_out, pairs_to_tell
-from sipo.diagnostics import collapsing, drifted, stalled
+from sipo.training.alarms import collapsing, drifted, stalled
 
 HARDLY_USED = 0.25
 """Below this share of what its ranking is worth, the loss has hardly begun to fall."""

@@ -32,8 +32,8 @@ def check_file(path: Path) -> None:
 
 
 def states(folder: Path, paths: Iterable[Path]) -> list[list[Any]]:
-    """Names in a folder, with sizes, times and inodes (:func:`sipo.data.changes.stamp`)."""
-    from sipo.data.changes import stamp
+    """Names in a folder, with sizes, times and inodes (:func:`sipo.cache.changes.stamp`)."""
+    from sipo.cache.changes import stamp
 
     return [[path.relative_to(folder).as_posix(), *stamp(path)] for path in paths]
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sipo.demo.data import Digits, InkPairs, ink
+from sipo.demo.digits import Digits, InkPairs, ink
 from sipo.demo.model import predict
 from sipo.loss import SIPOLoss
 

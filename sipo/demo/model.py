@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sipo.demo.data import CLASSES, IMAGE_SIZE
+from sipo.demo.digits import CLASSES, IMAGE_SIZE
 from sipo.families.model_files import check_weights, load_module
 from sipo.files import aside
 

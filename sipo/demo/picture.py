@@ -11,10 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from sipo.demo.data import CLASSES, IMAGE_SIZE, ink
+from sipo.demo.digits import CLASSES, IMAGE_SIZE, ink
 from sipo.demo.measure import Scores
 from sipo.files import aside
-from sipo.training.logs import pluck
+from sipo.training.log import pluck
 
 BEFORE, AFTER, LIMIT, TEXT = "#8d939c", "#1f5fa8", "#b8501a", "#22262b"
 _ROWS = 7

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from sipo.demo.data import load_digits
+from sipo.demo.digits import load_digits
 from sipo.demo.model import SCHEDULER_FOLDER, build_model, build_scheduler, save_aside
 from sipo.progress import Steps
 

@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sipo.diffusers_schedulers import SettingError, check_sampler, with_settings
 from sipo.families.model_files import (
     CONFIG,
     HUB_OPTIONS,
@@ -29,6 +28,7 @@ from sipo.families.model_files import (
 from sipo.files import FileError, read_object
 from sipo.processes import is_out_of_memory
 from sipo.schedule import DEFAULT_INFERENCE_STEPS, NoiseSchedule
+from sipo.schedule.diffusers_schedulers import SettingError, check_sampler, with_settings
 
 Condition = dict[str, Tensor]
 """What a network is given beside the noisy latents: tensors by name, stacked along dimension 0."""
@@ -216,7 +216,7 @@ class Family(ABC):
             path: as for :meth:`load_network`.
             num_inference_steps: steps of the sampler.
             prediction_type, shift: in place of the scheduler's own, see
-                :func:`sipo.diffusers_schedulers.with_settings`.
+                :func:`sipo.schedule.diffusers_schedulers.with_settings`.
             sampled: whether samples are drawn with that ``prediction_type``, of which some schedulers can do a part.
             sizes: heights and widths in pixels that are trained at; dynamic shifting depends on them.
             options: as for :meth:`load_network`.

@@ -16,9 +16,9 @@ from sipo.families.lora_files import formats_of
 from sipo.loss import convert_beta
 
 if TYPE_CHECKING:
-    from sipo.config import Config
+    from sipo.recipe.config import Config
 
-_TOY = "toy"  # sipo.config.TOY, which would bring accelerate along
+_TOY = "toy"  # sipo.recipe.config.TOY, which would bring accelerate along
 
 _SCHEDULER = "pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, {})"
 
@@ -46,7 +46,7 @@ def model_card(
         data_hash: of the data as trained on.
         steps: optimiser steps done.
         scheduler: options of the scheduler that differ from the base's, which samples follow
-            (:func:`sipo.diffusers_schedulers.setting_changes`).
+            (:func:`sipo.schedule.diffusers_schedulers.setting_changes`).
         date: ISO 8601; today if left out.
 
     Returns:

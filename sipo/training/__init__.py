@@ -17,7 +17,7 @@ from sipo.training.forward import AdapterOff, Reference
 from sipo.training.loop import TrainingResult, train
 from sipo.training.preparation import make_accelerator
 from sipo.training.protocols import PairDataset, PairLoss, PairLossResult, Predict, Schedule
-from sipo.training.sharded import gather_weights, is_sharded
+from sipo.training.sharding import gather_weights, is_sharded
 from sipo.training.validation import OnValidation
 
 __all__ = [

@@ -23,9 +23,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from sipo import seeds as randomness
 from sipo.files import check_tensors, load_tensors, one_line, save_tensors, short
 from sipo.processes import everywhere, is_collective, is_out_of_memory
-from sipo.training import randomness, sharded, storage
+from sipo.training import sharding as sharded
+from sipo.training import storage
 from sipo.training.config import CheckpointError
 from sipo.training.optimization import Average
 from sipo.training.storage import found

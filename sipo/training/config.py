@@ -60,7 +60,7 @@ class TrainingInterrupted(RuntimeError):  # noqa: N818 - likewise
 
 
 class TrainingAlarm(RuntimeError):  # noqa: N818 - likewise
-    """An alarm of ``sipo.diagnostics`` went off and the configuration says to stop: a checkpoint was written.
+    """An alarm of ``sipo.training.statistics`` went off and the configuration says to stop: a checkpoint was written.
 
     Attributes:
         step: optimiser steps done.

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from sipo.training.sharded import HALF_TYPES
+from sipo.training.sharding import HALF_TYPES
 
 Mismatch = Literal["warn", "raise"]
 

@@ -13,10 +13,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from sipo.training.data import pair_noise, to_device, twice, widened
 from sipo.training.first_step import FirstStep
 from sipo.training.protocols import PairLoss, PairLossResult, Predict, Schedule
-from sipo.training.sharded import is_compiled, round_whole, unwrapped
+from sipo.training.sharding import is_compiled, round_whole, unwrapped
+from sipo.training.stream import pair_noise, to_device, twice, widened
 from sipo_kernels import Totals
 
 

@@ -19,12 +19,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from sipo.diagnostics import AlarmWatch, TimestepStatistics
 from sipo.locks import locked
 from sipo.loss import SIPOLoss
 from sipo.processes import from_main, on_main
 from sipo.progress import say
+from sipo.seeds import WORKERS, derive_seed, seed_process
 from sipo.training import checkpoint, storage
+from sipo.training.alarms import AlarmWatch
 from sipo.training.config import (
     TrainingAlarm,
     TrainingConfig,
@@ -33,16 +34,16 @@ from sipo.training.config import (
     TrainingMismatch,
     TrainingWarning,
 )
-from sipo.training.data import StreamSampler, drop_captions, step_timesteps
 from sipo.training.first_step import NAMES, FirstStep, Mismatch
 from sipo.training.forward import PairForward, Reference, takes_totals
-from sipo.training.logs import MetricWindow, Recorder, read_lines
+from sipo.training.log import MetricWindow, Recorder, read_lines
 from sipo.training.optimization import Average, make_optimizer, rate_factor
 from sipo.training.preparation import check_setup, make_accelerator, prepare
 from sipo.training.protocols import PairDataset, PairLoss, PairLossResult, Predict
-from sipo.training.randomness import WORKERS, derive_seed, seed_process
-from sipo.training.sharded import is_deepspeed, local, plain_name, reshard, unwrapped, whole
+from sipo.training.sharding import is_deepspeed, local, plain_name, reshard, unwrapped, whole
+from sipo.training.statistics import TimestepStatistics
 from sipo.training.stopping import StopAgreement, StopRequest, memory_advice, release_signals
+from sipo.training.stream import StreamSampler, drop_captions, step_timesteps
 from sipo.training.timesteps import InformativeTimesteps
 from sipo.training.validation import OnValidation, Validation
 from sipo_kernels import METRICS, Totals

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sipo.training.config import TrainingConfig
-from sipo.training.sharded import host_copy, like
+from sipo.training.sharding import host_copy, like
 
 
 def make_optimizer(config: TrainingConfig, parameters: Iterable[nn.Parameter], device: torch.device) -> Any:

@@ -13,7 +13,7 @@ from torch import nn
 from sipo.training.config import TrainingConfig
 from sipo.training.forward import Reference
 from sipo.training.protocols import PairDataset
-from sipo.training.sharded import is_deepspeed, is_sharded, unwrapped
+from sipo.training.sharding import is_deepspeed, is_sharded, unwrapped
 
 _PLAIN = ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU")
 

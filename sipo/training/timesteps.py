@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sipo.diagnostics import NoiseBins
-from sipo.training.data import step_timesteps
+from sipo.seeds import TIMESTEPS, derive_seed
 from sipo.training.protocols import PairLoss
-from sipo.training.randomness import TIMESTEPS, derive_seed
+from sipo.training.statistics import NoiseBins
+from sipo.training.stream import step_timesteps
 
 BINS = 100
 """Bins of equal width over the schedule's noise levels."""

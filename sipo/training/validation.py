@@ -13,15 +13,15 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from sipo import seeds as randomness
 from sipo.loss import SIPOLoss
-from sipo.training import randomness
+from sipo.seeds import VALIDATION, derive_seed
 from sipo.training.config import TrainingConfig
-from sipo.training.data import step_timesteps
 from sipo.training.forward import PairForward
 from sipo.training.protocols import PairDataset, PairLoss
-from sipo.training.randomness import VALIDATION, derive_seed
-from sipo.training.sharded import is_compiled, reshard, unwrapped
+from sipo.training.sharding import is_compiled, reshard, unwrapped
 from sipo.training.stopping import release_signals
+from sipo.training.stream import step_timesteps
 from sipo_kernels import pair_loss
 
 OnValidation = Callable[[int, nn.Module], None]

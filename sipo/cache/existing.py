@@ -1,0 +1,311 @@
+"""What a cache's folder holds already, and whether it still agrees with the source."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sipo.cache.changes import (
+    FileRecord,
+    Row,
+    are_absent,
+    compare_files,
+    files_digest,
+    first_row_change,
+    path_named,
+    row_of,
+    stamps_of,
+)
+from sipo.cache.format import (
+    FILES,
+    FORMAT,
+    INDEX,
+    LATENTS,
+    MAX_PAIRS,
+    TEXT,
+    CacheError,
+    DamagedError,
+    Shard,
+    check_sizes,
+    digest,
+    intact_shard,
+    other_path,
+    read_json,
+    read_pairs_index,
+    read_shard,
+    shard_from_entry,
+    shard_name,
+    write_json,
+)
+from sipo.cache.parts import Part, prefix_of
+from sipo.data.check import BadPair
+from sipo.data.records import PairReader, row_name
+from sipo.recipe.config import DataConfig
+
+ROWS_FACT, FILES_FACT = "rows", "files"
+"""Facts of a shard of latents that its own JSON file has, and the index leaves out."""
+
+
+class Existing:
+    """Compares parts of the source with their shards.
+
+    Attributes:
+        finished: whether the cache was, when it was opened.
+        source: digest of what a shard's content depends on beside its pairs.
+        changes: the first change in each shard that no longer agrees with the source.
+        absent: how many shards of latents have none of their files any more.
+        begun: whether the index says that the cache is being written.
+        stale: whether the index has to be written anew.
+
+    Args:
+        folder: the cache's.
+        settings: how pairs are encoded.
+        marks: the fingerprint.
+        index: of :func:`read_known`.
+        check_hashes, verify, refuse_changes: see :func:`sipo.cache.precompute.precompute_pairs`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: DataConfig,
+        marks: dict[str, Any],
+        index: dict[str, Any] | None,
+        *,
+        check_hashes: bool,
+        verify: bool,
+        refuse_changes: bool,
+    ) -> None:
+        self.folder = folder
+        self.settings = settings
+        self.marks = marks
+        self.check_hashes = check_hashes
+        self.verify = verify
+        self.refuse_changes = refuse_changes
+        self.source = digest({key: value for key, value in marks.items() if key != MAX_PAIRS})
+        self.path = settings.path if index is None else index["path"]  # of the pairs that are there
+        self.finished = index is not None and index["complete"]
+        self.known = {shard.name: shard for shard in _shards(index)} if index is not None and self.finished else {}
+        self.changes: list[str] = []
+        self.absent = 0
+        self.begun = self.stale = not self.finished
+
+    def begin(self) -> None:
+        """Marks the cache as unfinished, before any of its content changes."""
+        index = {"format": FORMAT, "complete": False, "fingerprint": self.marks, "path": self.path}
+        write_json(self.folder / INDEX, index)
+
+    def begin_change(self) -> None:
+        """Marks a finished cache as unfinished while it changes, so that no run opens it meanwhile."""
+        if not self.begun:
+            self.begin()
+        self.begun = self.stale = True
+
+    def there(self, name: str) -> Shard | None:
+        """A shard that is there and whole, as the finished index or its own JSON file has it."""
+        if self.check_hashes:
+            found = intact_shard(self.folder, name)
+            known = self.known.get(name)
+            if found is not None and known is not None and found.sha256 != known.sha256:
+                self.stale = True  # the index is of another one, as where a file has been restored
+            return found
+        shard = self.known.get(name) or read_shard(self.folder, name)
+        try:
+            check_sizes(self.folder, [] if shard is None else [shard])
+        except DamagedError:
+            return None
+        return shard
+
+    def look(self, part: Part, pool: ThreadPoolExecutor) -> None:
+        """Checks whether a part's shards exist, are whole, and still agree with the source."""
+        part.look(self.source, pool)
+        text = self.there(shard_name(TEXT, part.number))
+        facts = {} if text is None else text.facts
+        part.needs_text = facts.get("source") != self.source or facts.get("prompts") != part.new_keys
+        name = shard_name(LATENTS, part.number)
+        latents = self.there(name)
+        if latents is not None and is_limit_raised(latents.facts, self.settings):
+            part.change = f"{row_name(part.rows[0][0])} or one behind it: data.max_pixels allows for it now"
+            self._changed(part.change)
+            latents = None
+        if latents is None or not (latents.facts.get("seen") == part.seen and not self.verify):
+            self._compare(part, latents, pool)
+        else:
+            part.needs_latents = False
+        same_source = part.needs_text and facts.get("source") == self.source
+        if same_source and not self.changes and not self._is_recut(facts["prompts"], part.new_keys):
+            self._changed(f"{row_name(part.rows[0][0])} or one behind it: another prompt")  # of a pair that is left out
+        if latents is not None and not part.needs_latents:
+            stop_at_skipped([latents.facts], self.settings)
+
+    def find_gone(self, parts: int) -> None:
+        """Looks for shards of a source that has become shorter.
+
+        Args:
+            parts: that the source has.
+        """
+        gone = self.known.get(shard_name(LATENTS, parts))
+        if gone is not None:
+            row = min(row for row, *_ in [*gone.facts["pairs"], *gone.facts["skipped"]])
+            self._changed(f"{row_name(row)}: no longer a pair")
+
+    def _compare(self, part: Part, shard: Shard | None, pool: ThreadPoolExecutor) -> None:
+        """Compares a part with the rows and files of its shard of latents; records new stamps and prompts."""
+        name = shard_name(LATENTS, part.number)
+        shard = None if shard is None else read_shard(self.folder, name)  # the index has neither rows nor files
+        if shard is None:
+            if self.finished and name not in self.known:
+                self._changed(f"{row_name(part.rows[0][0])}: a new pair")
+            return
+        facts = shard.facts
+        if facts["source"] != self.source:
+            return
+
+        def path_of(file: str) -> Path:
+            return Path(path_named(file, part.prefix))
+
+        if facts[ROWS_FACT] != part.rows:
+            part.change = first_row_change(facts[ROWS_FACT], part.rows)
+            recut = self._is_recut(facts[ROWS_FACT], part.rows)
+            if not recut:
+                self._changed(part.change)
+            if are_absent(facts[FILES_FACT], path_of, pool):  # encoded anew, every pair would be lost
+                raise CacheError(
+                    f"{self.settings.path}: {part.change}, since {self.folder} was encoded, and none of the images or "
+                    f"clips of {_rows(facts[ROWS_FACT])} is there to be encoded anew: expected these files, or the row "
+                    "as it was"
+                )
+            part.change = "" if recut else part.change
+            return
+        found = compare_files(facts[FILES_FACT], path_of, pool, self.verify)
+        if found.change:
+            part.change = f"{row_name(row_of(part.rows, found.name))}: {found.name} {found.change}"
+            self._changed(part.change)
+            return
+        if found.absent and self.verify:
+            raise CacheError(
+                f"{self.settings.path}: none of the images or clips of {_rows(part.rows)} is there, expected them all "
+                "to verify their content"
+            )
+        self.absent += found.absent
+        part.needs_latents = False
+        keys = {row[0]: key for row, key in zip(part.rows, part.keys, strict=True)}
+        other = [row for row, key, _ in facts["pairs"] if keys[row] != key]
+        if other:
+            self._changed(f"{row_name(other[0])}: another prompt")
+            self.begin_change()
+        pairs = [[row, keys[row], shape] for row, _, shape in facts["pairs"]]
+        now = facts | {FILES_FACT: found.files, "pairs": pairs}
+        if not found.absent:
+            now["seen"] = part.seen
+        try:
+            if now != facts:
+                write_json(self.folder / f"{name}.json", replace(shard, facts=now).as_dict())
+        except OSError:
+            if other:
+                raise
+            return  # a read-only cache: new times are compared again the next time
+        self.stale |= not found.absent
+
+    def _is_recut(self, before: list[Any], now: list[Any]) -> bool:
+        """Whether a shard of an unfinished cache has only more or fewer pairs, as the last under another max_pairs."""
+        common = min(len(before), len(now))
+        return not self.finished and self.path == self.settings.path and before[:common] == now[:common]
+
+    def _changed(self, change: str) -> None:
+        """Records a change for the report, or refuses it."""
+        if self.path != self.settings.path:
+            raise other_path(self.folder, self.path, self.settings.path, f"whose pairs are others ({change})")
+        if self.refuse_changes:
+            raise CacheError(
+                f"{self.settings.path}: {change}, since {self.folder} was encoded: expected the data that the run has "
+                "been trained on; another training.output_dir starts anew with this"
+            )
+        self.changes.append(change)
+
+
+def _rows(rows: list[Row]) -> str:
+    return row_name(rows[0][0]) if len(rows) == 1 else f"rows {rows[0][0] + 1} to {rows[-1][0] + 1}"
+
+
+def stop(row: int, kind: str, reason: str, change: str = "") -> BadPair:
+    """The error of a pair that cannot be used and may not be left out.
+
+    Args:
+        row: the pair's.
+        kind: of the fault.
+        reason: what is wrong with it.
+        change: why it is encoded anew, if it is.
+    """
+    before = f"the data has changed ({change}) and is encoded anew, but " if change else ""
+    remedy = (
+        "(rows count from 1; data.skip_bad=true leaves such pairs out and counts them; `sipo data check` lists them)"
+    )
+    return BadPair(kind, f"{before}{row_name(row)}: {reason} {remedy}")
+
+
+def is_limit_raised(shard: dict[str, Any], settings: DataConfig) -> bool:
+    """Whether pairs were left out of a shard because of a ``data.max_pixels`` that is higher now."""
+    limit: int = shard.get("max_pixels", settings.max_pixels)
+    return limit < settings.max_pixels
+
+
+def stop_at_skipped(shards: Iterable[dict[str, Any]], settings: DataConfig) -> None:
+    """Raises for pairs that were left out under ``data.skip_bad=true``, where it is false now."""
+    if not settings.skip_bad:
+        for shard in shards:
+            for row, kind, reason in shard["skipped"]:
+                raise stop(row, kind, reason)
+
+
+def is_unchanged(folder: Path, index: dict[str, Any], reader: PairReader, state: Any, path: str) -> bool:
+    """Whether neither rows nor files of a finished cache have changed, as far as stamps tell."""
+    if state is None or index["state"] != state or index["path"] != path:
+        return False
+    files = read_files(folder)
+    if files is None:
+        return False
+    prefix = prefix_of(reader)
+    with ThreadPoolExecutor(8, "stat") as pool:
+        return files_digest(stamps_of([path_named(name, prefix) for name in files["names"]], pool)) == files["digest"]
+
+
+def read_files(folder: Path) -> dict[str, Any] | None:
+    """What :func:`write_files` wrote, where it is there and whole."""
+    try:
+        return read_json(folder / FILES)
+    except CacheError:
+        return None
+
+
+def write_files(folder: Path, latents: Iterable[Shard]) -> None:
+    """Writes down what :func:`is_unchanged` reads."""
+    files: dict[str, FileRecord] = {}
+    for shard in latents:
+        for name, record in shard.facts[FILES_FACT].items():
+            files.setdefault(name, record)  # one that was written to between two shards is not as in the first any more
+    seen = files_digest(record[:-1] for record in files.values())
+    write_json(folder / FILES, {"digest": seen, "names": list(files)}, indent=None)
+
+
+def read_known(folder: Path, marks: dict[str, Any]) -> dict[str, Any] | None:
+    """The index of a folder; another cache in it is refused."""
+    try:
+        index = read_pairs_index(folder, marks)
+        if index is not None and index["complete"]:
+            _shards(index)
+    except (DamagedError, KeyError, TypeError):
+        return None  # the shards' own files say what there is
+    return index
+
+
+def _shards(index: dict[str, Any]) -> list[Shard]:
+    return [shard_from_entry(entry) for entry in (*index["latents"], *index["text"])]
+
+
+def indexed(shard: Shard) -> dict[str, Any]:
+    """An entry of the index: without rows and files, which are large and needed only where something has changed."""
+    return {key: value for key, value in shard.as_dict().items() if key not in (ROWS_FACT, FILES_FACT)}

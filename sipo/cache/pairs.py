@@ -1,0 +1,214 @@
+"""Data sets of pairs for the training loop, read from a cache: each pair once, or each at its fixed draws.
+
+Both meet :class:`sipo.training.PairDataset`, open files only in the process that reads them, and may be sent to
+data loader workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from sipo.cache.format import CAPTION, HELD_OUT, NOISE, TIMESTEP, Cache, CacheError
+from sipo.data.records import row_name
+from sipo.families.base import Condition
+from sipo.seeds import derive_seed
+from sipo.training.protocols import Schedule
+
+
+class ReferenceErrors(Protocol):
+    """Errors of the reference by pair; :class:`sipo.cache.reference_errors.References` has them on disk."""
+
+    def at(self, place: int) -> tuple[Tensor, Tensor]:
+        """For the pair at a place in the cache: errors ``[K, 2]`` float64, and the timesteps ``[K]`` they are for."""
+
+
+class CachedPairs:
+    """The pairs of a cache, or some of them: ``winner``, ``loser``, ``condition`` and, if any, ``own_condition``.
+
+    Tensors have the type that they are stored in, so that data loader workers pass on no more bytes than the cache has;
+    the training loop casts latents to float32 on the device.
+
+    Args:
+        cache: see :func:`sipo.cache.format.open_cache`.
+        rows: rows of the source to keep, in this order; ``None`` keeps all, in the cache's order.
+
+    Attributes:
+        groups: lists of indices, one for each shape of latents, where there are several shapes.
+
+    Raises:
+        ValueError: a row that is not in the cache.
+    """
+
+    groups: list[list[int]]
+
+    def __init__(self, cache: Cache, rows: Sequence[int] | None = None) -> None:
+        self.cache = cache
+        if rows is None:
+            self.places = torch.arange(len(cache))
+        else:
+            place_of = {row: place for place, row in enumerate(cache.rows.tolist())}
+            missing = next((row for row in rows if row not in place_of), None)
+            if missing is not None:
+                raise ValueError(f"row {missing} is not in {cache.folder}, expected rows of its {len(cache)} pairs")
+            self.places = torch.tensor([place_of[row] for row in rows], dtype=torch.int64)
+        groups = _by_value(cache.shape_of[self.places])
+        if len(groups) > 1:
+            self.groups = groups
+
+    @property
+    def unconditional(self) -> Condition:
+        """What caption dropout puts in the place of a pair's text embeddings."""
+        return self.cache.unconditional()
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @property
+    def rows(self) -> Tensor:
+        """``[N]`` int64, the pairs' rows in the source."""
+        return self.cache.rows[self.places]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        place = _place(self.places, index)
+        winner, loser, own = self.cache.pair(place)
+        item: dict[str, Any] = {"winner": winner, "loser": loser, "condition": self.cache.text(place)}
+        if own:
+            item["own_condition"] = own
+        return item
+
+
+class DrawnPairs:
+    """Each of ``N`` pairs at ``K`` fixed draws of timestep and noise: item ``j`` is pair ``j // K`` at draw ``j % K``.
+
+    An item has the keys of :class:`CachedPairs`, ``noise`` (float32), ``timestep`` and, with references, ``ref_error``
+    (``[2]`` float64). A draw is a function of the seed, the pair's row in the source and the draw's number: neither the
+    number of draws, nor which other pairs there are, nor where and in what order they are read changes it.
+
+    Args:
+        cached: the pairs.
+        draws: ``K``.
+        schedule: gives the timesteps.
+        seed: of all draws.
+        distribution: of the timesteps; the schedule knows which it has.
+        caption_dropout: share of draws whose caption is dropped, in [0, 1].
+        references: the reference's errors at the same draws.
+
+    Attributes:
+        groups: as :class:`CachedPairs` has them, for these items.
+
+    Raises:
+        ValueError: a number out of its range.
+    """
+
+    groups: list[list[int]]
+
+    def __init__(
+        self,
+        cached: CachedPairs,
+        draws: int,
+        schedule: Schedule,
+        seed: int,
+        distribution: str = "uniform",
+        caption_dropout: float = 0.0,
+        references: ReferenceErrors | None = None,
+    ) -> None:
+        if draws < 1:
+            raise ValueError(f"draws={draws}: expected at least 1")
+        if not 0 <= caption_dropout <= 1:
+            raise ValueError(f"caption_dropout={caption_dropout}: expected a share in [0, 1]")
+        self.cached = cached
+        self.draws = draws
+        self.schedule = schedule
+        self.seed = seed
+        self.distribution = distribution
+        self.caption_dropout = caption_dropout
+        self.references = references
+        if hasattr(cached, "groups"):
+            self.groups = [[pair * draws + k for pair in group for k in range(draws)] for group in cached.groups]
+
+    @property
+    def unconditional(self) -> Condition:
+        """What stands in the place of a dropped caption's text embeddings."""
+        return self.cached.unconditional
+
+    def __len__(self) -> int:
+        return len(self.cached) * self.draws
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        pair, draw = divmod(range(len(self))[index], self.draws)
+        item = self.cached[pair]
+        row = int(self.cached.cache.rows[self.cached.places[pair]])
+        generator = self._generator(NOISE, row, draw)
+        item["noise"] = torch.randn(item["winner"].shape, generator=generator, dtype=torch.float32)
+        item["timestep"] = self.schedule.sample_timesteps(
+            1, self._generator(TIMESTEP, row, draw), distribution=self.distribution
+        )[0]
+        if torch.rand((), generator=self._generator(CAPTION, row, draw), dtype=torch.float32) < self.caption_dropout:
+            item["condition"] = self.cached.unconditional
+        if self.references is not None:
+            errors, timesteps = self.references.at(int(self.cached.places[pair]))
+            if timesteps[draw] != item["timestep"]:
+                # The same settings, and other numbers: a torch whose generators changed, or a schedule that did.
+                raise CacheError(
+                    f"{row_name(row)}: the reference's error was computed at timestep {timesteps[draw]}, expected this "
+                    f"run's {item['timestep']}; `sipo precompute` into another cache computes it anew"
+                )
+            item["ref_error"] = errors[draw]
+        return item
+
+    def _generator(self, stream: int, row: int, draw: int) -> torch.Generator:
+        return torch.Generator().manual_seed(derive_seed(derive_seed(self.seed, stream, row), stream, draw))
+
+
+def split(cached: CachedPairs, held_out: int, seed: int) -> tuple[CachedPairs, CachedPairs]:
+    """Keeps pairs from training, for validation.
+
+    All pairs of a prompt go to one side: a prompt seen in training would flatter the validation. Prompts are held
+    out in a random order while their pairs still fit, so that there are ``held_out`` pairs or, where the prompts'
+    sizes do not allow it, as many fewer as need be.
+
+    Args:
+        cached: all pairs.
+        held_out: pairs to keep from training; 0 keeps none.
+        seed: of the choice, which depends on the prompts and nothing else.
+
+    Returns:
+        Pairs for training and for validation, both in the order they had.
+
+    Raises:
+        ValueError: fewer than 0, so many that none is left to train on, or no prompt with so few pairs.
+    """
+    if not 0 <= held_out < len(cached):
+        raise ValueError(f"held_out={held_out}: expected at least 0 and fewer than the {len(cached)} pairs there are")
+    by_prompt: dict[str, list[int]] = {}
+    for row, prompt in zip(cached.rows.tolist(), cached.cache.prompt_of[cached.places].tolist(), strict=True):
+        by_prompt.setdefault(cached.cache.prompt_keys[prompt], []).append(row)
+    # Ordered by a hash of seed and prompt, so that more pairs in a later version of the data move no prompt.
+    order = sorted(by_prompt, key=lambda prompt: derive_seed(seed, HELD_OUT, int(prompt, 16)))
+    kept_out: set[int] = set()
+    for prompt in order:
+        if len(kept_out) + len(by_prompt[prompt]) <= held_out:
+            kept_out.update(by_prompt[prompt])
+    if held_out and not kept_out:
+        least = min(map(len, by_prompt.values()))
+        raise ValueError(f"held_out={held_out}: every prompt has {least} pairs or more, expected at least as many")
+    sides: tuple[list[int], list[int]] = ([], [])
+    for row in cached.rows.tolist():
+        sides[row in kept_out].append(row)
+    training, validation = (CachedPairs(cached.cache, rows) for rows in sides)
+    return training, validation
+
+
+def _by_value(values: Tensor) -> list[list[int]]:
+    """Indices of equal values together, in the order of the values."""
+    return [(values == value).nonzero()[:, 0].tolist() for value in values.unique().tolist()]
+
+
+def _place(places: Tensor, index: int) -> int:
+    if not -len(places) <= index < len(places):
+        raise IndexError(f"pair {index}: expected an index of {len(places)} pairs")
+    return int(places[index])

@@ -1,0 +1,152 @@
+"""Which pairs of a source make up which shard, and running ahead of whoever takes them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from torch import Tensor
+
+from sipo.cache.changes import FileRecord, Row, side_name, stamps_of
+from sipo.cache.format import digest, text_key
+from sipo.data.records import PairReader, PairRecord, row_name
+from sipo.families.base import Condition
+from sipo.recipe.config import DataConfig
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+
+
+@dataclass
+class Tally:
+    """What was met on the way through the source; the same in every process."""
+
+    records: int = 0
+    ties: int = 0
+    parts: int = 0
+
+
+@dataclass
+class Part:
+    """The records of one shard, and the prompts that no earlier one has.
+
+    Attributes:
+        number: of the shard.
+        prefix: the source's folder with a slash at its end, which the names of its files leave out.
+        records: of the shard's pairs; let go once they are in line to be encoded.
+        keys: of their prompts.
+        prompts: that no earlier part has.
+        rows: what latents depend on beside the files' content.
+        seen: digest of settings, rows, prompts and of the files' stamps.
+        pairs: what has been encoded: row, key, latents, and what each half is told.
+        skipped: row, kind and reason of pairs that cannot be used.
+        files: what has been read.
+        change: the first change since it was encoded, in words; empty where there is none.
+    """
+
+    number: int
+    prefix: str
+    records: list[PairRecord] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    seen: str = ""
+    pairs: list[tuple[int, str, Tensor, Condition]] = field(default_factory=list)
+    skipped: list[tuple[int, str, str]] = field(default_factory=list)
+    files: dict[str, FileRecord] = field(default_factory=dict)
+    change: str = ""
+    needs_latents: bool = True
+    needs_text: bool = True
+
+    def look(self, settings: str, executor: Executor) -> None:
+        """Fills in ``rows`` and ``seen``.
+
+        Args:
+            settings: digest of what else the content depends on.
+            executor: asks for the files' stamps.
+        """
+        paths: dict[str, Path] = {}
+        for record in self.records:
+            names = []
+            for source in (record.chosen, record.rejected):
+                names.append(side_name(source, self.prefix))
+                if isinstance(source, Path):
+                    paths[names[-1]] = source
+            self.rows.append([record.row, *names, record.problem, bool(record.prompt.strip())])
+        stamps = list(stamps_of(list(paths.values()), executor))
+        self.seen = digest([settings, self.rows, self.keys, stamps])
+
+    @property
+    def new_keys(self) -> list[str]:
+        """Of ``prompts``."""
+        return [text_key(prompt) for prompt in self.prompts]
+
+
+def prefix_of(reader: PairReader) -> str:
+    """What the names of a source's files leave out: its folder with a slash at its end, or nothing."""
+    root: Path | None = getattr(reader, "root", None)
+    return "" if root is None else f"{root.as_posix().rstrip('/')}/"
+
+
+def parts(reader: PairReader, settings: DataConfig, tally: Tally) -> Iterator[Part]:
+    """Cuts the source into shards by the numbers of rows, so that a row more or less concerns its own shard alone."""
+    seen: set[str] = set()
+    prefix = prefix_of(reader)
+    part = Part(0, prefix)
+    candidates, last = 0, -1
+    for record in reader:
+        if settings.max_pairs is not None and candidates == settings.max_pairs:
+            break
+        if record.row <= last:  # its latents are stored under it
+            raise ValueError(f"{row_name(record.row)} after {row_name(last)}: expected a source whose rows grow")
+        last = record.row
+        tally.records += 1
+        if record.tie:
+            tally.ties += 1
+            continue
+        candidates += 1
+        if part.records and record.row // settings.shard_pairs != part.records[0].row // settings.shard_pairs:
+            tally.parts += 1
+            yield part
+            part = Part(tally.parts, prefix)
+        key = text_key(record.prompt)
+        part.records.append(record)
+        part.keys.append(key)
+        if not record.problem and key not in seen:
+            seen.add(key)
+            part.prompts.append(record.prompt)
+    if part.records:
+        tally.parts += 1
+        yield part
+
+
+def ahead(
+    pool: ThreadPoolExecutor, function: Callable[[_T], _R], items: Iterable[_T | None], depth: int
+) -> Generator[tuple[_T, _R] | None, None, None]:
+    """``(item, function(item))`` in order; beside the result that was given last, ``depth`` are computed or waiting.
+
+    ``None`` among the items is passed on at once: it comes before the results of earlier items that are waiting.
+    """
+    waiting: deque[tuple[_T, Future[_R]]] = deque()
+
+    def first() -> tuple[_T, _R]:  # no variable of the generator holds a result until the next is asked for
+        item, future = waiting.popleft()
+        return item, future.result()
+
+    try:
+        for item in items:
+            if item is None:
+                yield None
+                continue
+            waiting.append((item, pool.submit(function, item)))
+            if len(waiting) > depth:
+                yield first()
+        while waiting:
+            yield first()
+    finally:
+        for _, future in waiting:
+            future.cancel()

@@ -1,0 +1,171 @@
+"""All checks of a configuration that need no data.
+
+Encoding may take days. Whatever the loop, the loss or a library would refuse afterwards is refused before it, in one
+line that names the key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from sipo.families.tuning import check_targets
+from sipo.processes import everywhere
+from sipo.recipe.build import Run, hub_options, make_loss
+from sipo.recipe.config import ConfigError
+from sipo.schedule.diffusers_schedulers import with_settings
+from sipo.training import TrainingConfig, TrainingWarning
+from sipo.training.log import check_trackers
+from sipo.training.optimization import check_optimizer
+from sipo.training.preparation import check_config
+from sipo_kernels import backends
+
+Work = Literal["train", "precompute", "analyze"]
+
+
+def check_run(run: Run, work: Work, *, resume: bool = False) -> None:
+    """Runs all checks, in the order of ``_CHECKS``.
+
+    Args:
+        run: of :func:`sipo.recipe.build.open_run`, which has checked the schedule. Every process calls this.
+        work: what it is opened for. What other work on this machine needs and lacks, as packages and the loss's backend
+            in "precompute", is a warning.
+        resume: whether the run goes on from a checkpoint.
+
+    Raises:
+        ConfigError: names the key, its value, and what was expected.
+        FileNotFoundError, ValueError: weights that are not there, or that are not read here (``model_files.py``).
+    """
+    everywhere(run.accelerator, lambda: _check_all(run, work, resume))
+
+
+def _check_all(run: Run, work: Work, resume: bool) -> None:
+    _check_training(run, resume)
+    for check, needed in _CHECKS:
+        try:
+            check(run)
+        except ConfigError as error:
+            if work in needed:
+                raise
+            if run.accelerator.is_main_process:
+                warnings.warn(f"{error}; `sipo train` would stop here", TrainingWarning, stacklevel=2)
+    _check_files(run, work)
+
+
+def _check_training(run: Run, resume: bool) -> None:
+    """The loop's settings, with each other and with how its processes are joined."""
+    training, data, samples = run.config.training, run.config.data, run.config.samples
+    _named(lambda: check_config(training, run.accelerator, training.output_dir if resume else None))
+    if training.validate_every and not data.held_out and not samples.prompts:
+        raise ConfigError(
+            f"training.validate_every={training.validate_every}: expected data.held_out > 0, or samples.prompts"
+        )
+    if data.max_pairs is not None and data.held_out >= data.max_pairs:
+        raise ConfigError(f"data.held_out={data.held_out}: expected fewer than data.max_pairs={data.max_pairs}")
+    if training.timestep_sampling == "informative" and data.draws:
+        raise ConfigError("training.timestep_sampling='informative': expected data.draws=0, fixed draws have theirs")
+
+
+def _check_optimizer(run: Run) -> None:
+    _named(lambda: check_optimizer(run.config.training))
+
+
+def _check_trackers(run: Run) -> None:
+    _named(lambda: check_trackers(run.config.training))
+
+
+def _check_loss(run: Run) -> None:
+    make_loss(run)
+
+
+def _check_backend(run: Run) -> None:
+    backend = run.config.loss.backend
+    try:
+        backends.choose(backend, run.accelerator.device)
+    except (ValueError, RuntimeError) as error:  # SIPO_BACKEND's name is in the message
+        raise ConfigError(f"loss.{error}" if str(error).startswith("backend=") else str(error)) from error
+
+
+def _check_distribution(run: Run) -> None:
+    try:
+        run.schedule.sample_timesteps(1, distribution=run.config.training.timestep_distribution)
+    except ValueError as error:
+        raise ConfigError(f"training.timestep_{error}") from error
+
+
+def _check_sampler(run: Run) -> None:
+    """The sampler's steps: schedulers say what they cannot do when these are set."""
+    samples, model = run.config.samples, run.config.model
+    if not samples.prompts:
+        return
+    own = run.family.load_scheduler(run.model_path, **hub_options(model))
+    scheduler = with_settings(own, model.prediction_type, model.shift)
+    most = getattr(scheduler.config, "num_train_timesteps", None)
+    if run.schedule.kind == "discrete" and most is not None and samples.steps > most:
+        raise ConfigError(f"samples.steps={samples.steps}: expected at most {most}, as the model has timesteps")
+    shifted = {"mu": 1.0} if getattr(scheduler.config, "use_dynamic_shifting", False) else {}
+    try:
+        type(scheduler).from_config(scheduler.config).set_timesteps(samples.steps, **shifted)
+    except (ValueError, IndexError, ZeroDivisionError) as error:
+        raise ConfigError(
+            f"samples.steps={samples.steps}: expected another number, {type(scheduler).__name__} says: {error}"
+        ) from error
+
+
+def _check_network(run: Run) -> None:
+    """Sizes, LoRA's targets and checkpointing, by the network's configuration: no weights are read."""
+    config, family = run.config, run.family
+    model, data = config.model, config.data
+    network: Any = family.empty_network(run.model_path, **hub_options(model))
+    for height, width in data.sizes:
+        try:
+            family.check_size(None, height, width, data.frames)
+            family.check_network_size(network.config, height, width, data.frames)
+        except ValueError as error:
+            sizes = [list(size) for size in data.sizes]
+            raise ConfigError(f"data.sizes={sizes}: {error}") from error
+    if model.tuning == "lora":
+        try:
+            targets = model.lora.target_modules
+            check_targets(network, family.lora_targets if targets is None else targets)
+        except ValueError as error:
+            raise ConfigError(f"model.lora.{error}") from error
+    if model.gradient_checkpointing and not getattr(network, "_supports_gradient_checkpointing", False):
+        raise ConfigError(f"model.gradient_checkpointing=True: expected False, {family.network_class} has none")
+
+
+def _check_files(run: Run, work: Work) -> None:
+    """Weights are there, in safetensors; those of a hub are downloaded, of the network only where it is needed."""
+    options = hub_options(run.config.model)
+    run.family.fetch(run.model_path, network=False, **options)
+    if work != "precompute" or run.config.data.reference_errors or Path(run.model_path).is_dir():
+        run.family.fetch(run.model_path, network=True, **options)
+
+
+_ALL: tuple[Work, ...] = ("train", "precompute", "analyze")
+
+# Each check, and the work that cannot be done where it fails.
+_CHECKS: tuple[tuple[Callable[[Run], None], tuple[Work, ...]], ...] = (
+    (_check_optimizer, ("train",)),
+    (_check_trackers, ("train",)),
+    (_check_loss, _ALL),
+    (_check_backend, ("train", "analyze")),
+    (_check_distribution, _ALL),
+    (_check_sampler, _ALL),
+    (_check_network, _ALL),
+)
+
+
+def _named(check: Callable[[], Any]) -> None:
+    """The loop's own messages begin with a setting's name: here its section stands before it."""
+    try:
+        check()
+    except (ValueError, ImportError) as error:
+        (name, _, _), text = str(error).partition("="), str(error)
+        if name == "resume_from":
+            text = f"--resume: {text.partition(': ')[2]}"
+        known = {field.name for field in dataclasses.fields(TrainingConfig)}
+        raise ConfigError(f"training.{text}" if name in known else text) from error

@@ -1,0 +1,5 @@
+"""Noise schedules (docs/math.md §3): their levels, and what diffusers' schedulers say about them."""
+
+from sipo.schedule.noise_schedule import DEFAULT_INFERENCE_STEPS, NoiseSchedule
+
+__all__ = ["DEFAULT_INFERENCE_STEPS", "NoiseSchedule"]

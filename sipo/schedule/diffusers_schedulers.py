@@ -1,0 +1,212 @@
+"""What a diffusers scheduler says about noise levels, read without importing diffusers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sipo.schedule.levels import PREDICTIONS, check_count, check_positive
+
+_FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
+# Options of a flow scheduler that bend its grid of σ away from that of docs/math.md §3.
+_UNMODELLED_FLOW_OPTIONS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+
+_EXPLODING = "its samples are x0 + sigma * noise, scaled by its own rule (variance exploding)"
+_CONTINUOUS = "its time is continuous, without a table of levels"
+_TOKENS = "it works on discrete tokens"
+_STAGES = "it goes through stages of several resolutions"
+# Why, of those that have neither alphas_cumprod nor a flow's plain grid.
+_REFUSED = {
+    "CMStochasticIterativeScheduler": _EXPLODING,
+    "CosineDPMSolverMultistepScheduler": _EXPLODING,
+    "EDMDPMSolverMultistepScheduler": _EXPLODING,
+    "EDMEulerScheduler": _EXPLODING,
+    "KarrasVeScheduler": _EXPLODING,
+    "ScoreSdeVeScheduler": _EXPLODING,
+    "ConsistencyDecoderScheduler": "it has two levels alone, those of a consistency decoder",
+    "SCMScheduler": "its levels are angles (TrigFlow)",
+    "DDPMWuerstchenScheduler": _CONTINUOUS,
+    "IPNDMScheduler": _CONTINUOUS,
+    "ScoreSdeVpScheduler": _CONTINUOUS,
+    "AmusedScheduler": _TOKENS,
+    "BlockRefinementScheduler": _TOKENS,
+    "DiscreteDDIMScheduler": _TOKENS,
+    "EntropyBoundScheduler": _TOKENS,
+    "VQDiffusionScheduler": _TOKENS,
+    "FlowMapEulerDiscreteScheduler": "its network is told two levels (flow map)",
+    "HeliosScheduler": _STAGES,
+    "HeliosDMDScheduler": _STAGES,
+    "LTXEulerAncestralRFScheduler": "it takes its levels from the pipeline",
+    "MiniMaxH3Scheduler": "its timesteps run from 0 to 1, and its grid has a step less than it is asked for",
+    "PiflowScheduler": "its network predicts several levels at once",
+    "RFD4ProteinaScheduler": "it is of protein structures",
+}
+
+
+class SettingError(ValueError):
+    """A user's setting that a scheduler does not have, in one line that begins with the setting's name."""
+
+
+class SchedulerFacts(NamedTuple):
+    """A discrete schedule has ``alphas_cumprod`` (``[T]``); a flow has what follows it, and no ``alphas_cumprod``."""
+
+    prediction_type: str
+    alphas_cumprod: Tensor | None = None
+    num_train_timesteps: Any = None
+    shift: float = 1.0
+    shift_terminal: float | None = None
+    invert_sigmas: bool = False
+
+
+def read_scheduler(scheduler: Any, shift: float | None = None, image_seq_len: int | None = None) -> SchedulerFacts:
+    """Reads a flow scheduler by the name of its class, or of one that it inherits from; others by ``alphas_cumprod``.
+
+    Args:
+        scheduler: A diffusers scheduler, with its ``config``.
+        shift: In place of the scheduler's own; for flow schedulers alone.
+        image_seq_len: Number of the image's tokens, which ``use_dynamic_shifting`` makes the shift of.
+
+    Raises:
+        TypeError: A number of the wrong type, or a class in place of a scheduler.
+        ValueError: A scheduler that is not modelled, or an option of it that is not.
+    """
+    if isinstance(scheduler, type):
+        raise TypeError(f"scheduler is the class {scheduler.__name__}: expected an instance")
+    name, config = type(scheduler).__name__, getattr(scheduler, "config", None)
+
+    def option(key: str, default: Any = None) -> Any:
+        return _option(config, key, default)
+
+    if not _is_flow(scheduler):
+        table = getattr(scheduler, "alphas_cumprod", None)
+        if config is None or table is None:
+            why = [_REFUSED[base] for base in _bases(scheduler) if base in _REFUSED]
+            reason = why[0] if why else "it has no alphas_cumprod"
+            expected = f"expected one with alphas_cumprod or use_flow_sigmas, or {', '.join(_FLOW)}"
+            raise ValueError(f"scheduler {name} is not modelled, {reason}: {expected}")
+        if shift is not None:
+            raise SettingError(f"shift={shift!r}: leave it out, {name} has no flow schedule")
+        if option("timestep_type") == "continuous":
+            raise ValueError(f"{name} has timestep_type='continuous': expected 'discrete' timesteps")
+        return SchedulerFacts(option("prediction_type", "epsilon"), table)
+
+    for key in _UNMODELLED_FLOW_OPTIONS:
+        if option(key):
+            raise ValueError(f"{name} has {key}={option(key)!r}: expected a flow schedule without it")
+    if shift is None and option("use_dynamic_shifting", False):
+        shift = _dynamic_shift(name, config, image_seq_len)
+    elif shift is None and option("use_flow_sigmas", False):
+        shift = option("flow_shift", 1.0)
+    elif shift is None:
+        # set_shift() changes a property of those that have it, and leaves their configuration as it was
+        shift = scheduler.shift if hasattr(type(scheduler), "shift") else option("shift", 1.0)
+    return SchedulerFacts(
+        option("prediction_type", "flow"),
+        num_train_timesteps=option("num_train_timesteps"),
+        shift=shift,
+        shift_terminal=option("shift_terminal") or None,  # diffusers takes 0 for none
+        invert_sigmas=bool(option("invert_sigmas", False)),
+    )
+
+
+def setting_changes(scheduler: Any, prediction_type: str | None = None, shift: float | None = None) -> dict[str, Any]:
+    """Options for ``type(scheduler).from_config(scheduler.config, ...)`` that make a user's settings its own.
+
+    Arguments and errors are those of :func:`with_settings`.
+    """
+    name, config, kind = type(scheduler).__name__, scheduler.config, "flow" if _is_flow(scheduler) else "discrete"
+    changes: dict[str, Any] = {}
+    if prediction_type is not None:
+        has_option = _option(config, "prediction_type") is not None
+        expected = PREDICTIONS[kind] if has_option else ("flow_prediction" if kind == "flow" else "epsilon",)
+        if prediction_type not in expected:
+            *others, last = map(repr, expected)
+            choice = f"{', '.join(others)} or {last}" if others else last
+            raise SettingError(f"prediction_type={prediction_type!r}: expected {choice}, {name} has no other")
+        if has_option:
+            changes["prediction_type"] = prediction_type
+    if shift is not None:
+        check_positive("shift", shift)
+        if kind != "flow":
+            raise SettingError(f"shift={shift!r}: leave it out, {name} has no flow schedule")
+        changes["flow_shift" if _option(config, "use_flow_sigmas") else "shift"] = shift
+        if _option(config, "use_dynamic_shifting"):
+            changes["use_dynamic_shifting"] = False
+    return changes
+
+
+def with_settings(scheduler: Any, prediction_type: str | None = None, shift: float | None = None) -> Any:
+    """The scheduler with a user's settings in place of its own, which its sampling then follows; itself without any.
+
+    Args:
+        scheduler: A diffusers scheduler; not changed.
+        prediction_type: As diffusers spells it.
+        shift: ``k`` of a flow; dynamic shifting is then off.
+
+    Raises:
+        SettingError: A setting that the scheduler does not have.
+        TypeError, ValueError: A ``shift`` that is not finite and > 0.
+    """
+    changes = setting_changes(scheduler, prediction_type, shift)
+    return type(scheduler).from_config(scheduler.config, **changes) if changes else scheduler
+
+
+def check_sampler(scheduler: Any) -> None:
+    """Raises SettingError where the scheduler would not draw samples with the ``prediction_type`` it is set to."""
+    trial, zeros = type(scheduler).from_config(scheduler.config), torch.zeros(1, 1, 1, 1, dtype=torch.float32)
+    try:
+        trial.set_timesteps(10)  # some have other formulas for their first steps
+        with torch.random.fork_rng(devices=[]):
+            for timestep in trial.timesteps:
+                trial.step(trial.scale_model_input(zeros, timestep), timestep, zeros)
+    except Exception as error:  # others are about arguments that a pipeline gives and this trial does not
+        if "prediction_type" in str(error):
+            given = _option(scheduler.config, "prediction_type")
+            message = f"expected another, {type(scheduler).__name__} draws no samples with it"
+            raise SettingError(f"prediction_type={given!r}: {message}") from error
+
+
+def _option(config: Any, key: str, default: Any = None) -> Any:
+    """Of diffusers' configurations, whose keys are attributes too, and of plain ones of either kind."""
+    return config.get(key, default) if isinstance(config, Mapping) else getattr(config, key, default)
+
+
+def _bases(scheduler: Any) -> list[str]:
+    return [base.__name__ for base in type(scheduler).__mro__]
+
+
+def _is_flow(scheduler: Any) -> bool:
+    """``use_flow_sigmas`` is an option of schedulers that have ``alphas_cumprod`` as well, and of refused ones."""
+    names, config = _bases(scheduler), getattr(scheduler, "config", None)
+    solver = _option(config, "use_flow_sigmas", False) and not any(name in _REFUSED for name in names)
+    return config is not None and (bool(solver) or any(name in _FLOW for name in names))
+
+
+def _dynamic_shift(name: str, config: Any, image_seq_len: int | None) -> float:
+    """``k`` of a resolution, as ``calculate_shift`` of diffusers' pipelines has it, with their defaults.
+
+    μ is linear in the number of tokens; k is exp(μ), or with ``time_shift_type="linear"`` μ itself.
+    """
+    linear = _option(config, "time_shift_type", "exponential") == "linear"
+    formula = "mu" if linear else "exp(mu)"
+    if image_seq_len is None:
+        raise ValueError(
+            f"{name} has use_dynamic_shifting=True: expected image_seq_len=, the number of tokens of the resolution "
+            f"trained on, or shift=, which is {formula} there"
+        )
+    check_count("image_seq_len", image_seq_len, 1)
+    base, most = _option(config, "base_image_seq_len", 256), _option(config, "max_image_seq_len", 4096)
+    low, high = _option(config, "base_shift", 0.5), _option(config, "max_shift", 1.15)
+    if base == most:
+        raise ValueError(f"{name} has base_image_seq_len={base!r}: expected another than max_image_seq_len")
+    slope = (high - low) / (most - base)
+    try:
+        mu = image_seq_len * slope + (low - slope * base)
+        return float(mu) if linear else math.exp(mu)
+    except OverflowError as error:
+        message = f"expected fewer tokens, the shift {formula} is not finite"
+        raise ValueError(f"image_seq_len={image_seq_len}: {message}") from error

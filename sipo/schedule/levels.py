@@ -1,0 +1,166 @@
+"""The noise levels of docs/math.md §3 as plain functions: ᾱ, the previous level, ``ratio_scale``.
+
+Written so that no two large near-equal numbers are ever subtracted: SNR(t) runs over many orders of
+magnitude, and only the difference between neighbouring levels counts.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sipo_kernels.options import check_choice
+
+PREDICTIONS = {
+    "discrete": ("epsilon", "v_prediction", "sample"),
+    "flow": ("flow_prediction", "sample"),
+}
+"""What a network of each kind of schedule may predict, in diffusers' spelling."""
+
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+# How far from exact a given σ may be, in units of its type's machine epsilon: a handful of roundings.
+ROUNDING = 4
+
+
+def vp_alphas_cumprod(
+    num_train_timesteps: int,
+    beta_start: float,
+    beta_end: float,
+    beta_schedule: str,
+    snr_shift_scale: float,
+    rescale_betas_zero_snr: bool,
+) -> Tensor:
+    """ᾱ = α² of every level of a variance-preserving schedule, float64 ``[T]``.
+
+    The arguments are those of :meth:`sipo.NoiseSchedule.discrete`.
+
+    Raises:
+        TypeError, ValueError: A value outside its range.
+    """
+    check_choice("beta_schedule", beta_schedule, BETA_SCHEDULES)
+    check_count("num_train_timesteps", num_train_timesteps, 2 if rescale_betas_zero_snr else 1)
+    check_positive("snr_shift_scale", snr_shift_scale)
+    if not 0 < beta_start <= beta_end < 1:
+        given = f"beta_start={beta_start!r}, beta_end={beta_end!r}"
+        raise ValueError(f"{given}: expected 0 < beta_start <= beta_end < 1")
+    steps = num_train_timesteps
+    if beta_schedule == "linear":
+        betas = torch.linspace(beta_start, beta_end, steps, dtype=torch.float64)
+    elif beta_schedule == "scaled_linear":
+        betas = torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float64) ** 2
+    else:
+        time = torch.arange(steps + 1, dtype=torch.float64) / steps
+        level = torch.cos((time + 0.008) / 1.008 * (math.pi / 2)) ** 2
+        betas = (1 - level[1:] / level[:-1]).clamp(max=0.999)
+    table = torch.cumprod(1 - betas, 0)
+    # SNR / k, in terms of ᾱ = SNR / (1 + SNR)
+    table = table / (snr_shift_scale + (1 - snr_shift_scale) * table)
+    if rescale_betas_zero_snr:
+        root = table.sqrt()
+        table = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+    return table
+
+
+def vp_tables(alphas_cumprod: Tensor, num_inference_steps: int, prediction_type: str) -> dict[str, Tensor]:
+    """``alpha``, ``sigma`` and ``ratio_scale`` of every level, float64 ``[T]`` each, from ᾱ."""
+    stride = alphas_cumprod.shape[0] // num_inference_steps
+    now, previous = alphas_cumprod[stride:], alphas_cumprod[:-stride]
+    # SNR' − SNR = (ᾱ' − ᾱ) / ((1 − ᾱ')(1 − ᾱ)); this is times σ² = 1 − ᾱ, the x0_factor of v-prediction
+    scale = 0.5 * (previous - now) / (1 - previous)
+    if prediction_type == "epsilon":
+        # an SNR of 0 makes it infinite; 0 / 0 would arise where it was 0 at the previous level already
+        scale = torch.where(now == 0, torch.inf, scale / now)
+    elif prediction_type == "sample":
+        scale = scale / (1 - now)
+    # a previous level without noise has a point for a posterior, as the terminal step has
+    scale = torch.where(previous == 1, torch.inf, scale)
+    return {
+        "alpha": alphas_cumprod.sqrt(),
+        "sigma": (1 - alphas_cumprod).sqrt(),
+        "ratio_scale": torch.cat([scale.new_full((stride,), torch.inf), scale]),
+    }
+
+
+def terminal_stretch(shift: float, num_inference_steps: int, shift_terminal: float) -> float:
+    """``c`` of a flow's grid 1 − c (1 − σ), stretched so that its last level before 0 is ``shift_terminal`` (§3).
+
+    Raises:
+        TypeError, ValueError: ``shift_terminal`` outside (0, 1), or a sampler of one step, which has no such level.
+    """
+    check_positive("shift_terminal", shift_terminal)
+    if shift_terminal >= 1:
+        raise ValueError(f"shift_terminal={shift_terminal!r}: expected a number in (0, 1)")
+    if num_inference_steps < 2:
+        raise ValueError(f"num_inference_steps={num_inference_steps!r} with shift_terminal: expected at least 2")
+    return (1 - shift_terminal) * (num_inference_steps + shift - 1) / (num_inference_steps - 1)
+
+
+def flow_ratio_scale(
+    sigma: Tensor,
+    shift: float,
+    num_inference_steps: int,
+    prediction_type: str,
+    eps: float,
+    stretch: float = 1.0,
+    subtracted: bool = False,
+) -> Tensor:
+    """``ratio_scale`` of a rectified flow at σ in (0, 1], ``[N]``; NaN where σ is.
+
+    Args:
+        sigma: ``[N]``, float32 or wider; what rounding carried above 1 counts as 1.
+        shift: ``k``.
+        num_inference_steps: Steps of the sampler.
+        prediction_type: ``"flow"`` or ``"sample"``.
+        eps: Machine epsilon of the type that σ was given in: within its rounding, u' ≤ 0 is terminal.
+        stretch: ``c`` of :func:`terminal_stretch`; 1 for a grid that is not stretched.
+        subtracted: Whether σ was made by a subtraction from 1, which leaves it an error of eps and not of eps · σ.
+    """
+    step = 1 / num_inference_steps
+    sigma = sigma.clamp(max=1)
+    distance = 1 - sigma
+    # before the stretch: σ there, and its distance from 1; what lies below its 0 is terminal
+    unstretched = sigma if stretch == 1 else (1 - distance / stretch).clamp(min=0)
+    unstretched_distance = distance if stretch == 1 else 1 - unstretched
+    q = unstretched + shift * unstretched_distance
+    u = unstretched / q
+    previous = u - step
+    # How uncertain the last step's u, 1 / num_inference_steps, is: du/dσ, which is slope² / k there, times an error of
+    # a few units in the last place of σ = k · step / slope, or of 1. Never so uncertain that the step before might be
+    # meant.
+    slope = 1 + (shift - 1) * step
+    size = max(step, slope**2 / (shift * stretch) if subtracted else step * slope)
+    uncertainty = min(ROUNDING * eps * size, step / 2)
+    # σ' times 1 + (k − 1) u'; not above 0 where a stretch carries u' > 0 below its own 0
+    scaled_previous = shift * previous
+    if stretch != 1:
+        scaled_previous = stretch * scaled_previous + (1 - stretch) * (1 + (shift - 1) * previous)
+    terminal = (previous <= uncertainty) | (scaled_previous <= 0)
+    scaled_previous = torch.where(terminal, 1, scaled_previous)
+    one_minus_previous = shift * unstretched_distance / q + step
+    # (SNR' − SNR) σ² = A² − B² = (A − B)(A + B) with A = σ (1 − σ') / σ' and B = 1 − σ; A and both factors
+    # are written as sums of positive terms
+    difference = stretch * step * q / scaled_previous
+    total = distance + sigma * stretch * one_minus_previous / scaled_previous
+    scale = 0.5 * difference * total
+    if prediction_type == "sample":
+        scale = scale / sigma**2
+    return torch.where(terminal, torch.inf, scale)
+
+
+def check_count(name: str, value: object, low: int, high: int | None = None) -> None:
+    """Raises TypeError or ValueError unless ``value`` is an integer from ``low`` to ``high``."""
+    expected = f"an integer >= {low}" if high is None else f"an integer in [{low}, {high}]"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}: expected {expected}")
+    if value < low or (high is not None and value > high):
+        raise ValueError(f"{name}={value!r}: expected {expected}")
+
+
+def check_positive(name: str, value: object) -> None:
+    """Raises TypeError or ValueError unless ``value`` is a finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}: expected a finite number > 0")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name}={value!r}: expected a finite number > 0")

@@ -1,0 +1,422 @@
+"""Noise schedules: α and σ, training targets and the scale of the importance ratio (docs/math.md §3).
+
+The formulas are in ``levels.py``. Needs torch alone: ``diffusers_schedulers.py`` recognises classes by their names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sipo.schedule.diffusers_schedulers import read_scheduler
+from sipo.schedule.levels import (
+    PREDICTIONS,
+    check_count,
+    check_positive,
+    flow_ratio_scale,
+    terminal_stretch,
+    vp_alphas_cumprod,
+    vp_tables,
+)
+from sipo.schedule.timestep_checks import checked_levels, in_range
+from sipo_kernels.layout import pair_dtype
+from sipo_kernels.options import check_choice
+
+_DISTRIBUTIONS = {
+    "discrete": ("uniform",),
+    "flow": ("uniform", "logit_normal", "shifted", "shifted_logit_normal"),
+}
+DEFAULT_INFERENCE_STEPS = 50
+
+
+class NoiseSchedule:
+    """α and σ of every noise level, and how far the sampler's next step goes from there.
+
+    Made by :meth:`from_scheduler`, :meth:`discrete`, :meth:`from_alphas_cumprod` or :meth:`flow`, and not
+    changed afterwards. Tables are float64.
+
+    *Timesteps* are, wherever a method takes them, a 1-D tensor:
+
+    - ``kind="discrete"``: indices in ``[0, num_train_timesteps)`` of any integer type, or float32/float64
+      holding whole numbers, as some diffusers schedulers hand them out (half types cannot hold every index
+      and are refused).
+    - ``kind="flow"``: σ in (0, 1] of any floating-point type, the share of noise. The model's own timesteps, in 0
+      to 1000 for most, are ``σ * num_train_timesteps``, or ``(1 − σ) * num_train_timesteps`` with ``invert_sigmas``.
+
+    A value out of range, or NaN, is a ValueError on the CPU. In compiled code, and in :meth:`ratio_scale` on CUDA, it
+    trips an assertion that needs no synchronisation (``torch._assert_async``): a RuntimeError with the same text from a
+    compiled function on the CPU, or under a mode such as ``FakeTensorMode``; on CUDA the text on stderr (outside
+    compiled code, integers have that of the table's look-up), and "device-side assert triggered" at the next
+    synchronisation. Where there is no assertion (``torch.jit.trace``, other devices, ROCm) such a σ becomes NaN in
+    ``ratio_scale`` and ``alpha_sigma``.
+
+    Attributes:
+        kind: ``"discrete"`` (variance preserving, α² + σ² = 1) or ``"flow"`` (rectified flow, α = 1 − σ).
+        prediction_type: What the network predicts: ``"epsilon"``, ``"v_prediction"``, ``"flow"`` (ε − x₀) or
+            ``"sample"``.
+        num_inference_steps: Steps of the sampler whose previous level enters :meth:`ratio_scale`.
+        num_train_timesteps: Number of discrete levels; for a flow, what the model's timesteps are scaled by.
+        shift: ``k`` of the flow's sampling grid σ = k·u / (1 + (k − 1)·u); 1 for a discrete schedule.
+        shift_terminal: Last level above 0 that a flow's sampling grid is stretched to end at; ``None`` if it is not.
+        invert_sigmas: The flow's network predicts x₀ − ε and is told the share of data in place of noise (Mochi).
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        *,
+        prediction_type: str,
+        num_inference_steps: int,
+        num_train_timesteps: int,
+        shift: float = 1.0,
+        shift_terminal: float | None = None,
+        invert_sigmas: bool = False,
+        alphas_cumprod: Tensor | None = None,
+    ) -> None:
+        """Prefer the named constructors; this one takes what they have worked out."""
+        check_choice("kind", kind, tuple(PREDICTIONS))
+        # "flow" is short for it
+        spelt_out = "flow_prediction" if prediction_type == "flow" else prediction_type
+        if spelt_out not in PREDICTIONS[kind]:
+            expected = f"one of {', '.join(PREDICTIONS[kind])} for a {kind} schedule"
+            raise ValueError(f"prediction_type={prediction_type!r}: expected {expected}")
+        check_count("num_train_timesteps", num_train_timesteps, 1)
+        most_steps = num_train_timesteps if kind == "discrete" else None
+        check_count("num_inference_steps", num_inference_steps, 1, most_steps)
+        check_positive("shift", shift)
+        if kind == "discrete":
+            options = {"shift": (shift, 1), "shift_terminal": (shift_terminal, None)}
+            for name, (value, default) in (options | {"invert_sigmas": (invert_sigmas, False)}).items():
+                if value != default:
+                    raise ValueError(f"{name}={value!r}: expected it for a flow schedule alone")
+            if alphas_cumprod is None:
+                expected = f"expected the table [{num_train_timesteps}] of a discrete schedule"
+                raise ValueError(f"alphas_cumprod=None: {expected}")
+            if list(alphas_cumprod.shape) != [num_train_timesteps]:
+                shape = list(alphas_cumprod.shape)
+                raise ValueError(f"alphas_cumprod has shape {shape}: expected [{num_train_timesteps}]")
+        elif alphas_cumprod is not None:
+            raise ValueError("alphas_cumprod: expected none for a flow schedule")
+        self.kind = kind
+        self.prediction_type = "flow" if spelt_out == "flow_prediction" else prediction_type
+        self.num_inference_steps = num_inference_steps
+        self.num_train_timesteps = num_train_timesteps
+        self.shift = float(shift)
+        self.shift_terminal = shift_terminal
+        self.invert_sigmas = invert_sigmas
+        self._in_range = in_range(kind, num_train_timesteps)
+        self._stretch = 1.0
+        if shift_terminal is not None:
+            self._stretch = terminal_stretch(self.shift, num_inference_steps, shift_terminal)
+        self._tables: dict[str, Tensor] = {}
+        if alphas_cumprod is not None:
+            self._tables = vp_tables(alphas_cumprod, num_inference_steps, prediction_type)
+        self._device_tables = {torch.device("cpu"): self._tables}
+
+    @classmethod
+    def from_scheduler(
+        cls,
+        scheduler: Any,
+        num_inference_steps: int = DEFAULT_INFERENCE_STEPS,
+        prediction_type: str | None = None,
+        *,
+        shift: float | None = None,
+        image_seq_len: int | None = None,
+    ) -> NoiseSchedule:
+        """The schedule of a diffusers scheduler (or of a subclass of one).
+
+        A flow is read from FlowMatchEulerDiscrete, FlowMatchHeunDiscrete, FlowMatchLCM and from those solvers that
+        have ``use_flow_sigmas`` set (DPMSolver, UniPC, DEIS, SASolver). Every other scheduler that has
+        ``alphas_cumprod`` is a discrete schedule, read from that table, so that one that was changed by hand is
+        taken as it is; most are float32, which leaves ``ratio_scale`` good to 1e-4 for Stable Diffusion's β and to a
+        few 1e-3 for those that start nearer to 0. How the sampler spaces its steps (``timestep_spacing``, Karras
+        sigmas, ...) plays no part there: §3's stride is uniform.
+
+        Args:
+            scheduler: The scheduler; not kept and not changed.
+            num_inference_steps: Steps of the sampler (§3), whatever the scheduler is set to at present.
+            prediction_type: In place of the scheduler's own; ``"flow"`` and diffusers' ``"flow_prediction"``
+                are the same.
+            shift: ``k`` in place of the scheduler's.
+            image_seq_len: Number of tokens of the resolution trained on, (height / 16) · (width / 16) for Stable
+                Diffusion 3 and Flux. With ``use_dynamic_shifting`` it gives ``k``, as it does in diffusers'
+                pipelines; such a scheduler needs it or ``shift``. Others do not look at it.
+
+        Raises:
+            TypeError: A number of the wrong type.
+            ValueError: A scheduler that is not modelled (with the reason), or an option of it that is not.
+        """
+        facts = read_scheduler(scheduler, shift, image_seq_len)
+        prediction_type = facts.prediction_type if prediction_type is None else prediction_type
+        if facts.alphas_cumprod is not None:
+            return cls.from_alphas_cumprod(facts.alphas_cumprod, prediction_type, num_inference_steps)
+        return cls(
+            "flow",
+            prediction_type=prediction_type,
+            num_inference_steps=num_inference_steps,
+            num_train_timesteps=facts.num_train_timesteps,
+            shift=facts.shift,
+            shift_terminal=facts.shift_terminal,
+            invert_sigmas=facts.invert_sigmas,
+        )
+
+    @classmethod
+    def discrete(
+        cls,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.00085,
+        beta_end: float = 0.012,
+        beta_schedule: str = "scaled_linear",
+        prediction_type: str = "epsilon",
+        snr_shift_scale: float = 1.0,
+        rescale_betas_zero_snr: bool = False,
+        num_inference_steps: int = DEFAULT_INFERENCE_STEPS,
+    ) -> NoiseSchedule:
+        """A variance-preserving schedule in float64; the defaults are Stable Diffusion's.
+
+        Args:
+            num_train_timesteps: ``T``.
+            beta_start: First β of the forward process (not of any loss), in (0, 1).
+            beta_end: Last β, in [beta_start, 1). ``squaredcos_cap_v2`` uses neither.
+            beta_schedule: ``"linear"`` in β, ``"scaled_linear"`` in √β, or ``"squaredcos_cap_v2"`` (ᾱ a
+                squared cosine, β at most 0.999).
+            prediction_type: ``"epsilon"``, ``"v_prediction"`` or ``"sample"``.
+            snr_shift_scale: Divides every SNR (CogVideoX).
+            rescale_betas_zero_snr: Moves √ᾱ so that it ends at exactly 0; after the shift of the SNR.
+            num_inference_steps: Steps of the sampler (§3).
+
+        Raises:
+            TypeError, ValueError: A value outside its range.
+        """
+        table = vp_alphas_cumprod(
+            num_train_timesteps, beta_start, beta_end, beta_schedule, snr_shift_scale, rescale_betas_zero_snr
+        )
+        return cls.from_alphas_cumprod(table, prediction_type, num_inference_steps)
+
+    @classmethod
+    def from_alphas_cumprod(
+        cls,
+        alphas_cumprod: Tensor | Sequence[float],
+        prediction_type: str = "epsilon",
+        num_inference_steps: int = DEFAULT_INFERENCE_STEPS,
+    ) -> NoiseSchedule:
+        """A variance-preserving schedule from ᾱ = α² of each level (tensor, NumPy array or sequence ``[T]``).
+
+        Raises:
+            ValueError: Not 1-D, empty, a value outside [0, 1] or larger than the one before.
+        """
+        # straight to float64: a list's numbers would else pass through torch's default type
+        table = torch.as_tensor(alphas_cumprod, dtype=torch.float64, device="cpu").detach()
+        if table.ndim != 1 or table.numel() == 0:
+            raise ValueError(f"alphas_cumprod has shape {list(table.shape)}: expected [T] with T >= 1")
+        most = torch.cat([table.new_ones(1), table[:-1]])
+        wrong = ~((table >= 0) & (table <= most))
+        if wrong.any():
+            i = int(wrong.nonzero()[0])
+            given, limit = table[i].item(), most[i].item()
+            raise ValueError(f"alphas_cumprod[{i}]={given!r}: expected a value in [0, {limit!r}], never rising")
+        return cls(
+            "discrete",
+            prediction_type=prediction_type,
+            num_inference_steps=num_inference_steps,
+            num_train_timesteps=table.numel(),
+            alphas_cumprod=table,
+        )
+
+    @classmethod
+    def flow(cls, shift: float = 1.0, num_inference_steps: int = DEFAULT_INFERENCE_STEPS) -> NoiseSchedule:
+        """Rectified flow, x_t = (1 − σ)·x₀ + σ·ε with target ε − x₀, on a grid shifted by ``shift`` > 0.
+
+        Raises:
+            TypeError, ValueError: A value outside its range.
+        """
+        return cls(
+            "flow",
+            prediction_type="flow",
+            num_inference_steps=num_inference_steps,
+            num_train_timesteps=1000,
+            shift=shift,
+        )
+
+    def ratio_scale(self, timesteps: Tensor) -> Tensor:
+        """½ (SNR(t') − SNR(t)) · x0_factor of §3: minus the log ratio per unit of squared error.
+
+        A flow's last step is recognised within the rounding of ``timesteps``' own type: a u' no further above
+        0 than an error of a few units in the last place of σ can carry it is 0.
+
+        Args:
+            timesteps: ``[N]``, see the class.
+
+        Returns:
+            ``[N]``, float64 (float32 on a device without it) on the device of ``timesteps``. Never NaN and
+            never negative; inf at the terminal step, and with ε-prediction also where the SNR is 0.
+
+        Raises:
+            TypeError, ValueError: ``timesteps`` of the wrong type, shape or range.
+        """
+        levels = self._levels(timesteps, asserted=True)  # called once for every loss
+        if self.kind == "discrete":
+            return self._table("ratio_scale", levels.device).index_select(0, levels)
+        return flow_ratio_scale(
+            levels,
+            self.shift,
+            self.num_inference_steps,
+            self.prediction_type,
+            torch.finfo(timesteps.dtype).eps,
+            self._stretch,
+            subtracted=self.invert_sigmas or self.shift_terminal is not None,
+        )
+
+    def alpha_sigma(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """α and σ of x_t = α·x₀ + σ·ε, ``[N]`` each, typed as :meth:`ratio_scale` is."""
+        levels = self._levels(timesteps)
+        if self.kind == "flow":
+            return 1 - levels, levels
+        alpha = self._table("alpha", levels.device).index_select(0, levels)
+        return alpha, self._table("sigma", levels.device).index_select(0, levels)
+
+    def add_noise(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x_t = α·x₀ + σ·ε, as the network is to see it (EulerDiscrete's own ``add_noise`` is this over α).
+
+        Args:
+            sample: x₀, ``[N, ...]``, any floating-point type.
+            noise: ε, shaped as ``sample``.
+            timesteps: ``[N]``, see the class; moved to the device of ``sample``.
+
+        Returns:
+            Shaped and typed as ``sample``; computed in float32 or wider.
+
+        Raises:
+            TypeError, ValueError: Types, shapes or values that do not fit.
+        """
+        alpha, sigma, work = self._coefficients(sample, noise, timesteps)
+        return (alpha * sample.to(work) + sigma * noise.to(work)).to(sample.dtype)
+
+    def target(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the network should predict: ε, v = α·ε − σ·x₀, ε − x₀ (flow) or x₀, by ``prediction_type``.
+
+        With ``invert_sigmas`` a flow's target is x₀ − ε.
+
+        Arguments, result and errors as for :meth:`add_noise`.
+        """
+        alpha, sigma, work = self._coefficients(sample, noise, timesteps)
+        if self.prediction_type == "epsilon":
+            return noise.to(sample.dtype)
+        if self.prediction_type == "sample":
+            return sample
+        if self.prediction_type == "flow":
+            flow = noise.to(work) - sample.to(work)
+            return (-flow if self.invert_sigmas else flow).to(sample.dtype)
+        return (alpha * noise.to(work) - sigma * sample.to(work)).to(sample.dtype)
+
+    def sample_timesteps(
+        self,
+        n: int,
+        generator: torch.Generator | None = None,
+        *,
+        distribution: str = "uniform",
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """Random timesteps to train on.
+
+        ======================== ================================== ==========================================
+        ``distribution``         timesteps                          in diffusers' training scripts
+        ======================== ================================== ==========================================
+        ``uniform``              discrete: uniform in [0, T)        all of them
+        ``uniform``              flow: σ uniform in (0, 1]          Flux with ``weighting_scheme="none"``
+        ``logit_normal``         σ = sigmoid(N(0, 1))               Flux with ``"logit_normal"``
+        ``shifted``              uniform, then shifted              SD3 with ``"none"``; Wan
+        ``shifted_logit_normal`` logit-normal, then shifted         SD3 with ``"logit_normal"``
+        ======================== ================================== ==========================================
+
+        Shifted is σ = k·u / (1 + (k − 1)·u) with k = ``shift``; it is not stretched to ``shift_terminal``. (SD3's
+        scripts shift because the scheduler's own table of σ, from which they pick, is shifted; Flux's is not, as it
+        shifts dynamically.)
+
+        Args:
+            n: How many.
+            generator: Draws come from it, on its own device; torch's global generator if left out.
+            distribution: See above; a discrete schedule has ``uniform`` alone.
+            device: Where the result is to be; the generator's device, or else the CPU, if left out.
+
+        Returns:
+            ``[n]``: int64 for a discrete schedule, float32 σ in (0, 1] for a flow.
+
+        Raises:
+            TypeError, ValueError: ``n`` < 1 or an unknown distribution.
+        """
+        check_count("n", n, 1)
+        check_choice("distribution", distribution, _DISTRIBUTIONS[self.kind])
+        drawn_on = torch.device(device or "cpu") if generator is None else generator.device
+        out_device = drawn_on if device is None else torch.device(device)
+        if self.kind == "discrete":
+            u = torch.randint(self.num_train_timesteps, (n,), generator=generator, device=drawn_on)
+        elif distribution.endswith("logit_normal"):
+            u = torch.randn(n, generator=generator, device=drawn_on, dtype=torch.float32).sigmoid()
+        else:
+            u = 1 - torch.rand(n, generator=generator, device=drawn_on, dtype=torch.float32)  # rand is in [0, 1)
+        if distribution.startswith("shifted"):  # the shift keeps 0 and 1 where they are
+            u = (self.shift * u / (1 + (self.shift - 1) * u)).clamp(max=1)
+        return u.to(out_device)
+
+    def settings(self) -> dict[str, Any]:
+        """All that the schedule's numbers depend on; JSON values. Part of a checkpoint's identity."""
+        values: dict[str, Any] = {"kind": self.kind, "prediction_type": self.prediction_type}
+        if self.kind == "flow":
+            values["shift"] = float(f"{self.shift:.12g}")
+        else:
+            # in float32, whose digits do not depend on how a library rounds the last one of a float64
+            table = self._tables["alpha"].square().float().numpy().tobytes()
+            values["alphas_cumprod"] = f"sha256:{hashlib.sha256(table).hexdigest()[:12]}"
+        values["num_inference_steps"] = self.num_inference_steps
+        values["num_train_timesteps"] = self.num_train_timesteps
+        if self.shift_terminal is not None:
+            values["shift_terminal"] = float(f"{self.shift_terminal:.12g}")
+        if self.invert_sigmas:
+            values["invert_sigmas"] = True
+        return values
+
+    def __repr__(self) -> str:
+        fields = (
+            f"{name}={value:.12g}" if isinstance(value, float) else f"{name}={value!r}"
+            for name, value in self.settings().items()
+        )
+        return f"NoiseSchedule({', '.join(fields)})"
+
+    def _table(self, name: str, device: torch.device) -> Tensor:
+        # Kept per device, so that a call uploads nothing. torch.compile traces this as it stands and guards
+        # on the dictionary: a device first met in a compiled graph costs one recompilation at the call after.
+        tables = self._device_tables.get(device)
+        if tables is None:
+            dtype = pair_dtype(device)
+            tables = {key: table.to(device, dtype) for key, table in self._tables.items()}
+            if all(type(table) is Tensor for table in tables.values()):  # those of FakeTensorMode are of no use later
+                self._device_tables[device] = tables
+        return tables[name]
+
+    def _levels(self, timesteps: Tensor, *, asserted: bool = False) -> Tensor:
+        """Checked timesteps: int64 indices, or σ in the type that results have."""
+        return checked_levels(timesteps, self.kind, self.num_train_timesteps, self._in_range, asserted=asserted)
+
+    def _coefficients(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor, torch.dtype]:
+        """α and σ shaped to multiply ``sample``, and the type to compute in: float32 or wider."""
+        for name, tensor in (("sample", sample), ("noise", noise)):
+            if not isinstance(tensor, Tensor) or not tensor.dtype.is_floating_point:
+                found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise TypeError(f"{name} is a {found}: expected a floating-point torch.Tensor")
+        if noise.shape != sample.shape:
+            raise ValueError(f"noise has shape {list(noise.shape)}: expected {list(sample.shape)}, that of sample")
+        if isinstance(timesteps, Tensor):
+            timesteps = timesteps.to(sample.device)
+        alpha, sigma = self.alpha_sigma(timesteps)
+        if alpha.shape != sample.shape[:1]:
+            raise ValueError(
+                f"timesteps has shape {list(alpha.shape)}: expected {list(sample.shape[:1])}, one a sample"
+            )
+        work = torch.promote_types(torch.promote_types(sample.dtype, noise.dtype), torch.float32)
+        shape = (-1, *[1] * (sample.ndim - 1))
+        return alpha.to(work).reshape(shape), sigma.to(work).reshape(shape), work

@@ -1,0 +1,234 @@
+"""What each noise level teaches, and when a run goes wrong: statistics by timestep, and the alarms of training.
+
+Sums are kept on the device, by bin of noise level, and read with a log line; a line of them is one JSON object, and
+:func:`read_statistics` and :func:`merge` serve those who read (docs/math.md §8). The rules of the alarms are functions
+of numbers alone, so that a report judges a run by the thresholds that its training did.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sipo.training.log_reader import is_count, is_number, read_log, show
+from sipo_kernels import STATISTICS, Totals
+from sipo_kernels.output import add_levels, level_bins
+
+BINS = 50
+"""Bins of equal width over the schedule's noise levels."""
+
+MEANS = STATISTICS[2:]
+"""Names of the means over a bin's pairs; the table in docs/math.md §8 says what each is."""
+
+_FIELDS = ("model_error", "ref_error", "reward_gap", "log_ratio", "weight", "mask", "logits", "coef")
+_DIGITS = 6  # that a line is written with: float32 has seven, and a line has hundreds of numbers
+
+
+class NoiseBins(NamedTuple):
+    """Equal-width bins over a schedule's noise levels.
+
+    Attributes:
+        kind: "discrete" or "flow".
+        levels: number of training steps of a discrete schedule; 1 for a flow, whose σ is in (0, 1].
+        bins: how many there are.
+    """
+
+    kind: str
+    levels: int
+    bins: int
+
+    @classmethod
+    def of(cls, schedule: Any, most: int) -> NoiseBins | None:
+        """At most ``most`` bins, one a training step if those are fewer; ``None`` for a schedule of no known kind."""
+        kind = getattr(schedule, "kind", None)
+        if kind not in ("discrete", "flow"):
+            return None
+        steps = int(schedule.num_train_timesteps)
+        return cls(kind, steps if kind == "discrete" else 1, min(most, steps))
+
+    def __call__(self, timesteps: Tensor) -> Tensor:
+        """Bin of each timestep, int64."""
+        return level_bins(timesteps, self.bins, self.levels)
+
+
+class TimestepStatistics:
+    """Sums over the pairs since the last log line, by bin of noise level, on the device.
+
+    Nothing here waits for the device: :attr:`window` is read and summed over processes by whoever reads the log line's
+    metrics, and :meth:`take` makes a line of what was read.
+
+    Args:
+        loss_fn: the run's; its β and reduction are what the gradient's coefficients are made free of.
+        bins: of its schedule.
+        device: where the sums live.
+    """
+
+    def __init__(self, loss_fn: Any, bins: NoiseBins, device: torch.device) -> None:
+        self.loss_fn = loss_fn
+        self.bins = bins
+        self.window = torch.zeros(len(STATISTICS), bins.bins, dtype=torch.float32, device=device)
+
+    @classmethod
+    def of(cls, loss_fn: Any, device: torch.device) -> TimestepStatistics | None:
+        """Those of a loss; ``None`` where its schedule has no known range of noise levels."""
+        bins = NoiseBins.of(loss_fn.schedule, BINS)
+        return None if bins is None else cls(loss_fn, bins, device)
+
+    def totals(self, metrics: Tensor | None = None) -> Totals:
+        """What a loss that takes ``totals`` adds a pass to, all but the pass's timesteps.
+
+        Args:
+            metrics: of :class:`sipo_kernels.Totals`, to be added to along with the window.
+        """
+        return Totals(metrics, self.window, top=float(self.bins.levels))
+
+    @torch.no_grad()
+    def add(self, timesteps: Tensor, output: Any, shape: Sequence[int]) -> None:
+        """Adds one pass of ``B`` pairs, for a loss that does not take ``totals``.
+
+        Args:
+            timesteps: ``[B]`` on the device.
+            output: as :class:`sipo_kernels.PairLossOutput`; one without its fields adds nothing.
+            shape: of the winners, ``[B, ...]``.
+        """
+        if all(hasattr(output, name) for name in _FIELDS):
+            add_levels(self.window, self.bins(timesteps), output, self._coef_unit(shape))
+
+    def _coef_unit(self, shape: Sequence[int]) -> float:
+        """What the winner's coefficient (docs/math.md §6) is multiplied with to be ``a·c·b·mask·σ(−z)``: D·B/β."""
+        pairs, *sample = shape
+        beta = getattr(self.loss_fn, "beta", 1.0)  # a loss without one has its coefficients as they are
+        if beta is None:
+            beta = self.loss_fn.default_beta(len(shape))
+        return math.prod(sample) * (pairs if getattr(self.loss_fn, "reduction", "mean") == "mean" else 1) / beta
+
+    def take(self, step: int, sums: Sequence[float]) -> dict[str, Any] | None:
+        """Makes a line of a window that was read and summed over processes, and starts a new one.
+
+        Args:
+            step: of the log line.
+            sums: :attr:`window`, flattened.
+
+        Returns:
+            The line, JSON values; ``None`` where no pair was added.
+        """
+        self.window.zero_()
+        n = self.bins.bins
+        count, left_out, *rows = (sums[i : i + n] for i in range(0, len(sums), n))
+        pairs = int(sum(count) + sum(left_out))
+        if not pairs:
+            return None
+        line = {"step": step, **self.bins._asdict(), "pairs": pairs}
+        line |= {"count": [int(c) for c in count], "nonfinite": [int(c) for c in left_out]}
+        for name, row in zip(MEANS, rows, strict=True):
+            line[name] = [float(f"{x / c:.{_DIGITS}g}") if c else None for x, c in zip(row, count, strict=True)]
+        return line
+
+
+# ---- Reading ----
+
+
+def read_statistics(path: str | Path) -> list[dict[str, Any]]:
+    """The sound lines of a run's ``timesteps.jsonl``, in order, all over the same bins; a warning names the others.
+
+    A last line without its end is left out: a running process is writing it, or one was killed there.
+
+    Raises:
+        FileNotFoundError: it does not exist.
+        FileError: no regular file.
+        OSError: it cannot be read.
+    """
+    log = read_log(path, statistics_fault)
+    bins = [NoiseBins(*(line[name] for name in NoiseBins._fields)) for line in log.lines]
+    usual = Counter(bins).most_common(1)[0][0] if bins else None
+    strays = [f"step {line['step']} (other bins)" for line, own in zip(log.lines, bins, strict=True) if own != usual]
+    log._replace(damage=log.damage + strays).complain(Path(path))
+    return [line for line, own in zip(log.lines, bins, strict=True) if own == usual]
+
+
+def statistics_fault(line: dict[str, Any]) -> str:
+    """What is wrong with a line of ``timesteps.jsonl``; "" for nothing."""
+    for name in (*NoiseBins._fields, "pairs", "count", "nonfinite", *MEANS):
+        if name not in line:
+            return f"no {name}"
+    kind, bins = line["kind"], line["bins"]
+    if kind not in ("discrete", "flow"):
+        return f"kind={show(kind)}, expected discrete or flow"
+    for name in ("levels", "bins"):
+        if not is_count(line[name], 1):
+            return f"{name}={show(line[name])}, expected an integer from 1 on"
+    if not is_count(line["pairs"]):
+        return f"pairs={show(line['pairs'])}, expected a count"
+    for name in ("count", "nonfinite", *MEANS):
+        values = line[name]
+        if not isinstance(values, list) or len(values) != bins:
+            return f"{name}={show(values)}, expected {bins} values"
+    for name in ("count", "nonfinite"):
+        if not all(map(is_count, line[name])):
+            return f"{name}: expected counts"
+    for name in MEANS:
+        for count, value in zip(line["count"], line[name], strict=True):
+            if not (is_number(value) if count else value is None):
+                return f"{name}: {show(value)} of {count} pairs, expected a finite number, and null of none"
+    return ""
+
+
+def merge(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One line for the pairs of several, each bin's means weighted by its counts; its step is the last line's.
+
+    Raises:
+        ValueError: no lines, or lines over different bins.
+    """
+    if not lines:
+        raise ValueError("0 lines: expected at least one to merge")
+    first = lines[0]
+    for line in lines:
+        for name in NoiseBins._fields:
+            if line[name] != first[name]:
+                raise ValueError(f"{name}={line[name]!r} in a line: expected {first[name]!r} as in the first")
+    merged = {"step": lines[-1]["step"], **{name: first[name] for name in NoiseBins._fields}}
+    merged["pairs"] = sum(line["pairs"] for line in lines)
+    for name in ("count", "nonfinite"):
+        merged[name] = [sum(counts) for counts in zip(*(line[name] for line in lines), strict=True)]
+    for name in MEANS:
+        merged[name] = []
+        for i, count in enumerate(merged["count"]):
+            total = math.fsum(line["count"][i] * line[name][i] for line in lines if line["count"][i])
+            merged[name].append(total / count if count else None)
+    return merged
+
+
+def over_bins(line: dict[str, Any], name: str, bins: range | None = None) -> float:
+    """Mean of ``name`` over the pairs of some bins of a line, or of all; NaN where they have none."""
+    wanted = range(line["bins"]) if bins is None else bins
+    count = sum(line["count"][i] for i in wanted)
+    total = math.fsum(line["count"][i] * line[name][i] for i in wanted if line["count"][i])
+    return total / count if count else math.nan
+
+
+def scalars(line: dict[str, Any]) -> dict[str, float]:
+    """The few numbers of a line that trackers get, for the lowest and highest tenth of noise levels and those between.
+
+    Returns:
+        ``active_<part>``, the share of the part's pairs that take part, and ``grad_sq_share_<part>``, the part's share
+        of the sum of squared gradients; without those that no pair speaks for.
+    """
+    n = line["bins"]
+    tenth = math.ceil(n / 10)
+    parts = {"low": range(tenth), "middle": range(tenth, n - tenth), "high": range(max(tenth, n - tenth), n)}
+    total = over_bins(line, "grad_sq") * sum(line["count"])
+    found = {}
+    for part, bins in parts.items():
+        count = sum(line["count"][i] for i in bins)
+        found[f"active_{part}"] = over_bins(line, "active", bins)
+        found[f"grad_sq_share_{part}"] = over_bins(line, "grad_sq", bins) * count / total if total else math.nan
+    return {name: value for name, value in found.items() if not math.isnan(value)}
+
+
+# ---- Alarms ----

@@ -1,0 +1,1 @@
+"""The pair loss as CUDA kernels, called through the native library."""

@@ -1,0 +1,318 @@
+"""Calls csrc/cuda through the library that native.py loads: the pair loss on an NVIDIA GPU, gradient included.
+
+Nothing here waits for the device: the launches go to torch's current stream, and their workspace comes from torch's
+allocator. ``cuda_plan.py`` decides how a call is cut up.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sipo_kernels import build_info
+from sipo_kernels.backends import native
+from sipo_kernels.backends.cuda.plan import ANY, BLOCKS_PER_SM, MIXED, VECTOR, Call, Gpu, make_plan
+from sipo_kernels.backends.interface import Stats, empty_stats
+from sipo_kernels.inputs import Inputs
+from sipo_kernels.layout import accumulate_dtype, agree, dense_like, empty_grad
+from sipo_kernels.options import Settings
+from sipo_kernels.output import Totals
+
+# Targets that the predictions of a type have kernels for: csrc/cuda/readers.h.
+_TARGETS = {
+    torch.bfloat16: (torch.bfloat16, torch.float32),
+    torch.float16: (torch.float16, torch.float32),
+    torch.float32: (torch.float32,),
+    torch.float64: (torch.float64,),
+}
+
+
+class _Numbers(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("stride", ctypes.c_int64), ("dtype", ctypes.c_int64)]
+
+
+class _Args(ctypes.Structure):
+    """``sipo::Args`` of csrc/cuda/call.h, field by field."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("model", "ref", "target")),
+        *((name, ctypes.c_int64) for name in ("model_stride", "ref_stride", "target_stride", "pairs", "elements")),
+        *((name, _Numbers) for name in ("ratio_scale", "error_weight", "ref_error", "timesteps", "upstream")),
+        *((name, ctypes.c_void_p) for name in ("loss", "samples", "logits", "numbers", "mask", "grad")),
+        *((name, ctypes.c_void_p) for name in ("metrics", "levels", "expected_at", "remembered", "coef")),
+        *((name, ctypes.c_void_p) for name in ("workspace", "stream")),
+        *((name, ctypes.c_double) for name in ("expected", "top")),
+        ("settings", native.CSettings),
+        *(
+            (name, ctypes.c_int32)
+            for name in ("group", "tiles", "blocks", "parts", "lead", "hold", "shared_bytes", "one_pass")
+        ),
+        ("keep", ctypes.c_float),
+        *(
+            (name, ctypes.c_int32)
+            for name in (
+                "model_dtype",
+                "ref_dtype",
+                "target_dtype",
+                "reader",
+                "double_terms",
+                "target_shared",
+                "loss_per_pair",
+                "bins",
+                "mend",
+                "device",
+            )
+        ),
+    ]
+
+
+def _load(library: ctypes.CDLL | None) -> tuple[ctypes.CDLL | None, str]:
+    """The library if it has the CUDA part, and a line about it, or ``None`` and the reason."""
+    if library is None:
+        return None, native.REASON
+    try:
+        for name in ("sipo_cuda_args_size", "sipo_cuda_workspace_bytes"):
+            getattr(library, name).restype = ctypes.c_int64
+        library.sipo_cuda_workspace_bytes.argtypes = [ctypes.POINTER(_Args)]
+        library.sipo_cuda_error.restype = ctypes.c_char_p
+        for name in ("sipo_cuda_pair_loss", "sipo_cuda_pair_grad"):
+            getattr(library, name).argtypes = [ctypes.POINTER(_Args)]
+    except AttributeError:
+        why = build_info.part("cuda").get("reason") or "the package was built without it"
+        return None, f"the native library has no CUDA part: {why}"
+    if library.sipo_cuda_args_size() != ctypes.sizeof(_Args):
+        return None, "the native library was built from other sources (reinstall the package)"
+    return library, "CUDA C++"
+
+
+LIBRARY, REASON = _load(native.LIBRARY)
+
+# A GPU to plan for where there is none: tests set it, with a LIBRARY that runs the kernels on the CPU.
+EMULATED: Gpu | None = None
+
+
+@cache
+def describe(index: int) -> Gpu:
+    """What the plan needs to know of CUDA device ``index``."""
+    found: Any = torch.cuda.get_device_properties(index)  # the stub does not know all that is there
+    return Gpu(
+        sms=found.multi_processor_count,
+        l2_bytes=found.L2_cache_size,
+        shared_bytes_per_sm=found.shared_memory_per_multiprocessor,
+        shared_bytes_per_block=found.shared_memory_per_block_optin,
+    )
+
+
+@cache
+def _problem(index: int) -> str:
+    assert LIBRARY is not None
+    code = LIBRARY.sipo_cuda_status(index)
+    return LIBRARY.sipo_cuda_error(code).decode() if code else ""
+
+
+def problem(index: int) -> str:
+    """Why CUDA device ``index`` and its driver cannot run the kernels, or nothing."""
+    return _problem(index)
+
+
+# A call by ctypes cannot be traced. torch.compiler.assume_constant_result sets this, and imports all of Dynamo.
+problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Makes the tensors' device torch's current one where it is not."""
+    if device.type == "cpu" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+def _aligned(tensor: Tensor, step: int) -> bool:
+    """Whether ``step`` elements at the beginning of every sample can be read at once."""
+    size = tensor.element_size()
+    unit = min(16, step * size)
+    return tensor.data_ptr() % unit == 0 and tensor.stride(0) * size % unit == 0
+
+
+def _reader(elements: int, model: Tensor, ref: Tensor | None, target: Tensor, grad: Tensor | None) -> int:
+    """How the kernel may read: types that it was compiled for, any mix of them 4 elements at a time, or one by one."""
+    typed = target.dtype in _TARGETS[model.dtype] and (ref is None or ref.dtype == model.dtype)
+    step = 16 // target.element_size() if typed else 4
+    if elements % step or not all(_aligned(t, step) for t in (model, ref, target, grad) if t is not None):
+        return ANY
+    return VECTOR if typed else MIXED
+
+
+def _call(model: Tensor, ref: Tensor | None, target: Tensor, grad: Tensor | None) -> Call:
+    samples = model.shape[0]
+    elements = model.numel() // samples
+    return Call(
+        pairs=samples // 2,
+        elements=elements,
+        item_bytes=(model.element_size(), target.element_size()),
+        reader=_reader(elements, model, ref, target, grad),
+        shared_target=target.shape[0] != samples,
+        with_grad=grad is not None,
+    )
+
+
+@lru_cache(maxsize=256)
+def _template(
+    gpu: Gpu, call: Call, dtypes: tuple[torch.dtype, ...], double_terms: bool, settings: Settings | None
+) -> bytes:
+    """:class:`_Args` with all that stays the same from one training step to the next; no pointers, no strides.
+
+    Args:
+        gpu: to plan for.
+        call: to be planned.
+        dtypes: of policy, reference and target.
+        double_terms: whether half precision is summed in float64.
+        settings: ``None`` for the gradient alone.
+    """
+    plan = make_plan(gpu, call)
+    model, ref, target = map(native.CODE.__getitem__, dtypes)
+    args = _Args(
+        pairs=call.pairs,
+        elements=call.elements,
+        tiles=plan.tiles,
+        blocks=min(plan.tiles * call.pairs, 2 * BLOCKS_PER_SM * gpu.sms),
+        reader=call.reader,
+        model_dtype=model,
+        ref_dtype=ref,
+        target_dtype=target,
+        target_shared=call.shared_target,
+        double_terms=double_terms,
+    )
+    if settings is not None:
+        for name in ("group", "blocks", "parts", "lead", "hold", "keep", "shared_bytes", "one_pass"):
+            setattr(args, name, getattr(plan, name))
+        args.settings = native.CSettings.of(settings, call.pairs, torch.float64 in dtypes)
+        args.loss_per_pair = settings.reduction == "none"
+    return bytes(args)
+
+
+def _args(
+    model: Tensor, ref: Tensor | None, target: Tensor, grad: Tensor | None, settings: Settings | None = None
+) -> _Args:
+    """What forward and gradient have in common."""
+    index = model.device.index or 0
+    gpu = describe(index) if EMULATED is None else EMULATED
+    call = _call(model, ref, target, grad)
+    dtypes = (model.dtype, model.dtype if ref is None else ref.dtype, target.dtype)
+    double_terms = accumulate_dtype(call.elements, target, model, ref) == torch.float64
+    args = _Args.from_buffer_copy(_template(gpu, call, dtypes, double_terms, settings))
+    args.model, args.model_stride = model.data_ptr(), model.stride(0)
+    args.target, args.target_stride = target.data_ptr(), target.stride(0)
+    if ref is not None:
+        args.ref, args.ref_stride = ref.data_ptr(), ref.stride(0)
+    if grad is not None:
+        args.grad = grad.data_ptr()
+    args.device = index
+    args.stream = torch._C._cuda_getCurrentRawStream(index) if model.is_cuda else None
+    return args
+
+
+def _numbers(tensor: Tensor) -> _Numbers:
+    return _Numbers(tensor.data_ptr(), tensor.stride(0) if tensor.ndim else 0, native.CODE[tensor.dtype])
+
+
+def _run(name: str, args: _Args, device: torch.device) -> None:
+    assert LIBRARY is not None  # backends.choose
+    with _on(device):
+        code = getattr(LIBRARY, name)(ctypes.byref(args))
+    if code:
+        raise RuntimeError(f"{name} failed: {LIBRARY.sipo_cuda_error(code).decode()} (CUDA error {code})")
+
+
+def forward(
+    inputs: Inputs,
+    settings: Settings,
+    *,
+    with_grad: bool = False,
+    expected: Tensor | float = 1.0,
+    totals: Totals | None = None,
+) -> Stats:
+    """See :func:`sipo_kernels.backends.eager.forward`; with ``with_grad`` the gradient comes out of the same launch."""
+    assert LIBRARY is not None  # backends.choose
+    model, (ref, goal) = agree(inputs.model_pred, inputs.ref_pred, inputs.target)
+    assert goal is not None
+    stats = empty_stats(inputs, settings, with_grad)
+    assert stats.numbers is not None
+    filled = dense_like(model, stats.grad) if with_grad else None
+    args = _args(model, ref, goal, filled, settings)
+    for name in ("ratio_scale", "error_weight", "ref_error"):
+        if (tensor := getattr(inputs, name)) is not None:
+            setattr(args, name, _numbers(tensor))
+    args.loss, args.samples, args.numbers = stats.loss.data_ptr(), stats.samples.data_ptr(), stats.numbers.data_ptr()
+    args.logits, args.mask = stats.logits.data_ptr(), stats.mask.data_ptr()
+    if isinstance(expected, Tensor):
+        args.expected_at = expected.data_ptr()
+    else:
+        args.expected = float(expected)
+    kept = None if totals is None else _add_to(args, totals)  # alive until the launch
+    workspace = model.new_empty(LIBRARY.sipo_cuda_workspace_bytes(args), dtype=torch.uint8)
+    args.workspace = workspace.data_ptr()
+    _run("sipo_cuda_pair_loss", args, model.device)
+    del kept
+    if filled is not None and filled is not stats.grad:
+        stats.grad.copy_(filled)
+    return stats
+
+
+def _add_to(args: _Args, totals: Totals) -> Tensor | None:
+    """Has the call add to ``totals``; returns what must stay alive meanwhile."""
+    if totals.metrics is not None:
+        args.metrics = totals.metrics.data_ptr()
+    if totals.levels is None or totals.timesteps is None:
+        return None
+    timesteps = native.readable(totals.timesteps)
+    args.timesteps, args.levels = _numbers(timesteps), totals.levels.data_ptr()
+    args.bins, args.top = totals.levels.shape[1], totals.top
+    return timesteps
+
+
+def gradient(model_pred: Tensor, target: Tensor, coef: Tensor, upstream: Tensor) -> Tensor:
+    """See :func:`sipo_kernels.backends.eager.gradient`: one launch."""
+    return _write_gradient(empty_grad(model_pred), model_pred, target, coef, upstream)
+
+
+def mend(
+    grad: Tensor,
+    model_pred: Tensor,
+    target: Tensor,
+    coef: Tensor,
+    upstream: Tensor,
+    numbers: Tensor,
+    remembered: Tensor | None = None,
+) -> Tensor:
+    """See ``native.mend``: one launch, which compares on the device and ends there where the expectation held."""
+    return _write_gradient(grad, model_pred, target, coef, upstream, numbers, remembered)
+
+
+def _write_gradient(
+    grad: Tensor,
+    model_pred: Tensor,
+    target: Tensor,
+    coef: Tensor,
+    upstream: Tensor,
+    numbers: Tensor | None = None,
+    remembered: Tensor | None = None,
+) -> Tensor:
+    """Fills ``grad``, or with ``numbers`` what of it was made for another upstream gradient."""
+    model, (goal,) = agree(model_pred, target)
+    assert goal is not None
+    filled = dense_like(model, grad)
+    args = _args(model, None, goal, filled)
+    coef = coef.contiguous()
+    args.coef, args.settings.double_stats = coef.data_ptr(), coef.dtype == torch.float64
+    args.upstream = _numbers(upstream)
+    if remembered is not None:
+        args.remembered = remembered.data_ptr()
+    if numbers is not None and filled is grad:  # else it is not a layout that the kernel writes: make all of it again
+        args.numbers, args.mend = numbers.data_ptr(), True
+    _run("sipo_cuda_pair_grad", args, model.device)
+    return grad if filled is grad else grad.copy_(filled)

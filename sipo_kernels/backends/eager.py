@@ -1,0 +1,161 @@
+"""The pair loss in plain torch: any device, any dtype; the twin that the kernels are read beside.
+
+The same formulas as ``csrc/pair_math.h`` and ``triton_math.py``, section by section of ``docs/math.md``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sipo_kernels.backends.interface import Stats, scaled_coef
+from sipo_kernels.inputs import Inputs
+from sipo_kernels.layout import accumulate_dtype, empty_grad, pair_dtype, stats_dtype
+from sipo_kernels.options import Settings
+from sipo_kernels.output import Totals
+
+
+def _as_pairs(tensor: Tensor, pairs: int, dtype: torch.dtype) -> Tensor:
+    """``[S, ...]`` as ``[2, B, D]``; a pair-shared ``[B, ...]`` as ``[1, B, D]``, which broadcasts."""
+    return tensor.reshape(-1, pairs, tensor[0].numel()).to(dtype)
+
+
+def _errors(
+    model_pred: Tensor,
+    ref_pred: Tensor | None,
+    target: Tensor,
+    ref_error: Tensor | None,
+    inner: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """§2: per-sample errors and the reward gap, ``[2, B]`` each, in the types that ``contract.py`` argues for.
+
+    With ``inner`` also §6's mean_D(d_w · d_l), ``[B]``.
+    """
+    pairs = model_pred.shape[0] // 2
+    term, out = accumulate_dtype(model_pred[0].numel(), target, model_pred, ref_pred), pair_dtype(model_pred.device)
+    model, goal = _as_pairs(model_pred, pairs, term), _as_pairs(target, pairs, term)
+    d = model - goal
+    model_error = (d * d).mean(-1, dtype=out)
+    alignment = (d[0] * d[1]).mean(-1, dtype=out) if inner else None
+    if ref_pred is None:
+        assert ref_error is not None  # checks.py
+        given = ref_error.to(out).reshape(2, pairs)
+        return model_error, given, model_error - given, alignment
+    ref = _as_pairs(ref_pred, pairs, term)
+    d_ref = ref - goal
+    reward_gap = ((model - ref) * (d + d_ref)).mean(-1, dtype=out)
+    return model_error, (d_ref * d_ref).mean(-1, dtype=out), reward_gap, alignment
+
+
+def _link(z: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+    """§5's ℓ(z) and §6's −ℓ'(z). A NaN stays one."""
+    smoothing = settings.smoothing
+    if settings.link == "ipo":
+        return (z - 0.5) ** 2, 1 - 2 * z
+    if settings.link == "hinge":
+        return F.relu(1 - z), torch.where(z < 1, 1, torch.where(z >= 1, 0, z))
+    if settings.link == "dmpo":
+        # σ(−z) and what it multiplies, written so that nothing of the size of z cancels or meets a 0 at infinity.
+        z = z.clamp(-1e3, 1e3)  # both limits are reached long before, in float64 too
+        odds = math.log1p(-smoothing) - math.log(smoothing)
+        pull = torch.sigmoid(-z) * (odds - z)
+        return pull - math.log1p(-smoothing) + F.logsigmoid(z), torch.sigmoid(z) * pull
+    # −log sigmoid(z) is softplus(−z); torch.softplus turns linear at 20, where it is off by 2e-9.
+    if smoothing:  # (1 − ε) softplus(−z) + ε softplus(z)
+        straight = torch.where(z < 0, (smoothing - 1) * z, smoothing * z)
+        return straight + torch.log1p(torch.exp(-z.abs())), torch.sigmoid(-z) - smoothing
+    return -F.logsigmoid(z), torch.sigmoid(-z)
+
+
+def forward(
+    inputs: Inputs,
+    settings: Settings,
+    *,
+    with_grad: bool = False,
+    expected: Tensor | float = 1.0,
+    totals: Totals | None = None,
+) -> Stats:
+    """Errors, ratios, mask, logits, loss and gradient coefficients of one batch, and in a kernel's one pass the rest.
+
+    Args:
+        inputs: the call's tensors, in any layout and floating dtype.
+        settings: its numbers and choices.
+        with_grad: make the gradient as well. Ignored here, as are the next two: plain torch makes the gradient in the
+            backward pass, and ``output.py`` adds to the totals.
+        expected: the upstream gradient to make it for, a number or a 0-d ``pair_dtype`` tensor on the device.
+        totals: running sums to add the batch's numbers to.
+    """
+    model_pred, ref_pred, target, ratio_scale, error_weight, ref_error = inputs
+    samples, pairs = model_pred.shape[0], model_pred.shape[0] // 2
+    model_error, ref_err, reward_gap, alignment = _errors(
+        model_pred, ref_pred, target, ref_error, settings.winner_preserving is not None
+    )
+    real = model_error.dtype
+
+    # §3: log importance ratio. An infinite scale is the terminal step: −inf by definition, also at error 0.
+    if ratio_scale is None:
+        log_ratio = torch.zeros_like(model_error)
+    else:
+        scale = ratio_scale.to(real).reshape(2, pairs)
+        error = model_error if settings.ratio == "posterior" else reward_gap
+        log_ratio = torch.where(torch.isposinf(scale) & ~torch.isnan(error), -torch.inf, -scale * error)
+
+    # §4: weight, mask, pair weight.
+    ratio = torch.exp(log_ratio)
+    weight = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
+    pair_weight = torch.minimum(weight[0], weight[1])
+    if settings.masks:
+        mask = torch.minimum(ratio[0], ratio[1]) >= settings.mask_threshold
+    else:
+        mask = torch.ones_like(pair_weight, dtype=torch.bool)
+
+    # §5: logits and loss.
+    one = torch.ones_like(pair_weight)
+    a, b = {
+        "diffusion_dpo": (torch.stack([one, one]), one),
+        "dpo_cm": (torch.stack([one, one]), pair_weight),
+        "sipo": (weight, one),
+        "sdpo": (torch.stack([pair_weight, pair_weight]), one),
+    }[settings.method]
+    if error_weight is not None:
+        a = a * error_weight.to(real).reshape(2, pairs)
+    weighted_gap = a * reward_gap
+    logits = -0.5 * settings.beta * (weighted_gap[0] - weighted_gap[1])
+    penalty, pull = _link(logits, settings)
+    pair_loss = b * mask * penalty
+    dtype = stats_dtype(model_pred, ref_pred, target)
+    if settings.skip_nonfinite:  # in the type of the results, in which an overflow would be seen
+        finite = torch.isfinite(torch.stack([*model_error, *reward_gap, *weight, logits, penalty]).to(dtype)).all(0)
+        mask = mask & finite
+        pair_loss = torch.where(finite, pair_loss, 0)
+    loss = pair_loss if settings.reduction == "none" else pair_loss.sum() * settings.loss_scale(pairs)
+
+    # §6: one coefficient per sample; exactly 0 where the pair is masked, whatever the rest holds.
+    g = torch.where(mask, b * pull * (0.5 * settings.beta * settings.loss_scale(pairs)), 0)
+    share = one
+    if alignment is not None and settings.winner_preserving is not None:  # for the type checker: both or none
+        inner = a[0] * a[1] * alignment
+        room = (1 - settings.winner_preserving) * a[0] * a[0] * model_error[0] / inner
+        share = torch.where((inner > 0) & (room < 1), room, 1)
+    coef = torch.where(mask, torch.stack([g, -g * share]) * a * (2.0 / model_pred[0].numel()), 0)
+
+    rows = (model_error, ref_err, reward_gap, log_ratio, weight, coef)
+    per_sample = torch.stack([x.reshape(samples) for x in rows]).to(dtype)
+    return Stats(loss.to(dtype), per_sample, logits.to(dtype), mask, model_pred.new_empty(0))
+
+
+def gradient(model_pred: Tensor, target: Tensor, coef: Tensor, upstream: Tensor) -> Tensor:
+    """§6: ``coef[s] · upstream · (model_pred − target)`` in ``model_pred``'s dtype and layout.
+
+    Exact zeros where ``coef`` is 0. ``upstream`` is 0-d or ``[B]``, like the loss.
+    """
+    acc = stats_dtype(model_pred, target)
+    c = scaled_coef(coef, upstream).to(acc).reshape(-1, *[1] * (model_pred.ndim - 1))
+    # In place: the only tensor of the gradient's size, or one beside it where that is of half precision.
+    grad = torch.empty_like(model_pred, dtype=acc).copy_(model_pred)
+    grad.unflatten(0, (-1, target.shape[0])).sub_(target)
+    grad.mul_(c).masked_fill_(c == 0, 0)
+    return grad if acc == model_pred.dtype else empty_grad(model_pred).copy_(grad)

@@ -1,0 +1,304 @@
+"""Loads csrc's library and calls it: the pair loss on a CPU, loss and gradient in one call.
+
+The library has a plain C interface, so the same file serves every Python and every torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sipo_kernels.backends.interface import Stats, empty_stats, scaled_coef
+from sipo_kernels.inputs import Inputs
+from sipo_kernels.layout import DTYPES, accumulate_dtype, agree, dense_like, empty_grad, lies_as
+from sipo_kernels.options import LINKS, METHODS, RATIOS, Settings
+from sipo_kernels.output import Totals
+
+_HERE = Path(__file__).parent.parent  # setup.py puts the library into the package's top folder
+
+
+class CSettings(ctypes.Structure):
+    """``sipo::Settings`` of csrc/pair_math.h, field by field."""
+
+    _fields_ = [
+        *((name, ctypes.c_double) for name in ("beta", "clip_min", "clip_max", "mask_threshold", "loss_scale")),
+        *((name, ctypes.c_double) for name in ("smoothing", "log_label", "log_other", "winner_preserving")),
+        *((name, ctypes.c_int) for name in ("method", "ratio", "link", "skip_nonfinite", "double_stats")),
+    ]
+
+    @classmethod
+    def of(cls, settings: Settings, pairs: int, double_stats: bool) -> CSettings:
+        """The settings of a call with so many pairs, whose results are float64 or float32."""
+        return cls(
+            beta=settings.beta,
+            clip_min=1 - settings.clip_low,
+            clip_max=1 + settings.clip_high,
+            mask_threshold=settings.mask_threshold,
+            loss_scale=settings.loss_scale(pairs),
+            smoothing=settings.smoothing,
+            log_label=math.log1p(-settings.smoothing),
+            log_other=math.log(settings.smoothing) if settings.smoothing > 0 else -math.inf,
+            winner_preserving=-1 if settings.winner_preserving is None else settings.winner_preserving,
+            method=METHODS.index(settings.method),
+            ratio=RATIOS.index(settings.ratio),
+            link=LINKS.index(settings.link),
+            skip_nonfinite=settings.skip_nonfinite,
+            double_stats=double_stats,
+        )
+
+
+class _Args(ctypes.Structure):
+    """``sipo::Args`` of csrc/cpu/pair_loss.cpp, field by field."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("model", "ref", "target")),
+        *((name, ctypes.c_int64) for name in ("model_stride", "ref_stride", "target_stride", "pairs", "elements")),
+        *((name, ctypes.c_void_p) for name in ("ratio_scale", "error_weight", "ref_error")),
+        *((name, ctypes.c_void_p) for name in ("loss", "samples", "logits", "numbers", "coef", "mask", "grad")),
+        *((name, ctypes.c_void_p) for name in ("metrics", "levels", "timesteps")),
+        *((name, ctypes.c_double) for name in ("top", "upstream")),
+        ("isa", ctypes.c_char_p),
+        ("settings", CSettings),
+        *(
+            (name, ctypes.c_int32)
+            for name in (
+                "model_dtype",
+                "ref_dtype",
+                "target_dtype",
+                "ratio_scale_dtype",
+                "error_weight_dtype",
+                "ref_error_dtype",
+                "timesteps_dtype",
+                "bins",
+                "target_shared",
+                "wide_sums",
+                "loss_per_pair",
+                "threads",
+                "own_threads",
+            )
+        ),
+    ]
+
+
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    """The library and a line about it, or ``None`` and the reason why there is none."""
+    path = _HERE / ("_native.dylib" if sys.platform == "darwin" else "_native.so")
+    if not path.exists():
+        try:  # what setup.py wrote down
+            why = json.loads((_HERE / "_build_info.json").read_text(encoding="utf-8"))["parts"]["cpu"]["reason"]
+        except (OSError, ValueError, KeyError, TypeError):
+            why = "the package was not built (from a checkout: python setup.py build_ext --inplace)"
+        return None, f"there is no native library: {why}"
+    try:
+        library = ctypes.CDLL(str(path))
+        library.sipo_args_size.restype = ctypes.c_int64
+        library.sipo_isa.restype = ctypes.c_char_p
+        for name in ("sipo_pair_loss", "sipo_pair_grad"):
+            getattr(library, name).argtypes = [ctypes.POINTER(_Args)]
+    except (OSError, AttributeError) as error:
+        return None, f"{path.name} does not load: {error}"
+    if library.sipo_args_size() != ctypes.sizeof(_Args):
+        return None, f"{path.name} was built from other sources (reinstall the package)"
+    return library, f"C++, {library.sipo_isa(0).decode()}"
+
+
+LIBRARY, REASON = _load()
+
+# The instruction set to use, of instruction_sets(); None for the widest. Tests set it.
+ISA: str | None = None
+# Threads of our own in place of torch's. Tests set it.
+OWN_THREADS = False
+
+
+def instruction_sets() -> list[str]:
+    """Names of the instruction sets that this build has and this processor runs, widest first."""
+    if LIBRARY is None:
+        return []
+    names: list[str] = []
+    while (name := LIBRARY.sipo_isa(len(names))) is not None:
+        names.append(name.decode())
+    return names
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+# Of csrc/elements.h: whole numbers are timesteps alone, None is a tensor that is not there.
+CODE: dict[torch.dtype | None, int] = {dtype: i for i, dtype in enumerate((*DTYPES, torch.int64, torch.int32))}
+CODE[None] = 0
+
+
+def readable(timesteps: Tensor) -> Tensor:
+    """Timesteps in a type that the library reads: as they are, but for types that no sampler of timesteps has."""
+    if timesteps.dtype in CODE:
+        return timesteps
+    return timesteps.to(torch.float64 if timesteps.is_floating_point() else torch.int64)
+
+
+@functools.lru_cache(maxsize=64)
+def _template(
+    samples: int,
+    elements: int,
+    target_shared: bool,
+    dtypes: tuple[torch.dtype | None, ...],
+    settings: Settings | None,
+    wide_sums: bool,
+    double_stats: bool,
+) -> bytes:
+    """:class:`_Args` with all that stays the same from one training step to the next; no pointers, no strides.
+
+    ``dtypes``: of model_pred, ref_pred, target, ratio_scale, error_weight and ref_error, as far as they matter.
+    """
+    model, ref, target, *numbers = map(CODE.__getitem__, dtypes)
+    args = _Args(
+        pairs=samples // 2,
+        elements=elements,
+        model_dtype=model,
+        # Without a reference the type only picks a loop; the model's own keeps the accumulation type.
+        ref_dtype=model if dtypes[1] is None else ref,
+        target_dtype=target,
+        target_shared=target_shared,
+        wide_sums=wide_sums,
+        settings=CSettings(double_stats=double_stats),
+    )
+    if settings is not None:
+        args.ratio_scale_dtype, args.error_weight_dtype, args.ref_error_dtype = numbers
+        args.loss_per_pair = settings.reduction == "none"
+        args.settings = CSettings.of(settings, samples // 2, double_stats)
+    return bytes(args)
+
+
+def _args(template: bytes, model: Tensor, ref: Tensor | None, target: Tensor, grad: Tensor | None) -> _Args:
+    args = _Args.from_buffer_copy(template)
+    args.model, args.model_stride = model.data_ptr(), model.stride(0)
+    args.target, args.target_stride = target.data_ptr(), target.stride(0)
+    if ref is not None:
+        args.ref, args.ref_stride = ref.data_ptr(), ref.stride(0)
+    if grad is not None:
+        args.grad = grad.data_ptr()
+    if ISA is not None:
+        args.isa = ISA.encode()
+    args.threads, args.own_threads = torch.get_num_threads(), OWN_THREADS
+    return args
+
+
+def _run(name: str, args: _Args) -> None:
+    if getattr(LIBRARY, name)(ctypes.byref(args)):
+        names = ", ".join(instruction_sets())
+        raise RuntimeError(f"instruction set {ISA!r} does not run here: expected one of {names}")
+
+
+def forward(
+    inputs: Inputs,
+    settings: Settings,
+    *,
+    with_grad: bool = False,
+    expected: Tensor | float = 1.0,
+    totals: Totals | None = None,
+) -> Stats:
+    """See :func:`sipo_kernels.backends.eager.forward`; with ``with_grad`` the gradient comes out of the same call."""
+    assert LIBRARY is not None  # backends.choose
+    model, (ref, goal) = agree(inputs.model_pred, inputs.ref_pred, inputs.target)
+    assert goal is not None
+    stats = empty_stats(inputs, settings, with_grad)
+    assert stats.numbers is not None
+    filled = _to_fill(stats.grad, model, inputs.model_pred) if with_grad else None
+    samples = model.shape[0]
+    elements = model.numel() // samples
+    numbers = [t if t is None else t.contiguous() for t in inputs[3:]]
+    template = _template(
+        samples,
+        elements,
+        goal.shape[0] != samples,
+        tuple([t if t is None else t.dtype for t in (model, ref, goal, *numbers)]),
+        settings,
+        accumulate_dtype(elements, goal, model, ref) == torch.float64,
+        stats.logits.dtype == torch.float64,
+    )
+    args = _args(template, model, ref, goal, filled)
+    args.ratio_scale, args.error_weight, args.ref_error = map(_pointer, numbers)
+    args.loss, args.samples, args.numbers = stats.loss.data_ptr(), stats.samples.data_ptr(), stats.numbers.data_ptr()
+    args.logits, args.mask = stats.logits.data_ptr(), stats.mask.data_ptr()
+    args.upstream = expected if isinstance(expected, float) else float(expected)
+    kept = None if totals is None else _add_to(args, totals)  # alive until the call is done
+    _run("sipo_pair_loss", args)
+    del kept
+    if filled is not None and filled is not stats.grad:
+        stats.grad.copy_(filled)
+    return stats
+
+
+def _add_to(args: _Args, totals: Totals) -> Tensor | None:
+    """Has the call add to ``totals``; returns what must stay alive meanwhile."""
+    args.metrics, args.levels = _pointer(totals.metrics), _pointer(totals.levels)
+    if totals.levels is None or totals.timesteps is None:
+        return None
+    timesteps = readable(totals.timesteps).contiguous()
+    args.timesteps, args.timesteps_dtype = timesteps.data_ptr(), CODE[timesteps.dtype]
+    args.bins, args.top = totals.levels.shape[1], totals.top
+    return timesteps
+
+
+def mend(
+    grad: Tensor,
+    model_pred: Tensor,
+    target: Tensor,
+    coef: Tensor,
+    upstream: Tensor,
+    numbers: Tensor,
+    remembered: Tensor | None = None,
+) -> Tensor:
+    """The gradient that a fused ``forward`` made for the upstream gradient ``numbers[-1]``, made right for what came.
+
+    Nothing is touched where they are equal. Else it is made again in place, from the inputs: what was rounded once
+    would be rounded a second time by scaling it. On a device all of this is one launch that no host waits for.
+
+    Args:
+        grad: of ``forward``.
+        model_pred, target, coef, upstream: as for :func:`sipo_kernels.backends.eager.gradient`.
+        numbers: of the same ``forward``.
+        remembered: 0-d ``pair_dtype``: takes what came, to be expected of the next call, where it is finite.
+    """
+    came, made_for = (upstream if upstream.ndim == 0 else upstream[0]).item(), numbers.tolist()[-1]
+    if remembered is not None and came != remembered.item() and math.isfinite(came):
+        remembered.fill_(came)
+    if came == made_for and (upstream.ndim == 0 or bool((upstream == made_for).all())):
+        return grad
+    return _write_gradient(grad, model_pred, target, coef, upstream)
+
+
+def gradient(model_pred: Tensor, target: Tensor, coef: Tensor, upstream: Tensor) -> Tensor:
+    """See :func:`sipo_kernels.backends.eager.gradient`."""
+    return _write_gradient(empty_grad(model_pred), model_pred, target, coef, upstream)
+
+
+def _to_fill(grad: Tensor, model: Tensor, model_pred: Tensor) -> Tensor:
+    """Where the library writes the gradient: into ``grad`` or, where that has a layout it does not write, elsewhere.
+
+    That is over ``model`` where it is a copy made by :func:`agree`: an element is read before it is written, and a
+    second gradient in memory is saved.
+    """
+    return model if model is not model_pred and not lies_as(model, grad) else dense_like(model, grad)
+
+
+def _write_gradient(grad: Tensor, model_pred: Tensor, target: Tensor, coef: Tensor, upstream: Tensor) -> Tensor:
+    """Fills ``grad``."""
+    model, (goal,) = agree(model_pred, target)
+    assert goal is not None
+    filled = _to_fill(grad, model, model_pred)
+    coef = scaled_coef(coef, upstream)
+    samples, double = model.shape[0], coef.dtype == torch.float64
+    dtypes = (model.dtype, None, goal.dtype)
+    template = _template(samples, model.numel() // samples, goal.shape[0] != samples, dtypes, None, False, double)
+    args = _args(template, model, None, goal, filled)
+    args.coef = coef.data_ptr()
+    _run("sipo_pair_grad", args)
+    return grad if filled is grad else grad.copy_(filled)

@@ -1,0 +1,209 @@
+"""The pair loss in Triton; in the interpreter on a machine without a GPU.
+
+What a backend offers (``forward``, ``gradient`` and ``mend``), each of them one launch of a kernel of
+``triton_passes.py``. All that the host decides is decided from shapes and types.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sipo_kernels.backends.interface import Stats, empty_stats
+from sipo_kernels.backends.triton import plan as triton_plan
+from sipo_kernels.backends.triton.passes import pair_backward, pair_forward
+from sipo_kernels.backends.triton.plan import WARPS
+from sipo_kernels.backends.triton.report import RECORD
+from sipo_kernels.inputs import Inputs
+from sipo_kernels.layout import accumulate_dtype, agree, dense_like, empty_grad, stats_dtype
+from sipo_kernels.options import LINKS, METHODS, Settings
+from sipo_kernels.output import Totals
+
+# Neighbours in a tile that are added up before they reach an accumulator, all within one thread: what a thread loads at
+# a time. It keeps the accumulators, and with them the registers, few.
+FOLD = {torch.float32: 8, torch.float64: 4}
+
+_TL = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device: make it the tensors' own."""
+    return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
+
+
+def _limits(device: torch.device) -> dict[str, int]:
+    """Registers a thread, for the compiler: NVIDIA's alone takes a limit, and would rather use more than it needs."""
+    return {"maxnreg": triton_plan.REGISTERS} if device.type == "cuda" and torch.version.hip is None else {}
+
+
+def forward(
+    inputs: Inputs,
+    settings: Settings,
+    *,
+    with_grad: bool = False,
+    expected: Tensor | float = 1.0,
+    totals: Totals | None = None,
+) -> Stats:
+    """See ``eager.forward``: gradient, metrics and running sums come out of the same launch."""
+    model, (ref, goal) = agree(inputs.model_pred, inputs.ref_pred, inputs.target)
+    assert goal is not None
+    samples, pairs, elements = model.shape[0], model.shape[0] // 2, model.numel() // model.shape[0]
+    acc, device = accumulate_dtype(elements, goal, model, ref), model.device
+    block = triton_plan.block(acc, model, ref, goal)
+    plan = triton_plan.plan(pairs, elements, block, triton_plan.kept_bytes(model, goal), triton_plan.device_of(model))
+    stats = empty_stats(inputs, settings, with_grad)
+    filled = dense_like(model, stats.grad) if with_grad else stats.grad
+    preserving = settings.winner_preserving is not None
+    sums = 3 * samples + (pairs if preserving else 0)
+    partial = torch.empty(sums * plan.parts, dtype=acc, device=device)
+    records = torch.empty(RECORD * pairs, dtype=torch.float64, device=device)
+    tickets = torch.zeros(2 + pairs, dtype=torch.int32, device=device)
+    scale, weight, given = (t if t is None else t.contiguous() for t in inputs[3:])
+    metrics, levels, timesteps, top = totals or Totals()
+
+    def pointer(tensor: Tensor | None) -> Tensor:  # what is not there is not read, but must be something
+        return model if tensor is None else tensor
+
+    with _on(device):
+        pair_forward[(plan.programs,)](
+            model,
+            pointer(ref),
+            goal,
+            pointer(scale),
+            pointer(weight),
+            pointer(given),
+            expected if isinstance(expected, Tensor) else model,
+            pointer(timesteps),
+            partial,
+            records,
+            tickets,
+            stats.loss,
+            stats.samples,
+            stats.logits,
+            stats.mask,
+            stats.numbers,
+            filled,
+            pointer(metrics),
+            pointer(levels),
+            elements,
+            model.stride(0),
+            0 if ref is None else ref.stride(0),
+            goal.stride(0),
+            0 if timesteps is None else timesteps.stride(0),
+            pairs,
+            plan.parts,
+            plan.tiles,
+            plan.distance,
+            plan.keep,
+            0 if levels is None else levels.shape[1],
+            settings.beta,
+            1 - settings.clip_low,
+            1 + settings.clip_high,
+            settings.mask_threshold,
+            settings.loss_scale(pairs),
+            settings.smoothing,
+            math.log1p(-settings.smoothing),
+            math.log(settings.smoothing) if settings.smoothing > 0 else -math.inf,
+            settings.winner_preserving if preserving else 0.0,
+            top,
+            0.0 if isinstance(expected, Tensor) else float(expected),
+            METHOD=METHODS.index(settings.method),
+            LINK=LINKS.index(settings.link),
+            SMOOTHED=settings.smoothing > 0,
+            PRESERVING=preserving,
+            MASKS=settings.masks,
+            POSTERIOR=settings.ratio == "posterior",
+            SKIP=settings.skip_nonfinite,
+            PER_PAIR=settings.reduction == "none",
+            HAS_REF=ref is not None,
+            HAS_SCALE=scale is not None,
+            HAS_WEIGHT=weight is not None,
+            SHARED_TARGET=goal.shape[0] != samples,
+            WITH_GRAD=with_grad,
+            EXPECTED_ON_DEVICE=isinstance(expected, Tensor),
+            METRICS_TOO=metrics is not None,
+            LEVELS=levels is not None,
+            ACC=_TL[acc],
+            GRAD_ACC=_TL[stats_dtype(model, goal)],
+            PARTS=triton.next_power_of_2(plan.parts),
+            BLOCK=block,
+            FOLD=FOLD[acc],
+            num_warps=WARPS,
+            **_limits(device),
+        )
+    if filled is not stats.grad:
+        stats.grad.copy_(filled)
+    return stats
+
+
+def gradient(model_pred: Tensor, target: Tensor, coef: Tensor, upstream: Tensor) -> Tensor:
+    """See :func:`sipo_kernels.backends.eager.gradient`: one launch."""
+    return _backward(empty_grad(model_pred), model_pred, target, coef, upstream, None, None)
+
+
+def mend(
+    grad: Tensor,
+    model_pred: Tensor,
+    target: Tensor,
+    coef: Tensor,
+    upstream: Tensor,
+    numbers: Tensor,
+    remembered: Tensor | None = None,
+) -> Tensor:
+    """See :func:`sipo_kernels.backends.native.mend`: one launch that the host does not wait for.
+
+    It reads ``upstream`` and ``numbers`` alone where the expectation held.
+    """
+    return _backward(grad, model_pred, target, coef, upstream, numbers, remembered)
+
+
+def _backward(
+    grad: Tensor,
+    model_pred: Tensor,
+    target: Tensor,
+    coef: Tensor,
+    upstream: Tensor,
+    numbers: Tensor | None,
+    remembered: Tensor | None,
+) -> Tensor:
+    """Fills ``grad``, with ``numbers`` only where they say that it holds something else: by a fixed grid then."""
+    model, (goal,) = agree(model_pred, target)
+    assert goal is not None
+    filled = dense_like(model, grad)
+    mends = numbers is not None and filled is grad  # else this is not the layout that the kernel writes
+    samples, elements = model.shape[0], model.numel() // model.shape[0]
+    block = triton_plan.block(accumulate_dtype(elements, goal, model), model, goal)
+    parts, tiles = triton_plan.split(elements, block)
+    programs = samples * parts
+    if mends:
+        programs = min(programs, triton_plan.PROGRAMS_PER_PROCESSOR * triton_plan.device_of(model).processors)
+    with _on(model.device):
+        pair_backward[(programs,)](
+            model,
+            goal,
+            coef.contiguous(),
+            upstream,
+            coef if numbers is None else numbers,
+            coef if remembered is None else remembered,
+            filled,
+            elements,
+            model.stride(0),
+            goal.stride(0),
+            upstream.stride(0) if upstream.ndim else 0,
+            samples // 2,
+            parts,
+            tiles,
+            MEND=mends,
+            REMEMBER=remembered is not None,
+            PER_PAIR=upstream.ndim == 1,
+            SHARED_TARGET=goal.shape[0] != samples,
+            ACC=_TL[stats_dtype(model, goal)],
+            BLOCK=block,
+            num_warps=WARPS,
+        )
+    return grad if filled is grad else grad.copy_(filled)

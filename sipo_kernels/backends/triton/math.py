@@ -1,0 +1,307 @@
+"""What the Triton kernels compute, as device functions: an item's errors and gradient, a pair's arithmetic.
+
+The twin of ``csrc/pair_math.h`` and ``eager.py``, section by section of ``docs/math.md``.
+"""
+
+# mypy: allow-untyped-defs
+
+import triton
+import triton.language as tl
+
+from sipo_kernels.options import LINKS, METHODS
+
+DPO_CM = tl.constexpr(METHODS.index("dpo_cm"))
+SIPO = tl.constexpr(METHODS.index("sipo"))
+SDPO = tl.constexpr(METHODS.index("sdpo"))
+IPO = tl.constexpr(LINKS.index("ipo"))
+HINGE = tl.constexpr(LINKS.index("hinge"))
+DMPO = tl.constexpr(LINKS.index("dmpo"))
+# Triton's interpreter truncates where a GPU rounds to nearest even; there the kernel rounds by itself.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def widen(x, ACC: tl.constexpr):
+    if x.dtype == tl.bfloat16:  # the interpreter only knows its way to float32
+        return x.to(tl.float32).to(ACC)
+    return x.to(ACC)
+
+
+@triton.jit
+def _narrow(x, DTYPE: tl.constexpr):
+    if tl.bfloat16 == DTYPE:
+        x = x.to(tl.float32)
+        if INTERPRETED:
+            bits = x.to(tl.uint32, bitcast=True)
+            rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+            x = tl.where(x != x, x, rounded)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def row(tensor, sample, stride):
+    return tensor + sample.to(tl.int64) * stride
+
+
+@triton.jit
+def inner_sums(partial, pair, pairs, parts):
+    """Where a pair's sums of ``inner_part`` are: behind those of ``reduce_part``."""
+    return row(row(partial, 2 * pairs, parts * 3), pair, parts)
+
+
+@triton.jit
+def _fold(x, FOLD: tl.constexpr):
+    return tl.sum(tl.reshape(x, [x.shape[0] // FOLD, FOLD]), 1)
+
+
+@triton.jit
+def reduce_part(
+    m_row,
+    r_row,
+    t_row,
+    start,
+    tiles,
+    elements,
+    HAS_REF: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FOLD: tl.constexpr,
+    EVICT: tl.constexpr,  # how policy and target are to be cached
+):
+    """§2: one item's share of Σ d², Σ d_ref², Σ (m − r)(d + d_ref)."""
+    e = tl.full([BLOCK // FOLD], 0.0, ACC)
+    f = tl.full([BLOCK // FOLD], 0.0, ACC)
+    g = tl.full([BLOCK // FOLD], 0.0, ACC)
+    for tile in range(tiles):
+        at = start + tile * BLOCK + tl.arange(0, BLOCK)
+        inside = at < elements
+        m = widen(tl.load(m_row + at, mask=inside, other=0.0, eviction_policy=EVICT), ACC)
+        t = widen(tl.load(t_row + at, mask=inside, other=0.0, eviction_policy=EVICT), ACC)
+        d = m - t
+        e += _fold(d * d, FOLD)
+        if HAS_REF:
+            r = widen(tl.load(r_row + at, mask=inside, other=0.0, eviction_policy="evict_first"), ACC)
+            d_ref = r - t
+            f += _fold(d_ref * d_ref, FOLD)
+            g += _fold((m - r) * (d + d_ref), FOLD)
+    # In float64 from here on: each accumulator has seen a few dozen terms, and the threads' are many.
+    return tl.sum(e.to(tl.float64), 0), tl.sum(f.to(tl.float64), 0), tl.sum(g.to(tl.float64), 0)
+
+
+@triton.jit
+def inner_part(
+    m_winner,
+    t_winner,
+    m_loser,
+    t_loser,
+    start,
+    tiles,
+    elements,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FOLD: tl.constexpr,
+):
+    """§6, relatives: one part's share of Σ d_w · d_l. Its winner is in the cache, its loser will be read once more."""
+    total = tl.full([BLOCK // FOLD], 0.0, ACC)
+    for tile in range(tiles):
+        at = start + tile * BLOCK + tl.arange(0, BLOCK)
+        inside = at < elements
+        winner = widen(tl.load(m_winner + at, mask=inside, other=0.0), ACC)
+        winner -= widen(tl.load(t_winner + at, mask=inside, other=0.0), ACC)
+        loser = widen(tl.load(m_loser + at, mask=inside, other=0.0), ACC)
+        loser -= widen(tl.load(t_loser + at, mask=inside, other=0.0), ACC)
+        total += _fold(winner * loser, FOLD)
+    return tl.sum(total.to(tl.float64), 0)
+
+
+@triton.jit
+def write_part(m_row, t_row, g_row, c, start, tiles, elements, BLOCK: tl.constexpr):
+    """§6: one item of the gradient, c · (m − t); exact zeros where c is 0, and then nothing is read."""
+    for tile in range(tiles):
+        at = start + tile * BLOCK + tl.arange(0, BLOCK)
+        inside = at < elements
+        if c == 0:
+            grad = tl.full([BLOCK], 0.0, c.dtype)
+        else:
+            m = widen(tl.load(m_row + at, mask=inside, other=0.0, eviction_policy="evict_first"), c.dtype)
+            t = widen(tl.load(t_row + at, mask=inside, other=0.0, eviction_policy="evict_first"), c.dtype)
+            grad = c * (m - t)
+        tl.store(g_row + at, _narrow(grad, g_row.dtype.element_ty), mask=inside, cache_modifier=".cs")
+
+
+@triton.jit
+def _nan_min(a, b):  # as torch.minimum: NaN wins
+    return tl.where((a < b) | (a != a), a, b)
+
+
+@triton.jit
+def finite(x):
+    return x - x == 0
+
+
+@triton.jit
+def _all_finite(error, gap, weight, z, penalty, DTYPE: tl.constexpr):
+    """Whether a pair's numbers are finite in the type that they are returned in. Vectors are [winner, loser]."""
+    samples = finite(error.to(DTYPE)) & finite(gap.to(DTYPE)) & finite(weight.to(DTYPE))
+    return (tl.sum(samples.to(tl.int32), 0) == 2) & finite(z.to(DTYPE)) & finite(penalty.to(DTYPE))
+
+
+@triton.jit
+def _log_ratio(scale, error):  # §3: an infinite scale is the terminal step, also at error 0; NaN stays NaN
+    return tl.where((scale == float("inf")) & (error == error), -float("inf"), -scale * error)
+
+
+@triton.jit
+def _sum_partials(partial, both, parts, PARTS: tl.constexpr):
+    """The three sums of a pair's two samples, in float64, in a fixed order."""
+    at = tl.arange(0, PARTS)[None, :]
+    inside = at < parts
+    sums = row(partial, both, parts * 3)[:, None] + at * 3
+    # .cg: past the first-level cache, which is not coherent with what other programs just wrote.
+    e = tl.sum(tl.load(sums, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float64), 1)
+    f = tl.sum(tl.load(sums + 1, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float64), 1)
+    g = tl.sum(tl.load(sums + 2, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float64), 1)
+    return e, f, g
+
+
+@triton.jit
+def _apply_link(z, smoothing, log_label, log_other, LINK: tl.constexpr, SMOOTHED: tl.constexpr):
+    """§5's ℓ(z) and §6's −ℓ'(z). NaN stays NaN. The logarithms are those of 1 − ε and ε."""
+    if LINK == IPO:
+        return (z - 0.5) * (z - 0.5), 1.0 - 2.0 * z
+    if LINK == HINGE:
+        beyond = tl.where(z >= 1, 0.0, z)
+        return tl.where(z < 1, 1.0 - z, beyond), tl.where(z < 1, 1.0, beyond)
+    if LINK == DMPO:  # the bound, beyond which σ is 0 or 1, keeps infinity from a 0
+        z = tl.where(z < -1e3, -1e3, tl.where(z > 1e3, 1e3, z))
+    decay = tl.exp(-tl.abs(z))
+    # log(1 + x) in place of log1p: x is at most 1, and what is lost below 1e-16 is lost beside a loss of order 1.
+    tail = tl.log(1.0 + decay)
+    softplus = tl.where(z != z, z, tl.where(z < 0, -z, 0.0)) + tail  # of −z
+    sigmoid = tl.where(z >= 0, decay, 1.0) / (1.0 + decay)  # of −z
+    if LINK == DMPO:
+        pull = sigmoid * (log_label - log_other - z)
+        return pull - log_label - softplus, tl.where(z >= 0, 1.0, decay) / (1.0 + decay) * pull
+    if SMOOTHED:  # (1 − ε) softplus(−z) + ε softplus(z)
+        return tl.where(z < 0, (smoothing - 1.0) * z, smoothing * z) + tail, sigmoid - smoothing
+    return softplus, sigmoid
+
+
+@triton.jit
+def _loser_share(partial, a, model_error, winner_preserving, pair, pairs, parts, elements, PARTS: tl.constexpr):
+    """§6, relatives: λ for the loser beside 1 for the winner; ``a`` is a · c."""
+    at = tl.arange(0, PARTS)
+    sums = inner_sums(partial, pair, pairs, parts)
+    inner = tl.sum(tl.load(sums + at, mask=at < parts, other=0.0, cache_modifier=".cg").to(tl.float64), 0) / elements
+    winner = tl.arange(0, 2) == 0
+    a_winner, a_loser = tl.sum(tl.where(winner, a, 0.0), 0), tl.sum(tl.where(winner, 0.0, a), 0)
+    aligned = a_winner * a_loser * inner
+    room = (1.0 - winner_preserving) * a_winner * a_winner * tl.sum(tl.where(winner, model_error, 0.0), 0) / aligned
+    share = tl.where((aligned > 0) & (room < 1), room, 1.0)
+    return tl.where(winner, 1.0, share)
+
+
+@triton.jit
+def finish_pair(
+    partial,
+    ratio_scale,
+    error_weight,
+    ref_error,
+    samples,
+    logits,
+    mask,
+    pair,
+    pairs,
+    parts,
+    elements,
+    beta,
+    clip_min,
+    clip_max,
+    mask_threshold,
+    loss_scale,
+    smoothing,
+    log_label,
+    log_other,
+    winner_preserving,
+    METHOD: tl.constexpr,
+    LINK: tl.constexpr,
+    SMOOTHED: tl.constexpr,
+    PRESERVING: tl.constexpr,
+    MASKS: tl.constexpr,
+    POSTERIOR: tl.constexpr,
+    SKIP: tl.constexpr,
+    HAS_REF: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """§2-6 for one pair, in float64: stores its results, returns what §8 is made of. Vectors are [winner, loser]."""
+    half = tl.arange(0, 2)
+    both = pair + half * pairs
+    sign = 1.0 - 2.0 * half.to(tl.float64)
+    n = tl.full([], 0.0, tl.float64) + elements
+    error, ref_err, gap = _sum_partials(partial, both, parts, PARTS)
+    error /= n
+    if HAS_REF:
+        ref_err /= n
+        gap /= n
+    else:
+        ref_err = tl.load(ref_error + both).to(tl.float64)
+        gap = error - ref_err
+
+    # §3, §4
+    if HAS_SCALE:
+        log_ratio = _log_ratio(tl.load(ratio_scale + both).to(tl.float64), error if POSTERIOR else gap)
+        ratio = tl.exp(log_ratio)
+    else:
+        log_ratio = tl.full([2], 0.0, tl.float64)
+        ratio = tl.full([2], 1.0, tl.float64)
+    weight = tl.where(ratio < clip_min, clip_min, tl.where(ratio > clip_max, clip_max, ratio))
+    pair_weight = tl.reduce(weight, 0, _nan_min)
+    if MASKS:
+        active = tl.reduce(ratio, 0, _nan_min) >= mask_threshold
+    else:
+        active = n > 0
+
+    # §5
+    a = tl.full([2], 1.0, tl.float64)
+    b = tl.full([], 1.0, tl.float64)
+    if METHOD == DPO_CM:
+        b = pair_weight
+    if METHOD == SIPO:
+        a = weight
+    if METHOD == SDPO:
+        a *= pair_weight
+    if HAS_WEIGHT:
+        a *= tl.load(error_weight + both).to(tl.float64)
+    z = -0.5 * beta * tl.sum(sign * a * gap, 0)
+    penalty, pull = _apply_link(z, smoothing, log_label, log_other, LINK, SMOOTHED)
+    pair_loss = b * active.to(tl.float64) * penalty
+    whole = _all_finite(error, gap, weight, z, penalty, logits.dtype.element_ty)
+    if SKIP:
+        active = active & whole
+        pair_loss = tl.where(whole, pair_loss, 0.0)
+
+    # §6
+    g = b * pull * (0.5 * beta * loss_scale) * (2.0 / n)
+    if PRESERVING:
+        g *= _loser_share(partial, a, error, winner_preserving, pair, pairs, parts, n, PARTS)
+    coef = tl.where(active, sign * g * a, 0.0)
+
+    at = samples + both
+    stride = 2 * pairs
+    tl.store(at, error)
+    tl.store(at + stride, ref_err)
+    tl.store(at + 2 * stride, gap)
+    tl.store(at + 3 * stride, log_ratio)
+    tl.store(at + 4 * stride, weight)
+    tl.store(at + 5 * stride, coef)
+    tl.store(logits + pair, z)
+    tl.store(mask + pair, active)
+    return error, ref_err, gap, ratio, weight, coef, z, pair_loss, active, whole
+
+
+@triton.jit
+def upstream_coef(coef, upstream):
+    """§6: what a sample's gradient is made with. Rounded as ``coef`` is, whoever makes the gradient: the same bits."""
+    return tl.where(coef == 0, 0.0, coef * upstream.to(coef.dtype))

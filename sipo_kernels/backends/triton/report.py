@@ -1,0 +1,227 @@
+"""What a batch reports (docs/math.md §8), in Triton: its metrics, and its sums by noise level.
+
+The twin of ``csrc/report.h`` and ``output.py``. The program that finishes a pair records its numbers, unrounded; one
+program makes the batch's numbers of all the records at the end, in a fixed order.
+"""
+
+# mypy: allow-untyped-defs
+
+import triton
+import triton.language as tl
+
+from sipo_kernels.backends.triton.math import widen
+from sipo_kernels.options import METHODS
+from sipo_kernels.output import METRICS, STATISTICS
+
+DIFFUSION_DPO = tl.constexpr(METHODS.index("diffusion_dpo"))
+# Columns of the metrics' sums; behind them, the pairs that the means are over.
+LOSS = tl.constexpr(METRICS.index("loss"))
+IMPLICIT_ACC = tl.constexpr(METRICS.index("implicit_acc"))
+MODEL_MSE = tl.constexpr(METRICS.index("model_mse"))
+REF_MSE = tl.constexpr(METRICS.index("ref_mse"))
+REWARD_MARGIN = tl.constexpr(METRICS.index("reward_margin"))
+WIN_GAP = tl.constexpr(METRICS.index("win_gap"))
+LOSE_GAP = tl.constexpr(METRICS.index("lose_gap"))
+WEIGHT_MEAN = tl.constexpr(METRICS.index("weight_mean"))
+CLIP_FRACTION = tl.constexpr(METRICS.index("clip_fraction"))
+ACTIVE_FRACTION = tl.constexpr(METRICS.index("active_fraction"))
+NONFINITE_PAIRS = tl.constexpr(METRICS.index("nonfinite_pairs"))
+COUNTED = tl.constexpr(len(METRICS))
+METRIC_COLUMNS = tl.constexpr(16)
+STATISTIC_COUNT = tl.constexpr(len(STATISTICS))
+STATISTIC_COLUMNS = tl.constexpr(32)
+ROWS = tl.constexpr(8)  # pairs at a time: few, for a thread holds all numbers of the pairs whose columns it makes
+# A pair's record, rows of [RECORD, B]: of winner and loser the error, reference error, gap, ratio, weight and
+# coefficient, in this order; and of the pair:
+PAIR_LOGITS = tl.constexpr(12)
+PAIR_LOSS = tl.constexpr(13)
+PAIR_ACTIVE = tl.constexpr(14)
+PAIR_FINITE = tl.constexpr(15)
+RECORD = 16
+
+
+@triton.jit
+def store_record(records, pair, pairs, error, ref_err, gap, ratio, weight, coef, z, pair_loss, active, whole):
+    """Keeps a pair's numbers for :func:`report`. Vectors are [winner, loser]."""
+    at = records + pair + tl.arange(0, 2) * pairs
+    tl.store(at, error)
+    tl.store(at + 2 * pairs, ref_err)
+    tl.store(at + 4 * pairs, gap)
+    tl.store(at + 6 * pairs, ratio)
+    tl.store(at + 8 * pairs, weight)
+    tl.store(at + 10 * pairs, coef)
+    tl.store(records + PAIR_LOGITS * pairs + pair, z)
+    tl.store(records + PAIR_LOSS * pairs + pair, pair_loss)
+    tl.store(records + PAIR_ACTIVE * pairs + pair, active.to(tl.float64))
+    tl.store(records + PAIR_FINITE * pairs + pair, whole.to(tl.float64))
+
+
+@triton.jit
+def _clipped(ratio_w, ratio_l, clip_min, clip_max, METHOD: tl.constexpr):
+    if METHOD == DIFFUSION_DPO:
+        return tl.full([ROWS, 1], 0.0, tl.float64)
+    clipped_w = ((ratio_w < clip_min) | (ratio_w > clip_max)).to(tl.float64)
+    clipped_l = ((ratio_l < clip_min) | (ratio_l > clip_max)).to(tl.float64)
+    return 0.5 * (clipped_w + clipped_l)
+
+
+@triton.jit
+def _correct(z):  # a tie counts one half
+    return tl.where(z > 0, 1.0, tl.where(z == 0, 0.5, 0.0))
+
+
+@triton.jit
+def _of_samples(records, pair, pairs):
+    """What both sums need of the samples: error, reference error, gap, ratio and weight, winner before loser."""
+    inside = pair < pairs
+    at = records + pair
+    # .cg: past the first-level cache, which is not coherent with what other programs just wrote.
+    error_w = tl.load(at + 0 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
+    error_l = tl.load(at + 1 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
+    ref_w = tl.load(at + 2 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
+    ref_l = tl.load(at + 3 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
+    gap_w = tl.load(at + 4 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
+    gap_l = tl.load(at + 5 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
+    ratio_w = tl.load(at + 6 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
+    ratio_l = tl.load(at + 7 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
+    weight_w = tl.load(at + 8 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
+    weight_l = tl.load(at + 9 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
+    return error_w, error_l, ref_w, ref_l, gap_w, gap_l, ratio_w, ratio_l, weight_w, weight_l
+
+
+@triton.jit
+def _metrics(records, pair, pairs, clip_min, clip_max, METHOD: tl.constexpr, SKIP: tl.constexpr):
+    """``[ROWS, METRIC_COLUMNS]``: what these pairs, ``[ROWS, 1]``, add to each metric's sum."""
+    inside = pair < pairs
+    at = records + pair
+    error_w, error_l, ref_w, ref_l, gap_w, gap_l, ratio_w, ratio_l, weight_w, weight_l = _of_samples(
+        records, pair, pairs
+    )
+    z = tl.load(at + PAIR_LOGITS * pairs, mask=inside, other=0.0, cache_modifier=".cg")
+    pair_loss = tl.load(at + PAIR_LOSS * pairs, mask=inside, other=0.0, cache_modifier=".cg")
+    active = tl.load(at + PAIR_ACTIVE * pairs, mask=inside, other=0.0, cache_modifier=".cg")
+    whole = tl.load(at + PAIR_FINITE * pairs, mask=inside, other=0.0, cache_modifier=".cg") > 0
+    counted = whole if SKIP else inside  # means are over finite pairs alone where the others are skipped
+    column = tl.arange(0, METRIC_COLUMNS)[None, :]
+    x = tl.where(column == IMPLICIT_ACC, _correct(z), tl.full([ROWS, METRIC_COLUMNS], 0.0, tl.float64))
+    x = tl.where(column == MODEL_MSE, 0.5 * (error_w + error_l), x)
+    x = tl.where(column == REF_MSE, 0.5 * (ref_w + ref_l), x)
+    x = tl.where(column == REWARD_MARGIN, z, x)
+    x = tl.where(column == WIN_GAP, gap_w, tl.where(column == LOSE_GAP, gap_l, x))
+    x = tl.where(column == WEIGHT_MEAN, 0.5 * (weight_w + weight_l), x)
+    x = tl.where(column == CLIP_FRACTION, _clipped(ratio_w, ratio_l, clip_min, clip_max, METHOD), x)
+    x = tl.where(counted, x, 0.0)
+    x = tl.where(column == LOSS, pair_loss, x)
+    x = tl.where(column == ACTIVE_FRACTION, active, x)
+    x = tl.where(column == NONFINITE_PAIRS, (inside & ~whole).to(tl.float64), x)
+    return tl.where(column == COUNTED, counted.to(tl.float64), x)
+
+
+@triton.jit
+def _statistics(records, pair, pairs, unit, clip_min, clip_max, METHOD: tl.constexpr):
+    """``[ROWS, STATISTIC_COLUMNS]`` float32: what these pairs add to their bins.
+
+    Nothing but to ``nonfinite`` where a number is not finite in float32.
+    """
+    inside = pair < pairs
+    at = records + pair
+    error_w, error_l, ref_w, ref_l, gap_w, gap_l, ratio_w, ratio_l, weight_w, weight_l = _of_samples(
+        records, pair, pairs
+    )
+    coef_w = tl.load(at + 10 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
+    coef_l = tl.load(at + 11 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
+    z = tl.load(at + PAIR_LOGITS * pairs, mask=inside, other=0.0, cache_modifier=".cg")
+    active = tl.load(at + PAIR_ACTIVE * pairs, mask=inside, other=0.0, cache_modifier=".cg")
+    k_w, k_l = unit * coef_w, unit * coef_l
+    column = tl.arange(0, STATISTIC_COLUMNS)[None, :]  # in the order of STATISTICS
+    x = tl.full([ROWS, STATISTIC_COLUMNS], 0.0, tl.float64)
+    x = tl.where(column == 2, error_w, tl.where(column == 3, error_l, x))
+    x = tl.where(column == 4, ref_w, tl.where(column == 5, ref_l, x))
+    x = tl.where(column == 6, gap_w, tl.where(column == 7, gap_l, x))
+    x = tl.where(column == 8, 0.5 * (ratio_w + ratio_l), x)
+    x = tl.where(column == 9, 0.5 * (weight_w + weight_l), x)
+    x = tl.where(column == 10, _clipped(ratio_w, ratio_l, clip_min, clip_max, METHOD), x)
+    x = tl.where(column == 11, active, x)
+    x = tl.where(column == 12, z, tl.where(column == 13, z * z, tl.where(column == 14, _correct(z), x)))
+    x = tl.where(column == 15, k_w, tl.where(column == 16, k_w * k_w, x))
+    x = tl.where(column == 17, k_w * k_w * error_w + k_l * k_l * error_l, x)
+    single = x.to(tl.float32)
+    whole = (tl.sum(0.0 * single, 1) == 0)[:, None]
+    single = tl.where(whole, single, 0.0)
+    return tl.where(column == 0, whole.to(tl.float32), tl.where(column == 1, 1.0 - whole.to(tl.float32), single))
+
+
+@triton.jit
+def _add_levels(levels, bin_of, statistics, count, bins):
+    """Adds so many pairs to their bins, one after another.
+
+    Each row works out what its bin holds in the end: those of the same bin come to the same number and all store it.
+    """
+    row = tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, STATISTIC_COLUMNS)[None, :]
+    at = levels + column * bins + bin_of
+    inside = (row < count) & (column < STATISTIC_COUNT)
+    total = tl.load(at, mask=inside, other=0.0)
+    for i in range(count):
+        one = tl.sum(tl.where(row == i, statistics, 0.0), 0)[None, :]
+        its_bin = tl.sum(tl.where(row == i, bin_of, 0), 0)[None, :]
+        total += tl.where(its_bin == bin_of, one, 0.0)
+    tl.debug_barrier()  # until every thread has read what the others overwrite
+    tl.store(at, total, mask=inside)
+    tl.debug_barrier()
+
+
+@triton.jit
+def report(
+    records,
+    timesteps,
+    numbers,
+    loss,
+    metrics,
+    levels,
+    pairs,
+    elements,
+    beta,
+    loss_scale,
+    clip_min,
+    clip_max,
+    timestep_stride,
+    bins,
+    top,
+    METHOD: tl.constexpr,
+    SKIP: tl.constexpr,
+    PER_PAIR: tl.constexpr,
+    METRICS_TOO: tl.constexpr,
+    LEVELS: tl.constexpr,
+):
+    """The batch's numbers, written and added to the running sums, once all pairs are recorded."""
+    column = tl.arange(0, METRIC_COLUMNS)
+    sums = tl.full([METRIC_COLUMNS], 0.0, tl.float64)
+    for first in range(0, pairs, ROWS):
+        pair = first + tl.arange(0, ROWS)[:, None]
+        sums += tl.sum(_metrics(records, pair, pairs, clip_min, clip_max, METHOD, SKIP), 0)
+    counted = tl.sum(tl.where(column == COUNTED, sums, 0.0), 0)
+    value = tl.where(counted > 0, sums / tl.where(counted > 0, counted, 1.0), 0.0)
+    value = tl.where(column == LOSS, sums / pairs if PER_PAIR else sums * loss_scale, value)
+    value = tl.where(column == ACTIVE_FRACTION, sums / pairs, value)
+    value = tl.where(column == NONFINITE_PAIRS, sums, value)
+    tl.store(numbers + column, value, mask=column < COUNTED)
+    if not PER_PAIR:
+        tl.store(loss + column, value, mask=column == LOSS)
+    if METRICS_TOO:
+        over = tl.where((column == LOSS) | (column == ACTIVE_FRACTION), pairs, counted)  # pairs in the mean
+        over = tl.where(column == NONFINITE_PAIRS, 1.0, over)
+        single = (value * over).to(tl.float32)
+        kept = (column < COUNTED) & (single - single == 0)
+        at = metrics + column
+        tl.store(at, tl.load(at, mask=kept) + single, mask=kept)
+        tl.store(at + COUNTED, tl.load(at + COUNTED, mask=kept) + over.to(tl.float32), mask=kept)
+    if LEVELS:
+        unit = (tl.full([], 0.0, tl.float64) + elements) / (beta * loss_scale)  # frees a coefficient of sizes
+        for first in range(0, pairs, ROWS):
+            pair = first + tl.arange(0, ROWS)[:, None]
+            statistics = _statistics(records, pair, pairs, unit, clip_min, clip_max, METHOD)
+            timestep = tl.load(timesteps + pair.to(tl.int64) * timestep_stride, mask=pair < pairs, other=0)
+            place = (widen(timestep, tl.float64) * bins / top).to(tl.float32)  # of σ in float32, its own type; NaN: 0
+            place = tl.where(place >= 0, tl.where(place < bins, place, bins - 1), 0.0)
+            _add_levels(levels, place.to(tl.int32), statistics, min(pairs - first, ROWS), bins)

@@ -1,0 +1,172 @@
+"""Every input error of the pair loss, in one place, raised before any kernel runs.
+
+Each message is one line that names the offending value and what was expected. Nothing here reads tensor *values*, so
+nothing here synchronises with a device; it looks at types, shapes, devices and host-side numbers.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sipo_kernels.layout import DTYPES, has_lazy_bit, pair_dtype
+from sipo_kernels.output import METRICS, STATISTICS, Totals
+
+
+class Inputs(NamedTuple):
+    """The tensors of one call, as :func:`sipo_kernels.pair_loss` takes them."""
+
+    model_pred: Tensor
+    ref_pred: Tensor | None
+    target: Tensor
+    ratio_scale: Tensor | None = None
+    error_weight: Tensor | None = None
+    ref_error: Tensor | None = None
+
+
+def _check_tensor(name: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}: expected a torch.Tensor")
+    if value.layout != torch.strided or value.is_nested:
+        layout = "nested" if value.is_nested else value.layout
+        raise TypeError(f"{name} has layout {layout}: expected a dense (strided) tensor")
+    if value.dtype not in DTYPES:
+        raise TypeError(f"{name} has dtype {value.dtype}: expected float32, bfloat16, float16 or float64")
+    return value
+
+
+def _check_device(name: str, value: Tensor, device: torch.device) -> None:
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device}: expected {device}, where model_pred is")
+
+
+def _check_beside(name: str, value: Tensor, device: torch.device, remedy: str = "") -> None:
+    _check_device(name, value, device)
+    if value.requires_grad and torch.is_grad_enabled():
+        remedy = remedy or f"pass {name}.detach()"
+        raise ValueError(f"{name} requires grad, but gradients flow to model_pred alone: {remedy}")
+
+
+def _check_per_sample(name: str, value: object, samples: int, device: torch.device) -> None:
+    tensor = _check_tensor(name, value)
+    if tensor.shape != (samples,):
+        raise ValueError(f"{name} has shape {list(tensor.shape)}: expected [{samples}], a number for each sample")
+    _check_beside(name, tensor, device)
+
+
+def check_tensors(
+    model_pred: object,
+    ref_pred: object,
+    target: object,
+    *,
+    method: str,
+    ratio_scale: object,
+    error_weight: object,
+    ref_error: object,
+) -> None:
+    """Checks types, shapes, devices and gradient requirements of the tensors of one call.
+
+    Raises:
+        TypeError: not a tensor, or of an unsupported dtype or layout.
+        ValueError: shapes or devices that do not fit, too many or too few inputs, a gradient asked where none flows.
+    """
+    model = _check_tensor("model_pred", model_pred)
+    shape, device = model.shape, model.device  # asking a tensor for them costs as much as the check
+    if not shape or model.numel() == 0:
+        raise ValueError(f"model_pred has shape {list(shape)}: expected a batch [winners; losers] that is not empty")
+    samples = shape[0]
+    if samples % 2:
+        raise ValueError(
+            f"model_pred has first dimension {samples}: expected an even number, winners stacked on losers"
+        )
+
+    if (ref_pred is None) == (ref_error is None):
+        given = "neither" if ref_pred is None else "both"
+        raise ValueError(f"{given} of ref_pred and ref_error given: expected exactly one of them")
+    if ref_pred is not None:
+        ref = _check_tensor("ref_pred", ref_pred)
+        if ref.shape != shape:
+            raise ValueError(f"ref_pred has shape {list(ref.shape)}: expected {list(shape)}, that of model_pred")
+        _check_beside("ref_pred", ref, device, "run the reference under torch.no_grad() or pass ref_pred.detach()")
+    else:
+        _check_per_sample("ref_error", ref_error, samples, device)
+
+    goal = _check_tensor("target", target)
+    if goal.shape != shape and goal.shape != (samples // 2, *shape[1:]):
+        shapes = f"{list(shape)}, or {[samples // 2, *shape[1:]]} shared by each pair"
+        raise ValueError(f"target has shape {list(goal.shape)}: expected {shapes}")
+    _check_beside("target", goal, device)
+
+    if ratio_scale is not None:
+        _check_per_sample("ratio_scale", ratio_scale, samples, device)
+    elif method != "diffusion_dpo":
+        needed = f"method {method!r} needs ratio_scale[{samples}]"
+        raise ValueError(f"ratio_scale=None: {needed}, only diffusion_dpo does not")
+    if error_weight is not None:
+        _check_per_sample("error_weight", error_weight, samples, device)
+
+
+def check_extras(expected_upstream: object, totals: object, model_pred: Tensor) -> None:
+    """Checks what a call may be given beside its tensors and settings.
+
+    Args:
+        expected_upstream: a number, a 0-d tensor, or ``None``.
+        totals: :class:`Totals`, or ``None``.
+        model_pred: checked already.
+
+    Raises:
+        TypeError: of the wrong type or dtype.
+        ValueError: of the wrong shape, or on another device than ``model_pred``.
+    """
+    device = model_pred.device
+    if isinstance(expected_upstream, Tensor):
+        dtype = pair_dtype(device)
+        _check_sums("expected_upstream", expected_upstream, (), dtype, device)
+    elif expected_upstream is not None and (
+        isinstance(expected_upstream, bool) or not isinstance(expected_upstream, numbers.Real)
+    ):
+        found = type(expected_upstream).__name__
+        raise TypeError(f"expected_upstream={expected_upstream!r} is a {found}: expected a number or a 0-d tensor")
+    if totals is None:
+        return
+    if not isinstance(totals, Totals):
+        raise TypeError(f"totals is a {type(totals).__name__}: expected sipo_kernels.Totals")
+    if totals.metrics is not None:
+        _check_sums("totals.metrics", totals.metrics, (2, len(METRICS)), torch.float32, device)
+    if totals.levels is not None:
+        bins = totals.levels.shape[-1] if isinstance(totals.levels, Tensor) and totals.levels.ndim else 1
+        _check_sums("totals.levels", totals.levels, (len(STATISTICS), max(bins, 1)), torch.float32, device)
+        _check_timesteps(totals, model_pred)
+
+
+def _check_sums(name: str, value: object, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}: expected a torch.Tensor")
+    if value.shape != shape:
+        raise ValueError(f"{name} has shape {list(value.shape)}: expected {list(shape)}")
+    if value.dtype != dtype:
+        raise TypeError(f"{name} has dtype {value.dtype}: expected {dtype}")
+    _check_device(name, value, device)
+    lazy = not torch.compiler.is_compiling() and has_lazy_bit(value)  # is_neg cannot be traced
+    if value.requires_grad or not value.is_contiguous() or lazy:
+        raise ValueError(
+            f"{name} requires grad, is not contiguous or has a lazy negative or zero bit: expected a plain buffer"
+        )
+
+
+def _check_timesteps(totals: Totals, model_pred: Tensor) -> None:
+    timesteps, samples = totals.timesteps, model_pred.shape[0]
+    if not isinstance(timesteps, Tensor) or timesteps.dtype == torch.bool or timesteps.is_complex():
+        found = timesteps.dtype if isinstance(timesteps, Tensor) else type(timesteps).__name__
+        raise TypeError(f"totals.timesteps is a {found}: expected a tensor of integers or real numbers")
+    if timesteps.shape != (samples,) and timesteps.shape != (samples // 2,):
+        raise ValueError(
+            f"totals.timesteps has shape {list(timesteps.shape)}: expected [{samples // 2}], or [{samples}]"
+        )
+    _check_device("totals.timesteps", timesteps, model_pred.device)
+    if not 0 < totals.top < math.inf:
+        raise ValueError(f"totals.top={totals.top!r}: expected a finite number > 0")
