@@ -161,7 +161,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default=TRAINED, help="of the predictions (default %(default)s)")
     parser.add_argument("--target", choices=DTYPES, nargs="+", default=TARGETS, help="its types (default %(default)s)")
     parser.add_argument("--upstream", type=float, nargs="+", default=UPSTREAMS, help="default %(default)s")
-    parser.add_argument("--shared-target", action="store_true", help="winner and loser of a pair have one target")
+    parser.add_argument(
+        "--shared-target", action="store_true", help="chosen and rejected sample of a pair have one target"
+    )
     parser.add_argument("--ref-error", action="store_true", help="the reference's errors are numbers")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for each case (default %(default)s)")
     parser.add_argument("--output", type=Path, help="results file")

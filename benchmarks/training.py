@@ -90,7 +90,7 @@ def measure_case(
         "network": setup.network,
         "parameters": sum(p.numel() for p in setup.base.parameters()),
         "pairs": case.batch_size,
-        "sample": list(setup.pairs[0]["winner"].shape),
+        "sample": list(setup.pairs[0]["chosen"].shape),
         "precision": case.precision,
         "others_cores": load.cores(),
         "rounds": len(next(iter(rounds.values()), [])),

@@ -1,8 +1,8 @@
 """The training loop that ``sipo.training`` is measured against: what a researcher writes by hand, and no more.
 
-Plain torch after the published Diffusion-DPO script: two networks, winners and losers stacked, the loss from means of
-squared differences. What that script does besides is left out, so that the loop is as quick as such a loop can be: no
-metrics, no logging, no ``.item()``, no images encoded again.
+Plain torch after the published Diffusion-DPO script: two networks, chosen and rejected samples stacked, the loss from
+means of squared differences. What that script does besides is left out, so that the loop is as quick as such a loop can
+be: no metrics, no logging, no ``.item()``, no images encoded again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def diffusion_dpo(model_pred: Tensor, ref_pred: Tensor, target: Tensor, beta: float) -> Tensor:
-    """The published loss: -log σ(-β/2 · (winner's gap - loser's gap)), mean over pairs."""
+    """The published loss: -log σ(-β/2 · (chosen sample's gap - rejected sample's gap)), mean over pairs."""
     dims = list(range(1, model_pred.ndim))
     model_error = (model_pred.float() - target).pow(2).mean(dims)
     ref_error = (ref_pred.float() - target).pow(2).mean(dims)
@@ -71,7 +71,7 @@ def hand_written(
     policy.train()
     for _ in range(steps):
         batch = next(batches)
-        latents = torch.cat([batch["winner"], batch["loser"]]).to(device, non_blocking=True)
+        latents = torch.cat([batch["chosen"], batch["rejected"]]).to(device, non_blocking=True)
         condition = {name: torch.cat([t, t]).to(device, non_blocking=True) for name, t in batch["condition"].items()}
         for name, own in batch.get("own_condition", {}).items():  # SDXL's time ids
             condition[name] = torch.cat([own[:, 0], own[:, 1]]).to(device, non_blocking=True)

@@ -203,9 +203,9 @@ def _in_memory(case: TrainingCase, device: str) -> Setup:
     pairs, drawn, with_errors = [], [], []
     reference = reference_for(base, case)
     for _ in range(PAIRS):
-        winner, loser, noise = torch.randn(3, *case.sample)
+        chosen, rejected, noise = torch.randn(3, *case.sample)
         condition = {"prompt_embeds": torch.randn(case.text)}
-        pairs.append({"winner": winner, "loser": loser, "condition": condition})
+        pairs.append({"chosen": chosen, "rejected": rejected, "condition": condition})
         timestep = schedule.sample_timesteps(1)[0]
         drawn.append({**pairs[-1], "noise": noise, "timestep": timestep})
         error = _reference_error(drawn[-1], reference, predict, schedule, device, case.precision)
@@ -217,8 +217,8 @@ def _in_memory(case: TrainingCase, device: str) -> Setup:
 def _reference_error(
     item: Any, network: nn.Module, predict: Predict, schedule: NoiseSchedule, device: str, precision: str
 ) -> Tensor:
-    """``[2]`` float64 on the CPU: winner's and loser's mean squared error at the item's draw."""
-    samples = torch.stack([item["winner"], item["loser"]]).to(device)
+    """``[2]`` float64 on the CPU: chosen sample's and rejected sample's mean squared error at the item's draw."""
+    samples = torch.stack([item["chosen"], item["rejected"]]).to(device)
     noise = item["noise"].to(device).expand_as(samples)
     timesteps = item["timestep"].to(device).repeat(2)
     text = {name: tensor.to(device).expand(2, *tensor.shape) for name, tensor in item["condition"].items()}

@@ -8,7 +8,7 @@
 
 namespace sipo {
 
-// The order of DTYPES in sipo_kernels/layout.py; behind them, types that timesteps alone may have.
+// The order of DTYPES in sipo_kernels/output.py; behind them, types that timesteps alone may have.
 enum Dtype : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kFloat64 = 3, kDtypes = 4, kInt64 = 4, kInt32 = 5 };
 
 namespace {

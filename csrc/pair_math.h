@@ -12,26 +12,26 @@
 
 namespace sipo {
 
-// The order of METHODS, RATIOS and LINKS in sipo_kernels/layout.py.
+// The order of METHODS, RATIOS and LOSS_TYPES in sipo_kernels/options.py.
 enum Method : int { kDiffusionDpo = 0, kDpoCm = 1, kSipo = 2, kSdpo = 3 };
 enum Ratio : int { kPosterior = 0, kReference = 1 };
-enum Link : int { kSigmoid = 0, kIpo = 1, kHinge = 2, kDmpo = 3 };
+enum LossType : int { kSigmoid = 0, kIpo = 1, kHinge = 2, kDmpo = 3 };
 
 struct Settings {
   double beta;
   double clip_min, clip_max;  // 1 − clip_low, 1 + clip_high
   double mask_threshold;      // 0: no mask
   double loss_scale;          // 1/B for the mean, else 1
-  double smoothing;           // ε of the link
+  double smoothing;           // ε of the loss type
   double log_label, log_other;  // log(1 − ε), log ε
-  double winner_preserving;   // μ; negative: off
-  int method, ratio, link;
+  double safeguard;   // μ; negative: off
+  int method, ratio, loss_type;
   int skip_nonfinite;
   int double_stats;  // whether results are returned as double, else as float
 };
 
 struct Sample {  // in: errors, scale and weight of one sample; out: log ratio, ratio, weight, gradient coefficient
-  double model_error, ref_error, reward_gap;
+  double model_error, ref_error, error_gap;
   double ratio_scale, error_weight;
   double log_ratio, ratio, weight, coef;
 };
@@ -60,13 +60,13 @@ struct Linked {
 
 // §5, §6: what the link makes of a logit. NaN stays NaN.
 SIPO_HD Linked apply_link(double z, const Settings& s) {
-  if (s.link == kIpo) return {(z - 0.5) * (z - 0.5), 1.0 - 2.0 * z};
-  if (s.link == kHinge) return {z < 1 ? 1.0 - z : (z >= 1 ? 0.0 : z), z < 1 ? 1.0 : (z >= 1 ? 0.0 : z)};
-  if (s.link == kDmpo) z = clip(z, -1e3, 1e3);  // σ is 0 or 1 beyond: no infinity shall meet that 0
+  if (s.loss_type == kIpo) return {(z - 0.5) * (z - 0.5), 1.0 - 2.0 * z};
+  if (s.loss_type == kHinge) return {z < 1 ? 1.0 - z : (z >= 1 ? 0.0 : z), z < 1 ? 1.0 : (z >= 1 ? 0.0 : z)};
+  if (s.loss_type == kDmpo) z = clip(z, -1e3, 1e3);  // σ is 0 or 1 beyond: no infinity shall meet that 0
   const double e = exp(-fabs(z));
   const double tail = log1p(e), softplus = (z < 0 ? -z : (z != z ? z : 0.0)) + tail;  // of −z, as is the sigmoid
   const double sigmoid = (z >= 0 ? e : 1.0) / (1.0 + e);
-  if (s.link == kDmpo) {  // written so that nothing of the size of z cancels
+  if (s.loss_type == kDmpo) {  // written so that nothing of the size of z cancels
     const double pull = sigmoid * (s.log_label - s.log_other - z);
     return {pull - s.log_label - softplus, (z >= 0 ? 1.0 : e) / (1.0 + e) * pull};
   }
@@ -77,7 +77,7 @@ SIPO_HD Linked apply_link(double z, const Settings& s) {
 
 // §3, §4 of one sample. has_ratio is false where no ratio_scale was given (diffusion_dpo only).
 SIPO_HD void weigh(Sample& x, const Settings& s, bool has_ratio) {
-  x.log_ratio = has_ratio ? log_ratio(x.ratio_scale, s.ratio == kPosterior ? x.model_error : x.reward_gap) : 0.0;
+  x.log_ratio = has_ratio ? log_ratio(x.ratio_scale, s.ratio == kPosterior ? x.model_error : x.error_gap) : 0.0;
   x.ratio = exp(x.log_ratio);
   x.weight = clip(x.ratio, s.clip_min, s.clip_max);
 }
@@ -87,70 +87,71 @@ struct Placement {
   double a_w, a_l, b;
 };
 
-SIPO_HD Placement place(const Sample& winner, const Sample& loser, const Settings& s) {
-  const double pair_weight = smaller(winner.weight, loser.weight);
+SIPO_HD Placement place(const Sample& chosen, const Sample& rejected, const Settings& s) {
+  const double pair_weight = smaller(chosen.weight, rejected.weight);
   Placement p = {1.0, 1.0, 1.0};
   if (s.method == kDpoCm) p.b = pair_weight;
-  if (s.method == kSipo) p.a_w = winner.weight, p.a_l = loser.weight;
+  if (s.method == kSipo) p.a_w = chosen.weight, p.a_l = rejected.weight;
   if (s.method == kSdpo) p.a_w = p.a_l = pair_weight;
-  p.a_w *= winner.error_weight;
-  p.a_l *= loser.error_weight;
+  p.a_w *= chosen.error_weight;
+  p.a_l *= rejected.error_weight;
   return p;
 }
 
-// §6, relatives: the share of the loser's gradient that goes with the winner's. `inner` is mean_D(d_w · d_l).
-SIPO_HD double loser_share(const Sample& winner, const Sample& loser, const Settings& s, double inner) {
-  const Placement p = place(winner, loser, s);
+// §6, relatives: the share of the rejected sample's gradient that goes with the chosen sample's. `inner` is mean_D(d_w
+// · d_l).
+SIPO_HD double rejected_share(const Sample& chosen, const Sample& rejected, const Settings& s, double inner) {
+  const Placement p = place(chosen, rejected, s);
   const double aligned = p.a_w * p.a_l * inner;
-  const double room = (1.0 - s.winner_preserving) * p.a_w * p.a_w * winner.model_error / aligned;
+  const double room = (1.0 - s.safeguard) * p.a_w * p.a_w * chosen.model_error / aligned;
   return aligned > 0 && room < 1 ? room : 1.0;
 }
 
 // Whether what a pair's results are made of is finite in their type; `penalty` is the loss before b and the mask.
-SIPO_HD bool all_finite(const Sample& winner, const Sample& loser, double logits, double penalty, const Settings& s) {
+SIPO_HD bool all_finite(const Sample& chosen, const Sample& rejected, double logits, double penalty, const Settings& s) {
   const auto nothing = [&](double x) { return 0.0 * (s.double_stats ? x : float(x)); };  // NaN of what is not finite
-  return nothing(winner.model_error) + nothing(winner.reward_gap) + nothing(winner.weight) +
-             nothing(loser.model_error) + nothing(loser.reward_gap) + nothing(loser.weight) + nothing(logits) +
+  return nothing(chosen.model_error) + nothing(chosen.error_gap) + nothing(chosen.weight) +
+             nothing(rejected.model_error) + nothing(rejected.error_gap) + nothing(rejected.weight) + nothing(logits) +
              nothing(penalty) == 0;
 }
 
-// §4 to §6 of one pair of weighed samples, whose coefficients it sets. `elements` is D, the size of one sample; `share` is
-// that of the loser's gradient, 1 where the winner is not preserved.
-SIPO_HD Pair judge(Sample& winner, Sample& loser, const Settings& s, double elements, double share) {
+// §4 to §6 of one pair of weighed samples, whose coefficients it sets. `elements` is D, the size of one sample; `share`
+// is that of the rejected sample's gradient, 1 where the chosen sample is not preserved.
+SIPO_HD Pair judge(Sample& chosen, Sample& rejected, const Settings& s, double elements, double share) {
   Pair p;
   p.mask =
-      s.method == kDiffusionDpo || s.mask_threshold <= 0 || smaller(winner.ratio, loser.ratio) >= s.mask_threshold;
+      s.method == kDiffusionDpo || s.mask_threshold <= 0 || smaller(chosen.ratio, rejected.ratio) >= s.mask_threshold;
 
-  const auto [a_w, a_l, b] = place(winner, loser, s);  // §5
-  p.logits = -0.5 * s.beta * (a_w * winner.reward_gap - a_l * loser.reward_gap);
+  const auto [a_w, a_l, b] = place(chosen, rejected, s);  // §5
+  p.logits = -0.5 * s.beta * (a_w * chosen.error_gap - a_l * rejected.error_gap);
   const Linked linked = apply_link(p.logits, s);
   p.loss = b * (p.mask ? 1.0 : 0.0) * linked.loss;
-  p.finite = all_finite(winner, loser, p.logits, linked.loss, s);
+  p.finite = all_finite(chosen, rejected, p.logits, linked.loss, s);
   if (s.skip_nonfinite && !p.finite) {
     p.mask = false;
     p.loss = 0.0;
   }
 
   const double g = b * linked.pull * 0.5 * s.beta * s.loss_scale;  // §6
-  winner.coef = p.mask ? g * a_w * (2.0 / elements) : 0.0;
-  loser.coef = p.mask ? -g * share * a_l * (2.0 / elements) : 0.0;
+  chosen.coef = p.mask ? g * a_w * (2.0 / elements) : 0.0;
+  rejected.coef = p.mask ? -g * share * a_l * (2.0 / elements) : 0.0;
   return p;
 }
 
-// §6: a coefficient for the upstream gradient that came or is expected. Both and their product are rounded as `coef` is in
-// memory (double if `wide`), so that a gradient has the same bits whenever it is made.
+// §6: a coefficient for the upstream gradient that came or is expected. Both and their product are rounded as `coef` is
+// in memory (double if `wide`), so that a gradient has the same bits whenever it is made.
 SIPO_HD double upstream_coef(double coef, double upstream, bool wide) {
   if (wide) return coef == 0 ? 0.0 : coef * upstream;
   const float c = float(coef);
   return c == 0 ? 0.0f : c * float(upstream);
 }
 
-// §3 to §6 of one pair; `inner` is read where the winner is preserved.
-SIPO_HD Pair pair_math(Sample& winner, Sample& loser, const Settings& s, double elements, bool has_ratio,
+// §3 to §6 of one pair; `inner` is read where the chosen sample is preserved.
+SIPO_HD Pair pair_math(Sample& chosen, Sample& rejected, const Settings& s, double elements, bool has_ratio,
                        double inner) {
-  weigh(winner, s, has_ratio);
-  weigh(loser, s, has_ratio);
-  return judge(winner, loser, s, elements, s.winner_preserving < 0 ? 1.0 : loser_share(winner, loser, s, inner));
+  weigh(chosen, s, has_ratio);
+  weigh(rejected, s, has_ratio);
+  return judge(chosen, rejected, s, elements, s.safeguard < 0 ? 1.0 : rejected_share(chosen, rejected, s, inner));
 }
 
 }  // namespace sipo

@@ -5,12 +5,12 @@
 
 namespace sipo {
 
-// The order of METRICS in sipo_kernels/layout.py; behind them, the pairs that the means are over.
+// The order of METRICS in sipo_kernels/output.py; behind them, the pairs that the means are over.
 enum Metric : int {
-  kLoss, kImplicitAcc, kModelMse, kRefMse, kRewardMargin, kWinGap, kLoseGap, kWeightMean, kClipFraction,
+  kLoss, kAccuracies, kModelMse, kRefMse, kMargins, kChosenGap, kRejectedGap, kWeightMean, kClipFraction,
   kActiveFraction, kNonfinitePairs, kMetrics, kCounted = kMetrics, kFacts
 };
-// Rows of the sums by noise level: STATISTICS in sipo_kernels/layout.py.
+// Rows of the sums by noise level: STATISTICS in sipo_kernels/output.py.
 constexpr int kStatistics = 18;
 
 SIPO_HD double correct(double logits) { return logits > 0 ? 1.0 : (logits == 0 ? 0.5 : 0.0); }  // a tie counts one half
@@ -20,17 +20,17 @@ SIPO_HD double clipped(const Sample& x, const Settings& s) {
 }
 
 // What one pair adds to each metric's sum: facts[kFacts].
-SIPO_HD void pair_facts(const Sample& winner, const Sample& loser, const Pair& p, const Settings& s, double* facts) {
+SIPO_HD void pair_facts(const Sample& chosen, const Sample& rejected, const Pair& p, const Settings& s, double* facts) {
   const bool counted = p.finite || !s.skip_nonfinite;
   facts[kLoss] = p.loss;
-  facts[kImplicitAcc] = counted ? correct(p.logits) : 0.0;
-  facts[kModelMse] = counted ? 0.5 * (winner.model_error + loser.model_error) : 0.0;
-  facts[kRefMse] = counted ? 0.5 * (winner.ref_error + loser.ref_error) : 0.0;
-  facts[kRewardMargin] = counted ? p.logits : 0.0;
-  facts[kWinGap] = counted ? winner.reward_gap : 0.0;
-  facts[kLoseGap] = counted ? loser.reward_gap : 0.0;
-  facts[kWeightMean] = counted ? 0.5 * (winner.weight + loser.weight) : 0.0;
-  facts[kClipFraction] = counted ? 0.5 * (clipped(winner, s) + clipped(loser, s)) : 0.0;
+  facts[kAccuracies] = counted ? correct(p.logits) : 0.0;
+  facts[kModelMse] = counted ? 0.5 * (chosen.model_error + rejected.model_error) : 0.0;
+  facts[kRefMse] = counted ? 0.5 * (chosen.ref_error + rejected.ref_error) : 0.0;
+  facts[kMargins] = counted ? p.logits : 0.0;
+  facts[kChosenGap] = counted ? chosen.error_gap : 0.0;
+  facts[kRejectedGap] = counted ? rejected.error_gap : 0.0;
+  facts[kWeightMean] = counted ? 0.5 * (chosen.weight + rejected.weight) : 0.0;
+  facts[kClipFraction] = counted ? 0.5 * (clipped(chosen, s) + clipped(rejected, s)) : 0.0;
   facts[kActiveFraction] = p.mask ? 1.0 : 0.0;
   facts[kNonfinitePairs] = p.finite ? 0.0 : 1.0;
   facts[kCounted] = counted ? 1.0 : 0.0;
@@ -64,20 +64,20 @@ SIPO_HD int level_bin(double timestep, int bins, double top) {
 }
 
 // What one pair adds to its bin: rows[kStatistics]; nothing but to `nonfinite` where a number is not finite in float.
-SIPO_HD void pair_statistics(const Sample& winner, const Sample& loser, const Pair& p, const Settings& s,
+SIPO_HD void pair_statistics(const Sample& chosen, const Sample& rejected, const Pair& p, const Settings& s,
                              double elements, double* rows) {
-  const double unit = elements / (s.beta * s.loss_scale), k_w = winner.coef * unit, k_l = loser.coef * unit;
-  rows[2] = winner.model_error, rows[3] = loser.model_error;
-  rows[4] = winner.ref_error, rows[5] = loser.ref_error;
-  rows[6] = winner.reward_gap, rows[7] = loser.reward_gap;
-  rows[8] = 0.5 * (winner.ratio + loser.ratio);
-  rows[9] = 0.5 * (winner.weight + loser.weight);
-  rows[10] = 0.5 * (clipped(winner, s) + clipped(loser, s));
+  const double unit = elements / (s.beta * s.loss_scale), k_w = chosen.coef * unit, k_l = rejected.coef * unit;
+  rows[2] = chosen.model_error, rows[3] = rejected.model_error;
+  rows[4] = chosen.ref_error, rows[5] = rejected.ref_error;
+  rows[6] = chosen.error_gap, rows[7] = rejected.error_gap;
+  rows[8] = 0.5 * (chosen.ratio + rejected.ratio);
+  rows[9] = 0.5 * (chosen.weight + rejected.weight);
+  rows[10] = 0.5 * (clipped(chosen, s) + clipped(rejected, s));
   rows[11] = p.mask ? 1.0 : 0.0;
   rows[12] = p.logits, rows[13] = p.logits * p.logits;
   rows[14] = correct(p.logits);
   rows[15] = k_w, rows[16] = k_w * k_w;
-  rows[17] = k_w * k_w * winner.model_error + k_l * k_l * loser.model_error;
+  rows[17] = k_w * k_w * chosen.model_error + k_l * k_l * rejected.model_error;
   bool whole = true;
   for (int i = 2; i < kStatistics; ++i) whole = whole && finite_float(rows[i]);
   rows[0] = whole ? 1.0 : 0.0, rows[1] = whole ? 0.0 : 1.0;

@@ -22,7 +22,7 @@ _DEFAULT_BETA = {
     "sdpo": {4: 1000.0, 5: 20.0},
 }
 # docs/math.md §5 and §6, relatives: settings that a plain loss does not have
-_RELATIVES_OFF = {"link": "sigmoid", "label_smoothing": 0.0, "winner_preserving": None}
+_RELATIVES_OFF = {"loss_type": "sigmoid", "label_smoothing": 0.0, "safeguard": None}
 # docs/math.md §7: what beta = 1 is called in each convention; "sum" divides by the number of elements
 _BETA_CONVENTIONS = {"sipo": 1.0, "paper": 1 / 1000, "diffusers_sd": 0.5, "diffusers_sdxl": 1.0, "sum": 1.0}
 
@@ -30,7 +30,7 @@ _BETA_CONVENTIONS = {"sipo": 1.0, "paper": 1 / 1000, "diffusers_sd": 0.5, "diffu
 class SIPOLoss(torch.nn.Module):
     """Preference loss on network outputs: Diffusion-DPO, DPO-C&M, SIPO or SDPO (docs/math.md).
 
-    Takes the place of the loss block of a Diffusion-DPO script, with its stacked ``[winners; losers]``
+    Takes the place of the loss block of a Diffusion-DPO script, with its stacked ``[chosen; rejected]``
     layout::
 
         loss_fn = SIPOLoss(noise_scheduler, method="sipo")
@@ -61,11 +61,11 @@ class SIPOLoss(torch.nn.Module):
             none.
         reduction: ``"mean"`` over pairs, ``"sum"`` or ``"none"``.
         nonfinite: What to do about a pair with NaN or infinity: ``"propagate"``, ``"skip"`` or ``"raise"``.
-        link: The loss of a logit: ``"sigmoid"``, ``"ipo"``, ``"hinge"`` or ``"dmpo"`` (§5, relatives).
-        label_smoothing: Share of pairs whose labels are taken to be swapped, in [0, 0.5), for the links
+        loss_type: The loss of a logit: ``"sigmoid"``, ``"ipo"``, ``"hinge"`` or ``"dmpo"`` (§5, relatives).
+        label_smoothing: Share of pairs whose labels are taken to be swapped, in [0, 0.5), for the types
             ``"sigmoid"`` (conservative DPO) and ``"dmpo"``.
-        winner_preserving: μ in [0, 1] of Safeguarded DPO: scales the loser's gradient down where it would
-            undo the winner's (§6, relatives); ``None`` does not.
+        safeguard: μ in [0, 1] of Safeguarded DPO: scales the rejected sample's gradient down where it would
+            undo the chosen sample's (§6, relatives); ``None`` does not.
         backend: ``"auto"``, or one of :data:`sipo_kernels.backends.BACKENDS`.
 
     Raises:
@@ -86,9 +86,9 @@ class SIPOLoss(torch.nn.Module):
         mask_threshold: float = 0.9,
         reduction: str = "mean",
         nonfinite: str = "propagate",
-        link: str = "sigmoid",
+        loss_type: str = "sigmoid",
         label_smoothing: float = 0.0,
-        winner_preserving: float | None = None,
+        safeguard: float | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -101,9 +101,9 @@ class SIPOLoss(torch.nn.Module):
             mask_threshold=mask_threshold,
             reduction=reduction,
             nonfinite=nonfinite,
-            link=link,
+            loss_type=loss_type,
             label_smoothing=label_smoothing,
-            winner_preserving=winner_preserving,
+            safeguard=safeguard,
         )
         check_choice("backend", backend, ("auto", *BACKENDS))
         self.schedule = _as_schedule(schedule, num_inference_steps, prediction_type)
@@ -115,9 +115,9 @@ class SIPOLoss(torch.nn.Module):
         self.mask_threshold = mask_threshold
         self.reduction = reduction
         self.nonfinite = nonfinite
-        self.link = link
+        self.loss_type = loss_type
         self.label_smoothing = label_smoothing
-        self.winner_preserving = winner_preserving
+        self.safeguard = safeguard
         self.backend = backend
         # By device, written by backward passes. Not a buffer: those follow module.half(), which 1/3 does not survive,
         # and are broadcast by DistributedDataParallel, which would cost a launch and mean nothing.
@@ -140,8 +140,8 @@ class SIPOLoss(torch.nn.Module):
             model_pred: ``[S, ...]``, the policy's output: bfloat16, float16, float32 or float64, as are the
                 next two.
             ref_pred: ``[S, ...]``, the frozen reference's output, or ``None`` with ``ref_error``.
-            target: ``[S, ...]``, or ``[B, ...]`` where winner and loser share it.
-            timesteps: ``[S]``, or ``[B]`` where winner and loser share it: discrete indices, or σ in (0, 1]
+            target: ``[S, ...]``, or ``[B, ...]`` where chosen and rejected sample share it.
+            timesteps: ``[S]``, or ``[B]`` where chosen and rejected sample share it: discrete indices, or σ in (0, 1]
                 for a flow (not the 0 to 1000 that its network takes).
             error_weight: ``[S]``, the ω(λ_t) of Diffusion-DPO (§5).
             ref_error: ``[S]``, errors of the reference computed beforehand.
@@ -185,9 +185,9 @@ class SIPOLoss(torch.nn.Module):
             mask_threshold=self.mask_threshold,
             reduction=self.reduction,
             nonfinite=self.nonfinite,
-            link=self.link,
+            loss_type=self.loss_type,
             label_smoothing=self.label_smoothing,
-            winner_preserving=self.winner_preserving,
+            safeguard=self.safeguard,
             expected_upstream=self._expected(model_pred),
             totals=totals,
             backend=self.backend,

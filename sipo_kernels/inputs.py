@@ -77,11 +77,12 @@ def check_tensors(
     model = _check_tensor("model_pred", model_pred)
     shape, device = model.shape, model.device  # asking a tensor for them costs as much as the check
     if not shape or model.numel() == 0:
-        raise ValueError(f"model_pred has shape {list(shape)}: expected a batch [winners; losers] that is not empty")
+        raise ValueError(f"model_pred has shape {list(shape)}: expected a batch [chosen; rejected] that is not empty")
     samples = shape[0]
     if samples % 2:
         raise ValueError(
-            f"model_pred has first dimension {samples}: expected an even number, winners stacked on losers"
+            f"model_pred has first dimension {samples}: expected an even number, chosen samples stacked on rejected "
+            "samples"
         )
 
     if (ref_pred is None) == (ref_error is None):

@@ -12,8 +12,8 @@ METHODS = ("diffusion_dpo", "dpo_cm", "sipo", "sdpo")
 RATIOS = ("posterior", "reference")
 REDUCTIONS = ("mean", "sum", "none")
 NONFINITE = ("propagate", "skip", "raise")
-LINKS = ("sigmoid", "ipo", "hinge", "dmpo")
-SMOOTHED_LINKS = ("sigmoid", "dmpo")  # those that label_smoothing means something to
+LOSS_TYPES = ("sigmoid", "ipo", "hinge", "dmpo")
+SMOOTHED_LOSS_TYPES = ("sigmoid", "dmpo")  # those that label_smoothing means something to
 # dmpo's probability of the other label is at least this, as in its published code (§5): a logarithm is taken of it.
 LEAST_SMOOTHING = 1e-6
 
@@ -29,14 +29,14 @@ class Settings(NamedTuple):
     mask_threshold: float
     reduction: str
     skip_nonfinite: bool
-    link: str = "sigmoid"
+    loss_type: str = "sigmoid"
     label_smoothing: float = 0.0
-    winner_preserving: float | None = None
+    safeguard: float | None = None
 
     @property
     def smoothing(self) -> float:
-        """ε of the link's formula (§5)."""
-        return max(self.label_smoothing, LEAST_SMOOTHING) if self.link == "dmpo" else self.label_smoothing
+        """ε of the loss type's formula (§5)."""
+        return max(self.label_smoothing, LEAST_SMOOTHING) if self.loss_type == "dmpo" else self.label_smoothing
 
     @property
     def masks(self) -> bool:
@@ -74,9 +74,9 @@ def check_settings(
     mask_threshold: float,
     reduction: str,
     nonfinite: str,
-    link: str,
+    loss_type: str,
     label_smoothing: float,
-    winner_preserving: float | None,
+    safeguard: float | None,
 ) -> None:
     """Checks everything about a loss that is not a tensor.
 
@@ -88,16 +88,18 @@ def check_settings(
     check_choice("ratio", ratio, RATIOS)
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("nonfinite", nonfinite, NONFINITE)
-    check_choice("link", link, LINKS)
+    check_choice("loss_type", loss_type, LOSS_TYPES)
     _check_number("beta", beta, math.ulp(0.0), math.inf, "a finite number > 0")
     _check_number("clip_low", clip_low, 0.0, 1.0, "0 <= clip_low <= 1 (weights are clipped below at 1 - clip_low)")
     _check_number("clip_high", clip_high, 0.0, math.inf, "clip_high >= 0 (weights are clipped above at 1 + clip_high)")
     _check_number("mask_threshold", mask_threshold, 0.0, 1.0, "0 <= mask_threshold <= 1 (0 turns the mask off)")
     smoothed = "0 <= label_smoothing < 0.5 (the share of pairs whose labels are taken to be swapped)"
     _check_number("label_smoothing", label_smoothing, 0.0, math.nextafter(0.5, 0), smoothed)
-    if label_smoothing and link not in SMOOTHED_LINKS:
-        links = " or ".join(map(repr, SMOOTHED_LINKS))
-        raise ValueError(f"label_smoothing={label_smoothing!r} with link={link!r}: expected 0, or link {links}")
-    if winner_preserving is not None:
-        expected = "None (off) or 0 <= winner_preserving <= 1"
-        _check_number("winner_preserving", winner_preserving, 0.0, 1.0, expected)
+    if label_smoothing and loss_type not in SMOOTHED_LOSS_TYPES:
+        loss_types = " or ".join(map(repr, SMOOTHED_LOSS_TYPES))
+        raise ValueError(
+            f"label_smoothing={label_smoothing!r} with loss_type={loss_type!r}: expected 0, or loss_type {loss_types}"
+        )
+    if safeguard is not None:
+        expected = "None (off) or 0 <= safeguard <= 1"
+        _check_number("safeguard", safeguard, 0.0, 1.0, expected)

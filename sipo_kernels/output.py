@@ -16,12 +16,12 @@ from sipo_kernels.layout import pair_dtype
 # What a batch reports (§8), in the order in which the kernels write it.
 METRICS = (
     "loss",
-    "implicit_acc",
+    "rewards/accuracies",
     "model_mse",
     "ref_mse",
-    "reward_margin",
-    "win_gap",
-    "lose_gap",
+    "rewards/margins",
+    "chosen_gap",
+    "rejected_gap",
     "weight_mean",
     "clip_fraction",
     "active_fraction",
@@ -31,19 +31,19 @@ METRICS = (
 STATISTICS = (
     "count",
     "nonfinite",
-    "model_error_winner",
-    "model_error_loser",
-    "ref_error_winner",
-    "ref_error_loser",
-    "win_gap",
-    "lose_gap",
+    "model_error_chosen",
+    "model_error_rejected",
+    "ref_error_chosen",
+    "ref_error_rejected",
+    "chosen_gap",
+    "rejected_gap",
     "ratio",
     "weight",
     "clipped",
     "active",
     "logits",
     "logits_sq",
-    "implicit_acc",
+    "accuracy",
     "coef",
     "coef_sq",
     "grad_sq",
@@ -57,7 +57,7 @@ class Totals(NamedTuple):
         metrics: ``[2, len(METRICS)]`` float32: sums of each metric's finite values, each times the pairs that it is a
             mean over, and sums of these pairs; of ``nonfinite_pairs`` its total, and the calls.
         levels: ``[len(STATISTICS), n]`` float32: sums over pairs by noise level, in n bins of equal width.
-        timesteps: where each pair is in them: ``[B]`` or ``[S]`` (then the winners'), of any type but bool.
+        timesteps: where each pair is in them: ``[B]`` or ``[S]`` (then the chosen samples'), of any type but bool.
         top: the end of the noise levels: the number of training timesteps, or 1 for σ. Pair i is in bin
             ``⌊timesteps[i] · n / top⌋``, the first or last where that lies outside.
     """
@@ -75,15 +75,15 @@ class PairLossOutput(NamedTuple):
         loss: scalar, or ``[B]`` for ``reduction="none"``; differentiable in ``model_pred``.
         model_error: ``[S]`` mean squared error of the policy (§2).
         ref_error: ``[S]`` the same of the reference.
-        reward_gap: ``[S]`` ``model_error − ref_error``, accumulated without cancellation.
+        error_gap: ``[S]`` ``model_error − ref_error``, accumulated without cancellation.
         log_ratio: ``[S]`` log importance ratio (§3); 0 where no ``ratio_scale`` was given.
         weight: ``[S]`` clipped importance ratio (§4).
         mask: ``[B]`` bool, the pairs that take part.
         logits: ``[B]`` (§5).
         coef: ``[S]`` factor of ``model_pred − target`` in the gradient (§6) for an upstream gradient of 1; with
-            ``winner_preserving``, the loser's has λ in it.
+            ``safeguard``, the rejected sample's has λ in it.
         clip_range: the clip's bounds, ``None`` for a method that does not clip.
-        link: the loss of a logit.
+        loss_type: the loss of a logit.
         skip_nonfinite: whether non-finite pairs were left out.
         numbers: the metrics as the kernel wrote them, in the order of ``METRICS`` and with one more number behind;
             ``None``: they are made from the fields above. Who replaces one of those sets it to ``None``.
@@ -92,23 +92,23 @@ class PairLossOutput(NamedTuple):
     loss: Tensor
     model_error: Tensor
     ref_error: Tensor
-    reward_gap: Tensor
+    error_gap: Tensor
     log_ratio: Tensor
     weight: Tensor
     mask: Tensor
     logits: Tensor
     coef: Tensor
     clip_range: tuple[float, float] | None = None
-    link: str = "sigmoid"
+    loss_type: str = "sigmoid"
     skip_nonfinite: bool = False
     numbers: Tensor | None = None
 
     def finite_pairs(self) -> Tensor:
         """``[B]`` bool: pairs whose errors, gaps, weights, logits and losses (z² of ``"ipo"``) are finite here (§8)."""
-        sample = torch.isfinite(self.model_error) & torch.isfinite(self.reward_gap) & torch.isfinite(self.weight)
-        winner, loser = sample.chunk(2)
-        penalty = (self.logits - 0.5).square() if self.link == "ipo" else self.logits
-        return winner & loser & torch.isfinite(penalty)
+        sample = torch.isfinite(self.model_error) & torch.isfinite(self.error_gap) & torch.isfinite(self.weight)
+        chosen, rejected = sample.chunk(2)
+        penalty = (self.logits - 0.5).square() if self.loss_type == "ipo" else self.logits
+        return chosen & rejected & torch.isfinite(penalty)
 
     def metrics(self) -> dict[str, Tensor]:
         """What a batch reports (§8), as 0-d tensors on the device, without a host synchronisation.
@@ -129,7 +129,7 @@ def _clipped(output: Any, ratio: Tensor) -> Tensor:
 
 
 def _correct(logits: Tensor) -> Tensor:
-    """1 where the winner is told from the loser; a tie counts one half. NaN counts 0."""
+    """1 where the chosen sample is told from the rejected sample; a tie counts one half. NaN counts 0."""
     return (logits > 0).to(logits.dtype) + 0.5 * (logits == 0).to(logits.dtype)
 
 
@@ -140,9 +140,9 @@ def _metrics(output: PairLossOutput) -> Tensor:
     ratio = torch.exp(output.log_ratio)
     samples = torch.stack([output.model_error, output.ref_error, output.weight, _clipped(output, ratio)])
     model_mse, ref_mse, weight, clipped = samples.unflatten(1, (2, -1)).mean(1)
-    win_gap, lose_gap = output.reward_gap.chunk(2)
+    chosen_gap, rejected_gap = output.error_gap.chunk(2)
     rows = torch.stack(
-        [_correct(output.logits), model_mse, ref_mse, output.logits, win_gap, lose_gap, weight, clipped]
+        [_correct(output.logits), model_mse, ref_mse, output.logits, chosen_gap, rejected_gap, weight, clipped]
     ).to(pair_dtype(output.logits.device))
     if output.skip_nonfinite:
         means = torch.where(finite, rows, 0).sum(1) / finite.sum().clamp(min=1)
@@ -169,8 +169,8 @@ def add_levels(levels: Tensor, bins: Tensor, output: Any, coef_unit: float) -> N
     """
     ratio = output.log_ratio.exp()
     coef = output.coef * coef_unit
-    each = (output.model_error, output.ref_error, output.reward_gap, ratio, output.weight, _clipped(output, ratio))
-    halves = torch.stack([*each, coef]).float().unflatten(1, (2, -1))  # [7, winner and loser, B]
+    each = (output.model_error, output.ref_error, output.error_gap, ratio, output.weight, _clipped(output, ratio))
+    halves = torch.stack([*each, coef]).float().unflatten(1, (2, -1))  # [7, chosen and rejected sample, B]
     logits, coef = output.logits.float(), halves[6]
     pair = (output.mask, logits, logits.square(), _correct(logits), coef[0], coef[0].square())
     grad_sq = (coef.square() * halves[0]).sum(0)

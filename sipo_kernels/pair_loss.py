@@ -30,7 +30,7 @@ from sipo_kernels.output import PairLossOutput, Totals, add_totals
 
 _SETTINGS_SCHEMA = (
     "str method, float beta, str ratio, float clip_low, float clip_high, float mask_threshold, "
-    "str reduction, bool skip_nonfinite, str link, float label_smoothing, float? winner_preserving"
+    "str reduction, bool skip_nonfinite, str loss_type, float label_smoothing, float? safeguard"
 )
 _OPS = torch.library.Library("sipo", "DEF")
 _OPS.define(
@@ -210,9 +210,9 @@ def _checked_settings(
     mask_threshold: float,
     reduction: str,
     nonfinite: str,
-    link: str,
+    loss_type: str,
     label_smoothing: float,
-    winner_preserving: float | None,
+    safeguard: float | None,
 ) -> Settings:
     check_settings(
         method=method,
@@ -223,12 +223,12 @@ def _checked_settings(
         mask_threshold=mask_threshold,
         reduction=reduction,
         nonfinite=nonfinite,
-        link=link,
+        loss_type=loss_type,
         label_smoothing=label_smoothing,
-        winner_preserving=winner_preserving,
+        safeguard=safeguard,
     )
     numbers = float(clip_low), float(clip_high), float(mask_threshold)
-    relatives = link, float(label_smoothing), None if winner_preserving is None else float(winner_preserving)
+    relatives = loss_type, float(label_smoothing), None if safeguard is None else float(safeguard)
     return Settings(method, float(beta), ratio, *numbers, reduction, nonfinite == "skip", *relatives)
 
 
@@ -252,16 +252,16 @@ def pair_loss(
     mask_threshold: float = 0.9,
     reduction: str = "mean",
     nonfinite: str = "propagate",
-    link: str = "sigmoid",
+    loss_type: str = "sigmoid",
     label_smoothing: float = 0.0,
-    winner_preserving: float | None = None,
+    safeguard: float | None = None,
     expected_upstream: Tensor | float | None = None,
     totals: Totals | None = None,
     backend: str = "auto",
 ) -> PairLossOutput:
     """Preference loss of ``B`` pairs, from network outputs to gradient (``docs/math.md`` §2-6).
 
-    Samples are stacked ``[winners; losers]`` along dimension 0, ``S = 2B``. The three large inputs may differ in
+    Samples are stacked ``[chosen; rejected]`` along dimension 0, ``S = 2B``. The three large inputs may differ in
     dtype (bfloat16, float16, float32, float64) and lie in any layout; sums are accumulated in float32 or wider.
 
     Args:
@@ -281,13 +281,13 @@ def pair_loss(
         reduction: ``"mean"`` over the B pairs, ``"sum"`` or ``"none"`` (``[B]``).
         nonfinite: ``"propagate"`` NaN and infinity as torch would; ``"skip"`` such a pair as if masked; ``"raise"``
             (reads the result on the host). A pair is finite if its errors, gaps, weights and logit, and its logit's
-            square with ``link="ipo"``, are finite in the type that they are returned in.
-        link: the loss of a logit: ``"sigmoid"``, ``"ipo"``, ``"hinge"`` or ``"dmpo"`` (§5, relatives).
+            square with ``loss_type="ipo"``, are finite in the type that they are returned in.
+        loss_type: the loss of a logit: ``"sigmoid"``, ``"ipo"``, ``"hinge"`` or ``"dmpo"`` (§5, relatives).
         label_smoothing: share of pairs whose labels are taken to be swapped, in [0, 0.5); for ``"sigmoid"`` and
             ``"dmpo"``.
-        winner_preserving: μ in [0, 1] of Safeguarded DPO, ``None`` for off: the loser's gradient is scaled down where
-            it would undo the winner's (§6, relatives). The loss stays what it is, and the gradient is then no longer
-            its gradient.
+        safeguard: μ in [0, 1] of Safeguarded DPO, ``None`` for off: the rejected sample's gradient is scaled down where
+            it would undo the chosen sample's (§6, relatives). The loss stays what it is, and the gradient is then no
+            longer its gradient.
         expected_upstream: the upstream gradient that ``backward`` will bring: 1/n under accumulation, times a loss
             scale. The gradient is made for it in the forward pass; where another one comes it is made again, to the
             same bits. A number, or a 0-d float64 tensor on ``model_pred``'s device (float32 where the device has no
@@ -324,7 +324,7 @@ def pair_loss(
             ref_error=ref_error,
         )
     choices = (method, beta, ratio, clip_low, clip_high, mask_threshold, reduction, nonfinite)
-    relatives = (link, label_smoothing, winner_preserving)
+    relatives = (loss_type, label_smoothing, safeguard)
     try:
         settings = (_checked_settings if compiling else _cached_settings)(*choices, *relatives)
     except TypeError:  # of a wrong type, or so wrong that no cache can hold it: this says which and why
@@ -340,7 +340,7 @@ def pair_loss(
     )
     if expected_upstream is not None or totals is not None:
         check_extras(expected_upstream, totals, model_pred)
-    chosen = backends.choose(backend, model_pred.device)
+    selected = backends.choose(backend, model_pred.device)
     if compiling and nonfinite == "raise":
         raise ValueError(
             "nonfinite='raise' reads the loss on the host and cannot be compiled: expected 'propagate' or 'skip'"
@@ -349,10 +349,10 @@ def pair_loss(
     numbers: Tensor | None = None
     if not compiling and _is_ordinary(*inputs, None if totals is None else totals.timesteps):
         needs_grad = model_pred.requires_grad and torch.is_grad_enabled()
-        fuse = needs_grad and chosen in backends.FUSED
+        fuse = needs_grad and selected in backends.FUSED
         if expected_upstream is None:
             fuse, expected_upstream = fuse and model_pred.dtype != torch.float16, 1.0
-        call = _Call(inputs, settings, chosen, fuse, expected_upstream, totals)
+        call = _Call(inputs, settings, selected, fuse, expected_upstream, totals)
         if needs_grad:
             loss = DirectPairLoss.apply(model_pred, call)
         else:
@@ -360,21 +360,21 @@ def pair_loss(
             loss = call.stats.loss
         rows, (_, _, logits, mask, _, numbers) = call.rows, call.stats
     else:
-        loss, samples, logits, mask = PairLoss.apply(model_pred, inputs, settings, chosen)
+        loss, samples, logits, mask = PairLoss.apply(model_pred, inputs, settings, selected)
         rows = samples.unbind()
-    model_error, ref_err, reward_gap, log_ratio, weight, coef = rows
+    model_error, ref_err, error_gap, log_ratio, weight, coef = rows
     output = PairLossOutput(
         loss,
         model_error,
         ref_err,
-        reward_gap,
+        error_gap,
         log_ratio,
         weight,
         mask,
         logits,
         coef,
         clip_range=None if method == "diffusion_dpo" else (1 - settings.clip_low, 1 + settings.clip_high),
-        link=link,
+        loss_type=loss_type,
         skip_nonfinite=settings.skip_nonfinite,
         numbers=numbers,
     )

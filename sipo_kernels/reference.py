@@ -4,7 +4,7 @@ Plain torch on any device with float64, written to be read and to be right, not 
 upcast, every intermediate tensor is kept, and the whole batch is evaluated twice. Train with
 :class:`sipo.SIPOLoss`; test against this.
 
-Section numbers (§) are those of docs/math.md; ``B`` pairs are stacked as ``[winners; losers]`` in ``S = 2B``
+Section numbers (§) are those of docs/math.md; ``B`` pairs are stacked as ``[chosen; rejected]`` in ``S = 2B``
 samples.
 """
 
@@ -28,7 +28,7 @@ class ReferenceOutput(NamedTuple):
         loss: 0-d, or ``[B]`` with ``reduction="none"``; differentiable in ``model_pred``.
         model_error: ``[S]``, §2.
         ref_error: ``[S]``, §2.
-        reward_gap: ``[S]``, §2.
+        error_gap: ``[S]``, §2.
         log_ratio: ``[S]``, §3, in nats per element, −inf at a terminal step.
         weight: ``[S]``, the clipped ratio of §4.
         mask: ``[B]`` bool, §4: the pairs that take part.
@@ -43,7 +43,7 @@ class ReferenceOutput(NamedTuple):
     loss: Tensor
     model_error: Tensor
     ref_error: Tensor
-    reward_gap: Tensor
+    error_gap: Tensor
     log_ratio: Tensor
     weight: Tensor
     mask: Tensor
@@ -68,15 +68,15 @@ class ReferenceOutput(NamedTuple):
         def over_samples(value: Tensor) -> Tensor:
             return _mean_or_zero(value.double()[keep_samples])
 
-        win_gap, lose_gap = self.reward_gap.chunk(2)
+        chosen_gap, rejected_gap = self.error_gap.chunk(2)
         return {
             "loss": self.loss.detach().mean(),
-            "implicit_acc": over_pairs((self.logits > 0).double() + 0.5 * (self.logits == 0).double()),
+            "rewards/accuracies": over_pairs((self.logits > 0).double() + 0.5 * (self.logits == 0).double()),
             "model_mse": over_samples(self.model_error),
             "ref_mse": over_samples(self.ref_error),
-            "reward_margin": over_pairs(self.logits),
-            "win_gap": over_pairs(win_gap),
-            "lose_gap": over_pairs(lose_gap),
+            "rewards/margins": over_pairs(self.logits),
+            "chosen_gap": over_pairs(chosen_gap),
+            "rejected_gap": over_pairs(rejected_gap),
             "weight_mean": over_samples(self.weight),
             "clip_fraction": over_samples(self.clipped),
             "active_fraction": self.mask.double().mean(),
@@ -100,9 +100,9 @@ def pair_loss(
     mask_threshold: float = 0.9,
     reduction: str = "mean",
     nonfinite: str = "propagate",
-    link: str = "sigmoid",
+    loss_type: str = "sigmoid",
     label_smoothing: float = 0.0,
-    winner_preserving: float | None = None,
+    safeguard: float | None = None,
 ) -> ReferenceOutput:
     """The preference loss of one batch (§2 to §5), differentiable in ``model_pred`` alone.
 
@@ -125,9 +125,9 @@ def pair_loss(
         reduction: ``"mean"`` over the B pairs (masked ones count in the divisor), ``"sum"`` or ``"none"``.
         nonfinite: ``"propagate"``, ``"skip"`` (a pair that is not finite counts as masked, with a loss of
             exactly 0) or ``"raise"``.
-        link: ``"sigmoid"``, ``"ipo"``, ``"hinge"`` or ``"dmpo"`` (§5, relatives).
+        loss_type: ``"sigmoid"``, ``"ipo"``, ``"hinge"`` or ``"dmpo"`` (§5, relatives).
         label_smoothing: The ε of ``"sigmoid"`` and ``"dmpo"``, in [0, 0.5).
-        winner_preserving: μ in [0, 1], or ``None`` for off: the loser's gap then lets only the share λ of its
+        safeguard: μ in [0, 1], or ``None`` for off: the rejected sample's gap then lets only the share λ of its
             gradient through (§6, relatives). What autograd makes of the loss is still what :func:`pair_grad`
             returns, but it is no longer the derivative of the loss's value.
 
@@ -141,7 +141,7 @@ def pair_loss(
     """
     inputs = _Inputs(
         model_pred, ref_pred, target, method, beta, ratio_scale, error_weight, ref_error,
-        ratio, clip_low, clip_high, mask_threshold, reduction, nonfinite, link, label_smoothing, winner_preserving,
+        ratio, clip_low, clip_high, mask_threshold, reduction, nonfinite, loss_type, label_smoothing, safeguard,
     ).checked()  # fmt: skip
     # Where a sample's coefficient (§6) is 0 its gradient is exact zeros, whatever the sample holds, while
     # autograd would make 0 · inf = NaN of it: such samples are cut off from the graph. That takes their
@@ -169,9 +169,9 @@ def pair_grad(
     mask_threshold: float = 0.9,
     reduction: str = "mean",
     nonfinite: str = "propagate",
-    link: str = "sigmoid",
+    loss_type: str = "sigmoid",
     label_smoothing: float = 0.0,
-    winner_preserving: float | None = None,
+    safeguard: float | None = None,
     grad_output: Tensor | None = None,
 ) -> Tensor:
     """The gradient of :func:`pair_loss` in ``model_pred`` by the formula of §6, without autograd.
@@ -191,7 +191,7 @@ def pair_grad(
     """
     inputs = _Inputs(
         model_pred, ref_pred, target, method, beta, ratio_scale, error_weight, ref_error,
-        ratio, clip_low, clip_high, mask_threshold, reduction, nonfinite, link, label_smoothing, winner_preserving,
+        ratio, clip_low, clip_high, mask_threshold, reduction, nonfinite, loss_type, label_smoothing, safeguard,
     ).checked()  # fmt: skip
     with torch.no_grad():
         coefficient = _coefficient(inputs, _evaluate(inputs))
@@ -221,9 +221,9 @@ class _Inputs(NamedTuple):
     mask_threshold: float
     reduction: str
     nonfinite: str
-    link: str
+    loss_type: str
     label_smoothing: float
-    winner_preserving: float | None
+    safeguard: float | None
     returned: torch.dtype = torch.float64  # what the backends return; here it is only asked what is finite in it
 
     def checked(self) -> _Inputs:
@@ -237,9 +237,9 @@ class _Inputs(NamedTuple):
             mask_threshold=self.mask_threshold,
             reduction=self.reduction,
             nonfinite=self.nonfinite,
-            link=self.link,
+            loss_type=self.loss_type,
             label_smoothing=self.label_smoothing,
-            winner_preserving=self.winner_preserving,
+            safeguard=self.safeguard,
         )
         check_tensors(
             self.model_pred,
@@ -266,14 +266,14 @@ def _evaluate(inputs: _Inputs) -> ReferenceOutput:
         ref_pred = inputs.ref_pred.detach().double()
         d_ref = ref_pred - target
         ref_error = _mean_over_elements(d_ref**2)
-        reward_gap = _mean_over_elements((inputs.model_pred - ref_pred) * (d + d_ref))
+        error_gap = _mean_over_elements((inputs.model_pred - ref_pred) * (d + d_ref))
     else:
         assert inputs.ref_error is not None  # checked; this is for the type checker
         ref_error = inputs.ref_error.detach().double()
-        reward_gap = model_error - ref_error
+        error_gap = model_error - ref_error
 
     # §3: log importance ratio. Nothing that follows lets a gradient through.
-    measured = (model_error if inputs.ratio == "posterior" else reward_gap).detach()
+    measured = (model_error if inputs.ratio == "posterior" else error_gap).detach()
     if inputs.ratio_scale is None:
         log_ratio = torch.zeros_like(measured)
     else:
@@ -287,8 +287,8 @@ def _evaluate(inputs: _Inputs) -> ReferenceOutput:
     low, high = 1 - inputs.clip_low, 1 + inputs.clip_high
     weight = importance.clamp(low, high)
     clipped = (importance < low) | (importance > high)
-    winner_ratio, loser_ratio = importance.chunk(2)
-    mask = torch.minimum(winner_ratio, loser_ratio) >= inputs.mask_threshold
+    chosen_ratio, rejected_ratio = importance.chunk(2)
+    mask = torch.minimum(chosen_ratio, rejected_ratio) >= inputs.mask_threshold
     if method == "diffusion_dpo" or inputs.mask_threshold == 0:
         mask = torch.ones_like(mask)
     if method == "diffusion_dpo":
@@ -297,17 +297,17 @@ def _evaluate(inputs: _Inputs) -> ReferenceOutput:
     # §5: logits and losses
     a, b = _placement(method, weight)
     c = _error_weight(inputs, weight)
-    winner_term, loser_term = (a * c * reward_gap).chunk(2)
-    if inputs.winner_preserving is not None:
+    chosen_term, rejected_term = (a * c * error_gap).chunk(2)
+    if inputs.safeguard is not None:
         # §6, relatives: the same value with a share of its gradient. A gap that is not finite is left alone:
         # its difference with itself would be NaN.
-        share = _loser_share(inputs, a * c)
-        let_through = loser_term.detach() + share * (loser_term - loser_term.detach())
-        loser_term = torch.where(torch.isfinite(loser_term), let_through, loser_term)
-    logits = -0.5 * inputs.beta * (winner_term - loser_term)
+        share = _rejected_share(inputs, a * c)
+        let_through = rejected_term.detach() + share * (rejected_term - rejected_term.detach())
+        rejected_term = torch.where(torch.isfinite(rejected_term), let_through, rejected_term)
+    logits = -0.5 * inputs.beta * (chosen_term - rejected_term)
 
     penalty = _link(inputs, logits)
-    of_pairs = [*model_error.chunk(2), *reward_gap.chunk(2), *weight.chunk(2), logits, penalty]
+    of_pairs = [*model_error.chunk(2), *error_gap.chunk(2), *weight.chunk(2), logits, penalty]
     finite = torch.stack([torch.isfinite(value.detach().to(inputs.returned)) for value in of_pairs]).all(0)
     if inputs.nonfinite == "raise" and not bool(finite.all()):
         pairs = ", ".join(str(i) for i in (~finite).nonzero().flatten().tolist())
@@ -324,7 +324,7 @@ def _evaluate(inputs: _Inputs) -> ReferenceOutput:
         loss=loss,
         model_error=model_error.detach(),
         ref_error=ref_error.detach(),
-        reward_gap=reward_gap.detach(),
+        error_gap=error_gap.detach(),
         log_ratio=log_ratio,
         weight=weight,
         mask=mask,
@@ -344,7 +344,7 @@ def _coefficient(inputs: _Inputs, out: ReferenceOutput) -> Tensor:
     divisor = pairs if inputs.reduction == "mean" else 1
     g = b * _pull(inputs, out.logits) * 0.5 * inputs.beta / divisor
     g = torch.where(out.mask, g, 0.0)
-    share = torch.ones_like(g) if inputs.winner_preserving is None else _loser_share(inputs, a * c)
+    share = torch.ones_like(g) if inputs.safeguard is None else _rejected_share(inputs, a * c)
     # chosen once more after the product, which is NaN where an infinite c meets a masked pair
     coefficient = torch.cat([g, -g * share]) * a * c * (2 / elements)
     return torch.where(torch.cat([out.mask, out.mask]), coefficient, 0.0)
@@ -354,11 +354,11 @@ def _link(inputs: _Inputs, z: Tensor) -> Tensor:
     """§5: ℓ(z), the loss of a logit."""
     # softplus(−z) = −log sigmoid(z); torch's softplus turns linear at 20, where it is off by 2e-9
     log_p, log_not_p = torch.nn.functional.logsigmoid(z), torch.nn.functional.logsigmoid(-z)
-    if inputs.link == "ipo":
+    if inputs.loss_type == "ipo":
         return (z - 0.5) ** 2
-    if inputs.link == "hinge":
+    if inputs.loss_type == "hinge":
         return torch.relu(1 - z)
-    if inputs.link == "dmpo":
+    if inputs.loss_type == "dmpo":
         smoothing = _dmpo_smoothing(inputs)
         # at |z| = 1000 both limits are long reached; without the bound an infinite logit would be 0 · ∞
         z = z.clamp(-1e3, 1e3)
@@ -371,11 +371,11 @@ def _link(inputs: _Inputs, z: Tensor) -> Tensor:
 
 def _pull(inputs: _Inputs, z: Tensor) -> Tensor:
     """§6: −ℓ'(z)."""
-    if inputs.link == "ipo":
+    if inputs.loss_type == "ipo":
         return 1 - 2 * z
-    if inputs.link == "hinge":
+    if inputs.loss_type == "hinge":
         return torch.where(torch.isnan(z), z, (z < 1).double())
-    if inputs.link == "dmpo":
+    if inputs.loss_type == "dmpo":
         smoothing, z = _dmpo_smoothing(inputs), z.clamp(-1e3, 1e3)
         return torch.sigmoid(z) * torch.sigmoid(-z) * (math.log((1 - smoothing) / smoothing) - z)
     return torch.sigmoid(-z) - inputs.label_smoothing
@@ -385,19 +385,19 @@ def _dmpo_smoothing(inputs: _Inputs) -> float:
     return max(inputs.label_smoothing, LEAST_SMOOTHING)
 
 
-def _loser_share(inputs: _Inputs, a: Tensor) -> Tensor:
-    """§6, relatives: λ ``[B]``, by which ``winner_preserving`` scales the loser's gradient; ``a`` is a · c."""
-    assert inputs.winner_preserving is not None  # the callers' question
-    g_winner, g_loser = (_per_sample(a, inputs.model_pred) * _error(inputs)).detach().reshape(len(a), -1).chunk(2)
-    inner = (g_winner * g_loser).sum(1)
-    share = (1 - inputs.winner_preserving) * (g_winner**2).sum(1) / inner
+def _rejected_share(inputs: _Inputs, a: Tensor) -> Tensor:
+    """§6, relatives: λ ``[B]``, by which ``safeguard`` scales the rejected sample's gradient; ``a`` is a · c."""
+    assert inputs.safeguard is not None  # the callers' question
+    g_chosen, g_rejected = (_per_sample(a, inputs.model_pred) * _error(inputs)).detach().reshape(len(a), -1).chunk(2)
+    inner = (g_chosen * g_rejected).sum(1)
+    share = (1 - inputs.safeguard) * (g_chosen**2).sum(1) / inner
     return torch.where((inner > 0) & (share < 1), share, 1.0)
 
 
 def _placement(method: str, weight: Tensor) -> tuple[Tensor, Tensor]:
     """§5's table: the factors ``a`` ``[S]`` inside the logits and ``b`` ``[B]`` outside the softplus."""
-    winner, loser = weight.chunk(2)
-    pair_weight = torch.minimum(winner, loser)
+    chosen, rejected = weight.chunk(2)
+    pair_weight = torch.minimum(chosen, rejected)
     if method == "diffusion_dpo":
         return torch.ones_like(weight), torch.ones_like(pair_weight)
     if method == "dpo_cm":

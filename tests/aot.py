@@ -23,7 +23,7 @@ from sipo_kernels.backends.triton import passes as passes
 from sipo_kernels.backends.triton import plan as triton_plan
 from sipo_kernels.backends.triton.launch import FOLD
 from sipo_kernels.layout import accumulate_dtype, stats_dtype
-from sipo_kernels.options import LINKS, METHODS
+from sipo_kernels.options import LOSS_TYPES, METHODS
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 CAPABILITIES = (80, 90, 100)
@@ -49,7 +49,7 @@ MIXES = {
 }
 SHARED = {"SHARED_TARGET": True}
 TOTALS = {"METRICS_TOO": True, "LEVELS": True, "EXPECTED_ON_DEVICE": True}
-RELATIVES = {"LINK": LINKS.index("dmpo"), "SMOOTHED": True, "PRESERVING": True}
+RELATIVES = {"LOSS_TYPE": LOSS_TYPES.index("dmpo"), "SMOOTHED": True, "PRESERVING": True}
 # What is compiled for each capability: name, variant, mix, constants other than those of a plain SIPO batch.
 COMPILED: list[tuple[str, str, str, dict[str, Any]]] = [
     *((f"{variant}-{mix}", variant, mix, {}) for mix in ("bf16", "fp32", "mixed") for variant in VARIANTS),
@@ -78,7 +78,7 @@ def compile_for(variant: str, mix: str, capability: int, **changes: Any) -> Any:
     grad_acc = TL[stats_dtype(inputs[0], inputs[2])]
     constants = {
         "METHOD": METHODS.index("sipo"),
-        "LINK": LINKS.index("sigmoid"),
+        "LOSS_TYPE": LOSS_TYPES.index("sigmoid"),
         "SMOOTHED": False,
         "PRESERVING": False,
         "MASKS": True,

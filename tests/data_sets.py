@@ -322,7 +322,7 @@ def faulty_pickapic(folder: Path) -> PickapicBuilder:
     builder.add("row", label_0=-1.0, label_1=2.0)
     builder.add("row", best_image_uid="somebody-else")
     builder.add("row", label_0=1.0, label_1=0.0, best_image_uid=f"{len(builder.rows)}-1")
-    builder.add("row", label_0=0.5, label_1=0.5)  # the uid still names a winner
+    builder.add("row", label_0=0.5, label_1=0.5)  # the uid still names a chosen sample
     builder.add("row", are_different=False)
     builder.add("row", jpg_0=b"")
     builder.add("row", jpg_1=None)
@@ -346,7 +346,7 @@ def faulty_pickapic(folder: Path) -> PickapicBuilder:
 
 
 class VideoDpoBuilder:
-    """VideoDPO's two lists: clip ``2k`` is pair ``k``'s winner and ``2k + 1`` its loser."""
+    """VideoDPO's two lists: clip ``2k`` is pair ``k``'s chosen sample and ``2k + 1`` its rejected sample."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -386,7 +386,7 @@ def faulty_videodpo(folder: Path) -> VideoDpoBuilder:
     builder.add("index", video1=1000)
     builder.add("index", video2=-1)
     builder.add("index", video1=2, video2=3)  # another pair's clips: shifted
-    builder.add("index", video1=2 * 9 + 1)  # the loser twice
+    builder.add("index", video1=2 * 9 + 1)  # the rejected sample twice
     builder.add("row", video1="18")
     builder.add("row", frame_caption=7)
     builder.add("row")

@@ -24,7 +24,7 @@ class GoldenCase:
         model_pred: Float64 ``[S, ...]``, as are ``ref_pred`` and ``target``.
         timesteps: ``[S]``, int64 for a discrete schedule and float64 σ for a flow.
         ratio_scale: Float64 ``[S]``, with infinities.
-        expected: ``model_error, ref_error, reward_gap, log_ratio, weight`` ``[S]``, ``mask`` (bool) and
+        expected: ``model_error, ref_error, error_gap, log_ratio, weight`` ``[S]``, ``mask`` (bool) and
             ``logits`` ``[B]``, ``loss`` (0-d, the mean over pairs) and ``grad`` (shaped as ``model_pred``).
     """
 

@@ -73,7 +73,7 @@ def test_preference_training_raises_the_reward_and_fine_tuning_does_not(smoke: t
         assert record["agreement"] > 0.8, method
         assert record["accuracy"]["data"]["ink"] > 0.75, method
         assert record["accuracy"]["base"]["ink"] > 0.75, method
-    # winners alone teach what good images look like, not to go beyond them
+    # chosen samples alone teach what good images look like, not to go beyond them
     assert abs(records["sft"]["rewards"]["ink"] - base) < 0.5 * spread
     assert records["sipo"]["end"]["active_fraction"] < 1 <= records["diffusion_dpo"]["end"]["active_fraction"]
 
@@ -170,8 +170,10 @@ def test_pairs_are_right_but_for_the_noise_asked_for() -> None:
     images = task.data()[0]
     values = task.rewards["slant"](images.images)
     clean = tasks.RewardPairs(images, task.rewards["slant"], count=2000, seed=3)
-    winner, loser = clean.pairs.T
-    assert bool((values[winner] > values[loser]).all()) and torch.equal(images.labels[winner], images.labels[loser])
+    chosen, rejected = clean.pairs.T
+    assert bool((values[chosen] > values[rejected]).all()) and torch.equal(
+        images.labels[chosen], images.labels[rejected]
+    )
     noisy = tasks.RewardPairs(images, task.rewards["slant"], count=2000, noise=0.3, seed=3)
     swapped = (noisy.pairs == clean.pairs.flip(1)).all(1)
     assert bool(((noisy.pairs == clean.pairs).all(1) | swapped).all())
@@ -179,7 +181,7 @@ def test_pairs_are_right_but_for_the_noise_asked_for() -> None:
     tenth = tasks.RewardPairs(images, task.rewards["slant"], count=2000, fraction=0.1, seed=3)
     assert torch.equal(tenth.pairs, clean.pairs[:200])
     item = clean[5]
-    assert torch.equal(item["winner"], images.images[winner[5]]) and item["condition"] == images.labels[winner[5]]
+    assert torch.equal(item["chosen"], images.images[chosen[5]]) and item["condition"] == images.labels[chosen[5]]
 
 
 def test_slant_is_the_shear_of_a_stroke() -> None:
@@ -251,7 +253,7 @@ def test_mask_by_the_reference_does_not_close_as_the_policy_drifts() -> None:
     assert torch.equal(grad > 0, start.repeat(2))
 
 
-def test_fine_tuning_ignores_losers() -> None:
+def test_fine_tuning_ignores_rejected() -> None:
     model, ref, target, timesteps = batch()
     loss_fn = make_loss(NoiseSchedule.discrete(), "sft", 1000.0)
     grad = gradient(loss_fn, model, ref, target, timesteps)
@@ -264,7 +266,7 @@ def test_fine_tuning_ignores_losers() -> None:
 def test_every_variant_makes_a_loss() -> None:
     model, ref, target, timesteps = batch()
     pairs = len(model) // 2
-    # losers that err as their winners do, and more: what the winner-preserving rule is about
+    # rejected samples that err as their chosen samples do, and more: what the chosen sample-preserving rule is about
     model = torch.cat([model[:pairs], target[pairs:] + 3 * (model - target)[:pairs]]).detach().requires_grad_(True)
     plain = gradient(make_loss(build_scheduler(), "diffusion_dpo", 20.0), model, ref, target, timesteps)
     for name in PARTS:
@@ -303,7 +305,7 @@ def test_gradient_spread_against_a_network_whose_gradient_is_known(monkeypatch: 
         total = 0.0
         for item, eps in zip(items, noise, strict=True):
             alpha, sigma = schedule.alpha_sigma(torch.tensor([300]))
-            for half, sign in (("winner", 1.0), ("loser", -1.0)):
+            for half, sign in (("chosen", 1.0), ("rejected", -1.0)):
                 noisy = alpha * item[half] + sigma * eps
                 # at the reference every logit is 0: sigmoid is one half
                 total += sign * 0.5 * 0.5 * 2 * ((0.9 * noisy - eps) * noisy).mean().item() / probe.PAIRS

@@ -84,7 +84,7 @@ def test_paths_stay_on_the_canvas_and_differ_in_smoothness() -> None:
     paths = random_paths(4000, torch.Generator().manual_seed(5))
     assert paths.shape == (4000, FRAMES, 2) and paths.min() >= 0 and paths.max() <= 4
     jerk = paths.diff(n=2, dim=1).square().sum(dim=-1).mean(dim=1)
-    assert len(jerk.unique()) == 4000  # no two alike: a pair always has a winner
+    assert len(jerk.unique()) == 4000  # no two alike: a pair always has a chosen sample
     assert jerk.quantile(0.25) < 0.05 and jerk.quantile(0.9) > 3
     speed = (paths[:, -1] - paths[:, 0]).norm(dim=-1) / (FRAMES - 1)
     # of two components uniform in [-1, 1] the mean length is 0.765; jitter and border change it a little
@@ -234,7 +234,7 @@ def test_the_base_denoises_and_listens_to_the_digit(base: tuple[str, Any, Any]) 
     assert loss < LOSS[kind] and told_wrong > 1.1 * loss
 
 
-def test_a_pair_step_moves_the_model_towards_the_winner(base: tuple[str, Any, Any]) -> None:
+def test_a_pair_step_moves_the_model_towards_the_chosen(base: tuple[str, Any, Any]) -> None:
     kind, _, scheduler = base
     policy, reference = (load_base(kind)[0] for _ in range(2))
     loss_fn = SIPOLoss(NoiseSchedule.from_scheduler(scheduler, 20), method="diffusion_dpo", beta=100.0)

@@ -51,7 +51,7 @@ RUNS: dict[str, tuple[str, float | None, float, int, str]] = {
     "learning": ("sipo", None, 2e-5, 80, ""),  # the demo's settings
     "stalled": ("sipo", 20.0, 3e-4, 40, ""),
     "beta_low": ("diffusion_dpo", 20.0, 1e-4, 60, ""),
-    "pushing_loser": ("diffusion_dpo", 200.0, 2e-4, 60, ""),
+    "pushing_rejected": ("diffusion_dpo", 200.0, 2e-4, 60, ""),
     "beta_high": ("sipo", 1e6, 2e-5, 40, ""),
     "satisfied": ("diffusion_dpo", 1e5, 1e-5, 25, "inverted"),
     "not_learning": ("sipo", None, 1e-7, 40, ""),
@@ -65,8 +65,8 @@ HEADLINE = {name: name for name in RUNS} | {"satisfied": "beta_high", "chance": 
 # What else may be said of them.
 ALSO = {
     "learning": {"both_rise"},
-    "stalled": {"beta_low", "pushing_loser"},
-    "beta_low": {"pushing_loser"},
+    "stalled": {"beta_low", "pushing_rejected"},
+    "beta_low": {"pushing_rejected"},
     "nonfinite": {"cannot_tell", "both_rise"},
 }
 
@@ -83,11 +83,11 @@ class Changed(InkPairs):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         item = dict(super().__getitem__(index))
         if self.change == "inverted":  # white on black: told apart at a glance
-            item["loser"] = -item["winner"]
+            item["rejected"] = -item["chosen"]
         elif self.change.endswith("random") and index % 2:
-            item["winner"], item["loser"] = item["loser"], item["winner"]
+            item["chosen"], item["rejected"] = item["rejected"], item["chosen"]
         elif self.change == "all broken" or (self.change == "broken" and index % 50 == 7):
-            item["loser"] = torch.full_like(item["loser"], math.nan)
+            item["rejected"] = torch.full_like(item["rejected"], math.nan)
         return item
 
 
@@ -155,7 +155,7 @@ def test_a_run_made_to_show_it_gets_that_verdict(name: str, run_of: Callable[[st
         "learning": "of 64 ranked right at step 80",
         "stalled": f"`model_mse` {facts.model:.3g}",
         "beta_low": f"beta = {facts.beta:.4g}",
-        "pushing_loser": f"`win_gap` {facts.win:+.3g}",
+        "pushing_rejected": f"`chosen_gap` {facts.win:+.3g}",
         "beta_high": f"loss of {facts.pair_loss:.3g}",
         "satisfied": f"loss of {facts.pair_loss:.2g}",
         "not_learning": f"mean logit of {facts.margin:.2g}",
@@ -172,7 +172,7 @@ def test_facts_are_means_over_the_last_fifth(run_of: Callable[[str], Path]) -> N
     facts = gather(run.lines, pairs_per_step=BATCH)
     tail = [line for line in run.lines if line["step"] > 64]  # 80 steps in lines of 5
     assert (facts.first, facts.last, facts.pairs) == (61, 80, 20 * BATCH)
-    for name, value in (("loss", facts.loss), ("implicit_acc", facts.accuracy), ("win_gap", facts.win)):
+    for name, value in (("loss", facts.loss), ("rewards/accuracies", facts.accuracy), ("chosen_gap", facts.win)):
         assert value == pytest.approx(sum(line[name] for line in tail) / len(tail))
     values = [line["loss"] for line in tail]
     mean = sum(values) / 4
@@ -187,13 +187,13 @@ def lines(count: int = 20, **changes: Any) -> list[dict[str, Any]]:
     """The log of a healthy run, ten steps a line."""
     healthy = {
         "loss": 0.3,
-        "implicit_acc": 0.85,
-        "reward_margin": 2.0,
+        "rewards/accuracies": 0.85,
+        "rewards/margins": 2.0,
         "active_fraction": 0.95,
         "model_mse": 0.11,
         "ref_mse": 0.1,
-        "win_gap": -0.001,
-        "lose_gap": 0.02,
+        "chosen_gap": -0.001,
+        "rejected_gap": 0.02,
         "nonfinite_pairs": 0,
         "nonfinite_steps": 0,
     }
@@ -202,7 +202,13 @@ def lines(count: int = 20, **changes: Any) -> list[dict[str, Any]]:
 
 def validation(accuracy: float | None = 0.8, pairs: int = 256, **changes: Any) -> list[dict[str, Any]]:
     """The validation of that run."""
-    values = {"implicit_acc": accuracy, "pairs": pairs, "loss": 0.5, "active_fraction": 0.95, "nonfinite_pairs": 0}
+    values = {
+        "rewards/accuracies": accuracy,
+        "pairs": pairs,
+        "loss": 0.5,
+        "active_fraction": 0.95,
+        "nonfinite_pairs": 0,
+    }
     values |= {"no_preference_loss": 0.95 * LN2} | changes
     return [{"step": 200, "kind": "validation", **{f"validation/{name}": value for name, value in values.items()}}]
 
@@ -215,18 +221,24 @@ def names(found: list[dict[str, Any]], seen: list[dict[str, Any]] | None = None,
 def test_verdicts_on_logs_as_others_have_them() -> None:
     assert names(lines()) == ["learning"]
     # Real preferences: 62 % ranked right, logits of a few tenths; calibrated, hence learning and not "hardly".
-    real = {"implicit_acc": 0.62, "loss": 0.665, "active_fraction": 1.0, "reward_margin": 0.15, "lose_gap": 0.001}
+    real = {
+        "rewards/accuracies": 0.62,
+        "loss": 0.665,
+        "active_fraction": 1.0,
+        "rewards/margins": 0.15,
+        "rejected_gap": 0.001,
+    }
     assert names(lines(**real)) == ["learning"]
-    assert names(lines(**real | {"loss": 0.69, "reward_margin": 0.01})) == ["not_learning"]
-    assert names(lines(**real | {"loss": 0.9, "reward_margin": 3.0})) == ["beta_high"]
+    assert names(lines(**real | {"loss": 0.69, "rewards/margins": 0.01})) == ["not_learning"]
+    assert names(lines(**real | {"loss": 0.9, "rewards/margins": 3.0})) == ["beta_high"]
     # The same accuracy over too few pairs is chance.
     (few,) = judge(lines(**real), pairs_per_step=1)
     assert few.name == "not_learning" and few.severity == "warning" and few.sentence.startswith("Too few pairs")
     # The mask drops nearly all from the start: not the policy's doing.
     (masked,) = judge(lines(active_fraction=0.05, loss=0.03), pairs_per_step=16)
     assert masked.name == "stalled" and "from the start" in masked.sentence and "mask_threshold" in said(masked)
-    # Losers pushed far away while winners improve: drift, but nobody's winners pay.
-    assert names(lines(model_mse=0.5, win_gap=-0.01, lose_gap=0.8), beta=1000.0) == ["drifted", "learning"]
+    # Rejected samples pushed far away while chosen samples improve: drift, but nobody's chosen samples pay.
+    assert names(lines(model_mse=0.5, chosen_gap=-0.01, rejected_gap=0.8), beta=1000.0) == ["drifted", "learning"]
     # One pair in thousands is a remark beside the verdict, and nothing without numbers is judged.
     rare = lines(200)
     rare[3]["nonfinite_pairs"] = 1
@@ -237,8 +249,8 @@ def test_verdicts_on_logs_as_others_have_them() -> None:
     # A loss with another link is not compared with ln 2.
     assert names(lines(loss=40.0), plain=False) == ["learning"] and names(lines(loss=40.0)) == ["beta_high"]
     # With dpo_cm's weights a pair costs at most ln 2: a loss above it is too high all the same, one below says nothing.
-    assert names(lines(**real | {"loss": 0.69, "reward_margin": 0.01}), weighted=True) == ["learning"]
-    (found,) = judge(lines(**real | {"loss": 0.9, "reward_margin": 3.0}), pairs_per_step=16, weighted=True)
+    assert names(lines(**real | {"loss": 0.69, "rewards/margins": 0.01}), weighted=True) == ["learning"]
+    (found,) = judge(lines(**real | {"loss": 0.9, "rewards/margins": 3.0}), pairs_per_step=16, weighted=True)
     assert found.name == "beta_high" and "preferring nothing would cost at most 0.693" in said(found)
 
 
@@ -252,16 +264,19 @@ def verdict(seen: list[dict[str, Any]], **changes: Any) -> Finding:
 
 def test_memorised_coin_flips_are_not_learning() -> None:
     """83 % of training pairs against 59 % of 16 held out, which just misses two standard errors of memorising."""
-    found = verdict(validation(9.5 / 16, 16, loss=0.9), implicit_acc=0.83)
+    found = verdict(validation(9.5 / 16, 16, loss=0.9), **{"rewards/accuracies": 0.83})
     assert (found.name, found.severity) == ("cannot_tell", "note")
     assert found.sentence == "Cannot tell whether it learns: 16 held-out pairs, ranked no better than chance explains."
-    assert found.evidence[0] == "held-out pairs: 59 % ± 12 % of 16 ranked right at step 200 (`validation/implicit_acc`)"
+    assert (
+        found.evidence[0]
+        == "held-out pairs: 59 % ± 12 % of 16 ranked right at step 200 (`validation/rewards/accuracies`)"
+    )
     assert "their loss is 0.947 for a pair that takes part, 0.693 without any preference" in found.evidence
     assert "training pairs: 83 % ± 1.5 % of about 640 pairs ranked right in steps 161 to 200" in found.evidence[2]
     assert found.advice == ("about 130 held-out pairs tell 60 % from chance, 460 tell 55 %; 59 % would take about 150",)
     # Where they are evidence enough, it is found; and without any, training pairs alone tell nothing.
-    assert verdict(validation(0.5, 400), implicit_acc=0.83).name == "memorising"
-    assert verdict(validation(0.5, 16), implicit_acc=0.99).name == "memorising"
+    assert verdict(validation(0.5, 400), **{"rewards/accuracies": 0.83}).name == "memorising"
+    assert verdict(validation(0.5, 16), **{"rewards/accuracies": 0.99}).name == "memorising"
     for seen in ([], validation(None, 0, loss=None), [{"step": 200, "validation/loss": 0.5}]):
         found = verdict(seen)
         assert (found.name, found.severity) == ("cannot_tell", "note") and "no held-out pairs" in found.sentence
@@ -344,16 +359,20 @@ def test_held_out_numbers_are_those_of_the_line() -> None:
     assert seen is not None and seen.loss == pytest.approx(0.475)
 
 
-def test_a_winner_that_gets_worse_by_more_than_the_loser_is_no_pushing_down() -> None:
-    for lose, words in ((0.11, "at losers a little more"), (0.1, "no less than at losers"), (-0.05, "no less than")):
-        found = judge(lines(win_gap=0.1, lose_gap=lose, model_mse=0.21), pairs_per_step=16)[0]
-        assert found.name == "pushing_loser" and words in found.sentence
+def test_a_chosen_that_gets_worse_by_more_than_the_rejected_is_no_pushing_down() -> None:
+    for lose, words in (
+        (0.11, "at rejected samples a little more"),
+        (0.1, "no less than at rejected samples"),
+        (-0.05, "no less than"),
+    ):
+        found = judge(lines(chosen_gap=0.1, rejected_gap=lose, model_mse=0.21), pairs_per_step=16)[0]
+        assert found.name == "pushing_rejected" and words in found.sentence
         assert ("of that is shared" in said(found)) == (lose > 0.1)
-    assert "91 % of that is shared" in said(judge(lines(win_gap=0.1, lose_gap=0.11), pairs_per_step=16)[0])
+    assert "91 % of that is shared" in said(judge(lines(chosen_gap=0.1, rejected_gap=0.11), pairs_per_step=16)[0])
 
 
 def test_a_policy_that_went_astray_is_not_told_to_learn_faster() -> None:
-    chance = {"implicit_acc": 0.5, "loss": 0.7}
+    chance = {"rewards/accuracies": 0.5, "loss": 0.7}
     for error, word in ((0.11, "higher"), (0.3, "lower")):
         (found,) = (f for f in judge(lines(model_mse=error, **chance), pairs_per_step=16) if f.name == "not_learning")
         assert f"a {word} learning rate" in found.advice[0]
@@ -370,7 +389,7 @@ def test_a_loss_that_drops_no_pairs_need_not_say_so() -> None:
 
 def test_a_smoothed_loss_is_not_compared_with_that_of_no_preference(tmp_path: Path) -> None:
     # Sure of every pair, as far as 30 % of swapped labels let it be: of ln 2 the loss has lost little.
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines(loss=0.62, lose_gap=0.001)))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines(loss=0.62, rejected_gap=0.001)))
     for smoothing, found in ((0.0, "not_learning"), (0.3, "cannot_tell")):
         (tmp_path / "config.yaml").write_text(
             f"loss: {{method: sipo, beta: 1000, label_smoothing: {smoothing}}}\ntraining: {{batch_size: 16}}\n"
@@ -382,8 +401,8 @@ def test_the_line_in_the_figure_is_what_no_preference_costs_by_that_loss(tmp_pat
     for loss, value, name in (
         ("{method: sipo}", LN2, "ln 2: no preference"),
         ("{method: dpo_cm, label_smoothing: 0.2}", LN2, "ln 2: no preference, weights of 1"),
-        ("{method: sipo, link: ipo}", 0.25, "0.25: no preference"),
-        ("{method: sipo, link: hinge}", 1.0, "1: no preference"),
+        ("{method: sipo, loss_type: ipo}", 0.25, "0.25: no preference"),
+        ("{method: sipo, loss_type: hinge}", 1.0, "1: no preference"),
     ):
         (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines()))
         (tmp_path / "config.yaml").write_text(f"loss: {loss}\n")
@@ -398,10 +417,10 @@ def test_what_a_ranking_is_worth() -> None:
     z = 1.3
     p = 1 / (1 + math.exp(-z))
     loss = p * math.log1p(math.exp(-z)) + (1 - p) * math.log1p(math.exp(z))
-    facts = gather(lines(implicit_acc=p, loss=loss * 0.95), pairs_per_step=16)
+    facts = gather(lines(**{"rewards/accuracies": p}, loss=loss * 0.95), pairs_per_step=16)
     assert facts.used == pytest.approx(1.0)
-    assert gather(lines(implicit_acc=p, loss=LN2 * 0.95), pairs_per_step=16).used == pytest.approx(0.0)
-    assert gather(lines(implicit_acc=1.0, loss=0.0), pairs_per_step=16).used == pytest.approx(1.0)
+    assert gather(lines(**{"rewards/accuracies": p}, loss=LN2 * 0.95), pairs_per_step=16).used == pytest.approx(0.0)
+    assert gather(lines(**{"rewards/accuracies": 1.0}, loss=0.0), pairs_per_step=16).used == pytest.approx(1.0)
     # β = 100 and an error of 0.1: a difference d gives the logit 5d/0.1 in units of it.
     assert gather(lines(), beta=100.0).let_go * 100 / 2 * 0.1 == pytest.approx(math.log(9))
 
@@ -520,8 +539,8 @@ def test_ends_of_a_run_are_its_first_and_last_fifth(run_of: Callable[[str], Path
     for line in statistics[-4:]:
         for i in range(5, 10):
             count += line["count"][i]
-            total += line["count"][i] * (line["win_gap"][i] or 0.0)
-    assert tail["count"][1] == count and tail["win_gap"][1] == pytest.approx(total / count)
+            total += line["count"][i] * (line["chosen_gap"][i] or 0.0)
+    assert tail["count"][1] == count and tail["chosen_gap"][1] == pytest.approx(total / count)
     assert regroup(statistics[0], 5)["count"][2] == sum(statistics[0]["count"][20:30])
     assert None in regroup(statistics[0], 25)["ratio"]  # 16 pairs leave bins without any
 
@@ -603,11 +622,11 @@ def test_what_is_measured_before_training_is_the_loss_of_the_first_step(toy: lis
     network, _ = build(run)
     network.eval()
     rows, dropped = range(6), []
-    latents = {half: torch.stack([pairs[row][half] for row in rows]) for half in ("winner", "loser")}
+    latents = {half: torch.stack([pairs[row][half] for row in rows]) for half in ("chosen", "rejected")}
     condition = {k: torch.stack([pairs[row]["condition"][k] for row in rows]) for k in pairs[0]["condition"]}
     for level in range(10):
         timesteps = torch.tensor([100 * level + int(100 * (row + 0.5) / 6) for row in rows])
-        noise = pair_noise(latents["winner"], [row * 10 + level for row in rows], 0, torch.Generator())
+        noise = pair_noise(latents["chosen"], [row * 10 + level for row in rows], 0, torch.Generator())
         errors = []
         for sample in latents.values():
             with torch.no_grad():
@@ -616,7 +635,7 @@ def test_what_is_measured_before_training_is_the_loss_of_the_first_step(toy: lis
             errors.append((predicted.double() - noise.double()).square().mean(dim=(1, 2, 3)))
         ratios = torch.exp(-run.schedule.ratio_scale(timesteps).double() * torch.stack(errors))
         active = ratios.min(dim=0).values >= 0.92
-        assert line["ref_error_winner"][level] == pytest.approx(errors[0].mean().item(), rel=1e-4)
+        assert line["ref_error_chosen"][level] == pytest.approx(errors[0].mean().item(), rel=1e-4)
         assert line["ratio"][level] == pytest.approx(ratios.mean().item(), rel=1e-4)
         assert line["active"][level] == pytest.approx(active.double().mean().item(), rel=1e-5)
         dropped += timesteps[~active].tolist()

@@ -87,7 +87,7 @@ def test_elements_move_16_bytes_at_a_time(kernels: dict[str, Kernel], name: str)
     mixed = any(f"Vector<{half}, float>" in name for half in ("bf16", "fp16"))
     assert [op for op in kernel.opcodes if op.startswith(("LD.", "ST."))] == []  # each access knows its memory
     gradient = element_loop(kernel, writes=True)
-    # Policy and target of winner and loser; one tile at a time.
+    # Policy and target of chosen and rejected sample; one tile at a time.
     assert (inputs(gradient, "64"), inputs(gradient, "128")) == ((4, 4) if mixed else (0, 4))
     written = (count(gradient.opcodes, "STG.E.NA.64"), count(gradient.opcodes, "STG.E.NA.128"))
     assert written == ((4, 0) if mixed else (0, 2))
@@ -97,7 +97,7 @@ def test_elements_move_16_bytes_at_a_time(kernels: dict[str, Kernel], name: str)
         return
     reduction = element_loop(kernel, writes=False)
     assert (inputs(reduction, "64"), inputs(reduction, "128")) == ((8, 4) if mixed else (0, 6))  # reference too
-    # What shared memory holds of winner and loser: d, of half precision in float.
+    # What shared memory holds of chosen and rejected sample: d, of half precision in float.
     held = 4 if "16" in name else 2
     assert count(reduction.opcodes, "STS", ".128") == held
     assert 2 * count(gradient.opcodes, "LDS", ".128") + count(gradient.opcodes, "LDS", ".64") == 2 * held

@@ -125,9 +125,9 @@ def test_same_bits_in_every_order(label: str, preserving: float | None, emulated
     for seed in range(12):
         emulated.sipo_emulate_configure(seed, 3, 0.2 * (seed % 3))
         sums = running_sums(pairs)
-        out, grad = run(batch, "cuda", **OPTIONS, winner_preserving=preserving, totals=sums)
+        out, grad = run(batch, "cuda", **OPTIONS, safeguard=preserving, totals=sums)
         assert out.numbers is not None and sums.metrics is not None and sums.levels is not None
-        found = [out.coef, out.logits, out.reward_gap, out.model_error, grad, out.numbers, sums.metrics, sums.levels]
+        found = [out.coef, out.logits, out.error_gap, out.model_error, grad, out.numbers, sums.metrics, sums.levels]
         first = first or found
         assert all(torch.equal(a, b) for a, b in zip(first, found, strict=True)), seed
     assert torch.equal(out.loss.detach(), first[5][0])
@@ -224,15 +224,17 @@ def watch_forward(watched: Any, case: Case, batch: Batch, with_grad: bool, **opt
 def test_every_element_once(case: Case, preserving: float | None, shared: bool, watched: Any) -> None:
     """Read once from memory, once again from the cache unless shared memory holds d; the gradient written once.
 
-    Each time by one access of the full width. The inner product of winner and loser is made of what is there already.
+    Each time by one access of the full width. The inner product of chosen and rejected sample is made of what is there
+    already.
     """
     batch = case.batch(shared)
-    (model, ref, target, grad), _ = watch_forward(watched, case, batch, True, winner_preserving=preserving)
+    (model, ref, target, grad), _ = watch_forward(watched, case, batch, True, safeguard=preserving)
     assert (ref.loads == 1).all() and (grad.stores == 1).all() and (grad.loads == 0).all()
     assert not any(w.stores.any() for w in (model, ref, target))
     held = _held(plan_of(batch), case.shape)
     np.testing.assert_array_equal(model.by_element(model.loads), np.where(held, 1, 2))
-    # A shared target is read for both halves, and again unless the loser's d is held: its winner's is, then.
+    # A shared target is read for both halves, and again unless the rejected sample's d is held: its chosen sample's is,
+    # then.
     target_held = held[case.shape[0] // 2 :] if shared else held
     np.testing.assert_array_equal(target.by_element(target.loads), np.where(target_held, 1, 2))
     if case.reader != ANY:
@@ -259,7 +261,7 @@ def _held(plan: Plan, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def test_shared_memory_holds_a_part_of_some_cases() -> None:
-    """An odd number of sample tiles among them: the winner's without the loser's."""
+    """An odd number of sample tiles among them: the chosen sample's without the rejected sample's."""
     for label, hold in (("bf16", 3), ("bf16 beside fp32", 3), ("small fp16 beside fp32", 2), ("fp32", 4)):
         case = CASES[f"{label}, several groups"]
         plan = plan_of(case.batch())

@@ -75,7 +75,8 @@ def simulate(plan: Plan, call: Call) -> Visits:
                         assert slot not in slots and u - run.start >= plan.lead, "the slot still holds the group before"
                         slots.add(slot)
                         held[pair, tile, half] = True
-                # Not held: the policy of each sample, and the target of each or, shared, as long as the loser is not.
+                # Not held: the policy of each sample, and the target of each or, shared, as long as the rejected sample
+                # is not.
                 away = [not x for x in held[pair, tile]]
                 again = sum(away) * policy + (away[1] if call.shared_target else sum(away)) * target
                 # In from step 2k (the lead) or 2k + 1; out in step 2(k + 1), by the gradient.

@@ -71,18 +71,18 @@ def test_pairs_are_of_one_class_and_the_inkier_wins(digits: tuple[Digits, Digits
     images, labels = digits[0]
     pairs = InkPairs(digits[0], count=2000, seed=1)
     assert len(pairs) == 2000
-    assert torch.equal(labels[pairs.winner_index], labels[pairs.loser_index])
+    assert torch.equal(labels[pairs.chosen_index], labels[pairs.rejected_index])
     reward = ink(images)
-    assert (reward[pairs.winner_index] > reward[pairs.loser_index]).all()
-    counts = torch.bincount(labels[pairs.winner_index], minlength=CLASSES)
+    assert (reward[pairs.chosen_index] > reward[pairs.rejected_index]).all()
+    counts = torch.bincount(labels[pairs.chosen_index], minlength=CLASSES)
     assert counts.min().item() > 140 and counts.max().item() < 260  # 200 each, give or take 4 deviations
     item = pairs[7]
-    assert torch.equal(item["winner"], images[pairs.winner_index[7]])
-    assert torch.equal(item["loser"], images[pairs.loser_index[7]])
-    assert item["condition"] == labels[pairs.winner_index[7]]
+    assert torch.equal(item["chosen"], images[pairs.chosen_index[7]])
+    assert torch.equal(item["rejected"], images[pairs.rejected_index[7]])
+    assert item["condition"] == labels[pairs.chosen_index[7]]
     again, other = InkPairs(digits[0], 2000, 1), InkPairs(digits[0], 2000, 2)
-    assert torch.equal(again.winner_index, pairs.winner_index)
-    assert not torch.equal(other.winner_index, pairs.winner_index)
+    assert torch.equal(again.chosen_index, pairs.chosen_index)
+    assert not torch.equal(other.chosen_index, pairs.chosen_index)
 
 
 # ---------------------------------------------------------------- the base model
@@ -153,7 +153,7 @@ def test_weights_by_timestep_are_the_references(digits: tuple[Digits, Digits]) -
     assert torch.equal(weights, weights.sort().values)
 
     items = [pairs[i] for i in range(64)]
-    images = torch.stack([item[half] for half in ("winner", "loser") for item in items])
+    images = torch.stack([item[half] for half in ("chosen", "rejected") for item in items])
     noise = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0)).repeat(2, 1, 1, 1)
     levels = torch.full((128,), 80)
     classes = torch.stack([item["condition"] for item in items]).repeat(2)
@@ -198,14 +198,14 @@ def test_the_summary_agrees_with_the_log(outcome: Outcome) -> None:
     assert json.loads((outcome.folder / "summary.json").read_text()) == summary
     lines = read_lines(outcome.folder / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 10]
-    for name in ("active_fraction", "implicit_acc"):
+    for name in ("active_fraction", "rewards/accuracies"):
         assert summary[name] == step_mean(lines, name)
     assert summary["active_fraction"] == pytest.approx(
         (lines[0]["active_fraction"] + 9 * lines[1]["active_fraction"]) / 10
     )
     # The policy starts as the reference (docs/math.md §8), in another of torch's attention kernels.
     assert lines[0]["loss"] == pytest.approx(lines[0]["active_fraction"] * math.log(2), rel=1e-5)
-    assert abs(lines[0]["reward_margin"]) < 1e-4
+    assert abs(lines[0]["rewards/margins"]) < 1e-4
     assert (summary["method"], summary["beta"], summary["steps"], summary["seed"]) == ("sipo", 1000.0, 10, 3)
     assert summary["before"]["ink"] == pytest.approx(-0.39, abs=0.04)
     assert summary["after"]["ink"] > summary["before"]["ink"]

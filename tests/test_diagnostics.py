@@ -76,19 +76,19 @@ def by_hand(loss_fn: SIPOLoss, model: Any, ref: Any, target: Any, scale: Any, gr
     coef = a[0] * b * mask / (1 + np.exp(logits))
     upstream = 1 if loss_fn.reduction == "sum" else pairs
     return {
-        "model_error_winner": model_error[0],
-        "model_error_loser": model_error[1],
-        "ref_error_winner": ref_error[0],
-        "ref_error_loser": ref_error[1],
-        "win_gap": gap[0],
-        "lose_gap": gap[1],
+        "model_error_chosen": model_error[0],
+        "model_error_rejected": model_error[1],
+        "ref_error_chosen": ref_error[0],
+        "ref_error_rejected": ref_error[1],
+        "chosen_gap": gap[0],
+        "rejected_gap": gap[1],
         "ratio": ratio.mean(0),
         "weight": weight.mean(0),
         "clipped": 0 * gap[0] if plain else ((ratio < low) | (ratio > high)).mean(0),
         "active": mask,
         "logits": logits,
         "logits_sq": logits**2,
-        "implicit_acc": np.where(logits == 0, 0.5, logits > 0),
+        "accuracy": np.where(logits == 0, 0.5, logits > 0),
         "coef": coef,
         "coef_sq": coef**2,
         "grad_sq": np.square(grad).reshape(2, pairs, -1).sum((0, 2)) * (upstream / beta) ** 2 * elements,
@@ -136,7 +136,7 @@ def test_each_mean_is_that_of_float64_by_hand(
         arrays = [x.detach().numpy() for x in (model, ref, target)]
         expected = by_hand(loss_fn, *arrays, scale, model.grad.numpy(), pairs)
         given = model.detach().clone()
-        if broken:  # the last pair's loser
+        if broken:  # the last pair's rejected sample
             given[-1, 0, 0, 0] = math.inf if seed % 2 else math.nan
             left_out[bins[-1]] += 1
         if by_kernel:  # the loss adds to the sums by itself
@@ -233,16 +233,16 @@ def test_a_run_writes_a_line_for_the_pairs_since_the_one_before(tmp_path: Path) 
     assert [(line["step"], line["pairs"]) for line in found] == [(1, 8), (5, 32), (10, 40), (12, 16)]
     for line, logged in zip(found, result.history, strict=True):
         for name, of in {
-            "win_gap": "win_gap",
-            "lose_gap": "lose_gap",
-            "reward_margin": "logits",
-            "implicit_acc": "implicit_acc",
+            "chosen_gap": "chosen_gap",
+            "rejected_gap": "rejected_gap",
+            "rewards/margins": "logits",
+            "rewards/accuracies": "accuracy",
             "weight_mean": "weight",
             "clip_fraction": "clipped",
             "active_fraction": "active",
         }.items():
             assert logged[name] == pytest.approx(over_bins(line, of), rel=1e-4, abs=1e-6), name
-        errors = 0.5 * (over_bins(line, "model_error_winner") + over_bins(line, "model_error_loser"))
+        errors = 0.5 * (over_bins(line, "model_error_chosen") + over_bins(line, "model_error_rejected"))
         assert logged["model_mse"] == pytest.approx(errors, rel=1e-4)
     whole = merge(found)
     assert (whole["step"], whole["pairs"], sum(whole["count"])) == (12, 96, 96)
@@ -379,9 +379,9 @@ def test_drift_and_collapse_need_three_lines_beyond_their_thresholds() -> None:
     far, near = {"model_mse": 0.41, "ref_mse": 0.1}, {"model_mse": 0.39, "ref_mse": 0.1}
     assert warned(AlarmWatch(), [far, far, near, far, far, far, far]) == [(5, "drift")]
     assert drifted(DRIFT * 0.1 + 1e-9, 0.1) and not drifted(DRIFT * 0.1, 0.1)
-    gaps = {"win_gap": 0.06, "lose_gap": 0.07, "ref_mse": 0.1}
+    gaps = {"chosen_gap": 0.06, "rejected_gap": 0.07, "ref_mse": 0.1}
     assert warned(AlarmWatch(), [gaps] * 5) == [(ALARM_LINES - 1, "collapse")]
-    assert collapsing(0.06, -1.0, 0.1)  # worse at the winner alone
+    assert collapsing(0.06, -1.0, 0.1)  # worse at the chosen sample alone
     assert not collapsing(COLLAPSE_GROWTH * 0.1, 0.05, 0.1)  # too little to tell
     assert not collapsing(COLLAPSE_SHARE, 1.0, 0.1)  # enough of it is preference
     assert not collapsing(-0.5, 0.5, 0.1)
@@ -393,7 +393,7 @@ class Chance(InkPairs):
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = super().__getitem__(index)
         if index // 7 % 2:
-            item["winner"], item["loser"] = item["loser"], item["winner"]
+            item["chosen"], item["rejected"] = item["rejected"], item["chosen"]
         return item
 
 
@@ -415,7 +415,7 @@ def align(folder: Path, data: type[InkPairs] = InkPairs, **options: Any) -> list
 def test_a_healthy_run_of_digits_sets_nothing_off(tmp_path: Path) -> None:
     assert align(tmp_path, steps=30, learning_rate=2e-5, log_every=3) == []
     last = read_lines(tmp_path / "metrics.jsonl")[-1]
-    assert last["implicit_acc"] > 0.8 and last["reward_margin"] > 1  # and it did learn
+    assert last["rewards/accuracies"] > 0.8 and last["rewards/margins"] > 1  # and it did learn
 
 
 def test_a_learning_rate_that_breaks_the_digits_sets_off_every_alarm(tmp_path: Path) -> None:
@@ -435,7 +435,7 @@ def test_learning_from_chance_sets_off_the_collapse_alone(tmp_path: Path) -> Non
     assert [message.split(": ")[1] for message in said] == ["collapse"]
     step = int(said[0].split()[1].rstrip(":"))
     of = [line for line in read_lines(tmp_path / "metrics.jsonl") if line["step"] <= step]
-    assert [x["win_gap"] > COLLAPSE_GROWTH * x["ref_mse"] for x in of[-4:]] == [False, True, True, True]
+    assert [x["chosen_gap"] > COLLAPSE_GROWTH * x["ref_mse"] for x in of[-4:]] == [False, True, True, True]
 
 
 def test_stopped_by_an_alarm_a_run_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:

@@ -239,8 +239,8 @@ def test_learning_rates_of_diffusers_schedulers_are_those_of_the_page(name: str)
         assert "`training.warmup: 0`" in row_of("lr_warmup_steps")
 
 
-@pytest.mark.parametrize("link", ["sigmoid", "hinge", "ipo"])
-def test_other_losses_of_the_sd_script_are_those_of_the_page(link: str) -> None:
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo"])
+def test_other_losses_of_the_sd_script_are_those_of_the_page(loss_type: str) -> None:
     from sipo import NoiseSchedule, SIPOLoss, convert_beta
 
     beta_dpo = 3.0
@@ -255,16 +255,16 @@ def test_other_losses_of_the_sd_script_are_those_of_the_page(link: str) -> None:
         "sigmoid": -torch.nn.functional.logsigmoid(beta_dpo * logits),
         "hinge": torch.relu(1 - beta_dpo * logits),
         "ipo": beta_dpo**2 * (logits - 1 / (2 * beta_dpo)) ** 2,
-    }[link].mean()
+    }[loss_type].mean()
     (gradient,) = torch.autograd.grad(theirs, model)
     beta = convert_beta(beta_dpo, source="diffusers_sd", target="sipo")
-    loss_fn = SIPOLoss(NoiseSchedule.flow(shift=1.0), method="diffusion_dpo", beta=beta, link=link)
+    loss_fn = SIPOLoss(NoiseSchedule.flow(shift=1.0), method="diffusion_dpo", beta=beta, loss_type=loss_type)
     ours = loss_fn(model, ref, target, torch.full((6,), 0.5)).loss
     (own_gradient,) = torch.autograd.grad(ours, model)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
     assert (own_gradient - gradient).norm() < 5e-6 * gradient.norm()
     assert 0 < (beta_dpo * logits < 1).sum() < 3  # the hinge has both of its sides
-    assert "`loss.link`" in row_of("loss_type") and f"`{link}`" in row_of("loss_type")
+    assert "`loss.loss_type`" in row_of("loss_type") and f"`{loss_type}`" in row_of("loss_type")
 
 
 def test_what_may_change_when_a_run_is_resumed_is_what_the_page_says() -> None:
@@ -375,7 +375,7 @@ def test_the_drop_in_of_the_front_page_gives_what_stood_there_before() -> None:
     # By hand, errors near 0.1 are rounded to float32 before they are subtracted and multiplied by 2500.
     assert (after - before).norm() < 1e-4 * before.norm() and before.norm() > 1
     assert out.loss.item() == pytest.approx(names["loss"].item(), abs=1e-4)
-    assert metrics["implicit_acc"].item() == names["implicit_acc"].item() == 0.25
+    assert metrics["rewards/accuracies"].item() == names["accuracy"].item() == 0.25
     assert printed == shown.text
     listed = re.search(r"out\.metrics\(\)  # ((?:.|\n)*?):", programs[1].text)
     assert listed and re.findall(r"\w+", listed[1]) == list(metrics)

@@ -35,8 +35,9 @@ Added = dict[int, Tensor]
 RANK = 3
 ALPHA = 5.0  # of rank 2 or 3: a scale that is no power of two
 
-# The fields of peft 0.17.1's LoraConfig: https://github.com/huggingface/peft/blob/v0.17.1/src/peft/tuners/lora/config.py
-# with those of PeftConfig and PeftConfigMixin. That release refuses a file's metadata if it has any other.
+# The fields of peft 0.17.1's LoraConfig:
+# https://github.com/huggingface/peft/blob/v0.17.1/src/peft/tuners/lora/config.py with those of PeftConfig and
+# PeftConfigMixin. That release refuses a file's metadata if it has any other.
 PEFT_0_17 = {
     *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "eva_config"),
     *("exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layer_replication"),

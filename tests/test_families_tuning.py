@@ -177,7 +177,7 @@ def test_a_step_of_the_loss_moves_the_policy_and_not_the_reference(toy: str) -> 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         prepare_lora(network, rank=4, target_modules=family.lora_targets)
-    latents, _, condition = network_input(toy)  # a winner and a loser
+    latents, _, condition = network_input(toy)  # a chosen sample and a rejected sample
     generator = torch.Generator().manual_seed(2)
     noise = torch.randn(latents[:1].shape, generator=generator).expand_as(latents)
     timesteps = schedule.sample_timesteps(1, generator).repeat(2)

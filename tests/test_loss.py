@@ -44,7 +44,7 @@ def test_golden(case: GoldenCase) -> None:
     model_pred = case.model_pred.clone().requires_grad_()
     out = loss_fn(model_pred, case.ref_pred, case.target, case.timesteps)
     assert isinstance(out, PairLossOutput)
-    for name in ("model_error", "ref_error", "reward_gap", "log_ratio", "weight", "logits", "loss"):
+    for name in ("model_error", "ref_error", "error_gap", "log_ratio", "weight", "logits", "loss"):
         torch.testing.assert_close(getattr(out, name).detach(), case.expected[name], rtol=1e-9, atol=1e-13)
     assert out.mask.tolist() == case.expected["mask"].tolist()
     out.loss.backward()
@@ -61,7 +61,7 @@ def test_timesteps_may_be_shared_by_the_pair(case: GoldenCase) -> None:
     assert torch.equal(shared.log_ratio, full.log_ratio)
 
 
-def test_winner_and_loser_may_differ_in_timestep() -> None:
+def test_chosen_and_rejected_may_differ_in_timestep() -> None:
     model, ref, target = batch(4, 2, 3, 3)
     timesteps = torch.tensor([30, 500, 700, 100])
     schedule = NoiseSchedule.discrete()

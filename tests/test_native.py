@@ -64,7 +64,7 @@ def test_chunk_seams(isa: str, elements: int, dtype: torch.dtype) -> None:
         batch = make_batch((2, elements))._replace(model_pred=model, ref_pred=zeros, target=zeros)
         out, grad = run(batch, "native", method="diffusion_dpo", beta=1.0)
         assert out.model_error.tolist() == [0.0, pytest.approx(1 / elements)]
-        assert out.reward_gap.tolist() == [0.0, pytest.approx(1 / elements)]
+        assert out.error_gap.tolist() == [0.0, pytest.approx(1 / elements)]
         assert grad.nonzero().tolist() == [[1, place]]
 
 

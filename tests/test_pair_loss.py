@@ -44,7 +44,7 @@ def test_golden(case: Any, backend: str) -> None:
         **case.settings,
     )
     (grad,) = torch.autograd.grad(out.loss, model)
-    for name in ("model_error", "ref_error", "reward_gap", "log_ratio", "weight", "logits", "loss"):
+    for name in ("model_error", "ref_error", "error_gap", "log_ratio", "weight", "logits", "loss"):
         torch.testing.assert_close(
             getattr(out, name).cpu(), case.expected[name], rtol=1e-11, atol=1e-14, msg=lambda m, n=name: f"{n}: {m}"
         )
@@ -265,7 +265,7 @@ def test_policy_equal_to_reference(
     batch = batch._replace(ref_pred=batch.model_pred.detach().clone())
     out, grad = run(batch, backend, method=method, beta=2000.0)
     assert torch.equal(out.logits, torch.zeros_like(out.logits))
-    assert torch.equal(out.reward_gap, torch.zeros_like(out.reward_gap))
+    assert torch.equal(out.error_gap, torch.zeros_like(out.error_gap))
     active = out.mask.double()
     if method == "dpo_cm":
         active = active * torch.minimum(*out.weight.double().chunk(2))
@@ -300,7 +300,7 @@ def test_a_broken_pair_stays_alone(backend: str, where: str, value: float) -> No
     ones = torch.ones(3, device=DEVICE)
     before, grad_before = run(clean, backend, upstream=ones, **options)
     tensors = {name: getattr(clean, name).detach().clone() for name in ("model_pred", "ref_pred", "target")}
-    tensors[where][4, 1, 7] = value  # loser of pair 1
+    tensors[where][4, 1, 7] = value  # rejected sample of pair 1
     tensors["model_pred"].requires_grad_()
     broken = clean._replace(**tensors)
     after, grad_after = run(broken, backend, upstream=ones, **options)
@@ -336,7 +336,7 @@ def test_skip_leaves_the_mean_over_all_pairs(backend: str) -> None:
     torch.testing.assert_close(out.loss, (each.loss[1] + each.loss[2]) / 3)
     metrics = out.metrics()
     assert metrics["active_fraction"].item() == pytest.approx(2 / 3)
-    torch.testing.assert_close(metrics["reward_margin"], out.logits[1:].mean())
+    torch.testing.assert_close(metrics["rewards/margins"], out.logits[1:].mean())
     torch.testing.assert_close(metrics["model_mse"], out.model_error[[1, 2, 4, 5]].mean())
 
 
@@ -459,7 +459,7 @@ def test_identical_bits(backend: str) -> None:
                 if backend == "eager" and count != threads:
                     continue  # torch's own sums may depend on the number of threads
                 assert torch.equal(grad, grad_again)
-                for name in ("loss", "logits", "model_error", "ref_error", "reward_gap", "weight"):
+                for name in ("loss", "logits", "model_error", "ref_error", "error_gap", "weight"):
                     assert torch.equal(getattr(out, name), getattr(again, name)), name
     finally:
         torch.set_num_threads(threads)
@@ -655,7 +655,7 @@ def test_a_tie_counts_half() -> None:
         batch.ref_pred[[0, 2]] = batch.model_pred[[0, 2]]
     out, _ = run(batch, "eager", method="diffusion_dpo", beta=3.0)
     right = 1.0 if out.logits[1] > 0 else 0.0
-    assert out.metrics()["implicit_acc"].item() == (0.5 + right) / 2
+    assert out.metrics()["rewards/accuracies"].item() == (0.5 + right) / 2
 
 
 def test_without_gradient(backend: str) -> None:

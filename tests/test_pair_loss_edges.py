@@ -163,12 +163,12 @@ def test_an_error_beyond_float32_is_not_finite(backend: str, where: str, dtype: 
 
 @pytest.mark.parametrize("dtype", [F32, F64])
 def test_a_squared_logit_beyond_float32_is_not_finite(backend: str, dtype: torch.dtype) -> None:
-    """The link "ipo" squares its logit: one of 1e25 is finite, and its loss is not."""
+    """The loss type "ipo" squares its logit: one of 1e25 is finite, and its loss is not."""
     finite = dtype == F64
     batch = make_batch((6, 3, 7), (dtype,) * 3, device=DEVICE)
     with torch.no_grad():
         batch.model_pred[1, 2, 3] = 1e13
-    options = {"method": "diffusion_dpo", "beta": 3.0, "link": "ipo"}
+    options = {"method": "diffusion_dpo", "beta": 3.0, "loss_type": "ipo"}
     out, grad = run(batch, backend, nonfinite="skip", **options)
     truth = run_reference(batch, nonfinite="skip", **options)
     assert math.isfinite(out.logits[1].item())
@@ -177,7 +177,7 @@ def test_a_squared_logit_beyond_float32_is_not_finite(backend: str, dtype: torch
     assert math.isfinite(out.loss.item())
     torch.testing.assert_close(out.loss.double(), truth.loss.double(), rtol=1e-5, atol=0)
     assert bool(grad[[1, 4]].any()) == finite
-    sigmoid, _ = run(batch, backend, nonfinite="skip", **options | {"link": "sigmoid"})
+    sigmoid, _ = run(batch, backend, nonfinite="skip", **options | {"loss_type": "sigmoid"})
     assert sigmoid.finite_pairs().all()
 
 
@@ -185,7 +185,7 @@ def test_a_squared_logit_beyond_float32_is_not_finite(backend: str, dtype: torch
 def test_a_weight_that_is_no_number_is_not_finite(backend: str, method: str) -> None:
     """Whether the weight is in the logit (sipo, sdpo), in front of the loss (dpo_cm), or only reported."""
     batch = make_batch((6, 3, 7), device=DEVICE)
-    batch.ratio_scale[4] = math.nan  # the loser of pair 1
+    batch.ratio_scale[4] = math.nan  # the rejected sample of pair 1
     options = {"method": method, "beta": 3.0, "mask_threshold": 0.0}
     out, grad = run(batch, backend, nonfinite="skip", **options)
     truth = run_reference(batch, nonfinite="skip", **options)
@@ -208,7 +208,7 @@ def test_compiled_whole_while_shapes_and_beta_change(dynamic: bool | None) -> No
 
     def step(model: torch.Tensor, ref: torch.Tensor, target: torch.Tensor, timesteps: torch.Tensor) -> Any:
         out = loss_fn(model, ref, target, timesteps)
-        return out.loss, out.metrics()["implicit_acc"]
+        return out.loss, out.metrics()["rewards/accuracies"]
 
     # What is traced is in question here, and not the code that is made of it.
     compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")

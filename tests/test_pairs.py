@@ -61,15 +61,15 @@ def same(one: Any, other: Any) -> bool:
 def test_an_item_has_the_agreed_keys(tmp_path: Path) -> None:
     cached = pairs_in(tmp_path, dtype="bfloat16")
     item = cached[4]
-    assert item.keys() == {"winner", "loser", "condition", "own_condition"}
-    assert item["winner"].shape == item["loser"].shape == (3, 2, 3)
+    assert item.keys() == {"chosen", "rejected", "condition", "own_condition"}
+    assert item["chosen"].shape == item["rejected"].shape == (3, 2, 3)
     assert item["condition"].keys() == {"prompt_embeds", "pooled"}
     assert item["own_condition"]["time_ids"].shape == (2, 6)
     # As they are stored: what a data loader worker passes on is what the cache holds.
-    halves = [item["winner"], item["loser"], *item["condition"].values(), *cached.unconditional.values()]
+    halves = [item["chosen"], item["rejected"], *item["condition"].values(), *cached.unconditional.values()]
     assert {half.dtype for half in halves} == {torch.bfloat16}
     assert item["own_condition"]["time_ids"].dtype == torch.float32
-    assert same(pairs_in(tmp_path / "wide")[4]["winner"].bfloat16(), item["winner"])
+    assert same(pairs_in(tmp_path / "wide")[4]["chosen"].bfloat16(), item["chosen"])
     assert cached.unconditional["prompt_embeds"].shape == item["condition"]["prompt_embeds"].shape
     assert not torch.equal(cached.unconditional["pooled"], item["condition"]["pooled"])
 
@@ -87,7 +87,7 @@ def test_groups_have_one_shape_each_and_cover_everything(tmp_path: Path) -> None
     cached = pairs_in(tmp_path / "two", two_sizes=True)
     assert len(cached.groups) == 2
     assert sorted(i for group in cached.groups for i in group) == list(range(12))
-    shapes = [{tuple(cached[i]["winner"].shape) for i in group} for group in cached.groups]
+    shapes = [{tuple(cached[i]["chosen"].shape) for i in group} for group in cached.groups]
     assert shapes == [{(3, 2, 3)}, {(3, 3, 2)}] and len(cached.groups[1]) == 3
     drawn = DrawnPairs(cached, 3, DISCRETE, 0)
     assert sorted(i for group in drawn.groups for i in group) == list(range(36))
@@ -117,7 +117,7 @@ def test_workers_give_the_same_items(tmp_path: Path, method: str) -> None:
     alone = batches()
     for one, other in zip(alone, batches(num_workers=2, multiprocessing_context=method), strict=True):
         assert same(one, other)
-    assert alone[0]["winner"].dtype == torch.bfloat16 and alone[0]["noise"].dtype == torch.float32
+    assert alone[0]["chosen"].dtype == torch.bfloat16 and alone[0]["noise"].dtype == torch.float32
     assert alone[0]["timestep"].shape == (5,)
 
 
@@ -227,7 +227,7 @@ def reference_errors(cached: CachedPairs, schedule: NoiseSchedule = DISCRETE, **
 
 def forward(batch: dict[str, Any], schedule: NoiseSchedule, network: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
     """Prediction, target and timesteps of stacked pairs, as a training loop makes them."""
-    samples = torch.cat([batch["winner"], batch["loser"]])
+    samples = torch.cat([batch["chosen"], batch["rejected"]])
     noise, timesteps = (torch.cat([batch[name], batch[name]]) for name in ("noise", "timestep"))
     own = batch["own_condition"]["time_ids"]
     condition = {name: torch.cat([t, t]) for name, t in batch["condition"].items()}
@@ -293,9 +293,9 @@ def test_a_bfloat16_cache_trains_as_its_values_in_float32(tmp_path: Path, traine
     cached = pairs_in(tmp_path, dtype="bfloat16")
     drawn = DrawnPairs(cached, 2, DISCRETE, 2)
     batch = default_collate([drawn[index] for index in range(8)])
-    wide = batch | {half: batch[half].float() for half in ("winner", "loser")}
+    wide = batch | {half: batch[half].float() for half in ("chosen", "rejected")}
     wide["condition"] = {name: tensor.float() for name, tensor in batch["condition"].items()}
-    sent = [sum(t.numel() * t.element_size() for t in (b["winner"], b["loser"])) for b in (batch, wide)]
+    sent = [sum(t.numel() * t.element_size() for t in (b["chosen"], b["rejected"])) for b in (batch, wide)]
     assert sent[1] == 2 * sent[0]
     given: list[torch.dtype] = []
 
@@ -321,7 +321,7 @@ def test_with_the_policy_equal_to_the_reference_the_gap_vanishes(tmp_path: Path)
     prediction, target, timesteps = forward(batch, DISCRETE, network)
     stacked = torch.cat([batch["ref_error"][:, 0], batch["ref_error"][:, 1]])
     out = SIPOLoss(DISCRETE, method="diffusion_dpo")(prediction, None, target, timesteps, ref_error=stacked)
-    assert out.reward_gap.abs().max() < 1e-6 * out.ref_error.min()
+    assert out.error_gap.abs().max() < 1e-6 * out.ref_error.min()
 
 
 @pytest.mark.parametrize("changes", [{"batch_size": 1}, {"batch_size": 64}, {"num_workers": 2}])
@@ -604,7 +604,7 @@ def test_the_errors_on_disk_are_what_the_arithmetic_says(tmp_path: Path) -> None
     counted = sum(t.nbytes for place in range(12) for t in references.at(place))
     size = ModelSize(0, (3, 2, 3), ((8, 4), (4,)), "16x24")
     assert describe_savings(size, pairs=12, draws=3, seen=0).error_bytes == counted
-    latents = sum(cached[i][half].nbytes for i in range(12) for half in ("winner", "loser"))
+    latents = sum(cached[i][half].nbytes for i in range(12) for half in ("chosen", "rejected"))
     assert describe_savings(size, pairs=12, draws=3, seen=0, stored_bytes=4).latent_bytes == latents
 
 

@@ -226,11 +226,11 @@ def test_both_halves_are_flipped_and_cropped_alike(tmp_path: Path) -> None:
 
     lefts, flips = set(), 0
     for index in range(40):
-        winner, loser, own = cache.pair(index)
+        chosen, rejected, own = cache.pair(index)
         assert torch.equal(own["time_ids"][0], own["time_ids"][1])
         flip = derive_seed(5, 100, index) % 2 == 1
         left = int(own["time_ids"][0, 3])
-        for stored, source in ((winner, image), (loser, other)):
+        for stored, source in ((chosen, image), (rejected, other)):
             # 20x40 covers 16x16 as 16x32
             whole = fit(read_media(source).pixels, 16, 32, flip=flip).pixels[:, :, left : left + 16]
             assert torch.equal(stored, torch.nn.functional.avg_pool2d(as_floats(whole), 8))
@@ -401,9 +401,9 @@ def test_real_families_from_files_to_reference_errors(tmp_path: Path, name: str)
     for index, record in enumerate(open_pairs(data)):
         item = cached[index]
         pixels = fit(read_media(record.rejected, frames).pixels, 32, 32).pixels
-        assert torch.equal(item["winner"], item["loser"]) is False
+        assert torch.equal(item["chosen"], item["rejected"]) is False
         latents = family.encode_pixels(pipeline, pixels[None])[0]
-        torch.testing.assert_close(item["loser"], latents, rtol=1e-4, atol=1e-4)  # another batch size
+        torch.testing.assert_close(item["rejected"], latents, rtol=1e-4, atol=1e-4)  # another batch size
         text = family.encode_text(pipeline, [record.prompt])[0]
         for key, tensor in text.items():
             assert item["condition"][key].shape == tensor.shape
@@ -422,7 +422,7 @@ def test_real_families_from_files_to_reference_errors(tmp_path: Path, name: str)
     item = drawn[7]
     condition = {key: tensor[None] for key, tensor in item["condition"].items()}
     condition |= {key: tensor[1:] for key, tensor in item.get("own_condition", {}).items()}
-    sample, noise, level = item["loser"][None], item["noise"][None], item["timestep"][None]
+    sample, noise, level = item["rejected"][None], item["noise"][None], item["timestep"][None]
     with torch.no_grad():
         prediction = family.predict(network, schedule.add_noise(sample, noise, level), level, condition)
     error = (prediction - schedule.target(sample, noise, level)).double().square().mean()

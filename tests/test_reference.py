@@ -16,7 +16,7 @@ from sipo_kernels.options import METHODS, RATIOS, REDUCTIONS
 from sipo_kernels.reference import ReferenceOutput, pair_grad, pair_loss
 
 CASES = load_cases()
-PER_SAMPLE = ("model_error", "ref_error", "reward_gap", "log_ratio", "weight")
+PER_SAMPLE = ("model_error", "ref_error", "error_gap", "log_ratio", "weight")
 
 
 def close(actual: Tensor, expected: Tensor, rtol: float = 1e-12, atol: float = 1e-15) -> None:
@@ -122,7 +122,7 @@ def test_gradient_against_finite_differences(seed: int, pairs: int) -> None:
 
 @given(st.integers(0, 2**32), st.integers(1, 5))
 @settings(max_examples=30, deadline=None)
-def test_swapping_winners_and_losers_negates_dpo(seed: int, pairs: int) -> None:
+def test_swapping_chosen_and_rejected_negates_dpo(seed: int, pairs: int) -> None:
     batch = make_batch(seed, pairs)
     swapped = {name: value.roll(pairs, 0) for name, value in batch.items()}
     out = pair_loss(**batch, method="diffusion_dpo", beta=50.0)
@@ -143,14 +143,14 @@ def test_policy_equal_to_reference(seed: int, method: str, ratio: str, pairs: in
     batch["ref_pred"] = batch["model_pred"]
     out = pair_loss(**batch, method=method, beta=1000.0, ratio=ratio)
     assert torch.equal(out.logits, torch.zeros(pairs, dtype=torch.float64))
-    winner, loser = out.weight.chunk(2)
+    chosen, rejected = out.weight.chunk(2)
     share = out.mask.double()
     if method == "dpo_cm":
-        share = share * torch.minimum(winner, loser)
+        share = share * torch.minimum(chosen, rejected)
     close(out.loss, math.log(2) * share.mean())
     if method != "dpo_cm":
         close(out.loss, math.log(2) * out.metrics()["active_fraction"])
-    assert out.metrics()["implicit_acc"] == 0.5
+    assert out.metrics()["rewards/accuracies"] == 0.5
     # the gradient is not zero: §6 with sigmoid(0) = ½
     grad = pair_grad(**batch, method="diffusion_dpo", beta=1000.0)
     sign = torch.cat([torch.ones(pairs), -torch.ones(pairs)]).double().reshape(-1, 1, 1)
@@ -175,7 +175,7 @@ def test_gap_keeps_its_accuracy_next_to_the_reference() -> None:
     # exact: model = t + 1, ref = t + 1 + 2⁻⁴⁰, so the gap is 1 − (1 + 2⁻⁴⁰)² = −2⁻³⁹ − 2⁻⁸⁰
     target = torch.zeros(2, 5, dtype=torch.float64)
     out = pair_loss(target + 1, target + 1 + 2.0**-40, target, method="diffusion_dpo", beta=1.0)
-    assert out.reward_gap.tolist() == [-(2.0**-39) - 2.0**-80] * 2
+    assert out.error_gap.tolist() == [-(2.0**-39) - 2.0**-80] * 2
 
 
 def test_shared_target_and_given_reference_errors() -> None:
@@ -185,10 +185,10 @@ def test_shared_target_and_given_reference_errors() -> None:
     out = pair_loss(**batch, **options)
     shared = pair_loss(**{**batch, "target": batch["target"][:3]}, **options)
     assert torch.equal(shared.loss, out.loss)
-    assert torch.equal(shared.reward_gap, out.reward_gap)
+    assert torch.equal(shared.error_gap, out.error_gap)
     numbers = pair_loss(**{**batch, "ref_pred": None}, ref_error=out.ref_error, **options)
     assert torch.equal(numbers.ref_error, out.ref_error)
-    close(numbers.reward_gap, out.model_error - out.ref_error, rtol=0, atol=0)
+    close(numbers.error_gap, out.model_error - out.ref_error, rtol=0, atol=0)
     close(numbers.logits, out.logits, rtol=1e-10)
 
 
@@ -197,7 +197,7 @@ def test_error_weight_multiplies_the_gap_alone() -> None:
     c = torch.tensor([1.0, 2.0, 0.5, 3.0, 1.0, 0.25], dtype=torch.float64)
     plain = pair_loss(**batch, method="sipo", beta=40.0)
     out = pair_loss(**batch, method="sipo", beta=40.0, error_weight=c)
-    term = c * plain.weight * plain.reward_gap
+    term = c * plain.weight * plain.error_gap
     close(out.logits, -20.0 * (term[:3] - term[3:]))
     assert torch.equal(out.log_ratio, plain.log_ratio)
     close(pair_loss(**batch, method="sipo", beta=20.0, error_weight=2 * c).loss, out.loss)
@@ -213,7 +213,7 @@ def test_reductions() -> None:
 
 @pytest.mark.parametrize("logit", [-800.0, -30.0, -21.0, 0.0, 21.0, 30.0, 800.0])
 def test_softplus_is_exact_far_out(logit: float) -> None:
-    # one element, d = 1: with reference errors of 1 and 1 + 2·logit/β, logits = ½·β·gap of the loser's
+    # one element, d = 1: with reference errors of 1 and 1 + 2·logit/β, logits = ½·β·gap of the rejected sample's
     model, beta = torch.ones(2, 1), 2.0
     ref_error = torch.tensor([1.0, 1.0 - logit], dtype=torch.float64)
     out = pair_loss(model, None, torch.zeros(2, 1), method="diffusion_dpo", beta=beta, ref_error=ref_error)
@@ -231,7 +231,7 @@ def masked_batch(ratios: list[float]) -> dict[str, Any]:
 
 
 def test_weight_clip_mask_and_metrics_by_hand() -> None:
-    # winners 1, 0.95, 0.5, 0; losers 0.97, 0.85, 1, 1
+    # chosen samples 1, 0.95, 0.5, 0; rejected samples 0.97, 0.85, 1, 1
     batch = masked_batch([1.0, 0.95, 0.5, 0.0, 0.97, 0.85, 1.0, 1.0])
     weights = [1.0, 0.95, 0.9, 0.9, 0.97, 0.9, 1.0, 1.0]
     out = pair_loss(**batch, method="sipo", beta=16.0)
@@ -244,12 +244,12 @@ def test_weight_clip_mask_and_metrics_by_hand() -> None:
     assert out.loss.item() == pytest.approx(loss, rel=1e-13)
     expected = {
         "loss": loss,
-        "implicit_acc": 0.5,  # 4.5·0.03 > 0, 4.5·0.05 > 0, two below 0
+        "rewards/accuracies": 0.5,  # 4.5·0.03 > 0, 4.5·0.05 > 0, two below 0
         "model_mse": 1.0,
         "ref_mse": 0.0625 * 25,
-        "reward_margin": sum(logits) / 4,
-        "win_gap": -0.5625,
-        "lose_gap": -0.5625,
+        "rewards/margins": sum(logits) / 4,
+        "chosen_gap": -0.5625,
+        "rejected_gap": -0.5625,
         "weight_mean": sum(weights) / 8,
         "clip_fraction": 3 / 8,
         "active_fraction": 0.25,
@@ -319,7 +319,8 @@ def test_without_ratio_scale() -> None:
 
 
 def poisoned(kind: float, masked: bool) -> dict[str, Any]:
-    """Three pairs; pair 1's winner holds one bad element, its loser is at the terminal step if ``masked``."""
+    """Three pairs; pair 1's chosen sample holds one bad element, its rejected sample is at the terminal step if "
+    "``masked``."""
     batch = make_batch(7, 3, scale=0.01)
     batch["model_pred"][1, 0, 1] = kind
     if masked:
@@ -346,12 +347,12 @@ def test_skip_leaves_a_broken_pair_out(kind: float, method: str) -> None:
     assert metrics["nonfinite_pairs"] == 1 and metrics["active_fraction"].item() == pytest.approx(2 / 3)
     close(metrics["loss"], kept.loss * 2 / 3)
     for name in (
-        "implicit_acc",
+        "rewards/accuracies",
         "model_mse",
         "ref_mse",
-        "reward_margin",
-        "win_gap",
-        "lose_gap",
+        "rewards/margins",
+        "chosen_gap",
+        "rejected_gap",
         "weight_mean",
     ):
         close(metrics[name], kept_metrics[name])
@@ -398,7 +399,7 @@ def test_propagate_without_a_mask() -> None:
         # logits of NaN are neither above 0 nor a tie
         assert out.metrics()["model_mse"].isnan() and out.metrics()["ref_mse"].isfinite()
         share = ((out.logits[0] > 0).double() + (out.logits[2] > 0).double()) / 3
-        assert out.metrics()["implicit_acc"] == share
+        assert out.metrics()["rewards/accuracies"] == share
 
 
 def test_infinite_upstream_gradient_leaves_zeros_alone() -> None:

@@ -1,4 +1,4 @@
-"""The pair loss's relatives (math.md §5 and §6): links, label smoothing and winner preserving, on every backend."""
+"""The pair loss's relatives (math.md §5 and §6): loss types, label smoothing and the safeguard, on every backend."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ from torch import Tensor
 from sipo import NoiseSchedule, SIPOLoss
 from sipo.recipe.config import LossConfig
 from sipo_kernels import METHODS, pair_loss, reference
-from sipo_kernels.options import LINKS, Settings
+from sipo_kernels.options import LOSS_TYPES, Settings
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
-SMOOTHED = [(link, s) for link in LINKS for s in (0.0, 0.1, 0.4) if s == 0 or link in ("sigmoid", "dmpo")]
+SMOOTHED = [
+    (loss_type, s) for loss_type in LOSS_TYPES for s in (0.0, 0.1, 0.4) if s == 0 or loss_type in ("sigmoid", "dmpo")
+]
 
 # ---- Golden numbers --------------------------------------------------------------------------------------------------
 
-# (z, ℓ(z), −ℓ'(z)) by link and label_smoothing. Made once with mpmath: ℓ as the papers write it (with p = 1/(1 + e^−z):
-# −(1−ε) ln p − ε ln(1−p); (z − 1/2)²; max(0, 1−z); p ln(p/(1−ε)) + (1−p) ln((1−p)/ε), where ε is 1e-6 for 0), −ℓ' by
+# (z, ℓ(z), −ℓ'(z)) by loss type and label_smoothing. Made once with mpmath: ℓ as the papers write it
+# (with p = 1/(1 + e^−z): −(1−ε) ln p − ε ln(1−p); (z − 1/2)²; max(0, 1−z); p ln(p/(1−ε)) + (1−p) ln((1−p)/ε), where ε is 1e-6 for 0), −ℓ' by
 # mp.diff, with 60 digits; at |z| = 10,000 with 9,000, and by a central difference of step 1e-4000.
-LINK_VALUES: dict[tuple[str, float], list[tuple[float, float, float]]] = {
+LOSS_TYPE_VALUES: dict[tuple[str, float], list[tuple[float, float, float]]] = {
     ("sigmoid", 0.0): [
         (-10000.0, 10000.0, 1.0),
         (-40.0, 40.0, 1.0),
@@ -106,14 +108,14 @@ LINK_VALUES: dict[tuple[str, float], list[tuple[float, float, float]]] = {
 
 # Two pairs of two elements, one aligned (⟨g_w, g_l⟩ > 0) and one not, with settings, loss, λ of each pair and gradient.
 # Made likewise, with the weights held constant: the derivative of the mean loss by each element with mp.diff, the
-# loser's times λ = min((1−μ) |g_w|² / ⟨g_w, g_l⟩, 1), which is 1 where the inner product is negative.
+# rejected sample's times λ = min((1−μ) |g_w|² / ⟨g_w, g_l⟩, 1), which is 1 where the inner product is negative.
 MODEL = [[0.5, -0.25], [0.25, 0.75], [1.0, -0.5], [-0.5, 0.375]]
 REF = [[0.625, -0.5], [0.5, 0.5], [0.75, -0.25], [-0.25, 0.5]]
 TARGET = [[0.125, 0.25], [0.0, 0.5], [0.25, 0.125], [0.25, 0.25]]
 SCALE, WEIGHT = [0.125, 0.25, 0.0625, 0.375], [1.5, 1.0, 0.75, 0.5]
 PAIR_VALUES: list[tuple[dict[str, Any], float, list[float], list[list[float]]]] = [
     (
-        {"link": "sigmoid", "label_smoothing": 0.125, "winner_preserving": 0.25},
+        {"loss_type": "sigmoid", "label_smoothing": 0.125, "safeguard": 0.25},
         0.5528719432781651,
         [0.9921567867765283, 1.0],
         [
@@ -124,7 +126,7 @@ PAIR_VALUES: list[tuple[dict[str, Any], float, list[float], list[list[float]]]] 
         ],
     ),
     (
-        {"link": "ipo", "label_smoothing": 0.0, "winner_preserving": 0.5},
+        {"loss_type": "ipo", "label_smoothing": 0.0, "safeguard": 0.5},
         0.08710609452680154,
         [0.6614378578510188, 1.0],
         [
@@ -135,7 +137,7 @@ PAIR_VALUES: list[tuple[dict[str, Any], float, list[float], list[list[float]]]] 
         ],
     ),
     (
-        {"link": "hinge", "label_smoothing": 0.0, "winner_preserving": 0.375},
+        {"loss_type": "hinge", "label_smoothing": 0.0, "safeguard": 0.375},
         0.523885740452968,
         [0.8267973223137736, 1.0],
         [
@@ -146,7 +148,7 @@ PAIR_VALUES: list[tuple[dict[str, Any], float, list[float], list[list[float]]]] 
         ],
     ),
     (
-        {"link": "dmpo", "label_smoothing": 0.125, "winner_preserving": 1.0},
+        {"loss_type": "dmpo", "label_smoothing": 0.125, "safeguard": 1.0},
         0.22715183318519835,
         [0.0, 1.0],
         [
@@ -160,7 +162,8 @@ PAIR_VALUES: list[tuple[dict[str, Any], float, list[float], list[list[float]]]] 
 
 
 def at_logits(z: list[float]) -> dict[str, Any]:
-    """Pairs of one element with exactly these logits at β = 2, in float64; the winner's gradient is −ℓ'(z) · 2/B."""
+    """Pairs of one element with exactly these logits at β = 2, in float64; the chosen sample's gradient is −ℓ'(z) "
+    "· 2/B."""
     logits = torch.tensor(z, dtype=F64, device=DEVICE)
     ones = torch.ones(2 * len(z), dtype=F64, device=DEVICE)
     return {
@@ -173,11 +176,11 @@ def at_logits(z: list[float]) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize(("link", "smoothing"), LINK_VALUES)
-def test_golden_links(link: str, smoothing: float, backend: str) -> None:
-    z, loss, pull = map(list, zip(*LINK_VALUES[link, smoothing], strict=True))
+@pytest.mark.parametrize(("loss_type", "smoothing"), LOSS_TYPE_VALUES)
+def test_golden_links(loss_type: str, smoothing: float, backend: str) -> None:
+    z, loss, pull = map(list, zip(*LOSS_TYPE_VALUES[loss_type, smoothing], strict=True))
     call = at_logits(z)
-    out = pair_loss(**call, link=link, label_smoothing=smoothing, reduction="none", backend=backend)
+    out = pair_loss(**call, loss_type=loss_type, label_smoothing=smoothing, reduction="none", backend=backend)
     assert out.logits.tolist() == z
     torch.testing.assert_close(out.loss.detach().cpu(), torch.tensor(loss, dtype=F64), rtol=1e-13, atol=1e-14)
     out.loss.sum().backward()
@@ -187,7 +190,7 @@ def test_golden_links(link: str, smoothing: float, backend: str) -> None:
     torch.testing.assert_close(out.coef.cpu(), grad, rtol=0, atol=0)  # d is 1
 
 
-@pytest.mark.parametrize("case", PAIR_VALUES, ids=lambda case: case[0]["link"])
+@pytest.mark.parametrize("case", PAIR_VALUES, ids=lambda case: case[0]["loss_type"])
 def test_golden_pairs(case: tuple[dict[str, Any], float, list[float], list[list[float]]], backend: str) -> None:
     options, loss, share, grad = case
     model, ref, target, scale, weight = (
@@ -198,7 +201,7 @@ def test_golden_pairs(case: tuple[dict[str, Any], float, list[float], list[list[
     out, got = run(batch, backend, **options)
     torch.testing.assert_close(out.loss.item(), loss, rtol=1e-13, atol=0)
     torch.testing.assert_close(got.cpu(), torch.tensor(grad, dtype=F64), rtol=1e-13, atol=1e-16)
-    plain, _ = run(batch, backend, **{**options, "winner_preserving": None})
+    plain, _ = run(batch, backend, **{**options, "safeguard": None})
     assert torch.equal(plain.loss, out.loss)
     active = plain.coef.cpu()[2:] != 0
     ratio = (out.coef / plain.coef).cpu()[2:][active]
@@ -221,24 +224,25 @@ PUBLISHED: dict[str, Callable[[Tensor, float, float], Tensor]] = {
 }
 
 
-def published(model: Tensor, batch: Batch, beta: float, link: str, smoothing: float, mu: float | None) -> Tensor:
-    """Diffusion-DPO with that link as a training script has it, and Safeguarded DPO's λ, here for each pair."""
+def published(model: Tensor, batch: Batch, beta: float, loss_type: str, smoothing: float, mu: float | None) -> Tensor:
+    """Diffusion-DPO with that loss type as a training script has it, and Safeguarded DPO's λ, here for each pair."""
     errors = F.mse_loss(model, batch.target, reduction="none").flatten(1).mean(1)
-    winner, loser = errors.chunk(2)
+    chosen, rejected = errors.chunk(2)
     if mu is not None:
         left = model.detach().requires_grad_()
         own = F.mse_loss(left, batch.target, reduction="none").flatten(1).mean(1).sum()
-        g_winner, g_loser = torch.autograd.grad(own, left)[0].flatten(1).chunk(2)
-        inner = (g_winner * g_loser).sum(1)
-        share = ((1 - mu) * g_winner.square().sum(1) / inner).clamp(0, 1).where(inner > 0, 1)
-        loser = loser.detach() + share * (loser - loser.detach())
-    ref_winner, ref_loser = F.mse_loss(batch.ref_pred, batch.target, reduction="none").flatten(1).mean(1).chunk(2)
-    h = 0.5 * ((ref_winner - ref_loser) - (winner - loser))
-    return PUBLISHED[link](h, beta, smoothing).mean()
+        g_chosen, g_rejected = torch.autograd.grad(own, left)[0].flatten(1).chunk(2)
+        inner = (g_chosen * g_rejected).sum(1)
+        share = ((1 - mu) * g_chosen.square().sum(1) / inner).clamp(0, 1).where(inner > 0, 1)
+        rejected = rejected.detach() + share * (rejected - rejected.detach())
+    ref_chosen, ref_rejected = F.mse_loss(batch.ref_pred, batch.target, reduction="none").flatten(1).mean(1).chunk(2)
+    h = 0.5 * ((ref_chosen - ref_rejected) - (chosen - rejected))
+    return PUBLISHED[loss_type](h, beta, smoothing).mean()
 
 
 def aligned_batch(shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...] = (F32,) * 3, **options: Any) -> Batch:
-    """As :func:`cases.make_batch`, losers' errors being like winners', as of shared noise; the last pair's opposed."""
+    """As :func:`cases.make_batch`, rejected samples' errors being like chosen samples', as of shared noise; the "
+    "last pair's opposed."""
     batch = make_batch(shape, (F64,) * 3, **options)
     pairs = shape[0] // 2
     target = batch.target if batch.target.shape[0] == shape[0] else torch.cat([batch.target] * 2)
@@ -262,11 +266,11 @@ def aligned_batch(shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...] = (F32
 def test_reference_is_what_the_papers_say(
     choice: tuple[str, float], mu: float | None, shape: tuple[int, ...], logit: float, seed: int
 ) -> None:
-    link, smoothing = choice
+    loss_type, smoothing = choice
     batch = aligned_batch(shape, (F64,) * 3, seed=seed)
-    options: dict[str, Any] = {"method": "diffusion_dpo", "link": link, "label_smoothing": smoothing}
-    options |= {"winner_preserving": mu, "beta": beta_for(batch, logit, method="diffusion_dpo")}
-    paper = published(batch.model_pred, batch, options["beta"], link, smoothing, mu)
+    options: dict[str, Any] = {"method": "diffusion_dpo", "loss_type": loss_type, "label_smoothing": smoothing}
+    options |= {"safeguard": mu, "beta": beta_for(batch, logit, method="diffusion_dpo")}
+    paper = published(batch.model_pred, batch, options["beta"], loss_type, smoothing, mu)
     (expected,) = torch.autograd.grad(paper, batch.model_pred)
     ours = reference.pair_loss(*batch[:3], **options).loss
     (by_autograd,) = torch.autograd.grad(ours, batch.model_pred)
@@ -276,14 +280,14 @@ def test_reference_is_what_the_papers_say(
     torch.testing.assert_close(reference_grad(batch, **options), by_autograd, rtol=1e-11, atol=1e-13 * size)
 
 
-@pytest.mark.parametrize(("link", "smoothing"), SMOOTHED)
+@pytest.mark.parametrize(("loss_type", "smoothing"), SMOOTHED)
 @pytest.mark.parametrize("method", METHODS)
-def test_gradient_against_finite_differences(link: str, smoothing: float, method: str) -> None:
+def test_gradient_against_finite_differences(loss_type: str, smoothing: float, method: str) -> None:
     """With the weights held where they are: to the gradient they are constants (§4)."""
     batch = make_batch((4, 3), (F64,) * 3, weighted=True, seed=3)
     # what posterior ratios depend on is the policy itself; at a scale of 0 they are 1 and stay it
     batch.ratio_scale.zero_()
-    options = {"method": method, "beta": 7.0, "link": link, "label_smoothing": smoothing}
+    options = {"method": method, "beta": 7.0, "loss_type": loss_type, "label_smoothing": smoothing}
 
     def loss(model: Tensor) -> Tensor:
         return reference.pair_loss(
@@ -300,15 +304,15 @@ def test_gradient_against_finite_differences(link: str, smoothing: float, method
 def assert_gradient_within_budget(batch: Batch, grad: Tensor, coef: Tensor, options: dict[str, Any]) -> None:
     """That of ``cases.assert_within_budget``, and what the logit's own budget of 1e-5 (1 + |z|) makes of −ℓ'(z).
 
-    −ℓ' of a smoothed link or of ipo goes through 0, near which no relative error of it is bounded by z's.
+    −ℓ' of a smoothed loss type or of ipo goes through 0, near which no relative error of it is bounded by z's.
     """
     truth, exact = run_reference(batch, **options), reference_grad(batch, **options).double()
     slack = 1e-5 * (1 + truth.logits.abs())
-    if options["link"] == "hinge":  # steep at its kink only
+    if options["loss_type"] == "hinge":  # steep at its kink only
         slack = slack * ((truth.logits - 1).abs() <= slack)
     method, c = options["method"], 1 if batch.error_weight is None else batch.error_weight.double()
     a = truth.weight if method in ("sipo", "sdpo") else 1  # sdpo's is the smaller of the pair's, no more than this
-    steepest = 2.0 if options["link"] == "ipo" else 1.0 + 14.0 * (options["link"] == "dmpo")  # of |ℓ''|: §5
+    steepest = 2.0 if options["loss_type"] == "ipo" else 1.0 + 14.0 * (options["loss_type"] == "dmpo")  # of |ℓ''|: §5
     common = 0.5 * options["beta"] * 2 / exact[0].numel() / (1 if options["reduction"] == "sum" else len(slack))
     both = torch.cat([slack, slack]) * torch.cat([truth.mask, truth.mask]) * a * c * steepest * common
     target = batch.target if batch.target.shape[0] == len(both) else torch.cat([batch.target] * 2)
@@ -354,7 +358,7 @@ def test_matches_reference(
     batch = aligned_batch(shape, dtypes, shared_target=shared, weighted=weighted, seed=seed, device=DEVICE)
     options: dict[str, Any] = {"method": method, "ratio": ratio, "mask_threshold": 0.9 if masked else 0.0}
     options |= {"beta": beta_for(batch, logit, **options), "reduction": reduction}
-    options |= {"link": choice[0], "label_smoothing": choice[1], "winner_preserving": mu}
+    options |= {"loss_type": choice[0], "label_smoothing": choice[1], "safeguard": mu}
     out, grad = run(batch, backend, **options)
     truth = run_reference(batch, **options)
     z = truth.logits
@@ -373,12 +377,12 @@ def test_a_long_sample_keeps_its_inner_product(backend: str, dtype: torch.dtype)
     if backend == "triton":  # the interpreter is slow: just long enough for half precision to be summed in float32
         shape = (4, 3, 211, 104) if dtype == BF16 else (4, 3, 71, 50)
     batch = aligned_batch(shape, (dtype,) * 3, distance=0.05, device=DEVICE)
-    options: dict[str, Any] = {"method": "diffusion_dpo", "winner_preserving": 0.25}
+    options: dict[str, Any] = {"method": "diffusion_dpo", "safeguard": 0.25}
     options["beta"] = beta_for(batch, 3.0, **options)
     out, _ = run(batch, backend, **options)
-    plain, _ = run(batch, backend, **{**options, "winner_preserving": None})
-    d_winner, d_loser = (batch.model_pred.detach().double() - batch.target.double()).flatten(1).chunk(2)
-    share = 0.75 * d_winner.square().sum(1) / (d_winner * d_loser).sum(1)
+    plain, _ = run(batch, backend, **{**options, "safeguard": None})
+    d_chosen, d_rejected = (batch.model_pred.detach().double() - batch.target.double()).flatten(1).chunk(2)
+    share = 0.75 * d_chosen.square().sum(1) / (d_chosen * d_rejected).sum(1)
     expected = torch.tensor([share[0], 1.0], dtype=F64)
     assert 0.5 < expected[0] < 0.999 and share[1] < 0
     torch.testing.assert_close((out.coef / plain.coef)[2:].double(), expected, rtol=1e-6, atol=0)
@@ -391,21 +395,23 @@ def test_a_long_sample_keeps_its_inner_product(backend: str, dtype: torch.dtype)
 def test_where_nothing_is_aligned_the_bits_are_those_of_a_plain_call(backend: str) -> None:
     batch = aligned_batch((6, 3, 50), (BF16,) * 3, device=DEVICE)
     model = batch.model_pred.detach().clone()
-    model[3:5] = 2 * batch.target[3:5] - model[3:5]  # every loser's error turned away from its winner's
+    model[3:5] = (
+        2 * batch.target[3:5] - model[3:5]
+    )  # every rejected sample's error turned away from its chosen sample's
     opposed = batch._replace(model_pred=model.requires_grad_())
     options: dict[str, Any] = {"method": "sipo", "beta": 20.0, "mask_threshold": 0.0}
     plain, grad = run(opposed, backend, **options)
-    safe, safe_grad = run(opposed, backend, **options, winner_preserving=0.9)
+    safe, safe_grad = run(opposed, backend, **options, safeguard=0.9)
     assert torch.equal(safe_grad, grad) and torch.equal(safe.coef, plain.coef) and torch.equal(safe.loss, plain.loss)
 
 
-def test_mu_of_one_stops_the_loser_where_it_is_aligned(backend: str) -> None:
+def test_mu_of_one_stops_the_rejected_where_it_is_aligned(backend: str) -> None:
     batch = aligned_batch((6, 3, 50), device=DEVICE)
     options: dict[str, Any] = {"method": "sipo", "beta": 20.0, "mask_threshold": 0.0}
     _, plain = run(batch, backend, **options)
-    _, grad = run(batch, backend, **options, winner_preserving=1.0)
+    _, grad = run(batch, backend, **options, safeguard=1.0)
     assert not grad[3:5].any() and plain[3:5].all()
-    keep = [0, 1, 2, 5]  # the winners, and the loser that points elsewhere
+    keep = [0, 1, 2, 5]  # the chosen samples, and the rejected sample that points elsewhere
     assert torch.equal(grad[keep], plain[keep]) and bool(plain[keep].any(1).all())
 
 
@@ -416,71 +422,72 @@ def test_mu_of_one_stops_the_loser_where_it_is_aligned(backend: str) -> None:
     mu=st.sampled_from([0.0, 0.2, 0.9]),
     seed=st.integers(0, 10_000),
 )
-def test_the_winner_does_not_get_worse_to_first_order(
+def test_the_chosen_does_not_get_worse_to_first_order(
     method: str, choice: tuple[str, float], mu: float, seed: int
 ) -> None:
     """Both outputs moved by what descent asks of the two together, where the pair pulls at all (−ℓ' > 0).
 
-    Safeguarded DPO's proposition: the winner's error then changes by no more than −μ of what its own gradient makes.
+    Safeguarded DPO's proposition: the chosen sample's error then changes by no more than −μ of what its own gradient
+    makes.
     """
     batch = aligned_batch((8, 3, 7), (F64,) * 3, weighted=True, seed=seed)
-    options: dict[str, Any] = {"method": method, "mask_threshold": 0.0, "winner_preserving": mu}
-    options |= {"beta": beta_for(batch, 4.0, **options), "link": choice[0], "label_smoothing": choice[1]}
-    (g_winner, g_loser) = reference_grad(batch, **options).flatten(1).chunk(2)
+    options: dict[str, Any] = {"method": method, "mask_threshold": 0.0, "safeguard": mu}
+    options |= {"beta": beta_for(batch, 4.0, **options), "loss_type": choice[0], "label_smoothing": choice[1]}
+    (g_chosen, g_rejected) = reference_grad(batch, **options).flatten(1).chunk(2)
     d = (batch.model_pred.detach() - batch.target).flatten(1)[:4]
-    pulls = (g_winner * d).sum(1) > 0  # the winner's coefficient is positive
-    worse = -(d * (g_winner + g_loser)).sum(1)
-    own = (d * g_winner).sum(1)
+    pulls = (g_chosen * d).sum(1) > 0  # the chosen sample's coefficient is positive
+    worse = -(d * (g_chosen + g_rejected)).sum(1)
+    own = (d * g_chosen).sum(1)
     assert bool((worse <= -mu * own + 1e-12 * own.abs())[pulls].all())
     if bool(pulls[0]):  # without it the aligned ones can: the test would not see that otherwise
-        without = reference_grad(batch, **{**options, "winner_preserving": None}).flatten(1).chunk(2)[1]
-        assert bool((without.abs() >= g_loser.abs()).all())
+        without = reference_grad(batch, **{**options, "safeguard": None}).flatten(1).chunk(2)[1]
+        assert bool((without.abs() >= g_rejected.abs()).all())
 
 
-def test_winner_preserving_is_needed() -> None:
-    """The plain gradient does push a winner away, so that the property above says something."""
+def test_safeguard_is_needed() -> None:
+    """The plain gradient does push a chosen sample away, so that the property above says something."""
     batch = aligned_batch((2, 3, 7), (F64,) * 3, weighted=False, seed=1)
     far = (batch.target + (batch.model_pred.detach() - batch.target) * torch.tensor([0.3, 1.0]).view(2, 1, 1)).detach()
     batch = batch._replace(model_pred=far.requires_grad_())
     d = (far - batch.target).flatten(1)[0]
     for mu, worse in ((None, True), (0.1, False)):
-        g = reference_grad(batch, method="diffusion_dpo", beta=1.0, winner_preserving=mu).flatten(1).sum(0)
+        g = reference_grad(batch, method="diffusion_dpo", beta=1.0, safeguard=mu).flatten(1).sum(0)
         assert (-(d * g).sum() > 0) == worse
 
 
-@pytest.mark.parametrize("link", LINKS)
-def test_logits_beyond_all_bounds(link: str, backend: str) -> None:
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_logits_beyond_all_bounds(loss_type: str, backend: str) -> None:
     """Infinite ones have the limits of the formulas; NaN stays NaN, in its own pair."""
     call = at_logits([math.inf, -math.inf, math.nan, 1e300, 0.25])
-    smoothing = 0.1 if link in ("sigmoid", "dmpo") else 0.0
-    out = pair_loss(**call, link=link, label_smoothing=smoothing, reduction="none", backend=backend)
+    smoothing = 0.1 if loss_type in ("sigmoid", "dmpo") else 0.0
+    out = pair_loss(**call, loss_type=loss_type, label_smoothing=smoothing, reduction="none", backend=backend)
     high, low, broken, huge, plain = out.loss.tolist()
     limits = {
         "sigmoid": (math.inf, math.inf),  # ε of the labels are wrong for sure
         "ipo": (math.inf, math.inf),
         "hinge": (0.0, math.inf),
         "dmpo": (-math.log(0.9), -math.log(0.1)),
-    }[link]
+    }[loss_type]
     assert (high, low) == pytest.approx(limits, rel=1e-14) and math.isnan(broken)
-    assert huge == pytest.approx({"sigmoid": 1e299, "ipo": math.inf, "hinge": 0.0, "dmpo": -math.log(0.9)}[link])
-    truth = reference.pair_loss(**call, link=link, label_smoothing=smoothing, reduction="none")
+    assert huge == pytest.approx({"sigmoid": 1e299, "ipo": math.inf, "hinge": 0.0, "dmpo": -math.log(0.9)}[loss_type])
+    truth = reference.pair_loss(**call, loss_type=loss_type, label_smoothing=smoothing, reduction="none")
     assert plain == pytest.approx(truth.loss[4].item(), rel=1e-14)
     pull = out.coef[:5].tolist()  # 2 · −ℓ'
-    if link == "hinge":
+    if loss_type == "hinge":
         assert pull[:2] == [0.0, 2.0]
-    if link == "dmpo":
+    if loss_type == "dmpo":
         assert pull[:2] == [0.0, 0.0] and pull[3] == 0
     assert math.isnan(pull[2])
     skipped = pair_loss(
-        **call, link=link, label_smoothing=smoothing, reduction="none", nonfinite="skip", backend=backend
+        **call, loss_type=loss_type, label_smoothing=smoothing, reduction="none", nonfinite="skip", backend=backend
     )
     assert skipped.loss[:3].tolist() == [0.0] * 3 and skipped.coef[[0, 1, 2, 5, 6, 7]].tolist() == [0.0] * 6
     assert skipped.loss[4] == out.loss[4]
 
 
-def test_a_broken_pair_keeps_to_itself_with_winner_preserving(backend: str) -> None:
+def test_a_broken_pair_keeps_to_itself_with_safeguard(backend: str) -> None:
     batch = aligned_batch((8, 3, 50), device=DEVICE)
-    options: dict[str, Any] = {"method": "sipo", "beta": 20.0, "mask_threshold": 0.0, "winner_preserving": 0.5}
+    options: dict[str, Any] = {"method": "sipo", "beta": 20.0, "mask_threshold": 0.0, "safeguard": 0.5}
     _, clean = run(batch, backend, **options)
     model = batch.model_pred.detach().clone()
     model[1, 0, 3] = math.nan
@@ -506,7 +513,7 @@ def test_dmpo_rests_where_the_model_says_what_the_labels_do(backend: str) -> Non
     """σ(z) = 1 − ε: no loss and no gradient; ever less of both towards it."""
     odds = math.log(0.9 / 0.1)
     call = at_logits([odds - 1, odds - 0.01, odds, odds + 0.01])
-    out = pair_loss(**call, link="dmpo", label_smoothing=0.1, reduction="none", backend=backend)
+    out = pair_loss(**call, loss_type="dmpo", label_smoothing=0.1, reduction="none", backend=backend)
     assert out.loss.tolist()[2] == pytest.approx(0, abs=1e-15) and out.coef[2].abs() < 1e-14
     assert out.loss[0] > out.loss[1] > 1e-7 and out.coef[0] > out.coef[1] > 0 > out.coef[3]
 
@@ -517,7 +524,7 @@ def test_dmpo_rests_where_the_model_says_what_the_labels_do(backend: str) -> Non
 def test_through_the_operator_and_compiled(backend: str) -> None:
     batch = aligned_batch((4, 3, 20), device=DEVICE)
     options: dict[str, Any] = {"method": "sipo", "beta": 20.0, "mask_threshold": 0.0}
-    options |= {"link": "dmpo", "label_smoothing": 0.2, "winner_preserving": 0.25}
+    options |= {"loss_type": "dmpo", "label_smoothing": 0.2, "safeguard": 0.25}
     out, grad = run(batch, backend, **options)
 
     def step(model: Tensor) -> Tensor:
@@ -526,7 +533,7 @@ def test_through_the_operator_and_compiled(backend: str) -> None:
     loss = torch.compile(step, fullgraph=True, backend="aot_eager")(batch.model_pred)
     (compiled,) = torch.autograd.grad(loss, batch.model_pred)
     assert torch.equal(loss, out.loss) and torch.equal(compiled, grad)
-    plain = {**options, "winner_preserving": None}
+    plain = {**options, "safeguard": None}
     loss = torch.compile(
         lambda model: pair_loss(model, *batch[1:3], ratio_scale=batch.ratio_scale, backend=backend, **plain).loss,
         fullgraph=True,
@@ -546,18 +553,18 @@ def test_every_setting_reaches_the_operator() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"link": "tanh"}, "link='tanh': expected one of sigmoid, ipo, hinge, dmpo"),
+        ({"loss_type": "tanh"}, "loss_type='tanh': expected one of sigmoid, ipo, hinge, dmpo"),
         ({"label_smoothing": 0.5}, "label_smoothing=0.5: expected 0 <= label_smoothing < 0.5"),
         ({"label_smoothing": -0.1}, "label_smoothing=-0.1: expected 0 <= label_smoothing < 0.5"),
         ({"label_smoothing": math.nan}, "label_smoothing=nan: expected"),
         (
-            {"label_smoothing": 0.1, "link": "ipo"},
-            "label_smoothing=0.1 with link='ipo': expected 0, or link 'sigmoid' or 'dmpo'",
+            {"label_smoothing": 0.1, "loss_type": "ipo"},
+            "label_smoothing=0.1 with loss_type='ipo': expected 0, or loss_type 'sigmoid' or 'dmpo'",
         ),
-        ({"label_smoothing": 0.1, "link": "hinge"}, "label_smoothing=0.1 with link='hinge'"),
-        ({"winner_preserving": 1.5}, "winner_preserving=1.5: expected None"),
-        ({"winner_preserving": -0.1}, "winner_preserving=-0.1: expected None"),
-        ({"winner_preserving": True}, "winner_preserving=True is a bool: expected a number"),
+        ({"label_smoothing": 0.1, "loss_type": "hinge"}, "label_smoothing=0.1 with loss_type='hinge'"),
+        ({"safeguard": 1.5}, "safeguard=1.5: expected None"),
+        ({"safeguard": -0.1}, "safeguard=-0.1: expected None"),
+        ({"safeguard": True}, "safeguard=True is a bool: expected a number"),
         ({"label_smoothing": "0.1"}, "label_smoothing='0.1' is a str: expected a number"),
     ],
 )
@@ -574,7 +581,7 @@ def test_errors(options: dict[str, Any], message: str) -> None:
 
 
 def test_module_and_configuration_hand_them_on() -> None:
-    config = LossConfig(beta=50.0, link="dmpo", label_smoothing=0.1, winner_preserving=0.5, mask_threshold=0.0)
+    config = LossConfig(beta=50.0, loss_type="dmpo", label_smoothing=0.1, safeguard=0.5, mask_threshold=0.0)
     options = dataclasses.asdict(config)
     del options["num_inference_steps"]
     batch = aligned_batch((4, 2, 3, 3))
@@ -595,6 +602,6 @@ def test_repr_shows_what_is_not_the_default() -> None:
         f"reduction='mean', nonfinite='propagate', backend='auto', schedule={schedule!r})"
     )
     assert repr(SIPOLoss(schedule)) == before
-    assert repr(SIPOLoss(schedule, label_smoothing=0, winner_preserving=None)) == before
-    changed = repr(SIPOLoss(schedule, link="dmpo", winner_preserving=0.0))
-    assert changed == before.replace("'propagate',", "'propagate', link='dmpo', winner_preserving=0.0,")
+    assert repr(SIPOLoss(schedule, label_smoothing=0, safeguard=None)) == before
+    changed = repr(SIPOLoss(schedule, loss_type="dmpo", safeguard=0.0))
+    assert changed == before.replace("'propagate',", "'propagate', loss_type='dmpo', safeguard=0.0,")

@@ -36,7 +36,9 @@ CONFIG: dict[str, Any] = {
 
 def run_folder(folder: Path, config: dict[str, Any] | None = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [{"step": step, "loss": 0.6, "implicit_acc": 0.5, "model_mse": 1.1, "ref_mse": 1.0} for step in (1, 10)]
+    lines = [
+        {"step": step, "loss": 0.6, "rewards/accuracies": 0.5, "model_mse": 1.1, "ref_mse": 1.0} for step in (1, 10)
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if config is not None:
         (folder / "config.yaml").write_text(yaml.safe_dump(config))

@@ -75,7 +75,7 @@ def test_a_run_leaves_what_it_says(trained: tuple[str, Path]) -> None:
     run = folder / "run"
     assert steps_of(folder) == [1, 2, 3, 4] and steps_of(folder, "validation") == [2, 4]
     lines = read_lines(run / "metrics.jsonl")
-    assert lines[0]["reward_margin"] == pytest.approx(0, abs=1e-3)  # the policy still is the reference
+    assert lines[0]["rewards/margins"] == pytest.approx(0, abs=1e-3)  # the policy still is the reference
     assert lines[-1]["model_mse"] != lines[-1]["ref_mse"]
     kept = config.from_dict(yaml.safe_load((run / "config.yaml").read_text()))
     assert kept == config.load(example(name), options(folder, 4))
@@ -411,8 +411,8 @@ def test_two_processes_are_one_with_twice_the_batch(shared: Path, tmp_path: Path
                 # AdamW's first steps make much of a gradient's last bits, and beta more of what comes of it. The margin
                 # is half of beta (1000) times a difference of two gaps that may nearly cancel: it is as exact as they.
                 budget, least = 1e-5 if single["step"] == 1 else 5e-3, 1e-6
-                if key.endswith("reward_margin"):
-                    gaps = (abs(single[key.replace("reward_margin", gap)]) for gap in ("win_gap", "lose_gap"))
+                if key.endswith("rewards/margins"):
+                    gaps = (abs(single[key.replace("rewards/margins", gap)]) for gap in ("chosen_gap", "rejected_gap"))
                     least += budget * 500 * sum(gaps)
                 if single[key] is None:  # a spread of one step
                     assert double[key] is None, (key, single["step"])

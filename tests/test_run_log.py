@@ -26,7 +26,7 @@ __all__ = ["fresh_accelerate"]  # a fixture
 
 
 def metrics(step: int, **values: Any) -> dict[str, Any]:
-    return {"step": step, "loss": 0.6, "implicit_acc": 0.5, "seconds": 1.5} | values
+    return {"step": step, "loss": 0.6, "rewards/accuracies": 0.5, "seconds": 1.5} | values
 
 
 def levels(step: int, **values: Any) -> dict[str, Any]:
@@ -60,7 +60,7 @@ DAMAGED: list[tuple[bytes | dict[str, Any], str]] = [
     (metrics(2, loss=[0.6]), "loss=[…], expected a finite number or null"),
     (metrics(2, loss=float("nan")), "loss=nan, expected a finite number or null"),
     (metrics(2, loss=10**400), "loss=an integer of 1329 bits, expected a finite number or null"),
-    (metrics(2, implicit_acc=1.5), "implicit_acc=1.5, expected a number from 0 to 1"),
+    (metrics(2, **{"rewards/accuracies": 1.5}), "rewards/accuracies=1.5, expected a number from 0 to 1"),
     (metrics(2, ref_mse=-0.1), "ref_mse=-0.1, expected at least 0"),
     (metrics(2, nonfinite_pairs=0.5), "nonfinite_pairs=0.5, expected a count"),
     (metrics(2, nonfinite_steps=-1), "nonfinite_steps=-1, expected a count"),

@@ -75,19 +75,22 @@ def test_rewards_are_those_on_paper() -> None:
     pairs, c = Pairs(11), 0.3
     pairs.images[:3] = pairs.images[:3].flip(1)  # labelled the other way round
     scores = score(Constant(c), Constant(0.0), pairs, prediction_type="sample", draws=4)
-    winners, losers = pairs.images.double().mean(dim=(2, 3, 4)).unbind(1)
-    for found, se, means in ((scores.chosen, scores.chosen_se, winners), (scores.rejected, scores.rejected_se, losers)):
+    chosen, rejected = pairs.images.double().mean(dim=(2, 3, 4)).unbind(1)
+    for found, se, means in (
+        (scores.chosen, scores.chosen_se, chosen),
+        (scores.rejected, scores.rejected_se, rejected),
+    ):
         torch.testing.assert_close(found, -0.5 * BETA * (c * c - 2 * c * means), rtol=1e-5, atol=1e-5)
         assert se.max() < 1e-5  # nothing hangs on the draw
-    torch.testing.assert_close(scores.margin, BETA * c * (winners - losers), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scores.margin, BETA * c * (chosen - rejected), rtol=1e-5, atol=1e-5)
     assert (scores.beta, scores.draws, len(scores)) == (BETA, 4, 11)
     summary = scores.summary()
-    right = (winners > losers).double()
+    right = (chosen > rejected).double()
     assert 0.5 < right.mean() < 1
     assert summary["accuracy"] == pytest.approx(right.mean().item())
     smooth = (right.sum().item() + 1) / 13  # one pair more of each kind
     assert summary["accuracy_se"] == pytest.approx((smooth * (1 - smooth) / 11) ** 0.5)
-    assert summary["margin"] == pytest.approx((BETA * c * (winners - losers)).mean().item(), rel=1e-5)
+    assert summary["margin"] == pytest.approx((BETA * c * (chosen - rejected)).mean().item(), rel=1e-5)
     assert summary["decided"] == 1.0 and summary["decided_accuracy"] == summary["accuracy"]
 
 
@@ -107,10 +110,10 @@ def test_levels_are_stratified() -> None:
     """x0 predicted as c·t/T: the gap is c²u² − 2cu·mean(x0), whose mean over u in [0, 1] is c²/3 − c·mean(x0)."""
     pairs, c, draws = Pairs(50), 2.0, 32
     scores = score(Constant(c, by_level=True), Constant(0.0), pairs, prediction_type="sample", draws=draws)
-    winners = pairs.images.double().mean(dim=(2, 3, 4))[:, 0]
-    error = scores.chosen + 0.5 * BETA * (c * c / 3 - c * winners)
+    chosen = pairs.images.double().mean(dim=(2, 3, 4))[:, 0]
+    error = scores.chosen + 0.5 * BETA * (c * c / 3 - c * chosen)
     # 16 strata: within one, u spreads by 1/16/√12, and the gap by at most its slope times that.
-    bound = 0.5 * BETA * (2 * c * c + 2 * c * winners.abs()) / (16 * 12**0.5) / draws**0.5
+    bound = 0.5 * BETA * (2 * c * c + 2 * c * chosen.abs()) / (16 * 12**0.5) / draws**0.5
     assert (error.abs() < 4 * bound + 0.02).all()  # the pool stands for the levels to 1/√65536
     random = 0.5 * BETA * c * c * 0.3 / draws**0.5  # sd(u²) = 0.298: what random levels would leave
     assert error.std() < 0.3 * random

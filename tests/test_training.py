@@ -51,11 +51,11 @@ def test_first_step_is_ln_2_times_the_active_share(tmp_path: Path) -> None:
     first = result.history[0]
     assert 0 < first["active_fraction"] < 1
     assert first["loss"] == pytest.approx(first["active_fraction"] * LN2, rel=1e-6)
-    assert (first["reward_margin"], first["implicit_acc"], first["win_gap"]) == (0.0, 0.5, 0.0)
+    assert (first["rewards/margins"], first["rewards/accuracies"], first["chosen_gap"]) == (0.0, 0.5, 0.0)
     assert first["grad_norm"] > 1e-3
 
 
-def test_training_prefers_the_winners_and_leaves_the_reference_alone(tmp_path: Path) -> None:
+def test_training_prefers_the_chosen_and_leaves_the_reference_alone(tmp_path: Path) -> None:
     policy, reference = networks()
     untouched = copy.deepcopy(reference)
     config = settings(tmp_path, steps=60, batch_size=8, log_every=20)
@@ -63,7 +63,7 @@ def test_training_prefers_the_winners_and_leaves_the_reference_alone(tmp_path: P
     assert same(reference, untouched) and not reference.training
     assert [line["step"] for line in result.history] == [1, 20, 40, 60]
     assert result.history[-1]["loss"] < 0.8 * LN2
-    assert result.history[-1]["implicit_acc"] > 0.7
+    assert result.history[-1]["rewards/accuracies"] > 0.7
     assert read_lines(result.metrics_path) == result.history
 
 
@@ -73,7 +73,7 @@ def test_one_step_is_that_of_plain_autograd(tmp_path: Path) -> None:
     data, schedule, seed = Pairs(), NoiseSchedule.discrete(), 0
     rows = next(iter(StreamSampler(len(data), 5, seed, 0, 1)))
     items = [data[i] for i in rows]
-    samples = torch.stack([item[half] for half in ("winner", "loser") for item in items])
+    samples = torch.stack([item[half] for half in ("chosen", "rejected") for item in items])
     classes = torch.stack([item["condition"]["class"] for item in items]).repeat(2)
     noise = pair_noise(samples[:5], range(5), seed, torch.Generator()).repeat(2, 1, 1, 1)
     timesteps = step_timesteps(schedule, 5, 0, seed, "uniform").repeat(2)
@@ -266,7 +266,7 @@ def test_tensorboard_and_standard_error_have_the_log(tmp_path: Path, capfd: pyte
     assert logged == [(line["step"], pytest.approx(line["loss"], rel=1e-6)) for line in result.history]
     said = capfd.readouterr().err
     last = result.history[-1]
-    assert f"step 3/3, loss {last['loss']:.3f}, accuracy {last['implicit_acc']:.3f}, active 1.000," in said
+    assert f"step 3/3, loss {last['loss']:.3f}, accuracy {last['rewards/accuracies']:.3f}, active 1.000," in said
 
 
 def test_means_over_a_run_weigh_lines_by_their_steps() -> None:

@@ -111,5 +111,5 @@ def test_adapters_are_switched_off_in_a_compiled_policy(tmp_path: Path, compiled
     policy = Adapted(networks()[0])
     _, other = fit(tmp_path / "compiled", policy=compiled(policy), **options)
     assert same(plain, policy) and untimed(other.history) == untimed(one.history)
-    assert untimed(other.validation) == untimed(one.validation) and other.history[-1]["reward_margin"] != 0.0
+    assert untimed(other.validation) == untimed(one.validation) and other.history[-1]["rewards/margins"] != 0.0
     assert written(tmp_path / "compiled") == written(tmp_path / "plain")

@@ -135,7 +135,7 @@ class Shapes(Pairs):
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = super().__getitem__(index)
         if index % 3 == 0:
-            item |= {half: torch.nn.functional.pad(item[half], (1, 1, 1, 1)) for half in ("winner", "loser")}
+            item |= {half: torch.nn.functional.pad(item[half], (1, 1, 1, 1)) for half in ("chosen", "rejected")}
         return item
 
 
@@ -160,10 +160,10 @@ class Drawn(Pairs):
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = super().__getitem__(index)
         generator = torch.Generator().manual_seed(index)
-        item["noise"] = torch.randn(item["winner"].shape, generator=generator)
+        item["noise"] = torch.randn(item["chosen"].shape, generator=generator)
         item["timestep"] = torch.randint(1000, (), generator=generator)
         if self.reference is not None:
-            both = torch.stack([item["winner"], item["loser"]])
+            both = torch.stack([item["chosen"], item["rejected"]])
             level = item["timestep"].repeat(2)
             noise = item["noise"].expand_as(both)
             noisy = loss().schedule.add_noise(both, noise, level)
@@ -187,7 +187,7 @@ def test_training_from_reference_errors_is_training_with_the_reference(tmp_path:
         policies.append((*fit(tmp_path / name, policy=policy, data=data, learning_rate=1e-3, **options), policy))
     (a, with_network, _), (b, with_errors, _) = policies
     for one, other in zip(with_network.history, with_errors.history, strict=True):
-        for metric in ("loss", "reward_margin", "ref_mse", "win_gap", "active_fraction"):
+        for metric in ("loss", "rewards/margins", "ref_mse", "chosen_gap", "active_fraction"):
             assert one[metric] == pytest.approx(other[metric], rel=1e-4, abs=1e-6), metric
     for one, other in zip(a.parameters(), b.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=2e-5)
@@ -205,10 +205,10 @@ def test_fixed_draws_are_used_and_no_others(tmp_path: Path) -> None:
     items = [data[i] for i in data.seen[:4]]
     noisy, timesteps = seen[0]
     assert timesteps.tolist() == 2 * [item["timestep"].item() for item in items]
-    winners = loss().schedule.add_noise(
-        torch.stack([i["winner"] for i in items]), torch.stack([i["noise"] for i in items]), timesteps[:4]
+    chosen = loss().schedule.add_noise(
+        torch.stack([i["chosen"] for i in items]), torch.stack([i["noise"] for i in items]), timesteps[:4]
     )
-    assert torch.equal(noisy[:4], winners)
+    assert torch.equal(noisy[:4], chosen)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_fixed_draws_are_used_and_no_others(tmp_path: Path) -> None:
         (Drawn(Network(), extra=("noise", "timestep")), {}, "'ref_error' without 'noise' and 'timestep'"),
         (Drawn(Network()), {}, "items have 'ref_error' and a reference was given"),
         (Drawn(), {"reference": None}, "reference=None: expected 'ref_error' in the items"),
-        (Drawn(extra=("loser",)), {}, "an item has the keys winner, .*: expected 'loser' among them"),
+        (Drawn(extra=("rejected",)), {}, "an item has the keys chosen, .*: expected 'rejected' among them"),
         (Pairs(), {"caption_dropout": 0.1}, "caption_dropout=0.1: expected a data set with 'unconditional'"),
     ],
 )
@@ -231,7 +231,7 @@ def test_items_that_do_not_fit_are_refused_in_one_line(
 
 
 class Own(Pairs):
-    """Winner and loser are told apart."""
+    """Chosen and rejected sample are told apart."""
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return super().__getitem__(index) | {"own_condition": {"size": torch.tensor([[index, 1], [index, 2]])}}
@@ -309,7 +309,7 @@ def test_the_policy_without_its_adapter_is_as_good_as_a_copy(tmp_path: Path, pre
     (copied, one), (switched, other) = results
     assert same(copied.adapter, switched.adapter)
     assert untimed(one.history) == untimed(other.history)
-    assert one.history[-1]["win_gap"] != 0 < copied.adapter.weight.abs().sum()
+    assert one.history[-1]["chosen_gap"] != 0 < copied.adapter.weight.abs().sum()
 
 
 def test_full_training_against_itself_keeps_its_gradients_under_autocast(tmp_path: Path) -> None:

@@ -259,7 +259,7 @@ def test_wrong_reference_errors_are_warned_about_by_their_logits() -> None:
     right = (prediction.float() - target).square().mean((1, 2, 3))
     for factor, logit, warned in ((1.0, 1e-3, False), (1.03, 5.0, True)):
         errors = right.clone()
-        errors[:4] *= factor  # the winners'
+        errors[:4] *= factor  # the chosen samples'
         output = loss(method="diffusion_dpo", beta=5000.0)(prediction, None, target, T500, ref_error=errors)
         first = FirstStep(Accelerator(cpu=True))
         first.add(prediction, errors, target, output, errors=True)

@@ -131,7 +131,7 @@ def test_a_tracker_of_the_callers_sees_every_number_and_stays_open(tmp_path: Pat
     result = train(policy, reference, loss(), Pairs(), predict, config, accelerator=accelerator, validation=Pairs(4))
     assert [step for step, _ in tracker.lines] == [1, 2, 2]
     assert tracker.lines[1][1]["train/loss"] == result.history[1]["loss"]
-    assert tracker.lines[2][1]["validation/implicit_acc"] == result.validation[0]["validation/implicit_acc"]
+    assert tracker.lines[2][1]["validation/rewards/accuracies"] == result.validation[0]["validation/rewards/accuracies"]
     assert accelerator.trackers == [tracker] and not tracker.finished
 
 

@@ -52,7 +52,7 @@ class Grouped(Pairs):
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = super().__getitem__(index)
         if index >= 16:
-            item |= {half: item[half][:, :3] for half in ("winner", "loser")}
+            item |= {half: item[half][:, :3] for half in ("chosen", "rejected")}
         return item
 
 
@@ -354,8 +354,8 @@ def test_the_gradient_of_two_processes_is_that_of_one(two: Path, tmp_path: Path)
 def test_in_bf16_a_sharded_policy_starts_as_its_reference_is(two: Path) -> None:
     # FSDP2 alone would round the timesteps that it is called with to bfloat16, and the reference's not.
     first, second = facts(two, "sharded bf16")["history"]
-    assert (first["reward_margin"], first["win_gap"], first["implicit_acc"]) == (0.0, 0.0, 0.5)
-    assert second["reward_margin"] != 0.0
+    assert (first["rewards/margins"], first["chosen_gap"], first["rewards/accuracies"]) == (0.0, 0.0, 0.5)
+    assert second["rewards/margins"] != 0.0
 
 
 def test_everything_was_at_work(two: Path) -> None:

@@ -31,9 +31,9 @@ def informative(schedule: NoiseSchedule | None = None, **options: Any) -> Inform
     return InformativeTimesteps(loss_fn, CPU, 0, "uniform")
 
 
-def show(statistics: InformativeTimesteps, levels: list[float], winner: list[float], loser: list[float]) -> None:
+def show(statistics: InformativeTimesteps, levels: list[float], chosen: list[float], rejected: list[float]) -> None:
     dtype = torch.long if statistics.bin_of.kind == "discrete" else torch.float32
-    statistics.add(torch.tensor(levels, dtype=dtype), Output(torch.tensor(winner + loser).log()))
+    statistics.add(torch.tensor(levels, dtype=dtype), Output(torch.tensor(chosen + rejected).log()))
 
 
 def read(statistics: InformativeTimesteps) -> None:
@@ -181,7 +181,7 @@ def test_informative_timesteps_need_a_mask_levels_and_draws_of_the_run(tmp_path:
     class Fixed(Pairs):
         def __getitem__(self, index: int) -> dict[str, Any]:
             item = super().__getitem__(index)
-            return item | {"noise": torch.zeros_like(item["winner"]), "timestep": torch.tensor(3)}
+            return item | {"noise": torch.zeros_like(item["chosen"]), "timestep": torch.tensor(3)}
 
     with pytest.raises(ValueError, match="informative': the items have draws of their own, expected 'all'"):
         fit(tmp_path, data=Fixed(), loss_fn=loss(mask_threshold=0.9), timestep_sampling="informative")

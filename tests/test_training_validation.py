@@ -143,7 +143,7 @@ def test_validation_is_the_loss_of_every_pair_once(tmp_path: Path) -> None:
     schedule = NoiseSchedule.discrete()
     timesteps = step_timesteps(schedule, 10, 0, derive_seed(0, VALIDATION, 0), "uniform")
     items = [held_out[i] for i in range(10)]
-    samples = torch.stack([item[half] for half in ("winner", "loser") for item in items])
+    samples = torch.stack([item[half] for half in ("chosen", "rejected") for item in items])
     noise = pair_noise(samples[:10], range(10), derive_seed(0, VALIDATION, 1), torch.Generator())
     noisy = schedule.add_noise(samples, noise.repeat(2, 1, 1, 1), timesteps.repeat(2))
     condition = {"class": torch.stack([item["condition"]["class"] for item in items]).repeat(2)}
@@ -156,7 +156,7 @@ def test_validation_is_the_loss_of_every_pair_once(tmp_path: Path) -> None:
         )
     for name, value in out.metrics().items():
         assert two[f"validation/{name}"] == pytest.approx(value.item(), rel=1e-5, abs=1e-7), name
-    assert 0 < two["validation/implicit_acc"] < 1
+    assert 0 < two["validation/rewards/accuracies"] < 1
 
 
 # ---------------------------------------------------------------- pairs that are not finite
@@ -261,8 +261,14 @@ def test_processes_with_different_numbers_of_finite_pairs_count_them_alike() -> 
 @pytest.mark.parametrize("method", ["diffusion_dpo", "dpo_cm", "sipo", "sdpo"])
 @pytest.mark.parametrize(
     "relative",
-    [{}, {"label_smoothing": 0.2}, {"link": "ipo"}, {"link": "hinge"}, {"link": "dmpo", "label_smoothing": 0.1}],
-    ids=lambda relative: relative.get("link", "sigmoid"),
+    [
+        {},
+        {"label_smoothing": 0.2},
+        {"loss_type": "ipo"},
+        {"loss_type": "hinge"},
+        {"loss_type": "dmpo", "label_smoothing": 0.1},
+    ],
+    ids=lambda relative: relative.get("loss_type", "sigmoid"),
 )
 def test_the_loss_of_no_preference_is_that_of_the_reference_itself(method: str, relative: dict[str, Any]) -> None:
     loss_fn = loss(method=method, mask_threshold=0.8, **relative)
@@ -270,7 +276,7 @@ def test_the_loss_of_no_preference_is_that_of_the_reference_itself(method: str, 
     found = validation_of(Pairs(10), loss_fn)(policy, 1)
     assert found["no_preference_loss"] == pytest.approx(found["loss"], rel=1e-6) and found["loss"] > 0
     each = {"sigmoid": math.log(2), "ipo": 0.25, "hinge": 1.0, "dmpo": -math.log(2 * math.sqrt(0.1 * 0.9))}
-    value = each[relative.get("link", "sigmoid")] * found["active_fraction"]
+    value = each[relative.get("loss_type", "sigmoid")] * found["active_fraction"]
     if method == "dpo_cm":  # weights between 0.9 and 1
         assert 0.9 * value <= found["loss"] < value
     else:

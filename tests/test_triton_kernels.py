@@ -294,7 +294,7 @@ def test_fusing_changes_no_bit_of_odd_shapes(
     _assert_same_bits(*_both_ways(batch, method=method, reduction="none"))
     errors = torch.linspace(0.5, 1.5, shape[0], dtype=F64, device=DEVICE)
     _assert_same_bits(*_both_ways(batch, errors, method=method, reduction="sum"))
-    _assert_same_bits(*_both_ways(batch, method=method, link="dmpo", winner_preserving=0.25))
+    _assert_same_bits(*_both_ways(batch, method=method, loss_type="dmpo", safeguard=0.25))
 
 
 def test_fusing_changes_no_bit_of_other_layouts(small_device: Device, poisoned: None) -> None:
@@ -313,10 +313,10 @@ def test_fusing_changes_no_bit_of_other_layouts(small_device: Device, poisoned: 
 def test_masked_and_broken_pairs_stay_alone(small_device: Device, poisoned: None) -> None:
     clean = make_batch((10, 3, 107), device=DEVICE)
     scale = clean.ratio_scale.clone()
-    scale[[3, 8]] = math.inf  # pairs 3 masked by its winner, as a terminal step is
+    scale[[3, 8]] = math.inf  # pairs 3 masked by its chosen sample, as a terminal step is
     model = clean.model_pred.detach().clone()
     model[3, 1, 5], model[8, 0, 0] = math.inf, math.nan  # whatever a masked pair holds
-    model[6, 2, 100] = math.nan  # loser of pair 1, which is not masked
+    model[6, 2, 100] = math.nan  # rejected sample of pair 1, which is not masked
     before, _ = _both_ways(clean, mask_threshold=0.1, reduction="none")
     after, two = _both_ways(Batch(model, *clean[1:3], scale), mask_threshold=0.1, reduction="none", skip_nonfinite=True)
     _assert_same_bits(after, two)
@@ -619,6 +619,6 @@ def test_settings_reach_the_kernel_in_float64() -> None:
         kernel = JITFunction(kernel.fn)
     wide = {p.name for p in kernel.params if p.annotation_type == "fp64"}
     assert wide == {
-        *("beta", "clip_min", "clip_max", "mask_threshold", "loss_scale", "smoothing", "winner_preserving"),
+        *("beta", "clip_min", "clip_max", "mask_threshold", "loss_scale", "smoothing", "safeguard"),
         *("log_label", "log_other", "top", "expected_number"),
     }

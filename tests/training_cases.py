@@ -50,7 +50,8 @@ def predict(module: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Any)
 
 
 class Pairs:
-    """Winners are bright, losers dark; ``augment`` draws from every generator that a data set may use."""
+    """Chosen samples are bright, rejected samples dark; ``augment`` draws from every generator that a data set may "
+    "use."""
 
     def __init__(self, count: int = 24, augment: bool = False, fail_after: int | None = None) -> None:
         generator = torch.Generator().manual_seed(3)
@@ -69,10 +70,10 @@ class Pairs:
             if self.left < 0:
                 raise KeyboardInterrupt
         self.seen.append(index)
-        winner, loser = self.images[index]
+        chosen, rejected = self.images[index]
         if self.augment:
-            winner = winner + 0.1 * torch.rand(()) + 0.1 * random.random() + 0.1 * np.random.rand()
-        return {"winner": winner, "loser": loser, "condition": {"class": torch.tensor(index % 3)}}
+            chosen = chosen + 0.1 * torch.rand(()) + 0.1 * random.random() + 0.1 * np.random.rand()
+        return {"chosen": chosen, "rejected": rejected, "condition": {"class": torch.tensor(index % 3)}}
 
 
 class Broken(Pairs):
@@ -86,7 +87,7 @@ class Broken(Pairs):
         step = len(self.seen) // 4 + 1
         item = super().__getitem__(index)
         if self.steps is None or step in self.steps:
-            item["winner"] = torch.full_like(item["winner"], math.nan)
+            item["chosen"] = torch.full_like(item["chosen"], math.nan)
         return item
 
 

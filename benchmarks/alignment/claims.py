@@ -24,15 +24,15 @@ from benchmarks.alignment.estimates import (
     What,
     active_at_end,
     agreement,
+    chosen_gap,
     distance,
     diversity,
     estimate,
     grad_norm,
     grad_norm_spread,
     held_out,
-    losers_gap,
+    rejected_gap,
     reward,
-    winners_gap,
 )
 from benchmarks.alignment.variants import PARTS, RELATIVES, SFT
 from sipo.training.alarms import COLLAPSE_SHARE, DRIFT, collapsing, drifted
@@ -60,7 +60,7 @@ NAMES = {
     "dpo_cm": "DPO-C&M",
     "sipo": "SIPO",
     "sdpo": "SDPO",
-    SFT: "fine-tuning on winners",
+    SFT: "fine-tuning on chosen samples",
 }
 LOW_NOISE = 63
 """Timesteps below it are those that the published work calls uninformative (docs/math.md §3)."""
@@ -77,7 +77,8 @@ def learns(found: Results) -> Claim:
     listed = ", ".join(f"{NAMES[m]} {e}" for m, e in best.items())
     return Claim(
         "every method goes beyond fine-tuning",
-        f"From {base:+.2f} in the base model's samples, fine-tuning on the winners raises the reward to {floor}; "
+        f"From {base:+.2f} in the base model's samples, fine-tuning on the chosen samples raises the reward to "
+        f"{floor}; "
         f"the methods reach, each at its best β, {listed}.",
         all(e.mean - e.half > floor.mean + floor.half for e in best.values()),
     )
@@ -218,15 +219,16 @@ def smaller_not_steadier(found: Results) -> Claim:
     )
 
 
-def winners_get_worse(found: Results) -> Claim:
-    winners, losers = ([found.estimate(what, SIPO.like(beta=b)) for b in BETAS] for what in (winners_gap, losers_gap))
-    rows = list(zip(BETAS, winners, losers, strict=True))
-    listed = ", ".join(f"{winner.mean:+.2f} and {loser.mean:+.2f} at {b:g}" for b, winner, loser in rows)
-    every = [found.estimate(winners_gap, Cell(method=m, beta=b)) for m in METHODS for b in BETAS if b <= 5000]
+def chosen_get_worse(found: Results) -> Claim:
+    chosen, rejected = ([found.estimate(what, SIPO.like(beta=b)) for b in BETAS] for what in (chosen_gap, rejected_gap))
+    rows = list(zip(BETAS, chosen, rejected, strict=True))
+    listed = ", ".join(f"{chosen.mean:+.2f} and {rejected.mean:+.2f} at {b:g}" for b, chosen, rejected in rows)
+    every = [found.estimate(chosen_gap, Cell(method=m, beta=b)) for m in METHODS for b in BETAS if b <= 5000]
     return Claim(
-        "winners get worse with every method, and losers more",
-        f"The errors of winners and losers at the end less the reference's, as shares of it, for SIPO by β: {listed}.",
-        all(e.mean > 0 for e in every) and all(winner.mean < loser.mean for _, winner, loser in rows),
+        "chosen samples get worse with every method, and rejected samples more",
+        "The errors of chosen and rejected samples at the end less the reference's, as shares of it, for SIPO by "
+        f"β: {listed}.",
+        all(e.mean > 0 for e in every) and all(chosen.mean < rejected.mean for _, chosen, rejected in rows),
     )
 
 
@@ -250,16 +252,17 @@ def alarms_tell(found: Results) -> Claim:
         for record in found.of(Cell(method=method, beta=b)):
             end = record["end"]
             alarm = drifted(end["model_mse"], end["ref_mse"]) or collapsing(
-                end["win_gap"], end["lose_gap"], end["ref_mse"]
+                end["chosen_gap"], end["rejected_gap"], end["ref_mse"]
             )
             place = good if record["agreement"] >= 0.9 else broken if record["agreement"] < 0.7 else []
-            place.append((alarm, end["model_mse"] / end["ref_mse"], end["win_gap"] / end["lose_gap"]))
+            place.append((alarm, end["model_mse"] / end["ref_mse"], end["chosen_gap"] / end["rejected_gap"]))
     largest, shared = (max(row[i] for row in good) for i in (1, 2))
     return Claim(
         "the alarms of drift and collapse tell broken runs from good ones",
         f"Of the {len(good)} runs whose samples are read as asked for in at least nine of ten cases, "
-        f"{sum(row[0] for row in good)} end with model_mse over {DRIFT:g} times ref_mse or win_gap over "
-        f"{COLLAPSE_SHARE:g} times lose_gap (their largest are {largest:.1f} and {shared:.2f}); of the {len(broken)} "
+        f"{sum(row[0] for row in good)} end with model_mse over {DRIFT:g} times ref_mse or chosen_gap over "
+        f"{COLLAPSE_SHARE:g} times rejected_gap (their largest are {largest:.1f} and {shared:.2f}); of the "
+        f"{len(broken)} "
         f"where it is under seven of ten, {sum(row[0] for row in broken)} do.",
         not any(row[0] for row in good) and all(row[0] for row in broken),
     )
@@ -375,12 +378,13 @@ def relatives(found: Results) -> Claim:
         f"{name} {found.estimate(reward, cell)} at a distance of {found.estimate(distance, cell).plain(1)}"
         for name, cell in rows.items()
     )
-    safe = rows["winner preserving"]
+    safe = rows["safeguard"]
     nearer, less = (found.difference(what, safe, DPO) for what in (distance, reward))
     return Claim(
-        "preserving the winner keeps samples a little nearer to the data, for a little less reward",
+        "preserving the chosen sample keeps samples a little nearer to the data, for a little less reward",
         f"At β = 1000, where Diffusion-DPO reaches {found.estimate(reward, DPO)} at a distance of "
-        f"{found.estimate(distance, DPO).plain(1)}: {listed}. Seed by seed, preserving the winner changes the distance "
+        f"{found.estimate(distance, DPO).plain(1)}: {listed}. Seed by seed, preserving the chosen sample changes "
+        "the distance "
         f"by {nearer} and the reward by {less}.",
         nearer.mean + nearer.half < 0 and less.mean < 0,
     )
@@ -404,7 +408,7 @@ def video(found: Results) -> Claim:
 
 CLAIMS = (
     learns, sensitive, agreement_needs_beta, sipo_goes_further, mask_stops_training, smaller_not_steadier,
-    winners_get_worse, alarms_tell, one_frontier, diversity_for_reward, variance_at_low_noise, low_noise_teaches_least,
+    chosen_get_worse, alarms_tell, one_frontier, diversity_for_reward, variance_at_low_noise, low_noise_teaches_least,
     on_policy, parts_of_sipo, threshold_and_stride, noise, few_pairs, longer, slant_is_harder, implicit_reward_knows,
     relatives, video,
 )  # fmt: skip

@@ -133,11 +133,11 @@ def grad_norm_spread(record: dict[str, Any]) -> float:
     return float(record["grad_norm"]["std"] / record["grad_norm"]["mean"])
 
 
-def winners_gap(record: dict[str, Any]) -> float:
-    """How much larger than the reference's the winners' error is at the end, as a share of it."""
-    return float(record["end"]["win_gap"] / record["end"]["ref_mse"])
+def chosen_gap(record: dict[str, Any]) -> float:
+    """How much larger than the reference's the chosen samples' error is at the end, as a share of it."""
+    return float(record["end"]["chosen_gap"] / record["end"]["ref_mse"])
 
 
-def losers_gap(record: dict[str, Any]) -> float:
-    """The same of the losers."""
-    return float(record["end"]["lose_gap"] / record["end"]["ref_mse"])
+def rejected_gap(record: dict[str, Any]) -> float:
+    """The same of the rejected samples."""
+    return float(record["end"]["rejected_gap"] / record["end"]["ref_mse"])

@@ -23,15 +23,15 @@ from benchmarks.alignment.estimates import (
     What,
     active_at_end,
     agreement,
+    chosen_gap,
     distance,
     diversity,
     estimate,
     grad_norm,
     grad_norm_spread,
     held_out,
-    losers_gap,
+    rejected_gap,
     reward,
-    winners_gap,
 )
 from benchmarks.alignment.variants import PARTS, RELATIVES, SFT
 from benchmarks.machine import caption
@@ -226,8 +226,8 @@ def training(found: Results) -> Figure:
     panels = (
         ("Norm of the gradient / β", lambda r: grad_norm(r) / r["beta"], "before clipping"),
         ("Its spread over steps", grad_norm_spread, "standard deviation / mean"),
-        ("Rise of the winners' error", winners_gap, "share of the reference's"),
-        ("Rise of the losers' error", losers_gap, "share of the reference's"),
+        ("Rise of the chosen samples' error", chosen_gap, "share of the reference's"),
+        ("Rise of the rejected samples' error", rejected_gap, "share of the reference's"),
     )
     figure, grid = plt.subplots(1, 4, figsize=(14, 3.9), layout="constrained")
     for number, (axes, (title, what, label)) in enumerate(zip(grid, panels, strict=True)):

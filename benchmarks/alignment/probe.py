@@ -16,7 +16,7 @@ PAIRS = 8
 
 
 def levels_of(schedule: Any, count: int = 12) -> Tensor:
-    """Noise levels to look at, closer together where the signal is nearly clean; ``[count]``."""
+    """Noise levels to look at, crejected together where the signal is nearly clean; ``[count]``."""
     top = float(schedule.num_train_timesteps - 1) if schedule.kind == "discrete" else 1.0
     fractions = torch.logspace(-2, 0, count, dtype=torch.float64)
     return (fractions * top).round().long() if schedule.kind == "discrete" else fractions.float()
@@ -56,7 +56,7 @@ def gradient_spread(
         active: dict[str, list[float]] = {name: [] for name in losses}
         for _ in range(BATCHES):
             items = [pairs[int(i)] for i in torch.randint(len(pairs), (PAIRS,), generator=generator)]
-            samples = torch.stack([item[half] for half in ("winner", "loser") for item in items])
+            samples = torch.stack([item[half] for half in ("chosen", "rejected") for item in items])
             noise = torch.randn(samples[:PAIRS].shape, generator=generator).repeat(2, *[1] * (samples.ndim - 1))
             samples, noise = samples.to(device), noise.to(device)
             classes = torch.stack([item["condition"] for item in items]).repeat(2).to(device)

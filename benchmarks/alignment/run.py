@@ -31,7 +31,16 @@ PROBED = Cell(method="diffusion_dpo")
 
 _STATISTICS = ("count", "ratio", "active", "clipped", "coef", "coef_sq", "grad_sq")
 _WINDOWS = ((0.0, 1 / 3), (2 / 3, 1.0))  # early and late, as shares of a run
-_CURVE = ("loss", "implicit_acc", "active_fraction", "win_gap", "lose_gap", "model_mse", "ref_mse", "grad_norm")
+_CURVE = (
+    "loss",
+    "rewards/accuracies",
+    "active_fraction",
+    "chosen_gap",
+    "rejected_gap",
+    "model_mse",
+    "ref_mse",
+    "grad_norm",
+)
 
 
 def run_cell(cell: Cell, *, steps: int | None = None, samples: int | None = None) -> dict[str, Any]:

@@ -188,13 +188,13 @@ def get(name: str) -> Task:
 class RewardPairs(Dataset[dict[str, Tensor]]):
     """Preference pairs: of two images of one class, the one with the higher reward wins.
 
-    Item ``i`` is ``{"winner": [...], "loser": [...], "condition": 0-d int64 class}``.
+    Item ``i`` is ``{"chosen": [...], "rejected": [...], "condition": 0-d int64 class}``.
 
     Args:
         images: to pair up.
         reward: decides.
         count: pairs to draw.
-        noise: share of pairs whose winner and loser are exchanged.
+        noise: share of pairs whose chosen and rejected sample are exchanged.
         fraction: share of the pairs that is kept: the first ones.
         seed: of all draws.
     """
@@ -210,7 +210,7 @@ class RewardPairs(Dataset[dict[str, Tensor]]):
         drawn = torch.randint(len(members), (count,), generator=generator)
         for number, own in enumerate(members):
             rows = torch.nonzero(drawn == number).flatten()
-            while len(rows):  # two of equal reward have no winner
+            while len(rows):  # two of equal reward have no chosen sample
                 picks = own[torch.randint(len(own), (len(rows), 2), generator=generator)]
                 pairs[rows] = picks
                 rows = rows[values[picks[:, 0]] == values[picks[:, 1]]]
@@ -225,9 +225,9 @@ class RewardPairs(Dataset[dict[str, Tensor]]):
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        winner, loser = self.pairs[index]
+        chosen, rejected = self.pairs[index]
         images, labels = self._images
-        return {"winner": images[winner], "loser": images[loser], "condition": labels[winner]}
+        return {"chosen": images[chosen], "rejected": images[rejected], "condition": labels[chosen]}
 
 
 def base_samples(task: Task, cache: Path, count: int = BASE_SAMPLES) -> tuple[Labelled, Labelled]:

@@ -11,7 +11,7 @@ from sipo.loss import SIPOLoss
 from sipo_kernels import PairLossOutput
 
 SFT = "sft"
-"""Supervised fine-tuning on winners: what a method must beat."""
+"""Supervised fine-tuning on chosen samples: what a method must beat."""
 
 # Arguments of SIPOLoss. On sipo, which of its parts does the work (docs/math.md §4): an interval of no width makes
 # every weight 1, one that is wide open clips nothing, and dpo_cm with weights of 1 is a mask on Diffusion-DPO.
@@ -27,10 +27,10 @@ PARTS: dict[str, dict[str, Any]] = {
 }
 RELATIVES: dict[str, dict[str, Any]] = {
     "label smoothing 0.1": {"label_smoothing": 0.1},
-    "ipo": {"link": "ipo"},
-    "hinge": {"link": "hinge"},
-    "dmpo": {"link": "dmpo"},
-    "winner preserving": {"winner_preserving": 0.0},
+    "ipo": {"loss_type": "ipo"},
+    "hinge": {"loss_type": "hinge"},
+    "dmpo": {"loss_type": "dmpo"},
+    "safeguard": {"safeguard": 0.0},
 }
 VARIANTS = {"": {}, **PARTS, **RELATIVES}
 
@@ -38,7 +38,7 @@ VARIANTS = {"": {}, **PARTS, **RELATIVES}
 def make_loss(scheduler: Any, method: str, beta: float, variant: str = "") -> Any:
     """The loss of a method at a β with one of :data:`VARIANTS`; for :data:`SFT`, β only names the metrics' logits."""
     if method == SFT:
-        return WinnersOnly(SIPOLoss(scheduler, method="diffusion_dpo", beta=beta))
+        return ChosenOnly(SIPOLoss(scheduler, method="diffusion_dpo", beta=beta))
     loss_fn = SIPOLoss(scheduler, beta=beta, **({"method": method} | VARIANTS[variant]))
     return MaskedByReference(loss_fn) if variant == "mask by the reference" else loss_fn
 
@@ -68,8 +68,8 @@ class MaskedByReference(torch.nn.Module):
         return out._replace(mask=mask, numbers=None)
 
 
-class WinnersOnly(torch.nn.Module):
-    """The denoising error of the winners, with the pair loss's numbers for the log."""
+class ChosenOnly(torch.nn.Module):
+    """The denoising error of the chosen samples, with the pair loss's numbers for the log."""
 
     def __init__(self, loss_fn: SIPOLoss) -> None:
         super().__init__()

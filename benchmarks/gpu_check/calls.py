@@ -92,7 +92,7 @@ def check_containment(ctx: Context) -> None:
         options["upstream"] = torch.ones(3, device=ctx.device)
         before, grad_before = ctx.run(clean, **options)
         tensors = {name: getattr(clean, name).detach().clone() for name in places}
-        tensors[where][4, 1, 7] = value  # the loser of pair 1
+        tensors[where][4, 1, 7] = value  # the rejected sample of pair 1
         tensors["model_pred"].requires_grad_()
         broken = clean._replace(**tensors)
         label = f"{value} in {where}"

@@ -176,7 +176,7 @@ def check_graph(ctx: Context) -> None:
                 totals.levels.zero_()
                 replay()
                 ctx.same(grad, plain_grad, f"{label}: gradient")
-                for name in ("loss", "logits", "mask", "weight", "reward_gap"):
+                for name in ("loss", "logits", "mask", "weight", "error_gap"):
                     ctx.same(getattr(out, name), getattr(plain, name), f"{label}: {name}")
                 assert plain_totals.metrics is not None and plain_totals.levels is not None
                 ctx.same(totals.metrics, plain_totals.metrics, f"{label}: sums of metrics")
@@ -261,7 +261,8 @@ def _hold_in_chunks(ctx: Context, samples: int, elements: int, chunk: int, share
             target[row, span] = noise(span)
         for s in range(samples):
             model[s, span] = noise(span)
-            # Losers farther from the reference than winners: a gap between the two that is no rounding error.
+            # Rejected samples farther from the reference than chosen samples: a gap between the two that is no rounding
+            # error.
             ref[s, span] = model[s, span].float() + (0.1 if s < samples // 2 else 0.2) * noise(span)
             m, r, t = (x.double() for x in (model[s, span], ref[s, span], target[s % rows, span]))
             sums[s] += torch.stack([(m - t).square().sum(), (r - t).square().sum(), ((m - r) * (m + r - 2 * t)).sum()])

@@ -206,7 +206,7 @@ def check_golden(ctx: Context) -> None:
         model = case.model_pred.to(ctx.device).requires_grad_()
         tensors = (t.to(ctx.device) for t in (case.ref_pred, case.target, case.ratio_scale))
         out, grad = ctx.run(cases.Batch(model, *tensors), **case.settings)
-        for name in ("model_error", "ref_error", "reward_gap", "log_ratio", "weight", "logits", "loss"):
+        for name in ("model_error", "ref_error", "error_gap", "log_ratio", "weight", "logits", "loss"):
             close = torch.isclose(getattr(out, name).cpu(), case.expected[name], rtol=1e-11, atol=1e-14)
             ctx.require(close.all(), f"{case.name}: {name}")
         ctx.require(torch.equal(out.mask.cpu(), case.expected["mask"]), f"{case.name}: mask")
@@ -240,11 +240,11 @@ def check_without_gradient(ctx: Context) -> None:
         with torch.no_grad(), poisoned():
             plain = pair_loss(batch.model_pred, batch.ref_pred, batch.target, **options)
         ctx.require(training.loss.requires_grad and not plain.loss.requires_grad, "who requires grad")
-        for name in ("loss", "model_error", "ref_error", "reward_gap", "log_ratio", "weight", "mask", "logits"):
+        for name in ("loss", "model_error", "ref_error", "error_gap", "log_ratio", "weight", "mask", "logits"):
             ctx.same(getattr(plain, name), getattr(training, name), f"{name} without gradient")
         for name, value in plain.metrics().items():
             ctx.same(value, training.metrics()[name], f"metric {name} without gradient")
         equal = batch._replace(ref_pred=batch.model_pred.detach().clone())
         out, grad = ctx.run(equal, method="sipo", beta=2000.0, mask_threshold=0.0)
-        ctx.require(bool((out.logits == 0).all()) and bool((out.reward_gap == 0).all()), "policy = reference: logits")
+        ctx.require(bool((out.logits == 0).all()) and bool((out.error_gap == 0).all()), "policy = reference: logits")
         ctx.require(bool((grad.flatten(1).norm(dim=1) > 0).all()), "policy = reference: the gradient is not 0")

@@ -269,7 +269,7 @@ class WrongMetrics(Faulty):
     def forward(self, inputs: Inputs, settings: Settings, **options: Any) -> Stats:
         stats = super().forward(inputs, settings, **options)
         if stats.numbers is not None:
-            win, lose = METRICS.index("win_gap"), METRICS.index("lose_gap")
+            win, lose = METRICS.index("chosen_gap"), METRICS.index("rejected_gap")
             stats.numbers[[win, lose]] = stats.numbers[[lose, win]]
         return stats
 

@@ -190,8 +190,8 @@ inline void deinterleave(vfloat a, vfloat b, vfloat& even, vfloat& odd) {
 #endif
 }
 
-// Two vectors of elements. Where the predictions are bfloat16 they may as well be the even and the odd elements: a shift
-// and a mask in place of three shuffles, and whole cache lines to store.
+// Two vectors of elements. Where the predictions are bfloat16 they may as well be the even and the odd elements: a
+// shift and a mask in place of three shuffles, and whole cache lines to store.
 template <bool kEvenOdd, class T, class V> inline void load2(const T* p, V& a, V& b) {
   if constexpr (kEvenOdd && std::is_same_v<T, float>) {
     deinterleave(load_raw<vfloat>(p), load_raw<vfloat>(p + Simd<float>::width), a, b);
@@ -226,8 +226,8 @@ template <class V> inline double lanes(V v) {
 
 template <class T> constexpr bool is_half = sizeof(T) == 2;
 
-// Which type the terms have is accumulate_dtype's decision (sipo_kernels/layout.py): double costs nothing while memory is
-// the limit. Float sums of half-precision terms are kept short: 32 of them in each lane.
+// Which type the terms have is accumulate_dtype's decision (sipo_kernels/layout.py): double costs nothing while memory
+// is the limit. Float sums of half-precision terms are kept short: 32 of them in each lane.
 constexpr int64_t kRun = 64 * Simd<float>::width;
 constexpr int64_t kAhead = 1024;  // bytes
 
@@ -282,7 +282,8 @@ void reduce(const void* mp, const void* rp, const void* tp, int64_t n, double su
   for (int k = 0; k < 3; ++k) sums[k] = total[k];
 }
 
-// ---- §6, relatives: inner product of winner and loser -----------------------------------------------------------
+// ---- §6, relatives: inner product of chosen and rejected sample
+// -----------------------------------------------------------
 
 template <class M, class T>
 double inner(const void* mw, const void* tw, const void* ml, const void* tl, int64_t n) {

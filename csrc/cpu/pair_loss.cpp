@@ -1,5 +1,5 @@
-// The pair loss on a CPU: errors, per-pair arithmetic and gradient in one call, pair by pair, so that the gradient finds
-// the pair's data in cache. Plain C interface for ctypes (sipo_kernels/backends/native.py); no torch headers.
+// The pair loss on a CPU: errors, per-pair arithmetic and gradient in one call, pair by pair, so that the gradient
+// finds the pair's data in cache. Plain C interface for ctypes (sipo_kernels/backends/native.py); no torch headers.
 //
 // Work is cut into chunks of a fixed size whatever the number of threads, and their partial sums are added in order:
 // same input, same bits. Threads meet once per group of pairs; between two meetings nothing is shared.
@@ -148,12 +148,12 @@ struct Args {
   int64_t model_stride, ref_stride, target_stride;
   int64_t pairs, elements;
   const void *ratio_scale, *error_weight, *ref_error;  // [S] or null
-  // Float or double; samples: [6][S], the rows of Stats in sipo_kernels/layout.py; numbers: [kMetrics + 1].
+  // Float or double; samples: [6][S], the rows of Stats in sipo_kernels/output.py; numbers: [kMetrics + 1].
   void *loss, *samples, *logits, *numbers;
   const void* coef;  // sipo_pair_grad: [S], float or double, the upstream gradient included
   bool* mask;
   void* grad;         // null: no gradient. Samples lie `elements` apart
-  float* metrics;     // Totals in sipo_kernels/layout.py: [2][kMetrics] or null
+  float* metrics;     // Totals in sipo_kernels/output.py: [2][kMetrics] or null
   float* levels;      // [kStatistics][bins] or null
   const void* timesteps;  // [B], where there are levels
   double top;
@@ -192,7 +192,8 @@ const char* at(const void* base, int64_t element, int dtype) {
   return static_cast<const char*>(base) + element * kBytesOf[dtype];
 }
 
-// One (sample, chunk) after another; chunks of the group's samples are numbered winner, loser, winner, ...
+// One (sample, chunk) after another; chunks of the group's samples are numbered chosen sample, rejected sample, chosen
+// sample, ...
 struct Group {
   int64_t first_pair, pairs, chunks;  // chunks per sample
   int64_t size() const { return 2 * pairs * chunks; }
@@ -214,14 +215,14 @@ Sample read_sample(const Args& a, const Sums* partial, int64_t s, int64_t chunks
   Sample x{};
   x.model_error = sums[0] / n;
   x.ref_error = a.ref ? sums[1] / n : get(a.ref_error, s, a.ref_error_dtype);
-  x.reward_gap = a.ref ? sums[2] / n : x.model_error - x.ref_error;
+  x.error_gap = a.ref ? sums[2] / n : x.model_error - x.ref_error;
   x.ratio_scale = a.ratio_scale ? get(a.ratio_scale, s, a.ratio_scale_dtype) : 0.0;
   x.error_weight = a.error_weight ? get(a.error_weight, s, a.error_weight_dtype) : 1.0;
   return x;
 }
 
 void write_sample(const Args& a, int64_t s, const Sample& x) {
-  const double rows[6] = {x.model_error, x.ref_error, x.reward_gap, x.log_ratio, x.weight, x.coef};
+  const double rows[6] = {x.model_error, x.ref_error, x.error_gap, x.log_ratio, x.weight, x.coef};
   for (int i = 0; i < 6; ++i) put(a.samples, i * 2 * a.pairs + s, rows[i], a.settings.double_stats);
 }
 
@@ -234,14 +235,15 @@ void reduce_unit(const Args& a, const Kernels& k, int64_t pair, int64_t s, int64
       at(a.target, t * a.target_stride + begin, a.target_dtype), n, sums);
 }
 
-// §6, relatives: what this chunk of a pair adds to Σ d_w · d_l. Its winner was read for its errors shortly before.
+// §6, relatives: what this chunk of a pair adds to Σ d_w · d_l. Its chosen sample was read for its errors shortly
+// before.
 double inner_unit(const Args& a, const Kernels& k, int64_t pair, int64_t chunk) {
-  const int64_t begin = chunk * kChunk, n = std::min(kChunk, a.elements - begin), loser = pair + a.pairs;
+  const int64_t begin = chunk * kChunk, n = std::min(kChunk, a.elements - begin), rejected = pair + a.pairs;
   return k.inner[a.model_dtype][a.target_dtype](
       at(a.model, pair * a.model_stride + begin, a.model_dtype),
       at(a.target, pair * a.target_stride + begin, a.target_dtype),
-      at(a.model, loser * a.model_stride + begin, a.model_dtype),
-      at(a.target, (a.target_shared ? pair : loser) * a.target_stride + begin, a.target_dtype), n);
+      at(a.model, rejected * a.model_stride + begin, a.model_dtype),
+      at(a.target, (a.target_shared ? pair : rejected) * a.target_stride + begin, a.target_dtype), n);
 }
 
 void grad_unit(const Args& a, const Kernels& k, int64_t pair, int64_t s, int64_t chunk, double coef, bool stream) {
@@ -262,13 +264,13 @@ class Report {
  public:
   explicit Report(const Args& a) : a_(a) {}
 
-  void add(int64_t pair, const Sample& winner, const Sample& loser, const Pair& p) {
+  void add(int64_t pair, const Sample& chosen, const Sample& rejected, const Pair& p) {
     double facts[kFacts];
-    pair_facts(winner, loser, p, a_.settings, facts);
+    pair_facts(chosen, rejected, p, a_.settings, facts);
     for (int k = 0; k < kFacts; ++k) sums_[k] += facts[k];
     if (!a_.levels) return;
     double rows[kStatistics];
-    pair_statistics(winner, loser, p, a_.settings, double(a_.elements), rows);
+    pair_statistics(chosen, rejected, p, a_.settings, double(a_.elements), rows);
     float* const bin = a_.levels + level_bin(get(a_.timesteps, pair, a_.timesteps_dtype), a_.bins, a_.top);
     for (int i = 0; i < kStatistics; ++i) bin[i * a_.bins] += float(rows[i]);
   }
@@ -314,7 +316,7 @@ SIPO_API int sipo_pair_loss(const Args* args) {
   const int64_t group = a.grad ? std::max<int64_t>(1, most * cache_bytes() / pair_bytes) : a.pairs;
 
   const std::unique_ptr<Sums[]> partial(new Sums[2 * a.pairs * chunks]);  // not zeroed: each is written before it is read
-  const bool preserving = a.settings.winner_preserving >= 0;
+  const bool preserving = a.settings.safeguard >= 0;
   const std::unique_ptr<double[]> inner(preserving ? new double[a.pairs * chunks] : nullptr);
   Report report(a);  // of thread 0
   Barrier barrier;

@@ -23,11 +23,11 @@ struct Args {
   Numbers ratio_scale, error_weight, ref_error;
   Numbers timesteps;  // of pairs, where there are levels; integers too
   Numbers upstream;   // sipo_cuda_pair_grad: of pairs, with stride 0 if there is one for all; none: 1
-  // Float or double; samples: [6][S], the rows of Stats in sipo_kernels/layout.py; numbers: [kMetrics + 1].
+  // Float or double; samples: [6][S], the rows of Stats in sipo_kernels/output.py; numbers: [kMetrics + 1].
   void *loss, *samples, *logits, *numbers;
   bool* mask;
   void* grad;                 // null: no gradient. Samples lie `elements` apart
-  float *metrics, *levels;    // Totals in sipo_kernels/layout.py: [2][kMetrics], [kStatistics][bins], or null
+  float *metrics, *levels;    // Totals in sipo_kernels/output.py: [2][kMetrics], [kStatistics][bins], or null
   const double* expected_at;  // where the expected upstream gradient is to be read; null: it is `expected`
   double* remembered;         // where the upstream gradient that came is to be kept, or null
   const void* coef;           // sipo_cuda_pair_grad: [S]
@@ -50,7 +50,7 @@ struct Args {
 
 namespace {
 
-// Sums of a pair: three for each sample, and the inner product where the winner is preserved (§6, relatives).
+// Sums of a pair: three for each sample, and the inner product where the chosen sample is preserved (§6, relatives).
 constexpr int kSums = 7;
 
 struct PairReport {  // §8 of one pair
@@ -90,7 +90,7 @@ struct Params : Args {
 
   explicit Params(const Args& a)
       : Args(a),
-        preserving(a.settings.winner_preserving >= 0),
+        preserving(a.settings.safeguard >= 0),
         sums(preserving ? kSums : kSums - 1),
         groups(int32_t((a.pairs + a.group - 1) / a.group)),
         size(double(a.elements)),

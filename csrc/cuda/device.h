@@ -36,8 +36,9 @@ __device__ __forceinline__ Policy normal() {
 
 struct alignas(16) Vec16 { uint32_t word[4]; };
 
-// Loads of inputs (nothing that this kernel writes) into v, which keeps what it holds where the load is not wanted: without
-// a branch, so that many loads are under way together. Past the first-level cache, which shared memory has squeezed small.
+// Loads of inputs (nothing that this kernel writes) into v, which keeps what it holds where the load is not wanted:
+// without a branch, so that many loads are under way together. Past the first-level cache, which shared memory has
+// squeezed small.
 __device__ __forceinline__ void load16(Vec16& v, const void* p, Policy policy, bool wanted) {
   asm volatile(
       "{\n\t.reg .pred wanted;\n\tsetp.ne.b32 wanted, %6, 0;\n\t"
@@ -87,8 +88,8 @@ __device__ __forceinline__ double shuffle_down(double value, int delta) {
   return __shfl_down_sync(0xffffffffu, value, delta);
 }
 
-// x, of which the compiler knows nothing from here on: it cannot work out what follows from x ahead of a loop, and keep it
-// in registers all the way.
+// x, of which the compiler knows nothing from here on: it cannot work out what follows from x ahead of a loop, and keep
+// it in registers all the way.
 __device__ __forceinline__ double opaque(double x) {
   asm volatile("" : "+d"(x));
   return x;

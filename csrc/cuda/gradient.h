@@ -33,7 +33,8 @@ __device__ __forceinline__ void difference(const Args& a, const typename Reader:
   for (int j = 0; j < Reader::kVector; ++j) d[j] = x[j] - y[j];
 }
 
-// Of one thread's elements of a sample. A d in double, of types that float holds, rounds to what float arithmetic makes.
+// Of one thread's elements of a sample. A d in double, of types that float holds, rounds to what float arithmetic
+// makes.
 template <class Reader>
 __device__ __forceinline__ void write_gradient(const Args& a, typename Reader::Wide (&d)[Reader::kVector], double coef,
                                                int64_t sample, int64_t i, Policy policy) {

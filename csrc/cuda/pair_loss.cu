@@ -2,18 +2,19 @@
 // memory, in one launch. Plain C interface for ctypes (sipo_kernels/backends/cuda/launch.py); no torch headers.
 // sipo_kernels/backends/cuda/plan.py decides the numbers.
 //
-// A pair is cut into tiles: kThreads · kVector elements of the winner and the same ones of the loser. The pairs go
-// through in groups; within a group each block has a run of consecutive tiles, and comes back for the gradient of the
-// same run. By then its own shared memory holds d = policy − target of the last `hold` sample tiles; policy and target of
-// the others, loaded with the advice to stay, are in the L2 cache, which the reference and the gradient pass through.
-// The last block to have reduced its part of a group does the arithmetic of the group's pairs. Meanwhile the others
-// reduce the first `lead` tiles of the next group, so that memory is never idle:
+// A pair is cut into tiles: kThreads · kVector elements of the chosen sample and the same ones of the rejected sample.
+// The pairs go through in groups; within a group each block has a run of consecutive tiles, and comes back for the
+// gradient of the same run. By then its own shared memory holds d = policy − target of the last `hold` sample tiles;
+// policy and target of the others, loaded with the advice to stay, are in the L2 cache, which the reference and the
+// gradient pass through. The last block to have reduced its part of a group does the arithmetic of the group's pairs.
+// Meanwhile the others reduce the first `lead` tiles of the next group, so that memory is never idle:
 //
 //     reduce group 0
-//     for each group k: reduce `lead` tiles of k + 1; wait for k's coefficients; gradient of k; reduce the rest of k + 1
+//     for each group k: reduce `lead` tiles of k + 1; wait for k's coefficients; gradient of k; reduce the rest of k +
+// 1
 //
-// Waiting needs every block to be on the chip at once: such a launch is a cooperative one, which fails rather than hang.
-// Sums have a fixed order, given by shape and device: same input, same bits.
+// Waiting needs every block to be on the chip at once: such a launch is a cooperative one, which fails rather than
+// hang. Sums have a fixed order, given by shape and device: same input, same bits.
 #include "cuda/settle.h"
 
 #define SIPO_API extern "C" __attribute__((visibility("default")))
@@ -43,7 +44,7 @@ template <class Reader, class Acc> struct Block {
   };
 
   const Params& a;
-  double sums[kSums] = {};  // the winner's, the loser's, and of both
+  double sums[kSums] = {};  // the chosen sample's, the rejected sample's, and of both
 
   __device__ __forceinline__ explicit Block(const Params& params) : a(params) {}
 
@@ -65,7 +66,8 @@ template <class Reader, class Acc> struct Block {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {  // all loads are under way before the first is waited for
       const int64_t sample = pair + half * a.pairs;
-      // A shared target is needed again as long as the loser is not held, which comes after the winner.
+      // A shared target is needed again as long as the rejected sample is not held, which comes after the chosen
+      // sample.
       const bool again = a.grad && slots[half] < 0, target_again = a.target_shared ? a.grad && slots[1] < 0 : again;
       Reader::load(m[half], a.model, sample * a.model_stride + i, left, a.model_dtype, again ? stay : pass);
       Reader::load(t[half], a.target, target_row(a, pair, half) + i, left, a.target_dtype, target_again ? stay : pass,
@@ -103,7 +105,8 @@ template <class Reader, class Acc> struct Block {
     for (int j = 0; j < kSums; ++j) sums[j] = kFew ? sums[j] + terms[j] : double(terms[j]);
   }
 
-  // §2: adds Σ d², Σ d_ref², Σ (m − r)(d + d_ref) of one thread's first N elements, for winner and loser; and Σ d_w · d_l.
+  // §2: adds Σ d², Σ d_ref², Σ (m − r)(d + d_ref) of one thread's first N elements, for chosen and rejected sample; and
+  // Σ d_w · d_l.
   template <int N>
   __device__ __forceinline__ void add_terms(const Prediction (&m)[2], const Prediction (&ref)[2], const Target (&t)[2],
                                             Acc (&terms)[kSums]) const {
@@ -198,7 +201,8 @@ template <class Reader, class Acc> struct Block {
     const Run r(a, k);
     if (r.begin >= r.end) return;
     wait(k);
-    // A gradient that fits the cache stays there for the network's backward pass; a longer one would push out the inputs.
+    // A gradient that fits the cache stays there for the network's backward pass; a longer one would push out the
+    // inputs.
     const bool stays = a.groups == 1;
     int32_t pair = r.begin / a.tiles, tile = r.begin - pair * a.tiles;
     pair += r.group.first_pair;

@@ -1,10 +1,11 @@
 // How a thread reads and writes its elements, once for each kind of tensors: predictions and target of the usual types,
 // 16 bytes of the wider at a time; any mix of types, 4 elements at a time; and anything at any address, one by one.
 //
-// A reader has: kVector, the elements of a sample that a thread handles at a time, kStep of them in a row and the next a
-// block further on; Prediction and Target, what it gets from memory of the policy or the reference, and of the target;
-// load (if wanted; many loads are started before the first is used), widen_all and store; Wide, a type that holds every
-// element. Offsets are in elements; `left` is how many the sample has from there on. What is not loaded is what it was.
+// A reader has: kVector, the elements of a sample that a thread handles at a time, kStep of them in a row and the next
+// a block further on; Prediction and Target, what it gets from memory of the policy or the reference, and of the
+// target; load (if wanted; many loads are started before the first is used), widen_all and store; Wide, a type that
+// holds every element. Offsets are in elements; `left` is how many the sample has from there on. What is not loaded is
+// what it was.
 #pragma once
 #include <type_traits>
 
@@ -73,16 +74,16 @@ template <class T, int N> struct Elements {
   }
 };
 
-// A thread's own places in shared memory, behind the scratch: what it puts there no other thread touches, so that nothing
-// has to be synchronised.
+// A thread's own places in shared memory, behind the scratch: what it puts there no other thread touches, so that
+// nothing has to be synchronised.
 constexpr int kScratchBytes = 1024;
 
 __device__ __forceinline__ Vec16* place(int32_t number) {
   return reinterpret_cast<Vec16*>(device::shared_memory() + kScratchBytes) + number * kThreads + threadIdx.x;
 }
 
-// Policy and reference of type P, target of type T, which is P or wider. Neighbouring threads ask for neighbouring bytes
-// of every tensor, hence the steps: two loads of 16 bytes in a row would ask for each sector of the target twice.
+// Policy and reference of type P, target of type T, which is P or wider. Neighbouring threads ask for neighbouring
+// bytes of every tensor, hence the steps: two loads of 16 bytes in a row would ask for each sector of the target twice.
 template <class P, class T> struct Vector {
   static_assert(sizeof(T) == sizeof(P) || sizeof(T) == 2 * sizeof(P));
   static constexpr bool kTyped = true;  // by the template and not at run time; with slots in shared memory

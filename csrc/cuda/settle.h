@@ -50,12 +50,12 @@ struct Settling {
     Sample x;
     x.model_error = device::load_shared_result(of) / a.size;
     x.ref_error = a.ref ? device::load_shared_result(of + 1) / a.size : number(a.ref_error, s, 0.0);
-    x.reward_gap = a.ref ? device::load_shared_result(of + 2) / a.size : x.model_error - x.ref_error;
+    x.error_gap = a.ref ? device::load_shared_result(of + 2) / a.size : x.model_error - x.ref_error;
     x.ratio_scale = number(a.ratio_scale, s, 0.0);
     x.error_weight = number(a.error_weight, s, 1.0);
     x.coef = 0;
     weigh(x, a.settings, a.ratio_scale.data != nullptr);
-    const double rows[5] = {x.model_error, x.ref_error, x.reward_gap, x.log_ratio, x.weight};
+    const double rows[5] = {x.model_error, x.ref_error, x.error_gap, x.log_ratio, x.weight};
 #pragma unroll
     for (int i = 0; i < 5; ++i) put(a.samples, i * 2 * a.pairs + s, rows[i], a.settings.double_stats);
     a.work.samples[s] = x;
@@ -66,23 +66,23 @@ struct Settling {
     Settings s = a.settings;
     s.beta = device::opaque(s.beta);
     s.log_label = device::opaque(s.log_label);
-    s.winner_preserving = device::opaque(s.winner_preserving);
+    s.safeguard = device::opaque(s.safeguard);
     return s;
   }
 
   __device__ __forceinline__ double upstream() const { return a.expected_at ? *a.expected_at : a.expected; }
 
   __device__ __forceinline__ void pair(int64_t i) const {
-    Sample winner = a.work.samples[i], loser = a.work.samples[i + a.pairs];
+    Sample chosen = a.work.samples[i], rejected = a.work.samples[i + a.pairs];
     const Settings s = settings();
     const double n = device::opaque(a.size);
-    double share = 1;  // of the loser's gradient (§6, relatives)
-    if (a.preserving) share = loser_share(winner, loser, s, device::load_shared_result(sums_of(i) + 6) / n);
-    const Pair p = judge(winner, loser, s, n, share);
+    double share = 1;  // of the rejected sample's gradient (§6, relatives)
+    if (a.preserving) share = rejected_share(chosen, rejected, s, device::load_shared_result(sums_of(i) + 6) / n);
+    const Pair p = judge(chosen, rejected, s, n, share);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int64_t row = i + half * a.pairs;
-      const double coef = half ? loser.coef : winner.coef;
+      const double coef = half ? rejected.coef : chosen.coef;
       put(a.samples, 5 * 2 * a.pairs + row, coef, a.settings.double_stats);
       a.work.samples[row].coef = coef;
       a.work.coef[row] = upstream_coef(coef, upstream(), a.settings.double_stats);
@@ -107,14 +107,14 @@ struct Settling {
   }
 
   // Other blocks may have settled it.
-  __device__ __forceinline__ void report_pair(int32_t i, int32_t of_loser, int32_t bins) const {
-    const Sample winner = device::load_shared_result(a.work.samples + i);
-    const Sample loser = device::load_shared_result(a.work.samples + of_loser);
+  __device__ __forceinline__ void report_pair(int32_t i, int32_t of_rejected, int32_t bins) const {
+    const Sample chosen = device::load_shared_result(a.work.samples + i);
+    const Sample rejected = device::load_shared_result(a.work.samples + of_rejected);
     const Pair p = device::load_shared_result(a.work.pairs + i);
     PairReport& to = a.work.reports[i];
-    pair_facts(winner, loser, p, a.settings, to.facts);
+    pair_facts(chosen, rejected, p, a.settings, to.facts);
     if (!a.levels) return;
-    pair_statistics(winner, loser, p, a.settings, a.size, to.statistics);
+    pair_statistics(chosen, rejected, p, a.settings, a.size, to.statistics);
     to.bin = level_bin(timestep(a.timesteps, i), bins, a.top);
   }
 

@@ -90,7 +90,7 @@ class Facts:
 
     @property
     def apart(self) -> float:
-        """How far winners and losers have been told apart, as a share of the reference's error."""
+        """How far chosen and rejected samples have been told apart, as a share of the reference's error."""
         return (self.lose - self.win) / self.ref if self.ref > 0 else math.nan
 
     @property
@@ -123,7 +123,7 @@ def gather(
         lines: training lines of ``metrics.jsonl``, at least one.
         pairs_per_step: of all processes; 1 where it is not known, which makes standard errors too large.
         beta: the loss's, where it is known.
-        plain: whether the loss has no other link than the sigmoid's, and that without smoothing.
+        plain: whether the loss has no other loss type than the sigmoid's, and that without smoothing.
         weighted: whether the loss of a pair has a weight of at most 1.
 
     Raises:
@@ -152,8 +152,10 @@ def gather(
 
     pairs = covered * pairs_per_step
     masks = any("active_fraction" in line for line in lines)  # a loss of one's own that drops no pairs need not say so
-    accuracy, _ = mean("implicit_acc")
-    (loss, loss_se), (win, win_se), (lose, _), (margin, _) = map(mean, ("loss", "win_gap", "lose_gap", "reward_margin"))
+    accuracy, _ = mean("rewards/accuracies")
+    (loss, loss_se), (win, win_se), (lose, _), (margin, _) = map(
+        mean, ("loss", "chosen_gap", "rejected_gap", "rewards/margins")
+    )
     if beta is None:
         beta = 2 * margin / (lose - win) if lose > win and margin > 0 else math.nan
     return Facts(
@@ -220,7 +222,7 @@ def held_out(validation: Sequence[dict[str, Any]]) -> HeldOut | None:
     if not validation:
         return None
     line = validation[-1]
-    names = ("pairs", "implicit_acc", "loss", "no_preference_loss", "active_fraction")
+    names = ("pairs", "rewards/accuracies", "loss", "no_preference_loss", "active_fraction")
     pairs, accuracy, loss, without, active = (pluck([line], f"validation/{name}")[0] for name in names)
     if math.isnan(accuracy) or not pairs >= 1:
         return None
@@ -279,9 +281,9 @@ def pairs_to_tell(accuracy: float) -> int:
     return math.ceil(pairs / unit) * unit
 
 
-def is_plain(link: str | None, label_smoothing: float | None) -> bool:
-    """Whether a loss has the sigmoid's link, which it has if none is named, without smoothing (docs/math.md §5)."""
-    return link in (None, "sigmoid") and not label_smoothing
+def is_plain(loss_type: str | None, label_smoothing: float | None) -> bool:
+    """Whether a loss is the sigmoid's (the default) without smoothing (docs/math.md §5)."""
+    return loss_type in (None, "sigmoid") and not label_smoothing
 
 
 def let_go(beta: float, ref: float) -> float:

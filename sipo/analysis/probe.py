@@ -139,7 +139,7 @@ def probe(run: Run, *, pairs: int, levels: int) -> Probe:
     line = statistics.take(0, statistics.window.flatten().tolist())
     assert line is not None
     threshold = 0.0 if loss_fn.method == "diffusion_dpo" else loss_fn.mask_threshold
-    plain = is_plain(loss_fn.link, loss_fn.label_smoothing)
+    plain = is_plain(loss_fn.loss_type, loss_fn.label_smoothing)
     top = highest.item() if dropped else None
     return Probe(line, _drawn(run, bins), top, loss_beta(run, loss_fn), threshold, plain)
 
@@ -207,7 +207,7 @@ def _mask(found: Probe) -> Finding | None:
 def _leash(found: Probe) -> Finding | None:
     if not found.plain:
         return None
-    ref = (found.mean("ref_error_winner") + found.mean("ref_error_loser")) / 2
+    ref = (found.mean("ref_error_chosen") + found.mean("ref_error_rejected")) / 2
     share = let_go(found.beta, ref)
     sentence = (
         f"At beta = {found.beta:g} the loss lets go of a pair when its two errors differ by {percent(share)} of the "
@@ -285,7 +285,7 @@ def probe_page(config: Config, found: Probe, findings: Sequence[Finding]) -> Pag
     def one(name: str) -> dict[str, tuple[dict[str, Any], Sequence[float]]]:
         return {"": (line, finite(line[name]))}
 
-    errors = {half + "s": (line, finite(line[f"ref_error_{half}"])) for half in ("winner", "loser")}
+    errors = {half + "s": (line, finite(line[f"ref_error_{half}"])) for half in ("chosen", "rejected")}
     pictures = [
         Picture(
             "Importance ratio",
@@ -305,7 +305,7 @@ def probe_page(config: Config, found: Probe, findings: Sequence[Finding]) -> Pag
         Picture(
             "The reference's error",
             figures.by_level(line, errors, "mean squared error", log=True),
-            "Healthy: winners and losers alike; a level with a far larger error has a far larger gradient.",
+            "Healthy: chosen and rejected samples alike; a level with a far larger error has a far larger gradient.",
         ),
         gradient_coefficient(line, "at the start"),
         gradient_share(line, found.drawn),

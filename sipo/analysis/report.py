@@ -61,9 +61,9 @@ class RunLog:
 
     def level(self) -> tuple[float, str]:
         """Loss of a pair without preference, and what it is."""
-        link = self.settings.get("loss.link") or "sigmoid"
-        value = no_preference(link, self.settings.get("loss.label_smoothing") or 0.0)
-        name = "ln 2" if link == "sigmoid" else f"{value:.3g}"
+        loss_type = self.settings.get("loss.loss_type") or "sigmoid"
+        value = no_preference(loss_type, self.settings.get("loss.label_smoothing") or 0.0)
+        name = "ln 2" if loss_type == "sigmoid" else f"{value:.3g}"
         return value, f"{name}: no preference" + (", weights of 1" if self.weighted else "")
 
     def findings(self) -> list[Finding]:
@@ -73,7 +73,7 @@ class RunLog:
             self.validation,
             pairs_per_step=self.pairs_per_step or 1,
             beta=self.beta,
-            plain=is_plain(self.settings.get("loss.link"), self.settings.get("loss.label_smoothing"))
+            plain=is_plain(self.settings.get("loss.loss_type"), self.settings.get("loss.label_smoothing"))
             and not (self.weighted and self.settings.get("loss.ratio") == "reference"),  # weights above 1, too
             weighted=self.weighted,
         )
@@ -218,12 +218,12 @@ def _curves(run: RunLog) -> list[Picture]:
     def get(name: str) -> list[float]:
         return pluck(lines, name)
 
-    loss, margin = get("loss"), get("reward_margin")
+    loss, margin = get("loss"), get("rewards/margins")
     spans = [value for value in loss if not math.isnan(value)] or [0.0]
     wide = max(spans) > 5  # a β far too high
     relative = {
         name: [g / r if r else math.nan for g, r in zip(get(key), get("ref_mse"), strict=True)]
-        for name, key in (("winners", "win_gap"), ("losers", "lose_gap"))
+        for name, key in (("chosen", "chosen_gap"), ("rejected", "rejected_gap"))
     }
     return [
         Picture(
@@ -244,23 +244,24 @@ def _curves(run: RunLog) -> list[Picture]:
             "Pairs ranked right, and pairs that take part",
             figures.curves(
                 steps,
-                {"implicit accuracy": get("implicit_acc"), "active": get("active_fraction")},
+                {"implicit accuracy": get("rewards/accuracies"), "active": get("active_fraction")},
                 "share of pairs",
                 level=(0.5, "chance"),
-                points=held_out("implicit_acc"),
+                points=held_out("rewards/accuracies"),
                 percent=True,
             ),
             "Healthy: accuracy leaves one half quickly and then climbs slowly, held-out pairs follow, and the active "
             "share stays where it was.",
         ),
         Picture(
-            "Errors of winners and losers",
+            "Errors of chosen and rejected samples",
             figures.curves(steps, relative, "gap / reference's error", level=(0.0, "as the reference")),
-            "Healthy: winners at or below 0, losers above; both rising together means getting worse at everything.",
+            "Healthy: chosen samples at or below 0, rejected samples above; both rising together means getting "
+            "worse at everything.",
         ),
         Picture(
             "Reward margin",
-            figures.curves(steps, {"": margin}, "mean logit", points=held_out("reward_margin")),
+            figures.curves(steps, {"": margin}, "mean logit", points=held_out("rewards/margins")),
             "Healthy: positive, and growing slowly to a few units; hundreds mean a beta that is too high.",
         ),
         Picture(
@@ -286,14 +287,14 @@ def _by_level(run: RunLog, head: Line, tail: Line) -> list[Picture]:
         return {"early": (head, finite(head[name])), "late": (tail, finite(tail[name]))}
 
     mask = (run.threshold, f"mask: pairs below {run.threshold:g} are left out") if run.threshold else None
-    gaps = {"winners": (tail, finite(tail["win_gap"])), "losers": (tail, finite(tail["lose_gap"]))}
+    gaps = {"chosen": (tail, finite(tail["chosen_gap"])), "rejected": (tail, finite(tail["rejected_gap"]))}
     errors = {
         name: (
             tail,
             [
-                (winner + loser) / 2
-                for winner, loser in zip(
-                    finite(tail[f"{key}_error_winner"]), finite(tail[f"{key}_error_loser"]), strict=True
+                (chosen + rejected) / 2
+                for chosen, rejected in zip(
+                    finite(tail[f"{key}_error_chosen"]), finite(tail[f"{key}_error_rejected"]), strict=True
                 )
             ],
         )
@@ -313,9 +314,9 @@ def _by_level(run: RunLog, head: Line, tail: Line) -> list[Picture]:
         gradient_coefficient(tail, "late"),
         gradient_share(tail),
         Picture(
-            "Errors of winners and losers, late",
+            "Errors of chosen and rejected samples, late",
             figures.by_level(tail, gaps, "error less the reference's", origin=True),
-            "Healthy: losers above winners at every level, winners near 0.",
+            "Healthy: rejected samples above chosen samples at every level, chosen samples near 0.",
         ),
         Picture(
             "Errors of policy and reference, late",
@@ -331,7 +332,7 @@ def gradient_coefficient(line: Line, when: str) -> Picture:
     spread = [math.sqrt(max(0.0, s - m * m)) for m, s in zip(mean, square, strict=True)]
     return Picture(
         f"Gradient's coefficient, {when}",
-        figures.by_level(line, {"": (line, mean)}, "coefficient of the winner", spread=spread, zero=True),
+        figures.by_level(line, {"": (line, mean)}, "coefficient of the chosen sample", spread=spread, zero=True),
         "Healthy: about ½ at the start, falling as pairs are satisfied, and not 0 where there is something to learn; "
         "the band is one standard deviation over pairs.",
     )

@@ -62,8 +62,9 @@ class PairScores:
     """Implicit rewards of ``N`` pairs; tensors ``[N]`` float64 on the CPU, NaN where a prediction was not finite.
 
     Attributes:
-        chosen: reward of the winner, ``−½ β`` times the mean of its ``reward_gap`` over draws (docs/math.md §2, §5).
-        rejected: likewise of the loser.
+        chosen: reward of the chosen sample, ``−½ β`` times the mean of its ``error_gap`` over draws (docs/math.md §2,
+            §5).
+        rejected: likewise of the rejected sample.
         chosen_se: its standard error over draws.
         rejected_se: likewise.
         margin: ``chosen − rejected``: the mean over draws of the logit of ``diffusion_dpo``.
@@ -175,7 +176,7 @@ def score_pairs(
         policy: the network, on its device; run in evaluation mode, and put back as it was.
         reference: a frozen copy, or ``AdapterOff``; a copy is moved to the policy's device and frozen.
         schedule: the noise schedule that the policy was trained with.
-        dataset: the pairs; winners are those that are preferred.
+        dataset: the pairs; chosen samples are those that are preferred.
         predict: calls a network.
         beta: β, which scales rewards and their errors and moves no accuracy.
         draws: an even number.
@@ -212,14 +213,14 @@ def score_pairs(
     )
     levels = _stratified(schedule, len(dataset), draws, seed, distribution)
     noise_seed = derive_seed(seed, NOISE, 0)
-    gaps = torch.empty(2, draws, len(dataset), dtype=torch.float64)  # winners' and losers'
+    gaps = torch.empty(2, draws, len(dataset), dtype=torch.float64)  # chosen samples' and rejected samples'
     with torch.no_grad(), evaluating(policy.modules()):
         for rows, batch in zip(batches, track(loader, "scoring", "batches", progress), strict=True):
             found = []
             for draw in range(draws):
                 positions = [row * draws + draw for row in rows]
                 output, _ = forward(policy, batch, positions, levels[draw, rows], seed=noise_seed)
-                found.append(output.reward_gap.double().view(2, -1))  # type: ignore[attr-defined]
+                found.append(output.error_gap.double().view(2, -1))  # type: ignore[attr-defined]
             gaps[:, :, rows] = torch.stack(found, dim=1).cpu()  # one wait for the device a batch
     chosen, rejected = -0.5 * beta * gaps
     (c, c_se), (r, r_se), (m, m_se) = (_over_draws(rewards) for rewards in (chosen, rejected, chosen - rejected))

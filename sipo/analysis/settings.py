@@ -14,7 +14,7 @@ _NUMBERS = (
     *("loss.beta", "loss.mask_threshold", "loss.label_smoothing", "beta"),
     *("training.batch_size", "training.accumulation", "batch_size"),
 )
-_NAMES = ("model.family", "loss.method", "loss.link", "loss.ratio", "method")
+_NAMES = ("model.family", "loss.method", "loss.loss_type", "loss.ratio", "method")
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

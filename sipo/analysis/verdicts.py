@@ -20,7 +20,7 @@ HARDLY_USED = 0.25
 """Below this share of what its ranking is worth, the loss has hardly begun to fall."""
 
 HARDLY_MOVED = 0.05
-"""Winner and loser told apart by less than this share of the reference's error."""
+"""Chosen and rejected sample told apart by less than this share of the reference's error."""
 
 LOOSE = 0.5
 """A β that lets go of a pair only after its errors differ by more than this share of the reference's holds nothing."""
@@ -37,7 +37,7 @@ class Finding:
     """One thing that holds for a run.
 
     Attributes:
-        name: a short key: "learning", "pushing_loser", "stalled", "drifted", "beta_high", "beta_low", "nonfinite",
+        name: a short key: "learning", "pushing_rejected", "stalled", "drifted", "beta_high", "beta_low", "nonfinite",
             "not_learning", "cannot_tell", "memorising", "overconfident", "both_rise" or "unknown"; before training
             "mask", "beta", "clip", "spread", "differs" or "nonfinite".
         severity: "problem", "warning", "good" or "note".
@@ -57,7 +57,7 @@ _UNKNOWN = Finding(
     "unknown",
     "note",
     "Nothing can be said: the log does not have the numbers of a preference loss.",
-    ("`loss`, `implicit_acc` and `ref_mse` are wanted (docs/math.md §8), as `sipo.SIPOLoss` reports them",),
+    ("`loss`, `rewards/accuracies` and `ref_mse` are wanted (docs/math.md §8), as `sipo.SIPOLoss` reports them",),
 )
 
 
@@ -87,14 +87,14 @@ def judge(
         _nonfinite,
         _stalled,
         _beta_low,
-        _pushing_loser,
+        _pushing_rejected,
         _beta_high,
         _not_learning,
         _drifted,
     )
     findings = [finding for rule in rules if (finding := rule(facts)) is not None]
     named = {finding.name for finding in findings}
-    if named & {"stalled", "beta_low", "pushing_loser"}:
+    if named & {"stalled", "beta_low", "pushing_rejected"}:
         findings = [finding for finding in findings if finding.name != "drifted"]  # says no more than they do
     if not named - {"nonfinite", "drifted"}:
         if facts.ranks:
@@ -179,10 +179,11 @@ def _beta_low(f: Facts) -> Finding | None:
         "problem",
         "Beta is too low: the policy has gone far from the reference and the loss has not let go of it.",
         (
-            f"at beta = {f.beta:.4g} a pair is let go (its gradient down to a tenth) when the errors of winner and "
-            f"loser differ by {times(f.let_go)} the reference's error",
+            f"at beta = {f.beta:.4g} a pair is let go (its gradient down to a tenth) when the errors of chosen "
+            "sample and "
+            f"rejected sample differ by {times(f.let_go)} the reference's error",
             _errors(f),
-            f"the mean logit is {f.margin:.2f} (`reward_margin`)",
+            f"the mean logit is {f.margin:.2f} (`rewards/margins`)",
         ),
         (
             f"a beta near {_round(f.beta * f.let_go / 0.05)}, at which 5 % of the reference's error are enough",
@@ -191,26 +192,27 @@ def _beta_low(f: Facts) -> Finding | None:
     )
 
 
-def _pushing_loser(f: Facts) -> Finding | None:
-    winner = f.ref + f.win  # the reference's error is about the same on both halves
+def _pushing_rejected(f: Facts) -> Finding | None:
+    chosen = f.ref + f.win  # the reference's error is about the same on both halves
     if not collapsing(f.win, f.lose, f.ref) or f.win < SURE * f.win_se:
         return None
-    losers = f"losers' error {times((f.ref + f.lose) / f.ref)} (`lose_gap` {f.lose:+.3g})"
+    rejected = f"rejected samples' error {times((f.ref + f.lose) / f.ref)} (`rejected_gap` {f.lose:+.3g})"
     if f.lose > f.win:
-        sentence = "Only pushing the loser down: the policy gets worse at winners as well, and at losers a little more."
-        losers += f": {percent(f.win / f.lose)} of that is shared with the winners"
+        sentence = "The rejected samples are only pushed down: the policy gets worse at chosen samples too."
+        rejected += f": {percent(f.win / f.lose)} of that is shared with the chosen samples"
     else:
-        sentence = "The policy gets worse at winners, and no less than at losers: what it learns is not the preference."
+        sentence = "The policy gets worse at chosen samples, and no less than at rejected ones: it does not learn the preference."
     return Finding(
-        "pushing_loser",
+        "pushing_rejected",
         "problem",
         f"{sentence} It ranks {_share(f.accuracy, f.pairs)} right that way, and samples pay for it.",
         (
-            f"winners' error {times(winner / f.ref)} the reference's (`win_gap` {f.win:+.3g}, `ref_mse` {f.ref:.3g})",
-            losers,
+            f"chosen samples' error {times(chosen / f.ref)} the reference's (`chosen_gap` {f.win:+.3g}, `ref_mse` "
+            f"{f.ref:.3g})",
+            rejected,
         ),
         (
-            "an earlier checkpoint: where win_gap was still near 0",
+            "an earlier checkpoint: where chosen_gap was still near 0",
             "a lower learning rate (a fifth)",
             "a larger beta, or a method with a mask (`sipo`)",
         ),
@@ -220,7 +222,7 @@ def _pushing_loser(f: Facts) -> Finding | None:
 def _beta_high(f: Facts) -> Finding | None:
     if not f.ranks or stalled(f.active):
         return None
-    calibration = f"{_share(f.accuracy, f.pairs)} are ranked right in {_steps(f)} (`implicit_acc`)"
+    calibration = f"{_share(f.accuracy, f.pairs)} are ranked right in {_steps(f)} (`rewards/accuracies`)"
     if f.pair_loss - SURE * f.loss_se / f.active > LN2:
         moved = "hardly moves" if f.apart < HARDLY_MOVED else "moves"
         return Finding(
@@ -242,7 +244,7 @@ def _beta_high(f: Facts) -> Finding | None:
             "Beta is too high for these pairs: the loss is satisfied, and the policy has hardly moved.",
             (
                 f"loss of {f.pair_loss:.2g} for a pair that takes part, {calibration}",
-                f"errors of winner and loser differ by {percent(f.apart)} of the reference's",
+                f"errors of chosen and rejected sample differ by {percent(f.apart)} of the reference's",
             ),
             _lower_beta(f),
         )
@@ -280,7 +282,7 @@ def _not_learning(f: Facts) -> Finding | None:
             (
                 f"{ranking}, but with a mean logit of {f.margin:.2g}: the loss has fallen from {LN2:.3f} to "
                 f"{f.pair_loss:.3f} for a pair that takes part, {percent(f.used)} of what this ranking is worth",
-                f"errors of winner and loser differ by {percent(f.apart)} of the reference's",
+                f"errors of chosen and rejected sample differ by {percent(f.apart)} of the reference's",
             ),
             advice,
         )
@@ -311,7 +313,7 @@ def _held_out(f: Facts, seen: HeldOut | None) -> Finding:
             training,
             ("data.held_out and training.validate_every: such pairs are measured and not trained on", _enough()),
         )
-    ranking = f"held-out pairs: {_exactly(seen)} ranked right at step {seen.step} (`validation/implicit_acc`)"
+    ranking = f"held-out pairs: {_exactly(seen)} ranked right at step {seen.step} (`validation/rewards/accuracies`)"
     loss = f"their loss is {seen.loss:.3f} for a pair that takes part, {seen.no_preference:.3f} without any preference"
     evidence = (ranking, *(() if math.isnan(seen.loss + seen.no_preference) else (loss,)), *training)
     if not seen.ranks:
@@ -364,10 +366,11 @@ def _both_rise(f: Facts) -> Finding | None:
     return Finding(
         "both_rise",
         "note",
-        "The policy gets somewhat worse at winners too, and at losers more: watch win_gap, and look at samples.",
+        "The policy gets somewhat worse at chosen samples too, and at rejected samples more: watch chosen_gap, and "
+        "look at samples.",
         (
-            f"winners' error {times((f.ref + f.win) / f.ref)} the reference's (`win_gap` {f.win:+.3g}), "
-            f"losers' {times((f.ref + f.lose) / f.ref)} (`lose_gap` {f.lose:+.3g})",
+            f"chosen samples' error {times((f.ref + f.win) / f.ref)} the reference's (`chosen_gap` {f.win:+.3g}), "
+            f"rejected samples' {times((f.ref + f.lose) / f.ref)} (`rejected_gap` {f.lose:+.3g})",
         ),
         ("if samples get worse: stop earlier, or a lower learning rate",),
     )
@@ -398,7 +401,7 @@ def _most(f: Facts) -> str:
 
 
 def _ranking(f: Facts) -> str:
-    return f"{_share(f.accuracy, f.pairs)} ranked right in {_steps(f)} (`implicit_acc`)"
+    return f"{_share(f.accuracy, f.pairs)} ranked right in {_steps(f)} (`rewards/accuracies`)"
 
 
 def _share(share: float, pairs: int) -> str:

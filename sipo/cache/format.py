@@ -2,7 +2,7 @@
 
 A cache is a folder. A shard is a safetensors file with a JSON file of the same name beside it:
 
-    latents-00000.safetensors   <row>.winner, <row>.loser and <row>.own.<name> (both halves') of some of the pairs
+    latents-00000.safetensors   <row>.chosen, <row>.rejected and <row>.own.<name> (both halves') of some of the pairs
     text-00000.safetensors      <key>.<name> for the prompts that no earlier shard has; trailing rows of zeros left out
     unconditional.safetensors   <name> of what caption dropout puts in a prompt's place
     index.json                  what the content depends on, and the size, hash and content of every shard
@@ -379,11 +379,12 @@ class Cache:
         return len(self.rows)
 
     def pair(self, index: int) -> tuple[Tensor, Tensor, Condition]:
-        """Winner's and loser's latents as stored, and what each is told beside its prompt, ``[2, ...]`` by name."""
+        """Chosen sample's and rejected sample's latents as stored, and what each is told beside its prompt, ``[2, "
+        "...]`` by name."""
         shard, row = self.latents[int(self.shard_of[index])], int(self.rows[index])
         own = {name: self._reader.tensor(shard.name, f"{row}.own.{name}") for name in shard.facts["own"]}
-        winner, loser = (self._reader.tensor(shard.name, f"{row}.{half}") for half in ("winner", "loser"))
-        return winner, loser, own
+        chosen, rejected = (self._reader.tensor(shard.name, f"{row}.{half}") for half in ("chosen", "rejected"))
+        return chosen, rejected, own
 
     def text(self, index: int) -> Condition:
         """The text embeddings of a pair's prompt, in their full length."""

@@ -27,7 +27,7 @@ class ReferenceErrors(Protocol):
 
 
 class CachedPairs:
-    """The pairs of a cache, or some of them: ``winner``, ``loser``, ``condition`` and, if any, ``own_condition``.
+    """The pairs of a cache, or some of them: ``chosen``, ``rejected``, ``condition`` and, if any, ``own_condition``.
 
     Tensors have the type that they are stored in, so that data loader workers pass on no more bytes than the cache has;
     the training loop casts latents to float32 on the device.
@@ -74,8 +74,8 @@ class CachedPairs:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         place = _place(self.places, index)
-        winner, loser, own = self.cache.pair(place)
-        item: dict[str, Any] = {"winner": winner, "loser": loser, "condition": self.cache.text(place)}
+        chosen, rejected, own = self.cache.pair(place)
+        item: dict[str, Any] = {"chosen": chosen, "rejected": rejected, "condition": self.cache.text(place)}
         if own:
             item["own_condition"] = own
         return item
@@ -143,7 +143,7 @@ class DrawnPairs:
         item = self.cached[pair]
         row = int(self.cached.cache.rows[self.cached.places[pair]])
         generator = self._generator(NOISE, row, draw)
-        item["noise"] = torch.randn(item["winner"].shape, generator=generator, dtype=torch.float32)
+        item["noise"] = torch.randn(item["chosen"].shape, generator=generator, dtype=torch.float32)
         item["timestep"] = self.schedule.sample_timesteps(
             1, self._generator(TIMESTEP, row, draw), distribution=self.distribution
         )[0]

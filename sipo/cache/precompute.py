@@ -505,7 +505,7 @@ class _Run:
                 self._skip(part, row, "latents", f"its latents are not finite in {self.settings.dtype}")
                 continue
             pairs.append((row, key, list(latents.shape[1:])))
-            tensors |= {f"{row}.winner": latents[0], f"{row}.loser": latents[1]}
+            tensors |= {f"{row}.chosen": latents[0], f"{row}.rejected": latents[1]}
             tensors |= {f"{row}.own.{name}": tensor for name, tensor in own.items()}
         facts: dict[str, Any] = {
             "source": self.existing.source,

@@ -5,7 +5,8 @@ is kept, beside the cache they were computed from:
 
     references/<16 digits>/index.json              what the numbers depend on, and the size and hash of every shard
     references/<16 digits>/errors-00000.safetensors  for the pairs of latents-00000, in their order:
-                                                   errors [n, K, 2] float64 (winner's, loser's) and timesteps [n, K]
+                                                   errors [n, K, 2] float64 (chosen sample's, rejected sample's) and
+                                                   timesteps [n, K]
 """
 
 from __future__ import annotations
@@ -349,7 +350,7 @@ def _errors(
     context: Callable[[], AbstractContextManager[Any]],
 ) -> tuple[Tensor, Tensor]:
     """``[B, 2]`` mean squared errors of ``B`` items (docs/math.md §2) and their timesteps ``[B]``."""
-    samples = torch.cat([widened(batch["winner"]), widened(batch["loser"])])
+    samples = torch.cat([widened(batch["chosen"]), widened(batch["rejected"])])
     noise, timesteps = twice(batch["noise"]), twice(batch["timestep"])
     condition = twice(batch["condition"])
     for name, own in batch.get("own_condition", {}).items():

@@ -20,8 +20,8 @@ class VideoDpoReader:
     """VideoDPO's layout: ``metadata.json`` lists the clips, ``pair.json`` pairs their places in that list.
 
     An item of the first is ``{"basic": {"clip_path", ...}, "misc": {"frame_caption": [prompt]}}``, of the second
-    ``{"video1": winner, "video2": loser, "frame_caption": prompt}``. Its ``label`` is not read: the published lists
-    have the winner first whatever the label says, and so does the published loader.
+    ``{"video1": chosen sample, "video2": rejected sample, "frame_caption": prompt}``. Its ``label`` is not read: the
+    published lists have the chosen sample first whatever the label says, and so does the published loader.
 
     The places are those of the whole list. (The published loader drops clips of less than a second from the list
     before it counts, which shifts every place behind them.) Both clips' captions must be the pair's: this is what a

@@ -66,7 +66,7 @@ class InkPairs(Dataset[dict[str, Tensor]]):
         count: pairs to draw.
         seed: of the draw.
 
-    Item ``i`` is ``{"winner": [1, 8, 8], "loser": [1, 8, 8], "condition": 0-d int64 class}``.
+    Item ``i`` is ``{"chosen": [1, 8, 8], "rejected": [1, 8, 8], "condition": 0-d int64 class}``.
     """
 
     def __init__(self, digits: Digits, count: int = 10_000, seed: int = 0) -> None:
@@ -77,20 +77,20 @@ class InkPairs(Dataset[dict[str, Tensor]]):
         pairs = torch.empty(count, 2, dtype=torch.long)
         for c, members in enumerate(by_class):
             rows = torch.nonzero(drawn == c).flatten()
-            # Any pair of equal ink has no winner; drawing again keeps the others' odds unchanged.
+            # Any pair of equal ink has no chosen sample; drawing again keeps the others' odds unchanged.
             while len(rows):
                 picks = members[torch.randint(len(members), (len(rows), 2), generator=generator)]
                 pairs[rows] = picks
                 rows = rows[reward[picks[:, 0]] == reward[picks[:, 1]]]
         swap = reward[pairs[:, 0]] < reward[pairs[:, 1]]
         pairs[swap] = pairs[swap].flip(1)
-        self.winner_index, self.loser_index = pairs.unbind(1)
+        self.chosen_index, self.rejected_index = pairs.unbind(1)
         self._digits = digits
 
     def __len__(self) -> int:
-        return len(self.winner_index)
+        return len(self.chosen_index)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        winner, loser = self.winner_index[index], self.loser_index[index]
+        chosen, rejected = self.chosen_index[index], self.rejected_index[index]
         images, labels = self._digits
-        return {"winner": images[winner], "loser": images[loser], "condition": labels[winner]}
+        return {"chosen": images[chosen], "rejected": images[rejected], "condition": labels[chosen]}

@@ -190,7 +190,7 @@ def _run_demo(config: DemoConfig, progress: bool | None) -> dict[str, Any]:
         "before": before_scores._asdict(),
         "after": after_scores._asdict(),
         "active_fraction": step_mean(result.history, "active_fraction"),
-        "implicit_acc": step_mean(result.history, "implicit_acc"),
+        "rewards/accuracies": step_mean(result.history, "rewards/accuracies"),
         "weights": weights._asdict(),
         "seconds": {
             "training": round(training_seconds, 1),

@@ -59,7 +59,7 @@ def weight_by_timestep(
         policy: the network whose weights are asked for, in evaluation mode.
         reference: the base model.
         loss_fn: computes the log ratios, as it does in training.
-        pairs: the first ``count`` of them are used, winners and losers.
+        pairs: the first ``count`` of them are used, chosen and rejected samples.
         timesteps: ``[M]`` levels to measure at.
         seed: of the noise; the same noise serves all levels, which keeps the curve smooth.
         count: pairs per level.
@@ -69,7 +69,7 @@ def weight_by_timestep(
     """
     generator = torch.Generator().manual_seed(seed)
     items = [pairs[i] for i in range(min(count, len(pairs)))]
-    images = torch.stack([item[half] for half in ("winner", "loser") for item in items]).to(policy.device)
+    images = torch.stack([item[half] for half in ("chosen", "rejected") for item in items]).to(policy.device)
     classes = torch.stack([item["condition"] for item in items]).repeat(2).to(policy.device)
     noise = torch.randn(len(items), *images.shape[1:], generator=generator, dtype=torch.float32).to(policy.device)
     means = []

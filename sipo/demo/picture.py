@@ -180,7 +180,7 @@ def _loss(axes: Axes, facts: Facts) -> None:
 
 def _fractions(axes: Axes, facts: Facts) -> None:
     steps = pluck(facts.history, "step")
-    axes.plot(steps, pluck(facts.history, "implicit_acc"), color=AFTER, label="implicit accuracy")
+    axes.plot(steps, pluck(facts.history, "rewards/accuracies"), color=AFTER, label="implicit accuracy")
     axes.plot(steps, pluck(facts.history, "active_fraction"), color=LIMIT, label="active pairs")
     axes.set_ylim(0, 1.05)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0%", "25%", "50%", "75%", "100%"])

@@ -164,9 +164,9 @@ class LossConfig:
     clip_high: float = 0.1
     mask_threshold: float = 0.9
     nonfinite: str = "propagate"
-    link: str = "sigmoid"
+    loss_type: str = "sigmoid"
     label_smoothing: float = 0.0
-    winner_preserving: float | None = None
+    safeguard: float | None = None
     backend: str = "auto"
 
 

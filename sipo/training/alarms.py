@@ -20,9 +20,11 @@ In the study of docs/alignment.md no run whose samples were read as asked for ni
 every run that was read right less than seven times in ten was above 4.
 """
 COLLAPSE_GROWTH = 0.5
-"""Of the reference's error: the winner's must have grown by more before its growth beside the loser's says anything."""
+"""Of the reference's error: the chosen sample's must have grown by more before its growth beside the rejected "
+"sample's says anything."""
 COLLAPSE_SHARE = 0.85
-"""Of the growth of the loser's error: where the winner's has as much, hardly anything of it is preference.
+"""Of the growth of the rejected sample's error: where the chosen sample's has as much, hardly anything of it is
+preference.
 
 In the same study 0.84 was the most of the good runs.
 """
@@ -38,9 +40,9 @@ def drifted(model_mse: float, ref_mse: float) -> bool:
     return model_mse > DRIFT * ref_mse
 
 
-def collapsing(win_gap: float, lose_gap: float, ref_mse: float) -> bool:
-    """Whether the preference is learnt by getting worse at winners nearly as much as at losers."""
-    return win_gap > COLLAPSE_GROWTH * ref_mse and win_gap > COLLAPSE_SHARE * lose_gap
+def collapsing(chosen_gap: float, rejected_gap: float, ref_mse: float) -> bool:
+    """Whether the preference is learnt by getting worse at chosen samples nearly as much as at rejected samples."""
+    return chosen_gap > COLLAPSE_GROWTH * ref_mse and chosen_gap > COLLAPSE_SHARE * rejected_gap
 
 
 class _Alarm(NamedTuple):
@@ -67,10 +69,12 @@ _ALARMS = {
     ),
     "collapse": _Alarm(
         collapsing,
-        ("win_gap", "lose_gap", "ref_mse"),
-        f"win_gap {{:.4g}} has stayed over {COLLAPSE_SHARE:g} times lose_gap {{:.4g}} and over {COLLAPSE_GROWTH:g} "
-        f"times ref_mse {{:.4g}} for {ALARM_LINES} log lines, so the model gets worse at winners nearly as much as at "
-        "losers; stop earlier, lower the learning rate or raise beta",
+        ("chosen_gap", "rejected_gap", "ref_mse"),
+        f"chosen_gap {{:.4g}} has stayed over {COLLAPSE_SHARE:g} times rejected_gap {{:.4g}} and over "
+        f"{COLLAPSE_GROWTH:g} "
+        f"times ref_mse {{:.4g}} for {ALARM_LINES} log lines, so the model gets worse at chosen samples nearly as "
+        "much as at "
+        "rejected samples; stop earlier, lower the learning rate or raise beta",
     ),
 }
 

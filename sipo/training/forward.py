@@ -44,7 +44,7 @@ def takes_totals(loss_fn: Any) -> bool:
 
 
 class PairForward:
-    """Loss of a batch of ``B`` pairs, winners and losers stacked (docs/math.md §1).
+    """Loss of a batch of ``B`` pairs, chosen and rejected samples stacked (docs/math.md §1).
 
     Args:
         loss_fn: has the schedule too.
@@ -108,21 +108,21 @@ class PairForward:
             totals: for a loss that takes them; the timesteps are filled in.
         """
         self._check(batch)
-        winner, loser = (widened(to_device(batch[half], self.device)) for half in ("winner", "loser"))
+        chosen, rejected = (widened(to_device(batch[half], self.device)) for half in ("chosen", "rejected"))
         if "noise" in batch:
             noise = to_device(batch["noise"], self.device)
             timesteps = batch["timestep"]
         else:
-            noise = pair_noise(winner, positions, seed, self.generator)
+            noise = pair_noise(chosen, positions, seed, self.generator)
         condition = self._condition(batch)
         levels = to_device(timesteps, self.device)
         both_levels, both_noise = twice(levels), twice(noise)
-        samples = torch.cat([winner, loser])
+        samples = torch.cat([chosen, rejected])
         noisy = self.schedule.add_noise(samples, both_noise, both_levels)
         if self.schedule.prediction_type == "epsilon":
             # The target is the noise itself, which the pair shares: half the memory, and half the reads in
             # the loss.
-            target = self.schedule.target(winner, noise, levels)
+            target = self.schedule.target(chosen, noise, levels)
         else:
             target = self.schedule.target(samples, both_noise, both_levels)
 
@@ -180,7 +180,7 @@ class PairForward:
 
     def _check(self, batch: dict[str, Any]) -> None:
         """What only a batch shows."""
-        for name in ("winner", "loser"):
+        for name in ("chosen", "rejected"):
             if name not in batch:
                 raise ValueError(f"an item has the keys {', '.join(batch)}: expected {name!r} among them")
         if ("noise" in batch) != ("timestep" in batch):

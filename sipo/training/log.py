@@ -25,7 +25,7 @@ from sipo.training.statistics import scalars, statistics_fault
 from sipo_kernels.output import add_metrics
 
 _COUNTED = "nonfinite_pairs"
-_SHOWN = {"loss": "loss", "accuracy": "implicit_acc", "active": "active_fraction"}
+_SHOWN = {"loss": "loss", "accuracy": "rewards/accuracies", "active": "active_fraction"}
 
 
 class MetricWindow:

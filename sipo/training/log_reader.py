@@ -19,7 +19,7 @@ MOST = 10**12
 _LONGEST = 1 << 20  # bytes of a line; one of `timesteps.jsonl` has about 10,000
 _LARGEST = 1e100  # float32 ends at 3.4e38, and squares of this are finite
 _NAMED = 3  # damaged lines in a message
-_SHARES = ("implicit_acc", "active_fraction")
+_SHARES = ("rewards/accuracies", "active_fraction")
 _ERRORS = ("model_mse", "ref_mse")  # mean squares
 _COUNTS = ("nonfinite_pairs", "nonfinite_steps")
 

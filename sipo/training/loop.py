@@ -1,6 +1,6 @@
 """The training loop: preference pairs to an aligned policy.
 
-One policy forward serves winners and losers, which share noise and timestep; the reference runs without
+One policy forward serves chosen and rejected samples, which share noise and timestep; the reference runs without
 gradients, or not at all. The host waits for the device when a log line is due; with several processes it also
 waits, at the end of each step, until the device has begun the step's last pass.
 """
@@ -300,7 +300,7 @@ class _Run:
         if self.informative is not None:
             self.informative.add(levels, output)
         if self.statistics is not None and not self.adds:
-            self.statistics.add(levels, output, batch["winner"].shape)
+            self.statistics.add(levels, output, batch["chosen"].shape)
         if not config.skip_inactive or self._active(output):
             self.accelerator.backward(output.loss)
             self.backwards += 1

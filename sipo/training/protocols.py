@@ -51,7 +51,7 @@ class PairLoss(Protocol):
         """The noise schedule that the loss was made for, and that the loop trains with."""
 
     def __call__(self, model_pred: Tensor, ref_pred: Tensor, target: Tensor, timesteps: Tensor) -> PairLossResult:
-        """Loss of ``[winners; losers]`` stacked along dimension 0.
+        """Loss of ``[chosen; rejected]`` stacked along dimension 0.
 
         Where items carry ``"ref_error"``, ``ref_pred`` is ``None`` and a keyword ``ref_error`` has them, ``[2B]``. A
         loss that has a keyword ``totals`` gets :class:`sipo_kernels.Totals` and adds its metrics and, where they are
@@ -62,15 +62,17 @@ class PairLoss(Protocol):
 class PairDataset(Protocol):
     """A map-style data set of pairs.
 
-    An item is ``{"winner": tensor, "loser": tensor}`` and, where the network is conditioned,
+    An item is ``{"chosen": tensor, "rejected": tensor}`` and, where the network is conditioned,
     ``"condition": tensor or dictionary of tensors``, one for both halves. Items are stacked as torch's
     ``default_collate`` does. Latents of half precision are cast to float32 on the device; a condition reaches
     :class:`Predict` in its own type. Further keys, each optional and the same in every item of a data set:
 
-    - ``"own_condition"``: dictionary of tensors ``[2, ...]``, the winner's and then the loser's (SDXL's time ids).
-    - ``"noise"`` (shaped as ``"winner"``, float32) and ``"timestep"`` (0-d, as the schedule has them), which come
+    - ``"own_condition"``: dictionary of tensors ``[2, ...]``, the chosen sample's and then the rejected sample's
+    (SDXL's time ids).
+    - ``"noise"`` (shaped as ``"chosen"``, float32) and ``"timestep"`` (0-d, as the schedule has them), which come
       together: this item's fixed draw, in place of one from the run's stream.
-    - ``"ref_error"``: ``[2]`` float64 with such a draw: the reference's errors there, winner's and then loser's; no
+    - ``"ref_error"``: ``[2]`` float64 with such a draw: the reference's errors there, chosen sample's and then rejected
+    sample's; no
       reference network runs.
 
     Two attributes are optional as well: ``groups``, lists of indices that cover the data set, where not all items have

@@ -26,7 +26,7 @@ BINS = 50
 MEANS = STATISTICS[2:]
 """Names of the means over a bin's pairs; the table in docs/math.md §8 says what each is."""
 
-_FIELDS = ("model_error", "ref_error", "reward_gap", "log_ratio", "weight", "mask", "logits", "coef")
+_FIELDS = ("model_error", "ref_error", "error_gap", "log_ratio", "weight", "mask", "logits", "coef")
 _DIGITS = 6  # that a line is written with: float32 has seven, and a line has hundreds of numbers
 
 
@@ -95,13 +95,14 @@ class TimestepStatistics:
         Args:
             timesteps: ``[B]`` on the device.
             output: as :class:`sipo_kernels.PairLossOutput`; one without its fields adds nothing.
-            shape: of the winners, ``[B, ...]``.
+            shape: of the chosen samples, ``[B, ...]``.
         """
         if all(hasattr(output, name) for name in _FIELDS):
             add_levels(self.window, self.bins(timesteps), output, self._coef_unit(shape))
 
     def _coef_unit(self, shape: Sequence[int]) -> float:
-        """What the winner's coefficient (docs/math.md §6) is multiplied with to be ``a·c·b·mask·σ(−z)``: D·B/β."""
+        """What the chosen sample's coefficient (docs/math.md §6) is multiplied with to be ``a·c·b·mask·σ(−z)``: "
+        "D·B/β."""
         pairs, *sample = shape
         beta = getattr(self.loss_fn, "beta", 1.0)  # a loss without one has its coefficients as they are
         if beta is None:

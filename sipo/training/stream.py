@@ -214,7 +214,7 @@ def widened(latents: Tensor) -> Tensor:
 
 
 def twice(value: Any) -> Any:
-    """Stacks a tensor or a dictionary of them on itself: one copy for winners, one for losers."""
+    """Stacks a tensor or a dictionary of them on itself: one copy for chosen samples, one for rejected samples."""
     if isinstance(value, Tensor):
         return torch.cat([value, value])
     if isinstance(value, dict):

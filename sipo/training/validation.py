@@ -143,10 +143,10 @@ def _measuring(forward: PairForward) -> PairForward:
     return forward
 
 
-def no_preference(link: str = "sigmoid", label_smoothing: float = 0.0) -> float:
+def no_preference(loss_type: str = "sigmoid", label_smoothing: float = 0.0) -> float:
     """Loss of a pair at a logit of 0 (docs/math.md §5): ln 2 for the sigmoid."""
     same = torch.zeros(2, 1, dtype=torch.float32)
-    options: dict[str, Any] = {"link": link, "label_smoothing": label_smoothing, "backend": "eager"}
+    options: dict[str, Any] = {"loss_type": loss_type, "label_smoothing": label_smoothing, "backend": "eager"}
     return pair_loss(same, same, same, method="diffusion_dpo", beta=1.0, **options).loss.item()
 
 
@@ -155,7 +155,7 @@ def _no_preference(loss_fn: PairLoss, output: Any) -> dict[str, Tensor]:
     if not isinstance(loss_fn, SIPOLoss):
         return {}
     weight = torch.minimum(*output.weight.chunk(2)) if loss_fn.method == "dpo_cm" else torch.ones_like(output.logits)
-    each = no_preference(loss_fn.link, loss_fn.label_smoothing)
+    each = no_preference(loss_fn.loss_type, loss_fn.label_smoothing)
     return {"no_preference_loss": each * torch.where(output.mask, weight, 0.0).mean()}
 
 

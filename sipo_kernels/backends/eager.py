@@ -46,18 +46,18 @@ def _errors(
         return model_error, given, model_error - given, alignment
     ref = _as_pairs(ref_pred, pairs, term)
     d_ref = ref - goal
-    reward_gap = ((model - ref) * (d + d_ref)).mean(-1, dtype=out)
-    return model_error, (d_ref * d_ref).mean(-1, dtype=out), reward_gap, alignment
+    error_gap = ((model - ref) * (d + d_ref)).mean(-1, dtype=out)
+    return model_error, (d_ref * d_ref).mean(-1, dtype=out), error_gap, alignment
 
 
 def _link(z: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
     """§5's ℓ(z) and §6's −ℓ'(z). A NaN stays one."""
     smoothing = settings.smoothing
-    if settings.link == "ipo":
+    if settings.loss_type == "ipo":
         return (z - 0.5) ** 2, 1 - 2 * z
-    if settings.link == "hinge":
+    if settings.loss_type == "hinge":
         return F.relu(1 - z), torch.where(z < 1, 1, torch.where(z >= 1, 0, z))
-    if settings.link == "dmpo":
+    if settings.loss_type == "dmpo":
         # σ(−z) and what it multiplies, written so that nothing of the size of z cancels or meets a 0 at infinity.
         z = z.clamp(-1e3, 1e3)  # both limits are reached long before, in float64 too
         odds = math.log1p(-smoothing) - math.log(smoothing)
@@ -90,8 +90,8 @@ def forward(
     """
     model_pred, ref_pred, target, ratio_scale, error_weight, ref_error = inputs
     samples, pairs = model_pred.shape[0], model_pred.shape[0] // 2
-    model_error, ref_err, reward_gap, alignment = _errors(
-        model_pred, ref_pred, target, ref_error, settings.winner_preserving is not None
+    model_error, ref_err, error_gap, alignment = _errors(
+        model_pred, ref_pred, target, ref_error, settings.safeguard is not None
     )
     real = model_error.dtype
 
@@ -100,7 +100,7 @@ def forward(
         log_ratio = torch.zeros_like(model_error)
     else:
         scale = ratio_scale.to(real).reshape(2, pairs)
-        error = model_error if settings.ratio == "posterior" else reward_gap
+        error = model_error if settings.ratio == "posterior" else error_gap
         log_ratio = torch.where(torch.isposinf(scale) & ~torch.isnan(error), -torch.inf, -scale * error)
 
     # §4: weight, mask, pair weight.
@@ -122,13 +122,13 @@ def forward(
     }[settings.method]
     if error_weight is not None:
         a = a * error_weight.to(real).reshape(2, pairs)
-    weighted_gap = a * reward_gap
+    weighted_gap = a * error_gap
     logits = -0.5 * settings.beta * (weighted_gap[0] - weighted_gap[1])
     penalty, pull = _link(logits, settings)
     pair_loss = b * mask * penalty
     dtype = stats_dtype(model_pred, ref_pred, target)
     if settings.skip_nonfinite:  # in the type of the results, in which an overflow would be seen
-        finite = torch.isfinite(torch.stack([*model_error, *reward_gap, *weight, logits, penalty]).to(dtype)).all(0)
+        finite = torch.isfinite(torch.stack([*model_error, *error_gap, *weight, logits, penalty]).to(dtype)).all(0)
         mask = mask & finite
         pair_loss = torch.where(finite, pair_loss, 0)
     loss = pair_loss if settings.reduction == "none" else pair_loss.sum() * settings.loss_scale(pairs)
@@ -136,13 +136,13 @@ def forward(
     # §6: one coefficient per sample; exactly 0 where the pair is masked, whatever the rest holds.
     g = torch.where(mask, b * pull * (0.5 * settings.beta * settings.loss_scale(pairs)), 0)
     share = one
-    if alignment is not None and settings.winner_preserving is not None:  # for the type checker: both or none
+    if alignment is not None and settings.safeguard is not None:  # for the type checker: both or none
         inner = a[0] * a[1] * alignment
-        room = (1 - settings.winner_preserving) * a[0] * a[0] * model_error[0] / inner
+        room = (1 - settings.safeguard) * a[0] * a[0] * model_error[0] / inner
         share = torch.where((inner > 0) & (room < 1), room, 1)
     coef = torch.where(mask, torch.stack([g, -g * share]) * a * (2.0 / model_pred[0].numel()), 0)
 
-    rows = (model_error, ref_err, reward_gap, log_ratio, weight, coef)
+    rows = (model_error, ref_err, error_gap, log_ratio, weight, coef)
     per_sample = torch.stack([x.reshape(samples) for x in rows]).to(dtype)
     return Stats(loss.to(dtype), per_sample, logits.to(dtype), mask, model_pred.new_empty(0))
 

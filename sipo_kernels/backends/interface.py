@@ -18,7 +18,7 @@ class Stats(NamedTuple):
 
     Attributes:
         loss: scalar, or ``[B]`` for ``reduction="none"``.
-        samples: ``[6, S]``, one row each: model_error, ref_error, reward_gap, log_ratio, weight, and coef: the
+        samples: ``[6, S]``, one row each: model_error, ref_error, error_gap, log_ratio, weight, and coef: the
             factor of ``model_pred − target`` in the gradient (§6) for an upstream gradient of 1. One tensor,
             because each allocation costs a microsecond and small batches are latency.
         logits: ``[B]``.
@@ -53,7 +53,7 @@ def empty_stats(inputs: Inputs, settings: Settings, with_grad: bool) -> Stats:
 
 
 def scaled_coef(coef: Tensor, upstream: Tensor) -> Tensor:
-    """``[S]`` coefficients (§6) times the upstream gradient: 0-d, or ``[B]`` for winner and loser alike.
+    """``[S]`` coefficients (§6) times the upstream gradient: 0-d, or ``[B]`` for chosen and rejected sample alike.
 
     A coefficient of 0 stays 0 whatever comes down, so that a masked pair's gradient is exact zeros.
     """

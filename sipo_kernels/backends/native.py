@@ -18,7 +18,7 @@ from torch import Tensor
 from sipo_kernels.backends.interface import Stats, empty_stats, scaled_coef
 from sipo_kernels.inputs import Inputs
 from sipo_kernels.layout import DTYPES, accumulate_dtype, agree, dense_like, empty_grad, lies_as
-from sipo_kernels.options import LINKS, METHODS, RATIOS, Settings
+from sipo_kernels.options import LOSS_TYPES, METHODS, RATIOS, Settings
 from sipo_kernels.output import Totals
 
 _HERE = Path(__file__).parent.parent  # setup.py puts the library into the package's top folder
@@ -29,8 +29,8 @@ class CSettings(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_double) for name in ("beta", "clip_min", "clip_max", "mask_threshold", "loss_scale")),
-        *((name, ctypes.c_double) for name in ("smoothing", "log_label", "log_other", "winner_preserving")),
-        *((name, ctypes.c_int) for name in ("method", "ratio", "link", "skip_nonfinite", "double_stats")),
+        *((name, ctypes.c_double) for name in ("smoothing", "log_label", "log_other", "safeguard")),
+        *((name, ctypes.c_int) for name in ("method", "ratio", "loss_type", "skip_nonfinite", "double_stats")),
     ]
 
     @classmethod
@@ -45,10 +45,10 @@ class CSettings(ctypes.Structure):
             smoothing=settings.smoothing,
             log_label=math.log1p(-settings.smoothing),
             log_other=math.log(settings.smoothing) if settings.smoothing > 0 else -math.inf,
-            winner_preserving=-1 if settings.winner_preserving is None else settings.winner_preserving,
+            safeguard=-1 if settings.safeguard is None else settings.safeguard,
             method=METHODS.index(settings.method),
             ratio=RATIOS.index(settings.ratio),
-            link=LINKS.index(settings.link),
+            loss_type=LOSS_TYPES.index(settings.loss_type),
             skip_nonfinite=settings.skip_nonfinite,
             double_stats=double_stats,
         )

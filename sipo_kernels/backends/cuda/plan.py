@@ -77,7 +77,8 @@ class Call(NamedTuple):
     def again(self, samples: int) -> int:
         """Bytes of one element of policy and target that the gradient needs again, in so many samples.
 
-        Counted winner, loser, winner, ...; a shared target is needed until the loser's ``d`` is there.
+        Counted chosen sample, rejected sample, chosen sample, ...; a shared target is needed until the rejected
+        sample's ``d`` is there.
         """
         policy, target = self.item_bytes
         return samples * policy + (samples // 2 if self.shared_target else samples) * target

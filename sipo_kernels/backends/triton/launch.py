@@ -21,7 +21,7 @@ from sipo_kernels.backends.triton.plan import WARPS
 from sipo_kernels.backends.triton.report import RECORD
 from sipo_kernels.inputs import Inputs
 from sipo_kernels.layout import accumulate_dtype, agree, dense_like, empty_grad, stats_dtype
-from sipo_kernels.options import LINKS, METHODS, Settings
+from sipo_kernels.options import LOSS_TYPES, METHODS, Settings
 from sipo_kernels.output import Totals
 
 # Neighbours in a tile that are added up before they reach an accumulator, all within one thread: what a thread loads at
@@ -58,7 +58,7 @@ def forward(
     plan = triton_plan.plan(pairs, elements, block, triton_plan.kept_bytes(model, goal), triton_plan.device_of(model))
     stats = empty_stats(inputs, settings, with_grad)
     filled = dense_like(model, stats.grad) if with_grad else stats.grad
-    preserving = settings.winner_preserving is not None
+    preserving = settings.safeguard is not None
     sums = 3 * samples + (pairs if preserving else 0)
     partial = torch.empty(sums * plan.parts, dtype=acc, device=device)
     records = torch.empty(RECORD * pairs, dtype=torch.float64, device=device)
@@ -109,11 +109,11 @@ def forward(
             settings.smoothing,
             math.log1p(-settings.smoothing),
             math.log(settings.smoothing) if settings.smoothing > 0 else -math.inf,
-            settings.winner_preserving if preserving else 0.0,
+            settings.safeguard if preserving else 0.0,
             top,
             0.0 if isinstance(expected, Tensor) else float(expected),
             METHOD=METHODS.index(settings.method),
-            LINK=LINKS.index(settings.link),
+            LOSS_TYPE=LOSS_TYPES.index(settings.loss_type),
             SMOOTHED=settings.smoothing > 0,
             PRESERVING=preserving,
             MASKS=settings.masks,

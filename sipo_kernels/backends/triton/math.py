@@ -8,14 +8,14 @@ The twin of ``csrc/pair_math.h`` and ``eager.py``, section by section of ``docs/
 import triton
 import triton.language as tl
 
-from sipo_kernels.options import LINKS, METHODS
+from sipo_kernels.options import LOSS_TYPES, METHODS
 
 DPO_CM = tl.constexpr(METHODS.index("dpo_cm"))
 SIPO = tl.constexpr(METHODS.index("sipo"))
 SDPO = tl.constexpr(METHODS.index("sdpo"))
-IPO = tl.constexpr(LINKS.index("ipo"))
-HINGE = tl.constexpr(LINKS.index("hinge"))
-DMPO = tl.constexpr(LINKS.index("dmpo"))
+IPO = tl.constexpr(LOSS_TYPES.index("ipo"))
+HINGE = tl.constexpr(LOSS_TYPES.index("hinge"))
+DMPO = tl.constexpr(LOSS_TYPES.index("dmpo"))
 # Triton's interpreter truncates where a GPU rounds to nearest even; there the kernel rounds by itself.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -90,10 +90,10 @@ def reduce_part(
 
 @triton.jit
 def inner_part(
-    m_winner,
-    t_winner,
-    m_loser,
-    t_loser,
+    m_chosen,
+    t_chosen,
+    m_rejected,
+    t_rejected,
     start,
     tiles,
     elements,
@@ -101,16 +101,17 @@ def inner_part(
     BLOCK: tl.constexpr,
     FOLD: tl.constexpr,
 ):
-    """§6, relatives: one part's share of Σ d_w · d_l. Its winner is in the cache, its loser will be read once more."""
+    """§6, relatives: one part's share of Σ d_w · d_l. Its chosen sample is in the cache, its rejected sample will "
+    "be read once more."""
     total = tl.full([BLOCK // FOLD], 0.0, ACC)
     for tile in range(tiles):
         at = start + tile * BLOCK + tl.arange(0, BLOCK)
         inside = at < elements
-        winner = widen(tl.load(m_winner + at, mask=inside, other=0.0), ACC)
-        winner -= widen(tl.load(t_winner + at, mask=inside, other=0.0), ACC)
-        loser = widen(tl.load(m_loser + at, mask=inside, other=0.0), ACC)
-        loser -= widen(tl.load(t_loser + at, mask=inside, other=0.0), ACC)
-        total += _fold(winner * loser, FOLD)
+        chosen = widen(tl.load(m_chosen + at, mask=inside, other=0.0), ACC)
+        chosen -= widen(tl.load(t_chosen + at, mask=inside, other=0.0), ACC)
+        rejected = widen(tl.load(m_rejected + at, mask=inside, other=0.0), ACC)
+        rejected -= widen(tl.load(t_rejected + at, mask=inside, other=0.0), ACC)
+        total += _fold(chosen * rejected, FOLD)
     return tl.sum(total.to(tl.float64), 0)
 
 
@@ -141,7 +142,8 @@ def finite(x):
 
 @triton.jit
 def _all_finite(error, gap, weight, z, penalty, DTYPE: tl.constexpr):
-    """Whether a pair's numbers are finite in the type that they are returned in. Vectors are [winner, loser]."""
+    """Whether a pair's numbers are finite in the type that they are returned in. Vectors are [chosen, rejected "
+    "sample]."""
     samples = finite(error.to(DTYPE)) & finite(gap.to(DTYPE)) & finite(weight.to(DTYPE))
     return (tl.sum(samples.to(tl.int32), 0) == 2) & finite(z.to(DTYPE)) & finite(penalty.to(DTYPE))
 
@@ -165,21 +167,21 @@ def _sum_partials(partial, both, parts, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _apply_link(z, smoothing, log_label, log_other, LINK: tl.constexpr, SMOOTHED: tl.constexpr):
+def _apply_link(z, smoothing, log_label, log_other, LOSS_TYPE: tl.constexpr, SMOOTHED: tl.constexpr):
     """§5's ℓ(z) and §6's −ℓ'(z). NaN stays NaN. The logarithms are those of 1 − ε and ε."""
-    if LINK == IPO:
+    if LOSS_TYPE == IPO:
         return (z - 0.5) * (z - 0.5), 1.0 - 2.0 * z
-    if LINK == HINGE:
+    if LOSS_TYPE == HINGE:
         beyond = tl.where(z >= 1, 0.0, z)
         return tl.where(z < 1, 1.0 - z, beyond), tl.where(z < 1, 1.0, beyond)
-    if LINK == DMPO:  # the bound, beyond which σ is 0 or 1, keeps infinity from a 0
+    if LOSS_TYPE == DMPO:  # the bound, beyond which σ is 0 or 1, keeps infinity from a 0
         z = tl.where(z < -1e3, -1e3, tl.where(z > 1e3, 1e3, z))
     decay = tl.exp(-tl.abs(z))
     # log(1 + x) in place of log1p: x is at most 1, and what is lost below 1e-16 is lost beside a loss of order 1.
     tail = tl.log(1.0 + decay)
     softplus = tl.where(z != z, z, tl.where(z < 0, -z, 0.0)) + tail  # of −z
     sigmoid = tl.where(z >= 0, decay, 1.0) / (1.0 + decay)  # of −z
-    if LINK == DMPO:
+    if LOSS_TYPE == DMPO:
         pull = sigmoid * (log_label - log_other - z)
         return pull - log_label - softplus, tl.where(z >= 0, 1.0, decay) / (1.0 + decay) * pull
     if SMOOTHED:  # (1 − ε) softplus(−z) + ε softplus(z)
@@ -188,17 +190,17 @@ def _apply_link(z, smoothing, log_label, log_other, LINK: tl.constexpr, SMOOTHED
 
 
 @triton.jit
-def _loser_share(partial, a, model_error, winner_preserving, pair, pairs, parts, elements, PARTS: tl.constexpr):
-    """§6, relatives: λ for the loser beside 1 for the winner; ``a`` is a · c."""
+def _rejected_share(partial, a, model_error, safeguard, pair, pairs, parts, elements, PARTS: tl.constexpr):
+    """§6, relatives: λ for the rejected sample beside 1 for the chosen sample; ``a`` is a · c."""
     at = tl.arange(0, PARTS)
     sums = inner_sums(partial, pair, pairs, parts)
     inner = tl.sum(tl.load(sums + at, mask=at < parts, other=0.0, cache_modifier=".cg").to(tl.float64), 0) / elements
-    winner = tl.arange(0, 2) == 0
-    a_winner, a_loser = tl.sum(tl.where(winner, a, 0.0), 0), tl.sum(tl.where(winner, 0.0, a), 0)
-    aligned = a_winner * a_loser * inner
-    room = (1.0 - winner_preserving) * a_winner * a_winner * tl.sum(tl.where(winner, model_error, 0.0), 0) / aligned
+    chosen = tl.arange(0, 2) == 0
+    a_chosen, a_rejected = tl.sum(tl.where(chosen, a, 0.0), 0), tl.sum(tl.where(chosen, 0.0, a), 0)
+    aligned = a_chosen * a_rejected * inner
+    room = (1.0 - safeguard) * a_chosen * a_chosen * tl.sum(tl.where(chosen, model_error, 0.0), 0) / aligned
     share = tl.where((aligned > 0) & (room < 1), room, 1.0)
-    return tl.where(winner, 1.0, share)
+    return tl.where(chosen, 1.0, share)
 
 
 @triton.jit
@@ -222,9 +224,9 @@ def finish_pair(
     smoothing,
     log_label,
     log_other,
-    winner_preserving,
+    safeguard,
     METHOD: tl.constexpr,
-    LINK: tl.constexpr,
+    LOSS_TYPE: tl.constexpr,
     SMOOTHED: tl.constexpr,
     PRESERVING: tl.constexpr,
     MASKS: tl.constexpr,
@@ -235,7 +237,8 @@ def finish_pair(
     HAS_WEIGHT: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """§2-6 for one pair, in float64: stores its results, returns what §8 is made of. Vectors are [winner, loser]."""
+    """§2-6 for one pair, in float64: stores its results, returns what §8 is made of. Vectors are [chosen, rejected "
+    "sample]."""
     half = tl.arange(0, 2)
     both = pair + half * pairs
     sign = 1.0 - 2.0 * half.to(tl.float64)
@@ -275,7 +278,7 @@ def finish_pair(
     if HAS_WEIGHT:
         a *= tl.load(error_weight + both).to(tl.float64)
     z = -0.5 * beta * tl.sum(sign * a * gap, 0)
-    penalty, pull = _apply_link(z, smoothing, log_label, log_other, LINK, SMOOTHED)
+    penalty, pull = _apply_link(z, smoothing, log_label, log_other, LOSS_TYPE, SMOOTHED)
     pair_loss = b * active.to(tl.float64) * penalty
     whole = _all_finite(error, gap, weight, z, penalty, logits.dtype.element_ty)
     if SKIP:
@@ -285,7 +288,7 @@ def finish_pair(
     # §6
     g = b * pull * (0.5 * beta * loss_scale) * (2.0 / n)
     if PRESERVING:
-        g *= _loser_share(partial, a, error, winner_preserving, pair, pairs, parts, n, PARTS)
+        g *= _rejected_share(partial, a, error, safeguard, pair, pairs, parts, n, PARTS)
     coef = tl.where(active, sign * g * a, 0.0)
 
     at = samples + both

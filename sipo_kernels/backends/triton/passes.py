@@ -95,11 +95,11 @@ def pair_forward(
     smoothing: tl.float64,
     log_label: tl.float64,
     log_other: tl.float64,
-    winner_preserving: tl.float64,
+    safeguard: tl.float64,
     top: tl.float64,
     expected_number: tl.float64,
     METHOD: tl.constexpr,
-    LINK: tl.constexpr,
+    LOSS_TYPE: tl.constexpr,
     SMOOTHED: tl.constexpr,
     PRESERVING: tl.constexpr,
     MASKS: tl.constexpr,
@@ -151,8 +151,8 @@ def pair_forward(
             tl.store(sums + 2, g)
             if PRESERVING:  # noqa: SIM102 (known when compiling; the next one is not)
                 if item % 2 == 1:
-                    m_winner, t_winner = row(model, pair, model_stride), row(target, pair, target_stride)
-                    product = inner_part(m_winner, t_winner, m_row, t_row, start, tiles, elements, ACC, BLOCK, FOLD)
+                    m_chosen, t_chosen = row(model, pair, model_stride), row(target, pair, target_stride)
+                    product = inner_part(m_chosen, t_chosen, m_row, t_row, start, tiles, elements, ACC, BLOCK, FOLD)
                     tl.store(inner_sums(partial, pair, pairs, parts) + part, product)
             # The stores must be seen by whoever counts the pair's last item: a barrier, then acquire-release.
             tl.debug_barrier()
@@ -177,9 +177,9 @@ def pair_forward(
                     smoothing,
                     log_label,
                     log_other,
-                    winner_preserving,
+                    safeguard,
                     METHOD,
-                    LINK,
+                    LOSS_TYPE,
                     SMOOTHED,
                     PRESERVING,
                     MASKS,

@@ -1,8 +1,8 @@
 """How the Triton backend divides a batch: a pure function of shapes, item sizes and two numbers of the device.
 
-The work is cut into **items**, one part of one sample, in the order (pair, part, winner or loser). There are two
-things to do for each item: reduce it (errors, §2) and write its gradient (§6), and the gradient of a pair can start
-only when all of the pair is reduced. The schedule is a list of **steps**, handed out one by one:
+The work is cut into **items**, one part of one sample, in the order (pair, part, chosen sample or rejected sample).
+There are two things to do for each item: reduce it (errors, §2) and write its gradient (§6), and the gradient of a pair
+can start only when all of the pair is reduced. The schedule is a list of **steps**, handed out one by one:
 
     step s:  reduce item s                           for s < items
              then write the gradient of item s − distance   for s ≥ distance

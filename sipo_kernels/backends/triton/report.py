@@ -16,12 +16,12 @@ from sipo_kernels.output import METRICS, STATISTICS
 DIFFUSION_DPO = tl.constexpr(METHODS.index("diffusion_dpo"))
 # Columns of the metrics' sums; behind them, the pairs that the means are over.
 LOSS = tl.constexpr(METRICS.index("loss"))
-IMPLICIT_ACC = tl.constexpr(METRICS.index("implicit_acc"))
+ACCURACIES = tl.constexpr(METRICS.index("rewards/accuracies"))
 MODEL_MSE = tl.constexpr(METRICS.index("model_mse"))
 REF_MSE = tl.constexpr(METRICS.index("ref_mse"))
-REWARD_MARGIN = tl.constexpr(METRICS.index("reward_margin"))
-WIN_GAP = tl.constexpr(METRICS.index("win_gap"))
-LOSE_GAP = tl.constexpr(METRICS.index("lose_gap"))
+MARGINS = tl.constexpr(METRICS.index("rewards/margins"))
+CHOSEN_GAP = tl.constexpr(METRICS.index("chosen_gap"))
+REJECTED_GAP = tl.constexpr(METRICS.index("rejected_gap"))
 WEIGHT_MEAN = tl.constexpr(METRICS.index("weight_mean"))
 CLIP_FRACTION = tl.constexpr(METRICS.index("clip_fraction"))
 ACTIVE_FRACTION = tl.constexpr(METRICS.index("active_fraction"))
@@ -31,7 +31,7 @@ METRIC_COLUMNS = tl.constexpr(16)
 STATISTIC_COUNT = tl.constexpr(len(STATISTICS))
 STATISTIC_COLUMNS = tl.constexpr(32)
 ROWS = tl.constexpr(8)  # pairs at a time: few, for a thread holds all numbers of the pairs whose columns it makes
-# A pair's record, rows of [RECORD, B]: of winner and loser the error, reference error, gap, ratio, weight and
+# A pair's record, rows of [RECORD, B]: of chosen and rejected sample the error, reference error, gap, ratio, weight and
 # coefficient, in this order; and of the pair:
 PAIR_LOGITS = tl.constexpr(12)
 PAIR_LOSS = tl.constexpr(13)
@@ -42,7 +42,7 @@ RECORD = 16
 
 @triton.jit
 def store_record(records, pair, pairs, error, ref_err, gap, ratio, weight, coef, z, pair_loss, active, whole):
-    """Keeps a pair's numbers for :func:`report`. Vectors are [winner, loser]."""
+    """Keeps a pair's numbers for :func:`report`. Vectors are [chosen, rejected sample]."""
     at = records + pair + tl.arange(0, 2) * pairs
     tl.store(at, error)
     tl.store(at + 2 * pairs, ref_err)
@@ -72,7 +72,8 @@ def _correct(z):  # a tie counts one half
 
 @triton.jit
 def _of_samples(records, pair, pairs):
-    """What both sums need of the samples: error, reference error, gap, ratio and weight, winner before loser."""
+    """What both sums need of the samples: error, reference error, gap, ratio and weight, chosen sample before "
+    "rejected sample."""
     inside = pair < pairs
     at = records + pair
     # .cg: past the first-level cache, which is not coherent with what other programs just wrote.
@@ -103,11 +104,11 @@ def _metrics(records, pair, pairs, clip_min, clip_max, METHOD: tl.constexpr, SKI
     whole = tl.load(at + PAIR_FINITE * pairs, mask=inside, other=0.0, cache_modifier=".cg") > 0
     counted = whole if SKIP else inside  # means are over finite pairs alone where the others are skipped
     column = tl.arange(0, METRIC_COLUMNS)[None, :]
-    x = tl.where(column == IMPLICIT_ACC, _correct(z), tl.full([ROWS, METRIC_COLUMNS], 0.0, tl.float64))
+    x = tl.where(column == ACCURACIES, _correct(z), tl.full([ROWS, METRIC_COLUMNS], 0.0, tl.float64))
     x = tl.where(column == MODEL_MSE, 0.5 * (error_w + error_l), x)
     x = tl.where(column == REF_MSE, 0.5 * (ref_w + ref_l), x)
-    x = tl.where(column == REWARD_MARGIN, z, x)
-    x = tl.where(column == WIN_GAP, gap_w, tl.where(column == LOSE_GAP, gap_l, x))
+    x = tl.where(column == MARGINS, z, x)
+    x = tl.where(column == CHOSEN_GAP, gap_w, tl.where(column == REJECTED_GAP, gap_l, x))
     x = tl.where(column == WEIGHT_MEAN, 0.5 * (weight_w + weight_l), x)
     x = tl.where(column == CLIP_FRACTION, _clipped(ratio_w, ratio_l, clip_min, clip_max, METHOD), x)
     x = tl.where(counted, x, 0.0)
