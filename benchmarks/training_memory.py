@@ -111,11 +111,11 @@ def watch(steps: int, device: str, folder: Path) -> list[dict[str, Any]]:
 
     optimizer.register_step_post_hook(look)
     config = TrainingConfig(
-        steps=steps,
+        max_train_steps=steps,
         output_dir=folder / "run",
-        batch_size=BATCH_SIZE,
+        train_batch_size=BATCH_SIZE,
         progress=None,
-        checkpoint_every=max(1, steps // 8),
+        checkpointing_steps=max(1, steps // 8),
     )
     loss = SIPOLoss(setup.schedule)
     train(

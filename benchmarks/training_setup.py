@@ -148,7 +148,7 @@ def _cached(case: TrainingCase, device: str, folder: Path) -> Setup:
     model = build_toy(case.family, folder / "model")
     source = make_toy_pairs(folder / "pairs", video=family.video, pairs=PAIRS, **size)
     data = DataConfig(
-        path=str(source), cache=str(folder / "cache"), sizes=[(height, width)], frames=frames, dtype="float32"
+        dataset_name=str(source), cache=str(folder / "cache"), sizes=[(height, width)], frames=frames, dtype="float32"
     )
     precompute_pairs(
         open_pairs(source, "jsonl"),
@@ -156,14 +156,14 @@ def _cached(case: TrainingCase, device: str, folder: Path) -> Setup:
         lambda: family.load_encoders(model),
         data.cache,
         settings=data,
-        model=ModelConfig(family=case.family, path=str(model)),
+        model=ModelConfig(family=case.family, pretrained_model_name_or_path=str(model)),
         progress=None,
     )
     cache, schedule = open_cache(data.cache), family.load_schedule(model, INFERENCE_STEPS)
     network: Any = family.load_network(model)
     base = type(network).from_config({**network.config, **case.network}).to(device)
     reference = reference_for(base, case)
-    options: dict[str, Any] = {"draws": 1, "seed": 0, "distribution": "uniform", "caption_dropout": 0.0}
+    options: dict[str, Any] = {"draws": 1, "seed": 0, "distribution": "uniform", "proportion_empty_prompts": 0.0}
     errors = precompute_references(
         cache,
         reference,

@@ -150,7 +150,7 @@ class Bench:
         references = {"copy": trained.reference, "errors": None, "adapter_off": AdapterOff(adapter_off)}
         config = TrainingConfig(
             output_dir=self.folder / "run", max_grad_norm=MAX_GRAD_NORM, mixed_precision=case.precision,  # type: ignore[arg-type]
-            log_every=LOG_EVERY, progress=None, tensorboard=False, alarms="off", **options,
+            logging_steps=LOG_EVERY, progress=None, tensorboard=False, alarms="off", **options,
         )  # fmt: skip
         # No alarms: every chunk but the first goes on with a policy that has left its reference.
         train(

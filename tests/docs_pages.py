@@ -44,16 +44,21 @@ SMALLER: dict[str, Callable[[Any], Any]] = {
     "data.shard_pairs": lambda pairs: min(pairs, 4),
     "data.draws": lambda draws: min(draws, 2),
     "model.lora.rank": lambda rank: min(rank, 4),
-    "training.steps": lambda steps: max(1, steps // 500),
-    "training.batch_size": lambda pairs: min(pairs, 2),
-    "training.accumulation": lambda passes: min(passes, 2),
-    "training.warmup": lambda steps: min(steps, 1),
-    "training.checkpoint_every": lambda steps: max(1, steps // 500),
-    "training.validate_every": lambda steps: steps // 100,
-    "training.num_workers": lambda _: 0,
-    "samples.prompts": lambda prompts: prompts[:1],
+    "training.max_train_steps": lambda steps: max(1, steps // 500),
+    "training.train_batch_size": lambda pairs: min(pairs, 2),
+    "training.gradient_accumulation_steps": lambda passes: min(passes, 2),
+    "training.lr_warmup_steps": lambda steps: min(steps, 1),
+    "training.checkpointing_steps": lambda steps: max(1, steps // 500),
+    "training.validation_steps": lambda steps: steps // 100,
+    "training.dataloader_num_workers": lambda _: 0,
+    "samples.validation_prompts": lambda prompts: prompts[:1],
 }
-QUIET = {"training.progress": False, "training.tensorboard": False, "training.log_every": 1, "samples.steps": 2}
+QUIET = {
+    "training.progress": False,
+    "training.tensorboard": False,
+    "training.logging_steps": 1,
+    "samples.num_inference_steps": 2,
+}
 # Options of commands, and sizes in Python blocks.
 SMALLER_OPTIONS = {
     "--frames": lambda frames: str(int(frames) // 9),

@@ -108,16 +108,16 @@ def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
                 Changed(load_digits()[0], change),
                 predict,
                 TrainingConfig(
-                    steps=steps,
+                    max_train_steps=steps,
                     output_dir=folder / name,
-                    batch_size=BATCH,
+                    train_batch_size=BATCH,
                     learning_rate=rate,
-                    warmup=min(20, steps // 3),
-                    log_every=5 if steps > 4 else 1,
+                    lr_warmup_steps=min(20, steps // 3),
+                    logging_steps=5 if steps > 4 else 1,
                     progress=False,
                     tensorboard=False,
                     alarms="off",
-                    validate_every=steps if name in HELD_OUT else 0,
+                    validation_steps=steps if name in HELD_OUT else 0,
                 ),
                 accelerator=Accelerator(cpu=True),
                 validation=Changed(load_digits()[1], change, seed=1, count=HELD_OUT.get(name)),
@@ -280,7 +280,7 @@ def test_memorised_coin_flips_are_not_learning() -> None:
     for seen in ([], validation(None, 0, loss=None), [{"step": 200, "validation/loss": 0.5}]):
         found = verdict(seen)
         assert (found.name, found.severity) == ("cannot_tell", "note") and "no held-out pairs" in found.sentence
-        assert "data.held_out and training.validate_every" in found.advice[0]
+        assert "data.held_out and training.validation_steps" in found.advice[0]
 
 
 def test_good_takes_a_ranking_and_a_loss_and_the_last_validation() -> None:

@@ -491,7 +491,7 @@ def test_a_data_set_that_has_moved_is_taken_if_it_is_the_same(data: Path) -> Non
     lines = read(moved)
     swap(lines)
     write(moved, lines)
-    others = r'made with data\.path="elsewhere", this run has "another", whose pairs are others \(row 4: chosen is b/3'
+    others = r'made with data\.dataset_name="elsewhere", this run has "another", whose pairs are others \(row 4: chosen is b/3'
     with pytest.raises(CacheError, match=others):
         encode(moved, path="another")
     assert not changed(before, data.parent.parent / "cache")
@@ -618,8 +618,13 @@ def test_a_hub_s_data_set_is_known_by_the_hashes_of_its_files(monkeypatch: pytes
 # ---- Commands ----
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "toy" / "sd15.yaml"
-SHORT = ["training.steps=1", "training.progress=false", "training.tensorboard=false", "samples.prompts=[]"]
-SHORT += ["training.validate_every=0", "data.held_out=0", "data.shard_pairs=2"]
+SHORT = [
+    "training.max_train_steps=1",
+    "training.progress=false",
+    "training.tensorboard=false",
+    "samples.validation_prompts=[]",
+]
+SHORT += ["training.validation_steps=0", "data.held_out=0", "data.shard_pairs=2"]
 ERRORS = ["data.draws=1", "data.reference_errors=true"]
 
 
@@ -640,7 +645,11 @@ class Place:
         self.folder, self.cache, self.data = folder, folder / "cache", folder / "data" / "pairs.jsonl"
 
     def run(self, command: str, *more: str, run: str = "run", flags: tuple[str, ...] = ()) -> int:
-        places = [f"model.path={self.folder / 'model'}", f"data.path={self.data}", f"data.cache={self.cache}"]
+        places = [
+            f"model.pretrained_model_name_or_path={self.folder / 'model'}",
+            f"data.dataset_name={self.data}",
+            f"data.cache={self.cache}",
+        ]
         places.append(f"training.output_dir={self.folder / run}")
         return cli.main([command, str(EXAMPLE), *SHORT, *places, *more, *flags])
 
@@ -664,7 +673,9 @@ def place(trained: Path, tmp_path: Path, own_accelerator: None) -> Place:
     """The same in a place of its own."""
     folder = tmp_path / "here"
     shutil.copytree(trained, folder)
-    rewrite(folder / "cache" / INDEX, lambda text: text.replace(str(trained), str(folder)))  # as if data.path were it
+    rewrite(
+        folder / "cache" / INDEX, lambda text: text.replace(str(trained), str(folder))
+    )  # as if data.dataset_name were it
     return Place(folder)
 
 
@@ -685,7 +696,7 @@ def test_a_new_run_trains_on_the_pairs_as_they_are_now(place: Place, capsys: pyt
     assert [len(each) for each in now] == [2, 2, 1]
     assert torch.equal(now[0], errors[0]) and not torch.equal(now[1][1], errors[1][1])
     # And the run that was trained on the pairs as they were does not go on with these.
-    assert place.run("train", *ERRORS, "training.steps=2", flags=("--resume",)) == 2
+    assert place.run("train", *ERRORS, "training.max_train_steps=2", flags=("--resume",)) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "the data has changed since this checkpoint (6 pairs, " in error and "; now 5 pairs, " in error
 
@@ -695,14 +706,14 @@ def test_a_run_is_not_resumed_on_other_data(place: Place, capsys: pytest.Capture
     lines = read(place.data)
     swap(lines)
     write(place.data, lines)
-    assert place.run("train", *ERRORS, "training.steps=2", flags=("--resume",)) == 2
+    assert place.run("train", *ERRORS, "training.max_train_steps=2", flags=("--resume",)) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert f"{place.data}: row 4: chosen is b/3.bmp, was a/3.bmp" in error and "another training.output_dir" in error
     assert not changed(before, place.cache)
     write(place.data, original)
     for path in place.folder.glob("*/*/*.*"):  # new times, of weights too
         path.touch()
-    assert place.run("train", *ERRORS, "training.steps=2", flags=("--resume",)) == 0
+    assert place.run("train", *ERRORS, "training.max_train_steps=2", flags=("--resume",)) == 0
     assert not changed(before, place.cache) and len(list(place.cache.glob("references/*"))) == 1
 
 
@@ -715,9 +726,12 @@ def test_a_cache_without_its_source_is_used_and_that_is_said(place: Place, capsy
     assert output.count(said) == 1
     assert "| pairs | 6 |" in (place.folder / "again" / "weights" / "README.md").read_text()
     assert place.run("precompute", "--verify") == 2 and "no such file or folder" in capsys.readouterr().err
-    assert place.run("precompute", "data.path=others.jsonl") == 2
+    assert place.run("precompute", "data.dataset_name=others.jsonl") == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert f'{place.cache}: made with data.path="{place.data}", this run has "others.jsonl", which cannot be' in error
+    assert (
+        f'{place.cache}: made with data.dataset_name="{place.data}", this run has "others.jsonl", which cannot be'
+        in error
+    )
     assert "(others.jsonl: no such file or folder" in error
     assert not changed(before, place.cache)
 
@@ -766,7 +780,7 @@ def test_errors_of_another_network_under_the_same_path_are_not_used(
     assert len(place.errors()) == 3  # of what is not read, nothing depends
     replace_weights(place.folder / "model" / "unet" / "diffusion_pytorch_model.safetensors")
     for run, more in (("run", ERRORS), ("plain", [])):
-        assert place.run("train", *more, "training.steps=2", run=run, flags=("--resume",)) == 2
+        assert place.run("train", *more, "training.max_train_steps=2", run=run, flags=("--resume",)) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert "other weights: unet/diffusion_pytorch_model.safetensors has changed (hash " in error
     assert len(place.errors()) == 3

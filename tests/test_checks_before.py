@@ -47,7 +47,7 @@ def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     def run(command: str, family: str, *overrides: str, model: Path | None = None) -> int:
         example = ROOT / "examples" / "toy" / f"{family}.yaml"
         places = [f"data.cache={tmp_path / 'cache'}", f"training.output_dir={tmp_path / 'run'}"]
-        places.append(f"model.path={folder_of(family) if model is None else model}")
+        places.append(f"model.pretrained_model_name_or_path={folder_of(family) if model is None else model}")
         return cli.main([command, str(example), *places, *overrides])
 
     return run
@@ -69,18 +69,22 @@ BEFORE_DATA = [
     ("cogvideox", ["data.frames=8"], "frames=8: expected multiples of 16 pixels and 4k+1 frames"),
     (
         "sd3",
-        ["data.sizes=[[32, 32], [32, 4096]]", "data.path=nowhere.jsonl"],
+        ["data.sizes=[[32, 32], [32, 4096]]", "data.dataset_name=nowhere.jsonl"],
         "height=32, width=4096: expected at most ",
     ),
     (
         "wan",
-        ["data.sizes=[[16, 32768]]", "data.path=nowhere.jsonl"],
+        ["data.sizes=[[16, 32768]]", "data.dataset_name=nowhere.jsonl"],
         "patches each way, by the network's rope_max_seq_len",
     ),
     ("sd15", ["model.lora.target_modules=[to_x]"], "model.lora.target_modules: 'to_x' is no linear layer"),
     ("sd15", ["model.lora.target_modules=[]"], "model.lora.target_modules=[]: expected at least one name"),
-    ("sd15", ["samples.steps=1001"], "samples.steps=1001: expected at most 1000"),
-    ("sd15", ["data.held_out=0", "samples.prompts=[]"], "training.validate_every=10: expected data.held_out > 0"),
+    ("sd15", ["samples.num_inference_steps=1001"], "samples.num_inference_steps=1001: expected at most 1000"),
+    (
+        "sd15",
+        ["data.held_out=0", "samples.validation_prompts=[]"],
+        "training.validation_steps=10: expected data.held_out > 0",
+    ),
     ("sd15", ["data.max_pairs=8", "data.held_out=8"], "data.held_out=8: expected fewer than data.max_pairs=8"),
     ("sd15", ["data.draws=2", "training.timestep_sampling=informative"], "informative': expected data.draws=0"),
 ]
@@ -117,9 +121,9 @@ def test_other_commands_refuse_what_they_need_and_warn_of_the_rest(
 
 def test_more_pairs_held_out_than_there_are_is_refused_before_any_is_encoded(tmp_path: Path) -> None:
     values = {
-        "model": {"family": "sd15", "path": "toy"},
-        "data": {"path": "toy", "cache": str(tmp_path), "held_out": 9},
-        "training": {"output_dir": str(tmp_path), "steps": 1},
+        "model": {"family": "sd15", "pretrained_model_name_or_path": "toy"},
+        "data": {"dataset_name": "toy", "cache": str(tmp_path), "held_out": 9},
+        "training": {"output_dir": str(tmp_path), "max_train_steps": 1},
     }
     cost = Cost(pairs=6, there=3, prompts=0, exact=True, pair_bytes=(8, 8), prompt_bytes=8)
     opened: Any = SimpleNamespace(
@@ -201,7 +205,11 @@ def test_checkpointing_that_a_network_lacks_is_refused(tmp_path: Path, monkeypat
     import diffusers
 
     build_toy("sd15", tmp_path / "model")
-    more = [f"data.cache={tmp_path / 'cache'}", f"model.path={tmp_path / 'model'}", "model.gradient_checkpointing=true"]
+    more = [
+        f"data.cache={tmp_path / 'cache'}",
+        f"model.pretrained_model_name_or_path={tmp_path / 'model'}",
+        "model.gradient_checkpointing=true",
+    ]
     run = open_run(config.load(ROOT / "examples" / "toy" / "sd15.yaml", more))
     check_run(run, "train")
     monkeypatch.setattr(diffusers.UNet2DConditionModel, "_supports_gradient_checkpointing", False)
@@ -212,7 +220,7 @@ def test_checkpointing_that_a_network_lacks_is_refused(tmp_path: Path, monkeypat
 @pytest.mark.parametrize(
     ("settings", "resume", "message"),
     [
-        ({"checkpoint_every": 2}, False, "training.checkpoint_every=2: DeepSpeed keeps its state in pickled files"),
+        ({"checkpoint_every": 2}, False, "training.checkpointing_steps=2: DeepSpeed keeps its state in pickled files"),
         ({"checkpoint_every": 0}, True, "--resume: DeepSpeed keeps its state in pickled files"),
         ({"checkpoint_every": 0, "skip_inactive": True}, False, "training.skip_inactive=True: DeepSpeed counts"),
         ({"checkpoint_every": 0, "ema_decay": 0.9}, False, "training.ema_decay=0.9: DeepSpeed keeps the weights"),
@@ -221,7 +229,7 @@ def test_checkpointing_that_a_network_lacks_is_refused(tmp_path: Path, monkeypat
 def test_what_deepspeed_cannot_do_is_refused(
     settings: dict[str, Any], resume: bool, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    more = [f"data.cache={tmp_path / 'cache'}", f"model.path={folder_of('sd15')}"]
+    more = [f"data.cache={tmp_path / 'cache'}", f"model.pretrained_model_name_or_path={folder_of('sd15')}"]
     more += [f"training.{key}={value}" for key, value in settings.items()]
     run = open_run(config.load(ROOT / "examples" / "toy" / "sd15.yaml", more))
     monkeypatch.setattr("sipo.training.preparation.is_deepspeed", lambda accelerator: True)

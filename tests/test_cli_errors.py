@@ -62,14 +62,20 @@ ONE_LINE = [
     (lambda: safetensors.SafetensorError("Error while\ndeserializing"), "safetensors: Error while deserializing"),
     (lambda: OSError(28, "No space left on device", "cache/x"), "sipo: error: cache/x: No space left on device\n"),
     (lambda: OSError(18, "Cross-device link", "a", None, "b"), "sipo: error: a -> b: Cross-device link\n"),
-    (lambda: MemoryError("could not allocate 9 GB"), "out of memory on the host; lower training.num_workers"),
-    (MemoryError, "out of memory on the host; lower training.num_workers"),
+    (
+        lambda: MemoryError("could not allocate 9 GB"),
+        "out of memory on the host; lower training.dataloader_num_workers",
+    ),
+    (MemoryError, "out of memory on the host; lower training.dataloader_num_workers"),
     (
         lambda: RuntimeError(f"[enforce fail at alloc_cpu.cpp:127] {NO_HOST_MEMORY}"),
         "out of memory on the host; lower "
-        "training.num_workers, data.sizes or data.frames, or use smaller files: [enforce fail",
+        "training.dataloader_num_workers, data.sizes or data.frames, or use smaller files: [enforce fail",
     ),
-    (lambda: torch.OutOfMemoryError("CUDA out of memory"), "out of memory; lower training.batch_size or data.sizes"),
+    (
+        lambda: torch.OutOfMemoryError("CUDA out of memory"),
+        "out of memory; lower training.train_batch_size or data.sizes",
+    ),
     (lambda: RecursionError("maximum recursion depth exceeded"), "something that was read is nested too deeply"),
     (lambda: OtherProcessError("process 1: row 3 is bad"), "process 1: row 3 is bad"),
     (lambda: TrainingDiverged("step 3"), "step 3"),
@@ -77,7 +83,10 @@ ONE_LINE = [
     (loader_error, "latents-00000.safetensors: damaged: twice"),
     (network_error, "network: The read operation timed out"),
     (lambda: BrokenPipeError(32, "Broken pipe"), "[Errno 32] Broken pipe"),  # to another program, and not to a reader
-    (lambda: RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "lower training.num_workers"),
+    (
+        lambda: RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."),
+        "lower training.dataloader_num_workers",
+    ),
 ]
 
 
@@ -216,7 +225,7 @@ def test_a_status_stays_where_nobody_can_be_told(
 
 
 def test_a_run_that_stops_keeps_its_status_where_nobody_can_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    training = TrainingConfig(steps=1, output_dir="nowhere")
+    training = TrainingConfig(max_train_steps=1, output_dir="nowhere")
     config = Config(ModelConfig(family="sd15", path="nowhere"), DataConfig(path="nowhere", cache="nowhere"), training)
     stopped = TrainingInterrupted(3, Path("nowhere"), "SIGINT")
     monkeypatch.setattr("sipo.recipe.config.load", lambda *_: config)

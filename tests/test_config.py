@@ -22,9 +22,9 @@ EXAMPLES = sorted((ROOT / "examples").rglob("*.yaml"))
 def tree(**sections: dict[str, Any]) -> dict[str, Any]:
     """The least that a configuration needs, with ``sections`` laid over it."""
     least: dict[str, dict[str, Any]] = {
-        "model": {"family": "sd15", "path": "some/model"},
-        "data": {"path": "pairs.jsonl", "cache": "cache"},
-        "training": {"steps": 3, "output_dir": "out"},
+        "model": {"family": "sd15", "pretrained_model_name_or_path": "some/model"},
+        "data": {"dataset_name": "pairs.jsonl", "cache": "cache"},
+        "training": {"max_train_steps": 3, "output_dir": "out"},
     }
     return {name: least.get(name, {}) | sections.get(name, {}) for name in least | sections}
 
@@ -90,8 +90,8 @@ def test_overrides_lie_over_the_file(tmp_path: Path) -> None:
         ({"model": {"lora": {"rnk": 3}}}, "model.lora.rnk: no such key, did you mean model.lora.rank?"),
         ({"optimizr": {}}, "optimizr: no such key, did you mean training.optimizer?"),
         ({"qqqqqqq": {}}, "qqqqqqq: no such key, expected one of model, data, training, loss, samples"),
-        ({"training": {"steps": "many"}}, "training.steps='many': Input should be a valid integer"),
-        ({"training": {"steps": 0}}, "training.steps=0: expected at least 1"),
+        ({"training": {"max_train_steps": "many"}}, "training.max_train_steps='many': Input should be a valid integer"),
+        ({"training": {"max_train_steps": 0}}, "training.max_train_steps=0: expected at least 1"),
         ({"training": {"learning_rate": -1}}, "training.learning_rate=-1.0: expected a finite number > 0"),
         ({"model": {"tuning": "half"}}, "model.tuning='half': Input should be 'lora' or 'full'"),
         ({"model": {"tuning": "full", "reference": "adapter_off"}}, "expected model.tuning='lora'"),
@@ -130,8 +130,11 @@ def test_overrides_lie_over_the_file(tmp_path: Path) -> None:
         ({"data": {"sizes": []}}, "data.sizes=[]: expected at least one [height, width]"),
         ({"data": {"sizes": [[3]]}}, "data.sizes.0.1: missing, expected a value"),
         ({"data": {"frames": 0}}, "data.frames=0: expected at least 1"),
-        ({"samples": {"guidance": float("nan")}}, "samples.guidance=nan: expected a finite number of at least 0"),
-        ({"samples": {"guidance": -1}}, "samples.guidance=-1: expected a finite number of at least 0"),
+        (
+            {"samples": {"guidance_scale": float("nan")}},
+            "samples.guidance_scale=nan: expected a finite number of at least 0",
+        ),
+        ({"samples": {"guidance_scale": -1}}, "samples.guidance_scale=-1: expected a finite number of at least 0"),
         ({"data": {"fps": 0}}, "data.fps=0: expected a finite number > 0"),
         ({"data": {"fps": float("inf")}}, "data.fps=inf: expected a finite number > 0"),
     ],
@@ -157,9 +160,14 @@ def test_half_precision_types_that_do_not_meet(model: dict[str, Any], precision:
 
 def test_a_missing_key_is_named() -> None:
     with pytest.raises(ConfigError, match=r"^model\.family: missing, expected a value$"):
-        from_dict(tree() | {"model": {"path": "some/model"}})
+        from_dict(tree() | {"model": {"pretrained_model_name_or_path": "some/model"}})
     with pytest.raises(ConfigError, match=r"^training: missing, expected a value$"):
-        from_dict({"model": {"family": "sd15", "path": "p"}, "data": {"path": "p", "cache": "c"}})
+        from_dict(
+            {
+                "model": {"family": "sd15", "pretrained_model_name_or_path": "p"},
+                "data": {"dataset_name": "p", "cache": "c"},
+            }
+        )
 
 
 def test_files_that_are_no_configuration(tmp_path: Path) -> None:
@@ -186,7 +194,7 @@ def test_files_that_are_no_configuration(tmp_path: Path) -> None:
     for override, message in (
         ("steps", "'steps': expected section.key=value"),
         ("model.family.name=3", "'model.family.name=3': family is no section"),
-        ("training.steps=[", r"'training.steps=\[': not YAML"),
+        ("training.max_train_steps=[", r"'training.max_train_steps=\[': not YAML"),
     ):
         with pytest.raises(ConfigError, match=message):
             load(path, [override])
@@ -213,11 +221,14 @@ MERGED = "a: &a {x: 1}\n" + "".join(
             "nested too deeply, expected YAML of at most 64 levels",
         ),
         (
-            "training: {steps: " + "7" * 5000 + "}",
+            "training: {max_train_steps: " + "7" * 5000 + "}",
             "not YAML: a number of thousands of digits",
         ),
-        ("training: {steps: 2026-13-45}", "not YAML: month must be in 1..12"),
-        ("training: {steps: !!python/object:os.system 1}", "not YAML: could not determine a constructor for the tag"),
+        ("training: {max_train_steps: 2026-13-45}", "not YAML: month must be in 1..12"),
+        (
+            "training: {max_train_steps: !!python/object:os.system 1}",
+            "not YAML: could not determine a constructor for the tag",
+        ),
         ("data: {? [a] : b}", "not YAML: while constructing a mapping: found unhashable key, line 1"),
         ("#" * 1_100_000, "has 1100000 bytes, expected at most 1048576 of a configuration"),
         ("data: *nothing", "not YAML: found undefined alias 'nothing', line 1"),
@@ -248,11 +259,11 @@ def test_what_a_file_holds_is_refused_quickly_and_not_printed(tmp_path: Path, te
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("training.steps=[" + "secret, " * 1000 + "]", "training.steps=['secret', 's"),
-        ("training.steps=" + "7" * 4000, "training.steps=7777"),
-        ("training.steps=0x" + "f" * 6000, "training.steps=int: expected an integer of 64 bits"),
+        ("training.max_train_steps=[" + "secret, " * 1000 + "]", "training.max_train_steps=['secret', 's"),
+        ("training.max_train_steps=" + "7" * 4000, "training.max_train_steps=7777"),
+        ("training.max_train_steps=0x" + "f" * 6000, "training.max_train_steps=int: expected an integer of 64 bits"),
         (f"data.sizes=[[64, {1 << 63}]]", "data.sizes=9223372036854775808: expected an integer of 64 bits"),
-        ("training.steps=" + "[" * 1000, "'training.steps=[[[["),
+        ("training.max_train_steps=" + "[" * 1000, "'training.max_train_steps=[[[["),
         ("data='" + "secret" * 1000 + "'", "data='secretsecret"),
         ("training." + "secret" * 1000 + "=1", "training.secretsecret"),
         ("training.learning_rate=0x" + "f" * 300, "training.learning_rate="),
@@ -270,7 +281,7 @@ def test_long_values_are_not_printed_whole(tmp_path: Path, override: str, messag
 
 def test_aliases_are_allowed(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(tree()) + "samples: {prompts: [&a cat, *a, dog]}\n")
+    path.write_text(yaml.safe_dump(tree()) + "samples: {validation_prompts: [&a cat, *a, dog]}\n")
     assert load(path).samples.prompts == ["cat", "cat", "dog"]
 
 

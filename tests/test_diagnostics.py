@@ -228,7 +228,9 @@ def test_adding_a_pass_reads_nothing() -> None:
 
 
 def test_a_run_writes_a_line_for_the_pairs_since_the_one_before(tmp_path: Path) -> None:
-    _, result = fit(tmp_path, steps=12, log_every=5, accumulation=2, loss_fn=loss(mask_threshold=0.9))
+    _, result = fit(
+        tmp_path, max_train_steps=12, logging_steps=5, gradient_accumulation_steps=2, loss_fn=loss(mask_threshold=0.9)
+    )
     found = lines(tmp_path)
     assert [(line["step"], line["pairs"]) for line in found] == [(1, 8), (5, 32), (10, 40), (12, 16)]
     for line, logged in zip(found, result.history, strict=True):
@@ -250,7 +252,7 @@ def test_a_run_writes_a_line_for_the_pairs_since_the_one_before(tmp_path: Path) 
 
 
 def test_broken_pairs_are_counted_where_they_are(tmp_path: Path) -> None:
-    _, result = fit(tmp_path, data=Broken((2,)), steps=3, log_every=3)
+    _, result = fit(tmp_path, data=Broken((2,)), max_train_steps=3, logging_steps=3)
     (first, rest) = lines(tmp_path)
     assert (sum(first["nonfinite"]), sum(rest["nonfinite"]), sum(rest["count"])) == (0, 4, 4)
     assert result.history[1]["nonfinite_pairs"] == 4
@@ -274,12 +276,12 @@ def test_without_statistics_nothing_is_written(tmp_path: Path) -> None:
 def test_statistics_that_are_turned_on_when_a_run_is_resumed_begin_there(tmp_path: Path) -> None:
     options: dict[str, Any] = {"log_every": 3, "loss_fn": loss(mask_threshold=1.0)}
     with pytest.warns(TrainingWarning, match="step 6: stalled"):
-        straight, _ = fit(tmp_path / "straight", steps=8, **options)
+        straight, _ = fit(tmp_path / "straight", max_train_steps=8, **options)
     off = options | {"timestep_statistics": False, "checkpoint_every": 5}
     with pytest.raises(KeyboardInterrupt):  # in the sixth step, between two lines
-        fit(tmp_path / "run", steps=8, data=Pairs(fail_after=22), **off)
+        fit(tmp_path / "run", max_train_steps=8, data=Pairs(fail_after=22), **off)
     with pytest.warns(TrainingWarning, match="step 6: stalled"):
-        resumed, _ = fit(tmp_path / "run", steps=8, resume_from="latest", **options)
+        resumed, _ = fit(tmp_path / "run", max_train_steps=8, resume_from="latest", **options)
     assert same(straight, resumed)
     assert [(line["step"], line["pairs"]) for line in lines(tmp_path / "run")] == [(6, 4), (8, 8)]
 
@@ -292,10 +294,10 @@ def test_a_checkpoint_of_another_format_is_one_line(tmp_path: Path, monkeypatch:
         return save(*args, **(given | {"progress": {"low_active_lines": 2, "skipped": 0}}))
 
     monkeypatch.setattr(checkpoint, "save", former)
-    fit(tmp_path, steps=2, checkpoint_every=2)
+    fit(tmp_path, max_train_steps=2, checkpointing_steps=2)
     monkeypatch.undo()
     with pytest.raises(CheckpointError, match=r"step-00000002: does not fit this run \(state.json: progress"):
-        fit(tmp_path, steps=4, resume_from="latest")
+        fit(tmp_path, max_train_steps=4, resume_from="latest")
 
 
 def test_the_spread_of_gradient_norms_is_that_of_the_sample() -> None:
@@ -314,7 +316,7 @@ def test_the_spread_of_gradient_norms_is_that_of_the_sample() -> None:
 
 def test_trackers_get_a_few_numbers(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    fit(tmp_path, steps=3, batch_size=24, tensorboard=True)
+    fit(tmp_path, max_train_steps=3, train_batch_size=24, tensorboard=True)
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     names = [name for name in events.Tags()["scalars"] if name.startswith("timesteps/")]
@@ -413,13 +415,13 @@ def align(folder: Path, data: type[InkPairs] = InkPairs, **options: Any) -> list
 
 
 def test_a_healthy_run_of_digits_sets_nothing_off(tmp_path: Path) -> None:
-    assert align(tmp_path, steps=30, learning_rate=2e-5, log_every=3) == []
+    assert align(tmp_path, max_train_steps=30, learning_rate=2e-5, logging_steps=3) == []
     last = read_lines(tmp_path / "metrics.jsonl")[-1]
     assert last["rewards/accuracies"] > 0.8 and last["rewards/margins"] > 1  # and it did learn
 
 
 def test_a_learning_rate_that_breaks_the_digits_sets_off_every_alarm(tmp_path: Path) -> None:
-    said = align(tmp_path, steps=36, learning_rate=1e-3, log_every=4)
+    said = align(tmp_path, max_train_steps=36, learning_rate=1e-3, logging_steps=4)
     assert sorted(message.split(": ")[1] for message in said) == ["collapse", "drift", "stalled"]
     drift = next(message for message in said if "drift" in message)
     step = int(drift.split()[1].rstrip(":"))
@@ -431,7 +433,7 @@ def test_a_learning_rate_that_breaks_the_digits_sets_off_every_alarm(tmp_path: P
 
 
 def test_learning_from_chance_sets_off_the_collapse_alone(tmp_path: Path) -> None:
-    said = align(tmp_path, Chance, steps=21, learning_rate=3e-4, log_every=3, method="sipo", beta=20.0)
+    said = align(tmp_path, Chance, max_train_steps=21, learning_rate=3e-4, logging_steps=3, method="sipo", beta=20.0)
     assert [message.split(": ")[1] for message in said] == ["collapse"]
     step = int(said[0].split()[1].rstrip(":"))
     of = [line for line in read_lines(tmp_path / "metrics.jsonl") if line["step"] <= step]
@@ -441,7 +443,7 @@ def test_learning_from_chance_sets_off_the_collapse_alone(tmp_path: Path) -> Non
 def test_stopped_by_an_alarm_a_run_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
     options: dict[str, Any] = {"steps": 7, "loss_fn": loss(mask_threshold=1.0), "ema_decay": 0.9, "log_every": 2}
     with pytest.warns(TrainingWarning, match="step 4: stalled: active_fraction 0.000 has stayed under 0.1"):
-        straight, whole = fit(tmp_path / "straight", checkpoint_every=7, **options)
+        straight, whole = fit(tmp_path / "straight", checkpointing_steps=7, **options)
     with pytest.raises(TrainingAlarm) as caught:
         fit(tmp_path / "run", alarms="stop", **options)
     saved = tmp_path / "run/checkpoints/step-00000004"
@@ -450,7 +452,7 @@ def test_stopped_by_an_alarm_a_run_goes_on_as_if_it_had_not_been(tmp_path: Path)
     assert message.startswith("step 4: stalled: active_fraction 0.000 has stayed under 0.1 for 3 log lines, so ")
     assert message.endswith(f"alarms='stop': resume with resume_from={str(saved)!r}") and "\n" not in message
     # It has said so: the same episode stops nothing again.
-    resumed, rest = fit(tmp_path / "run", alarms="stop", resume_from="latest", checkpoint_every=7, **options)
+    resumed, rest = fit(tmp_path / "run", alarms="stop", resume_from="latest", checkpointing_steps=7, **options)
     assert [line["step"] for line in rest.history] == [6, 7]
     assert untimed(read_lines(tmp_path / "run/metrics.jsonl")) == untimed(whole.history)
     for name in ("timesteps.jsonl", *(f"checkpoints/step-00000007/{x}" for x in ("state.json", "ema.safetensors"))):
@@ -460,11 +462,11 @@ def test_stopped_by_an_alarm_a_run_goes_on_as_if_it_had_not_been(tmp_path: Path)
 
 def test_after_the_last_step_an_alarm_has_nothing_to_stop(tmp_path: Path) -> None:
     with pytest.warns(TrainingWarning, match="step 3: stalled"):
-        _, result = fit(tmp_path, steps=3, alarms="stop", loss_fn=loss(mask_threshold=1.0))
+        _, result = fit(tmp_path, max_train_steps=3, alarms="stop", loss_fn=loss(mask_threshold=1.0))
     assert result.steps == 3
     with warnings.catch_warnings():
         warnings.simplefilter("error", TrainingWarning)
-        fit(tmp_path / "off", steps=4, alarms="off", loss_fn=loss(mask_threshold=1.0))
+        fit(tmp_path / "off", max_train_steps=4, alarms="off", loss_fn=loss(mask_threshold=1.0))
 
 
 def test_the_command_line_says_it_in_one_line(

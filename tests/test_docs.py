@@ -68,9 +68,9 @@ FLAGS = {
 
 # A configuration with nothing in it that has a default.
 LEAST: dict[str, Any] = {
-    "model": {"family": "sd15", "path": "p"},
-    "data": {"path": "p", "cache": "c"},
-    "training": {"steps": 1, "output_dir": "o"},
+    "model": {"family": "sd15", "pretrained_model_name_or_path": "p"},
+    "data": {"dataset_name": "p", "cache": "c"},
+    "training": {"max_train_steps": 1, "output_dir": "o"},
 }
 
 
@@ -205,7 +205,7 @@ def test_defaults_beside_the_scripts_are_ours() -> None:
         key = re.findall(r"`([a-z_.]+)`", named)[0]
         if key == "data.sizes":
             assert defaults[key] == [[int(ours)] * 2]
-        elif key == "training.steps":
+        elif key == "training.max_train_steps":
             assert ours == "must be given"
         elif isinstance(defaults[key], str):
             assert defaults[key] == ours, key
@@ -227,7 +227,7 @@ def test_learning_rates_of_diffusers_schedulers_are_those_of_the_page(name: str)
         optimizer.step()
         scheduler.step()
     schedule: Any = {"constant_with_warmup": "constant", "polynomial": "linear"}.get(name, name)
-    config = TrainingConfig(steps, "o", warmup=0 if name == "constant" else warmup, lr_schedule=schedule)
+    config = TrainingConfig(steps, "o", lr_warmup_steps=0 if name == "constant" else warmup, lr_scheduler=schedule)
     ours = [peak * rate_factor(config, step) for step in range(steps)]
     if name != "constant":
         assert theirs[0] == 0 and ours[0] == pytest.approx(peak / warmup)
@@ -236,7 +236,7 @@ def test_learning_rates_of_diffusers_schedulers_are_those_of_the_page(name: str)
     assert ours == pytest.approx(theirs, rel=1e-9, abs=1.01e-7 if name == "polynomial" else 0)
     assert f"`{name}`" in row_of("lr_scheduler")
     if name == "constant":
-        assert "`training.warmup: 0`" in row_of("lr_warmup_steps")
+        assert "`training.lr_warmup_steps: 0`" in row_of("lr_warmup_steps")
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo"])
@@ -273,7 +273,7 @@ def test_what_may_change_when_a_run_is_resumed_is_what_the_page_says() -> None:
     plain = set(TrainingConfig(1, "o").identity())
     assert must - {"steps"} == plain
     assert may - {"lr_schedule", "timestep_sampling"} == {f.name for f in dataclasses.fields(TrainingConfig)} - plain
-    bound = TrainingConfig(1, "o", lr_schedule="cosine", timestep_sampling="informative")
+    bound = TrainingConfig(1, "o", lr_scheduler="cosine", timestep_sampling="informative")
     assert set(bound.identity()) == plain | {"steps", "log_every"}
 
 

@@ -300,9 +300,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     folder.mkdir()
     settings = config.from_dict(
         {
-            "model": {"family": "sdxl", "path": str(folder_of("sdxl")), "lora": {"rank": 3, "alpha": ALPHA}},
-            "data": {"path": "toy", "cache": str(folder / "cache")},
-            "training": {"output_dir": str(folder), "steps": 2},
+            "model": {
+                "family": "sdxl",
+                "pretrained_model_name_or_path": str(folder_of("sdxl")),
+                "lora": {"rank": 3, "alpha": ALPHA},
+            },
+            "data": {"dataset_name": "toy", "cache": str(folder / "cache")},
+            "training": {"output_dir": str(folder), "max_train_steps": 2},
         }
     )
     (folder / "config.yaml").write_text(yaml.safe_dump(settings.as_dict()))
@@ -383,9 +387,18 @@ def test_what_cannot_be_exported_is_said_in_one_line(
         ((tmp_path, "--format", "kohya"), f"{tmp_path}: no config.yaml, expected the folder of a run of `sipo train`"),
         ((*kohya, "--checkpoint", "3"), "--checkpoint 3: expected one of 1, 2, or 'latest'"),
         ((*kohya, "--output", tmp_path / "a.bin"), f"--output {tmp_path / 'a.bin'}: expected a name that ends in"),
-        ((*kohya, "model.path=/nowhere/at/all"), "model.path='/nowhere/at/all': cannot read the configuration of its"),
-        ((*kohya, "model.lora.alpha=400", "--checkpoint", "latest"), "model.lora.alpha=400: expected model.path,"),
-        ((*kohya, "model.family=sd15"), "model.family=sd15: expected model.path, model.revision or model.variant"),
+        (
+            (*kohya, "model.pretrained_model_name_or_path=/nowhere/at/all"),
+            "model.pretrained_model_name_or_path='/nowhere/at/all': cannot read the configuration of its",
+        ),
+        (
+            (*kohya, "model.lora.alpha=400", "--checkpoint", "latest"),
+            "model.lora.alpha=400: expected model.pretrained_model_name_or_path,",
+        ),
+        (
+            (*kohya, "model.family=sd15"),
+            "model.family=sd15: expected model.pretrained_model_name_or_path, model.revision or model.variant",
+        ),
         ((*kohya, "--output", folder / "config.yaml" / "a" / "b.safetensors"), f"--output {folder}/config.yaml/a/b."),
     ]
     for words, message in cases:

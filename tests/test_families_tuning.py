@@ -350,7 +350,7 @@ def configuration(family: str, path: str, tuning: Any) -> Config:
     return Config(
         model=ModelConfig(family, path, tuning=tuning, lora=LoraConfig(rank=2, alpha=5.0)),
         data=DataConfig(str(Path.home() / "someone" / "pairs.jsonl"), cache="cache", sizes=[(32, 48)]),
-        training=TrainingConfig(steps=10, output_dir="out"),
+        training=TrainingConfig(max_train_steps=10, output_dir="out"),
         loss=LossConfig(method="dpo_cm", mask_threshold=0.8),
     )
 

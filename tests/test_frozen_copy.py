@@ -55,7 +55,7 @@ def trained_toy(toy: str) -> Path:
 
 def run_of(toy: str, *, precision: str = "no", **model: Any) -> Run:
     options: dict[str, Any] = {"family": family_of(toy).name, "path": str(trained_toy(toy))} | model
-    training = TrainingConfig(steps=1, output_dir="unused", mixed_precision=precision)  # type: ignore[arg-type]
+    training = TrainingConfig(max_train_steps=1, output_dir="unused", mixed_precision=precision)  # type: ignore[arg-type]
     data = DataConfig(path="unused", cache="unused", frames=9 if family_of(toy).video else 1)
     return open_run(Config(model=ModelConfig(**options), data=data, training=training))
 
@@ -220,8 +220,18 @@ def test_types_that_cannot_agree_are_said_before_anything_runs(
 
 # ---- A run ----
 
-SHORT = ["training.progress=false", "training.tensorboard=false", "training.validate_every=0", "samples.prompts=[]"]
-SHORT += ["training.steps=1", "training.checkpoint_every=1", "model.tuning=full", "training.mixed_precision=bf16"]
+SHORT = [
+    "training.progress=false",
+    "training.tensorboard=false",
+    "training.validation_steps=0",
+    "samples.validation_prompts=[]",
+]
+SHORT += [
+    "training.max_train_steps=1",
+    "training.checkpointing_steps=1",
+    "model.tuning=full",
+    "training.mixed_precision=bf16",
+]
 SHORT += ["model.dtype=bfloat16", "loss.beta=5000", "data.draws=2"]
 
 
@@ -230,7 +240,13 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The first of a run's, without its folder."""
     cache = tmp_path_factory.mktemp("frozen") / "cache"
     example = Path(__file__).parents[1] / "examples/toy/sd15.yaml"
-    return ["train", str(example), *SHORT, f"model.path={trained_toy('sd15')}", f"data.cache={cache}"]
+    return [
+        "train",
+        str(example),
+        *SHORT,
+        f"model.pretrained_model_name_or_path={trained_toy('sd15')}",
+        f"data.cache={cache}",
+    ]
 
 
 @pytest.mark.parametrize("kind", ["copy", "errors"])

@@ -176,9 +176,9 @@ def test_a_command_ends_before_it_does_anything(
     monkeypatch.setattr("sipo.demo.main.load_base", None)
     run, config = tmp_path / "run", tmp_path / "config.yaml"
     config.write_text(
-        "model: {family: sd15, path: toy}\n"
-        f"data: {{path: toy, cache: {tmp_path / 'cache'}, sizes: [[16, 16]]}}\n"
-        f"training: {{output_dir: {run}, steps: 1, mixed_precision: 'no'}}\n"
+        "model: {family: sd15, pretrained_model_name_or_path: toy}\n"
+        f"data: {{dataset_name: toy, cache: {tmp_path / 'cache'}, sizes: [[16, 16]]}}\n"
+        f"training: {{output_dir: {run}, max_train_steps: 1, mixed_precision: 'no'}}\n"
     )
     words = ["--output", str(run)] if command == "demo" else [str(config)]
     with holder(run) as pid:
@@ -192,9 +192,9 @@ def test_a_command_ends_before_it_does_anything(
 def test_a_refused_command_leaves_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(
-        "model: {family: sd15, path: nowhere/at-all}\n"
-        f"data: {{path: {tmp_path / 'none'}, cache: {tmp_path / 'cache'}, sizes: [[16, 16]]}}\n"
-        f"training: {{output_dir: {tmp_path / 'runs' / 'a'}, steps: 1, mixed_precision: 'no'}}\n"
+        "model: {family: sd15, pretrained_model_name_or_path: nowhere/at-all}\n"
+        f"data: {{dataset_name: {tmp_path / 'none'}, cache: {tmp_path / 'cache'}, sizes: [[16, 16]]}}\n"
+        f"training: {{output_dir: {tmp_path / 'runs' / 'a'}, max_train_steps: 1, mixed_precision: 'no'}}\n"
     )
     assert cli.main(["train", str(config)]) == 2
     assert capsys.readouterr().err.startswith("sipo: error: ")

@@ -90,7 +90,7 @@ def run_of(folder: Path, family: str = "sd15", accelerator: Any = None, **sample
     config = Config(
         ModelConfig(family=family, path=str(folder_of(family)), dtype="float32"),
         DataConfig(path="nowhere", cache=str(folder / "cache"), sizes=[(32, 32)], frames=9 if family == "wan" else 1),
-        TrainingConfig(steps=1, output_dir=str(folder / "run")),
+        TrainingConfig(max_train_steps=1, output_dir=str(folder / "run")),
         samples=SampleConfig(prompts=PROMPTS, steps=2, **samples),
     )
     path = str(folder_of(family))
@@ -276,7 +276,8 @@ def test_other_prompts_are_said(tmp_path: Path) -> None:
     Look(run)(0, network)
     other = replace(run, config=replace(run.config, samples=replace(run.config.samples, prompts=["b"])))
     with pytest.warns(
-        TrainingWarning, match=r"samples.prompts.json: earlier samples in this folder were drawn from different prompts"
+        TrainingWarning,
+        match=r"samples.validation_prompts.json: earlier samples in this folder were drawn from different prompts",
     ):
         Look(other)(2, network)
     assert json.loads(files(tmp_path)["prompts.json"]) == ["b"]

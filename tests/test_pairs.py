@@ -126,8 +126,8 @@ def test_workers_give_the_same_items(tmp_path: Path, method: str) -> None:
 
 def test_draws_depend_on_seed_row_and_number_alone(tmp_path: Path) -> None:
     cached = pairs_in(tmp_path)
-    drawn = DrawnPairs(cached, 4, DISCRETE, 3, caption_dropout=0.5)
-    fewer = DrawnPairs(CachedPairs(cached.cache, [9, 4]), 2, DISCRETE, 3, caption_dropout=0.5)
+    drawn = DrawnPairs(cached, 4, DISCRETE, 3, proportion_empty_prompts=0.5)
+    fewer = DrawnPairs(CachedPairs(cached.cache, [9, 4]), 2, DISCRETE, 3, proportion_empty_prompts=0.5)
     for draw in range(2):
         assert same(fewer[draw], drawn[9 * 4 + draw])
         assert same(fewer[2 + draw], drawn[4 * 4 + draw])
@@ -158,7 +158,7 @@ def test_captions_are_dropped_at_the_rate_asked_for(tmp_path: Path) -> None:
     cached = pairs_in(tmp_path)
 
     def dropped(share: float) -> int:
-        drawn = DrawnPairs(cached, 50, DISCRETE, 0, caption_dropout=share)
+        drawn = DrawnPairs(cached, 50, DISCRETE, 0, proportion_empty_prompts=share)
         return sum(same(drawn[i]["condition"], cached.unconditional) for i in range(len(drawn)))
 
     assert dropped(0.0) == 0 and dropped(1.0) == 600
@@ -166,7 +166,7 @@ def test_captions_are_dropped_at_the_rate_asked_for(tmp_path: Path) -> None:
     assert same(DrawnPairs(cached, 1, DISCRETE, 0)[5]["condition"], cached[5]["condition"])
 
 
-@pytest.mark.parametrize("wrong", [{"draws": 0}, {"caption_dropout": 1.5}, {"caption_dropout": -0.1}])
+@pytest.mark.parametrize("wrong", [{"draws": 0}, {"proportion_empty_prompts": 1.5}, {"proportion_empty_prompts": -0.1}])
 def test_numbers_out_of_range(tmp_path: Path, wrong: dict[str, Any]) -> None:
     cached = pairs_in(tmp_path)
     (name,) = wrong
@@ -213,7 +213,13 @@ def test_a_split_that_cannot_be_made(tmp_path: Path) -> None:
 
 
 def arguments(**changes: Any) -> dict[str, Any]:
-    default = {"reference": REFERENCE, "draws": 3, "seed": 2, "distribution": "uniform", "caption_dropout": 0.3}
+    default = {
+        "reference": REFERENCE,
+        "draws": 3,
+        "seed": 2,
+        "distribution": "uniform",
+        "proportion_empty_prompts": 0.3,
+    }
     return default | changes
 
 
@@ -307,7 +313,7 @@ def test_a_bfloat16_cache_trains_as_its_values_in_float32(tmp_path: Path, traine
     losses = [once(Network(1), each, [], torch.empty(0), seed=0)[0].loss for each in (batch, wide)]
     assert torch.equal(*losses) and given == [torch.float32] * 4
     network = Network()
-    errors = reference_errors(cached, network=network, draws=2, caption_dropout=0.0, batch_size=4).at(0)[0]
+    errors = reference_errors(cached, network=network, draws=2, proportion_empty_prompts=0.0, batch_size=4).at(0)[0]
     prediction, target, _ = forward(wide, DISCRETE, network)
     exact = (prediction.double() - target.double()).square().flatten(1).mean(1).view(2, 8).T
     torch.testing.assert_close(errors, exact[:2].detach(), rtol=1e-5, atol=0)  # in batches of another size
@@ -507,7 +513,7 @@ def test_errors_of_fewer_or_more_pairs_are_not_used(tmp_path: Path, rows: int) -
     [
         ({"draws": 4}, "made with draws=3, expected this run's 4"),
         ({"seed": 3}, "made with seed=2, expected this run's 3"),
-        ({"caption_dropout": 0.0}, r"made with caption_dropout=0\.3, expected this run's 0\.0"),
+        ({"proportion_empty_prompts": 0.0}, r"made with proportion_empty_prompts=0\.3, expected this run's 0\.0"),
         ({"reference": REFERENCE | {"revision": "b"}}, 'made with reference.revision=null, expected this run\'s "b"'),
     ],
 )
@@ -531,7 +537,7 @@ def test_of_several_sets_of_errors_the_nearest_says_what_differs(tmp_path: Path)
 
 def test_a_reference_is_marked_by_how_it_is_loaded_and_run() -> None:
     model = ModelConfig(family="sdxl", path="a", revision="b", dtype="bfloat16")
-    training = TrainingConfig(steps=1, output_dir="out", mixed_precision="bf16")
+    training = TrainingConfig(max_train_steps=1, output_dir="out", mixed_precision="bf16")
     config = Config(model=model, data=DataConfig(path="a", cache="b"), training=training)
     assert reference_marks(config) == {
         "family": "sdxl",

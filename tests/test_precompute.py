@@ -294,7 +294,7 @@ def test_latents_that_are_not_finite_are_a_bad_pair(tmp_path: Path) -> None:
     from tests.small_family import MODEL, settings
 
     def run(skip_bad: bool, **changes: Any) -> Any:
-        wanted = settings(dtype="float16", skip_bad=skip_bad, num_workers=1, **changes)
+        wanted = settings(dtype="float16", skip_bad=skip_bad, dataloader_num_workers=1, **changes)
         pipeline = Pipeline()
         return precompute_pairs(
             Records.make(),
@@ -411,7 +411,7 @@ def test_real_families_from_files_to_reference_errors(tmp_path: Path, name: str)
         assert ("own_condition" in item) == (name == "sdxl")
     schedule = family.load_schedule(model.path)
     network = family.load_network(model.path)
-    options: dict[str, Any] = {"draws": 2, "seed": 3, "distribution": "uniform", "caption_dropout": 0.5}
+    options: dict[str, Any] = {"draws": 2, "seed": 3, "distribution": "uniform", "proportion_empty_prompts": 0.5}
     references = precompute_references(
         cached.cache, network, family.predict, schedule, reference={}, **options, batch_size=4, progress=False
     )
@@ -827,9 +827,9 @@ def test_workers_and_queue_have_a_least_value_and_change_nothing(tmp_path: Path,
     from sipo.recipe.config import ConfigError, from_dict
 
     tree: dict[str, Any] = {
-        "model": {"family": "sd15", "path": "p"},
-        "data": {"path": "p", "cache": "c", key: 0},
-        "training": {"steps": 1, "output_dir": "o"},
+        "model": {"family": "sd15", "pretrained_model_name_or_path": "p"},
+        "data": {"dataset_name": "p", "cache": "c", key: 0},
+        "training": {"max_train_steps": 1, "output_dir": "o"},
     }
     with pytest.raises(ConfigError, match=rf"^data\.{key}=0: expected at least 1$"):
         from_dict(tree)

@@ -63,7 +63,7 @@ def test_a_run_into_a_file_prints_a_plain_line_for_each_log_line(
     """With a bar asked for and none to be had, and with no bar asked for."""
     for wanted in (True, False):
         folder = tmp_path / str(wanted)
-        fit(folder, steps=5, log_every=2, progress=wanted, validate_every=5, validation=Pairs(count=6))
+        fit(folder, max_train_steps=5, logging_steps=2, progress=wanted, validation_steps=5, validation=Pairs(count=6))
         first, *lines = capsys.readouterr().err.split("\n")
         assert re.fullmatch(r"step 1: policy and reference differ by 0, logits by 0", first)
         for step in (1, 2, 4, 5):
@@ -74,14 +74,14 @@ def test_a_run_into_a_file_prints_a_plain_line_for_each_log_line(
 
 
 def test_a_run_that_is_to_print_nothing_prints_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    fit(tmp_path, steps=3, progress=None)
+    fit(tmp_path, max_train_steps=3, progress=None)
     assert capsys.readouterr() == ("", "")
     with pytest.raises(TypeError, match="progress='bar': expected true, false or null"):
         fit(tmp_path, progress="bar")
 
 
 def test_numbers_that_a_loss_does_not_have_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    fit(tmp_path, steps=1, progress=False, loss_fn=PlainLoss(), timestep_statistics=False)
+    fit(tmp_path, max_train_steps=1, progress=False, loss_fn=PlainLoss(), timestep_statistics=False)
     line = r"step 1/1, loss \d+\.\d{3}, active 1\.000, [\d.e-]+ s/step, 00:00 left\n$"
     assert re.search(line, capsys.readouterr().err)
 
@@ -127,7 +127,7 @@ def test_what_cannot_be_printed_ends_no_run(tmp_path: Path, monkeypatch: pytest.
             return True
 
     monkeypatch.setattr(sys, "stderr", Full())
-    results = [fit(tmp_path / str(wanted), steps=2, progress=wanted)[1] for wanted in (False, True)]
+    results = [fit(tmp_path / str(wanted), max_train_steps=2, progress=wanted)[1] for wanted in (False, True)]
     monkeypatch.undo()
     assert [line["step"] for result in results for line in result.history] == [1, 2, 1, 2]
 
@@ -137,7 +137,7 @@ def test_on_a_terminal_the_bar_yields_to_the_numbers(
     columns: int, left: bool, bar: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with terminal(columns, monkeypatch) as shown:
-        fit(tmp_path, steps=3, progress=True)
+        fit(tmp_path, max_train_steps=3, progress=True)
     assert "step 1: policy and reference differ by 0, logits by 0" in shown()
     last = [text for text in re.split(r"[\r\n]+", shown()) if text.strip()][-1]
     assert re.match(r"step 3/3, loss \d\.\d{3}, accuracy \d\.\d{3}", last) and len(last) <= columns

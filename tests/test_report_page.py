@@ -27,9 +27,9 @@ from sipo.training.log_reader import LogWarning
 
 CONFIG: dict[str, Any] = {
     "model": {"family": "sd15", "lora": {"rank": 4, "alpha": None}},
-    "training": {"batch_size": 2, "ema_decay": None, "progress": True},
+    "training": {"train_batch_size": 2, "ema_decay": None, "progress": True},
     "loss": {"method": "sipo", "beta": None, "mask_threshold": 0.9, "num_inference_steps": None},
-    "samples": {"prompts": [], "guidance": None},
+    "samples": {"validation_prompts": [], "guidance_scale": None},
     "data": {"sizes": [[6, 4], [8, 8]]},
 }
 
@@ -91,7 +91,7 @@ def test_settings_are_those_in_force(tmp_path: Path) -> None:
     text = page(run_folder(tmp_path, CONFIG))
     rows = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", text))
     assert rows["loss.beta"] == "1000 (default)" and rows["loss.num_inference_steps"] == "50 (default)"
-    assert rows["model.lora.alpha"] == "4 (default)" and rows["samples.guidance"] == "7.5 (default)"
+    assert rows["model.lora.alpha"] == "4 (default)" and rows["samples.guidance_scale"] == "7.5 (default)"
     assert rows["training.ema_decay"] == "null" and rows["training.progress"] == "true"  # as a YAML file has them
     assert "dt { white-space: nowrap; }" in text  # no name is broken in the middle
     flat = {"model.family": "wan", "loss.method": "diffusion_dpo", "loss.beta": None}
@@ -105,7 +105,7 @@ def test_settings_are_those_in_force(tmp_path: Path) -> None:
     ("section", "key", "value", "message"),
     [
         ("loss", "beta", "strong", "loss.beta='strong', expected a number"),
-        ("training", "batch_size", [2], "training.batch_size=[…], expected a number"),
+        ("training", "batch_size", [2], "training.train_batch_size=[…], expected a number"),
         ("loss", "method", {"a": 1}, ""),  # a section: there is no loss.method then
         ("loss", "method", 3, "loss.method=3, expected a name"),
         ("model", "family", ["sd15"], "model.family=[…], expected a name"),
@@ -177,7 +177,7 @@ def test_a_prompt_that_no_file_can_hold_is_shown_as_far_as_it_goes(tmp_path: Pat
 def test_each_sample_is_shown_with_its_prompt_at_the_first_and_the_last_step(beside: bool, tmp_path: Path) -> None:
     """By the file beside the samples, or, for a run from before there was one, by its configuration."""
     prompts = ["of another time"] if beside else PROMPTS
-    written = CONFIG | {"samples": {"prompts": prompts}}
+    written = CONFIG | {"samples": {"validation_prompts": prompts}}
     samples(run_folder(tmp_path, written), (0, 5, 2))
     if beside:
         (tmp_path / "samples/prompts.json").write_text(json.dumps(PROMPTS))
@@ -189,11 +189,16 @@ def test_each_sample_is_shown_with_its_prompt_at_the_first_and_the_last_step(bes
 
 @pytest.mark.parametrize(
     "changes",
-    [{"samples": {"prompts": PROMPTS[:3]}}, {"samples": {}}, {"data": {}}, {"data": {"sizes": [["a", None]]}}],
+    [
+        {"samples": {"validation_prompts": PROMPTS[:3]}},
+        {"samples": {}},
+        {"data": {}},
+        {"data": {"sizes": [["a", None]]}},
+    ],
 )
 def test_samples_that_cannot_be_told_apart_are_shown_whole(changes: dict[str, Any], tmp_path: Path) -> None:
     """Of other prompts than those that are known, or where no prompts or no sizes are."""
-    samples(run_folder(tmp_path, CONFIG | {"samples": {"prompts": PROMPTS}} | changes), (0, 7))
+    samples(run_folder(tmp_path, CONFIG | {"samples": {"validation_prompts": PROMPTS}} | changes), (0, 7))
     text = pictures(tmp_path)
     assert shown(text) == [] and text.count("Which prompts these are of is not known.") == 2
     whole = base64.b64encode((tmp_path / "samples/step-00000007.png").read_bytes()).decode()
@@ -214,7 +219,7 @@ def test_clips_are_shown_with_their_prompts(tmp_path: Path) -> None:
 
 
 def test_damaged_samples_are_named_and_the_rest_is_shown(tmp_path: Path) -> None:
-    samples(run_folder(tmp_path, CONFIG | {"samples": {"prompts": PROMPTS}}), (0, 5))
+    samples(run_folder(tmp_path, CONFIG | {"samples": {"validation_prompts": PROMPTS}}), (0, 5))
     last = tmp_path / "samples/step-00000005.png"
     (tmp_path / "samples/step-odd.png").write_bytes(b"")  # not one of ours
     for damage in (last.read_bytes()[:60], b"", b"GIF89a"):
@@ -226,7 +231,7 @@ def test_damaged_samples_are_named_and_the_rest_is_shown(tmp_path: Path) -> None
     last.unlink()
     for damage, reason in ((b"\xff", "not UTF-8"), (b"[" * 100_000, "nested too deeply")):
         (tmp_path / "samples/prompts.json").write_bytes(damage)
-        said = rf"prompts.json: {reason}.*; the configuration's samples.prompts are shown"
+        said = rf"prompts.json: {reason}.*; the configuration's samples.validation_prompts are shown"
         with pytest.warns(LogWarning, match=said):
             assert len(shown(pictures(tmp_path))) == 5
     (tmp_path / "samples/prompts.json").write_text('{"a": 1}')

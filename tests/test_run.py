@@ -30,8 +30,13 @@ from sipo.training.log import read_lines
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = ("sd15", "sdxl", "sd3", "cogvideox", "wan")
-SHORT = ["training.checkpoint_every=2", "training.validate_every=2", "samples.steps=2", "training.progress=false"]
-SHORT += ["training.log_every=1", "training.tensorboard=false"]
+SHORT = [
+    "training.checkpointing_steps=2",
+    "training.validation_steps=2",
+    "samples.num_inference_steps=2",
+    "training.progress=false",
+]
+SHORT += ["training.logging_steps=1", "training.tensorboard=false"]
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +56,7 @@ def example(name: str) -> Path:
 def options(folder: Path, steps: int, *more: str, cache: Path | None = None) -> list[str]:
     """A short run in ``folder``."""
     places = [f"data.cache={cache or folder / 'cache'}", f"training.output_dir={folder / 'run'}"]
-    return [*SHORT, *places, f"training.steps={steps}", *more]
+    return [*SHORT, *places, f"training.max_train_steps={steps}", *more]
 
 
 def train(name: str, *overrides: str) -> None:
@@ -185,7 +190,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 def test_a_run_without_checkpoints_is_not_overwritten_either(
     shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = ["training.checkpoint_every=0", "training.validate_every=0", "samples.prompts=[]"]
+    plain = ["training.checkpointing_steps=0", "training.validation_steps=0", "samples.validation_prompts=[]"]
     command = ["train", str(example("sd15")), *options(tmp_path, 2, *plain, cache=shared)]
     page = tmp_path / "run" / "before.html"
     # A look at what a run would be leaves a page in its folder: that is no run.
@@ -210,7 +215,7 @@ def test_a_run_without_checkpoints_is_not_overwritten_either(
 def test_a_run_that_ended_before_its_first_checkpoint_starts_over_and_keeps_its_log(
     shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = options(tmp_path, 2, "training.validate_every=0", "samples.prompts=[]", cache=shared)
+    arguments = options(tmp_path, 2, "training.validation_steps=0", "samples.validation_prompts=[]", cache=shared)
     run = tmp_path / "run"
     run.mkdir()
     (run / "metrics.jsonl").touch()  # ended before its first step: nothing to keep
@@ -250,7 +255,12 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_full_tuning_saves_a_network_that_diffusers_loads(shared: Path, tmp_path: Path) -> None:
     from diffusers import UNet2DConditionModel
 
-    full = ["model.tuning=full", "training.ema_decay=0.5", "samples.prompts=[]", "training.learning_rate=1e-3"]
+    full = [
+        "model.tuning=full",
+        "training.ema_decay=0.5",
+        "samples.validation_prompts=[]",
+        "training.learning_rate=1e-3",
+    ]
     train("sd15", *options(tmp_path, 3, *full, cache=shared))
     network = UNet2DConditionModel.from_pretrained(tmp_path / "run" / "weights", subfolder="unet")
     base = UNet2DConditionModel.from_pretrained(f"{shared}-toy/model", subfolder="unet")
@@ -262,7 +272,12 @@ def test_full_tuning_saves_a_network_that_diffusers_loads(shared: Path, tmp_path
 
 
 def test_precomputed_reference_errors_give_the_losses_of_a_reference(shared: Path, tmp_path: Path) -> None:
-    fixed = ["data.draws=3", "data.reference_errors=true", "training.caption_dropout=0.3", "samples.prompts=[]"]
+    fixed = [
+        "data.draws=3",
+        "data.reference_errors=true",
+        "training.proportion_empty_prompts=0.3",
+        "samples.validation_prompts=[]",
+    ]
     losses = {}
     for kind in ("adapter_off", "errors", "copy"):
         train("sd15", *options(tmp_path / kind, 5, *fixed, f"model.reference={kind}", cache=shared))
@@ -301,7 +316,12 @@ def test_precompute_mends_what_was_damaged(shared: Path, tmp_path: Path, capsys:
     for kind in ("cache", "cache-toy"):
         shutil.copytree(shared.with_name(kind), tmp_path / kind)
     shutil.rmtree(cache / "references", ignore_errors=True)  # of other draws, from another test
-    more = [*options(tmp_path, 3, cache=cache), "data.draws=2", "data.reference_errors=true", "samples.prompts=[]"]
+    more = [
+        *options(tmp_path, 3, cache=cache),
+        "data.draws=2",
+        "data.reference_errors=true",
+        "samples.validation_prompts=[]",
+    ]
     precompute = ["precompute", str(example("sd15")), *more]
     assert cli.main(precompute) == 0
     kept = {path: path.read_bytes() for path in sorted(cache.rglob("*.safetensors"))}
@@ -326,8 +346,12 @@ def test_precompute_mends_what_was_damaged(shared: Path, tmp_path: Path, capsys:
 def test_other_options_train(shared: Path, tmp_path: Path) -> None:
     """bfloat16 weights under autocast, checkpointing, a learning rate that falls, dropped captions, skipped work."""
     more = ["model.dtype=bfloat16", "training.mixed_precision=bf16", "model.gradient_checkpointing=true"]
-    more += ["training.lr_schedule=cosine", "training.caption_dropout=0.5", "training.timestep_sampling=informative"]
-    more += ["training.skip_inactive=true", "data.flip=true", "data.tiling=true", "data.crop=random"]
+    more += [
+        "training.lr_scheduler=cosine",
+        "training.proportion_empty_prompts=0.5",
+        "training.timestep_sampling=informative",
+    ]
+    more += ["training.skip_inactive=true", "data.random_flip=true", "data.enable_tiling=true", "data.crop=random"]
     more += ["loss.method=dpo_cm", "model.prediction_type=v_prediction"]
     train("sd15", *options(tmp_path, 4, *more))
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
@@ -363,7 +387,7 @@ def finish(process: subprocess.Popen[str]) -> str:
 
 
 def test_killed_and_resumed_ends_with_the_same_bits(shared: Path, tmp_path: Path) -> None:
-    arguments = ["training.checkpoint_every=3", "samples.prompts=[]"]
+    arguments = ["training.checkpointing_steps=3", "samples.validation_prompts=[]"]
     train("sd15", *options(tmp_path / "once", 40, *arguments, cache=shared))
     log = tmp_path / "killed" / "run" / "metrics.jsonl"
     process = start("sd15", *options(tmp_path / "killed", 40, *arguments, cache=shared))
@@ -380,7 +404,7 @@ def test_killed_and_resumed_ends_with_the_same_bits(shared: Path, tmp_path: Path
 
 
 def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(shared: Path, tmp_path: Path) -> None:
-    arguments = options(tmp_path, 4000, "samples.prompts=[]", "training.validate_every=0", cache=shared)
+    arguments = options(tmp_path, 4000, "samples.validation_prompts=[]", "training.validation_steps=0", cache=shared)
     process = start("sd15", *arguments)
     log = tmp_path / "run" / "metrics.jsonl"
     wait_for_lines(process, log, 4)
@@ -394,13 +418,13 @@ def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(shared: Path, tmp_path: 
 
 def test_two_processes_are_one_with_twice_the_batch(shared: Path, tmp_path: Path) -> None:
     """The same losses, and the same weights to rounding."""
-    arguments = ["samples.prompts=[]", "training.max_grad_norm=null"]
-    train("sd15", *options(tmp_path / "one", 4, *arguments, "training.batch_size=4", cache=shared))
+    arguments = ["samples.validation_prompts=[]", "training.max_grad_norm=null"]
+    train("sd15", *options(tmp_path / "one", 4, *arguments, "training.train_batch_size=4", cache=shared))
     # accelerate's own launcher starts several processes on a CPU by mpirun alone; torch's sets the same variables.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "sipo"]
     command = [sys.executable, *launch, "train", str(example("sd15"))]
-    command += options(tmp_path / "two", 4, *arguments, "training.batch_size=2", cache=shared)
+    command += options(tmp_path / "two", 4, *arguments, "training.train_batch_size=2", cache=shared)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     for kind in ("training", "validation"):
@@ -432,8 +456,8 @@ def test_two_processes_are_one_with_twice_the_batch(shared: Path, tmp_path: Path
     ("overrides", "message"),
     [
         (["model.family=sd16"], "model.family='sd16': expected one of sd15, sdxl, sd3, cogvideox, wan"),
-        (["model.path=nowhere"], "nowhere"),
-        (["data.path=nowhere.jsonl"], "nowhere.jsonl"),
+        (["model.pretrained_model_name_or_path=nowhere"], "nowhere"),
+        (["data.dataset_name=nowhere.jsonl"], "nowhere.jsonl"),
         (["data.frames=9"], "data.frames=9: expected 1, sd15 makes images"),
         (["model.shift=3"], "model.shift=3.0: leave it out, PNDMScheduler has no flow schedule"),
         (["model.prediction_type=flow_prediction"], "model.prediction_type='flow_prediction': expected 'epsilon', 'v_"),

@@ -180,7 +180,7 @@ def test_what_is_no_file_is_refused_before_it_is_opened(
 
 
 def test_a_run_with_a_damaged_log_is_resumed_and_the_log_is_kept(tmp_path: Path) -> None:
-    fit(tmp_path, steps=4, checkpoint_every=2)
+    fit(tmp_path, max_train_steps=4, checkpointing_steps=2)
     path, statistics = tmp_path / "metrics.jsonl", tmp_path / "timesteps.jsonl"
     straight = read_lines(path)
     before = {}
@@ -190,7 +190,7 @@ def test_a_run_with_a_damaged_log_is_resumed_and_the_log_is_kept(tmp_path: Path)
         before[log] = b"".join(lines) + b'{"step": 5, "lo'
         log.write_bytes(before[log])
     with pytest.warns(LogWarning) as said:
-        fit(tmp_path, steps=6, checkpoint_every=2, resume_from="latest")
+        fit(tmp_path, max_train_steps=6, checkpointing_steps=2, resume_from="latest")
     messages = [str(w.message) for w in said]
     assert messages == [
         f"{log}: 1 damaged line left out: line 2 (not UTF-8, byte 20); the log as it was is {log.stem}.1.jsonl"
@@ -205,7 +205,7 @@ def test_a_run_with_a_damaged_log_is_resumed_and_the_log_is_kept(tmp_path: Path)
     assert [line["step"] for line in lines] == [1, 3, 4, 5, 6]
     assert untimed(lines[:3]) == untimed([straight[0], *straight[2:]])
     names = sorted(p.name for p in tmp_path.glob("*.jsonl"))
-    fit(tmp_path, steps=6, checkpoint_every=2, resume_from="latest")  # nothing is damaged any more
+    fit(tmp_path, max_train_steps=6, checkpointing_steps=2, resume_from="latest")  # nothing is damaged any more
     assert sorted(p.name for p in tmp_path.glob("*.jsonl")) == names
 
 

@@ -255,7 +255,7 @@ def test_what_cannot_be_scored_is_said(options: dict[str, Any], message: str) ->
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three steps of a toy example, tuned with LoRA."""
     folder = tmp_path_factory.mktemp("scored")
-    train_toy("sd15", *options(folder, 3, "samples.prompts=[]", "training.learning_rate=1e-3"))
+    train_toy("sd15", *options(folder, 3, "samples.validation_prompts=[]", "training.learning_rate=1e-3"))
     return folder
 
 
@@ -363,7 +363,15 @@ def test_another_network_under_the_same_path_is_refused(
     """An adapter, and rewards against a reference, mean nothing on other weights than those it was trained from."""
     model, output = tmp_path / "model", tmp_path / "scores.jsonl"
     shutil.copytree(trained / "cache-toy" / "model", model)
-    score = ["score", str(trained / "run"), "--draws", "2", "--output", str(output), f"model.path={model}"]
+    score = [
+        "score",
+        str(trained / "run"),
+        "--draws",
+        "2",
+        "--output",
+        str(output),
+        f"model.pretrained_model_name_or_path={model}",
+    ]
     assert cli.main(score) == 0  # elsewhere, and the same
     output.unlink()
     weights = model / "unet" / "diffusion_pytorch_model.safetensors"
@@ -401,7 +409,7 @@ def test_weights_that_were_saved_load_as_they_were(trained: Path, tmp_path: Path
 
 def test_full_tuning_and_reference_errors_are_scored_against_a_copy(trained: Path, tmp_path: Path) -> None:
     """The configuration has no network for a reference: one is made."""
-    full = ["model.tuning=full", "data.draws=2", "data.reference_errors=true", "samples.prompts=[]"]
+    full = ["model.tuning=full", "data.draws=2", "data.reference_errors=true", "samples.validation_prompts=[]"]
     train_toy("sd15", *options(tmp_path, 2, *full, "training.learning_rate=1e-3", cache=trained / "cache"))
     output = tmp_path / "scores.jsonl"
     assert cli.main(["score", str(tmp_path / "run"), "--draws", "2", "--output", str(output)]) == 0
@@ -427,7 +435,7 @@ def test_nothing_is_read_or_made_in_vain(
     assert max(rows) < 31 and read == list(range(max(rows) + 2))  # the first that is too far ends it
     # What a command may run into is one line.
     for error, message in (
-        (torch.OutOfMemoryError("Tried to\nallocate 2 GiB."), "out of memory; lower training.batch_size or"),
+        (torch.OutOfMemoryError("Tried to\nallocate 2 GiB."), "out of memory; lower training.train_batch_size or"),
         (FloatingPointError("pairs 3 of 4 are not finite"), "pairs 3 of 4 are not finite"),
     ):
         monkeypatch.setattr("sipo.recipe.score_run.score_pairs", Mock(side_effect=error))

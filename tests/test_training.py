@@ -47,7 +47,7 @@ LN2 = math.log(2.0)
 
 def test_first_step_is_ln_2_times_the_active_share(tmp_path: Path) -> None:
     # Random weights against a mask in the middle of their ratios: some pairs active, some not.
-    _, result = fit(tmp_path, loss_fn=loss(mask_threshold=0.9), batch_size=24, steps=1)
+    _, result = fit(tmp_path, loss_fn=loss(mask_threshold=0.9), train_batch_size=24, max_train_steps=1)
     first = result.history[0]
     assert 0 < first["active_fraction"] < 1
     assert first["loss"] == pytest.approx(first["active_fraction"] * LN2, rel=1e-6)
@@ -58,7 +58,7 @@ def test_first_step_is_ln_2_times_the_active_share(tmp_path: Path) -> None:
 def test_training_prefers_the_chosen_and_leaves_the_reference_alone(tmp_path: Path) -> None:
     policy, reference = networks()
     untouched = copy.deepcopy(reference)
-    config = settings(tmp_path, steps=60, batch_size=8, log_every=20)
+    config = settings(tmp_path, max_train_steps=60, train_batch_size=8, logging_steps=20)
     result = train(policy, reference, loss(), Pairs(), predict, config, accelerator=Accelerator(cpu=True))
     assert same(reference, untouched) and not reference.training
     assert [line["step"] for line in result.history] == [1, 20, 40, 60]
@@ -68,7 +68,7 @@ def test_training_prefers_the_chosen_and_leaves_the_reference_alone(tmp_path: Pa
 
 
 def test_one_step_is_that_of_plain_autograd(tmp_path: Path) -> None:
-    policy, result = fit(tmp_path, steps=1, batch_size=5, max_grad_norm=None)
+    policy, result = fit(tmp_path, max_train_steps=1, train_batch_size=5, max_grad_norm=None)
     by_hand, reference = networks()
     data, schedule, seed = Pairs(), NoiseSchedule.discrete(), 0
     rows = next(iter(StreamSampler(len(data), 5, seed, 0, 1)))
@@ -82,7 +82,7 @@ def test_one_step_is_that_of_plain_autograd(tmp_path: Path) -> None:
     out.loss.backward()
     norm = torch.stack([p.grad.norm() for p in by_hand.parameters()]).norm()
     assert result.history[0]["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
-    torch.optim.AdamW(by_hand.parameters(), lr=1e-2, weight_decay=1e-2).step()
+    torch.optim.AdamW(by_hand.parameters(), lr=1e-2, adam_weight_decay=1e-2).step()
     for got, expected in zip(policy.parameters(), by_hand.parameters(), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
@@ -93,7 +93,9 @@ def test_accumulation_is_one_large_step(tmp_path: Path) -> None:
     runs = []
     for name, data, batch, accumulation in (("whole", whole_data, 8, 1), ("split", split_data, 4, 2)):
         policy, reference = networks()
-        config = settings(tmp_path / name, steps=5, batch_size=batch, accumulation=accumulation)
+        config = settings(
+            tmp_path / name, max_train_steps=5, train_batch_size=batch, gradient_accumulation_steps=accumulation
+        )
         accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
         optimizer = torch.optim.SGD(policy.parameters(), lr=0.05)
         result = train(policy, reference, loss(), data, predict, config, optimizer=optimizer, accelerator=accelerator)
@@ -110,7 +112,7 @@ def test_accumulation_is_one_large_step(tmp_path: Path) -> None:
 def test_gradients_are_clipped_to_the_norm(tmp_path: Path) -> None:
     policy, reference = networks()
     before = copy.deepcopy(policy)
-    config = settings(tmp_path, steps=1, max_grad_norm=0.25)
+    config = settings(tmp_path, max_train_steps=1, max_grad_norm=0.25)
     optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
     accelerator = Accelerator(cpu=True)
     result = train(policy, reference, loss(), Pairs(), predict, config, optimizer=optimizer, accelerator=accelerator)
@@ -120,7 +122,7 @@ def test_gradients_are_clipped_to_the_norm(tmp_path: Path) -> None:
 
 
 def test_the_learning_rate_warms_up(tmp_path: Path) -> None:
-    _, result = fit(tmp_path, steps=5, warmup=4, learning_rate=8e-3)
+    _, result = fit(tmp_path, max_train_steps=5, lr_warmup_steps=4, learning_rate=8e-3)
     assert [line["learning_rate"] for line in result.history] == pytest.approx([2e-3, 4e-3, 6e-3, 8e-3, 8e-3])
 
 
@@ -135,7 +137,7 @@ def test_pairs_share_noise_timestep_and_where_they_may_the_target(tmp_path: Path
 
     schedule = NoiseSchedule.discrete(prediction_type=prediction)
     data = Pairs()
-    fit(tmp_path, loss_fn=Spy(schedule, beta=1.0), data=data, steps=1)
+    fit(tmp_path, loss_fn=Spy(schedule, beta=1.0), data=data, max_train_steps=1)
     model_pred, target, timesteps = calls[0]
     assert model_pred.shape == (8, 1, 4, 4)
     assert torch.equal(timesteps[:4], timesteps[4:])
@@ -156,7 +158,7 @@ def test_bf16_starts_at_ln_2_and_hands_the_policy_back_as_it_was(tmp_path: Path)
             return super().forward(model_pred, ref_pred, target, timesteps)
 
     loss_fn = Spy(NoiseSchedule.discrete(), beta=50.0, mask_threshold=0.0)
-    policy, result = fit(tmp_path, loss_fn=loss_fn, mixed_precision="bf16", steps=2)
+    policy, result = fit(tmp_path, loss_fn=loss_fn, mixed_precision="bf16", max_train_steps=2)
     assert result.history[0]["loss"] == pytest.approx(LN2, rel=1e-6)
     assert result.history[1]["loss"] != result.history[0]["loss"]
     # No copy in float32 stands between the network and the loss.
@@ -181,7 +183,7 @@ def test_the_host_reads_nothing_between_log_lines(tmp_path: Path, monkeypatch: p
         with Reads() as reads:
             torch.ones(()).item()
             assert reads.count == 1  # the mode does see reads
-            _, result = fit(tmp_path / str(steps), loss_fn=PlainLoss(), steps=steps, log_every=100)
+            _, result = fit(tmp_path / str(steps), loss_fn=PlainLoss(), max_train_steps=steps, logging_steps=100)
         counts.append(reads.count)
         assert [line["step"] for line in result.history] == [1, steps]
     assert counts[0] == counts[1]
@@ -201,10 +203,10 @@ def test_a_run_of_broken_steps_ends_it_and_leaves_the_weights(tmp_path: Path, lo
             tmp_path,
             policy=policy,
             data=Broken(),
-            steps=50,
-            log_every=log_every,
+            max_train_steps=50,
+            logging_steps=log_every,
             max_nonfinite_steps=3,
-            weight_decay=0.0,
+            adam_weight_decay=0.0,
         )
     lines = read_lines(tmp_path / "metrics.jsonl")
     assert lines[-1]["step"] == stops_at
@@ -219,7 +221,7 @@ def test_a_broken_step_moves_nothing_and_training_goes_on(
 ) -> None:
     monkeypatch.setattr(loop, "ASKED", asked)
     policy, reference = networks()
-    config = settings(tmp_path, steps=6, log_every=3, max_nonfinite_steps=2)
+    config = settings(tmp_path, max_train_steps=6, logging_steps=3, max_nonfinite_steps=2)
     # Without momentum a step without gradient is no step at all: steps 2 and 5 never happened.
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.05)
     data = Broken((2, 5))
@@ -252,14 +254,14 @@ def test_rows_of_broken_steps_are_counted_across_log_lines() -> None:
 def test_few_active_pairs_are_warned_about_once(tmp_path: Path) -> None:
     # A posterior ratio is below 1 wherever there is an error, so a threshold of 1 masks every pair.
     with pytest.warns(TrainingWarning, match="step 3: stalled: active_fraction 0.000 has stayed under 0.1") as caught:
-        _, result = fit(tmp_path, loss_fn=loss(mask_threshold=1.0), steps=8)
+        _, result = fit(tmp_path, loss_fn=loss(mask_threshold=1.0), max_train_steps=8)
     assert len([w for w in caught if w.category is TrainingWarning]) == 1
     assert [line["loss"] for line in result.history] == [0.0] * 8
 
 
 def test_tensorboard_and_standard_error_have_the_log(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    _, result = fit(tmp_path, steps=3, tensorboard=True, progress=True)
+    _, result = fit(tmp_path, max_train_steps=3, tensorboard=True, progress=True)
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     logged = [(event.step, event.value) for event in events.Scalars("train/loss")]
@@ -280,33 +282,33 @@ def test_means_over_a_run_weigh_lines_by_their_steps() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 0}, "steps=0: expected at least 1"),
-        ({"batch_size": 2.5}, "batch_size=2.5: expected an integer"),
+        ({"max_train_steps": 0}, "steps=0: expected at least 1"),
+        ({"train_batch_size": 2.5}, "batch_size=2.5: expected an integer"),
         ({"seed": -1}, "seed=-1: expected at least 0"),
         ({"learning_rate": math.nan}, "learning_rate=nan: expected a finite number > 0"),
-        ({"weight_decay": -1}, "weight_decay=-1: expected a finite number >= 0"),
+        ({"adam_weight_decay": -1}, "weight_decay=-1: expected a finite number >= 0"),
         ({"max_grad_norm": 0}, "max_grad_norm=0: expected a finite number > 0"),
         ({"max_grad_norm": "1"}, "max_grad_norm='1': expected a number"),
         ({"ema_decay": 1.0}, "ema_decay=1.0: expected a number >= 0 and < 1"),
         ({"betas": (0.9, 1.5)}, "betas=1.5: expected a number >= 0 and < 1"),
         ({"betas": 0.9}, "betas=0.9: expected two numbers"),
         ({"eps": 0.0}, "eps=0.0: expected a finite number > 0"),
-        ({"caption_dropout": -0.1}, "caption_dropout=-0.1: expected a number >= 0 and < 1"),
+        ({"proportion_empty_prompts": -0.1}, "proportion_empty_prompts=-0.1: expected a number >= 0 and < 1"),
         ({"optimizer": "sgd"}, "optimizer='sgd': expected one of adamw, adamw8bit, paged_adamw8bit"),
-        ({"lr_schedule": "step"}, "lr_schedule='step': expected one of constant, cosine, linear"),
+        ({"lr_scheduler": "step"}, "lr_schedule='step': expected one of constant, cosine, linear"),
         ({"timestep_sampling": "some"}, "timestep_sampling='some': expected one of all, informative"),
         ({"trackers": "wandb"}, "trackers='wandb': expected a list of names"),
         ({"ddp_timeout": 0}, "ddp_timeout=0: expected at least 1"),
         ({"ddp_timeout": 10**15}, "ddp_timeout=1000000000000000: expected at most 1000000000 seconds"),
         ({"mixed_precision": "fp8"}, "mixed_precision='fp8': expected one of no, bf16, fp16"),
-        ({"log_every": True}, "log_every=True: expected an integer"),
+        ({"logging_steps": True}, "log_every=True: expected an integer"),
     ],
 )
 def test_a_setting_out_of_range_is_named(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=f"^{message}$"):
         settings(tmp_path, **options)
     with pytest.raises(TypeError, match=r"^output_dir=3: expected a path$"):
-        TrainingConfig(steps=1, output_dir=3)  # type: ignore[arg-type]
+        TrainingConfig(max_train_steps=1, output_dir=3)  # type: ignore[arg-type]
 
 
 def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
@@ -319,11 +321,19 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no parameter with requires_grad=True"):
         train(copy.deepcopy(policy).requires_grad_(False), reference, loss(), Pairs(), predict, config, accelerator=cpu)
     with pytest.raises(ValueError, match="validate_every=2: expected pairs to validate on, or a hook"):
-        train(policy, reference, loss(), Pairs(), predict, settings(tmp_path, validate_every=2), accelerator=cpu)
+        train(policy, reference, loss(), Pairs(), predict, settings(tmp_path, validation_steps=2), accelerator=cpu)
     with pytest.raises(ValueError, match="the validation set holds 0 pairs"):
         train(policy, reference, loss(), Pairs(), predict, config, accelerator=cpu, validation=Pairs(0))
     with pytest.raises(ValueError, match="gradient_accumulation_steps=1: expected accumulation=2"):
-        train(policy, reference, loss(), Pairs(), predict, settings(tmp_path, accumulation=2), accelerator=cpu)
+        train(
+            policy,
+            reference,
+            loss(),
+            Pairs(),
+            predict,
+            settings(tmp_path, gradient_accumulation_steps=2),
+            accelerator=cpu,
+        )
 
 
 def test_deepspeed_is_told_what_it_cannot_have(tmp_path: Path) -> None:
@@ -331,7 +341,7 @@ def test_deepspeed_is_told_what_it_cannot_have(tmp_path: Path) -> None:
     accelerator = Accelerator(cpu=True)
     accelerator.state.distributed_type = DistributedType.DEEPSPEED
     for options, message in (
-        ({"checkpoint_every": 2}, "checkpoint_every=2: DeepSpeed keeps its state in pickled files"),
+        ({"checkpointing_steps": 2}, "checkpoint_every=2: DeepSpeed keeps its state in pickled files"),
         ({"skip_inactive": True}, "skip_inactive=True: DeepSpeed counts backward passes"),
         ({"ema_decay": 0.9}, "ema_decay=0.9: DeepSpeed keeps the weights to itself"),
     ):

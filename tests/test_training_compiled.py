@@ -62,7 +62,13 @@ def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     return turned
 
 
-OPTIONS: dict[str, Any] = {"steps": 4, "checkpoint_every": 2, "ema_decay": 0.9, "validate_every": 2, "accumulation": 2}
+OPTIONS: dict[str, Any] = {
+    "max_train_steps": 4,
+    "checkpointing_steps": 2,
+    "ema_decay": 0.9,
+    "validation_steps": 2,
+    "gradient_accumulation_steps": 2,
+}
 
 
 def written(folder: Path) -> dict[str, Any]:
@@ -98,14 +104,19 @@ def test_a_compiled_run_is_a_plain_one(tmp_path: Path, compiled: Any) -> None:
 def test_compiling_may_change_when_a_run_is_resumed(tmp_path: Path, compiled: Any, first: bool) -> None:
     straight, _ = fit(tmp_path / "straight", policy=Blocks(), reference=Blocks(), **OPTIONS | {"validation": Pairs(4)})
     options = OPTIONS | {"validation": Pairs(4), "reference": Blocks()}
-    fit(tmp_path, policy=compiled(Blocks(), first), **options | {"steps": 2})
+    fit(tmp_path, policy=compiled(Blocks(), first), **options | {"max_train_steps": 2})
     resumed = Blocks()
     fit(tmp_path, policy=compiled(resumed, not first), resume_from="latest", **options)
     assert same(straight, resumed)
 
 
 def test_adapters_are_switched_off_in_a_compiled_policy(tmp_path: Path, compiled: Any) -> None:
-    options: dict[str, Any] = {"steps": 3, "checkpoint_every": 3, "validate_every": 3, "validation": Pairs(4)}
+    options: dict[str, Any] = {
+        "max_train_steps": 3,
+        "checkpointing_steps": 3,
+        "validation_steps": 3,
+        "validation": Pairs(4),
+    }
     options["reference"] = AdapterOff(without_adapter)
     plain, one = fit(tmp_path / "plain", policy=Adapted(networks()[0]), **options)
     policy = Adapted(networks()[0])

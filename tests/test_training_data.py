@@ -141,7 +141,9 @@ class Shapes(Pairs):
 
 def test_a_run_trains_on_groups(tmp_path: Path) -> None:
     data = Shapes()
-    _, result = fit(tmp_path, data=data, steps=12, batch_size=4, validation=Shapes(), validate_every=12)
+    _, result = fit(
+        tmp_path, data=data, max_train_steps=12, train_batch_size=4, validation=Shapes(), validation_steps=12
+    )
     assert len(set(data.seen)) == 24
     assert math.isfinite(result.validation[0]["validation/loss"])
 
@@ -182,7 +184,11 @@ def test_training_from_reference_errors_is_training_with_the_reference(tmp_path:
         with torch.no_grad():
             policy.outward.weight += 0.05
         errors = name == "errors"
-        options: dict[str, Any] = {"reference": None if errors else reference, "steps": 6, "max_grad_norm": None}
+        options: dict[str, Any] = {
+            "reference": None if errors else reference,
+            "max_train_steps": 6,
+            "max_grad_norm": None,
+        }
         data = Drawn(reference if errors else None)
         policies.append((*fit(tmp_path / name, policy=policy, data=data, learning_rate=1e-3, **options), policy))
     (a, with_network, _), (b, with_errors, _) = policies
@@ -201,7 +207,7 @@ def test_fixed_draws_are_used_and_no_others(tmp_path: Path) -> None:
         return predict(module, noisy, timesteps, condition)
 
     data = Drawn()
-    fit(tmp_path, data=data, steps=1, predict=spy)
+    fit(tmp_path, data=data, max_train_steps=1, predict=spy)
     items = [data[i] for i in data.seen[:4]]
     noisy, timesteps = seen[0]
     assert timesteps.tolist() == 2 * [item["timestep"].item() for item in items]
@@ -219,7 +225,11 @@ def test_fixed_draws_are_used_and_no_others(tmp_path: Path) -> None:
         (Drawn(Network()), {}, "items have 'ref_error' and a reference was given"),
         (Drawn(), {"reference": None}, "reference=None: expected 'ref_error' in the items"),
         (Drawn(extra=("rejected",)), {}, "an item has the keys chosen, .*: expected 'rejected' among them"),
-        (Pairs(), {"caption_dropout": 0.1}, "caption_dropout=0.1: expected a data set with 'unconditional'"),
+        (
+            Pairs(),
+            {"proportion_empty_prompts": 0.1},
+            "proportion_empty_prompts=0.1: expected a data set with 'unconditional'",
+        ),
     ],
 )
 def test_items_that_do_not_fit_are_refused_in_one_line(
@@ -245,7 +255,7 @@ def test_each_half_gets_its_own_condition(tmp_path: Path) -> None:
         return predict(module, noisy, timesteps, condition)
 
     data = Own()
-    fit(tmp_path, data=data, steps=1, predict=spy)
+    fit(tmp_path, data=data, max_train_steps=1, predict=spy)
     rows = data.seen[:4]
     assert given[0]["size"].tolist() == [[i, 1] for i in rows] + [[i, 2] for i in rows]
     assert given[0]["class"].tolist() == 2 * [i % 3 for i in rows]
@@ -268,7 +278,15 @@ def test_captions_are_dropped_at_the_rate_and_for_both_halves(tmp_path: Path) ->
         return predict(module, noisy, timesteps, condition)
 
     data = Captioned()
-    fit(tmp_path / "a", data=data, steps=40, batch_size=10, caption_dropout=0.3, predict=spy, log_every=50)
+    fit(
+        tmp_path / "a",
+        data=data,
+        max_train_steps=40,
+        train_batch_size=10,
+        proportion_empty_prompts=0.3,
+        predict=spy,
+        logging_steps=50,
+    )
     classes = torch.stack(given[::2])  # the reference's and the policy's calls have the same
     assert torch.equal(classes, torch.stack(given[1::2]))
     assert torch.equal(classes[:, :10], classes[:, 10:])
@@ -279,7 +297,15 @@ def test_captions_are_dropped_at_the_rate_and_for_both_halves(tmp_path: Path) ->
 
     # Which ones hangs on the place in the stream alone, so that accumulation changes nothing.
     given.clear()
-    fit(tmp_path / "b", data=Captioned(), steps=40, batch_size=5, accumulation=2, caption_dropout=0.3, predict=spy)
+    fit(
+        tmp_path / "b",
+        data=Captioned(),
+        max_train_steps=40,
+        train_batch_size=5,
+        gradient_accumulation_steps=2,
+        proportion_empty_prompts=0.3,
+        predict=spy,
+    )
     halves = torch.stack(given[::2]).view(40, 2, 2, 5)
     assert torch.equal(halves[:, :, 0].reshape(40, 10), classes[:, :10])
 
@@ -305,7 +331,9 @@ def test_the_policy_without_its_adapter_is_as_good_as_a_copy(tmp_path: Path, pre
     for name in ("copy", "off"):
         policy = Adapted(networks()[0])
         reference = AdapterOff(without_adapter) if name == "off" else copy.deepcopy(policy)
-        results.append(fit(tmp_path / name, policy=policy, reference=reference, steps=6, mixed_precision=precision))
+        results.append(
+            fit(tmp_path / name, policy=policy, reference=reference, max_train_steps=6, mixed_precision=precision)
+        )
     (copied, one), (switched, other) = results
     assert same(copied.adapter, switched.adapter)
     assert untimed(one.history) == untimed(other.history)
@@ -317,15 +345,15 @@ def test_full_training_against_itself_keeps_its_gradients_under_autocast(tmp_pat
     policy, _ = networks()
     before = copy.deepcopy(policy)
     itself = AdapterOff(lambda network: contextlib.nullcontext())
-    _, result = fit(tmp_path, policy=policy, reference=itself, steps=2, mixed_precision="bf16")
+    _, result = fit(tmp_path, policy=policy, reference=itself, max_train_steps=2, mixed_precision="bf16")
     assert result.history[0]["grad_norm"] > 1e-3
     assert all(not torch.equal(a, b) for a, b in zip(policy.parameters(), before.parameters(), strict=True))
 
 
 def test_a_reference_in_host_memory_changes_nothing(tmp_path: Path) -> None:
-    here, one = fit(tmp_path / "here", steps=4)
+    here, one = fit(tmp_path / "here", max_train_steps=4)
     _, reference = networks()
     tensors = [p.data_ptr() for p in reference.parameters()]
-    there, other = fit(tmp_path / "there", steps=4, reference=reference, offload_reference=True)
+    there, other = fit(tmp_path / "there", max_train_steps=4, reference=reference, offload_reference=True)
     assert same(here, there) and untimed(one.history) == untimed(other.history)
     assert [p.data_ptr() for p in reference.parameters()] == tensors and same(reference, networks()[1])

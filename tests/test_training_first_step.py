@@ -80,7 +80,7 @@ def said(caught: list[warnings.WarningMessage]) -> list[str]:
 def test_the_first_line_says_that_they_are_one(
     tmp_path: Path, kind: str, recwarn: pytest.WarningsRecorder, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options: dict[str, Any] = {"progress": True, "steps": 3}
+    options: dict[str, Any] = {"progress": True, "max_train_steps": 3}
     if kind == "adapter":
         options |= {"policy": Adapted(networks()[0]), "reference": AdapterOff(without_adapter)}
     elif kind == "errors":
@@ -109,12 +109,15 @@ def test_the_figures_are_the_largest_of_all_passes(tmp_path: Path) -> None:
             logits.append(output.logits.detach().abs().max())
             return output
 
-    for name, options in (("whole", {"batch_size": 12}), ("split", {"batch_size": 3, "accumulation": 4})):
+    for name, options in (
+        ("whole", {"train_batch_size": 12}),
+        ("split", {"train_batch_size": 3, "gradient_accumulation_steps": 4}),
+    ):
         logits.clear()
         policy = scaled(networks()[0], 1.5)
         with pytest.warns(TrainingWarning, match="policy and reference differ before training"):
             loss_fn = Spy(NoiseSchedule.discrete(), beta=50.0, mask_threshold=0.0)
-            _, result = fit(tmp_path / name, policy=policy, loss_fn=loss_fn, steps=1, **options)
+            _, result = fit(tmp_path / name, policy=policy, loss_fn=loss_fn, max_train_steps=1, **options)
         first = result.history[0]
         assert first["start_difference"] == pytest.approx(0.5, rel=1e-5)
         assert first["start_logit"] == pytest.approx(max(logits).item(), rel=1e-6) and first["start_logit"] > 1
@@ -137,14 +140,14 @@ def test_of_errors_the_figure_is_what_the_predictions_differ_by_at_least(tmp_pat
 
 
 def test_a_resumed_run_has_moved_and_is_not_measured(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
-    fit(tmp_path, steps=2, checkpoint_every=2)
-    policy, result = fit(tmp_path, steps=4, checkpoint_every=2, resume_from="latest", learning_rate=1e-2)
+    fit(tmp_path, max_train_steps=2, checkpointing_steps=2)
+    policy, result = fit(tmp_path, max_train_steps=4, checkpointing_steps=2, resume_from="latest", learning_rate=1e-2)
     assert [line["step"] for line in result.history] == [3, 4] and not same(policy, networks()[1])
     assert not any(name in line for line in result.history for name in NAMES) and not said(list(recwarn))
 
 
 def test_a_loss_without_logits_has_none_in_the_log(tmp_path: Path) -> None:
-    _, result = fit(tmp_path, loss_fn=PlainLoss(), steps=1)
+    _, result = fit(tmp_path, loss_fn=PlainLoss(), max_train_steps=1)
     assert result.history[0]["start_difference"] == 0.0 and result.history[0]["start_logit"] is None
 
 
@@ -167,7 +170,7 @@ def test_where_nothing_is_finite_it_is_said(tmp_path: Path) -> None:
     with torch.no_grad():
         next(reference.parameters()).fill_(math.nan)
     with pytest.warns(TrainingWarning, match="step 1: policy and reference cannot be compared .* no sample is finite"):
-        _, result = fit(tmp_path, policy=policy, reference=reference, steps=1)
+        _, result = fit(tmp_path, policy=policy, reference=reference, max_train_steps=1)
     first = result.history[0]
     assert first["start_difference"] is None and first["start_logit"] is None
 
@@ -184,7 +187,7 @@ def test_a_run_from_the_same_weights_stops_before_anything_moves(tmp_path: Path,
     arguments = (policy, None if kind == "errors" else reference, loss(), data, predict)
     cpu = Accelerator(cpu=True)
     with pytest.raises(TrainingMismatch, match=r"^step 1: policy and reference differ before training: ") as caught:
-        train(*arguments, settings(tmp_path, checkpoint_every=1), accelerator=cpu, mismatch="raise")
+        train(*arguments, settings(tmp_path, checkpointing_steps=1), accelerator=cpu, mismatch="raise")
     message = str(caught.value)
     assert "\n" not in message and message.endswith("; alarms='off' trains all the same")
     assert ("errors of other weights or draws" in message) == (kind == "errors")
@@ -192,14 +195,14 @@ def test_a_run_from_the_same_weights_stops_before_anything_moves(tmp_path: Path,
     assert not (tmp_path / "checkpoints").exists()
     with warnings.catch_warnings(record=True) as recorded:
         warnings.simplefilter("always")
-        train(*arguments, settings(tmp_path, alarms="off", steps=1), accelerator=cpu, mismatch="raise")
+        train(*arguments, settings(tmp_path, alarms="off", max_train_steps=1), accelerator=cpu, mismatch="raise")
     assert not said(recorded)
     assert read_lines(tmp_path / "metrics.jsonl")[0]["start_difference"] > 1e-3
 
 
 def test_dropout_is_warned_about_and_trained_with(tmp_path: Path) -> None:
     with pytest.warns(TrainingWarning, match="step 1: policy and reference differ .*dropout") as caught:
-        _, result = fit(tmp_path, dropout=0.3, steps=2)
+        _, result = fit(tmp_path, dropout=0.3, max_train_steps=2)
     assert len(said(list(caught))) == 1 and len(result.history) == 2
     assert result.history[0]["start_difference"] > 0.1
 
@@ -243,7 +246,9 @@ def test_logits_that_rounding_moves_are_warned_about(tmp_path: Path) -> None:
             warnings.simplefilter("always")
             arguments = (copy.deepcopy(policy), reference, loss(beta=beta), Pairs(), cast)
             folder = tmp_path / str(beta)
-            result = train(*arguments, settings(folder, steps=1), accelerator=Accelerator(cpu=True), mismatch="raise")
+            result = train(
+                *arguments, settings(folder, max_train_steps=1), accelerator=Accelerator(cpu=True), mismatch="raise"
+            )
         first = result.history[0]
         assert 1e-4 < first["start_difference"] < 0.03 and (first["start_logit"] > 0.1) is warned
         assert [text.startswith("step 1: policy and reference round differently") for text in said(recorded)] == (

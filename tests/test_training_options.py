@@ -31,22 +31,22 @@ __all__ = ["fresh_accelerate"]  # a fixture that every test here runs in
     ],
 )
 def test_the_learning_rate_follows_its_schedule(tmp_path: Path, schedule: str, expected: list[float]) -> None:
-    _, result = fit(tmp_path, steps=6, warmup=2, learning_rate=1e-3, lr_schedule=schedule)
+    _, result = fit(tmp_path, max_train_steps=6, lr_warmup_steps=2, learning_rate=1e-3, lr_scheduler=schedule)
     assert [line["learning_rate"] for line in result.history] == pytest.approx([1e-3 * rate for rate in expected])
 
 
 def test_the_rate_is_defined_where_the_warm_up_takes_all_steps(tmp_path: Path) -> None:
-    config = settings(tmp_path, steps=3, warmup=3, lr_schedule="cosine")
+    config = settings(tmp_path, max_train_steps=3, lr_warmup_steps=3, lr_scheduler="cosine")
     assert [rate_factor(config, step) for step in range(3)] == pytest.approx([1 / 3, 2 / 3, 1.0])
-    assert rate_factor(settings(tmp_path, steps=3, warmup=9), 2) == pytest.approx(1 / 3)
+    assert rate_factor(settings(tmp_path, max_train_steps=3, lr_warmup_steps=9), 2) == pytest.approx(1 / 3)
 
 
 def test_adamw_takes_its_settings(tmp_path: Path) -> None:
-    options = {"betas": (0.5, 0.6), "eps": 1e-3, "weight_decay": 0.1, "steps": 3, "max_grad_norm": None}
+    options = {"betas": (0.5, 0.6), "eps": 1e-3, "adam_weight_decay": 0.1, "max_train_steps": 3, "max_grad_norm": None}
     own, _ = fit(tmp_path / "own", **options)
     policy, _ = networks()
-    given = torch.optim.AdamW(policy.parameters(), lr=1e-2, betas=(0.5, 0.6), eps=1e-3, weight_decay=0.1)
-    other, _ = fit(tmp_path / "given", policy=policy, optimizer=given, steps=3, max_grad_norm=None)
+    given = torch.optim.AdamW(policy.parameters(), lr=1e-2, betas=(0.5, 0.6), eps=1e-3, adam_weight_decay=0.1)
+    other, _ = fit(tmp_path / "given", policy=policy, optimizer=given, max_train_steps=3, max_grad_norm=None)
     for a, b in zip(own.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
@@ -70,8 +70,8 @@ def test_bitsandbytes_is_asked_for_by_name_or_named_as_missing(
     kinds = {k: stand_in(k) for k in ("AdamW8bit", "PagedAdamW8bit")}
     module = types.SimpleNamespace(optim=types.SimpleNamespace(**kinds))
     monkeypatch.setitem(sys.modules, "bitsandbytes", module)
-    fit(tmp_path / "b", optimizer=name, steps=1)
-    assert made == [(kind, {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2})]
+    fit(tmp_path / "b", optimizer=name, max_train_steps=1)
+    assert made == [(kind, {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "adam_weight_decay": 1e-2})]
 
 
 def test_the_average_is_of_the_weights_after_each_step(tmp_path: Path) -> None:
@@ -79,11 +79,11 @@ def test_the_average_is_of_the_weights_after_each_step(tmp_path: Path) -> None:
         return fit(tmp_path / folder, **options)[0].outward.weight.detach()
 
     # The first update takes the weights as they are, then the average forgets at no more than (1 + n) / (10 + n).
-    expected = weights("1", steps=1)
+    expected = weights("1", max_train_steps=1)
     for steps in (2, 3, 4):
         keep = min(0.2, steps / (9 + steps))
-        expected = keep * expected + (1 - keep) * weights(str(steps), steps=steps)
-    _, result = fit(tmp_path / "ema", steps=4, ema_decay=0.2)
+        expected = keep * expected + (1 - keep) * weights(str(steps), max_train_steps=steps)
+    _, result = fit(tmp_path / "ema", max_train_steps=4, ema_decay=0.2)
     assert result.ema is not None
     torch.testing.assert_close(result.ema["outward.weight"], expected, rtol=1e-5, atol=1e-7)
     policy, _ = networks()
@@ -127,7 +127,7 @@ def test_a_tracker_of_the_callers_sees_every_number_and_stays_open(tmp_path: Pat
     accelerator = Accelerator(cpu=True, log_with=[tracker])
     accelerator.init_trackers("own")
     policy, reference = networks()
-    config = settings(tmp_path, steps=2, validate_every=2)
+    config = settings(tmp_path, max_train_steps=2, validation_steps=2)
     result = train(policy, reference, loss(), Pairs(), predict, config, accelerator=accelerator, validation=Pairs(4))
     assert [step for step, _ in tracker.lines] == [1, 2, 2]
     assert tracker.lines[1][1]["train/loss"] == result.history[1]["loss"]
@@ -154,14 +154,21 @@ def test_an_optimiser_that_nests_its_state_resumes(tmp_path: Path) -> None:
             policy, _ = networks()
             optimizer = Nesting(policy.parameters(), lr=0.1)
             resume = {"resume_from": "latest"} if number else {}
-            fit(tmp_path / name, policy=policy, optimizer=optimizer, steps=last, checkpoint_every=2, **resume)
+            fit(
+                tmp_path / name,
+                policy=policy,
+                optimizer=optimizer,
+                max_train_steps=last,
+                checkpointing_steps=2,
+                **resume,
+            )
         results.append(policy)
     assert same(*results)
 
 
 def test_bitsandbytes_trains_and_resumes(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes", reason="an extra that is not always there")
-    whole, _ = fit(tmp_path / "whole", steps=4, optimizer="adamw8bit")
-    fit(tmp_path / "parts", steps=2, checkpoint_every=2, optimizer="adamw8bit")
-    resumed, _ = fit(tmp_path / "parts", steps=4, optimizer="adamw8bit", resume_from="latest")
+    whole, _ = fit(tmp_path / "whole", max_train_steps=4, optimizer="adamw8bit")
+    fit(tmp_path / "parts", max_train_steps=2, checkpointing_steps=2, optimizer="adamw8bit")
+    resumed, _ = fit(tmp_path / "parts", max_train_steps=4, optimizer="adamw8bit", resume_from="latest")
     assert same(whole, resumed)

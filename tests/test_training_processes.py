@@ -58,31 +58,49 @@ class Grouped(Pairs):
 
 # What each pair of processes runs; one process then runs the same at twice the batch.
 SCENARIOS: dict[str, dict[str, Any]] = {
-    "gradient": {"steps": 1, "max_grad_norm": None, "rate": 1.0},
-    "steps": {"steps": 4, "checkpoint_every": 4},
-    "accumulation": {"steps": 3, "accumulation": 2},
+    "gradient": {"max_train_steps": 1, "max_grad_norm": None, "rate": 1.0},
+    "max_train_steps": {"max_train_steps": 4, "checkpointing_steps": 4},
+    "gradient_accumulation_steps": {"max_train_steps": 3, "gradient_accumulation_steps": 2},
     "everything": {
-        "steps": 8,
-        "accumulation": 2,
-        "log_every": 2,
-        "validate_every": 4,
+        "max_train_steps": 8,
+        "gradient_accumulation_steps": 2,
+        "logging_steps": 2,
+        "validation_steps": 4,
         "ema_decay": 0.9,
-        "caption_dropout": 0.3,
+        "proportion_empty_prompts": 0.3,
         "timestep_sampling": "informative",
         "mask_threshold": 0.9,
         "data": Grouped,
     },
-    "adapter": {"steps": 4, "adapter": True},
-    "compiled adapter": {"steps": 3, "accumulation": 2, "adapter": True},
-    "sharded compiled": {"steps": 3, "accumulation": 2, "validate_every": 2},
-    "not its reference": {"steps": 1, "moved": 1.0},
-    "sharded adapter": {"steps": 4, "adapter": True},
-    "sharded bf16": {"steps": 2, "mixed_precision": "bf16", "flow": True},
-    "sharded gradient": {"steps": 1, "max_grad_norm": None, "rate": 1.0},
-    "sharded": {"steps": 6, "checkpoint_every": 3, "ema_decay": 0.9, "validate_every": 3, "adamw": True},
-    "sharded resumed": {"steps": 6, "checkpoint_every": 3, "ema_decay": 0.9, "validate_every": 3, "adamw": True},
-    "skipping": {"steps": 10, "accumulation": 2, "skip_inactive": True, "mask_threshold": 0.9, "pairs": 1},
-    "sharded and skipping": {"steps": 10, "accumulation": 2, "skip_inactive": True, "mask_threshold": 0.9, "pairs": 1},
+    "adapter": {"max_train_steps": 4, "adapter": True},
+    "compiled adapter": {"max_train_steps": 3, "gradient_accumulation_steps": 2, "adapter": True},
+    "sharded compiled": {"max_train_steps": 3, "gradient_accumulation_steps": 2, "validation_steps": 2},
+    "not its reference": {"max_train_steps": 1, "moved": 1.0},
+    "sharded adapter": {"max_train_steps": 4, "adapter": True},
+    "sharded bf16": {"max_train_steps": 2, "mixed_precision": "bf16", "flow": True},
+    "sharded gradient": {"max_train_steps": 1, "max_grad_norm": None, "rate": 1.0},
+    "sharded": {"max_train_steps": 6, "checkpointing_steps": 3, "ema_decay": 0.9, "validation_steps": 3, "adamw": True},
+    "sharded resumed": {
+        "max_train_steps": 6,
+        "checkpointing_steps": 3,
+        "ema_decay": 0.9,
+        "validation_steps": 3,
+        "adamw": True,
+    },
+    "skipping": {
+        "max_train_steps": 10,
+        "gradient_accumulation_steps": 2,
+        "skip_inactive": True,
+        "mask_threshold": 0.9,
+        "pairs": 1,
+    },
+    "sharded and skipping": {
+        "max_train_steps": 10,
+        "gradient_accumulation_steps": 2,
+        "skip_inactive": True,
+        "mask_threshold": 0.9,
+        "pairs": 1,
+    },
 }
 
 
@@ -114,7 +132,7 @@ def run(folder: Path, accelerator: Accelerator, **options: Any) -> tuple[nn.Modu
         else torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=rate)
     )
     resume = options.pop("resume_from", None)
-    config = settings(folder, batch_size=batch, **options)
+    config = settings(folder, train_batch_size=batch, **options)
     result = train(
         policy,
         reference,
@@ -197,7 +215,7 @@ def _find_locked(root: Path) -> None:
     """Trains into a folder that another process is writing to."""
     accelerator = accelerator_for("plain")
     try:
-        run(root / "locked", accelerator, steps=2)
+        run(root / "locked", accelerator, max_train_steps=2)
     except (LockedError, OtherProcessError) as error:
         (root / f"locked-{accelerator.process_index}").write_text(str(error))
 
@@ -217,7 +235,14 @@ def _stop_one(root: Path, name: str, passes: int) -> None:
             return super().__getitem__(index)
 
     try:
-        run(root / name, accelerator, steps=9, accumulation=passes, log_every=100, data=Asking)
+        run(
+            root / name,
+            accelerator,
+            max_train_steps=9,
+            gradient_accumulation_steps=passes,
+            logging_steps=100,
+            data=Asking,
+        )
     except TrainingInterrupted as stopped:
         (root / f"{name}-{accelerator.process_index}").write_text(f"{stopped.step} {stopped.signal}")
 
@@ -234,7 +259,7 @@ def _lose_one(root: Path) -> None:
 
     @one_line_errors
     def command(options: argparse.Namespace) -> int:
-        run(root / "lost", accelerator, steps=9, data=Failing)
+        run(root / "lost", accelerator, max_train_steps=9, data=Failing)
         return 0
 
     try:

@@ -38,17 +38,17 @@ __all__ = ["fresh_accelerate"]  # a fixture that every test here runs in
 # Everything that a checkpoint may hold: dropout, accumulation, an augmenting data set, a moving average, a schedule,
 # statistics of timesteps, validation, and checkpoints between two log lines.
 FULL: dict[str, Any] = {
-    "steps": 11,
-    "log_every": 4,
-    "checkpoint_every": 5,
-    "accumulation": 2,
+    "max_train_steps": 11,
+    "logging_steps": 4,
+    "checkpointing_steps": 5,
+    "gradient_accumulation_steps": 2,
     "dropout": 0.3,
-    "warmup": 3,
-    "lr_schedule": "cosine",
+    "lr_warmup_steps": 3,
+    "lr_scheduler": "cosine",
     "ema_decay": 0.9,
     "timestep_sampling": "informative",
     "skip_inactive": True,
-    "validate_every": 3,
+    "validation_steps": 3,
 }
 
 
@@ -104,30 +104,32 @@ def test_a_run_can_be_made_longer(tmp_path: Path) -> None:
     # Step 5 has a log line in the shorter run alone: what is drawn after it must not hang on that.
     options: dict[str, Any] = {
         "timestep_sampling": "informative",
-        "log_every": 4,
-        "batch_size": 12,
+        "logging_steps": 4,
+        "train_batch_size": 12,
         "learning_rate": 1e-3,
         "loss_fn": loss(mask_threshold=0.9),
     }
-    straight, whole = fit(tmp_path / "a", steps=11, **options)
-    fit(tmp_path / "b", steps=5, checkpoint_every=5, **options)
-    longer, result = fit(tmp_path / "b", steps=11, resume_from=tmp_path / "b/checkpoints/step-00000005", **options)
+    straight, whole = fit(tmp_path / "a", max_train_steps=11, **options)
+    fit(tmp_path / "b", max_train_steps=5, checkpointing_steps=5, **options)
+    longer, result = fit(
+        tmp_path / "b", max_train_steps=11, resume_from=tmp_path / "b/checkpoints/step-00000005", **options
+    )
     assert same(straight, longer)
     assert [line["step"] for line in result.history] == [8, 11]
     shares = [line["timestep_share"] for line in whole.history]
     assert 1 > shares[1] != shares[2]  # statistics were at work, and moved
     with pytest.raises(CheckpointError, match="made with log_every=4, expected this run's 2"):
-        fit(tmp_path / "b", steps=12, resume_from="latest", **(options | {"log_every": 2}))
+        fit(tmp_path / "b", max_train_steps=12, resume_from="latest", **(options | {"logging_steps": 2}))
 
 
 def test_a_falling_learning_rate_fixes_the_number_of_steps(tmp_path: Path) -> None:
-    fit(tmp_path, steps=4, checkpoint_every=2, lr_schedule="linear")
+    fit(tmp_path, max_train_steps=4, checkpointing_steps=2, lr_scheduler="linear")
     with pytest.raises(CheckpointError, match="made with steps=4, expected this run's 6"):
-        fit(tmp_path, steps=6, lr_schedule="linear", resume_from="latest")
+        fit(tmp_path, max_train_steps=6, lr_scheduler="linear", resume_from="latest")
 
 
 def test_checkpoints_hold_no_pickle_and_the_oldest_go(tmp_path: Path) -> None:
-    _, result = fit(tmp_path, steps=8, checkpoint_every=2, keep_checkpoints=2)
+    _, result = fit(tmp_path, max_train_steps=8, checkpointing_steps=2, checkpoints_total_limit=2)
     root = tmp_path / "checkpoints"
     assert sorted(path.name for path in root.iterdir()) == ["step-00000006", "step-00000008"]
     assert result.checkpoint == root / "step-00000008"
@@ -149,7 +151,7 @@ def test_a_checkpoint_is_on_disk_before_it_gets_its_name(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(os, "fsync", lambda handle: done.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name))
     monkeypatch.setattr(os, "replace", renamed)
-    fit(tmp_path, steps=2, checkpoint_every=2)
+    fit(tmp_path, max_train_steps=2, checkpointing_steps=2)
     place = done.index("-> step-00000002")
     files = [path.name for path in (tmp_path / "checkpoints/step-00000002").iterdir()]
     last_written = max(done.index(f"-> {name}") for name in files)
@@ -162,7 +164,7 @@ def test_only_what_is_trained_is_saved(tmp_path: Path) -> None:
     policy, _ = networks()
     policy.inward.requires_grad_(False)
     frozen = policy.inward.weight.clone()
-    _, result = fit(tmp_path, policy=policy, checkpoint_every=4, ema_decay=0.99)
+    _, result = fit(tmp_path, policy=policy, checkpointing_steps=4, ema_decay=0.99)
     assert result.checkpoint is not None and result.ema is not None
     saved = load_file(result.checkpoint / "model.safetensors")
     averaged = load_file(result.checkpoint / "ema.safetensors")
@@ -255,8 +257,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("what", DAMAGE)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path: Path, what: str) -> None:
-    straight, _ = fit(tmp_path / "a", steps=5)
-    fit(tmp_path / "b", steps=4, checkpoint_every=2)
+    straight, _ = fit(tmp_path / "a", max_train_steps=5)
+    fit(tmp_path / "b", max_train_steps=4, checkpointing_steps=2)
     spoil, message = DAMAGE[what]
     newest = tmp_path / "b/checkpoints/step-00000004"
     before = (newest / "state.json").read_bytes()
@@ -267,34 +269,41 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path: Path
 
     with pytest.raises(CheckpointError, match=f"step-00000004: damaged, {message}") as caught:
         if state.is_file():
-            fit(tmp_path / "b", steps=5, resume_from=newest)
+            fit(tmp_path / "b", max_train_steps=5, resume_from=newest)
         else:  # then it is not to be told from a folder of something else
             raise CheckpointError(f"{newest}: damaged, {storage.damage(newest)}")
     assert "\n" not in str(caught.value)
     with pytest.warns(TrainingWarning, match=rf"step-00000004: damaged, {message}.*; resuming from .*step-00000002"):
-        policy, result = fit(tmp_path / "b", steps=5, resume_from="latest", checkpoint_every=2)
+        policy, result = fit(tmp_path / "b", max_train_steps=5, resume_from="latest", checkpointing_steps=2)
     assert [line["step"] for line in result.history] == [3, 4, 5]
     assert same(straight, policy)
     assert not storage.damage(newest)  # the run has been there again
 
 
 def test_where_all_are_damaged_each_is_named(tmp_path: Path) -> None:
-    fit(tmp_path, steps=4, checkpoint_every=2)
+    fit(tmp_path, max_train_steps=4, checkpointing_steps=2)
     for step in (2, 4):
         (tmp_path / f"checkpoints/step-0000000{step}/model.safetensors").unlink()
     with pytest.raises(
         CheckpointError, match=r"step-00000004: damaged, .*; .*step-00000002: damaged, .*model.*missing"
     ):
-        fit(tmp_path, steps=5, resume_from="latest")
+        fit(tmp_path, max_train_steps=5, resume_from="latest")
 
 
 def test_a_sound_checkpoint_is_not_thrown_out_for_a_later_damaged_one(tmp_path: Path) -> None:
-    fit(tmp_path, steps=6, checkpoint_every=2, keep_checkpoints=2)
+    fit(tmp_path, max_train_steps=6, checkpointing_steps=2, checkpoints_total_limit=2)
     (tmp_path / "checkpoints/step-00000006/model.safetensors").unlink()
     with pytest.warns(TrainingWarning), pytest.raises(KeyboardInterrupt):
         # Stops in the sixth step: the checkpoint of step 5 is all that it adds, and all that it may keep.
         data = Pairs(fail_after=7)
-        fit(tmp_path, data=data, steps=6, resume_from="latest", checkpoint_every=5, keep_checkpoints=1)
+        fit(
+            tmp_path,
+            data=data,
+            max_train_steps=6,
+            resume_from="latest",
+            checkpointing_steps=5,
+            checkpoints_total_limit=1,
+        )
     assert [path.name for path in storage.found(tmp_path / "checkpoints")] == ["step-00000005", "step-00000006"]
     assert not storage.damage(tmp_path / "checkpoints/step-00000005")
 
@@ -304,14 +313,14 @@ def test_what_killed_runs_have_left_is_gone_when_the_next_one_starts(tmp_path: P
     if dead == 0:
         os._exit(0)
     os.waitpid(dead, 0)
-    fit(tmp_path, steps=2, checkpoint_every=2)
+    fit(tmp_path, max_train_steps=2, checkpointing_steps=2)
     before = sorted(tmp_path.rglob("*"))
     for left in (f".metrics.jsonl.{dead}.tmp", f"weights/.unet.{dead}.tmp", "checkpoints/.step-00000004.tmp"):
         (tmp_path / left).mkdir(parents=True)
         (tmp_path / left / "model.safetensors").touch()
     (tmp_path / "checkpoints/.step-00000002.old").mkdir()
     (tmp_path / ".lock").write_text("")  # as a process that was killed while it took the lock
-    fit(tmp_path, steps=2, checkpoint_every=2, resume_from="latest")
+    fit(tmp_path, max_train_steps=2, checkpointing_steps=2, resume_from="latest")
     assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "weights"])
 
 
@@ -389,7 +398,7 @@ def test_a_run_killed_while_it_replaces_its_only_checkpoint_keeps_one(
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(tmp_path: Path, what: str, message: str) -> None:
-    fit(tmp_path, steps=2, checkpoint_every=2)
+    fit(tmp_path, max_train_steps=2, checkpointing_steps=2)
     policy, _ = networks()
     if what == "model":
         policy.outward = nn.Conv2d(6, 1, 1)
@@ -398,30 +407,30 @@ def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(tmp_path: Path, w
     other: dict[str, Any] = {"seed": {"seed": 1}, "data": {"data": Pairs(20)}, "loss": {"loss_fn": loss(beta=51.0)}}
     other["schedule"] = {"loss_fn": SIPOLoss(NoiseSchedule.discrete(beta_end=0.02), beta=50.0, mask_threshold=0.0)}
     other = other.get(what, {})
-    options: dict[str, Any] = {"steps": 1 if what == "steps" else 3} | other
+    options: dict[str, Any] = {"max_train_steps": 1 if what == "steps" else 3} | other
     with pytest.raises(ValueError, match=message) as caught:
         fit(tmp_path, policy=policy, resume_from="latest", **options)
     assert "\n" not in str(caught.value)
 
 
 def test_settings_have_the_configurations_names_and_a_default_its_own(tmp_path: Path) -> None:
-    fit(tmp_path, steps=2, checkpoint_every=2, loss_fn=loss(beta=None))
+    fit(tmp_path, max_train_steps=2, checkpointing_steps=2, loss_fn=loss(beta=None))
     default = r"made with loss\.beta=the method's own default, expected this run's 51\.0$"
     with pytest.raises(CheckpointError, match=default):
-        fit(tmp_path, steps=3, resume_from="latest", loss_fn=loss(beta=51.0))
+        fit(tmp_path, max_train_steps=3, resume_from="latest", loss_fn=loss(beta=51.0))
     with pytest.raises(CheckpointError, match=r": made with training\.seed=0, expected"), sipo.recipe.train._named():
-        fit(tmp_path, steps=3, resume_from="latest", loss_fn=loss(beta=None), seed=1)
+        fit(tmp_path, max_train_steps=3, resume_from="latest", loss_fn=loss(beta=None), seed=1)
     with pytest.raises(CheckpointError, match=r": made with dataset_length=24, expected"), sipo.recipe.train._named():
-        fit(tmp_path, steps=3, resume_from="latest", loss_fn=loss(beta=None), data=Pairs(20))
+        fit(tmp_path, max_train_steps=3, resume_from="latest", loss_fn=loss(beta=None), data=Pairs(20))
 
 
 def test_a_finished_run_resumes_to_its_end(tmp_path: Path) -> None:
     """What was stopped after its last checkpoint and before its weights were saved still gets there."""
     whole, _ = networks()
-    fit(tmp_path, policy=whole, steps=4, checkpoint_every=2)
+    fit(tmp_path, policy=whole, max_train_steps=4, checkpointing_steps=2)
     log = (tmp_path / "metrics.jsonl").read_text()
     policy, _ = networks()
-    _, result = fit(tmp_path, policy=policy, steps=4, checkpoint_every=2, resume_from="latest")
+    _, result = fit(tmp_path, policy=policy, max_train_steps=4, checkpointing_steps=2, resume_from="latest")
     assert result.steps == 4 and result.history == []
     assert (tmp_path / "metrics.jsonl").read_text() == log
     for name, tensor in whole.state_dict().items():
@@ -433,14 +442,14 @@ def test_an_absent_checkpoint_and_a_used_folder_are_refused(tmp_path: Path) -> N
         fit(tmp_path, resume_from="latest")
     with pytest.raises(CheckpointError, match=r"resume_from='.*nowhere': no checkpoint there"):
         fit(tmp_path, resume_from=str(tmp_path / "nowhere"))
-    fit(tmp_path, checkpoint_every=4)
+    fit(tmp_path, checkpointing_steps=4)
     with pytest.raises(ValueError, match="holds another run's checkpoints, expected resume_from"):
         fit(tmp_path)
 
 
 def test_the_main_process_says_what_a_folder_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a network folder another process may still see what was removed, or not yet see what was written."""
-    fit(tmp_path / "there", checkpoint_every=4)
+    fit(tmp_path / "there", checkpointing_steps=4)
     sound, me = tmp_path / "there" / "checkpoints", threading.local()
     listed = storage.found
 
@@ -580,7 +589,13 @@ def test_wrong_values_behind_a_right_hash_are_one_line(saved: Path, tmp_path: Pa
 
 # ---------------------------------------------------------------- killed
 
-KILLED = {"steps": 120, "checkpoint_every": 3, "log_every": 5, "validate_every": 20, "learning_rate": 1e-3}
+KILLED = {
+    "max_train_steps": 120,
+    "checkpointing_steps": 3,
+    "logging_steps": 5,
+    "validation_steps": 20,
+    "learning_rate": 1e-3,
+}
 _CAMPAIGN = "import sys; from tests import test_training_resume as t; t.campaign(sys.argv[1])"
 _PLACES = ("save_file", "replace", "rmtree", "write_bytes", "backward")  # where a run kills itself, by name
 
@@ -619,7 +634,7 @@ def campaign(folder: str) -> None:
     orders += [(place, draw.randint(1, 9)) for place in _PLACES for _ in range(2)]
     draw.shuffle(orders)
     started = time.perf_counter()
-    full(Path(folder) / "warm", steps=2)  # what is imported late is imported before the clock runs
+    full(Path(folder) / "warm", max_train_steps=2)  # what is imported late is imported before the clock runs
     for place, amount in [*orders, ("none", 0)]:
         child = os.fork()
         if child == 0:

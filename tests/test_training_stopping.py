@@ -36,17 +36,17 @@ def test_a_signal_lets_the_step_finish_and_the_run_resume(
                 os.kill(os.getpid(), number)
             return super().__getitem__(index)
 
-    straight, _ = fit(tmp_path / "straight", steps=6)
+    straight, _ = fit(tmp_path / "straight", max_train_steps=6)
     before = signal.getsignal(signal.SIGINT), signal.getsignal(number)
     with pytest.raises(TrainingInterrupted, match=rf"stopped by {number.name} after step 3; resume with") as caught:
-        fit(tmp_path, data=Asking(), steps=6)
+        fit(tmp_path, data=Asking(), max_train_steps=6)
     assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(number))
     stopped = caught.value
     assert (stopped.step, stopped.signal) == (3, number.name)
     assert stopped.checkpoint == tmp_path / "checkpoints/step-00000003" and str(stopped.checkpoint) in str(stopped)
     said = f"\n{number.name}: finishing the step or validation and writing a checkpoint; Ctrl-C stops at once\n"
     assert said in capfd.readouterr().err
-    resumed, result = fit(tmp_path, steps=6, resume_from=stopped.checkpoint)
+    resumed, result = fit(tmp_path, max_train_steps=6, resume_from=stopped.checkpoint)
     assert [line["step"] for line in result.history] == [4, 5, 6]
     assert same(straight, resumed)
 
@@ -68,7 +68,7 @@ def test_a_stop_that_nobody_can_be_told_of_still_writes_a_checkpoint(tmp_path: P
     os.close(writer)
     try:
         with pytest.raises(TrainingInterrupted, match="stopped by SIGINT after step 2"):
-            fit(tmp_path, data=Asking(), steps=6)
+            fit(tmp_path, data=Asking(), max_train_steps=6)
     finally:
         os.dup2(kept, 2)
         os.close(kept)
@@ -84,7 +84,7 @@ def test_a_signal_that_comes_twice_is_one_request(tmp_path: Path, capfd: pytest.
             return super().__getitem__(index)
 
     with pytest.raises(TrainingInterrupted, match="stopped by SIGTERM after step 2"):
-        fit(tmp_path, data=Launched(), steps=6)
+        fit(tmp_path, data=Launched(), max_train_steps=6)
     assert capfd.readouterr().err.count("SIGTERM") == 1
     assert not storage.damage(tmp_path / "checkpoints/step-00000002")
 
@@ -102,7 +102,7 @@ def test_signals_that_somebody_handles_or_ignores_stay_theirs(tmp_path: Path) ->
     former = signal.signal(signal.SIGUSR1, lambda number, frame: seen.append(number))
     ignored = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
-        _, result = fit(tmp_path, data=Warned(), steps=3)
+        _, result = fit(tmp_path, data=Warned(), max_train_steps=3)
     finally:
         signal.signal(signal.SIGUSR1, former)
         signal.signal(signal.SIGHUP, ignored)
@@ -176,7 +176,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
 
     data = Insisting()
     with pytest.raises(KeyboardInterrupt):
-        fit(tmp_path, data=data, steps=6)
+        fit(tmp_path, data=data, max_train_steps=6)
     assert len(data.seen) == 10 and not (tmp_path / "checkpoints").exists()
 
 
@@ -187,7 +187,7 @@ def test_a_signal_in_the_last_step_is_no_interruption(tmp_path: Path) -> None:
                 os.kill(os.getpid(), signal.SIGTERM)
             return super().__getitem__(index)
 
-    _, result = fit(tmp_path, data=Late(), steps=2, validation=Pairs(4), validate_every=2)
+    _, result = fit(tmp_path, data=Late(), max_train_steps=2, validation=Pairs(4), validation_steps=2)
     assert result.steps == 2 and [line["step"] for line in result.validation] == [2]
     # Promised, and what a kill before the weights are written leaves.
     assert result.checkpoint == tmp_path / "checkpoints/step-00000002" and not storage.damage(result.checkpoint)
@@ -201,8 +201,8 @@ def test_a_signal_to_workers_does_not_end_the_run(tmp_path: Path) -> None:
                     os.kill(os.getpid(), number)
             return super().__getitem__(index)
 
-    plain, _ = fit(tmp_path / "a", steps=4)
-    struck, _ = fit(tmp_path / "b", steps=4, num_workers=1, data=Struck())
+    plain, _ = fit(tmp_path / "a", max_train_steps=4)
+    struck, _ = fit(tmp_path / "b", max_train_steps=4, dataloader_num_workers=1, data=Struck())
     assert same(plain, struck)
 
 
@@ -246,7 +246,7 @@ def test_out_of_memory_says_what_to_lower(tmp_path: Path, own: bool) -> None:
         r"step 1: out of memory on cpu; lower batch_size=4 \(and raise accumulation=2 by as much\), or use gradient"
     )
     with pytest.raises(TrainingOutOfMemory, match=message) as caught:
-        fit(tmp_path, predict=hungry, accumulation=2)
+        fit(tmp_path, predict=hungry, gradient_accumulation_steps=2)
     assert "\n" not in str(caught.value)
     assert isinstance(caught.value.__cause__, RuntimeError) and "allocate" in str(caught.value.__cause__)
 
@@ -260,6 +260,8 @@ def test_other_errors_pass_as_they_are(tmp_path: Path) -> None:
 
 
 def test_workers_read_the_same_pairs_and_leave_ctrl_c_to_the_main_process(tmp_path: Path) -> None:
-    plain, _ = fit(tmp_path / "a", steps=4)
-    worked, _ = fit(tmp_path / "b", steps=4, num_workers=2, validation=Pairs(6), validate_every=2)
+    plain, _ = fit(tmp_path / "a", max_train_steps=4)
+    worked, _ = fit(
+        tmp_path / "b", max_train_steps=4, dataloader_num_workers=2, validation=Pairs(6), validation_steps=2
+    )
     assert same(plain, worked)

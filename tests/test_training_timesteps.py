@@ -161,7 +161,7 @@ def test_sampling_follows_the_distribution_of_a_flow() -> None:
 def test_a_run_stops_drawing_what_the_mask_drops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timesteps, "BINS", 10)
     # With these random weights the mask drops most pairs at low levels and few at high ones.
-    options: dict[str, Any] = {"steps": 40, "batch_size": 16, "log_every": 5, "learning_rate": 1e-5}
+    options: dict[str, Any] = {"max_train_steps": 40, "train_batch_size": 16, "logging_steps": 5, "learning_rate": 1e-5}
     actives = []
     for sampling in ("all", "informative"):
         loss_fn = loss(mask_threshold=0.9)
@@ -203,7 +203,12 @@ def test_a_pass_without_an_active_pair_is_skipped_and_nothing_else_changes(
         backward(self, *args, **kwargs)
 
     monkeypatch.setattr(Accelerator, "backward", counting)
-    options: dict[str, Any] = {"steps": 20, "batch_size": 1, "accumulation": accumulation, "learning_rate": 1e-3}
+    options: dict[str, Any] = {
+        "max_train_steps": 20,
+        "train_batch_size": 1,
+        "gradient_accumulation_steps": accumulation,
+        "learning_rate": 1e-3,
+    }
     options["log_every"] = 10
     done, results = [], []
     for skip in (False, True):

@@ -41,7 +41,7 @@ def test_validation_leaves_training_as_it_was(tmp_path: Path) -> None:
         random.random()
         np.random.rand()
 
-    options: dict[str, Any] = {"steps": 7, "dropout": 0.3}
+    options: dict[str, Any] = {"max_train_steps": 7, "dropout": 0.3}
     plain, one = fit(tmp_path / "plain", data=Pairs(augment=True), **options)
     for name, more in (
         ("pairs", {"validation": Pairs(10, augment=True)}),
@@ -54,7 +54,7 @@ def test_validation_leaves_training_as_it_was(tmp_path: Path) -> None:
         plain, one = fit(tmp_path / name / "without", data=Pairs(augment=True), **options)
         random.seed(1)
         np.random.seed(1)
-        policy, other = fit(tmp_path / name, data=Pairs(augment=True), validate_every=3, **options, **more)
+        policy, other = fit(tmp_path / name, data=Pairs(augment=True), validation_steps=3, **options, **more)
         assert same(plain, policy) and policy.training
         assert untimed(one.history) == untimed(other.history)
         if "on_validation" in more:
@@ -79,7 +79,12 @@ def test_a_look_that_fails_costs_nothing_and_is_made_up_for(tmp_path: Path, at: 
             raise _LookError
         looks.append(step)
 
-    options: dict[str, Any] = {"steps": 6, "validate_every": 2, "checkpoint_every": 2, "on_validation": look}
+    options: dict[str, Any] = {
+        "max_train_steps": 6,
+        "validation_steps": 2,
+        "checkpointing_steps": 2,
+        "on_validation": look,
+    }
     if pairs:
         options["validation"] = Pairs(4)
     with pytest.raises(_LookError):
@@ -105,7 +110,7 @@ def test_a_stop_saves_first_and_leaves_the_validation_to_the_resumed_run(tmp_pat
                 os.kill(os.getpid(), signal.SIGTERM)
             return super().__getitem__(index)
 
-    options: dict[str, Any] = {"steps": 5, "validate_every": 2, "validation": Pairs(4)}
+    options: dict[str, Any] = {"max_train_steps": 5, "validation_steps": 2, "validation": Pairs(4)}
     with pytest.raises(TrainingInterrupted, match="after step 2"):
         fit(tmp_path, data=Asking(), **options)
     assert [line.get("kind") for line in lines_of(tmp_path)] == [None, None]
@@ -120,7 +125,7 @@ def test_a_signal_in_a_validation_stops_after_it(tmp_path: Path) -> None:
         os.kill(os.getpid(), signal.SIGUSR1)
 
     with pytest.raises(TrainingInterrupted, match="stopped by SIGUSR1 after step 2"):
-        fit(tmp_path, steps=6, validate_every=2, validation=Pairs(4), on_validation=look)
+        fit(tmp_path, max_train_steps=6, validation_steps=2, validation=Pairs(4), on_validation=look)
     assert not storage.damage(tmp_path / "checkpoints/step-00000002")
     assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl", "validation")] == [2]
 
@@ -135,7 +140,9 @@ def test_validation_is_the_loss_of_every_pair_once(tmp_path: Path) -> None:
     # A learning rate of next to nothing: the policy is the one before, told apart from the reference by hand.
     with torch.no_grad():
         policy.outward.weight += 0.1
-    trained, result = fit(tmp_path, policy=policy, validation=held_out, steps=2, validate_every=1, learning_rate=1e-12)
+    trained, result = fit(
+        tmp_path, policy=policy, validation=held_out, max_train_steps=2, validation_steps=1, learning_rate=1e-12
+    )
     one, two = result.validation
     assert untimed([one | {"step": 0}]) == untimed([two | {"step": 0}])  # the same draws
     assert held_out.seen == 2 * list(range(10))  # batches of 4, 4 and 2
@@ -174,7 +181,7 @@ class Spoilt(Pairs):
 def validation_of(data: Any, loss_fn: Any, accelerator: Any = None, batch_size: int = 4) -> Validation:
     accelerator = Accelerator(cpu=True) if accelerator is None else accelerator
     forward = PairForward(loss_fn, predict, networks()[1], accelerator, offload=False)
-    return Validation(data, None, forward, settings(Path("unused"), batch_size=batch_size), accelerator)
+    return Validation(data, None, forward, settings(Path("unused"), train_batch_size=batch_size), accelerator)
 
 
 def moved() -> nn.Module:
@@ -296,7 +303,12 @@ def test_the_log_of_training_counts_finite_pairs_alike_too(tmp_path: Path) -> No
     """One pass of four pairs, or four passes of one: a pass without a finite pair is not one with an accuracy of 0."""
     logs = []
     for size in (4, 2, 1):
-        options: dict[str, Any] = {"batch_size": size, "accumulation": 4 // size, "steps": 1, "alarms": "off"}
+        options: dict[str, Any] = {
+            "train_batch_size": size,
+            "gradient_accumulation_steps": 4 // size,
+            "max_train_steps": 1,
+            "alarms": "off",
+        }
         loss_fn = loss(nonfinite="skip", mask_threshold=0.8)
         _, result = fit(tmp_path / str(size), policy=moved(), data=Spoilt(4, (1, 3)), loss_fn=loss_fn, **options)
         logs.append(result.history[0])

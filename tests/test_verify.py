@@ -38,9 +38,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with all that a run writes."""
     folder = tmp_path_factory.mktemp("run")
     AcceleratorState._reset_state(reset_partial_state=True)  # of another module's tests
-    fit(folder, steps=4, checkpoint_every=2)
-    config = {"model": {"family": "sd15", "path": "toy"}, "data": {"path": "toy", "cache": "c", "sizes": [[16, 16]]}}
-    (folder / "config.yaml").write_text(yaml.safe_dump(config | {"training": {"output_dir": "r", "steps": 4}}))
+    fit(folder, max_train_steps=4, checkpointing_steps=2)
+    config = {
+        "model": {"family": "sd15", "pretrained_model_name_or_path": "toy"},
+        "data": {"dataset_name": "toy", "cache": "c", "sizes": [[16, 16]]},
+    }
+    (folder / "config.yaml").write_text(
+        yaml.safe_dump(config | {"training": {"output_dir": "r", "max_train_steps": 4}})
+    )
     network = folder / "weights" / "unet"
     network.mkdir(parents=True)
     save_tensors(network / "diffusion_pytorch_model.safetensors", {"a": torch.arange(6.0)})
@@ -121,7 +126,7 @@ def test_a_run_that_goes_on_removes_its_hashes_before_it_changes_its_log(
 
     monkeypatch.setattr("sipo.training.log._keep_lines", broken)
     with pytest.raises(KeyError):
-        fit(copied, steps=5, checkpoint_every=2, resume_from="latest")
+        fit(copied, max_train_steps=5, checkpointing_steps=2, resume_from="latest")
     assert not _damaged(copied)
 
 

@@ -157,7 +157,7 @@ def loss(**options: Any) -> SIPOLoss:
 
 
 def settings(folder: Path, **options: Any) -> TrainingConfig:
-    quiet = {"steps": 4, "batch_size": 4, "learning_rate": 1e-2, "log_every": 1, "progress": False}
+    quiet = {"max_train_steps": 4, "train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1, "progress": False}
     return TrainingConfig(output_dir=folder, **(quiet | {"tensorboard": False} | options))
 
 

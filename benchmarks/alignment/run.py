@@ -70,14 +70,14 @@ def run_cell(cell: Cell, *, steps: int | None = None, samples: int | None = None
     folder = Path(tempfile.mkdtemp(prefix="sipo-alignment-"))
     record: dict[str, Any] = {**asdict(cell), "steps": steps}
     config = TrainingConfig(
-        steps=steps,
+        max_train_steps=steps,
         output_dir=folder,
-        batch_size=task.batch_size,
+        train_batch_size=task.batch_size,
         learning_rate=task.learning_rate,
-        warmup=min(20, steps),
+        lr_warmup_steps=min(20, steps),
         timestep_distribution=task.distribution,
         seed=cell.seed,
-        log_every=10,
+        logging_steps=10,
         progress=None,
         tensorboard=False,
         alarms="off",

@@ -121,7 +121,7 @@ def probe(run: Run, *, pairs: int, levels: int) -> Probe:
     bins = NoiseBins.of(run.schedule, levels)
     assert bins is not None  # every family's schedule has a known kind
     statistics = TimestepStatistics(loss_fn, bins, device)
-    size, seed = run.config.training.batch_size, run.config.training.seed
+    size, seed = run.config.training.train_batch_size, run.config.training.seed
     groups = getattr(dataset, "groups", None) or [range(len(dataset))]
     rows = [row for group in groups for row in group if row < pairs]
     highest = torch.zeros((), dtype=torch.float32, device=device)

@@ -122,7 +122,11 @@ def _per_step(statistics: Sequence[Line], settings: dict[str, Any]) -> int | Non
         if last["step"] > steps:  # then without the first line, as a run may have had none for a while
             pairs, steps = sum(line["pairs"] for line in statistics[1:]), last["step"] - steps
         return max(1, round(pairs / steps))
-    sizes = [settings[n] for n in ("training.batch_size", "training.accumulation", "batch_size") if n in settings]
+    sizes = [
+        settings[n]
+        for n in ("training.train_batch_size", "training.gradient_accumulation_steps", "batch_size")
+        if n in settings
+    ]
     return math.prod(map(int, sizes)) if sizes else None
 
 

@@ -38,13 +38,13 @@ def sample_pictures(folder: Path, settings: dict[str, Any]) -> tuple[str, list[P
 def _prompts(folder: Path, settings: dict[str, Any]) -> list[str]:
     """In the order of the samples; a run from before they were written beside them has them in its configuration."""
     path = folder / "samples" / "prompts.json"
-    prompts = settings.get("samples.prompts")
+    prompts = settings.get("samples.validation_prompts")
     try:
         prompts = parse_json(read_text(path), path)
     except FileNotFoundError:
         pass
     except FileError as error:
-        warnings.warn(f"{error}; the configuration's samples.prompts are shown", LogWarning, stacklevel=2)
+        warnings.warn(f"{error}; the configuration's samples.validation_prompts are shown", LogWarning, stacklevel=2)
     if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
         return []
     return prompts

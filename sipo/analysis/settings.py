@@ -12,7 +12,7 @@ from sipo.yaml_files import read_yaml
 # Settings that are reckoned with.
 _NUMBERS = (
     *("loss.beta", "loss.mask_threshold", "loss.label_smoothing", "beta"),
-    *("training.batch_size", "training.accumulation", "batch_size"),
+    *("training.train_batch_size", "training.gradient_accumulation_steps", "batch_size"),
 )
 _NAMES = ("model.family", "loss.method", "loss.loss_type", "loss.ratio", "method")
 
@@ -63,7 +63,7 @@ def in_force(settings: dict[str, Any]) -> dict[str, Any]:
         "model.lora.alpha": settings.get("model.lora.rank"),
         "loss.beta": loss_numbers(settings)[0],
         "loss.num_inference_steps": DEFAULT_INFERENCE_STEPS,
-        "samples.guidance": get(settings["model.family"]).guidance,
+        "samples.guidance_scale": get(settings["model.family"]).guidance,
     }
     unset = {name: value for name, value in numbers.items() if name in settings and settings[name] is None}
     return settings | {name: f"{value:g} (default)" for name, value in unset.items() if is_number(value)}

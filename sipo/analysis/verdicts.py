@@ -254,7 +254,7 @@ def _beta_high(f: Facts) -> Finding | None:
 def _not_learning(f: Facts) -> Finding | None:
     advice: tuple[str, ...] = (
         "a higher learning rate (ten times), or more steps",
-        "training.warmup that ends long before the run does",
+        "training.lr_warmup_steps that ends long before the run does",
     )
     if math.isnan(f.accuracy) or stalled(f.active):
         return None  # other findings say why
@@ -311,7 +311,7 @@ def _held_out(f: Facts, seen: HeldOut | None) -> Finding:
             "Cannot tell whether it learns: no held-out pairs were measured. It ranks those that it trains on, and so "
             "does a policy that learns them by heart.",
             training,
-            ("data.held_out and training.validate_every: such pairs are measured and not trained on", _enough()),
+            ("data.held_out and training.validation_steps: such pairs are measured and not trained on", _enough()),
         )
     ranking = f"held-out pairs: {_exactly(seen)} ranked right at step {seen.step} (`validation/rewards/accuracies`)"
     loss = f"their loss is {seen.loss:.3f} for a pair that takes part, {seen.no_preference:.3f} without any preference"

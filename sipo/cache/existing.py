@@ -86,7 +86,7 @@ class Existing:
         self.verify = verify
         self.refuse_changes = refuse_changes
         self.source = digest({key: value for key, value in marks.items() if key != MAX_PAIRS})
-        self.path = settings.path if index is None else index["path"]  # of the pairs that are there
+        self.path = settings.dataset_name if index is None else index["path"]  # of the pairs that are there
         self.finished = index is not None and index["complete"]
         self.known = {shard.name: shard for shard in _shards(index)} if index is not None and self.finished else {}
         self.changes: list[str] = []
@@ -174,7 +174,7 @@ class Existing:
                 self._changed(part.change)
             if are_absent(facts[FILES_FACT], path_of, pool):  # encoded anew, every pair would be lost
                 raise CacheError(
-                    f"{self.settings.path}: {part.change}, since {self.folder} was encoded, and none of the images or "
+                    f"{self.settings.dataset_name}: {part.change}, since {self.folder} was encoded, and none of the images or "
                     f"clips of {_rows(facts[ROWS_FACT])} is there to be encoded anew: expected these files, or the row "
                     "as it was"
                 )
@@ -187,7 +187,7 @@ class Existing:
             return
         if found.absent and self.verify:
             raise CacheError(
-                f"{self.settings.path}: none of the images or clips of {_rows(part.rows)} is there, expected them all "
+                f"{self.settings.dataset_name}: none of the images or clips of {_rows(part.rows)} is there, expected them all "
                 "to verify their content"
             )
         self.absent += found.absent
@@ -213,15 +213,15 @@ class Existing:
     def _is_recut(self, before: list[Any], now: list[Any]) -> bool:
         """Whether a shard of an unfinished cache has only more or fewer pairs, as the last under another max_pairs."""
         common = min(len(before), len(now))
-        return not self.finished and self.path == self.settings.path and before[:common] == now[:common]
+        return not self.finished and self.path == self.settings.dataset_name and before[:common] == now[:common]
 
     def _changed(self, change: str) -> None:
         """Records a change for the report, or refuses it."""
-        if self.path != self.settings.path:
-            raise other_path(self.folder, self.path, self.settings.path, f"whose pairs are others ({change})")
+        if self.path != self.settings.dataset_name:
+            raise other_path(self.folder, self.path, self.settings.dataset_name, f"whose pairs are others ({change})")
         if self.refuse_changes:
             raise CacheError(
-                f"{self.settings.path}: {change}, since {self.folder} was encoded: expected the data that the run has "
+                f"{self.settings.dataset_name}: {change}, since {self.folder} was encoded: expected the data that the run has "
                 "been trained on; another training.output_dir starts anew with this"
             )
         self.changes.append(change)

@@ -237,9 +237,9 @@ def check_fingerprint(where: Path, found: Mapping[str, Any], wanted: Mapping[str
 
 
 def other_path(where: Path, found: Any, wanted: str, why: str) -> CacheError:
-    """The error of a cache of another ``data.path``, whose pairs are other ones or cannot be compared."""
+    """The error of a cache of another ``data.dataset_name``, whose pairs are other ones or cannot be compared."""
     return CacheError(
-        f"{where}: made with data.path={json.dumps(found)}, this run has {json.dumps(wanted)}, {why}: use another "
+        f"{where}: made with data.dataset_name={json.dumps(found)}, this run has {json.dumps(wanted)}, {why}: use another "
         "data.cache, or the path it was made with"
     )
 
@@ -338,7 +338,7 @@ class Cache:
     Attributes:
         folder: where it is.
         fingerprint: what its content depends on.
-        path: ``data.path`` of its pairs, as it was when they were last compared.
+        path: ``data.dataset_name`` of its pairs, as it was when they were last compared.
         skipped: by reason, how many pairs were left out because they could not be used.
         rows: ``[N]`` int64, each pair's row in the source.
         shapes: the shapes that latents have.

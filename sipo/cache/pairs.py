@@ -94,7 +94,7 @@ class DrawnPairs:
         schedule: gives the timesteps.
         seed: of all draws.
         distribution: of the timesteps; the schedule knows which it has.
-        caption_dropout: share of draws whose caption is dropped, in [0, 1].
+        proportion_empty_prompts: share of draws whose caption is dropped, in [0, 1].
         references: the reference's errors at the same draws.
 
     Attributes:
@@ -113,19 +113,19 @@ class DrawnPairs:
         schedule: Schedule,
         seed: int,
         distribution: str = "uniform",
-        caption_dropout: float = 0.0,
+        proportion_empty_prompts: float = 0.0,
         references: ReferenceErrors | None = None,
     ) -> None:
         if draws < 1:
             raise ValueError(f"draws={draws}: expected at least 1")
-        if not 0 <= caption_dropout <= 1:
-            raise ValueError(f"caption_dropout={caption_dropout}: expected a share in [0, 1]")
+        if not 0 <= proportion_empty_prompts <= 1:
+            raise ValueError(f"proportion_empty_prompts={proportion_empty_prompts}: expected a share in [0, 1]")
         self.cached = cached
         self.draws = draws
         self.schedule = schedule
         self.seed = seed
         self.distribution = distribution
-        self.caption_dropout = caption_dropout
+        self.proportion_empty_prompts = proportion_empty_prompts
         self.references = references
         if hasattr(cached, "groups"):
             self.groups = [[pair * draws + k for pair in group for k in range(draws)] for group in cached.groups]
@@ -147,7 +147,10 @@ class DrawnPairs:
         item["timestep"] = self.schedule.sample_timesteps(
             1, self._generator(TIMESTEP, row, draw), distribution=self.distribution
         )[0]
-        if torch.rand((), generator=self._generator(CAPTION, row, draw), dtype=torch.float32) < self.caption_dropout:
+        if (
+            torch.rand((), generator=self._generator(CAPTION, row, draw), dtype=torch.float32)
+            < self.proportion_empty_prompts
+        ):
             item["condition"] = self.cached.unconditional
         if self.references is not None:
             errors, timesteps = self.references.at(int(self.cached.places[pair]))

@@ -142,7 +142,7 @@ def precompute_pairs(
 
     Raises:
         BadPair: without ``settings.skip_bad``, a pair that cannot be used. What was finished stays.
-        CacheError: the folder holds a cache of other settings, or one of another ``data.path`` whose pairs are other
+        CacheError: the folder holds a cache of other settings, or one of another ``data.dataset_name`` whose pairs are other
             ones; a change, where they are refused; a shard whose files are all missing, where it has changed or is to
             be verified; no pair can be used.
         DataError: a source that cannot be read.
@@ -178,7 +178,7 @@ def precompute_pairs(
         if finished is None or check_hashes or verify:
             return run, None
         raised = any(is_limit_raised(shard, settings) for shard in finished["latents"])
-        if raised or not is_unchanged(folder, finished, reader, state, settings.path):
+        if raised or not is_unchanged(folder, finished, reader, state, settings.dataset_name):
             return run, None
         stop_at_skipped(finished["latents"], settings)
         return run, _summary(finished, len(range(rank, len(finished["latents"]), world)), time.monotonic() - started)
@@ -234,7 +234,7 @@ class _Fitter:
 
     def __init__(self, settings: DataConfig, row: int) -> None:
         self.settings = settings
-        self.flip = settings.flip and derive_seed(settings.seed, FLIP, row) % 2 == 1
+        self.flip = settings.random_flip and derive_seed(settings.seed, FLIP, row) % 2 == 1
         self.seed = derive_seed(settings.seed, CROP, row)
         self.size: tuple[int, int] = (0, 0)
         self.crops: dict[tuple[int, int], tuple[int, int]] = {}
@@ -356,7 +356,7 @@ class _Run:
         """Writes the index, once every shard is there, if it has changed."""
         found, tally = read_index(self.folder), self.tally
         counts = None if found is None else [found.get(name) for name in ("records", "ties", "path", "state")]
-        now = [tally.records, tally.ties, self.settings.path, self.state]
+        now = [tally.records, tally.ties, self.settings.dataset_name, self.state]
         existing = self.existing
         changed = existing.stale or existing.changes or read_files(self.folder) is None
         if not changed and found is not None and found["complete"] and counts == now:
@@ -378,7 +378,7 @@ class _Run:
             "format": FORMAT,
             "complete": True,
             "fingerprint": existing.marks,
-            "path": self.settings.path,
+            "path": self.settings.dataset_name,
             "state": self.state,
             "pairs": pairs,
             "records": self.tally.records,

@@ -86,7 +86,7 @@ def reference_fingerprint(
     draws: int,
     seed: int,
     distribution: str,
-    caption_dropout: float,
+    proportion_empty_prompts: float,
 ) -> dict[str, Any]:
     """What reference errors depend on; see :func:`precompute_references` for the arguments."""
     levels = schedule.invert_sigmas if schedule.kind == "flow" else digest(_alphas(schedule))
@@ -95,7 +95,7 @@ def reference_fingerprint(
         "draws": draws,
         "seed": seed,
         "distribution": distribution,
-        "caption_dropout": caption_dropout,
+        "proportion_empty_prompts": proportion_empty_prompts,
         "schedule": [schedule.prediction_type, schedule.kind, schedule.num_train_timesteps, schedule.shift, levels],
         "cache": digest(cache.fingerprint),
     }
@@ -124,7 +124,7 @@ def open_references(
     draws: int,
     seed: int,
     distribution: str,
-    caption_dropout: float,
+    proportion_empty_prompts: float,
     check_hashes: bool = True,
 ) -> References:
     """Opens what :func:`precompute_references` wrote for the same arguments.
@@ -140,7 +140,7 @@ def open_references(
         draws=draws,
         seed=seed,
         distribution=distribution,
-        caption_dropout=caption_dropout,
+        proportion_empty_prompts=proportion_empty_prompts,
     )
     folder = _folder(cache, wanted)
     index = read_index(folder)
@@ -178,7 +178,7 @@ def precompute_references(
     draws: int,
     seed: int,
     distribution: str = "uniform",
-    caption_dropout: float = 0.0,
+    proportion_empty_prompts: float = 0.0,
     batch_size: int,
     accelerator: Any = None,
     autocast: Callable[[], AbstractContextManager[Any]] | None = None,
@@ -202,7 +202,7 @@ def precompute_references(
         draws: for each pair.
         seed: of the draws.
         distribution: of the timesteps.
-        caption_dropout: share of draws without the caption, in [0, 1].
+        proportion_empty_prompts: share of draws without the caption, in [0, 1].
         batch_size: pairs in one forward pass, ``2 * batch_size`` samples.
         accelerator: accelerate's, if there is one: shards are dealt out to its processes.
         autocast: gives the context that predictions are made in; the accelerator's own if left out.
@@ -221,9 +221,9 @@ def precompute_references(
         "draws": draws,
         "seed": seed,
         "distribution": distribution,
-        "caption_dropout": caption_dropout,
+        "proportion_empty_prompts": proportion_empty_prompts,
     }
-    drawn = DrawnPairs(CachedPairs(cache), draws, schedule, seed, distribution, caption_dropout)
+    drawn = DrawnPairs(CachedPairs(cache), draws, schedule, seed, distribution, proportion_empty_prompts)
     marks = reference_fingerprint(cache, schedule, **arguments)
     folder = _folder(cache, marks)
     rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)

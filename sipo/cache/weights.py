@@ -45,7 +45,7 @@ def weight_hashes(
 
     Args:
         family: the model's.
-        path: of the model: ``model.path``, or where a toy is.
+        path: of the model: ``model.pretrained_model_name_or_path``, or where a toy is.
         model: gives revision and variant.
         cache: folder that hashes are kept in, in ``weights.json``.
         network: of the network that is trained; else of what encodes: VAE, text encoders and tokenizers.

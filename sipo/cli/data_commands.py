@@ -133,7 +133,9 @@ def _add_export(commands: Any) -> None:
         "another tool reads, with its strength in the weights.",
     )
     export.add_argument("target", type=path, metavar="RUN", help="folder of the run (training.output_dir)")
-    export.add_argument("overrides", nargs="*", metavar="section.key=value", help="model.path, if it has moved")
+    export.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="model.pretrained_model_name_or_path, if it has moved"
+    )
     export.add_argument("--format", choices=FORMATS, required=True, help="of the file")
     export.add_argument("--checkpoint", metavar="STEP", help='of a checkpoint, by step or "latest" (default: weights)')
     export.add_argument("--output", type=path, metavar="FILE", help="to write (default: named after the run, in it)")

@@ -135,10 +135,10 @@ def describe(error: Exception) -> str:
 
     text = _said(error)
     if isinstance(error, torch.OutOfMemoryError):  # not in training, which says more
-        advice = "lower training.batch_size or data.sizes; data.tiling encodes and decodes in less"
+        advice = "lower training.train_batch_size or data.sizes; data.enable_tiling encodes and decodes in less"
         return f"out of memory; {advice}: {text}"
     if is_out_of_memory(error):
-        advice = "lower training.num_workers, data.sizes or data.frames, or use smaller files"
+        advice = "lower training.dataloader_num_workers, data.sizes or data.frames, or use smaller files"
         return f"out of memory on the host; {advice}: {text}"
     if isinstance(error, RecursionError):
         return f"something that was read is nested too deeply: {text}"
@@ -152,7 +152,7 @@ def describe(error: Exception) -> str:
     if package in _OF_PACKAGES:
         return f"{_OF_PACKAGES[package]}: {text}"
     if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
-        return f"{text}; where the system ended it for its memory, lower training.num_workers"
+        return f"{text}; where the system ended it for its memory, lower training.dataloader_num_workers"
     return lost_connection(error) or (text if isinstance(error, _collective_errors()) else "")
 
 

@@ -59,8 +59,8 @@ def model_card(
         "pipeline_tag": "text-to-video" if family.video else "text-to-image",
         "tags": ["diffusers", "preference-optimisation", *dict.fromkeys(("sipo", method))] + ["lora"] * lora,
     }
-    if _is_hub_id(model.path):
-        front = {"base_model": model.path} | front
+    if _is_hub_id(model.pretrained_model_name_or_path):
+        front = {"base_model": model.pretrained_model_name_or_path} | front
     settings = {
         "method": loss.method,
         "β (`beta`)": (
@@ -78,14 +78,22 @@ def model_card(
             "dropout": model.lora.dropout,
             "modules": ", ".join(targets),
         }
-    names = ("batch_size", "accumulation", "learning_rate", "weight_decay", "warmup", "mixed_precision", "seed")
+    names = (
+        "train_batch_size",
+        "gradient_accumulation_steps",
+        "learning_rate",
+        "adam_weight_decay",
+        "lr_warmup_steps",
+        "mixed_precision",
+        "seed",
+    )
     tuned |= {"steps": steps} | {name: getattr(training, name) for name in names}
     changes = ", ".join(f"{name}={value!r}" for name, value in (scheduler or {}).items())
     if changes:
         tuned["scheduler"] = changes
     source = {
-        "data": _shown(data.path),
-        "split": data.split,
+        "data": _shown(data.dataset_name),
+        "split": data.dataset_split_name,
         "pairs": pairs,
         "hash": data_hash,
         "sizes (height, width)": ", ".join(f"{height} x {width}" for height, width in data.sizes),
@@ -99,7 +107,7 @@ def model_card(
         *(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items()),  # JSON is YAML
         "---",
         "",
-        f"# {_shown(model.path)}, aligned with {loss.method}",
+        f"# {_shown(model.pretrained_model_name_or_path)}, aligned with {loss.method}",
         "",
         f"{'A LoRA adapter for' if lora else 'The ' + family.network + ' of'} a `{family.pipeline_class}`, trained on "
         f"pairs of preferred and rejected {'clips' if family.video else 'images'} with sipo.",
@@ -107,7 +115,7 @@ def model_card(
         "## Loading",
         "",
         "```python",
-        *_loading(family, model.path, lora),
+        *_loading(family, model.pretrained_model_name_or_path, lora),
         *([_SCHEDULER.format(changes)] if changes else []),
         "```",
         "",

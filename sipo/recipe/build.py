@@ -60,7 +60,7 @@ class Run:
         config: as given.
         family: the model's.
         accelerator: device, processes, precision.
-        model_path: ``config.model.path``, or the folder that a toy was built in.
+        model_path: ``config.model.pretrained_model_name_or_path``, or the folder that a toy was built in.
         data_path: likewise.
         schedule: the noise schedule trained with.
     """
@@ -85,7 +85,7 @@ class Run:
             "draws": data.draws,
             "seed": data.seed,
             "distribution": training.timestep_distribution,
-            "caption_dropout": training.caption_dropout,
+            "proportion_empty_prompts": training.proportion_empty_prompts,
         }
 
     @property
@@ -116,7 +116,7 @@ class Run:
         pipeline = self.family.load_encoders(self.model_path, text=text, **options)
         settings = self.config.model.prediction_type, self.config.model.shift
         pipeline.scheduler = with_settings(pipeline.scheduler, *settings)  # samples are drawn with it
-        if self.config.data.tiling:
+        if self.config.data.enable_tiling:
             pipeline.vae.enable_tiling()
         return pipeline
 
@@ -157,7 +157,7 @@ def open_run(config: Config, accelerator: Accelerator | None = None) -> Run:
     model_path, data_path = from_main(accelerator, lambda: _places(config, family))
     steps = config.loss.num_inference_steps or DEFAULT_INFERENCE_STEPS
     settings: dict[str, Any] = {"prediction_type": model.prediction_type, "shift": model.shift, **hub_options(model)}
-    sampled = bool(config.samples.prompts)
+    sampled = bool(config.samples.validation_prompts)
 
     def load_schedule() -> NoiseSchedule:
         try:
@@ -172,10 +172,10 @@ def open_run(config: Config, accelerator: Accelerator | None = None) -> Run:
 def _places(config: Config, family: Family) -> tuple[str, str]:
     """Where the model and the pairs are; makes toys where the configuration asks for them."""
     model, data = config.model, config.data
-    model_path, data_path = model.path, data.path
-    if model.path == TOY:
+    model_path, data_path = model.pretrained_model_name_or_path, data.dataset_name
+    if model.pretrained_model_name_or_path == TOY:
         model_path = str(_made(Path(model_folder(config)), lambda folder: build_toy(model.family, folder)))
-    if data.path == TOY:
+    if data.dataset_name == TOY:
         (height, width), folder = data.sizes[0], Path(f"{data.cache}-toy") / "pairs"
         options: dict[str, Any] = {"height": height, "width": width, "frames": data.frames, "seed": data.seed}
         data_path = str(_made(folder, lambda f: make_toy_pairs(f, video=family.video, **options)))
@@ -183,8 +183,12 @@ def _places(config: Config, family: Family) -> tuple[str, str]:
 
 
 def model_folder(config: Config) -> str:
-    """``config.model.path``, or the folder that a toy is built in."""
-    return str(Path(f"{config.data.cache}-toy") / "model") if config.model.path == TOY else config.model.path
+    """``config.model.pretrained_model_name_or_path``, or the folder that a toy is built in."""
+    return (
+        str(Path(f"{config.data.cache}-toy") / "model")
+        if config.model.pretrained_model_name_or_path == TOY
+        else config.model.pretrained_model_name_or_path
+    )
 
 
 def prepare_data(
@@ -246,8 +250,8 @@ def prepare_data(
         said = summary.news()
     free_memory()
     cache = everywhere(accelerator, lambda: open_cache(run.cache, marks))
-    if cache.path != config.data.path:
-        raise other_path(run.cache, cache.path, config.data.path, f"which cannot be read ({missing})")
+    if cache.path != config.data.dataset_name:
+        raise other_path(run.cache, cache.path, config.data.dataset_name, f"which cannot be read ({missing})")
     if cache.skipped:
         reasons = ", ".join(f"{count} {reason}" for reason, count in cache.skipped.items())
         number = sum(cache.skipped.values())
@@ -274,10 +278,15 @@ def _say_cost(run: Run, cost: Cost) -> None:
     if cost.exact and 0 < pairs <= data.held_out:
         raise ConfigError(f"data.held_out={data.held_out}: expected fewer than the {pairs} pairs there are")
     say(f"{run.cache}: {cost.describe(free, draws)}")
-    seen = training.steps * training.batch_size * training.accumulation * run.accelerator.num_processes
+    seen = (
+        training.max_train_steps
+        * training.train_batch_size
+        * training.gradient_accumulation_steps
+        * run.accelerator.num_processes
+    )
     unused = cost.unused(draws=draws, held_out=data.held_out, seen=seen)
     if unused:
-        say(f"{run.cache}: {training.steps} steps of {seen // training.steps} pairs: {unused}")
+        say(f"{run.cache}: {training.max_train_steps} steps of {seen // training.max_train_steps} pairs: {unused}")
 
 
 def _open_source(run: Run, ask: bool) -> tuple[PairReader | None, str]:
@@ -291,7 +300,7 @@ def _open_source(run: Run, ask: bool) -> tuple[PairReader | None, str]:
 
     def look() -> tuple[PairReader | None, str]:
         try:
-            reader = open_pairs(run.data_path, data.format, data.split, data.streaming)
+            reader = open_pairs(run.data_path, data.format, data.dataset_split_name, data.streaming)
             if ask:
                 getattr(reader, "state", str)()
         except DataError as error:
@@ -342,9 +351,9 @@ def _references(run: Run, cache: Cache, repair: bool, refuse_changes: bool, prog
             run.family.predict,
             run.schedule,
             **which,
-            batch_size=config.training.batch_size,
+            batch_size=config.training.train_batch_size,
             accelerator=accelerator,
-            num_workers=config.training.num_workers,
+            num_workers=config.training.dataloader_num_workers,
             progress=progress,
         )
     del network

@@ -59,9 +59,9 @@ def _check_training(run: Run, resume: bool) -> None:
     """The loop's settings, with each other and with how its processes are joined."""
     training, data, samples = run.config.training, run.config.data, run.config.samples
     _named(lambda: check_config(training, run.accelerator, training.output_dir if resume else None))
-    if training.validate_every and not data.held_out and not samples.prompts:
+    if training.validation_steps and not data.held_out and not samples.validation_prompts:
         raise ConfigError(
-            f"training.validate_every={training.validate_every}: expected data.held_out > 0, or samples.prompts"
+            f"training.validation_steps={training.validation_steps}: expected data.held_out > 0, or samples.validation_prompts"
         )
     if data.max_pairs is not None and data.held_out >= data.max_pairs:
         raise ConfigError(f"data.held_out={data.held_out}: expected fewer than data.max_pairs={data.max_pairs}")
@@ -99,19 +99,21 @@ def _check_distribution(run: Run) -> None:
 def _check_sampler(run: Run) -> None:
     """The sampler's steps: schedulers say what they cannot do when these are set."""
     samples, model = run.config.samples, run.config.model
-    if not samples.prompts:
+    if not samples.validation_prompts:
         return
     own = run.family.load_scheduler(run.model_path, **hub_options(model))
     scheduler = with_settings(own, model.prediction_type, model.shift)
     most = getattr(scheduler.config, "num_train_timesteps", None)
-    if run.schedule.kind == "discrete" and most is not None and samples.steps > most:
-        raise ConfigError(f"samples.steps={samples.steps}: expected at most {most}, as the model has timesteps")
+    if run.schedule.kind == "discrete" and most is not None and samples.num_inference_steps > most:
+        raise ConfigError(
+            f"samples.num_inference_steps={samples.num_inference_steps}: expected at most {most}, as the model has timesteps"
+        )
     shifted = {"mu": 1.0} if getattr(scheduler.config, "use_dynamic_shifting", False) else {}
     try:
-        type(scheduler).from_config(scheduler.config).set_timesteps(samples.steps, **shifted)
+        type(scheduler).from_config(scheduler.config).set_timesteps(samples.num_inference_steps, **shifted)
     except (ValueError, IndexError, ZeroDivisionError) as error:
         raise ConfigError(
-            f"samples.steps={samples.steps}: expected another number, {type(scheduler).__name__} says: {error}"
+            f"samples.num_inference_steps={samples.num_inference_steps}: expected another number, {type(scheduler).__name__} says: {error}"
         ) from error
 
 

@@ -60,7 +60,7 @@ class ModelConfig:
 
     Attributes:
         family: see ``sipo.families.FAMILIES``.
-        path: a local folder or a hub id with a whole diffusers pipeline; "toy" for a small random one.
+        pretrained_model_name_or_path: a local folder or a hub id with a whole diffusers pipeline; "toy" for a small random one.
         revision: of a hub id.
         variant: of the weight files ("fp16").
         dtype: of frozen weights: text encoders, and with LoRA the network below the adapters. Weights that are trained
@@ -80,7 +80,7 @@ class ModelConfig:
     """
 
     family: str
-    path: str
+    pretrained_model_name_or_path: str
     revision: str | None = None
     variant: str | None = None
     dtype: Dtype = "float32"
@@ -99,18 +99,18 @@ class DataConfig:
     """Where the pairs come from, and how they become latents (once, see ``sipo precompute``).
 
     Attributes:
-        path: JSONL file, folder of parquet files, hub id of a data set, or VideoDPO folder; "toy" for a small one.
-        format: of ``path``; "auto" looks.
-        split: of a data set with several.
+        dataset_name: JSONL file, folder of parquet files, hub id of a data set, or VideoDPO folder; "toy" for a small one.
+        format: of ``dataset_name``; "auto" looks.
+        dataset_split_name: of a data set with several.
         streaming: read a hub's data set row by row in place of downloading all of it first.
         cache: folder of latents, text embeddings and reference errors.
         sizes: heights and widths to train at, in pixels; a pair goes to the one nearest in shape.
         frames: of a clip; 1 for images.
         fps: frames per second that clips are read at; ``None`` takes each file's own.
         crop: where an image is cut to size: "center", or "random" (SDXL is told).
-        flip: mirror half of the pairs, both images of a pair alike.
+        random_flip: mirror half of the pairs, both images of a pair alike.
         latents: "sample" draws once from the VAE's posterior, "mode" takes its mean.
-        tiling: encode and decode in overlapping tiles, which takes less memory and rounds a little otherwise.
+        enable_tiling: encode and decode in overlapping tiles, which takes less memory and rounds a little otherwise.
         vae_dtype: that the VAE encodes and decodes in; in half precision latents are 1 to 2 % off.
         dtype: that latents and text embeddings are stored in.
         skip_bad: leave out pairs that cannot be used, and say how many; ``False`` stops at the first.
@@ -126,18 +126,18 @@ class DataConfig:
             large clips two pairs in any case, one of them being encoded.
     """
 
-    path: str
+    dataset_name: str
     cache: str
     format: Literal["auto", "jsonl", "pickapic", "videodpo"] = "auto"
-    split: str = "train"
+    dataset_split_name: str = "train"
     streaming: bool = False
     sizes: list[tuple[int, int]] = field(default_factory=lambda: [(512, 512)])
     frames: int = 1
     fps: float | None = None
     crop: Literal["center", "random"] = "center"
-    flip: bool = False
+    random_flip: bool = False
     latents: Literal["sample", "mode"] = "sample"
-    tiling: bool = False
+    enable_tiling: bool = False
     vae_dtype: Dtype = "float32"
     dtype: Dtype = "bfloat16"
     skip_bad: bool = False
@@ -175,16 +175,16 @@ class SampleConfig:
     """Samples to look at, drawn whenever validation runs.
 
     Attributes:
-        prompts: one image or clip for each; none draws nothing.
+        validation_prompts: one image or clip for each; none draws nothing.
         seed: the same at every look.
-        steps: of the sampler.
-        guidance: classifier-free guidance scale; ``None`` takes the family's.
+        num_inference_steps: of the sampler.
+        guidance_scale: classifier-free guidance scale; ``None`` takes the family's.
     """
 
-    prompts: list[str] = field(default_factory=list)
+    validation_prompts: list[str] = field(default_factory=list)
     seed: int = 0
-    steps: int = 50
-    guidance: float | None = None
+    num_inference_steps: int = 50
+    guidance_scale: float | None = None
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         ConfigError: a file that is not there or not YAML, an unknown key, a value that does not fit.
     """
     if Path(path).suffix in (".jsonl", ".parquet"):
-        raise ConfigError(f"{path}: is data, expected a YAML configuration, whose data.path names it")
+        raise ConfigError(f"{path}: is data, expected a YAML configuration, whose data.dataset_name names it")
     try:
         tree = read_yaml(Path(path))
     except OSError as error:
@@ -315,7 +315,7 @@ def _check(config: Config) -> None:
         ("data.max_pixels", data.max_pixels, 1),
         ("data.num_workers", 1 if data.num_workers is None else data.num_workers, 1),
         ("data.queue_mb", data.queue_mb, 1),
-        ("samples.steps", config.samples.steps, 1),
+        ("samples.num_inference_steps", config.samples.num_inference_steps, 1),
     ):
         if value < least:
             raise ConfigError(f"{name}={value}: expected at least {least}")
@@ -323,9 +323,9 @@ def _check(config: Config) -> None:
         raise ConfigError(f"model.shift={model.shift}: expected a finite number > 0")
     if data.fps is not None and not 0 < data.fps < math.inf:
         raise ConfigError(f"data.fps={data.fps:g}: expected a finite number > 0")
-    guidance = config.samples.guidance
+    guidance = config.samples.guidance_scale
     if guidance is not None and not 0 <= guidance < math.inf:
-        raise ConfigError(f"samples.guidance={guidance:g}: expected a finite number of at least 0")
+        raise ConfigError(f"samples.guidance_scale={guidance:g}: expected a finite number of at least 0")
     _check_half_types(config)
     if not data.sizes or any(side < 1 for size in data.sizes for side in size):
         raise ConfigError(f"data.sizes={data.sizes}: expected at least one [height, width] in pixels")

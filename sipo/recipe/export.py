@@ -16,7 +16,7 @@ from sipo.recipe.verify import check_config, check_weights
 from sipo.training import checkpoint, storage
 from sipo.training.config import CheckpointError
 
-_PLACES = ("model.path", "model.revision", "model.variant")
+_PLACES = ("model.pretrained_model_name_or_path", "model.revision", "model.variant")
 """Keys that may be overridden: they say where the model is, and do not change the weights."""
 
 
@@ -33,7 +33,7 @@ def export_run(
 
     Args:
         target: folder of a run of ``sipo train``.
-        overrides: ``section.key=value`` laid over its configuration, for a model that has moved: ``model.path``,
+        overrides: ``section.key=value`` laid over its configuration, for a model that has moved: ``model.pretrained_model_name_or_path``,
             ``model.revision`` or ``model.variant``.
         format: one of ``sipo.families.lora_files.FORMATS``.
         checkpoint_step: in place of the run's weights, those of a checkpoint, by its step, or "latest".
@@ -143,4 +143,6 @@ def _network_config(family: Family, config: Config) -> dict[str, Any]:
         return family.network_config(path, **hub_options(config.model))
     except (OSError, ValueError) as error:
         reason = f"cannot read the configuration of its {family.network}, by which its blocks are numbered"
-        raise FileNotFoundError(f"model.path={path!r}: {reason}; model.path=... names where it is now") from error
+        raise FileNotFoundError(
+            f"model.pretrained_model_name_or_path={path!r}: {reason}; model.pretrained_model_name_or_path=... names where it is now"
+        ) from error

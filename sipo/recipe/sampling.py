@@ -30,7 +30,7 @@ SAMPLE_FPS = 8.0
 
 
 class Look:
-    """Draws ``samples.prompts``: ``samples/step-00000100.png``, or an mp4 for each prompt.
+    """Draws ``samples.validation_prompts``: ``samples/step-00000100.png``, or an mp4 for each prompt.
 
     Prompts are encoded once, by the main process, and the text encoders let go; of the pipeline the VAE stays, in host
     memory between looks. Of ``W`` processes number ``r`` draws the prompts ``r``, ``r + W`` and so on. Prompt ``i`` has
@@ -38,7 +38,7 @@ class Look:
     hold parts of (FSDP2, ZeRO-3) is run by all of them at once, and the one that has run out of prompts goes along.
 
     Args:
-        run: of :func:`sipo.recipe.build.open_run`, with ``samples.prompts``. Every process makes a look.
+        run: of :func:`sipo.recipe.build.open_run`, with ``samples.validation_prompts``. Every process makes a look.
 
     Raises:
         ValueError, FileNotFoundError: of the model's files.
@@ -52,7 +52,7 @@ class Look:
 
     def _load(self) -> list[Condition]:
         """What this process needs of the pipeline; in the main process, the encoded prompts."""
-        run, prompts = self.run, self.run.config.samples.prompts
+        run, prompts = self.run, self.run.config.samples.validation_prompts
         main = run.accelerator.is_main_process
         if not (main or run.accelerator.process_index < len(prompts) or is_sharded(run.accelerator)):
             return []
@@ -119,8 +119,8 @@ class Look:
                     height=height,
                     width=width,
                     frames=data.frames,
-                    steps=samples.steps,
-                    guidance=samples.guidance,
+                    steps=samples.num_inference_steps,
+                    guidance=samples.guidance_scale,
                     autocast=accelerator.autocast,
                 )
                 if not idle:
@@ -150,7 +150,7 @@ class Look:
             write_image_grid(self.folder / f"step-{step:08d}.png", torch.cat([drawn[i] for i in sorted(drawn)]))
 
     def _write_prompts(self) -> None:
-        path, prompts = self.folder / PROMPTS, self.run.config.samples.prompts
+        path, prompts = self.folder / PROMPTS, self.run.config.samples.validation_prompts
         try:
             former = parse_json(read_text(path), path)
         except (FileNotFoundError, FileError):

@@ -115,7 +115,7 @@ def score_run(
         beta=loss_beta(run, loss_fn),
         draws=draws,
         seed=seed,
-        batch_size=config.training.batch_size,
+        batch_size=config.training.train_batch_size,
         distribution=config.training.timestep_distribution,
         accelerator=run.accelerator,
         progress=config.training.progress,
@@ -178,7 +178,7 @@ def _prompts(path: str, config: Config, rows: set[int]) -> dict[int, str]:
     """Prompts by row; none where the source is no longer there, as scoring needs the cache alone."""
     data, last = config.data, max(rows, default=-1)
     with contextlib.suppress(DataError, OSError):
-        reader = open_pairs(path, data.format, data.split, data.streaming)
+        reader = open_pairs(path, data.format, data.dataset_split_name, data.streaming)
         # No further than needed: a row of Pick-a-Pic comes with its images, which may be on a hub.
         wanted = itertools.takewhile(lambda record: record.row <= last, reader)
         return {record.row: record.prompt for record in wanted if record.row in rows}

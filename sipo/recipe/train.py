@@ -89,12 +89,12 @@ def _run_training(config: Config, resume: bool, accelerator: Accelerator) -> Tra
     cache, references, _ = prepare_data(run, refuse_changes=there, progress=training.progress)
     data_hash = cache.content_hash()
     pairs, held_out = datasets(run, cache, references)
-    sampled = config.samples.prompts and (training.validate_every or not there)
+    sampled = config.samples.validation_prompts and (training.validation_steps or not there)
     look = Look(run) if sampled else None  # before the networks: its text encoders are gone again
     network, reference = build(run)
     if look is not None and not there:
         look(0, network.to(run.accelerator.device))
-    validate = held_out if training.validate_every else None
+    validate = held_out if training.validation_steps else None
     with _named():
         result = train(
             network,
@@ -106,7 +106,7 @@ def _run_training(config: Config, resume: bool, accelerator: Accelerator) -> Tra
             accelerator=run.accelerator,
             resume_from=checkpoints.LATEST if there else None,
             validation=validate,
-            on_validation=look if training.validate_every else None,
+            on_validation=look if training.validation_steps else None,
             offload_reference=config.model.reference_offload,
             identity=_identity(run, f"{len(cache)} pairs, {data_hash}"),
             mismatch=_mismatch(config, network),

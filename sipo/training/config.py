@@ -20,16 +20,16 @@ _LONGEST_TIMEOUT = 10**9  # seconds; datetime's own limit is 86,400 times as muc
 
 _FREE_ON_RESUME = frozenset(
     {
-        "steps",
-        "log_every",
-        "validate_every",
-        "checkpoint_every",
-        "keep_checkpoints",
+        "max_train_steps",
+        "logging_steps",
+        "validation_steps",
+        "checkpointing_steps",
+        "checkpoints_total_limit",
         "max_nonfinite_steps",
         "timestep_statistics",
         "alarms",
         "output_dir",
-        "num_workers",
+        "dataloader_num_workers",
         "ddp_timeout",
         "progress",
         "tensorboard",
@@ -97,21 +97,21 @@ class TrainingConfig:
     """Everything about a run that is not a model, a loss or data.
 
     Attributes:
-        steps: optimiser steps of the whole run, those before a resume included.
+        max_train_steps: optimiser steps of the whole run, those before a resume included.
         output_dir: where ``metrics.jsonl``, ``timesteps.jsonl``, ``tensorboard/`` and ``checkpoints/`` go.
-        batch_size: preference pairs in one forward pass of one process (``2 * batch_size`` samples).
-        accumulation: forward passes per optimiser step. The run's random numbers belong to pairs and not to
-            passes, so ``batch_size=32`` and ``batch_size=16, accumulation=2`` see the same noise and timesteps, and
+        train_batch_size: preference pairs in one forward pass of one process (``2 * train_batch_size`` samples).
+        gradient_accumulation_steps: forward passes per optimiser step. The run's random numbers belong to pairs and not to
+            passes, so ``train_batch_size=32`` and ``train_batch_size=16, gradient_accumulation_steps=2`` see the same noise and timesteps, and
             the same data where all pairs have one shape.
         optimizer: "adamw" is torch's. "adamw8bit" keeps its moments in 8 bits and "paged_adamw8bit" lets them
             overflow into host memory; both are bitsandbytes'. Used, like the next four, where none is passed in.
         learning_rate: its peak, once warmed up.
         betas: of AdamW's two moments.
-        eps: AdamW's.
-        weight_decay: AdamW's.
-        lr_schedule: the learning rate after the warm-up: "constant", or falling to 0 at the last step along half a
-            "cosine" or a "linear" ramp. The last two hang on ``steps``, which is then fixed for a resumed run.
-        warmup: optimiser steps over which the learning rate rises linearly.
+        adam_epsilon: AdamW's.
+        adam_weight_decay: AdamW's.
+        lr_scheduler: the learning rate after the warm-up: "constant", or falling to 0 at the last step along half a
+            "cosine" or a "linear" ramp. The last two hang on ``max_train_steps``, which is then fixed for a resumed run.
+        lr_warmup_steps: optimiser steps over which the learning rate rises linearly.
         max_grad_norm: gradients are scaled down to this global norm; ``None`` leaves them alone.
         ema_decay: keep an exponential moving average of the trained weights that forgets at this rate, after a
             warm-up of its own; ``None`` keeps none.
@@ -120,16 +120,16 @@ class TrainingConfig:
         timestep_distribution: passed to the schedule's ``sample_timesteps``, which knows which it has.
         timestep_sampling: "all", or "informative": noise levels at which the mask drops pairs on average are drawn
             no more, but for a small share that notices when they recover (see ``sipo.training.timesteps``).
-        caption_dropout: share of pairs that are trained without their caption, with the data set's
+        proportion_empty_prompts: share of pairs that are trained without their caption, with the data set's
             ``unconditional`` in its place. Items with fixed draws have it decided already.
         skip_inactive: leave out the backward pass where the mask has dropped every pair of a forward pass, on every
             process. The result is the same; the device is read once a pass.
         seed: data order, noise, timesteps, and torch's global generators (dropout) are functions of it.
-        log_every: optimiser steps between log lines; the device is read for these alone.
-        validate_every: optimiser steps between validations, and one after the last step; 0 for none.
-        checkpoint_every: optimiser steps between checkpoints; 0 writes none. With any, the last step gets one too.
+        logging_steps: optimiser steps between log lines; the device is read for these alone.
+        validation_steps: optimiser steps between validations, and one after the last step; 0 for none.
+        checkpointing_steps: optimiser steps between checkpoints; 0 writes none. With any, the last step gets one too.
             Each is checked by size and hash before it is used, and the one before it stands in for a damaged one.
-        keep_checkpoints: newest checkpoints to keep; 0 keeps all.
+        checkpoints_total_limit: newest checkpoints to keep; 0 keeps all.
         max_nonfinite_steps: stop with :class:`TrainingDiverged` when this many steps in a row had a
             non-finite gradient. Counted on the device and read with the log, so a run stops at the first log
             line after.
@@ -138,7 +138,7 @@ class TrainingConfig:
         alarms: what to do when a log line shows that the policy drifts or collapses, or that the mask has stopped
             training (docs/math.md §8): "warn", "stop" with a checkpoint and :class:`TrainingAlarm`, or "off". With
             "off" a run whose policy is not its reference at the first step goes on, too.
-        num_workers: data loader processes.
+        dataloader_num_workers: data loader processes.
         ddp_timeout: seconds that a process waits for the others before the run ends with an error; under DDP and FSDP2
             alike, by the name that transformers has for it. Not used where the caller passes in an accelerator.
         progress: ``True`` draws a bar where standard error is a terminal, and prints a line there for each log line
@@ -151,51 +151,65 @@ class TrainingConfig:
         ValueError: a value out of range.
     """
 
-    steps: int
+    max_train_steps: int
     output_dir: str | Path
-    batch_size: int = 8
-    accumulation: int = 1
+    train_batch_size: int = 8
+    gradient_accumulation_steps: int = 1
     optimizer: Optimizer = "adamw"
     learning_rate: float = 1e-5
     betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 1e-2
-    lr_schedule: RateSchedule = "constant"
-    warmup: int = 0
+    adam_epsilon: float = 1e-8
+    adam_weight_decay: float = 1e-2
+    lr_scheduler: RateSchedule = "constant"
+    lr_warmup_steps: int = 0
     max_grad_norm: float | None = 1.0
     ema_decay: float | None = None
     mixed_precision: MixedPrecision = "no"
     timestep_distribution: str = "uniform"
     timestep_sampling: TimestepSampling = "all"
-    caption_dropout: float = 0.0
+    proportion_empty_prompts: float = 0.0
     skip_inactive: bool = False
     seed: int = 0
-    log_every: int = 10
-    validate_every: int = 0
-    checkpoint_every: int = 0
-    keep_checkpoints: int = 2
+    logging_steps: int = 10
+    validation_steps: int = 0
+    checkpointing_steps: int = 0
+    checkpoints_total_limit: int = 2
     max_nonfinite_steps: int = 20
     timestep_statistics: bool = True
     alarms: Alarms = "warn"
-    num_workers: int = 0
+    dataloader_num_workers: int = 0
     ddp_timeout: int = 1800
     progress: bool | None = True
     tensorboard: bool = True
     trackers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation", "log_every", "max_nonfinite_steps", "ddp_timeout"):
+        for name in (
+            "max_train_steps",
+            "train_batch_size",
+            "gradient_accumulation_steps",
+            "logging_steps",
+            "max_nonfinite_steps",
+            "ddp_timeout",
+        ):
             _check_integer(name, getattr(self, name), 1)
-        for name in ("warmup", "validate_every", "checkpoint_every", "keep_checkpoints", "num_workers", "seed"):
+        for name in (
+            "lr_warmup_steps",
+            "validation_steps",
+            "checkpointing_steps",
+            "checkpoints_total_limit",
+            "dataloader_num_workers",
+            "seed",
+        ):
             _check_integer(name, getattr(self, name), 0)
         if self.ddp_timeout > _LONGEST_TIMEOUT:
             raise ValueError(f"ddp_timeout={self.ddp_timeout}: expected at most {_LONGEST_TIMEOUT} seconds")
-        for name in ("learning_rate", "eps"):
+        for name in ("learning_rate", "adam_epsilon"):
             _check_number(name, getattr(self, name), zero=False)
-        _check_number("weight_decay", self.weight_decay, zero=True)
+        _check_number("adam_weight_decay", self.adam_weight_decay, zero=True)
         if self.max_grad_norm is not None:
             _check_number("max_grad_norm", self.max_grad_norm, zero=False)
-        _check_share("caption_dropout", self.caption_dropout)
+        _check_share("proportion_empty_prompts", self.proportion_empty_prompts)
         if self.ema_decay is not None:
             _check_share("ema_decay", self.ema_decay)
         if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
@@ -204,7 +218,7 @@ class TrainingConfig:
             _check_share("betas", beta)
         _check_choice("mixed_precision", self.mixed_precision, MixedPrecision)
         _check_choice("optimizer", self.optimizer, Optimizer)
-        _check_choice("lr_schedule", self.lr_schedule, RateSchedule)
+        _check_choice("lr_scheduler", self.lr_scheduler, RateSchedule)
         _check_choice("timestep_sampling", self.timestep_sampling, TimestepSampling)
         _check_choice("alarms", self.alarms, Alarms)
         if self.progress not in (True, False, None):
@@ -237,10 +251,10 @@ class TrainingConfig:
     def identity(self) -> dict[str, Any]:
         """The settings that a resumed run must share with the one it goes on from, as JSON values."""
         free = set(_FREE_ON_RESUME)
-        if self.lr_schedule != "constant":
-            free.remove("steps")
+        if self.lr_scheduler != "constant":
+            free.remove("max_train_steps")
         if self.timestep_sampling == "informative":
-            free.remove("log_every")  # what is drawn changes when a log line is read
+            free.remove("logging_steps")  # what is drawn changes when a log line is read
         settings = {k: v for k, v in dataclasses.asdict(self).items() if k not in free}
         plain: dict[str, Any] = json.loads(json.dumps(settings))
         return plain

@@ -149,7 +149,9 @@ class Recorder:
         self._statistics_path = config.statistics_path
         self._trackers = start_trackers(accelerator, config, first_step)
         on_main(accelerator, lambda: self._open(config, first_step))
-        self._shown = Steps(config.progress if accelerator.is_main_process else None, config.steps, first_step)
+        self._shown = Steps(
+            config.progress if accelerator.is_main_process else None, config.max_train_steps, first_step
+        )
 
     def _open(self, config: TrainingConfig, first_step: int) -> None:
         config.folder.mkdir(parents=True, exist_ok=True)

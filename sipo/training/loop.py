@@ -116,9 +116,9 @@ def train(
         config: everything else.
         optimizer: of the policy's parameters; the configuration's if left out.
         accelerator: made from ``config`` if left out. One made by the caller decides about device and
-            mixed precision, and must have ``gradient_accumulation_steps=config.accumulation``.
+            mixed precision, and must have ``gradient_accumulation_steps=config.gradient_accumulation_steps``.
         resume_from: a checkpoint's folder, or "latest" for the newest sound one in ``config.checkpoints``.
-        validation: held-out pairs, measured every ``config.validate_every`` steps.
+        validation: held-out pairs, measured every ``config.validation_steps`` steps.
         on_validation: called at the same steps, to draw samples for instance; see :data:`OnValidation`.
         offload_reference: keep a frozen copy in host memory while it is not running.
         identity: JSON values that a resumed run must share with the one it goes on from, beside the configuration's.
@@ -150,8 +150,8 @@ def train(
             raise ValueError(
                 f"{config.checkpoints} holds another run's checkpoints, expected resume_from or a new folder"
             )
-        if config.validate_every and validation is None and on_validation is None:
-            raise ValueError(f"validate_every={config.validate_every}: expected pairs to validate on, or a hook")
+        if config.validation_steps and validation is None and on_validation is None:
+            raise ValueError(f"validation_steps={config.validation_steps}: expected pairs to validate on, or a hook")
         if validation is not None and len(validation) == 0:
             raise ValueError("the validation set holds 0 pairs, expected at least 1")
         forward = PairForward(loss_fn, predict, reference, accelerator, offload=offload_reference)
@@ -225,10 +225,10 @@ class _Run:
         first = 0 if resume_from is None else self._resume(resume_from)
         sampler = StreamSampler(
             len(self.dataset),
-            config.batch_size,
+            config.train_batch_size,
             config.seed,
-            first * config.accumulation,
-            config.steps * config.accumulation,
+            first * config.gradient_accumulation_steps,
+            config.max_train_steps * config.gradient_accumulation_steps,
             accelerator.process_index,
             accelerator.num_processes,
             getattr(self.dataset, "groups", None),
@@ -236,7 +236,7 @@ class _Run:
         loader: DataLoader[Any] = DataLoader(
             self.dataset,  # type: ignore[arg-type]
             batch_sampler=sampler,
-            num_workers=config.num_workers,
+            num_workers=config.dataloader_num_workers,
             pin_memory=self.device.type == "cuda",
             worker_init_fn=release_signals,
             # Its own generator: the loader draws a seed from it whenever it starts, and a resumed run starts
@@ -250,13 +250,13 @@ class _Run:
                 self._validate(recorder, first)
             batches = iter(loader)
             passes = iter(sampler.passes)
-            for step in range(first, config.steps):
+            for step in range(first, config.max_train_steps):
                 with memory_advice(config, self.device, step + 1):
                     rate = self._set_learning_rate(step)
                     chunks = iter(self._timesteps(step))
                     self.forward.first = FirstStep(accelerator) if step == 0 else None
-                    for number in range(config.accumulation):
-                        if number == config.accumulation - 1:
+                    for number in range(config.gradient_accumulation_steps):
+                        if number == config.gradient_accumulation_steps - 1:
                             agreement.ask()
                         with accelerator.accumulate(self.policy):
                             self._pass(next(batches), next(chunks), sampler.positions(next(passes)))
@@ -272,19 +272,19 @@ class _Run:
             recorder.close()
         average = self.average.tensors() if self.average is not None else None
         history, lines = recorder.history, recorder.validation
-        return TrainingResult(config.steps, history, config.metrics_path, self.saved, lines, average)
+        return TrainingResult(config.max_train_steps, history, config.metrics_path, self.saved, lines, average)
 
     # ---- One step ----
 
     def _timesteps(self, step: int) -> list[Tensor]:
         """This process's timesteps of each pass of an optimiser step."""
         config, world = self.config, self.accelerator.num_processes
-        n = config.batch_size * config.accumulation * world
+        n = config.train_batch_size * config.gradient_accumulation_steps * world
         if self.informative is not None:
             timesteps = self.informative.sample(n, step)
         else:
             timesteps = step_timesteps(self.forward.schedule, n, step, config.seed, config.timestep_distribution)
-        return list(timesteps.split(config.batch_size)[self.accelerator.process_index :: world])
+        return list(timesteps.split(config.train_batch_size)[self.accelerator.process_index :: world])
 
     def _pass(self, batch: dict[str, Any], timesteps: Tensor, positions: range) -> None:
         """Forward and backward of ``B`` pairs."""
@@ -292,9 +292,9 @@ class _Run:
         if "noise" in batch:
             if self.informative is not None:
                 raise ValueError("timestep_sampling='informative': the items have draws of their own, expected 'all'")
-        elif config.caption_dropout:
+        elif config.proportion_empty_prompts:
             empty = self.dataset.unconditional  # type: ignore[attr-defined]
-            drop_captions(batch.get("condition"), empty, positions, config.seed, config.caption_dropout)
+            drop_captions(batch.get("condition"), empty, positions, config.seed, config.proportion_empty_prompts)
         totals = self._totals() if self.adds else None
         output, levels = self.forward(self.policy, batch, positions, timesteps, seed=config.seed, totals=totals)
         if self.informative is not None:
@@ -376,14 +376,14 @@ class _Run:
     def _after(self, recorder: Recorder, done: int, rate: float, agreement: StopAgreement) -> bool:
         """Log, checkpoint and validation, each where due and in this order; returns whether to stop here."""
         config = self.config
-        last = done == config.steps
+        last = done == config.max_train_steps
         asked = agreement.answer()
         # The first step always has a line: there the policy still is the reference, and a wrong
         # set-up shows.
-        if last or done == 1 or done % config.log_every == 0:
+        if last or done == 1 or done % config.logging_steps == 0:
             self._log(recorder, done, rate)
         # Samples or a validation may run out of memory or time: what has been trained is saved before.
-        saved = bool(config.checkpoint_every) and (last or done % config.checkpoint_every == 0)
+        saved = bool(config.checkpointing_steps) and (last or done % config.checkpointing_steps == 0)
         if saved or asked or self.alarms:
             saved = self._save(done)
         if self._validation_due(done) and (last or not asked):
@@ -396,8 +396,8 @@ class _Run:
         return not last and (asked or bool(self.alarms))
 
     def _validation_due(self, step: int) -> bool:
-        every = self.config.validate_every
-        return bool(every) and (step == self.config.steps or step % every == 0)
+        every = self.config.validation_steps
+        return bool(every) and (step == self.config.max_train_steps or step % every == 0)
 
     def _validate(self, recorder: Recorder, step: int) -> None:
         recorder.write_validation(step, self.validation(self.policy, step, self.network))
@@ -414,7 +414,7 @@ class _Run:
     def _log(self, recorder: Recorder, step: int, rate: float) -> None:
         """Writes a line, and notes an alarm that the run is to stop for."""
         # Not at the first and last line: what is drawn next must not depend on where a run began or ended.
-        informative = self.informative if step % self.config.log_every == 0 else None
+        informative = self.informative if step % self.config.logging_steps == 0 else None
         windows = [taker.window.flatten() for taker in (informative, self.statistics) if taker is not None]
         metrics, row, sums = self.window.read(self.accelerator, torch.cat(windows) if windows else None)
         if informative is not None:
@@ -434,7 +434,9 @@ class _Run:
                 f"max_nonfinite_steps={self.config.max_nonfinite_steps}; see {self.config.metrics_path}"
             )
         messages = self.watch.update(metrics) if self.config.alarms != "off" else []
-        if self.config.alarms == "stop" and step < self.config.steps:  # after the last there is nothing to stop
+        if (
+            self.config.alarms == "stop" and step < self.config.max_train_steps
+        ):  # after the last there is nothing to stop
             self.alarms, messages = messages, []
         for message in messages if self.accelerator.is_main_process else ():
             warnings.warn(f"step {step}: {message}", TrainingWarning, stacklevel=2)
@@ -461,7 +463,7 @@ class _Run:
             average=self.average,
             window=window,
             progress=progress,
-            keep=self.config.keep_checkpoints,
+            keep=self.config.checkpoints_total_limit,
             accelerator=self.accelerator,
         )
         return True
@@ -477,8 +479,12 @@ class _Run:
             restore=self._restore,
             accelerator=self.accelerator,
         )
-        if step > self.config.steps:  # as many is a run that was stopped between its last step and what comes after
-            raise ValueError(f"steps={self.config.steps}: the checkpoint has {step} already, expected at least as many")
+        if (
+            step > self.config.max_train_steps
+        ):  # as many is a run that was stopped between its last step and what comes after
+            raise ValueError(
+                f"steps={self.config.max_train_steps}: the checkpoint has {step} already, expected at least as many"
+            )
         return step
 
     def _restore(self, window: dict[str, Tensor], progress: dict[str, Any]) -> None:

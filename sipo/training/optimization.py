@@ -22,8 +22,8 @@ def make_optimizer(config: TrainingConfig, parameters: Iterable[nn.Parameter], d
     options: dict[str, Any] = {
         "lr": config.learning_rate,
         "betas": tuple(config.betas),
-        "eps": config.eps,
-        "weight_decay": config.weight_decay,
+        "eps": config.adam_epsilon,
+        "weight_decay": config.adam_weight_decay,
     }
     if config.optimizer == "adamw":
         return torch.optim.AdamW(parameters, fused=device.type in ("cpu", "cuda"), **options)
@@ -49,12 +49,12 @@ def check_optimizer(config: TrainingConfig) -> None:
 
 def rate_factor(config: TrainingConfig, step: int) -> float:
     """What the learning rate is multiplied by in optimiser step ``step``, counted from 0."""
-    if step < config.warmup:
-        return (step + 1) / config.warmup
-    if config.lr_schedule == "constant":
+    if step < config.lr_warmup_steps:
+        return (step + 1) / config.lr_warmup_steps
+    if config.lr_scheduler == "constant":
         return 1.0
-    done = (step - config.warmup) / max(1, config.steps - config.warmup)
-    return (1 + math.cos(math.pi * done)) / 2 if config.lr_schedule == "cosine" else 1 - done
+    done = (step - config.lr_warmup_steps) / max(1, config.max_train_steps - config.lr_warmup_steps)
+    return (1 + math.cos(math.pi * done)) / 2 if config.lr_scheduler == "cosine" else 1 - done
 
 
 class Average:

@@ -28,7 +28,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=config.ddp_timeout, microseconds=1))
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.accumulation,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
         kwargs_handlers=[timeout],
     )
     _check_precision(accelerator)
@@ -60,8 +60,10 @@ def check_setup(
         raise ValueError("the policy has no parameter with requires_grad=True, expected something to train")
     if len(dataset) == 0:
         raise ValueError("the data set holds 0 pairs, expected at least 1")
-    if config.caption_dropout and getattr(dataset, "unconditional", None) is None:
-        raise ValueError(f"caption_dropout={config.caption_dropout}: expected a data set with 'unconditional'")
+    if config.proportion_empty_prompts and getattr(dataset, "unconditional", None) is None:
+        raise ValueError(
+            f"proportion_empty_prompts={config.proportion_empty_prompts}: expected a data set with 'unconditional'"
+        )
     check_config(config, accelerator, resume_from)
 
 
@@ -76,17 +78,21 @@ def check_config(config: TrainingConfig, accelerator: Accelerator, resume_from: 
         raise ValueError(f"distributed_type={kind!r}: expected one device, plain data parallelism, FSDP2 or DeepSpeed")
     if is_deepspeed(accelerator):
         _check_deepspeed(config, resume_from)
-    if accelerator.gradient_accumulation_steps != config.accumulation:
+    if accelerator.gradient_accumulation_steps != config.gradient_accumulation_steps:
         found = accelerator.gradient_accumulation_steps
-        raise ValueError(f"gradient_accumulation_steps={found}: expected accumulation={config.accumulation}")
+        raise ValueError(
+            f"gradient_accumulation_steps={found}: expected gradient_accumulation_steps={config.gradient_accumulation_steps}"
+        )
     _check_precision(accelerator)
 
 
 def _check_deepspeed(config: TrainingConfig, resume_from: str | Path | None) -> None:
     """DeepSpeed's own step goes around ours."""
     reason = "DeepSpeed keeps its state in pickled files, which are not read here"
-    if config.checkpoint_every:
-        raise ValueError(f"checkpoint_every={config.checkpoint_every}: {reason}; expected 0, or FSDP2, which resumes")
+    if config.checkpointing_steps:
+        raise ValueError(
+            f"checkpointing_steps={config.checkpointing_steps}: {reason}; expected 0, or FSDP2, which resumes"
+        )
     if resume_from is not None:
         raise ValueError(f"resume_from={str(resume_from)!r}: {reason}; expected None, or FSDP2, which resumes")
     if config.skip_inactive:
@@ -103,7 +109,10 @@ def prepare(policy: nn.Module, optimizer: Any, config: TrainingConfig, accelerat
     """
     if is_deepspeed(accelerator):
         settings: Any = accelerator.deepspeed_plugin.deepspeed_config
-        sizes = {"train_micro_batch_size_per_gpu": config.batch_size, "gradient_clipping": config.max_grad_norm or 0.0}
+        sizes = {
+            "train_micro_batch_size_per_gpu": config.train_batch_size,
+            "gradient_clipping": config.max_grad_norm or 0.0,
+        }
         for name, value in sizes.items():
             if settings.get(name, "auto") == "auto":
                 settings[name] = value

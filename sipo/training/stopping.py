@@ -156,8 +156,8 @@ def memory_advice(config: TrainingConfig, device: torch.device, step: int) -> It
     except RuntimeError as error:  # not MemoryError, which is not of ``device``
         if not is_out_of_memory(error):
             raise
-        if config.batch_size > 1:
-            lower = f"batch_size={config.batch_size} (and raise accumulation={config.accumulation} by as much)"
+        if config.train_batch_size > 1:
+            lower = f"train_batch_size={config.train_batch_size} (and raise gradient_accumulation_steps={config.gradient_accumulation_steps} by as much)"
         else:
             lower = "the samples' size"
         raise TrainingOutOfMemory(

@@ -71,7 +71,7 @@ class Validation:
             distribution = config.timestep_distribution
             self.timesteps = step_timesteps(forward.schedule, len(dataset), 0, seed, distribution)
             groups = getattr(dataset, "groups", None) or [range(len(dataset))]
-            size = config.batch_size
+            size = config.train_batch_size
             self.batches = [list(group[i : i + size]) for group in groups for i in range(0, len(group), size)]
 
     def __call__(self, policy: nn.Module, step: int, plain: nn.Module | None = None) -> dict[str, float]:
@@ -102,7 +102,7 @@ class Validation:
         loader: DataLoader[Any] = DataLoader(
             self.dataset,  # type: ignore[arg-type]
             batch_sampler=own + self.batches[:1] * idle,
-            num_workers=self.config.num_workers,
+            num_workers=self.config.dataloader_num_workers,
             pin_memory=self.accelerator.device.type == "cuda",
             worker_init_fn=release_signals,
         )
