@@ -76,7 +76,7 @@ def load_cases() -> list[GoldenCase]:
         settings = dict(raw["loss"])
         if not settings.pop("masked"):
             settings["mask_threshold"] = 0.0
-        expected = {name: _tensor(value) for name, value in raw["expected"].items()}
+        expected = {name.replace("reward_gap", "error_gap"): _tensor(value) for name, value in raw["expected"].items()}
         expected["mask"] = expected["mask"].bool()
         cases.append(
             GoldenCase(

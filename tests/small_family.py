@@ -23,7 +23,7 @@ from sipo.families.base import Condition, Family, as_floats
 from sipo.recipe.config import DataConfig, ModelConfig
 
 TOKENS, WIDTH = 8, 4
-MODEL = ModelConfig(family="small", path="nowhere")
+MODEL = ModelConfig(family="small", pretrained_model_name_or_path="nowhere")
 
 
 @dataclass
@@ -136,7 +136,7 @@ class Records:
 def settings(**changes: Any) -> DataConfig:
     """Sizes 16x24 and 24x16, four pairs to a shard."""
     default: dict[str, Any] = {
-        "path": "nowhere",
+        "dataset_name": "nowhere",
         "cache": "unused",
         "sizes": [(16, 24), (24, 16)],
         "dtype": "float32",

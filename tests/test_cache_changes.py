@@ -21,7 +21,7 @@ from sipo.cache.format import INDEX, CacheError, DamagedError, open_cache, read_
 from sipo.cache.precompute import precompute_pairs
 from sipo.cache.summary import CacheSummary
 from sipo.cache.weights import weight_hashes
-from sipo.data.check import BadPair
+from sipo.data.check import BadPairError
 from sipo.data.media import write_image
 from sipo.data.readers import JsonlReader, PickapicReader
 from sipo.data.records import DataError
@@ -188,7 +188,7 @@ def test_a_caption_that_is_empty_now_is_a_bad_pair(data: Path) -> None:
     lines = read(data)
     empty_caption(lines)
     write(data, lines)
-    with pytest.raises(BadPair, match="row 4: the caption is empty"):
+    with pytest.raises(BadPairError, match="row 4: the caption is empty"):
         encode(data)
     assert encode(data, skip_bad=True).skipped == {"caption": 1}
 
@@ -395,7 +395,7 @@ def test_files_that_are_gone(data: Path) -> None:
     assert encode(data).absent == 1  # text needs no image
     assert not [name for name in changed(before, data.parent.parent / "cache") if name.startswith("latents")]
     (data.parent / "a" / "2.bmp").unlink()
-    with pytest.raises(BadPair, match="row 3: chosen: "):
+    with pytest.raises(BadPairError, match="row 3: chosen: "):
         encode(data)
     assert encode(data, skip_bad=True).skipped == {"missing": 1}
     write_image(data.parent / "a" / "2.bmp", noise(4, 3, 32, 32))
@@ -436,7 +436,7 @@ def test_why_a_shard_is_encoded_anew_comes_before_what_it_lacks(data: Path) -> N
     swap(lines)
     write(data, lines)
     said = r"^the data has changed \(row 4: chosen is b/3\.bmp.*, but row 3: chosen: .*2\.bmp"
-    with pytest.raises(BadPair, match=said):
+    with pytest.raises(BadPairError, match=said):
         encode(data)
 
 
@@ -491,7 +491,7 @@ def test_a_data_set_that_has_moved_is_taken_if_it_is_the_same(data: Path) -> Non
     lines = read(moved)
     swap(lines)
     write(moved, lines)
-    others = r'made with data\.dataset_name="elsewhere", this run has "another", whose pairs are others \(row 4: chosen is b/3'
+    others = r'this run has "another", whose pairs are others \(row 4: chosen is b/3'
     with pytest.raises(CacheError, match=others):
         encode(moved, path="another")
     assert not changed(before, data.parent.parent / "cache")
@@ -798,7 +798,7 @@ def test_weights_of_a_hub_are_known_by_their_commit(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
 
     def marks(revision: str | None = None) -> dict[str, str]:
-        model = ModelConfig(family="sd15", path="owner/name", revision=revision)
+        model = ModelConfig(family="sd15", pretrained_model_name_or_path="owner/name", revision=revision)
         return weight_hashes(get("sd15"), "owner/name", model, tmp_path / "cache", network=True)
 
     (hub / "refs" / "main").write_text("a" * 40)
@@ -814,7 +814,7 @@ def test_files_of_a_model_that_are_read(place: Place) -> None:
     (model / "unet" / "diffusion_pytorch_model.safetensors.index.fp16.json").write_text("{}")
 
     def names(variant: str | None, network: bool) -> set[str]:
-        config = ModelConfig(family="sd15", path=str(model), variant=variant)
+        config = ModelConfig(family="sd15", pretrained_model_name_or_path=str(model), variant=variant)
         return set(weight_hashes(get("sd15"), str(model), config, place.cache, network=network))
 
     weights = "unet/diffusion_pytorch_model"
@@ -881,7 +881,7 @@ def test_a_higher_limit_of_pixels_lets_pairs_in(tmp_path: Path) -> None:
     for side in "ab":
         write_image(data.parent / side / "3.bmp", noise(ord(side), 3, 64, 64))
     message = r"^row 4: chosen: .*3\.bmp: has 64x64 pixels, expected at most 4095 \(max_pixels\)"
-    with pytest.raises(BadPair, match=message):
+    with pytest.raises(BadPairError, match=message):
         encode(data, max_pixels=4095)
     assert encode(data, max_pixels=4095, skip_bad=True).skipped == {"large": 1}
     assert encode(data, max_pixels=4095, skip_bad=True).changes == []

@@ -180,7 +180,7 @@ def test_demo_options_reach_the_demo_and_its_errors_the_user(
 ) -> None:
     pytest.importorskip("diffusers")
     from sipo.demo import main as demo
-    from sipo.training import TrainingDiverged
+    from sipo.training import TrainingDivergedError
 
     seen: list[demo.DemoConfig] = []
     problems: list[Exception] = []
@@ -201,7 +201,7 @@ def test_demo_options_reach_the_demo_and_its_errors_the_user(
         demo.DemoConfig(tmp_path, "diffusion_dpo", 20.0, 7, 4, 1e-4, 20, 9),
         demo.DemoConfig(),
     ]
-    for problem in (TrainingDiverged("step 3: it broke"), OSError(28, "No space left on device")):
+    for problem in (TrainingDivergedError("step 3: it broke"), OSError(28, "No space left on device")):
         problems.append(problem)
         capsys.readouterr()
         assert cli.main(["demo"]) == 2

@@ -25,7 +25,7 @@ from sipo.families import base, tuning
 from sipo.locks import LockWarning
 from sipo.processes import OtherProcessError
 from sipo.recipe.config import Config, DataConfig, ModelConfig
-from sipo.training import TrainingConfig, TrainingDiverged, TrainingInterrupted
+from sipo.training import TrainingConfig, TrainingDivergedError, TrainingInterruptedError
 
 
 def _raiser(error: BaseException) -> Callable[..., Any]:
@@ -78,7 +78,7 @@ ONE_LINE = [
     ),
     (lambda: RecursionError("maximum recursion depth exceeded"), "something that was read is nested too deeply"),
     (lambda: OtherProcessError("process 1: row 3 is bad"), "process 1: row 3 is bad"),
-    (lambda: TrainingDiverged("step 3"), "step 3"),
+    (lambda: TrainingDivergedError("step 3"), "step 3"),
     (lambda: torch.distributed.DistNetworkError("timed out"), "the connection to the other processes is lost"),
     (loader_error, "latents-00000.safetensors: damaged: twice"),
     (network_error, "network: The read operation timed out"),
@@ -226,8 +226,12 @@ def test_a_status_stays_where_nobody_can_be_told(
 
 def test_a_run_that_stops_keeps_its_status_where_nobody_can_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
     training = TrainingConfig(max_train_steps=1, output_dir="nowhere")
-    config = Config(ModelConfig(family="sd15", path="nowhere"), DataConfig(path="nowhere", cache="nowhere"), training)
-    stopped = TrainingInterrupted(3, Path("nowhere"), "SIGINT")
+    config = Config(
+        ModelConfig(family="sd15", pretrained_model_name_or_path="nowhere"),
+        DataConfig(dataset_name="nowhere", cache="nowhere"),
+        training,
+    )
+    stopped = TrainingInterruptedError(3, Path("nowhere"), "SIGINT")
     monkeypatch.setattr("sipo.recipe.config.load", lambda *_: config)
     monkeypatch.setattr("sipo.recipe.train.run_training", _raiser(stopped))
     with unread("stderr"):

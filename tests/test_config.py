@@ -295,7 +295,12 @@ def test_the_reference_follows_from_tuning_and_data() -> None:
 
 # ---- Paths ----
 
-PATHS = [("model", "path"), ("data", "path"), ("data", "cache"), ("training", "output_dir")]
+PATHS = [
+    ("model", "pretrained_model_name_or_path"),
+    ("data", "dataset_name"),
+    ("data", "cache"),
+    ("training", "output_dir"),
+]
 
 
 def path_of(config: Any, section: str, name: str) -> str:

@@ -16,7 +16,7 @@ import torch
 
 from sipo import cli
 from sipo.data import check
-from sipo.data.check import NOTED, SKIPPED, BadPair, check_pairs, load_pair, run_check, usable
+from sipo.data.check import NOTED, SKIPPED, BadPairError, check_pairs, load_pair, run_check, usable
 from sipo.data.media import Media, write_image, write_video
 from sipo.data.readers import open_pairs
 from sipo.data.records import PairRecord
@@ -144,7 +144,7 @@ def test_the_limit_of_pixels_is_one_rule_for_all(tmp_path: Path, capsys: pytest.
     assert f"       1  {SKIPPED['large']} (skipped)\n          row 4: rejected: " in printed and text in printed
     record = list(open_pairs(path))[3]
     assert usable(record) == "" and text in usable(record, max_pixels=1535)
-    with pytest.raises(BadPair) as caught:
+    with pytest.raises(BadPairError) as caught:
         load_pair(record, max_pixels=1535)
     assert caught.value.kind == "large"
     with pytest.raises(ValueError, match="max_pixels=0: expected at least 1"):
@@ -305,7 +305,7 @@ def test_load_pair_returns_both_sides_and_raises_the_kind(tmp_path: Path) -> Non
     chosen, rejected = load_pair(record)
     assert isinstance(chosen, Media)
     assert torch.equal(chosen.pixels, noise(0, 3, 16, 24)) and torch.equal(rejected.pixels, noise(1, 3, 16, 24))
-    with pytest.raises(BadPair, match="neither is preferred") as caught:
+    with pytest.raises(BadPairError, match="neither is preferred") as caught:
         load_pair(PairRecord(0, "a", b"", b"", tie=True))
     assert caught.value.kind == "tie"
 

@@ -23,9 +23,9 @@ from sipo import NoiseSchedule, SIPOLoss, cli
 from sipo.demo.digits import InkPairs, load_digits
 from sipo.training import (
     CheckpointError,
-    TrainingAlarm,
+    TrainingAlarmError,
     TrainingConfig,
-    TrainingInterrupted,
+    TrainingInterruptedError,
     TrainingWarning,
     checkpoint,
     train,
@@ -444,7 +444,7 @@ def test_stopped_by_an_alarm_a_run_goes_on_as_if_it_had_not_been(tmp_path: Path)
     options: dict[str, Any] = {"steps": 7, "loss_fn": loss(mask_threshold=1.0), "ema_decay": 0.9, "log_every": 2}
     with pytest.warns(TrainingWarning, match="step 4: stalled: active_fraction 0.000 has stayed under 0.1"):
         straight, whole = fit(tmp_path / "straight", checkpointing_steps=7, **options)
-    with pytest.raises(TrainingAlarm) as caught:
+    with pytest.raises(TrainingAlarmError) as caught:
         fit(tmp_path / "run", alarms="stop", **options)
     saved = tmp_path / "run/checkpoints/step-00000004"
     assert (caught.value.step, caught.value.checkpoint) == (4, saved)
@@ -478,14 +478,16 @@ def test_the_command_line_says_it_in_one_line(
         (tmp_path, f"; `sipo train {example} {place} --resume` goes on from there\n"),
         (None, ": no checkpoint can be written here\n"),
     ):
-        alarm = TrainingAlarm(40, saved, ["drift: model_mse 9"])
+        alarm = TrainingAlarmError(40, saved, ["drift: model_mse 9"])
         monkeypatch.setattr("sipo.recipe.train.run_training", Mock(side_effect=alarm))
         assert cli.main(["train", str(example), place]) == 2
         assert capsys.readouterr().err == f"sipo: error: step 40: drift: model_mse 9; alarms='stop'{end}"
     # How several processes were launched is not known.
     two = SimpleNamespace(num_processes=2, is_main_process=True)
     monkeypatch.setattr("sipo.training.make_accelerator", lambda training: two)
-    monkeypatch.setattr("sipo.recipe.train.run_training", Mock(side_effect=TrainingInterrupted(7, tmp_path, "SIGTERM")))
+    monkeypatch.setattr(
+        "sipo.recipe.train.run_training", Mock(side_effect=TrainingInterruptedError(7, tmp_path, "SIGTERM"))
+    )
     assert cli.main(["train", str(example), place]) == 130
     end = "stopped after step 7; the same command with --resume goes on from there"
     assert capsys.readouterr().err == f"sipo: {end}\n"

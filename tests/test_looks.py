@@ -88,10 +88,12 @@ def run_of(folder: Path, family: str = "sd15", accelerator: Any = None, **sample
     from sipo.families import get
 
     config = Config(
-        ModelConfig(family=family, path=str(folder_of(family)), dtype="float32"),
-        DataConfig(path="nowhere", cache=str(folder / "cache"), sizes=[(32, 32)], frames=9 if family == "wan" else 1),
+        ModelConfig(family=family, pretrained_model_name_or_path=str(folder_of(family)), dtype="float32"),
+        DataConfig(
+            dataset_name="nowhere", cache=str(folder / "cache"), sizes=[(32, 32)], frames=9 if family == "wan" else 1
+        ),
         TrainingConfig(max_train_steps=1, output_dir=str(folder / "run")),
-        samples=SampleConfig(prompts=PROMPTS, steps=2, **samples),
+        samples=SampleConfig(validation_prompts=PROMPTS, num_inference_steps=2, **samples),
     )
     path = str(folder_of(family))
     return Run(config, get(family), accelerator or FakeAccelerator(), path, "nowhere", None)  # type: ignore[arg-type]

@@ -536,9 +536,9 @@ def test_of_several_sets_of_errors_the_nearest_says_what_differs(tmp_path: Path)
 
 
 def test_a_reference_is_marked_by_how_it_is_loaded_and_run() -> None:
-    model = ModelConfig(family="sdxl", path="a", revision="b", dtype="bfloat16")
+    model = ModelConfig(family="sdxl", pretrained_model_name_or_path="a", revision="b", dtype="bfloat16")
     training = TrainingConfig(max_train_steps=1, output_dir="out", mixed_precision="bf16")
-    config = Config(model=model, data=DataConfig(path="a", cache="b"), training=training)
+    config = Config(model=model, data=DataConfig(dataset_name="a", cache="b"), training=training)
     assert reference_marks(config) == {
         "family": "sdxl",
         "path": "a",

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from sipo.cache.format import CacheError, open_cache
-from sipo.data.check import BadPair
+from sipo.data.check import BadPairError
 from sipo.data.records import DataError, PairRecord
 from sipo.families.base import as_floats
 from sipo.seeds import derive_seed
@@ -220,7 +220,7 @@ def test_both_halves_are_flipped_and_cropped_alike(tmp_path: Path) -> None:
     image = png(1, 20, 40)
     other = png(2, 20, 40)
     reader = Records([PairRecord(row, "a", image, other) for row in range(40)])
-    build(tmp_path, reader, flip=True, crop="random", latents="mode", sizes=[(16, 16)], shard_pairs=16)
+    build(tmp_path, reader, random_flip=True, crop="random", latents="mode", sizes=[(16, 16)], shard_pairs=16)
     cache = open_cache(tmp_path)
     from sipo.data.media import fit, read_media
 
@@ -232,7 +232,7 @@ def test_both_halves_are_flipped_and_cropped_alike(tmp_path: Path) -> None:
         left = int(own["time_ids"][0, 3])
         for stored, source in ((chosen, image), (rejected, other)):
             # 20x40 covers 16x16 as 16x32
-            whole = fit(read_media(source).pixels, 16, 32, flip=flip).pixels[:, :, left : left + 16]
+            whole = fit(read_media(source).pixels, 16, 32, random_flip=flip).pixels[:, :, left : left + 16]
             assert torch.equal(stored, torch.nn.functional.avg_pool2d(as_floats(whole), 8))
         lefts.add(left)
         flips += flip
@@ -253,7 +253,7 @@ def faulty() -> Records:
 def test_a_bad_pair_stops_the_run_and_what_is_finished_stays(tmp_path: Path) -> None:
     records = Records.make().records
     records[7] = replace(records[7], rejected=records[7].rejected[:700])
-    with pytest.raises(BadPair, match=r"^row 8: rejected: .*cannot be decoded.*data\.skip_bad=true") as caught:
+    with pytest.raises(BadPairError, match=r"^row 8: rejected: .*cannot be decoded.*data\.skip_bad=true") as caught:
         build(tmp_path, Records(records))
     assert "\n" not in str(caught.value)
     assert (tmp_path / "latents-00000.safetensors").is_file()
@@ -274,7 +274,7 @@ def test_bad_pairs_are_left_out_when_told_and_counted(tmp_path: Path) -> None:
     for index, row in enumerate(cache.rows.tolist()):  # nobody takes another's place
         assert torch.equal(cache.pair(index)[0], whole.pair(row)[0])
         assert torch.equal(cache.text(index)["pooled"], whole.text(row)["pooled"])
-    with pytest.raises(BadPair, match=r"^row 2: "):  # not told any more: what was skipped counts again
+    with pytest.raises(BadPairError, match=r"^row 2: "):  # not told any more: what was skipped counts again
         build(tmp_path, faulty())
 
 
@@ -306,7 +306,7 @@ def test_latents_that_are_not_finite_are_a_bad_pair(tmp_path: Path) -> None:
             progress=False,
         )
 
-    with pytest.raises(BadPair, match="row 2: its latents are not finite in float16"):
+    with pytest.raises(BadPairError, match="row 2: its latents are not finite in float16"):
         run(skip_bad=False)
     summary = run(skip_bad=True)
     assert (summary.pairs, summary.skipped) == (11, {"latents": 1})
@@ -382,9 +382,15 @@ def test_real_families_from_files_to_reference_errors(tmp_path: Path, name: str)
     family = get(name)
     frames = 9 if family.video else 1
     data = make_toy_pairs(tmp_path / "data", video=family.video, pairs=5, frames=frames)
-    model = ModelConfig(family=name, path=str(build_toy(name, tmp_path / "model")))
+    model = ModelConfig(family=name, pretrained_model_name_or_path=str(build_toy(name, tmp_path / "model")))
     wanted = DataConfig(
-        path=str(data), cache="unused", sizes=[(32, 32)], frames=frames, dtype="float32", latents="mode", shard_pairs=3
+        dataset_name=str(data),
+        cache="unused",
+        sizes=[(32, 32)],
+        frames=frames,
+        dtype="float32",
+        latents="mode",
+        shard_pairs=3,
     )
     pipeline = family.load_encoders(model.path)
     summary = precompute_pairs(
@@ -608,7 +614,7 @@ def test_an_error_of_one_process_ends_all_with_one_line(
         return build(tmp_path, reader, None, accelerator)
 
     first, second = outcomes_in_processes(2, run)
-    assert type(second) is {"pair": BadPair, "disk": OSError, "source": DataError}[fault]
+    assert type(second) is {"pair": BadPairError, "disk": OSError, "source": DataError}[fault]
     assert type(first) is OtherProcessError
     assert str(first) == f"process 1: {second}" and "\n" not in str(first)
     with pytest.raises(CacheError, match="not finished"):

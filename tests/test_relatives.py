@@ -29,8 +29,9 @@ SMOOTHED = [
 # ---- Golden numbers --------------------------------------------------------------------------------------------------
 
 # (z, ℓ(z), −ℓ'(z)) by loss type and label_smoothing. Made once with mpmath: ℓ as the papers write it
-# (with p = 1/(1 + e^−z): −(1−ε) ln p − ε ln(1−p); (z − 1/2)²; max(0, 1−z); p ln(p/(1−ε)) + (1−p) ln((1−p)/ε), where ε is 1e-6 for 0), −ℓ' by
-# mp.diff, with 60 digits; at |z| = 10,000 with 9,000, and by a central difference of step 1e-4000.
+# (with p = 1/(1 + e^−z): −(1−ε) ln p − ε ln(1−p); (z − 1/2)²; max(0, 1−z); p ln(p/(1−ε)) + (1−p) ln((1−p)/ε), where ε
+# is 1e-6 for 0), −ℓ' by mp.diff, with 60 digits; at |z| = 10,000 with 9,000, and by a central difference of step
+# 1e-4000.
 LOSS_TYPE_VALUES: dict[tuple[str, float], list[tuple[float, float, float]]] = {
     ("sigmoid", 0.0): [
         (-10000.0, 10000.0, 1.0),

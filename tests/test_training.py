@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sipo import NoiseSchedule, SIPOLoss
 from sipo.training import (
     TrainingConfig,
-    TrainingDiverged,
+    TrainingDivergedError,
     TrainingWarning,
     loop,
     train,
@@ -198,7 +198,7 @@ def test_the_host_reads_nothing_between_log_lines(tmp_path: Path, monkeypatch: p
 def test_a_run_of_broken_steps_ends_it_and_leaves_the_weights(tmp_path: Path, log_every: int, stops_at: int) -> None:
     policy, _ = networks()
     before = copy.deepcopy(policy)
-    with pytest.raises(TrainingDiverged, match=rf"^step {stops_at}: {stops_at} optimiser steps in a row .*=3; "):
+    with pytest.raises(TrainingDivergedError, match=rf"^step {stops_at}: {stops_at} optimiser steps in a row .*=3; "):
         fit(
             tmp_path,
             policy=policy,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sipo import NoiseSchedule
 from sipo.analysis.score import Alone
-from sipo.training import AdapterOff, TrainingMismatch, TrainingWarning, train
+from sipo.training import AdapterOff, TrainingMismatchError, TrainingWarning, train
 from sipo.training.first_step import NAMES, FirstStep
 from sipo.training.log import read_lines
 from sipo.training.preparation import make_accelerator
@@ -186,7 +186,9 @@ def test_a_run_from_the_same_weights_stops_before_anything_moves(tmp_path: Path,
     before = copy.deepcopy(policy)
     arguments = (policy, None if kind == "errors" else reference, loss(), data, predict)
     cpu = Accelerator(cpu=True)
-    with pytest.raises(TrainingMismatch, match=r"^step 1: policy and reference differ before training: ") as caught:
+    with pytest.raises(
+        TrainingMismatchError, match=r"^step 1: policy and reference differ before training: "
+    ) as caught:
         train(*arguments, settings(tmp_path, checkpointing_steps=1), accelerator=cpu, mismatch="raise")
     message = str(caught.value)
     assert "\n" not in message and message.endswith("; alarms='off' trains all the same")

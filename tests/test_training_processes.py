@@ -26,7 +26,15 @@ from sipo import NoiseSchedule, SIPOLoss, processes
 from sipo.cli.errors import CommandError, describe, one_line_errors
 from sipo.locks import LockedError, locked
 from sipo.processes import OtherProcessError, is_collective, lost_connection
-from sipo.training import AdapterOff, TrainingInterrupted, gather_weights, make_accelerator, storage, timesteps, train
+from sipo.training import (
+    AdapterOff,
+    TrainingInterruptedError,
+    gather_weights,
+    make_accelerator,
+    storage,
+    timesteps,
+    train,
+)
 from sipo.training.statistics import read_statistics
 from tests.training_cases import (
     Adapted,
@@ -243,7 +251,7 @@ def _stop_one(root: Path, name: str, passes: int) -> None:
             logging_steps=100,
             data=Asking,
         )
-    except TrainingInterrupted as stopped:
+    except TrainingInterruptedError as stopped:
         (root / f"{name}-{accelerator.process_index}").write_text(f"{stopped.step} {stopped.signal}")
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sipo.training import TrainingInterrupted, TrainingOutOfMemory, stopping, storage
+from sipo.training import TrainingInterruptedError, TrainingOutOfMemoryError, stopping, storage
 from sipo.training.stopping import StopAgreement, StopRequest, release_signals
 from tests.training_cases import Pairs, fit, fresh_accelerate, same
 
@@ -38,7 +38,9 @@ def test_a_signal_lets_the_step_finish_and_the_run_resume(
 
     straight, _ = fit(tmp_path / "straight", max_train_steps=6)
     before = signal.getsignal(signal.SIGINT), signal.getsignal(number)
-    with pytest.raises(TrainingInterrupted, match=rf"stopped by {number.name} after step 3; resume with") as caught:
+    with pytest.raises(
+        TrainingInterruptedError, match=rf"stopped by {number.name} after step 3; resume with"
+    ) as caught:
         fit(tmp_path, data=Asking(), max_train_steps=6)
     assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(number))
     stopped = caught.value
@@ -67,7 +69,7 @@ def test_a_stop_that_nobody_can_be_told_of_still_writes_a_checkpoint(tmp_path: P
     os.dup2(writer, 2)
     os.close(writer)
     try:
-        with pytest.raises(TrainingInterrupted, match="stopped by SIGINT after step 2"):
+        with pytest.raises(TrainingInterruptedError, match="stopped by SIGINT after step 2"):
             fit(tmp_path, data=Asking(), max_train_steps=6)
     finally:
         os.dup2(kept, 2)
@@ -83,7 +85,7 @@ def test_a_signal_that_comes_twice_is_one_request(tmp_path: Path, capfd: pytest.
                 os.kill(os.getpid(), signal.SIGTERM)
             return super().__getitem__(index)
 
-    with pytest.raises(TrainingInterrupted, match="stopped by SIGTERM after step 2"):
+    with pytest.raises(TrainingInterruptedError, match="stopped by SIGTERM after step 2"):
         fit(tmp_path, data=Launched(), max_train_steps=6)
     assert capfd.readouterr().err.count("SIGTERM") == 1
     assert not storage.damage(tmp_path / "checkpoints/step-00000002")
@@ -245,7 +247,7 @@ def test_out_of_memory_says_what_to_lower(tmp_path: Path, own: bool) -> None:
     message = (
         r"step 1: out of memory on cpu; lower batch_size=4 \(and raise accumulation=2 by as much\), or use gradient"
     )
-    with pytest.raises(TrainingOutOfMemory, match=message) as caught:
+    with pytest.raises(TrainingOutOfMemoryError, match=message) as caught:
         fit(tmp_path, predict=hungry, gradient_accumulation_steps=2)
     assert "\n" not in str(caught.value)
     assert isinstance(caught.value.__cause__, RuntimeError) and "allocate" in str(caught.value.__cause__)

@@ -18,7 +18,7 @@ from torch import nn
 
 from sipo import NoiseSchedule
 from sipo.seeds import VALIDATION, derive_seed
-from sipo.training import TrainingInterrupted, storage
+from sipo.training import TrainingInterruptedError, storage
 from sipo.training.forward import PairForward
 from sipo.training.log import read_lines, step_mean
 from sipo.training.stream import pair_noise, step_timesteps
@@ -111,7 +111,7 @@ def test_a_stop_saves_first_and_leaves_the_validation_to_the_resumed_run(tmp_pat
             return super().__getitem__(index)
 
     options: dict[str, Any] = {"max_train_steps": 5, "validation_steps": 2, "validation": Pairs(4)}
-    with pytest.raises(TrainingInterrupted, match="after step 2"):
+    with pytest.raises(TrainingInterruptedError, match="after step 2"):
         fit(tmp_path, data=Asking(), **options)
     assert [line.get("kind") for line in lines_of(tmp_path)] == [None, None]
     resumed, _ = fit(tmp_path, resume_from="latest", **options)
@@ -124,7 +124,7 @@ def test_a_signal_in_a_validation_stops_after_it(tmp_path: Path) -> None:
     def look(step: int, policy: nn.Module) -> None:
         os.kill(os.getpid(), signal.SIGUSR1)
 
-    with pytest.raises(TrainingInterrupted, match="stopped by SIGUSR1 after step 2"):
+    with pytest.raises(TrainingInterruptedError, match="stopped by SIGUSR1 after step 2"):
         fit(tmp_path, max_train_steps=6, validation_steps=2, validation=Pairs(4), on_validation=look)
     assert not storage.damage(tmp_path / "checkpoints/step-00000002")
     assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl", "validation")] == [2]

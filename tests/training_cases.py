@@ -174,7 +174,7 @@ def fit(folder: Path, *, policy: Any = None, data: Any = None, **options: Any) -
     predictor = options.pop("predict", predict)
     config = settings(folder, **options)
     accelerator = Accelerator(
-        cpu=True, mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.accumulation
+        cpu=True, mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.gradient_accumulation_steps
     )
     data = Pairs() if data is None else data
     return policy, train(policy, reference, loss_fn, data, predictor, config, accelerator=accelerator, **own)

@@ -55,7 +55,7 @@ def run_cell(cell: Cell, *, steps: int | None = None, samples: int | None = None
         JSON values: the cell's fields, and what the functions below return. A run that broke down has ``"diverged"``
         and no measurements.
     """
-    from sipo.training import TrainingConfig, TrainingDiverged, make_accelerator, train
+    from sipo.training import TrainingConfig, TrainingDivergedError, make_accelerator, train
 
     started = time.perf_counter()
     task = tasks.get(cell.task)
@@ -85,7 +85,7 @@ def run_cell(cell: Cell, *, steps: int | None = None, samples: int | None = None
     try:
         result = train(policy, base, loss_fn, pairs, task.predict, config, accelerator=make_accelerator(config))
         record |= _training(folder, result.history)
-    except TrainingDiverged:
+    except TrainingDivergedError:
         return {**record, "diverged": True, "seconds": round(time.perf_counter() - started, 1)}
     finally:
         shutil.rmtree(folder, ignore_errors=True)

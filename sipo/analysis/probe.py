@@ -82,7 +82,7 @@ def analyze_start(
         The page, and the verdict.
 
     Raises:
-        ConfigError, CacheError, BadPair, DataError: as for training.
+        ConfigError, CacheError, BadPairError, DataError: as for training.
         OSError, ValueError: an output that cannot be written; a number out of its range.
     """
     for name, value in (("pairs", pairs), ("levels", levels)):

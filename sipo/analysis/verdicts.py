@@ -201,7 +201,9 @@ def _pushing_rejected(f: Facts) -> Finding | None:
         sentence = "The rejected samples are only pushed down: the policy gets worse at chosen samples too."
         rejected += f": {percent(f.win / f.lose)} of that is shared with the chosen samples"
     else:
-        sentence = "The policy gets worse at chosen samples, and no less than at rejected ones: it does not learn the preference."
+        sentence = (
+            "The policy gets worse at chosen samples as much as at rejected ones: it does not learn the preference."
+        )
     return Finding(
         "pushing_rejected",
         "problem",

@@ -41,7 +41,7 @@ from sipo.cache.format import (
     write_json,
 )
 from sipo.cache.parts import Part, prefix_of
-from sipo.data.check import BadPair
+from sipo.data.check import BadPairError
 from sipo.data.records import PairReader, row_name
 from sipo.recipe.config import DataConfig
 
@@ -174,7 +174,8 @@ class Existing:
                 self._changed(part.change)
             if are_absent(facts[FILES_FACT], path_of, pool):  # encoded anew, every pair would be lost
                 raise CacheError(
-                    f"{self.settings.dataset_name}: {part.change}, since {self.folder} was encoded, and none of the images or "
+                    f"{self.settings.dataset_name}: {part.change}, since {self.folder} was encoded, and none of the "
+                    "images or "
                     f"clips of {_rows(facts[ROWS_FACT])} is there to be encoded anew: expected these files, or the row "
                     "as it was"
                 )
@@ -187,7 +188,8 @@ class Existing:
             return
         if found.absent and self.verify:
             raise CacheError(
-                f"{self.settings.dataset_name}: none of the images or clips of {_rows(part.rows)} is there, expected them all "
+                f"{self.settings.dataset_name}: none of the images or clips of {_rows(part.rows)} is there, "
+                "expected them all "
                 "to verify their content"
             )
         self.absent += found.absent
@@ -221,7 +223,8 @@ class Existing:
             raise other_path(self.folder, self.path, self.settings.dataset_name, f"whose pairs are others ({change})")
         if self.refuse_changes:
             raise CacheError(
-                f"{self.settings.dataset_name}: {change}, since {self.folder} was encoded: expected the data that the run has "
+                f"{self.settings.dataset_name}: {change}, since {self.folder} was encoded: expected the data that "
+                "the run has "
                 "been trained on; another training.output_dir starts anew with this"
             )
         self.changes.append(change)
@@ -231,7 +234,7 @@ def _rows(rows: list[Row]) -> str:
     return row_name(rows[0][0]) if len(rows) == 1 else f"rows {rows[0][0] + 1} to {rows[-1][0] + 1}"
 
 
-def stop(row: int, kind: str, reason: str, change: str = "") -> BadPair:
+def stop(row: int, kind: str, reason: str, change: str = "") -> BadPairError:
     """The error of a pair that cannot be used and may not be left out.
 
     Args:
@@ -244,7 +247,7 @@ def stop(row: int, kind: str, reason: str, change: str = "") -> BadPair:
     remedy = (
         "(rows count from 1; data.skip_bad=true leaves such pairs out and counts them; `sipo data check` lists them)"
     )
-    return BadPair(kind, f"{before}{row_name(row)}: {reason} {remedy}")
+    return BadPairError(kind, f"{before}{row_name(row)}: {reason} {remedy}")
 
 
 def is_limit_raised(shard: dict[str, Any], settings: DataConfig) -> bool:

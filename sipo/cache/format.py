@@ -239,7 +239,8 @@ def check_fingerprint(where: Path, found: Mapping[str, Any], wanted: Mapping[str
 def other_path(where: Path, found: Any, wanted: str, why: str) -> CacheError:
     """The error of a cache of another ``data.dataset_name``, whose pairs are other ones or cannot be compared."""
     return CacheError(
-        f"{where}: made with data.dataset_name={json.dumps(found)}, this run has {json.dumps(wanted)}, {why}: use another "
+        f"{where}: made with data.dataset_name={json.dumps(found)}, this run has {json.dumps(wanted)}, {why}: use "
+        "another "
         "data.cache, or the path it was made with"
     )
 

@@ -56,7 +56,7 @@ from sipo.cache.parts import Part, Tally, ahead, parts
 from sipo.cache.savings import Cost
 from sipo.cache.summary import CacheSummary
 from sipo.cache.weights import PLACE
-from sipo.data.check import BadPair, load_pair
+from sipo.data.check import BadPairError, load_pair
 from sipo.data.media import fit, nearest_size
 from sipo.data.records import DataError, PairReader, PairRecord, row_name
 from sipo.families.base import Condition, Family
@@ -83,7 +83,19 @@ def fingerprint(model: ModelConfig, data: DataConfig, weights: Mapping[str, str]
             and variant have to do.
     """
     of_model = ("family", "dtype")
-    of_data = ("format", "split", "sizes", "frames", "fps", "crop", "flip", "latents", "tiling", "vae_dtype", "dtype")
+    of_data = (
+        "format",
+        "dataset_split_name",
+        "sizes",
+        "frames",
+        "fps",
+        "crop",
+        "random_flip",
+        "latents",
+        "enable_tiling",
+        "vae_dtype",
+        "dtype",
+    )
     of_rows = ("max_pairs", "seed", "shard_pairs")
     marks = {f"model.{name}": getattr(model, name) for name in of_model}
     if weights is None:
@@ -141,10 +153,10 @@ def precompute_pairs(
         progress: as in :mod:`sipo.progress`.
 
     Raises:
-        BadPair: without ``settings.skip_bad``, a pair that cannot be used. What was finished stays.
-        CacheError: the folder holds a cache of other settings, or one of another ``data.dataset_name`` whose pairs are other
-            ones; a change, where they are refused; a shard whose files are all missing, where it has changed or is to
-            be verified; no pair can be used.
+        BadPairError: without ``settings.skip_bad``, a pair that cannot be used. What was finished stays.
+        CacheError: the folder holds a cache of other settings, or one of another ``data.dataset_name`` whose pairs are
+            other ones; a change, where they are refused; a shard whose files are all missing, where it has changed or
+            is to be verified; no pair can be used.
         DataError: a source that cannot be read.
         ValueError: a setting out of its range; a size that the family cannot take; rows of the source that do not grow.
         LockedError: another run is writing to the folder.
@@ -253,7 +265,7 @@ class _Fitter:
 class _Decoded(NamedTuple):
     """What became of a pair, and its files as they were just before."""
 
-    result: _Prepared | BadPair
+    result: _Prepared | BadPairError
     files: dict[str, FileRecord]
 
 
@@ -441,13 +453,13 @@ class _Run:
         }
         return _Decoded(self._decode(record), files)
 
-    def _decode(self, record: PairRecord) -> _Prepared | BadPair:
+    def _decode(self, record: PairRecord) -> _Prepared | BadPairError:
         settings = self.settings
         fitter = _Fitter(settings, record.row)
         try:
             what = {"frames": settings.frames, "fps": settings.fps, "max_pixels": settings.max_pixels}
             media = load_pair(record, **what, transform=fitter)  # type: ignore[arg-type]
-        except BadPair as error:
+        except BadPairError as error:
             return error
         own = [self.family.own_condition(half.size, fitter.crops[half.size], fitter.size) for half in media]
         stacked = {name: torch.stack([own[0][name], own[1][name]]) for name in own[0]}
@@ -459,7 +471,7 @@ class _Run:
     def _encode(self, part: Part, record: PairRecord, decoded: _Decoded) -> None:
         part.files |= decoded.files
         prepared = decoded.result
-        if isinstance(prepared, BadPair):
+        if isinstance(prepared, BadPairError):
             return self._skip(part, record.row, prepared.kind, str(prepared))
         generator = None
         if self.settings.latents == "sample":

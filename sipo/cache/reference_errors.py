@@ -108,7 +108,9 @@ def reference_marks(config: Config, whole: torch.dtype | None = None) -> dict[st
         config: the run's.
         whole: see :func:`sipo.training.sharding.whole_dtype`.
     """
-    marks = {name: getattr(config.model, name) for name in ("family", "path", "revision", "variant")}
+    marks = {
+        name: getattr(config.model, name) for name in ("family", "pretrained_model_name_or_path", "revision", "variant")
+    }
     # One that predicts as the policy does has the policy's type: the storage type does not change the errors.
     dtype = policy_dtype(config) if differing_types(config) is None else reference_dtype(config)
     if whole is not None:

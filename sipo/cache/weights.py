@@ -17,7 +17,7 @@ from sipo.families.base import Family
 from sipo.families.model_files import CONFIG, MODEL_INDEX, weight_files
 from sipo.recipe.config import ModelConfig
 
-PLACE = ("path", "revision", "variant")
+PLACE = ("pretrained_model_name_or_path", "revision", "variant")
 """Keys of a model's configuration that say where weights come from: the weights themselves stand in for them."""
 
 RECORDS = "weights.json"
@@ -58,7 +58,7 @@ def weight_hashes(
     folder = Path(path)
     if not folder.is_dir():
         variant = {} if model.variant is None else {"variant": model.variant}
-        return {"path": path, "commit": _commit(path, model.revision), **variant}
+        return {"pretrained_model_name_or_path": path, "commit": _commit(path, model.revision), **variant}
     kept = _kept(cache)
     records: dict[str, FileRecord] = {}
     used = [_used(folder, part, model.variant) for part in _parts(family, folder, network)]

@@ -155,7 +155,7 @@ def _train(options: argparse.Namespace) -> int:
     from sipo.analysis.facts import describe_held_out
     from sipo.recipe import config as configuration
     from sipo.recipe.train import run_training
-    from sipo.training import TrainingAlarm, TrainingInterrupted, make_accelerator
+    from sipo.training import TrainingAlarmError, TrainingInterruptedError, make_accelerator
 
     config = configuration.load(options.config, options.overrides)
     accelerator = make_accelerator(config.training)
@@ -172,10 +172,10 @@ def _train(options: argparse.Namespace) -> int:
         command = "the same command with --resume"
     try:
         trained = run_training(config, resume=options.resume, accelerator=accelerator)
-    except TrainingAlarm as alarm:
+    except TrainingAlarmError as alarm:
         message = f"{alarm.said}; {command} goes on from there" if alarm.checkpoint else str(alarm)
         raise CommandError(message) from alarm
-    except TrainingInterrupted as stop:
+    except TrainingInterruptedError as stop:
         if accelerator.is_main_process:
             tell(f"sipo: stopped after step {stop.step}; {command} goes on from there")
         return INTERRUPTED

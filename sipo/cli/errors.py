@@ -163,9 +163,9 @@ def _collective_errors() -> tuple[type[Exception], ...]:
 
 
 def _ends_of_training() -> tuple[type[Exception], ...]:
-    from sipo.training import TrainingDiverged, TrainingOutOfMemory
+    from sipo.training import TrainingDivergedError, TrainingOutOfMemoryError
 
-    return TrainingDiverged, TrainingOutOfMemory
+    return TrainingDivergedError, TrainingOutOfMemoryError
 
 
 def _said(error: Exception) -> str:

@@ -64,7 +64,7 @@ RATIO_TOLERANCE = 0.02
 _RATE_TOLERANCE = 0.01
 
 
-class BadPair(ValueError):  # noqa: N818 - about the data, not the program
+class BadPairError(ValueError):
     """A pair that cannot be trained on, in one line.
 
     Attributes:
@@ -99,23 +99,25 @@ def load_pair(
         The chosen one and the rejected one. They may differ in resolution, not in aspect ratio.
 
     Raises:
-        BadPair: faulty row, tie, empty caption, missing or undecodable file, clip too short, two shapes, two frame
+        BadPairError: faulty row, tie, empty caption, missing or undecodable file, clip too short, two shapes, two frame
             rates (without ``fps``), the same picture twice.
     """
     if record.problem:
-        raise BadPair(record.problem_kind, record.problem)
+        raise BadPairError(record.problem_kind, record.problem)
     if record.tie:
-        raise BadPair("tie", "neither is preferred")
+        raise BadPairError("tie", "neither is preferred")
     if not record.prompt.strip():
-        raise BadPair("caption", "the caption is empty")
+        raise BadPairError("caption", "the caption is empty")
     chosen, rejected = _read_sides(record, frames, fps, max_pixels, transform)
     sizes = [chosen.size, rejected.size]
     if (chosen.fps is None) != (rejected.fps is None):
-        raise BadPair("medium", "one is an image and the other a clip")
+        raise BadPairError("medium", "one is an image and the other a clip")
     if abs(math.log(sizes[0][0] * sizes[1][1] / (sizes[0][1] * sizes[1][0]))) > math.log1p(RATIO_TOLERANCE):
-        raise BadPair("shape", f"chosen is {_by(sizes[0])} and rejected {_by(sizes[1])}, expected one aspect ratio")
+        raise BadPairError(
+            "shape", f"chosen is {_by(sizes[0])} and rejected {_by(sizes[1])}, expected one aspect ratio"
+        )
     if fps is None and chosen.fps and rejected.fps and abs(chosen.fps / rejected.fps - 1.0) > _RATE_TOLERANCE:
-        raise BadPair("shape", f"chosen has {chosen.fps:g} frames per second and rejected {rejected.fps:g}")
+        raise BadPairError("shape", f"chosen has {chosen.fps:g} frames per second and rejected {rejected.fps:g}")
     alike = chosen.length == rejected.length and torch.equal(chosen.pixels, rejected.pixels)
     if alike and frames is None and chosen.fps is not None:
         # First frames may well be alike (an image that both clips start from), and no other was kept.
@@ -125,7 +127,7 @@ def load_pair(
         alike = torch.equal(one.pixels, other.pixels)
     if alike:
         shown = ", with transparent pixels shown on white" if chosen.transparent or rejected.transparent else ""
-        raise BadPair("identical", f"chosen and rejected are the same{shown}")
+        raise BadPairError("identical", f"chosen and rejected are the same{shown}")
     return chosen, rejected
 
 
@@ -145,7 +147,7 @@ def _read_sides(
             else:
                 sides.append(read_media(source, frames, fps, transform=transform, **limit))
         except MediaError as error:
-            raise BadPair(error.kind, f"{name}: {error}") from error
+            raise BadPairError(error.kind, f"{name}: {error}") from error
     return sides
 
 
@@ -162,7 +164,7 @@ def usable(
     """Why training would skip a pair, or nothing where it would not; arguments as for :func:`load_pair`."""
     try:
         load_pair(record, frames=frames, fps=fps, max_pixels=max_pixels)
-    except BadPair as error:
+    except BadPairError as error:
         return str(error)
     return ""
 
@@ -330,7 +332,7 @@ def _check_options(frames: int | None, fps: float | None, limit: int | None, max
 
 @dataclass(frozen=True)
 class _Examined:
-    bad: BadPair | None = None
+    bad: BadPairError | None = None
     notes: tuple[tuple[str, str], ...] = ()
     digests: tuple[bytes, bytes] = (b"", b"")
     size: tuple[int, int] | None = None
@@ -349,7 +351,7 @@ def _examine(
         transform = None if frames is None else _hashed
         chosen, rejected = load_pair(record, frames=frames, fps=fps, max_pixels=max_pixels, transform=transform)
         digests = (_digest(record.chosen), _digest(record.rejected))
-    except BadPair as error:
+    except BadPairError as error:
         return _Examined(error)
     notes = []
     shapes = [chosen.size, rejected.size]
@@ -411,7 +413,7 @@ def _digest(source: Path | bytes) -> bytes:
             while block := file.read(1 << 20):
                 digest.update(block)
     except OSError as error:  # decoded a moment ago, and gone now
-        raise BadPair("missing", f"{source}: cannot be read: {error.strerror}") from error
+        raise BadPairError("missing", f"{source}: cannot be read: {error.strerror}") from error
     return digest.digest()
 
 

@@ -92,7 +92,7 @@ def run_demo(config: DemoConfig, *, progress: bool | None = True) -> dict[str, A
     Raises:
         LockedError: another process is writing to the output folder.
         OSError: the output folder cannot be written, or the package lacks its base model.
-        TrainingDiverged: the run broke down.
+        TrainingDivergedError: the run broke down.
     """
     with locked(config.output, f"output={str(config.output)!r}"):
         return _run_demo(config, progress)

@@ -216,7 +216,7 @@ def prepare_data(
 
     Raises:
         CacheError: a cache of other settings or weights; a change, where they are refused.
-        BadPair: a pair that cannot be used, without ``data.skip_bad``.
+        BadPairError: a pair that cannot be used, without ``data.skip_bad``.
         DataError: no source, and no finished cache of it.
     """
     config, accelerator = run.config, run.accelerator

@@ -61,7 +61,8 @@ def _check_training(run: Run, resume: bool) -> None:
     _named(lambda: check_config(training, run.accelerator, training.output_dir if resume else None))
     if training.validation_steps and not data.held_out and not samples.validation_prompts:
         raise ConfigError(
-            f"training.validation_steps={training.validation_steps}: expected data.held_out > 0, or samples.validation_prompts"
+            f"training.validation_steps={training.validation_steps}: expected data.held_out > 0, or "
+            "samples.validation_prompts"
         )
     if data.max_pairs is not None and data.held_out >= data.max_pairs:
         raise ConfigError(f"data.held_out={data.held_out}: expected fewer than data.max_pairs={data.max_pairs}")
@@ -106,14 +107,16 @@ def _check_sampler(run: Run) -> None:
     most = getattr(scheduler.config, "num_train_timesteps", None)
     if run.schedule.kind == "discrete" and most is not None and samples.num_inference_steps > most:
         raise ConfigError(
-            f"samples.num_inference_steps={samples.num_inference_steps}: expected at most {most}, as the model has timesteps"
+            f"samples.num_inference_steps={samples.num_inference_steps}: expected at most {most}, as the model has "
+            "timesteps"
         )
     shifted = {"mu": 1.0} if getattr(scheduler.config, "use_dynamic_shifting", False) else {}
     try:
         type(scheduler).from_config(scheduler.config).set_timesteps(samples.num_inference_steps, **shifted)
     except (ValueError, IndexError, ZeroDivisionError) as error:
         raise ConfigError(
-            f"samples.num_inference_steps={samples.num_inference_steps}: expected another number, {type(scheduler).__name__} says: {error}"
+            f"samples.num_inference_steps={samples.num_inference_steps}: expected another number, "
+            f"{type(scheduler).__name__} says: {error}"
         ) from error
 
 

@@ -30,7 +30,12 @@ _COMPUTED = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 # Keys whose values may have ~ and environment variables in them.
-_PATHS = (("model", "path"), ("data", "path"), ("data", "cache"), ("training", "output_dir"))
+_PATHS = (
+    ("model", "pretrained_model_name_or_path"),
+    ("data", "dataset_name"),
+    ("data", "cache"),
+    ("training", "output_dir"),
+)
 
 
 class ConfigError(ValueError):
@@ -60,7 +65,8 @@ class ModelConfig:
 
     Attributes:
         family: see ``sipo.families.FAMILIES``.
-        pretrained_model_name_or_path: a local folder or a hub id with a whole diffusers pipeline; "toy" for a small random one.
+        pretrained_model_name_or_path: a local folder or a hub id with a whole diffusers pipeline; "toy" for a small
+            random one.
         revision: of a hub id.
         variant: of the weight files ("fp16").
         dtype: of frozen weights: text encoders, and with LoRA the network below the adapters. Weights that are trained
@@ -99,7 +105,8 @@ class DataConfig:
     """Where the pairs come from, and how they become latents (once, see ``sipo precompute``).
 
     Attributes:
-        dataset_name: JSONL file, folder of parquet files, hub id of a data set, or VideoDPO folder; "toy" for a small one.
+        dataset_name: JSONL file, folder of parquet files, hub id of a data set, or VideoDPO folder; "toy" for a small
+            one.
         format: of ``dataset_name``; "auto" looks.
         dataset_split_name: of a data set with several.
         streaming: read a hub's data set row by row in place of downloading all of it first.

@@ -33,8 +33,8 @@ def export_run(
 
     Args:
         target: folder of a run of ``sipo train``.
-        overrides: ``section.key=value`` laid over its configuration, for a model that has moved: ``model.pretrained_model_name_or_path``,
-            ``model.revision`` or ``model.variant``.
+        overrides: ``section.key=value`` laid over its configuration, for a model that has moved:
+            ``model.pretrained_model_name_or_path``, ``model.revision`` or ``model.variant``.
         format: one of ``sipo.families.lora_files.FORMATS``.
         checkpoint_step: in place of the run's weights, those of a checkpoint, by its step, or "latest".
         output: file to write; named after run, step and format in the run's folder if left out.
@@ -144,5 +144,6 @@ def _network_config(family: Family, config: Config) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         reason = f"cannot read the configuration of its {family.network}, by which its blocks are numbered"
         raise FileNotFoundError(
-            f"model.pretrained_model_name_or_path={path!r}: {reason}; model.pretrained_model_name_or_path=... names where it is now"
+            f"model.pretrained_model_name_or_path={path!r}: {reason}; model.pretrained_model_name_or_path=... names "
+            "where it is now"
         ) from error

@@ -80,7 +80,7 @@ def score_run(
     Raises:
         ConfigError: also held-out or training pairs asked for, where the data or the split are not those of training,
             or another network than the one trained from.
-        CacheError, BadPair, DataError, FileNotFoundError, ValueError: as for training.
+        CacheError, BadPairError, DataError, FileNotFoundError, ValueError: as for training.
         FileError: weights that are damaged; names the file.
         FileExistsError: an output that is there and holds something else than scores.
     """

@@ -67,8 +67,9 @@ def run_training(config: Config, *, resume: bool = False, accelerator: Accelerat
     Raises:
         LockedError: another process is training into ``training.output_dir``.
         ConfigError: what does not fit; a folder that holds another run.
-        CacheError, BadPair, DataError: of the data.
-        CheckpointError, TrainingAlarm, TrainingDiverged, TrainingInterrupted, TrainingMismatch, TrainingOutOfMemory: of
+        CacheError, BadPairError, DataError: of the data.
+        CheckpointError, TrainingAlarmError, TrainingDivergedError, TrainingInterruptedError, TrainingMismatchError,
+        TrainingOutOfMemoryError: of
             the loop.
     """
     training = config.training

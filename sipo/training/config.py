@@ -39,11 +39,11 @@ _FREE_ON_RESUME = frozenset(
 )
 
 
-class TrainingDiverged(RuntimeError):  # noqa: N818 - what happened, and not a mistake
+class TrainingDivergedError(RuntimeError):
     """Too many optimiser steps in a row had a gradient that was not finite."""
 
 
-class TrainingInterrupted(RuntimeError):  # noqa: N818 - likewise
+class TrainingInterruptedError(RuntimeError):
     """The run was asked to stop, finished its step and wrote a checkpoint.
 
     Attributes:
@@ -59,7 +59,7 @@ class TrainingInterrupted(RuntimeError):  # noqa: N818 - likewise
         self.signal = signal
 
 
-class TrainingAlarm(RuntimeError):  # noqa: N818 - likewise
+class TrainingAlarmError(RuntimeError):
     """An alarm of ``sipo.training.statistics`` went off and the configuration says to stop: a checkpoint was written.
 
     Attributes:
@@ -76,11 +76,11 @@ class TrainingAlarm(RuntimeError):  # noqa: N818 - likewise
         self.checkpoint = checkpoint
 
 
-class TrainingMismatch(ValueError):  # noqa: N818 - likewise
+class TrainingMismatchError(ValueError):
     """Policy and reference differ before the first step, by more than their types round; no weight has moved."""
 
 
-class TrainingOutOfMemory(RuntimeError):  # noqa: N818 - likewise
+class TrainingOutOfMemoryError(RuntimeError):
     """The device's memory did not suffice for a step; the message says what to lower."""
 
 
@@ -100,9 +100,9 @@ class TrainingConfig:
         max_train_steps: optimiser steps of the whole run, those before a resume included.
         output_dir: where ``metrics.jsonl``, ``timesteps.jsonl``, ``tensorboard/`` and ``checkpoints/`` go.
         train_batch_size: preference pairs in one forward pass of one process (``2 * train_batch_size`` samples).
-        gradient_accumulation_steps: forward passes per optimiser step. The run's random numbers belong to pairs and not to
-            passes, so ``train_batch_size=32`` and ``train_batch_size=16, gradient_accumulation_steps=2`` see the same noise and timesteps, and
-            the same data where all pairs have one shape.
+        gradient_accumulation_steps: forward passes per optimiser step. The run's random numbers belong to pairs and not
+            to passes, so ``train_batch_size=32`` and ``train_batch_size=16, gradient_accumulation_steps=2`` see the
+            same noise and timesteps, and the same data where all pairs have one shape.
         optimizer: "adamw" is torch's. "adamw8bit" keeps its moments in 8 bits and "paged_adamw8bit" lets them
             overflow into host memory; both are bitsandbytes'. Used, like the next four, where none is passed in.
         learning_rate: its peak, once warmed up.
@@ -110,7 +110,8 @@ class TrainingConfig:
         adam_epsilon: AdamW's.
         adam_weight_decay: AdamW's.
         lr_scheduler: the learning rate after the warm-up: "constant", or falling to 0 at the last step along half a
-            "cosine" or a "linear" ramp. The last two hang on ``max_train_steps``, which is then fixed for a resumed run.
+            "cosine" or a "linear" ramp. The last two hang on ``max_train_steps``, which is then fixed for a resumed
+            run.
         lr_warmup_steps: optimiser steps over which the learning rate rises linearly.
         max_grad_norm: gradients are scaled down to this global norm; ``None`` leaves them alone.
         ema_decay: keep an exponential moving average of the trained weights that forgets at this rate, after a
@@ -130,13 +131,13 @@ class TrainingConfig:
         checkpointing_steps: optimiser steps between checkpoints; 0 writes none. With any, the last step gets one too.
             Each is checked by size and hash before it is used, and the one before it stands in for a damaged one.
         checkpoints_total_limit: newest checkpoints to keep; 0 keeps all.
-        max_nonfinite_steps: stop with :class:`TrainingDiverged` when this many steps in a row had a
+        max_nonfinite_steps: stop with :class:`TrainingDivergedError` when this many steps in a row had a
             non-finite gradient. Counted on the device and read with the log, so a run stops at the first log
             line after.
         timestep_statistics: whether to write ``timesteps.jsonl``, statistics by noise level (docs/math.md §8), with
             each log line.
         alarms: what to do when a log line shows that the policy drifts or collapses, or that the mask has stopped
-            training (docs/math.md §8): "warn", "stop" with a checkpoint and :class:`TrainingAlarm`, or "off". With
+            training (docs/math.md §8): "warn", "stop" with a checkpoint and :class:`TrainingAlarmError`, or "off". With
             "off" a run whose policy is not its reference at the first step goes on, too.
         dataloader_num_workers: data loader processes.
         ddp_timeout: seconds that a process waits for the others before the run ends with an error; under DDP and FSDP2

@@ -27,11 +27,11 @@ from sipo.seeds import WORKERS, derive_seed, seed_process
 from sipo.training import checkpoint, storage
 from sipo.training.alarms import AlarmWatch
 from sipo.training.config import (
-    TrainingAlarm,
+    TrainingAlarmError,
     TrainingConfig,
-    TrainingDiverged,
-    TrainingInterrupted,
-    TrainingMismatch,
+    TrainingDivergedError,
+    TrainingInterruptedError,
+    TrainingMismatchError,
     TrainingWarning,
 )
 from sipo.training.first_step import NAMES, FirstStep, Mismatch
@@ -134,11 +134,11 @@ def train(
         ImportError: an optimiser or a tracker that is not installed.
         LockedError: another process is writing to ``config.folder``.
         CheckpointError: a checkpoint that is absent, damaged or of another run.
-        TrainingDiverged: too many non-finite steps in a row.
-        TrainingMismatch: ``mismatch="raise"``, and policy and reference differ before the first step.
-        TrainingAlarm: ``alarms="stop"`` and one went off; says why and where to resume from.
-        TrainingInterrupted: asked to stop; says where to resume from.
-        TrainingOutOfMemory: says what to lower.
+        TrainingDivergedError: too many non-finite steps in a row.
+        TrainingMismatchError: ``mismatch="raise"``, and policy and reference differ before the first step.
+        TrainingAlarmError: ``alarms="stop"`` and one went off; says why and where to resume from.
+        TrainingInterruptedError: asked to stop; says where to resume from.
+        TrainingOutOfMemoryError: says what to lower.
     """
     if accelerator is None:
         accelerator = make_accelerator(config)
@@ -266,8 +266,8 @@ class _Run:
                 recorder.advance()
                 if self._after(recorder, step + 1, rate, agreement):
                     if self.alarms:
-                        raise TrainingAlarm(step + 1, self.saved, self.alarms)
-                    raise TrainingInterrupted(step + 1, self.saved, request.signal)
+                        raise TrainingAlarmError(step + 1, self.saved, self.alarms)
+                    raise TrainingInterruptedError(step + 1, self.saved, request.signal)
         finally:
             recorder.close()
         average = self.average.tensors() if self.average is not None else None
@@ -322,7 +322,7 @@ class _Run:
         if message is None or self.config.alarms == "off":
             return
         if beyond and self.mismatch == "raise":
-            raise TrainingMismatch(f"step 1: {message}; alarms='off' trains all the same")
+            raise TrainingMismatchError(f"step 1: {message}; alarms='off' trains all the same")
         if main:
             warnings.warn(f"step 1: {message}", TrainingWarning, stacklevel=2)
 
@@ -429,7 +429,7 @@ class _Run:
             metrics["skipped_passes"], self.skipped = self.skipped, 0
         recorder.write(step, metrics, None if self.statistics is None else self.statistics.take(step, sums))
         if row >= self.config.max_nonfinite_steps:
-            raise TrainingDiverged(
+            raise TrainingDivergedError(
                 f"step {step}: {row} optimiser steps in a row had a non-finite gradient, expected fewer than "
                 f"max_nonfinite_steps={self.config.max_nonfinite_steps}; see {self.config.metrics_path}"
             )

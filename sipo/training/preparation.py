@@ -81,7 +81,8 @@ def check_config(config: TrainingConfig, accelerator: Accelerator, resume_from: 
     if accelerator.gradient_accumulation_steps != config.gradient_accumulation_steps:
         found = accelerator.gradient_accumulation_steps
         raise ValueError(
-            f"gradient_accumulation_steps={found}: expected gradient_accumulation_steps={config.gradient_accumulation_steps}"
+            f"gradient_accumulation_steps={found}: expected "
+            f"gradient_accumulation_steps={config.gradient_accumulation_steps}"
         )
     _check_precision(accelerator)
 

@@ -14,7 +14,7 @@ import torch
 from torch import distributed
 
 from sipo.processes import is_out_of_memory
-from sipo.training.config import TrainingConfig, TrainingOutOfMemory
+from sipo.training.config import TrainingConfig, TrainingOutOfMemoryError
 
 _ALWAYS = (signal.SIGINT, signal.SIGTERM)
 # Cluster managers send these ahead of time, and a closed terminal SIGHUP; whoever handles them already keeps them.
@@ -149,7 +149,7 @@ def memory_advice(config: TrainingConfig, device: torch.device, step: int) -> It
     """Says what to lower where the memory of ``device`` does not suffice for optimiser step ``step``.
 
     Raises:
-        TrainingOutOfMemory: in place of torch's own error, which is its cause.
+        TrainingOutOfMemoryError: in place of torch's own error, which is its cause.
     """
     try:
         yield
@@ -157,10 +157,13 @@ def memory_advice(config: TrainingConfig, device: torch.device, step: int) -> It
         if not is_out_of_memory(error):
             raise
         if config.train_batch_size > 1:
-            lower = f"train_batch_size={config.train_batch_size} (and raise gradient_accumulation_steps={config.gradient_accumulation_steps} by as much)"
+            lower = (
+                f"train_batch_size={config.train_batch_size} (and raise "
+                f"gradient_accumulation_steps={config.gradient_accumulation_steps} by as much)"
+            )
         else:
             lower = "the samples' size"
-        raise TrainingOutOfMemory(
+        raise TrainingOutOfMemoryError(
             f"step {step}: out of memory on {device}; lower {lower}, or use gradient checkpointing, LoRA, mixed "
             "precision, an 8-bit optimiser, a reference in host memory, or reference errors in its place"
         ) from error
