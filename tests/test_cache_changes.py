@@ -26,8 +26,8 @@ from sipo.data.media import write_image
 from sipo.data.readers import JsonlReader, PickapicReader
 from sipo.data.records import DataError
 from sipo.families import get
+from sipo.families.config import ModelConfig
 from sipo.families.toy import build_toy
-from sipo.recipe.config import ModelConfig
 from tests.data_sets import PickapicBuilder, noise
 from tests.small_family import MODEL, Accelerator, Pipeline, SmallFamily, build, in_processes, settings
 
@@ -74,7 +74,12 @@ def changed(before: dict[str, int], cache: Path) -> list[str]:
 
 
 def encode(data: Path, pipeline: Pipeline | None = None, **options: Any) -> CacheSummary:
-    settings: dict[str, Any] = {"sizes": [(32, 32)], "shard_pairs": 2, "path": "the pairs", "check_hashes": False}
+    settings: dict[str, Any] = {
+        "sizes": [(32, 32)],
+        "shard_pairs": 2,
+        "dataset_name": "the pairs",
+        "check_hashes": False,
+    }
     return build(data.parent.parent / "cache", JsonlReader(data), pipeline, **settings | options)
 
 
@@ -89,7 +94,7 @@ def data(tmp_path: Path) -> Path:
 def assert_as_new(data: Path) -> None:
     """The cache is the one that would be made today."""
     folder = data.parent.parent
-    build(folder / "new", JsonlReader(data), sizes=[(32, 32)], shard_pairs=2, path="the pairs")
+    build(folder / "new", JsonlReader(data), sizes=[(32, 32)], shard_pairs=2, dataset_name="the pairs")
     found, wanted = open_cache(folder / "cache"), open_cache(folder / "new")
     assert found.rows.tolist() == wanted.rows.tolist()
     for place in range(len(wanted)):
@@ -486,16 +491,16 @@ def test_a_json_file_whose_content_is_damaged_is_written_anew(data: Path) -> Non
 def test_a_data_set_that_has_moved_is_taken_if_it_is_the_same(data: Path) -> None:
     before = written_at(data.parent.parent / "cache")
     moved = data.parent.rename(data.parent.with_name("moved")) / data.name
-    assert not encode(moved, path="elsewhere").news()
+    assert not encode(moved, dataset_name="elsewhere").news()
     assert open_cache(data.parent.parent / "cache").path == "elsewhere"
     lines = read(moved)
     swap(lines)
     write(moved, lines)
     others = r'this run has "another", whose pairs are others \(row 4: chosen is b/3'
     with pytest.raises(CacheError, match=others):
-        encode(moved, path="another")
+        encode(moved, dataset_name="another")
     assert not changed(before, data.parent.parent / "cache")
-    assert encode(moved, path="elsewhere").written == 1
+    assert encode(moved, dataset_name="elsewhere").written == 1
 
 
 def test_a_process_that_is_killed_while_it_encodes_anew_leaves_no_finished_cache(data: Path) -> None:

@@ -32,7 +32,7 @@ def tree(**sections: dict[str, Any]) -> dict[str, Any]:
 def test_defaults_are_filled_in_and_written_out() -> None:
     config = from_dict(tree())
     assert config.model.lora.rank == 16 and config.data.sizes == [(512, 512)] and config.loss.method == "sipo"
-    assert config.training.steps == 3
+    assert config.training.max_train_steps == 3
     again = from_dict(config.as_dict())
     assert again == config
     assert from_dict(yaml.safe_load(yaml.safe_dump(config.as_dict()))) == config
@@ -46,7 +46,9 @@ def test_data_in_the_place_of_a_configuration_is_named(tmp_path: Path, name: str
 
 
 def test_what_is_kept_beside_a_run_has_its_letters_as_they_are(tmp_path: Path) -> None:
-    given = from_dict(tree(samples={"prompts": ["ein großer Bär"]}, training={"output_dir": str(tmp_path / "run")}))
+    given = from_dict(
+        tree(samples={"validation_prompts": ["ein großer Bär"]}, training={"output_dir": str(tmp_path / "run")})
+    )
     _write_config(SimpleNamespace(config=given, accelerator=None))  # type: ignore[arg-type]
     assert "ein großer Bär" in (tmp_path / "run" / "config.yaml").read_text(encoding="utf-8")
 
@@ -54,18 +56,22 @@ def test_what_is_kept_beside_a_run_has_its_letters_as_they_are(tmp_path: Path) -
 def test_off_and_no_are_words(tmp_path: Path) -> None:
     """YAML 1.1 reads them as False, and with them values that are called so."""
     path = tmp_path / "config.yaml"
-    text = yaml.safe_dump(tree(training={"alarms": "X"}, data={"tiling": "Y"})).replace("X", "off").replace("Y", "true")
+    text = (
+        yaml.safe_dump(tree(training={"alarms": "X"}, data={"enable_tiling": "Y"}))
+        .replace("X", "off")
+        .replace("Y", "true")
+    )
     path.write_text(text, encoding="utf-8")
     config = load(path, ["training.mixed_precision=no", "data.skip_bad=True", "model.gradient_checkpointing=yes"])
     assert config.training.alarms == "off" and config.training.mixed_precision == "no"
-    assert config.data.tiling is config.data.skip_bad is config.model.gradient_checkpointing is True
+    assert config.data.enable_tiling is config.data.skip_bad is config.model.gradient_checkpointing is True
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: str(path.relative_to(ROOT / "examples")))
 def test_examples_are_configurations(path: Path) -> None:
     config = load(path)
     assert config.model.family in path.stem
-    assert (config.model.path == "toy") == (path.parent.name == "toy")
+    assert (config.model.pretrained_model_name_or_path == "toy") == (path.parent.name == "toy")
 
 
 def test_every_family_has_its_examples() -> None:
@@ -282,7 +288,7 @@ def test_long_values_are_not_printed_whole(tmp_path: Path, override: str, messag
 def test_aliases_are_allowed(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(tree()) + "samples: {validation_prompts: [&a cat, *a, dog]}\n")
-    assert load(path).samples.prompts == ["cat", "cat", "dog"]
+    assert load(path).samples.validation_prompts == ["cat", "cat", "dog"]
 
 
 def test_the_reference_follows_from_tuning_and_data() -> None:
