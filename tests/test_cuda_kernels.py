@@ -32,8 +32,8 @@ from sipo_kernels.backends.interface import Stats
 from sipo_kernels.inputs import Inputs
 from sipo_kernels.options import Settings
 from sipo_kernels.output import add_totals
+from sipo_kernels.testing import Batch, make_batch, run
 from tests import emulation
-from tests.cases import Batch, make_batch, run
 from tests.conftest import emulate
 
 pytestmark = pytest.mark.skipif(

@@ -11,14 +11,16 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from golden_cases import load_ratio_scales
 from torch import Tensor
 
 from benchmarks.previous_level import markdown, rows
 from sipo import NoiseSchedule
 from sipo.schedule.diffusers_schedulers import SettingError, check_sampler, with_settings
+from sipo_kernels.testing import golden_ratio_scales
 
-BY_NAME = {case.name: case for case in load_ratio_scales()}
+GOLDEN_FILES = Path(__file__).parent / "golden"
+
+BY_NAME = {case.name: case for case in golden_ratio_scales(GOLDEN_FILES)}
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 ALL_STEPS = torch.arange(1000)
 
@@ -69,11 +71,11 @@ def test_golden_through_schedulers(name: str, scheduler: Any) -> None:
     schedule = NoiseSchedule.from_scheduler(scheduler, steps)
     assert schedule.prediction_type == case.schedule["prediction"]
     assert (schedule.kind, schedule.num_train_timesteps) == (case.schedule["kind"], 1000)
-    close(schedule.ratio_scale(case.timesteps), case.ratio_scale, rtol=1e-4)
+    close(schedule.ratio_scale(case.noise_levels), case.ratio_scale, rtol=1e-4)
     # a scheduler that has been used for sampling gives the same
     scheduler.set_timesteps(7)
     again = NoiseSchedule.from_scheduler(scheduler, steps)
-    assert torch.equal(again.ratio_scale(case.timesteps), schedule.ratio_scale(case.timesteps))
+    assert torch.equal(again.ratio_scale(case.noise_levels), schedule.ratio_scale(case.noise_levels))
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])

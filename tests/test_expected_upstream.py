@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Batch, make_batch, reference_grad, run
 from conftest import DEVICE
 from torch import Tensor
 
 from sipo import NoiseSchedule, SIPOLoss
 from sipo_kernels import backends, pair_loss
 from sipo_kernels.layout import pair_dtype
+from sipo_kernels.testing import Batch, make_batch, reference_grad, run
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 MIXES = [(F32,) * 3, (BF16,) * 3, (BF16, BF16, F32), (F16,) * 3, (F16, F16, F32), (F32, BF16, F64)]

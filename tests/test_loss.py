@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
-from golden_cases import GoldenCase, load_cases
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from sipo import NoiseSchedule, PairLossOutput, SIPOLoss, convert_beta
 from sipo_kernels import reference
+from sipo_kernels.testing import GoldenCase, golden_cases
 
-CASES = load_cases()
+GOLDEN_FILES = Path(__file__).parent / "golden"
+
+CASES = golden_cases(GOLDEN_FILES)
 
 
 def close(actual: Tensor, expected: Tensor | float, rtol: float = 1e-12) -> None:
@@ -40,9 +43,9 @@ def batch(*shape: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_golden(case: GoldenCase) -> None:
-    loss_fn = SIPOLoss(schedule_of(case), **case.settings)
+    loss_fn = SIPOLoss(schedule_of(case), **case.options)
     model_pred = case.model_pred.clone().requires_grad_()
-    out = loss_fn(model_pred, case.ref_pred, case.target, case.timesteps)
+    out = loss_fn(model_pred, case.ref_pred, case.target, case.noise_levels)
     assert isinstance(out, PairLossOutput)
     for name in ("model_error", "ref_error", "error_gap", "log_ratio", "weight", "logits", "loss"):
         torch.testing.assert_close(getattr(out, name).detach(), case.expected[name], rtol=1e-9, atol=1e-13)
@@ -53,10 +56,10 @@ def test_golden(case: GoldenCase) -> None:
 
 @pytest.mark.parametrize("case", CASES[:1] + CASES[-1:], ids=lambda case: case.name)
 def test_timesteps_may_be_shared_by_the_pair(case: GoldenCase) -> None:
-    loss_fn = SIPOLoss(schedule_of(case), **case.settings)
+    loss_fn = SIPOLoss(schedule_of(case), **case.options)
     tensors = (case.model_pred, case.ref_pred, case.target)
-    full = loss_fn(*tensors, case.timesteps)
-    shared = loss_fn(*tensors, case.timesteps[: case.num_pairs])
+    full = loss_fn(*tensors, case.noise_levels)
+    shared = loss_fn(*tensors, case.noise_levels[: case.num_pairs])
     assert torch.equal(shared.loss, full.loss)
     assert torch.equal(shared.log_ratio, full.log_ratio)
 
@@ -264,7 +267,7 @@ def test_beta_there_and_back(source: str, target: str, value: float, elements: i
 def test_conventions_give_the_same_logits() -> None:
     """What each convention's own formula makes of its β, against the pair loss."""
     case = next(c for c in CASES if c.name == "diffusion_dpo-sd15")
-    beta, elements = case.settings["beta"], case.model_pred[0].numel()
+    beta, elements = case.options["beta"], case.model_pred[0].numel()
     model = ((case.model_pred - case.target) ** 2).flatten(1)
     ref = ((case.ref_pred - case.target) ** 2).flatten(1)
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from cases import make_batch, run
 
 from sipo_kernels import pair_loss
 from sipo_kernels.backends import native
+from sipo_kernels.testing import make_batch, run
 
 pytestmark = pytest.mark.skipif(native.LIBRARY is None, reason=f"needs the native library: {native.REASON}")
 

@@ -8,13 +8,12 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cases import Batch, assert_within_budget, beta_for, make_batch, reference_grad, run, run_reference
 from conftest import DEVICE
-from golden_cases import load_cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -22,9 +21,21 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sipo_kernels import METHODS, backends, pair_loss, reference
+from sipo_kernels.testing import (
+    Batch,
+    assert_within_budget,
+    beta_for,
+    golden_cases,
+    make_batch,
+    reference_grad,
+    run,
+    run_reference,
+)
+
+GOLDEN_FILES = Path(__file__).parent / "golden"
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
-CASES = load_cases()
+CASES = golden_cases(GOLDEN_FILES)
 
 # Odd shapes are the normal case: primes, ones, one pair, a run longer than a chunk of any backend.
 SHAPES = [(2, 1), (2,), (4, 7), (6, 3, 5, 7), (2, 4, 8, 8), (10, 1, 1, 13), (4, 2, 3, 5, 11), (2, 8209)]
@@ -41,7 +52,7 @@ def test_golden(case: Any, backend: str) -> None:
         case.target.to(DEVICE),
         ratio_scale=case.ratio_scale.to(DEVICE),
         backend=backend,
-        **case.settings,
+        **case.options,
     )
     (grad,) = torch.autograd.grad(out.loss, model)
     for name in ("model_error", "ref_error", "error_gap", "log_ratio", "weight", "logits", "loss"):

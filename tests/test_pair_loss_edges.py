@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from cases import make_batch, run, run_reference
 from conftest import DEVICE
 from torch.autograd import forward_ad
 
@@ -15,6 +14,7 @@ from sipo import NoiseSchedule, SIPOLoss
 from sipo_kernels import METHODS, METRICS, STATISTICS, Totals, backends, pair_loss, reference
 from sipo_kernels.backends.cuda import launch as cuda
 from sipo_kernels.layout import pair_dtype
+from sipo_kernels.testing import make_batch, run, run_reference
 from tests import emulation
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64

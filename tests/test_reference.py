@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from golden_cases import GoldenCase, load_cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from sipo_kernels.options import METHODS, RATIOS, REDUCTIONS
 from sipo_kernels.reference import ReferenceOutput, pair_grad, pair_loss
+from sipo_kernels.testing import GoldenCase, golden_cases
 
-CASES = load_cases()
+GOLDEN_FILES = Path(__file__).parent / "golden"
+
+CASES = golden_cases(GOLDEN_FILES)
 PER_SAMPLE = ("model_error", "ref_error", "error_gap", "log_ratio", "weight")
 
 
@@ -53,20 +56,20 @@ def autograd(batch: dict[str, Any], grad_output: Tensor | None = None, **options
 def test_golden(case: GoldenCase) -> None:
     model_pred = case.model_pred.clone().requires_grad_()
     inputs = (case.ref_pred, case.target)
-    out = pair_loss(model_pred, *inputs, ratio_scale=case.ratio_scale, **case.settings)
+    out = pair_loss(model_pred, *inputs, ratio_scale=case.ratio_scale, **case.options)
     for name in (*PER_SAMPLE, "logits"):
         close(getattr(out, name), case.expected[name])
     assert out.mask.tolist() == case.expected["mask"].tolist()
     close(out.loss.detach(), case.expected["loss"])
     (grad,) = torch.autograd.grad(out.loss, model_pred)
     close(grad, case.expected["grad"])
-    formula = pair_grad(case.model_pred, *inputs, ratio_scale=case.ratio_scale, **case.settings)
+    formula = pair_grad(case.model_pred, *inputs, ratio_scale=case.ratio_scale, **case.options)
     close(formula, case.expected["grad"])
 
 
 def test_golden_files_cover_what_they_should() -> None:
-    assert {case.settings["method"] for case in CASES} == set(METHODS)
-    assert {case.settings["ratio"] for case in CASES} == set(RATIOS)
+    assert {case.options["method"] for case in CASES} == set(METHODS)
+    assert {case.options["ratio"] for case in CASES} == set(RATIOS)
     assert len(CASES) == 11
     assert any(case.ratio_scale.isinf().any() for case in CASES)
 

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import Batch, beta_for, make_batch, reference_grad, run, run_reference
 from conftest import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,6 +19,7 @@ from sipo import NoiseSchedule, SIPOLoss
 from sipo.recipe.config import LossConfig
 from sipo_kernels import METHODS, pair_loss, reference
 from sipo_kernels.options import LOSS_TYPES, Settings
+from sipo_kernels.testing import Batch, beta_for, make_batch, reference_grad, run, run_reference
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 SMOOTHED = [
@@ -242,7 +242,7 @@ def published(model: Tensor, batch: Batch, beta: float, loss_type: str, smoothin
 
 
 def aligned_batch(shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...] = (F32,) * 3, **options: Any) -> Batch:
-    """As :func:`cases.make_batch`, rejected samples' errors being like chosen samples', as of shared noise; the "
+    """As :func:`sipo_kernels.testing.make_batch`, rejected samples' errors being like chosen samples', as of shared noise; the "
     "last pair's opposed."""
     batch = make_batch(shape, (F64,) * 3, **options)
     pairs = shape[0] // 2
@@ -303,7 +303,7 @@ def test_gradient_against_finite_differences(loss_type: str, smoothing: float, m
 
 
 def assert_gradient_within_budget(batch: Batch, grad: Tensor, coef: Tensor, options: dict[str, Any]) -> None:
-    """That of ``cases.assert_within_budget``, and what the logit's own budget of 1e-5 (1 + |z|) makes of −ℓ'(z).
+    """That of ``sipo_kernels.testing``, and what the logit's own budget of 1e-5 (1 + |z|) makes of −ℓ'(z).
 
     −ℓ' of a smoothed loss type or of ipo goes through 0, near which no relative error of it is bounded by z's.
     """

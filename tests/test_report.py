@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Batch, make_batch, run
 from conftest import DEVICE
 from torch import Tensor
 
 from sipo_kernels import METHODS, METRICS, STATISTICS, Totals, backends, pair_loss
 from sipo_kernels.output import add_totals
+from sipo_kernels.testing import Batch, make_batch, run
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 BINS = 7

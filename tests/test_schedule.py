@@ -8,13 +8,13 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import numpy as np
 import pytest
 import torch
-from golden_cases import RatioScaleCase, load_cases, load_ratio_scales
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -22,8 +22,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import sipo.schedule.noise_schedule
 from sipo import NoiseSchedule, SIPOLoss
+from sipo_kernels.testing import RatioScaleCase, golden_cases, golden_ratio_scales
 
-GOLDEN = load_ratio_scales()
+GOLDEN_FILES = Path(__file__).parent / "golden"
+
+GOLDEN = golden_ratio_scales(GOLDEN_FILES)
 BY_NAME = {case.name: case for case in GOLDEN}
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 ALL_STEPS = torch.arange(1000)
@@ -48,14 +51,14 @@ def table(schedule: NoiseSchedule) -> Tensor:
 
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda case: case.name)
 def test_golden_from_configuration(case: RatioScaleCase) -> None:
-    scale = from_config(case.schedule).ratio_scale(case.timesteps)
+    scale = from_config(case.schedule).ratio_scale(case.noise_levels)
     assert scale.dtype == torch.float64
     close(scale, case.ratio_scale)
 
 
-@pytest.mark.parametrize("case", load_cases(), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", golden_cases(GOLDEN_FILES), ids=lambda case: case.name)
 def test_golden_batches(case: Any) -> None:
-    close(from_config(case.schedule).ratio_scale(case.timesteps), case.ratio_scale)
+    close(from_config(case.schedule).ratio_scale(case.noise_levels), case.ratio_scale)
 
 
 @pytest.mark.parametrize("name", ["sd15", "cogvideox2b", "cogvideox5b"])
@@ -70,7 +73,7 @@ def test_golden_from_arrays(name: str, convert: Any) -> None:
     if config.get("rescale_betas_zero_snr"):
         root = (root - root[-1]) * root[0] / (root[0] - root[-1])
     schedule = NoiseSchedule.from_alphas_cumprod(convert(torch.from_numpy(root**2)), config["prediction"], 50)
-    close(schedule.ratio_scale(BY_NAME[name].timesteps), BY_NAME[name].ratio_scale)
+    close(schedule.ratio_scale(BY_NAME[name].noise_levels), BY_NAME[name].ratio_scale)
 
 
 def latents(n: int = 5, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import Batch, assert_within_budget, beta_for, make_batch, reference_grad, run, run_reference
 from conftest import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -38,6 +37,7 @@ from sipo_kernels.inputs import Inputs
 from sipo_kernels.layout import SMALL_SAMPLE
 from sipo_kernels.options import METHODS, Settings
 from sipo_kernels.output import METRICS, STATISTICS, Totals
+from sipo_kernels.testing import Batch, assert_within_budget, beta_for, make_batch, reference_grad, run, run_reference
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 MB = 1 << 20

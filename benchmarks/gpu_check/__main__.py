@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     args = _parser().parse_args(arguments)
     if not __debug__:
-        print("gpu_check: python -O leaves assertions out, and tests/cases.py decides by them: run it without -O")
+        print("gpu_check: python -O leaves assertions out, and its checks use them: run it without -O")
         return 2
     import torch
 

@@ -1,7 +1,7 @@
 """What every check is made of: the list of checks, one backend's context, comparisons with float64.
 
-Batches and budgets are those of ``tests/cases.py``. A check is a function of a :class:`Context` that raises where the
-contract (``docs/architecture.md``) is broken.
+Batches and budgets are those of ``sipo_kernels/testing.py``. A check is a function of a :class:`Context` that raises
+where the contract (``docs/architecture.md``) is broken.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sipo_kernels import METRICS, STATISTICS, PairLossOutput, Totals
+from sipo_kernels import testing as cases
 from sipo_kernels.layout import pair_dtype
 
 TESTS = Path(__file__).resolve().parents[2] / "tests"
@@ -34,13 +35,7 @@ def from_tests(name: str) -> Any:
     return module
 
 
-if TYPE_CHECKING:
-    import tests.cases as cases
-    import tests.golden_cases as golden_cases
-    from tests.cases import Batch
-else:
-    cases, golden_cases = from_tests("cases"), from_tests("golden_cases")
-    Batch = cases.Batch
+Batch = cases.Batch
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 DTYPES = (F32, BF16, F16, F64)
@@ -127,7 +122,7 @@ class Context:
         self.within((grad.double() - exact).norm(), rounding + 1e-6 * norm if half else 5e-6 * norm, what, half)
 
     def hold(self, batch: Batch, what: str = "", logit: float = 15.0, **options: Any) -> None:
-        """One call against float64, within every budget of ``tests/cases.py``; β so that the largest |logit| is given.
+        """Compares one call with float64 within every budget; β is chosen so that the largest |logit| is ``logit``.
 
         The mask is off by default: a batch of masked pairs has no gradient to be wrong.
 
@@ -154,7 +149,7 @@ class Context:
         self.compare(batch, out, grad, exact, truth, label)
 
     def compare(self, batch: Batch, out: PairLossOutput, grad: Tensor, exact: Tensor, truth: Any, label: str) -> None:
-        """Results of one call against float64; ``tests/cases.py`` decides, the fractions are for the report."""
+        """Compares the results of one call with float64; the fractions of budgets are for the report alone."""
         z = truth.logits
         self.within(largest((out.logits.double() - z).abs() / (1e-5 * (1 + z.abs()))), 1, f"{label}: logits")
         self.require(torch.equal(out.mask, truth.mask), f"{label}: mask {out.mask.tolist()[:8]}")

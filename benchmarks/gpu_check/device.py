@@ -242,7 +242,7 @@ def check_large(ctx: Context) -> None:
 
 
 def _hold_in_chunks(ctx: Context, samples: int, elements: int, chunk: int, shared: bool) -> None:
-    """diffusion_dpo against float64 (§2, §5, §6), chunk by chunk, with the budgets of ``tests/cases.py``."""
+    """diffusion_dpo against float64 (§2, §5, §6), chunk by chunk, with the budgets of ``sipo_kernels/testing.py``."""
     rows = samples // 2 if shared else samples
     needed = 2 * elements * (3 * samples + rows) + 12 * 8 * chunk + (1 << 28)
     if (free := memory_bytes(ctx.device)) < needed:

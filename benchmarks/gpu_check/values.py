@@ -19,10 +19,10 @@ from benchmarks.gpu_check.context import (
     cases,
     check,
     describe,
-    golden_cases,
     largest,
     poisoned,
 )
+from benchmarks.gpu_check.processes import ROOT
 from sipo_kernels import METHODS, Totals, pair_loss
 from sipo_kernels.layout import SMALL_SAMPLE
 from sipo_kernels.output import add_totals
@@ -202,10 +202,10 @@ def check_scales(ctx: Context) -> None:
 @check("golden", "sizes", "scaled gradient", "shifted logits")
 def check_golden(ctx: Context) -> None:
     """Independent float64 values of ``tests/golden``, to 1e-11."""
-    for case in golden_cases.load_cases():
+    for case in cases.golden_cases(ROOT / "tests" / "golden"):
         model = case.model_pred.to(ctx.device).requires_grad_()
         tensors = (t.to(ctx.device) for t in (case.ref_pred, case.target, case.ratio_scale))
-        out, grad = ctx.run(cases.Batch(model, *tensors), **case.settings)
+        out, grad = ctx.run(cases.Batch(model, *tensors), **case.options)
         for name in ("model_error", "ref_error", "error_gap", "log_ratio", "weight", "logits", "loss"):
             close = torch.isclose(getattr(out, name).cpu(), case.expected[name], rtol=1e-11, atol=1e-14)
             ctx.require(close.all(), f"{case.name}: {name}")
