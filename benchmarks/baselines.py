@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.cases import BETA, Batch
+from benchmarks.cases import BETA, LossInputs
 from sipo_kernels import backends, pair_loss
 from sipo_kernels.layout import pair_dtype
 
@@ -72,7 +72,7 @@ def upcast(
     return published(model_pred.float(), ref, target.float(), ratio_scale, beta, ref_error)
 
 
-def truth(batch: Batch) -> tuple[Tensor, Tensor]:
+def truth(batch: LossInputs) -> tuple[Tensor, Tensor]:
     """Loss, and ``model_pred``'s gradient for the batch's upstream gradient, in float64.
 
     What every implementation is checked with before it is timed.
@@ -110,7 +110,7 @@ def available(device: str) -> tuple[list[str], dict[str, str]]:
     return names, missing
 
 
-def implementations(batch: Batch, device: str, autotune: bool) -> dict[str, Callable[[], Tensor]]:
+def implementations(batch: LossInputs, device: str, autotune: bool) -> dict[str, Callable[[], Tensor]]:
     """Name → a function that makes the loss of the batch. Compilation waits for the first call."""
     torch._dynamo.reset()  # every case is compiled for its own sizes, and earlier CUDA graphs give their memory back
     model, ref, target, scale, ref_error, _ = batch
@@ -129,7 +129,7 @@ def implementations(batch: Batch, device: str, autotune: bool) -> dict[str, Call
     return found
 
 
-def ours(backend: str, batch: Batch, expected: Tensor | None = None) -> Callable[[], Tensor]:
+def ours(backend: str, batch: LossInputs, expected: Tensor | None = None) -> Callable[[], Tensor]:
     """The loss of the batch as :class:`sipo.SIPOLoss` has it made in training: for the last upstream gradient again.
 
     Args:

@@ -42,7 +42,7 @@ FLOAT32_VIDEO = (("CogVideoX", 4), ("Wan 480p", 1), ("Wan 480p", 4))
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to measure.
+    """One thing to timing.
 
     Attributes:
         label: whose latents these are.
@@ -130,7 +130,7 @@ class Case:
         return cls(sample=tuple(entry["shape"][1:]), **{name: entry[name] for name in names})
 
 
-class Batch(NamedTuple):
+class LossInputs(NamedTuple):
     """What every implementation of a case gets.
 
     Attributes:
@@ -225,7 +225,7 @@ def select(cases: Iterator[Case], only: str | None) -> list[Case]:
     return [case for case in cases if only is None or re.search(only, case.name)]
 
 
-def make_inputs(case: Case, device: str) -> Batch:
+def make_inputs(case: Case, device: str) -> LossInputs:
     """A case's tensors, random, the same every time: a batch early in training, the reference near the policy."""
     g = torch.Generator(device).manual_seed(0)
     dtype, target_dtype = DTYPES[case.dtype], DTYPES[case.target]
@@ -241,7 +241,7 @@ def make_inputs(case: Case, device: str) -> Batch:
     if case.ref_error:
         difference = ref.unflatten(0, (-1, case.pairs)).float() - target.unflatten(0, (-1, case.pairs)).float()
         ref_error = difference.square().flatten(2).mean(2, dtype=torch.float64).flatten().float()
-    return Batch(
+    return LossInputs(
         model.to(dtype).requires_grad_(case.mode == BOTH),
         None if case.ref_error else ref,
         target,

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import Call, sync
+from benchmarks.timing import Call, sync
 
 # Kineto, which records for torch.profiler, else reports each start and stop on stderr.
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import baselines, measure
-from benchmarks.cases import BETA, SHAPES, TARGET, TRAINED, UPSTREAM, Batch, Case, make_inputs
+from benchmarks import baselines, timing
+from benchmarks.cases import BETA, SHAPES, TARGET, TRAINED, UPSTREAM, Case, LossInputs, make_inputs
 from benchmarks.machine import OthersLoad
 from benchmarks.suite import announce, default_output, make_before
 from sipo import NoiseSchedule, SIPOLoss
@@ -53,7 +53,7 @@ def calls_of(case: Case, device: str) -> dict[str, Call]:
     return {LOSS: both, **(_training_pass(batch, device) if case.label == "tiny" else {})}
 
 
-def _training_pass(batch: Batch, device: str) -> dict[str, Call]:
+def _training_pass(batch: LossInputs, device: str) -> dict[str, Call]:
     """A pass of ``sipo.training``'s loop without its networks, and its parts."""
     loss_fn = SIPOLoss(NoiseSchedule.discrete())
     statistics = TimestepStatistics.of(loss_fn, torch.device(device))
@@ -90,16 +90,16 @@ def measure_case(case: Case, device: str, seconds: float) -> dict[str, Any]:
     """One entry of the results file."""
     calls = calls_of(case, device)
     loops = {name: functools.partial(_loop, call) for name, call in calls.items()}
-    failed = measure.warm_up(loops, device=device)
+    failed = timing.warm_up(loops, device=device)
     if failed:
         raise RuntimeError(f"{case.name}: {failed}")
     load = OthersLoad()
-    times = measure.time_alternately(loops, seconds=seconds, device=device, state="in turn", device_times=False)
+    times = timing.time_alternately(loops, seconds=seconds, device=device, state="in turn", device_times=False)
     entry: dict[str, Any] = {**case.fields(), "state": "in turn", "others_cores": load.cores(), "results": {}}
     print(f"\n{case.name}")
     for name, found in times.items():
         each = [milliseconds / LOOP for milliseconds in found.host_ms or found.wall_ms]
-        entry["results"][name] = {"host_ms": measure.summary(each)}
+        entry["results"][name] = {"host_ms": timing.summary(each)}
         low, high = (1e3 * quartile for quartile in entry["results"][name]["host_ms"]["quartiles"])
         median = 1e3 * entry["results"][name]["host_ms"]["median"]
         print(f"  {name:42} {median:8.1f} µs [{low:.1f}, {high:.1f}]  ({len(each)} loops of {LOOP})", flush=True)
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     device = args.device
     results: dict[str, Any] = {
         "kind": "host",
-        "machine": measure.machine(device),
+        "machine": timing.machine(device),
         "auto": baselines.OURS + backends.choose("auto", torch.device(device)),
         "options": {"seconds": args.seconds, "loop": LOOP},
         "complete": False,
@@ -122,9 +122,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     output = args.output or default_output("host", device, partial=args.quick)
     for case in CASES:
         results["cases"].append(measure_case(case, device, args.seconds / (20 if args.quick else 1)))
-        measure.write(results, output)
+        timing.write(results, output)
     results["complete"] = True
-    measure.write(results, output)
+    timing.write(results, output)
     print(f"\n{len(results['cases'])} entries: {output}")
     return results
 
@@ -132,7 +132,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.host", description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default=measure.default_device(), help="default %(default)s"
+        "--device", choices=("cpu", "cuda"), default=timing.default_device(), help="default %(default)s"
     )
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for each batch (default %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a twentieth of the time, to see that it works")

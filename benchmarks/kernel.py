@@ -1,8 +1,8 @@
 """The pair loss against plain torch and torch.compile on latents of real training: ``python -m benchmarks.kernel``.
 
 Measures every implementation (``baselines.py``) on every case (``cases.py``) with the caches cold and "in turn"
-(``measure.py``), writes a results file (``suite.py``) after each case, and ends with a summary of the headline cases
-(``summary.py``; ``--summary FILE`` prints it again). Timings are results, never assertions.
+(``timing.py``), writes a results file (``suite.py``) after each case, and ends with a summary of the headline cases
+(``kernel_summary.py``; ``--summary FILE`` prints it again). Timings are results, never assertions.
 
 Without options a run ends within 8 minutes on a GPU and 10 on a CPU: cases come in the order of what they tell, the
 headline cases are timed three times as long as the others, and what the budget does not reach is listed as skipped.
@@ -20,15 +20,15 @@ from typing import Any
 
 from benchmarks import baselines
 from benchmarks.cases import BOTH, Case, is_headline, kernel_cases, select, table_cases
+from benchmarks.kernel_summary import STATES, print_summary, summarize, table
 from benchmarks.suite import Suite, add_options, announce, default_output
-from benchmarks.summary import STATES, print_summary, summarize, table
 
 BUDGET = {"cuda": 470.0, "cpu": 570.0}
 SECONDS = {"cuda": 0.6, "cpu": 1.2}
 HEADLINE = 3.0  # times as long: their ratios are quoted
 CPU_INPUT_BYTES = 256 << 20
 CPU_MANY_PAIRS = ("SD1.5", "SDXL")
-# Plain torch that is written to be read takes many times as long as plain torch, and as long to measure.
+# Plain torch that is written to be read takes many times as long as plain torch, and as long to timing.
 CPU_EAGER_ELEMENTS = 1 << 22
 QUICK = r"^(SD1.5, 1 pair|SDXL, 4 pairs), bfloat16, (float32 target, )?upstream"
 

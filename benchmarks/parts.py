@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import baselines, measure
+from benchmarks import baselines, timing
 from benchmarks.baselines import COMPILED
-from benchmarks.cases import BETA, DTYPES, FORWARD, SHAPES, TARGET, TRAINED, UPSTREAM, Batch, Case, make_inputs
+from benchmarks.cases import BETA, DTYPES, FORWARD, SHAPES, TARGET, TRAINED, UPSTREAM, Case, LossInputs, make_inputs
 from benchmarks.machine import OthersLoad
 from benchmarks.suite import default_output, make_before, make_calls
 from sipo_kernels import pair_loss
@@ -41,7 +41,7 @@ FAULT_RUNS = 9
 Call = Callable[[], Any]
 
 
-def calls_of(case: Case, batch: Batch) -> dict[str, Call]:
+def calls_of(case: Case, batch: LossInputs) -> dict[str, Call]:
     """What is timed, by name."""
     whole = make_calls(case, batch, "cpu", autotune=False)
     forward = baselines.ours("native", batch)
@@ -94,20 +94,20 @@ def page_faults(calls: Mapping[str, Call], before: Call, runs: int = FAULT_RUNS)
             start = so_far()
             call()
             found[name].append(so_far() - start)
-    return {name: measure.summary(values) for name, values in found.items()}
+    return {name: timing.summary(values) for name, values in found.items()}
 
 
-def measure_parts(case: Case, seconds: float, copy: measure.CopyBandwidth) -> dict[str, Any]:
+def measure_parts(case: Case, seconds: float, copy: timing.CopyBandwidth) -> dict[str, Any]:
     """One entry of the results file."""
     batch = make_inputs(case, "cpu")
     calls, before = calls_of(case, batch), make_before(batch)
-    failed = measure.warm_up(calls, device="cpu", before=before)
+    failed = timing.warm_up(calls, device="cpu", before=before)
     calls = {name: call for name, call in calls.items() if name not in failed}
     again = {AGAIN: calls.pop(AGAIN)}
     copy.measure("between", 15)
     load = OthersLoad()
-    times = measure.time_alternately(calls, seconds=seconds, device="cpu", before=before, state="in turn")
-    times |= measure.time_alternately(again, seconds=seconds / 6, device="cpu", state="warm")
+    times = timing.time_alternately(calls, seconds=seconds, device="cpu", before=before, state="in turn")
+    times |= timing.time_alternately(again, seconds=seconds / 6, device="cpu", state="warm")
     faults, moved = page_faults(calls | again, before), bytes_of(case)
     results = {name: {**t.summary(), "bytes": moved[name], "page_faults": faults[name]} for name, t in times.items()}
     medians = {name: result["wall_ms"]["median"] for name, result in results.items()}
@@ -135,13 +135,13 @@ def run(cases: Sequence[Case], seconds: float, output: Path) -> dict[str, Any]:
     """Measures and returns the results file's content."""
     results: dict[str, Any] = {
         "kind": "parts",
-        "machine": measure.machine("cpu"),
+        "machine": timing.machine("cpu"),
         "options": {"seconds": seconds},
         "complete": False,
         "cases": [],
     }
-    print(measure.caption(results["machine"]))
-    copy = measure.CopyBandwidth("cpu")
+    print(timing.caption(results["machine"]))
+    copy = timing.CopyBandwidth("cpu")
     for case in cases:
         results["cases"].append(measure_parts(case, seconds, copy))
     results["copy_bandwidth_gb_s"] = copy.summary()
@@ -150,7 +150,7 @@ def run(cases: Sequence[Case], seconds: float, output: Path) -> dict[str, Any]:
         entry["floor_ms"] = entry["floor_bytes"] / copy.median / 1e6
         print(f"  {entry['floor_ms']:8.3f} ms  {case.name}")
     results["complete"] = True
-    measure.write(results, output)
+    timing.write(results, output)
     return results
 
 

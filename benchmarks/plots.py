@@ -20,7 +20,7 @@ from matplotlib.ticker import LogFormatterMathtext, LogLocator, NullLocator
 
 from benchmarks.baselines import AUTOTUNED, AUTOTUNED_NO_GRAPHS, COMPILED, UPCAST
 from benchmarks.cases import BOTH, DTYPES, FORWARD, TARGET, TRAINED, UPSTREAM, Case, headline_cases
-from benchmarks.measure import RESULTS
+from benchmarks.kernel_summary import STATES as SUMMARY_STATES
 from benchmarks.plot_frame import (
     Entry,
     copy_of,
@@ -34,7 +34,7 @@ from benchmarks.plot_frame import (
     style,
     tidy,
 )
-from benchmarks.summary import STATES as SUMMARY_STATES
+from benchmarks.timing import RESULTS
 
 # What ours is compared with: name, the baselines of which the fastest counts, colour.
 RIVALS = {

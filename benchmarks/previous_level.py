@@ -19,7 +19,7 @@ from sipo import NoiseSchedule
 STEPS = 50
 
 
-class Row(NamedTuple):
+class LevelComparison(NamedTuple):
     """One sampler: what it is, and ``ratio_scale`` over the exact value, step by step, the noisiest first."""
 
     name: str
@@ -41,7 +41,7 @@ def sigmas_of(scheduler: Any) -> Tensor:
     return torch.cat([((1 - cumprod) / cumprod)[timesteps].sqrt(), torch.zeros(1, dtype=torch.float64)])
 
 
-def compare(name: str, scheduler: Any, **options: Any) -> Row:
+def compare(name: str, scheduler: Any, **options: Any) -> LevelComparison:
     """Sets a scheduler's steps and compares every step that neither side has as terminal."""
     schedule = NoiseSchedule.from_scheduler(scheduler, STEPS)
     scheduler.set_timesteps(**(options or {"num_inference_steps": STEPS}))
@@ -59,10 +59,10 @@ def compare(name: str, scheduler: Any, **options: Any) -> Row:
     exact = 0.5 * (snr[1:] - snr[:-1]) * factor
     ours = schedule.ratio_scale(levels)
     both = exact.isfinite() & ours.isfinite() & (ours > 0)
-    return Row(name, (ours / exact)[both].tolist())
+    return LevelComparison(name, (ours / exact)[both].tolist())
 
 
-def rows() -> list[Row]:
+def rows() -> list[LevelComparison]:
     """The samplers of the families' published models, and others that users put in their place."""
     import diffusers as d
 

@@ -20,71 +20,27 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import baselines, measure
-from benchmarks.cases import BETA, DTYPES, RATIO_SCALE, SHAPES, TARGET, UPSTREAM, Batch, Case
+from benchmarks import baselines, timing
+from benchmarks.cases import BETA, DTYPES, RATIO_SCALE, LossInputs
 from benchmarks.footprint import extra_memory_mb
 from benchmarks.machine import OthersLoad
+from benchmarks.step_cases import CASES, TINY, StepCase
 from benchmarks.step_network import make_network
 from benchmarks.suite import MAX_ERROR, announce, default_output
 from sipo_kernels import backends
 from sipo_kernels.layout import pair_dtype
 
 TRIVIAL = "trivial loss (mean of the output)"
-MODE = "training step"
 SECONDS = {"cpu": 60.0, "cuda": 60.0}
 LEARNING_RATE = 1e-6  # the policy hardly moves: the last step costs what the first did
 
-Loss = Callable[[Batch], Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepCase(Case):
-    """One network and batch; the loss's part of it is the :class:`~benchmarks.cases.Case`.
-
-    Attributes:
-        label: whose latents, and how much of the network.
-        sample: one sample's latent ``[C, F, H, W]``.
-        dtype: also of weights, activations and latents.
-        heads, head_dim, feed_forward, layers: the transformer's size.
-        text_tokens: length of the prompt.
-    """
-
-    upstream: float = UPSTREAM
-    heads: int
-    head_dim: int
-    feed_forward: int
-    layers: int
-    text_tokens: int
-
-    def fields(self) -> dict[str, Any]:
-        """The case's part of a results entry."""
-        return {**super().fields(), "mode": MODE, "state": "in turn"}
-
-
-def _case(label: str, sample: tuple[int, ...], pairs: int, dtype: str, *size: int) -> StepCase:
-    heads, head_dim, feed_forward, layers, text_tokens = size
-    return StepCase(
-        label, sample, pairs, dtype, TARGET,
-        heads=heads, head_dim=head_dim, feed_forward=feed_forward, layers=layers, text_tokens=text_tokens,
-    )  # fmt: skip
-
-
-_WAN = SHAPES["Wan 480p"]
-CASES = {
-    # 1.3B's width; its depth is 30.
-    "cuda": [
-        _case("Wan 480p, 1.3B with 2 of 30 layers", _WAN, pairs, "bfloat16", 12, 128, 8960, 2, 512) for pairs in (1, 2)
-    ],
-    "cpu": [_case("Wan, small", (16, 5, 16, 26), 1, "float32", 4, 32, 512, 2, 64)],
-}
-TINY = _case("Wan, tiny", (16, 1, 4, 8), 1, "float32", 2, 12, 32, 1, 4)
+Loss = Callable[[LossInputs], Tensor]
 
 
 class Step:
@@ -119,11 +75,11 @@ class Step:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def batch(self, model_pred: Tensor, ref_pred: Tensor) -> Batch:
+    def batch(self, model_pred: Tensor, ref_pred: Tensor) -> LossInputs:
         """The loss's inputs."""
-        return Batch(model_pred, ref_pred, self.target, self.ratio_scale, None, self.upstream)
+        return LossInputs(model_pred, ref_pred, self.target, self.ratio_scale, None, self.upstream)
 
-    def frozen(self) -> Batch:
+    def frozen(self) -> LossInputs:
         """The loss's inputs in this step, cut off from the networks."""
         model_pred, ref_pred = self.predict()
         return self.batch(model_pred.detach().requires_grad_(), ref_pred)
@@ -154,7 +110,7 @@ def measure_case(
     step = Step(case, device)
     functions = losses(device)
     calls = {name: functools.partial(step.run, function) for name, function in functions.items()}
-    failed = measure.warm_up(calls, device=device, runs=3)
+    failed = timing.warm_up(calls, device=device, runs=3)
     batch = step.frozen()
     errors = {name: _errors(functions[name], batch) for name in functions if name not in failed and name != TRIVIAL}
     for name, (loss_error, grad_error) in errors.items():
@@ -164,7 +120,7 @@ def measure_case(
     calls = {name: call for name, call in calls.items() if name not in failed}
 
     load = OthersLoad()
-    times = measure.time_alternately(calls, seconds=0.8 * seconds, device=device, device_times=False)
+    times = timing.time_alternately(calls, seconds=0.8 * seconds, device=device, device_times=False)
     timed = {name: functions[name] for name in calls if name != TRIVIAL}
     direct = _time_directly(timed, batch, device, 0.2 * seconds)
     entry: dict[str, Any] = {
@@ -200,7 +156,7 @@ def _alone(direct: dict[str, Any]) -> float:
     return float((direct["device_ms"] or direct["wall_ms"])["median"])
 
 
-def _errors(loss: Loss, batch: Batch) -> tuple[float, float]:
+def _errors(loss: Loss, batch: LossInputs) -> tuple[float, float]:
     """Errors of loss and gradient against float64 on the step's own tensors: absolute, and relative in the L2 norm."""
     true_loss, true_grad = baselines.truth(batch)
     value = loss(batch)
@@ -209,15 +165,17 @@ def _errors(loss: Loss, batch: Batch) -> tuple[float, float]:
     return abs(float(value.detach()) - float(true_loss)), float(error)
 
 
-def _time_directly(functions: dict[str, Loss], batch: Batch, device: str, seconds: float) -> dict[str, measure.Times]:
+def _time_directly(
+    functions: dict[str, Loss], batch: LossInputs, device: str, seconds: float
+) -> dict[str, timing.Times]:
     """Forward and backward of each loss alone, caches cold as a network leaves them."""
 
     def work(function: Loss) -> None:
         torch.autograd.grad(function(batch), batch.model_pred, batch.upstream)
 
     calls = {name: functools.partial(work, function) for name, function in functions.items()}
-    measure.warm_up(calls, device=device, runs=3)
-    return measure.time_alternately(calls, seconds=seconds, device=device, state="cold")
+    timing.warm_up(calls, device=device, runs=3)
+    return timing.time_alternately(calls, seconds=seconds, device=device, state="cold")
 
 
 def difference(values: list[float], base: list[float], draws: int = 1000) -> dict[str, Any]:
@@ -254,11 +212,11 @@ def print_entry(entry: dict[str, Any]) -> None:
 def run(cases: Sequence[StepCase], device: str, seconds: float, output: Path) -> dict[str, Any]:
     """Measures ``cases``, ``seconds`` of timing each; writes the file after each and returns its content."""
     begin = time.perf_counter()
-    copy = measure.CopyBandwidth(device)
+    copy = timing.CopyBandwidth(device)
     copy.measure("start", 15)
     results: dict[str, Any] = {
         "kind": "step",
-        "machine": measure.machine(device),
+        "machine": timing.machine(device),
         "auto": baselines.OURS + backends.choose("auto", torch.device(device)),
         "options": {"seconds": seconds},
         "complete": False,
@@ -281,17 +239,17 @@ def run(cases: Sequence[StepCase], device: str, seconds: float, output: Path) ->
         for name, why in failed.items():
             print(f"{case.label}: {name or 'every loss'} is left out: {why}")
             results["skipped"].append({**case.fields(), "implementation": name, "reason": why})
-        measure.write(results, output)
+        timing.write(results, output)
     copy.measure("end", 15)
     results.update(copy_bandwidth_gb_s=copy.summary(), complete=True)
-    measure.write(results, output)
+    timing.write(results, output)
     print(f"\n{len(results['cases'])} entries, {time.perf_counter() - begin:.0f} s: {output}")
     return results
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=measure.default_device())
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=timing.default_device())
     parser.add_argument("--seconds", type=float, help="of timing for each case (default 60)")
     parser.add_argument("--quick", action="store_true", help="a tiny network, to see that it works")
     parser.add_argument("--output", type=Path, help="results file (default benchmarks/results/step-<device>.json)")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from benchmarks.step import StepCase
+from benchmarks.step_cases import StepCase
 
 PLAIN = "plain torch transformer (diffusers is not installed)"
 WAN = "diffusers WanTransformer3DModel"

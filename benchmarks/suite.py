@@ -10,7 +10,7 @@ A results file (``kind`` "kernel" or "sweep"; "step" files share the layout)::
                 "results": {implementation: {"wall_ms", "host_ms", "device_ms": {"median", "quartiles", "runs"} | null,
                                              "gb_s", "of_copy", "extra_mb", "launches", "loss_error", "grad_error"}}}],
      "skipped": [{"label", ..., "mode", "state", "implementation": where they apply, "reason"}],
-     "summary": of a kernel file: the headline cases' ratios (summary.py)}
+     "summary": of a kernel file: the headline cases' ratios (kernel_summary.py)}
 
 ``gb_s`` is ``floor_bytes`` over the median of ``device_ms`` (``wall_ms`` on a CPU), and ``of_copy`` that over the run's
 median copy bandwidth. A copy reads and writes alike while the loss mostly reads, so ``of_copy`` may exceed 1; in the
@@ -31,9 +31,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import baselines, measure
+from benchmarks import baselines, timing
 from benchmarks.baselines import AUTOTUNED, PUBLISHED
-from benchmarks.cases import BOTH, Batch, Case, make_inputs
+from benchmarks.cases import BOTH, Case, LossInputs, make_inputs
 from benchmarks.footprint import count_launches, extra_memory_mb
 from benchmarks.machine import BUSY_CORES, ROOT, OthersLoad
 from sipo_kernels import backends
@@ -52,11 +52,11 @@ class Suite:
         self.device, self.output, self.seconds, self.budget = device, output, seconds, budget
         self.started, self.longest = time.perf_counter(), 0.0
         self.too_slow: dict[str, tuple[int, str]] = {}  # implementation → from how many elements on, and why
-        self.copy = measure.CopyBandwidth(device)
+        self.copy = timing.CopyBandwidth(device)
         self.copy.measure("start", 15)
         self.results: dict[str, Any] = {
             "kind": kind,
-            "machine": measure.machine(device),
+            "machine": timing.machine(device),
             "auto": baselines.OURS + backends.choose("auto", torch.device(device)),
             "options": {"seconds": seconds, "budget": budget, **options},
             "complete": False,
@@ -76,12 +76,12 @@ class Suite:
         self.results["copy_bandwidth_gb_s"] = self.copy.summary()
         for entry in self.results["cases"]:
             derive(entry, self.copy.median)
-        measure.write(self.results, self.output)
+        timing.write(self.results, self.output)
 
     def finish(self) -> dict[str, Any]:
         """Measures the copy a last time and writes the whole file."""
         self.copy.measure("end", 15)
-        self.results["machine"]["clocks_at_end"] = measure.machine(self.device).get("clocks")
+        self.results["machine"]["clocks_at_end"] = timing.machine(self.device).get("clocks")
         self.results["complete"] = True
         self.save()
         cases = self.results["cases"]
@@ -104,7 +104,7 @@ class Suite:
         """Measures ``cases`` in their order until the budget is spent; returns those measured.
 
         Args:
-            cases: what to measure.
+            cases: what to timing.
             states: of the caches.
             autotune: which cases torch.compile also gets max-autotune for.
             longer: how many times :attr:`seconds` a case is timed.
@@ -137,7 +137,7 @@ class Suite:
         before = make_before(batch)
         failed = {name: why for name, (elements, why) in self.too_slow.items() if case.elements >= elements}
         calls = {name: call for name, call in calls.items() if name not in failed}
-        failed.update(measure.warm_up(calls, device=self.device, before=before))
+        failed.update(timing.warm_up(calls, device=self.device, before=before))
         calls = {name: call for name, call in calls.items() if name not in failed}
         errors = self._check(case, batch, calls, before)
         for name, error in errors.items():
@@ -155,14 +155,14 @@ class Suite:
             return
 
         copy_gb_s = self.copy.measure("between", 3)
-        large = "cold" in states and case.input_bytes > ALWAYS_COLD * measure.cache_bytes(self.device)
+        large = "cold" in states and case.input_bytes > ALWAYS_COLD * timing.cache_bytes(self.device)
         entries = []
         for state in states:
             if large and state != "cold":
                 self.skip(case, f"inputs exceed the caches {ALWAYS_COLD} times: every call is cold", state=state)
                 continue
             load = OthersLoad()
-            times = measure.time_alternately(
+            times = timing.time_alternately(
                 calls, seconds=seconds / len(states), device=self.device, before=before, state=state
             )
             entry: dict[str, Any] = {**case.fields(), "state": state, "elements": case.elements}
@@ -181,7 +181,7 @@ class Suite:
         self.results["cases"] += entries
 
     def _check(
-        self, case: Case, batch: Batch, calls: dict[str, Callable[[], Tensor]], before: Callable[[], None]
+        self, case: Case, batch: LossInputs, calls: dict[str, Callable[[], Tensor]], before: Callable[[], None]
     ) -> dict[str, dict[str, Any]]:
         """Each implementation's errors against float64 (``None`` for a case too large for that), and time of a call."""
         known = case.elements <= CHECKED_ELEMENTS[self.device]
@@ -212,7 +212,7 @@ class Suite:
                 continue
             batch = make_inputs(case, self.device)
             calls, before = make_calls(case, batch, self.device, autotune(case)), make_before(batch)
-            failed = measure.warm_up(calls, device=self.device, before=before)
+            failed = timing.warm_up(calls, device=self.device, before=before)
             for name, call in calls.items():
                 if name in failed:
                     continue
@@ -223,7 +223,7 @@ class Suite:
         self.save()
 
 
-def make_calls(case: Case, batch: Batch, device: str, autotune: bool) -> dict[str, Callable[[], Tensor]]:
+def make_calls(case: Case, batch: LossInputs, device: str, autotune: bool) -> dict[str, Callable[[], Tensor]]:
     """Name → the work that is timed: the loss, and in that mode ``backward``; returns the loss, detached."""
 
     def forward(function: Callable[[], Tensor]) -> Tensor:
@@ -240,7 +240,7 @@ def make_calls(case: Case, batch: Batch, device: str, autotune: bool) -> dict[st
     return {name: functools.partial(work, function) for name, function in functions.items()}
 
 
-def make_before(batch: Batch) -> Callable[[], None]:
+def make_before(batch: LossInputs) -> Callable[[], None]:
     """What precedes every call: no gradient there yet, and a new step for CUDA graphs."""
     model = batch.model_pred
 
@@ -265,7 +265,7 @@ def lacks_memory(case: Case, device: str) -> str | None:
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
-    need, there = case.input_bytes + 24 * case.elements, measure.memory_bytes(device)
+    need, there = case.input_bytes + 24 * case.elements, timing.memory_bytes(device)
     if 0 < 0.85 * there < need:
         return f"needs about {need / 1e9:.1f} GB of memory, and {there / 1e9:.1f} GB are free"
     return None
@@ -296,7 +296,7 @@ def default_output(kind: str, device: str, partial: bool = False) -> Path:
     What measures only some cases must not take the place of what measured all.
     """
     name = "cpu" if device == "cpu" else torch.cuda.get_device_name(device).lower().replace(" ", "-").replace("/", "-")
-    return (ROOT / "out" / "bench" if partial else measure.RESULTS) / f"{kind}-{name}.json"
+    return (ROOT / "out" / "bench" if partial else timing.RESULTS) / f"{kind}-{name}.json"
 
 
 def add_options(
@@ -308,7 +308,7 @@ def add_options(
         return ", ".join(f"{number:g} on {device}" for device, number in numbers.items())
 
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default=measure.default_device(), help="default %(default)s"
+        "--device", choices=("cpu", "cuda"), default=timing.default_device(), help="default %(default)s"
     )
     parser.add_argument("--seconds", type=float, help=f"time for each case (default {by_device(seconds)})")
     parser.add_argument("--budget", type=float, help=f"seconds for the whole run (default {by_device(budget)})")
@@ -321,11 +321,11 @@ def add_options(
     )
 
 
-def announce(device: str, info: dict[str, Any], copy: measure.CopyBandwidth | None = None) -> None:
+def announce(device: str, info: dict[str, Any], copy: timing.CopyBandwidth | None = None) -> None:
     """Says what is measured, first of all whether that is a GPU."""
     if device == "cpu":
         print("no GPU is measured: these are the CPU backends")
-    print(measure.caption(info), flush=True)
+    print(timing.caption(info), flush=True)
     if copy is not None:
         low, high = copy.summary()["quartiles"]
         print(f"copy bandwidth {copy.median:.1f} GB/s [{low:.1f}, {high:.1f}]", flush=True)

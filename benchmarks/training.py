@@ -27,13 +27,13 @@ from typing import Any
 
 import torch
 
-from benchmarks import measure
+from benchmarks import timing
 from benchmarks.footprint import extra_memory_mb
 from benchmarks.machine import OthersLoad
 from benchmarks.suite import default_output
+from benchmarks.training_implementations import COUNTED, HAND, HAND_LORA, SKIPPED, Bench, Clock
 from benchmarks.training_memory import growth, print_growth
 from benchmarks.training_setup import TrainingCase, make_setup
-from benchmarks.training_ways import COUNTED, HAND, HAND_LORA, SKIPPED, Bench, Clock
 
 MIN_ROUNDS = 2
 SECONDS = {"cpu": 75.0, "cuda": 60.0}
@@ -82,7 +82,7 @@ def measure_case(
     setup = make_setup(case, device, folder)
     bench = Bench(setup, device, folder)
     gradient_errors, failed = bench.errors()
-    calls = {way.name: functools.partial(bench.run, way) for way in bench.ways if way.name not in failed}
+    calls = {way.name: functools.partial(bench.run, way) for way in bench.implementations if way.name not in failed}
     load = OthersLoad()
     rounds = _rounds(calls, bench.clock, seconds)
     entry: dict[str, Any] = {
@@ -96,13 +96,13 @@ def measure_case(
         "rounds": len(next(iter(rounds.values()), [])),
         "results": {},
     }
-    for way in bench.ways:
+    for way in bench.implementations:
         if way.name not in rounds:
             continue
         chunks, base = rounds[way.name], rounds.get(HAND_LORA if way.lora else HAND)
         result: dict[str, Any] = {
-            "step_ms": measure.summary([step for chunk, _ in chunks for step in chunk]),
-            "host_ms": measure.summary([step for _, chunk in chunks for step in chunk]) if device == "cuda" else None,
+            "step_ms": timing.summary([step for chunk, _ in chunks for step in chunk]),
+            "host_ms": timing.summary([step for _, chunk in chunks for step in chunk]) if device == "cuda" else None,
             "gradient_error": gradient_errors[way.name],
             "resident_mb": bench.resident_mb(way),
             "step_mb": extra_memory_mb(functools.partial(bench.run, way, 2), device=device),
@@ -110,7 +110,7 @@ def measure_case(
         result["peak_mb"] = result["resident_mb"] + result["step_mb"]
         if base is not None:
             each = zip(chunks, base, strict=True)
-            ratio = measure.summary([sum(ours) / sum(hand) for (ours, _), (hand, _) in each])
+            ratio = timing.summary([sum(ours) / sum(hand) for (ours, _), (hand, _) in each])
             result.update(ratio=ratio, target=way.target)
             result["met"] = None if way.target is None else ratio["median"] <= way.target
         entry["results"][way.name] = result
@@ -167,14 +167,14 @@ def run(cases: Sequence[TrainingCase], device: str, seconds: float, steps: int, 
     begin = time.perf_counter()
     results: dict[str, Any] = {
         "kind": "training",
-        "machine": measure.machine(device),
+        "machine": timing.machine(device),
         "options": {"seconds": seconds, "steps": steps, "chunk": {"skipped": SKIPPED, "counted": COUNTED}},
         "complete": False,
         "memory": None,
         "cases": [],
         "skipped": [],
     }
-    print(measure.caption(results["machine"]), flush=True)
+    print(timing.caption(results["machine"]), flush=True)
 
     def skip(case: str, name: str, why: str) -> None:
         print(f"{case}: {name or 'every implementation'} is left out: {why}", flush=True)
@@ -186,7 +186,7 @@ def run(cases: Sequence[TrainingCase], device: str, seconds: float, steps: int, 
             skip("memory", "", why)
         else:
             print_growth(results["memory"])
-        measure.write(results, output)
+        timing.write(results, output)
     for case in cases:
         entry: dict[str, Any] | None = None
         failed: dict[str, str] = {}
@@ -203,16 +203,16 @@ def run(cases: Sequence[TrainingCase], device: str, seconds: float, steps: int, 
             results["cases"].append(entry)
         for name, why in failed.items():
             skip(case.label, name, why)
-        measure.write(results, output)
+        timing.write(results, output)
     results["complete"] = True
-    measure.write(results, output)
+    timing.write(results, output)
     print(f"\n{len(results['cases'])} entries, {time.perf_counter() - begin:.0f} s: {output}")
     return results
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=measure.default_device())
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=timing.default_device())
     parser.add_argument("--seconds", type=float, help="of timing for each case (default 120, on a GPU 60)")
     parser.add_argument("--steps", type=int, help="of the memory run (default 2000); 0 leaves it out")
     parser.add_argument("--quick", action="store_true", help="tiny networks and 100 steps, to see that it works")

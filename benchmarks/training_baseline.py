@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 if TYPE_CHECKING:  # accelerate comes with it
-    from sipo.training.protocols import Predict
+    from sipo.protocols import Predict
 
 MAX_GRAD_NORM = 1.0
 

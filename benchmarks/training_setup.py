@@ -17,7 +17,7 @@ from benchmarks.step_network import PLAIN, make_network
 from sipo import NoiseSchedule
 
 if TYPE_CHECKING:  # accelerate comes with it
-    from sipo.training.protocols import Predict
+    from sipo.protocols import Predict
 
 PAIRS = 32
 INFERENCE_STEPS = 1000  # the smallest steps: importance ratios near 1, so that few pairs are masked, as in training
@@ -135,10 +135,11 @@ def _cached(case: TrainingCase, device: str, folder: Path) -> Setup:
     from sipo.cache.pairs import CachedPairs, DrawnPairs
     from sipo.cache.precompute import precompute_pairs
     from sipo.cache.reference_errors import precompute_references
+    from sipo.data.config import DataConfig
     from sipo.data.readers import open_pairs
     from sipo.data.toy import make_toy_pairs
+    from sipo.families.config import ModelConfig
     from sipo.families.toy import build_toy
-    from sipo.recipe.config import DataConfig, ModelConfig
 
     quiet()
     assert case.pixels is not None

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.alignment import claims, estimates, probe, tasks
+from benchmarks.alignment import conclusions, estimates, gradient_variance, tasks
 from benchmarks.alignment.__main__ import COMMITTED, main
 from benchmarks.alignment.cells import GRIDS, Cell
 from benchmarks.alignment.grid import cell_of, load, run_grid
@@ -39,9 +39,9 @@ def smoke(folder: Path) -> tuple[Path, dict[str, Any]]:
     """The smoke grid, run once, with its results file; gradients are measured at fewer levels and on fewer batches."""
     path = folder / "cells.json"
     with pytest.MonkeyPatch.context() as patch:
-        every = probe.levels_of
-        patch.setattr(probe, "levels_of", lambda schedule: every(schedule)[::4])
-        patch.setattr(probe, "BATCHES", 3)
+        every = gradient_variance.levels_of
+        patch.setattr(gradient_variance, "levels_of", lambda schedule: every(schedule)[::4])
+        patch.setattr(gradient_variance, "BATCHES", 3)
         return path, run_grid(GRIDS["smoke"](), path, workers=0, steps=STEPS, samples=SAMPLES)
 
 
@@ -295,23 +295,23 @@ def test_gradient_spread_against_a_network_whose_gradient_is_known(monkeypatch: 
     schedule = NoiseSchedule.discrete()
     loss_fn = SIPOLoss(schedule, method="diffusion_dpo", beta=50.0)
     pairs = tasks.RewardPairs(task.data()[0], task.rewards["ink"], count=100)
-    monkeypatch.setattr(probe, "levels_of", lambda schedule: torch.tensor([300]))
-    found = probe.gradient_spread(task, policy, reference, {"dpo": loss_fn}, pairs, seed=2)
+    monkeypatch.setattr(gradient_variance, "levels_of", lambda schedule: torch.tensor([300]))
+    found = gradient_variance.gradient_spread(task, policy, reference, {"dpo": loss_fn}, pairs, seed=2)
     generator = torch.Generator().manual_seed(2000)
     gradients = []
-    for _ in range(probe.BATCHES):
-        items = [pairs[int(i)] for i in torch.randint(len(pairs), (probe.PAIRS,), generator=generator)]
-        noise = torch.randn(probe.PAIRS, 1, 8, 8, generator=generator)
+    for _ in range(gradient_variance.BATCHES):
+        items = [pairs[int(i)] for i in torch.randint(len(pairs), (gradient_variance.PAIRS,), generator=generator)]
+        noise = torch.randn(gradient_variance.PAIRS, 1, 8, 8, generator=generator)
         total = 0.0
         for item, eps in zip(items, noise, strict=True):
             alpha, sigma = schedule.alpha_sigma(torch.tensor([300]))
             for half, sign in (("chosen", 1.0), ("rejected", -1.0)):
                 noisy = alpha * item[half] + sigma * eps
                 # at the reference every logit is 0: sigmoid is one half
-                total += sign * 0.5 * 0.5 * 2 * ((0.9 * noisy - eps) * noisy).mean().item() / probe.PAIRS
+                total += sign * 0.5 * 0.5 * 2 * ((0.9 * noisy - eps) * noisy).mean().item() / gradient_variance.PAIRS
         gradients.append(total)
     assert found["variance"]["dpo"][0] == pytest.approx(np.var(gradients, ddof=1), rel=1e-4)
-    signal = np.mean(gradients) ** 2 - np.var(gradients, ddof=1) / probe.BATCHES
+    signal = np.mean(gradients) ** 2 - np.var(gradients, ddof=1) / gradient_variance.BATCHES
     assert found["signal"]["dpo"][0] == pytest.approx(signal, rel=1e-4)
     assert found["active"]["dpo"] == [1.0]
 
@@ -330,11 +330,11 @@ def test_committed_results_are_whole_and_the_docs_say_what_they_say() -> None:
     assert set(GRIDS["quick"]()) <= {cell_of(record) for record in results["cells"]}
     page = (Path(__file__).parent.parent / "docs" / "alignment.md").read_text(encoding="utf-8")
     found = estimates.Results(results)
-    assert len(claims.all_claims(found)) == len(claims.CLAIMS)
-    assert claims.quoted(page, found) == page
+    assert len(conclusions.all_claims(found)) == len(conclusions.CLAIMS)
+    assert conclusions.quoted(page, found) == page
     for change, message in ((("<!-- ", "<!-- a "), "marked alone"), (("<!--", "<!"), "claimed alone")):
         with pytest.raises(ValueError, match=message):
-            claims.quoted(page.replace(*change, 1), found)
+            conclusions.quoted(page.replace(*change, 1), found)
     for picture in re.findall(r"\]\((alignment/.*?\.png)\)", page):
         assert (Path(__file__).parent.parent / "docs" / picture).is_file(), picture
 
@@ -343,7 +343,7 @@ def test_quick_cells_alone_give_the_conclusions_they_can(capsys: Any) -> None:
     results = load(COMMITTED)
     quick = set(GRIDS["quick"]())
     part = {**results, "cells": [record for record in results["cells"] if cell_of(record) in quick]}
-    text, disagree = claims.report(part, results)
+    text, disagree = conclusions.report(part, results)
     assert not disagree and "agrees" in text
 
 
@@ -352,5 +352,5 @@ def test_a_grid_that_says_otherwise_is_noticed() -> None:
     turned = copy.deepcopy(results)
     for record in turned["cells"]:  # a loss whose sign was lost
         record["rewards"] = {name: -value for name, value in record["rewards"].items()}
-    _, disagree = claims.report(turned, results)
+    _, disagree = conclusions.report(turned, results)
     assert disagree

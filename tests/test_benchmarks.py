@@ -27,13 +27,13 @@ from benchmarks import (
     footprint,
     host,
     kernel,
+    kernel_summary,
     machine,
-    measure,
     parts,
     suite,
     sweep,
+    timing,
 )
-from benchmarks import summary as summaries
 from benchmarks.cases import BOTH, FORWARD, Case
 from sipo_kernels import METRICS, Totals, backends, pair_loss, reference
 
@@ -48,11 +48,11 @@ def small_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     torch.compile, which takes seconds, stands aside.
     """
-    flusher, threads = measure._flusher, torch.get_num_threads()
+    flusher, threads = timing._flusher, torch.get_num_threads()
     flusher.cache_clear()
     torch.set_num_threads(1)
-    monkeypatch.setattr(measure, "cache_bytes", lambda device: 1 << 18)
-    monkeypatch.setattr(measure, "memory_bytes", lambda device: 1 << 24)
+    monkeypatch.setattr(timing, "cache_bytes", lambda device: 1 << 18)
+    monkeypatch.setattr(timing, "memory_bytes", lambda device: 1 << 24)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     yield
     flusher.cache_clear()
@@ -76,7 +76,7 @@ def check_layout(results: dict[str, Any], kind: str) -> None:
         tensors = (1 if entry["ref_error"] else 2) + (entry["mode"] == BOTH)
         assert entry["floor_bytes"] == elements * (tensors * size + target / (1 + entry["shared_target"]))
         assert entry["floor_ms"] == pytest.approx(entry["floor_bytes"] / rate["median"] / 1e6)
-        assert entry["state"] in measure.STATES
+        assert entry["state"] in timing.STATES
         for name, result in entry["results"].items():
             wall = result["wall_ms"]
             assert wall["runs"] >= 3
@@ -228,7 +228,7 @@ def test_the_kernel_suite_writes_every_case_and_lists_what_it_left_out(
     out = capsys.readouterr().out
     assert "no GPU is measured" in out
 
-    assert results["summary"] == json.loads(json.dumps(summaries.summarize(results)))
+    assert results["summary"] == json.loads(json.dumps(kernel_summary.summarize(results)))
     assert [len(results["summary"][group]["cold"]["compile"]) for group in results["summary"]] == [4, 3, 1]
     kernel.main(["--summary", str(path)])
     printed, table = capsys.readouterr().out.split("\n| batch |")
@@ -273,8 +273,8 @@ def test_a_bare_checkout_is_enough(tmp_path: Path) -> None:
     code = f"""
 import sys
 sys.modules.update(dict.fromkeys(("matplotlib", "pytest", "pytest_benchmark", "diffusers")))
-from benchmarks import compare, host, kernel, measure, parts, sweep
-measure.memory_bytes = lambda device: 1 << 24
+from benchmarks import compare, host, kernel, parts, sweep, timing
+timing.memory_bytes = lambda device: 1 << 24
 kernel.main(["--device", "cpu", "--budget", "0", "--output", {str(path)!r}])
 sys.exit(compare.main([{str(path)!r}, {str(path)!r}]))
 """
@@ -322,7 +322,7 @@ def test_what_is_wrong_or_fails_or_is_too_slow_is_listed_and_not_timed(
 ) -> None:
     functions = baselines.implementations
 
-    def with_bad_ones(batch: cases.Batch, device: str, autotune: bool) -> dict[str, Any]:
+    def with_bad_ones(batch: cases.LossInputs, device: str, autotune: bool) -> dict[str, Any]:
         good = functions(batch, device, autotune)
 
         def slow() -> torch.Tensor:
@@ -357,7 +357,7 @@ def test_what_is_wrong_or_fails_or_is_too_slow_is_listed_and_not_timed(
 def test_large_inputs_are_measured_cold_only(tmp_path: Path) -> None:
     case = Case("large", (1 << 17,), 1, "float32", "float32", FORWARD)  # 3 MiB of inputs, 256 KiB of cache
     run = suite.Suite("kernel", "cpu", tmp_path / "k.json", seconds=0.01, budget=60)
-    run.run([case], measure.STATES)
+    run.run([case], timing.STATES)
     assert [entry["state"] for entry in run.results["cases"]] == ["cold"]
     assert [s["state"] for s in run.results["skipped"] if "every call is cold" in s["reason"]] == ["in turn", "warm"]
 
@@ -441,36 +441,36 @@ def test_turns_give_equal_time_and_nobody_follows_itself() -> None:
         return work
 
     work = {"fast": call("fast", 1e-4), "also fast": call("also fast", 1e-4), "slow": call("slow", 0.02)}
-    times = measure.time_alternately(work, seconds=0.12, device="cpu", state="in turn")
+    times = timing.time_alternately(work, seconds=0.12, device="cpu", state="in turn")
     assert [len(t.wall_ms) for t in times.values()] == [calls.count(name) for name in times]
     assert all(before != after for before, after in itertools.pairwise(calls))
     assert len(times["slow"].wall_ms) >= 3
     assert len(times["fast"].wall_ms) > len(times["slow"].wall_ms)
 
     calls.clear()
-    times = measure.time_alternately(work, seconds=0.01, device="cpu", state="warm")
+    times = timing.time_alternately(work, seconds=0.01, device="cpu", state="warm")
     assert len(calls) == 2 * sum(len(t.wall_ms) for t in times.values())  # each timed call follows one of its own
     assert calls[::2] == calls[1::2]
     with pytest.raises(ValueError, match="lukewarm"):
-        measure.time_alternately(work, seconds=0.01, device="cpu", state="lukewarm")
+        timing.time_alternately(work, seconds=0.01, device="cpu", state="lukewarm")
 
 
 def test_before_runs_untimed_before_every_call() -> None:
-    times = measure.time_alternately(
+    times = timing.time_alternately(
         {"a": lambda: None}, seconds=0.01, device="cpu", before=lambda: time.sleep(0.002), state="cold"
     )
     assert min(times["a"].wall_ms) < 2
 
 
 def test_the_readme_quotes_the_committed_file() -> None:
-    results = json.loads((measure.RESULTS / "kernel-cpu.json").read_text(encoding="utf-8"))
+    results = json.loads((timing.RESULTS / "kernel-cpu.json").read_text(encoding="utf-8"))
     assert results["complete"] and not any(part["missing"] for part in results["summary"]["table"].values())
-    assert summaries.table(results) in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert kernel_summary.table(results) in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_summary_is_median_and_quartiles() -> None:
-    assert measure.summary([5.0, 1.0, 3.0, 2.0, 4.0]) == {"median": 3.0, "quartiles": [2.0, 4.0], "runs": 5}
-    assert measure.summary([7.0]) == {"median": 7.0, "quartiles": [7.0, 7.0], "runs": 1}
+    assert timing.summary([5.0, 1.0, 3.0, 2.0, 4.0]) == {"median": 3.0, "quartiles": [2.0, 4.0], "runs": 5}
+    assert timing.summary([7.0]) == {"median": 7.0, "quartiles": [7.0, 7.0], "runs": 1}
 
 
 def test_launches_are_the_kernels_copies_and_fills_of_a_trace() -> None:
@@ -516,7 +516,7 @@ class FakeDevice:
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(torch.cuda, "synchronize", self.synchronize)
         monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.work(cycles / 1e9))
-        measure._cycles_per_ms.cache_clear()
+        timing._cycles_per_ms.cache_clear()
 
     def work(self, seconds: float) -> None:
         self.free_at = max(self.free_at, time.perf_counter()) + seconds
@@ -528,7 +528,7 @@ class FakeDevice:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     yield FakeDevice(monkeypatch)
-    measure._cycles_per_ms.cache_clear()
+    timing._cycles_per_ms.cache_clear()
 
 
 def test_host_wall_and_device_time_are_told_apart(gpu: FakeDevice) -> None:
@@ -542,7 +542,7 @@ def test_host_wall_and_device_time_are_told_apart(gpu: FakeDevice) -> None:
         gpu.synchronize()
         gpu.work(0.001)
 
-    times = measure.time_alternately({"launch": launch, "wait": wait}, seconds=0.2, device="cuda", state="warm")
+    times = timing.time_alternately({"launch": launch, "wait": wait}, seconds=0.2, device="cuda", state="warm")
     found = {name: t.summary() for name, t in times.items()}
     assert found["launch"]["device_ms"]["median"] == pytest.approx(6, abs=0.5)  # the gap is not in it
     assert found["launch"]["host_ms"]["median"] >= 8
@@ -552,10 +552,10 @@ def test_host_wall_and_device_time_are_told_apart(gpu: FakeDevice) -> None:
 
 
 def test_a_gpu_run_counts_launches_at_its_end(gpu: FakeDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bandwidth, inputs = measure.CopyBandwidth, suite.make_inputs
-    monkeypatch.setattr(measure, "CopyBandwidth", lambda device: bandwidth("cpu"))
-    monkeypatch.setattr(measure, "_flusher", lambda device: lambda: None)
-    monkeypatch.setattr(measure, "machine", lambda device: {**machine.machine("cpu"), "device_type": "cuda"})
+    bandwidth, inputs = timing.CopyBandwidth, suite.make_inputs
+    monkeypatch.setattr(timing, "CopyBandwidth", lambda device: bandwidth("cpu"))
+    monkeypatch.setattr(timing, "_flusher", lambda device: lambda: None)
+    monkeypatch.setattr(timing, "machine", lambda device: {**machine.machine("cpu"), "device_type": "cuda"})
     monkeypatch.setattr(suite, "make_inputs", lambda case, device: inputs(case, "cpu"))
     calls = suite.make_calls
     monkeypatch.setattr(
@@ -604,7 +604,7 @@ def made_up(kind: str = "kernel", device_type: str = "cpu", copy_gb_s: float = 2
         chosen = [case for case in plain if case.label in ("SD1.5", "Wan 480p") and case.pairs in (1, 4)]
         chosen += [case for case in cases.kernel_cases() if cases.is_headline(case) and case not in chosen]
     for case in chosen:
-        for state in ("cold", "warm") if kind == "sweep" else summaries.STATES:
+        for state in ("cold", "warm") if kind == "sweep" else kernel_summary.STATES:
             results = {}
             for name, factor in ((baselines.UPCAST, 5.0), (baselines.COMPILED, 0.9), ("sipo native", 1.0)):
                 wall = factor * (0.1 + case.floor_bytes / 1e7)
@@ -743,7 +743,7 @@ def test_a_summary_follows_from_the_file_alone(tmp_path: Path, capsys: pytest.Ca
     for place, entry in enumerate(entry for entry in table if entry["state"] == "cold"):
         ours = entry["results"]["sipo native"]["wall_ms"]["median"]
         entry["results"][baselines.COMPILED]["wall_ms"] = summary(ours * (4.0 if place % 2 else 1.0))
-    found = summaries.summarize(json.loads(json.dumps(results)))
+    found = kernel_summary.summarize(json.loads(json.dumps(results)))
     assert found["table"]["cold"]["geometric_mean"] == pytest.approx(2)
     assert found["table"]["cold"]["smallest"] == pytest.approx(1)
     assert list(found["table"]["cold"]["compile"]) == [case.name for case in cases.table_cases()]
@@ -758,10 +758,10 @@ def test_a_summary_follows_from_the_file_alone(tmp_path: Path, capsys: pytest.Ca
 
     results["cases"] = [entry for entry in results["cases"] if entry is not table[0]]
     del table[2]["results"]["sipo native"]
-    found = summaries.summarize(results)["table"]["cold"]
+    found = kernel_summary.summarize(results)["table"]["cold"]
     assert found["missing"] == [Case.of(table[0]).name, Case.of(table[2]).name]
     assert len(found["compile"]) == 14
-    nothing = summaries.summarize({**results, "cases": []})["float32 video"]["cold"]
+    nothing = kernel_summary.summarize({**results, "cases": []})["float32 video"]["cold"]
     assert (nothing["geometric_mean"], nothing["smallest"], len(nothing["missing"])) == (None, None, 3)
 
 
@@ -781,7 +781,7 @@ def test_files_of_one_device_are_drawn_together(tmp_path: Path) -> None:
 
 
 def test_a_partial_run_does_not_take_the_place_of_a_whole_one() -> None:
-    assert suite.default_output("kernel", "cpu") == measure.RESULTS / "kernel-cpu.json"
+    assert suite.default_output("kernel", "cpu") == timing.RESULTS / "kernel-cpu.json"
     assert suite.default_output("kernel", "cpu", partial=True).parent == ROOT / "out" / "bench"
 
 

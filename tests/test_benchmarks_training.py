@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import training, training_memory, training_ways
+from benchmarks import training, training_implementations, training_memory
 from benchmarks.step_network import PLAIN
+from benchmarks.training_implementations import HAND, HAND_LORA, IMPLEMENTATIONS, Bench, Implementation
 from benchmarks.training_setup import TrainingCase, make_setup
-from benchmarks.training_ways import HAND, HAND_LORA, WAYS, Bench, Way
 
 TINY_WAN = training.TINY[1]
 IN_MEMORY = TrainingCase(
@@ -27,7 +27,7 @@ OURS = "ours, SIPO, frozen copy"
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Short chunks, one thread, and no state of accelerate's left from elsewhere or for others."""
-    for module in (training, training_ways):
+    for module in (training, training_implementations):
         monkeypatch.setattr(module, "SKIPPED", 2)
         monkeypatch.setattr(module, "COUNTED", 3)
     threads = torch.get_num_threads()
@@ -44,8 +44,8 @@ def _reset_accelerate() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def way(name: str) -> Way:
-    return next(way for way in WAYS if way.name == name)
+def way(name: str) -> Implementation:
+    return next(way for way in IMPLEMENTATIONS if way.name == name)
 
 
 def test_a_tiny_run_from_end_to_end(
@@ -64,7 +64,7 @@ def test_a_tiny_run_from_end_to_end(
     (entry,) = results["cases"]
     assert entry["network"] == "diffusers WanTransformer3DModel"
     assert (entry["pairs"], entry["sample"], entry["rounds"]) == (2, [16, 2, 4, 4], training.MIN_ROUNDS)
-    assert list(entry["results"]) == [way.name for way in WAYS]
+    assert list(entry["results"]) == [way.name for way in IMPLEMENTATIONS]
     for name, result in entry["results"].items():
         target = way(name).target
         assert result["step_ms"]["runs"] == 3 * training.MIN_ROUNDS
@@ -94,15 +94,15 @@ def test_a_wrong_or_broken_loss_is_listed_and_not_timed(tmp_path: Path, monkeypa
             raise RuntimeError("out of ideas\nand more")
         return real(*args, method=method, beta=2 * beta, **options)
 
-    real = training_ways.SIPOLoss
-    monkeypatch.setattr(training_ways, "SIPOLoss", doubled)
-    monkeypatch.setattr(training_ways, "WAYS", [w for w in WAYS if not w.lora])
+    real = training_implementations.SIPOLoss
+    monkeypatch.setattr(training_implementations, "SIPOLoss", doubled)
+    monkeypatch.setattr(training_implementations, "IMPLEMENTATIONS", [w for w in IMPLEMENTATIONS if not w.lora])
     case = TrainingCase("small", "sd15", 2, {**IN_MEMORY.network, **_small_unet()}, sample=(4, 8, 8), text=(5, 16))
     entry, failed = training.measure_case(case, "cpu", 0.0, tmp_path)
-    assert set(failed) == {w.name for w in WAYS if w.ours and not w.lora}
+    assert set(failed) == {w.name for w in IMPLEMENTATIONS if w.ours and not w.lora}
     assert failed["ours, Diffusion-DPO, frozen copy"] == "RuntimeError: out of ideas"
     assert failed[OURS].startswith("wrong gradient, not timed: relative error ")
-    assert list(entry["results"]) == [w.name for w in WAYS if not w.ours and not w.lora]
+    assert list(entry["results"]) == [w.name for w in IMPLEMENTATIONS if not w.ours and not w.lora]
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
@@ -115,9 +115,9 @@ def test_random_latents_in_memory_give_everybody_one_gradient(tmp_path: Path, pr
     bench = Bench(make_setup(case, "cpu", tmp_path), "cpu", tmp_path)
     errors, failed = bench.errors()
     assert failed == {}
-    assert set(errors) == {w.name for w in WAYS} == {w.name for w in bench.ways}
-    assert max(errors.values()) < training_ways.MAX_ERROR[precision]
-    true = bench.gradient(Way("", ours=False, method="sipo"))
+    assert set(errors) == {w.name for w in IMPLEMENTATIONS} == {w.name for w in bench.implementations}
+    assert max(errors.values()) < training_implementations.MAX_ERROR[precision]
+    true = bench.gradient(Implementation("", ours=False, method="sipo"))
     assert true.norm() > 0 and not torch.equal(true, bench.gradient(way(HAND)))
 
 
@@ -144,7 +144,7 @@ def test_torch_alone_measures_the_hand_written_loop_and_says_why_nothing_else(
     results = json.loads(path.read_text())
     (entry,) = results["cases"]
     assert entry["network"] == PLAIN
-    assert list(entry["results"]) == [w.name for w in WAYS if not w.ours and not w.lora]
+    assert list(entry["results"]) == [w.name for w in IMPLEMENTATIONS if not w.ours and not w.lora]
     why = {(s["label"], s["implementation"]): s["reason"] for s in results["skipped"]}
     assert why[IN_MEMORY.label, OURS] == "accelerate is not installed"
     assert why[IN_MEMORY.label, HAND_LORA].startswith("diffusers is not installed")
@@ -156,7 +156,7 @@ def test_a_chunk_leaves_the_shared_networks_as_the_next_needs_them(tmp_path: Pat
     setup = make_setup(TINY_WAN, "cpu", tmp_path)
     bench = Bench(setup, "cpu", tmp_path)
     before = {name: tensor.clone() for name, tensor in bench.trained[False].reference.state_dict().items()}
-    for each in bench.ways:
+    for each in bench.implementations:
         bench.run(each, 6)
         device, host = bench.clock.steps()
         assert len(device) == 3 and device is not None and device == host

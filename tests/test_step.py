@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import baselines, measure, step, step_network
+from benchmarks import baselines, step, step_cases, step_network, timing
 from sipo_kernels import backends
 
 OURS = baselines.OURS + backends.choose("auto", torch.device("cpu"))
@@ -21,12 +21,12 @@ OURS = baselines.OURS + backends.choose("auto", torch.device("cpu"))
 @pytest.fixture(autouse=True)
 def small_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Compilation takes longer than everything else here, and is torch's; flushing real caches is next."""
-    measure._flusher.cache_clear()
-    monkeypatch.setattr(measure, "cache_bytes", lambda device: 1 << 18)
-    monkeypatch.setattr(measure, "memory_bytes", lambda device: 1 << 24)
+    timing._flusher.cache_clear()
+    monkeypatch.setattr(timing, "cache_bytes", lambda device: 1 << 18)
+    monkeypatch.setattr(timing, "memory_bytes", lambda device: 1 << 24)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     yield
-    measure._flusher.cache_clear()
+    timing._flusher.cache_clear()
 
 
 def test_a_tiny_run_from_end_to_end(tmp_path: Path) -> None:
@@ -38,7 +38,7 @@ def test_a_tiny_run_from_end_to_end(tmp_path: Path) -> None:
     (entry,) = results["cases"]
     assert entry["network"] == step_network.WAN and entry["shape"] == [2, 16, 1, 4, 8]
     assert entry["elements"] == 2 * 16 * 4 * 8 and entry["floor_bytes"] == 4 * 4 * entry["elements"]
-    assert (entry["mode"], entry["target"], entry["upstream"]) == (step.MODE, "float32", 1 / 8)
+    assert (entry["mode"], entry["target"], entry["upstream"]) == (step_cases.MODE, "float32", 1 / 8)
     assert list(entry["results"]) == [step.TRIVIAL, baselines.PUBLISHED, baselines.UPCAST, baselines.COMPILED, OURS]
     for name, result in entry["results"].items():
         assert result["wall_ms"]["runs"] >= 3 and result["peak_mb"] > 0

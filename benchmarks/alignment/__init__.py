@@ -1,9 +1,10 @@
 """Does it align? Every method on tasks whose true reward is known: ``python -m benchmarks.alignment --grid quick``.
 
-One cell, top down: ``cells.py`` names it, ``run.py`` trains and measures it, ``tasks.py`` (with ``moving.py``) has its
-data, model and rewards, ``variants.py`` its loss, ``probe.py`` the spread of its gradients. ``grid.py`` goes through
-many cells and keeps the results file; ``estimates.py`` reads that, ``claims.py`` and
-``figures.py`` say what came out.
+``cells.py`` names the cells, one training run each. ``experiment.py`` trains a cell and measures what came out:
+``tasks.py`` (with ``moving_digits.py``) has its data, model and rewards, ``variants.py`` its loss, and
+``gradient_variance.py`` measures how much its gradients vary. ``grid.py`` goes through many cells and keeps the results
+file. ``estimates.py`` reads that file, ``claims.py`` and ``claims_conditions.py`` state what was found,
+``conclusions.py`` reports it, and ``page_figures.py`` draws it.
 
 Needs what ``sipo demo`` needs (``pip install 'sipo[demo]'``).
 """

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.alignment import claims
+from benchmarks.alignment import conclusions
 from benchmarks.alignment.cells import GRIDS
 from benchmarks.alignment.estimates import Results
 from benchmarks.alignment.grid import cell_of, load, run_grid
@@ -57,14 +57,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("done   " if cell in done else "missing", cell.key)
         return 0
     if options.figures:
-        from benchmarks.alignment.figures import draw_all
+        from benchmarks.alignment.page_figures import draw_all
 
         for path in draw_all(results, options.figures):
             print(path)
         return 0
     if options.page:
         try:
-            text = claims.quoted(options.page.read_text(encoding="utf-8"), Results(results))
+            text = conclusions.quoted(options.page.read_text(encoding="utf-8"), Results(results))
         except (OSError, ValueError) as error:
             parser.error(str(error))
         write_aside(options.page, text)
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not options.summary:
         cores = 1 if default_device() == "cuda" else multiprocessing.cpu_count()
         results = run_grid(cells, options.output, workers=cores if options.workers is None else options.workers)
-    text, disagree = claims.report(results, committed)
+    text, disagree = conclusions.report(results, committed)
     print(text)
     return int(disagree)
 

@@ -1,25 +1,18 @@
-"""What the results say, as sentences with numbers and as statements that hold or do not.
-
-docs/alignment.md quotes these sentences (``--page`` of the command writes them), and ``tests/test_alignment.py`` checks
-that they are those of the committed results file.
-"""
+"""What the results say about the methods and β: sentences with numbers, and statements that hold or do not."""
 
 from __future__ import annotations
 
 import itertools
 import math
-import re
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from benchmarks.alignment.cells import BETAS, LONG, Cell
+from benchmarks.alignment.cells import BETAS, Cell
 from benchmarks.alignment.estimates import (
     Estimate,
-    Missing,
     Results,
     What,
     active_at_end,
@@ -34,7 +27,7 @@ from benchmarks.alignment.estimates import (
     rejected_gap,
     reward,
 )
-from benchmarks.alignment.variants import PARTS, RELATIVES, SFT
+from benchmarks.alignment.variants import SFT
 from sipo.training.alarms import COLLAPSE_SHARE, DRIFT, collapsing, drifted
 from sipo_kernels.options import METHODS
 
@@ -232,19 +225,6 @@ def chosen_get_worse(found: Results) -> Claim:
     )
 
 
-def threshold_and_stride(found: Results) -> Claim:
-    names = [name for name in PARTS if name.startswith("threshold") or name.endswith("steps")]
-    cells = {name: SIPO.like(variant=name) for name in names}
-    changes = {name: found.difference(reward, cell, SIPO) for name, cell in cells.items()}
-    active = {name: found.estimate(active_at_end, cell).mean for name, cell in cells.items()}
-    listed = ", ".join(f"{name} {active[name]:.2f}, {changes[name]}" for name in names)
-    return Claim(
-        "threshold and sampler steps only set how much is masked",
-        f"Share of pairs active at the end, and reward less SIPO's (0.9, 50 steps): {listed}.",
-        all(abs(change.mean) < 0.15 for change in changes.values()),
-    )
-
-
 def alarms_tell(found: Results) -> Claim:
     good: list[tuple[bool, float, float]] = []
     broken: list[tuple[bool, float, float]] = []
@@ -296,181 +276,3 @@ def diversity_for_reward(found: Results) -> Claim:
         f"{max(y):.2f} of the real digits' diversity at a reward of {min(x):+.2f} to {min(y):.2f} at the highest.",
         correlation < -0.8,
     )
-
-
-def parts_of_sipo(found: Results) -> Claim:
-    dpo, whole = (found.estimate(distance, cell) for cell in (DPO, SIPO))
-    names = ("mask alone", "clipped weight alone", "weight alone", "mask by the reference")
-    deltas = {n: found.difference(distance, SIPO.like(variant=n), SIPO) for n in names}
-    listed = ", ".join(f"{n} {e}" for n, e in deltas.items())
-    return Claim(
-        "the mask does most of what SIPO does",
-        f"At β = 1000 Diffusion-DPO's samples are {dpo.plain(1)} from the data, SIPO's {whole.plain(1)}; with a part "
-        f"of SIPO alone, less SIPO's, seed by seed: {listed}.",
-        abs(deltas["mask alone"].mean) < abs(deltas["clipped weight alone"].mean),
-    )
-
-
-def _changed(found: Results, **changes: Any) -> tuple[list[Estimate], str]:
-    """What a changed condition does to each method's reward at β = 1000, seed by seed; and the same as text."""
-    found_by = {m: found.difference(reward, Cell(method=m).like(**changes), Cell(method=m)) for m in METHODS}
-    return list(found_by.values()), ", ".join(f"{NAMES[m]} {e}" for m, e in found_by.items())
-
-
-def on_policy(found: Results) -> Claim:
-    changes, listed = _changed(found, source="base")
-    return Claim(
-        "pairs of the base model's own samples teach the same",
-        f"The reward with pairs of base samples less that with real pairs, at β = 1000: {listed}.",
-        all(abs(e.mean) < 0.15 for e in changes),
-    )
-
-
-def noise(found: Results) -> Claim:
-    changes, listed = _changed(found, noise=0.3)
-    return Claim(
-        "wrong labels cost reward",
-        f"With 30 % of the labels wrong, less with none, at β = 1000: {listed}.",
-        all(e.mean < 0 for e in changes),
-    )
-
-
-def few_pairs(found: Results) -> Claim:
-    changes, listed = _changed(found, fraction=0.1)
-    return Claim(
-        "a tenth of the pairs is enough for this reward",
-        f"With 400 of the 4,000 pairs, less with all, at β = 1000: {listed}.",
-        all(abs(e.mean) < 0.1 for e in changes),
-    )
-
-
-def slant_is_harder(found: Results) -> Claim:
-    slanted = {m: Cell(method=m, reward="slant", beta=0.0 if m == SFT else 1000.0) for m in (*METHODS, SFT)}
-    rows = {m: found.estimate(reward, cell) for m, cell in slanted.items()}
-    base, spread = (found.bases["digits"][name]["slant"] for name in ("rewards", "real_spread"))
-    ranked = found.estimate(held_out, slanted["sipo"])
-    listed = ", ".join(f"{NAMES[m]} {e.mean:+.3f} ± {e.half:.3f}" for m, e in rows.items())
-    return Claim(
-        "slant is hardly learnt in 300 steps",
-        f"With slant as the reward, whose standard deviation over real digits is {spread:.2f}, samples go from "
-        f"{base:+.3f} to: {listed}. SIPO's implicit reward ranks {ranked.plain()} of held-out pairs right by it.",
-        all(e.mean - base < spread for e in rows.values()),
-    )
-
-
-def longer(found: Results) -> Claim:
-    ends, starts = (
-        {m: found.estimate(agreement, Cell(method=m, length=length)) for m in ("diffusion_dpo", "sipo")}
-        for length in (LONG, 1)
-    )
-    listed = ", ".join(f"{NAMES[m]} from {starts[m].plain()} to {ends[m].plain()}" for m in ends)
-    return Claim(
-        "longer training degrades the images",
-        f"Between 300 and {300 * LONG:,} steps at β = 1000, the share of samples read as the digit asked for goes: "
-        f"{listed}.",
-        all(ends[m].mean < starts[m].mean for m in ends),
-    )
-
-
-def relatives(found: Results) -> Claim:
-    rows = {name: DPO.like(variant=name) for name in RELATIVES}
-    listed = ", ".join(
-        f"{name} {found.estimate(reward, cell)} at a distance of {found.estimate(distance, cell).plain(1)}"
-        for name, cell in rows.items()
-    )
-    safe = rows["safeguard"]
-    nearer, less = (found.difference(what, safe, DPO) for what in (distance, reward))
-    return Claim(
-        "preserving the chosen sample keeps samples a little nearer to the data, for a little less reward",
-        f"At β = 1000, where Diffusion-DPO reaches {found.estimate(reward, DPO)} at a distance of "
-        f"{found.estimate(distance, DPO).plain(1)}: {listed}. Seed by seed, preserving the chosen sample changes "
-        "the distance "
-        f"by {nearer} and the reward by {less}.",
-        nearer.mean + nearer.half < 0 and less.mean < 0,
-    )
-
-
-def video(found: Results) -> Claim:
-    sentences, holds = [], True
-    for task in ("moving-cogvideox", "moving-wan"):
-        floor = found.estimate(reward, Cell(task=task, method=SFT, beta=0.0))
-        base = found.bases[task]["rewards"]["ink"]
-        rows = {m: found.estimate(reward, Cell(task=task, method=m)) for m in METHODS}
-        listed = ", ".join(f"{NAMES[m]} {e}" for m, e in rows.items())
-        sentences.append(f"{task}: from {base:+.2f}, fine-tuning {floor}, {listed}")
-        holds = holds and all(e.mean - e.half > floor.mean + floor.half for e in rows.values())
-    return Claim(
-        "clips are aligned as images are",
-        f"Ink of moving digits at β = 1000: {'; '.join(sentences)}.",
-        holds,
-    )
-
-
-CLAIMS = (
-    learns, sensitive, agreement_needs_beta, sipo_goes_further, mask_stops_training, smaller_not_steadier,
-    chosen_get_worse, alarms_tell, one_frontier, diversity_for_reward, variance_at_low_noise, low_noise_teaches_least,
-    on_policy, parts_of_sipo, threshold_and_stride, noise, few_pairs, longer, slant_is_harder, implicit_reward_knows,
-    relatives, video,
-)  # fmt: skip
-"""In the order of the page."""
-
-
-def all_claims(found: Results) -> list[Claim]:
-    """Those that the cells there are enough for."""
-    made = []
-    for make in CLAIMS:
-        try:
-            made.append(make(found))
-        except Missing:
-            continue
-    return made
-
-
-_QUOTE = re.compile(r"^<!-- (.+) -->\n(?:> .*\n)*", re.MULTILINE)
-
-
-def quoted(page: str, found: Results) -> str:
-    """A page with each claim's sentence below its marker, ``<!-- name of the claim -->``, in place of what is there.
-
-    Raises:
-        ValueError: a marker without a claim of that name, or a claim without a marker.
-    """
-    sentences = {claim.name: claim.sentence for claim in all_claims(found)}
-    marked = [match[1] for match in _QUOTE.finditer(page)]
-    for name in sorted({*marked} ^ {*sentences}):
-        alone = "marked" if name in marked else "claimed"
-        raise ValueError(f"{name!r}: is {alone} alone, expected a claim and a marker")
-
-    def quote(match: re.Match[str]) -> str:
-        lines = textwrap.wrap(sentences[match[1]], 118, break_on_hyphens=False)
-        return f"<!-- {match[1]} -->\n" + "".join(f"> {line}\n" for line in lines)
-
-    return _QUOTE.sub(quote, page)
-
-
-def report(results: dict[str, Any], committed: dict[str, Any]) -> tuple[str, bool]:
-    """The claims of a results file, each compared with the committed file's.
-
-    Args:
-        results: a results file's content.
-        committed: likewise, to compare with; without cells nothing is compared.
-
-    Returns:
-        The text, and whether any statement that holds in one does not in the other.
-    """
-    theirs = {claim.name: claim for claim in all_claims(Results(committed))}
-    lines, disagree = [], False
-    for claim in all_claims(Results(results)):
-        said = "holds" if claim.holds else "does not hold"
-        if claim.name in theirs:
-            same = theirs[claim.name].holds == claim.holds
-            disagree = disagree or not same
-            said += ", agrees with the committed results" if same else ", DISAGREES with the committed results"
-        lines.append(f"- {claim.name}: {said}.\n  {claim.sentence}")
-    missing = len(CLAIMS) - len(lines)
-    lines.append(
-        f"{missing} further claims need cells that are not here."
-        if missing
-        else "No cell that a claim needs is missing."
-    )
-    return "\n".join(lines), disagree

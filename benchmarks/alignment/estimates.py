@@ -37,7 +37,7 @@ class Estimate:
         return f"{self.mean:.{digits}f} ± {self.half:.{digits}f}"
 
 
-class Missing(Exception):  # noqa: N818 - not a mistake: a grid that has not got there
+class MissingCellsError(Exception):
     """Cells that a claim needs and the results lack."""
 
 
@@ -59,11 +59,11 @@ class Results:
         """The records of a cell's seeds.
 
         Raises:
-            Missing: fewer than three.
+            MissingCellsError: fewer than three.
         """
         found = self.records.get(cell.like(seed=0), [])
         if len(found) < 3:
-            raise Missing(f"{cell.key}: {len(found)} seeds, expected at least 3")
+            raise MissingCellsError(f"{cell.key}: {len(found)} seeds, expected at least 3")
         return sorted(found, key=lambda record: record["seed"])
 
     def values(self, what: What, cell: Cell) -> list[float]:

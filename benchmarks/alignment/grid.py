@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.alignment.cells import Cell
-from benchmarks.alignment.run import measure_base, run_cell
+from benchmarks.alignment.experiment import measure_base, run_cell
 from benchmarks.machine import commit, default_device, machine
 from sipo.files import write_aside
 

@@ -17,7 +17,7 @@ from sipo.demo import digits as demo_data
 from sipo.demo import measure as demo_measure
 from sipo.demo import model as demo_model
 from sipo.files import load_tensors, save_tensors
-from sipo.training.protocols import Predict
+from sipo.protocols import Predict
 
 CLASSES = demo_data.CLASSES
 PAIRS = 4_000
@@ -36,7 +36,7 @@ class Labelled(NamedTuple):
     labels: Tensor
 
 
-class Judge(Protocol):
+class SampleJudge(Protocol):
     """Reads samples, and says where they lie: fitted on the real training data.
 
     Attributes:
@@ -77,7 +77,7 @@ class Task:
     predict: Predict
     sample: Callable[[Any, Any, Tensor, int], Tensor]
     rewards: dict[str, Reward]
-    judge: Callable[[], Judge]
+    judge: Callable[[], SampleJudge]
     steps: int
     batch_size: int
     learning_rate: float
@@ -157,26 +157,26 @@ def get(name: str) -> Task:
     """
     if name == DIGITS.name:
         return DIGITS
-    from benchmarks.alignment import moving
-    from benchmarks.alignment.train_moving import DISTRIBUTION
+    from benchmarks.alignment import moving_digits
+    from benchmarks.alignment.train_moving_digits import DISTRIBUTION
 
     kind = name.removeprefix("moving-")
-    if kind not in moving.KINDS or kind == name:
-        known = ", ".join(f"moving-{kind}" for kind in moving.KINDS)
+    if kind not in moving_digits.KINDS or kind == name:
+        known = ", ".join(f"moving-{kind}" for kind in moving_digits.KINDS)
         raise ValueError(f"task={name!r}: expected one of {DIGITS.name}, {known}")
 
     def data() -> tuple[Labelled, Labelled]:
-        train, held_out = moving.load_moving(kind)
+        train, held_out = moving_digits.load_moving(kind)
         return Labelled(train.clips, train.labels), Labelled(held_out.clips, held_out.labels)
 
     return Task(
         name=name,
         data=functools.cache(data),
-        load_base=lambda: moving.load_base(kind),
-        predict=moving.predict(kind),
-        sample=moving.sample,
-        rewards={"ink": moving.ink, "smoothness": moving.smoothness},
-        judge=functools.cache(lambda: moving.Judge(*moving.load_moving(kind))),
+        load_base=lambda: moving_digits.load_base(kind),
+        predict=moving_digits.predict(kind),
+        sample=moving_digits.sample,
+        rewards={"ink": moving_digits.ink, "smoothness": moving_digits.smoothness},
+        judge=functools.cache(lambda: moving_digits.ClipJudge(*moving_digits.load_moving(kind))),
         steps=150,
         batch_size=16,
         learning_rate={"cogvideox": 5e-5, "wan": 1e-4}[kind],

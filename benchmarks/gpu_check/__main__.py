@@ -241,7 +241,7 @@ class Report:
         return 1 if count["fail"] or not count["pass"] else 0
 
     def _write(self, complete: bool) -> None:
-        from benchmarks.measure import write
+        from benchmarks.timing import write
 
         assert self.path is not None
         write(

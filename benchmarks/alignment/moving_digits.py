@@ -3,7 +3,7 @@
 A clip is one scanned digit on a canvas of 12x12 pixels, in 5 frames: it moves with constant velocity and is shaken on
 the way, some hardly and some much, so that there is smooth and jerky motion to prefer between. The models are
 diffusers' own classes, small: "cogvideox" predicts v on CogVideoX's schedule, "wan" is a rectified flow. Both are
-called through the adapters that ``sipo train`` uses. ``train_moving.py`` made their weights.
+called through the adapters that ``sipo train`` uses. ``train_moving_digits.py`` made their weights.
 
 Clips have one channel, so that both layouts hold the same numbers in the same order, and everything here that looks at
 clips takes either of them.
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from sipo.demo.digits import CLASSES, IMAGE_SIZE, Digits, load_digits
 from sipo.families import FAMILIES
 from sipo.families.base import PROMPT
-from sipo.training.protocols import Predict
+from sipo.protocols import Predict
 
 KINDS = ("cogvideox", "wan")
 """The two models, named as their families are."""
@@ -225,7 +225,7 @@ def load_base(kind: str) -> tuple[Any, Any]:
     """
     folder = BASE / _checked(kind)
     if not (folder / "config.json").is_file():
-        command = f"python -m benchmarks.alignment.train_moving {kind}"
+        command = f"python -m benchmarks.alignment.train_moving_digits {kind}"
         raise FileNotFoundError(f"{folder}: no base model, expected config.json as {command} writes")
     import diffusers
 
@@ -294,7 +294,7 @@ def _checked(kind: str) -> str:
 # ---------------------------------------------------------------- judge
 
 
-class Judge:
+class ClipJudge:
     """Reads the digit that a clip shows, and gives the features in which distances between sets are measured.
 
     What it reads is the frames' mean after each was moved so that its centre of mass is the canvas's centre.

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.alignment import probe, tasks
+from benchmarks.alignment import gradient_variance, tasks
 from benchmarks.alignment.cells import Cell
 from benchmarks.alignment.variants import make_loss
 from sipo_kernels.options import METHODS
@@ -96,8 +96,8 @@ def run_cell(cell: Cell, *, steps: int | None = None, samples: int | None = None
     record["accuracy"] = preference_accuracy(task, policy, base, scheduler, cell.seed, drawn)
     if cell.like(seed=PROBED.seed) == PROBED:
         losses = {method: make_loss(scheduler, method, beta) for method in METHODS}
-        record["probe"] = probe.gradient_spread(task, policy, base, losses, pairs, cell.seed)
-        record["probe_base"] = probe.gradient_spread(
+        record["probe"] = gradient_variance.gradient_spread(task, policy, base, losses, pairs, cell.seed)
+        record["probe_base"] = gradient_variance.gradient_spread(
             task, copy.deepcopy(base).requires_grad_(True), base, losses, pairs, cell.seed
         )
     record["seconds"] = round(time.perf_counter() - started, 1)

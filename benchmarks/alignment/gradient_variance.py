@@ -16,7 +16,7 @@ PAIRS = 8
 
 
 def levels_of(schedule: Any, count: int = 12) -> Tensor:
-    """Noise levels to look at, crejected together where the signal is nearly clean; ``[count]``."""
+    """Noise levels to look at, closer together where the signal is nearly clean; ``[count]``."""
     top = float(schedule.num_train_timesteps - 1) if schedule.kind == "discrete" else 1.0
     fractions = torch.logspace(-2, 0, count, dtype=torch.float64)
     return (fractions * top).round().long() if schedule.kind == "discrete" else fractions.float()

@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.baselines import COMPILED, UPCAST
 from benchmarks.cases import TRAINED, Case, count, fraction, headline_cases
 
-# Caches before each call (measure.py): as a network's pass leaves them, and as another implementation leaves them.
+# Caches before each call (timing.py): as a network's pass leaves them, and as another implementation leaves them.
 STATES = ("cold", "in turn")
 
 

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from benchmarks.alignment.cells import BETAS, LONG, Cell
 from benchmarks.alignment.claims import LOW_NOISE, NAMES
 from benchmarks.alignment.estimates import (
-    Missing,
+    MissingCellsError,
     Results,
     What,
     active_at_end,
@@ -71,7 +71,7 @@ def draw_all(results: dict[str, Any], folder: Path) -> Iterator[Path]:
     for name, draw in FIGURES.items():
         try:
             figure = draw(found)
-        except Missing as missing:
+        except MissingCellsError as missing:
             print(f"{name}: left out, {missing}")
             continue
         figure.text(0.005, 0.004, _caption(results), fontsize=6.5, color="#777777")
@@ -156,7 +156,7 @@ def frontier(found: Results) -> Figure:
     tasks = [Cell()] + [Cell(task=name) for name in ("moving-cogvideox", "moving-wan")]
     tasks = [task for task in tasks if all(found.has(task.like(method=m, beta=b)) for m in METHODS for b in BETAS)]
     if not tasks:
-        raise Missing("no task with all methods and β")
+        raise MissingCellsError("no task with all methods and β")
     figure, grid = plt.subplots(
         len(tasks), 2, figsize=(11, 3.9 * len(tasks) + 0.9), squeeze=False, layout="constrained"
     )
@@ -276,7 +276,7 @@ def _comparison(found: Results, rows: Sequence[tuple[str, Cell]], against: Cell,
     """What each row has more or less than one of them, seed by seed, with the interval of the mean difference."""
     rows = [row for row in rows if found.has(row[1])]
     if len(rows) < 3:
-        raise Missing(f"{title}: {len(rows)} rows, expected at least 3")
+        raise MissingCellsError(f"{title}: {len(rows)} rows, expected at least 3")
     panels = (
         ("true reward", reward),
         ("agreement", agreement),
@@ -339,7 +339,7 @@ def conditions(found: Results) -> Figure:
             grid[row, column].set_ylabel(label)
         grid[0, column].set_title(title)
     if not drawn:
-        raise Missing("no cells with wrong labels, fewer pairs or more steps")
+        raise MissingCellsError("no cells with wrong labels, fewer pairs or more steps")
     return _finish(figure, "Wrong labels, fewer pairs, longer training: digits and ink, β = 1000", grid[0, 0])
 
 

@@ -1,6 +1,6 @@
 """Trains the base models of the moving digits, shipped in ``benchmarks/alignment/base``.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.alignment.train_moving cogvideox wan
+    OMP_NUM_THREADS=1 python -m benchmarks.alignment.train_moving_digits cogvideox wan
 
 Plain denoising of the clips to learn from, with the noise levels that alignment draws as well. On one thread of a
 machine with other work to do it took 7 and 19 minutes. Weights are stored in float16: half the repository's share.
@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.alignment.moving import (
+from benchmarks.alignment.moving_digits import (
     BASE,
     KINDS,
-    Judge,
+    ClipJudge,
     MovingData,
     build_model,
     build_scheduler,
@@ -96,7 +96,7 @@ def save(kind: str, model: Any, folder: Path) -> None:
 def describe(kind: str, count: int = 400, seed: int = 0) -> str:
     """How good the shipped model of a kind is, by ``count`` samples of it, beside the clips held out."""
     data, held_out = load_moving(kind)
-    judge = Judge(data, held_out)
+    judge = ClipJudge(data, held_out)
     model, scheduler = load_base(kind)
     classes = torch.arange(count) % CLASSES
     clips = sample(model, scheduler, classes, seed)
@@ -112,7 +112,7 @@ def describe(kind: str, count: int = 400, seed: int = 0) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command-line entry point."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.alignment.train_moving", description=__doc__.splitlines()[0]
+        prog="python -m benchmarks.alignment.train_moving_digits", description=__doc__.splitlines()[0]
     )
     parser.add_argument("kinds", nargs="+", choices=KINDS, help="models to train, one after the other")
     parser.add_argument("--steps", type=int, help=f"optimiser steps (default: {STEPS})")

@@ -14,14 +14,14 @@ from torch import Tensor
 pytest.importorskip("diffusers")
 pytest.importorskip("sklearn")
 
-from benchmarks.alignment import moving, train_moving
-from benchmarks.alignment.moving import (
+from benchmarks.alignment import moving_digits, train_moving_digits
+from benchmarks.alignment.moving_digits import (
     BASE,
     BLANK_SMOOTHNESS,
     CLIP_SHAPE,
     FRAMES,
     KINDS,
-    Judge,
+    ClipJudge,
     MovingData,
     build_scheduler,
     ink,
@@ -42,8 +42,8 @@ LOSS = {"cogvideox": 0.15, "wan": 0.23}
 
 
 @pytest.fixture(scope="module")
-def judge() -> Judge:
-    return Judge(*load_moving("wan"))
+def judge() -> ClipJudge:
+    return ClipJudge(*load_moving("wan"))
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -149,7 +149,7 @@ def test_clips_of_another_shape_and_unknown_kinds_are_refused() -> None:
 # ---------------------------------------------------------------- the judge
 
 
-def test_the_judge_reads_real_clips_wherever_they_are(judge: Judge) -> None:
+def test_the_judge_reads_real_clips_wherever_they_are(judge: ClipJudge) -> None:
     assert judge.accuracy > 0.97
     held_out = load_moving("cogvideox")[1]
     read = judge.read(held_out.clips)
@@ -159,7 +159,7 @@ def test_the_judge_reads_real_clips_wherever_they_are(judge: Judge) -> None:
     assert (read == held_out.labels.roll(1)).double().mean().item() < 0.2
 
 
-def test_features_see_looks_and_motion(judge: Judge) -> None:
+def test_features_see_looks_and_motion(judge: ClipJudge) -> None:
     train, held_out = load_moving("wan")
     features = judge.features(train.clips)
     assert features.shape == (len(train.labels), 26) and features.dtype == np.float64
@@ -205,7 +205,7 @@ def test_schedules_are_the_families_own() -> None:
     assert (alpha[0] ** 2 / (1 - alpha[0] ** 2)).item() == pytest.approx((1 / 0.00085 - 1) / 3, rel=1e-3)
 
 
-def test_samples_are_reproducible_and_read_as_requested(base: tuple[str, Any, Any], judge: Judge) -> None:
+def test_samples_are_reproducible_and_read_as_requested(base: tuple[str, Any, Any], judge: ClipJudge) -> None:
     kind, model, scheduler = base
     classes = torch.arange(60) % CLASSES
     before = torch.get_rng_state()
@@ -229,8 +229,8 @@ def test_the_base_denoises_and_listens_to_the_digit(base: tuple[str, Any, Any]) 
     kind, model, _ = base
     _, held_out = load_moving(kind)
     some = MovingData(held_out.clips[:200], held_out.labels[:200])
-    loss = train_moving.held_out_loss(kind, model, some)
-    told_wrong = train_moving.held_out_loss(kind, model, MovingData(some.clips, (some.labels + 1) % CLASSES))
+    loss = train_moving_digits.held_out_loss(kind, model, some)
+    told_wrong = train_moving_digits.held_out_loss(kind, model, MovingData(some.clips, (some.labels + 1) % CLASSES))
     assert loss < LOSS[kind] and told_wrong > 1.1 * loss
 
 
@@ -260,16 +260,16 @@ def test_a_pair_step_moves_the_model_towards_the_chosen(base: tuple[str, Any, An
 def test_training_the_base_is_reproducible_and_can_be_shipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first, second = (train_moving.train("wan", steps=3, batch_size=8) for _ in range(2))
+    first, second = (train_moving_digits.train("wan", steps=3, batch_size=8) for _ in range(2))
     for one, other in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(one, other)
-    monkeypatch.setattr(moving, "BASE", tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"wan: no base model, expected .*train_moving wan writes"):
+    monkeypatch.setattr(moving_digits, "BASE", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"wan: no base model, expected .*train_moving_digits wan writes"):
         load_base("wan")
-    train_moving.save("wan", first, tmp_path / "wan")
+    train_moving_digits.save("wan", first, tmp_path / "wan")
     loaded, _ = load_base("wan")
     for one, other in zip(first.parameters(), loaded.parameters(), strict=True):
         assert torch.equal(one.half().float(), other)
     with pytest.raises(SystemExit):
-        train_moving.main(["wan", "--steps", "0"])
+        train_moving_digits.main(["wan", "--steps", "0"])
     assert "--steps is 0, expected at least 1" in capsys.readouterr().err

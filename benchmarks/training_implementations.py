@@ -28,7 +28,7 @@ PERTURBED = 1e-3  # for the comparison of gradients: a policy that is not its re
 
 
 @dataclass(frozen=True)
-class Way:
+class Implementation:
     """One implementation.
 
     Attributes:
@@ -51,14 +51,14 @@ class Way:
 
 
 HAND, HAND_LORA = "hand-written, two networks", "hand-written LoRA, two networks"
-WAYS = [
-    Way(HAND, ours=False, method="diffusion_dpo"),
-    Way("hand-written, AdamW as torch makes it", ours=False, method="diffusion_dpo", fused=False),
-    Way("ours, Diffusion-DPO, frozen copy", method="diffusion_dpo", target=1.0),
-    Way("ours, SIPO, frozen copy", target=1.0),
-    Way("ours, SIPO, reference errors", reference="errors", target=0.8),
-    Way(HAND_LORA, ours=False, method="diffusion_dpo", lora=True),
-    Way("ours, LoRA, SIPO, adapter off", lora=True, reference="adapter_off", target=1.0),
+IMPLEMENTATIONS = [
+    Implementation(HAND, ours=False, method="diffusion_dpo"),
+    Implementation("hand-written, AdamW as torch makes it", ours=False, method="diffusion_dpo", fused=False),
+    Implementation("ours, Diffusion-DPO, frozen copy", method="diffusion_dpo", target=1.0),
+    Implementation("ours, SIPO, frozen copy", target=1.0),
+    Implementation("ours, SIPO, reference errors", reference="errors", target=0.8),
+    Implementation(HAND_LORA, ours=False, method="diffusion_dpo", lora=True),
+    Implementation("ours, LoRA, SIPO, adapter off", lora=True, reference="adapter_off", target=1.0),
 ]
 
 
@@ -89,7 +89,7 @@ class Clock:
 
 
 @dataclass
-class Trained:
+class TrainedNetworks:
     """What one kind of tuning trains: shared by all implementations, which take turns."""
 
     policy: nn.Module
@@ -107,18 +107,20 @@ class Bench:
         self.setup, self.device, self.folder = setup, device, folder
         self.clock = Clock(device)
         self.trained = {
-            False: Trained(copy.deepcopy(setup.base).requires_grad_(True), reference_for(setup.base, setup.case))
+            False: TrainedNetworks(
+                copy.deepcopy(setup.base).requires_grad_(True), reference_for(setup.base, setup.case)
+            )
         }
         self.missing: dict[str, str] = {}
         try:
-            self.trained[True] = Trained(*lora_networks(setup, device))
+            self.trained[True] = TrainedNetworks(*lora_networks(setup, device))
         except ImportError as error:
-            self.missing = {way.name: str(error) for way in WAYS if way.lora}
+            self.missing = {way.name: str(error) for way in IMPLEMENTATIONS if way.lora}
         if importlib.util.find_spec("accelerate") is None:
-            self.missing |= {way.name: "accelerate is not installed" for way in WAYS if way.ours}
-        self.ways = [way for way in WAYS if way.name not in self.missing]
+            self.missing |= {way.name: "accelerate is not installed" for way in IMPLEMENTATIONS if way.ours}
+        self.implementations = [way for way in IMPLEMENTATIONS if way.name not in self.missing]
         self.optimizers: dict[tuple[bool, bool], torch.optim.Optimizer] = {}
-        for key in dict.fromkeys((way.lora, way.fused) for way in self.ways):
+        for key in dict.fromkeys((way.lora, way.fused) for way in self.implementations):
             fused = True if key[1] else None
             optimizer = torch.optim.AdamW(self.trained[key[0]].parameters, lr=LEARNING_RATE, fused=fused)
             optimizer.register_step_post_hook(self.clock)
@@ -128,18 +130,20 @@ class Bench:
             alpha, sigma = setup.schedule.alpha_sigma(torch.arange(setup.schedule.num_train_timesteps))
             self.levels = alpha.float().to(device), sigma.float().to(device)
 
-    def run(self, way: Way, steps: int, *, pairs: Any = None, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def run(
+        self, way: Implementation, steps: int, *, pairs: Any = None, optimizer: torch.optim.Optimizer | None = None
+    ) -> None:
         """Trains for some steps; on the case's pairs and with the way's AdamW unless others are given."""
         setup, case, trained = self.setup, self.setup.case, self.trained[way.lora]
         if pairs is None:
             pairs = setup.with_errors if way.reference == "errors" else setup.pairs
         optimizer = optimizer or self.optimizers[way.lora, way.fused]
-        options: dict[str, Any] = {"steps": steps, "batch_size": case.batch_size}
         if not way.ours:
-            options["velocity"] = setup.schedule.prediction_type == "v_prediction"
+            velocity = setup.schedule.prediction_type == "v_prediction"
             hand_written(
                 trained.policy, trained.reference, pairs, setup.predict, self.levels, self._plain_loss(way), optimizer,
-                device=self.device, precision=case.precision, **options,
+                device=self.device, precision=case.precision, steps=steps, batch_size=case.batch_size,
+                velocity=velocity,
             )  # fmt: skip
             return
         from accelerate import Accelerator
@@ -149,8 +153,9 @@ class Bench:
 
         references = {"copy": trained.reference, "errors": None, "adapter_off": AdapterOff(adapter_off)}
         config = TrainingConfig(
-            output_dir=self.folder / "run", max_grad_norm=MAX_GRAD_NORM, mixed_precision=case.precision,  # type: ignore[arg-type]
-            logging_steps=LOG_EVERY, progress=None, tensorboard=False, alarms="off", **options,
+            output_dir=self.folder / "run", max_train_steps=steps, train_batch_size=case.batch_size,
+            max_grad_norm=MAX_GRAD_NORM, mixed_precision=case.precision,  # type: ignore[arg-type]
+            logging_steps=LOG_EVERY, progress=None, tensorboard=False, alarms="off",
         )  # fmt: skip
         # No alarms: every chunk but the first goes on with a policy that has left its reference.
         train(
@@ -164,7 +169,7 @@ class Bench:
             accelerator=Accelerator(cpu=self.device == "cpu", mixed_precision=case.precision),
         )
 
-    def gradient(self, way: Way) -> Tensor:
+    def gradient(self, way: Implementation) -> Tensor:
         """The clipped gradient ``[P]`` of one step on fixed draws; weights stay as they are."""
         items = sorted(range(len(self.setup.drawn)), key=lambda i: -float(self.setup.drawn[i]["timestep"]))
         source = self.setup.with_errors if way.reference == "errors" else self.setup.drawn
@@ -196,10 +201,10 @@ class Bench:
             with torch.no_grad():
                 for p in trained.parameters:
                     p.add_(torch.randn_like(p), alpha=PERTURBED)
-            for way in self.ways:
+            for way in self.implementations:
                 if way.lora != lora:
                     continue
-                true = self.gradient(Way("", ours=False, method=way.method, lora=lora))
+                true = self.gradient(Implementation("", ours=False, method=way.method, lora=lora))
                 try:
                     error = float((self.gradient(way) - true).norm() / true.norm())
                 except Exception as problem:  # whatever an implementation dies of is a result, not the benchmark's end
@@ -213,7 +218,7 @@ class Bench:
                     p.copy_(value)
         return found, failed
 
-    def resident_mb(self, way: Way) -> float:
+    def resident_mb(self, way: Implementation) -> float:
         """Weights, reference and AdamW's moments between two steps, in MB (1e6 bytes)."""
         trained = self.trained[way.lora]
         tensors: list[Any] = [*trained.policy.parameters(), *trained.policy.buffers()]
@@ -223,7 +228,7 @@ class Bench:
             tensors += [value for value in state.values() if isinstance(value, Tensor)]
         return sum(t.nbytes for t in tensors) / 1e6
 
-    def _plain_loss(self, way: Way) -> Any:
+    def _plain_loss(self, way: Implementation) -> Any:
         beta, schedule = BETA[self.setup.case.family], self.setup.schedule
         if way.method == "diffusion_dpo":
             return lambda model, ref, target, timesteps: diffusion_dpo(model, ref, target, beta)
