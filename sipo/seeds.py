@@ -1,4 +1,4 @@
-"""Seeds of a run's streams of random numbers, and the state of the generators that a process has anyway."""
+"""Seeds of every stream of random numbers in the package, and the state of a process's global generators."""
 
 from __future__ import annotations
 
@@ -6,12 +6,60 @@ import json
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import IntEnum
 
 import torch
 from torch import Tensor
 
-# Streams of random numbers that must not share seeds. Other modules' own start at 100.
-ORDER, NOISE, TIMESTEPS, GLOBAL, WORKERS, GROUPS, CAPTIONS, VALIDATION = range(8)
+
+class RandomStream(IntEnum):
+    """The streams of random numbers; no two share a seed.
+
+    The numbers are part of what a seed means: a changed number changes every run, cache and score that uses it.
+    """
+
+    # training
+    ORDER = 0
+    """Order of the data set, by epoch."""
+    NOISE = 1
+    """Noise of a pair, by its position in the run's stream."""
+    TIMESTEPS = 2
+    """Timesteps of an optimiser step."""
+    PROCESS = 3
+    """Global generators of a process (dropout, data augmentation)."""
+    WORKERS = 4
+    """Generators of the data loader's workers."""
+    GROUPS = 5
+    """Order of the groups of pairs that share a shape."""
+    CAPTIONS = 6
+    """Which captions are dropped, by position in the run's stream."""
+    VALIDATION = 7
+    """Validation: 0 is its timesteps, 1 its noise."""
+
+    # caches
+    FLIP = 100
+    """Which images are flipped, by row of the source."""
+    CROP = 101
+    """Where images are cropped, by row."""
+    POSTERIOR = 102
+    """Samples of the VAE's posterior, by row."""
+    FIXED_NOISE = 103
+    """Noise of fixed draws, by row and draw."""
+    FIXED_TIMESTEP = 104
+    """Timesteps of fixed draws, by row and draw."""
+    FIXED_CAPTION = 105
+    """Which fixed draws have no caption, by row and draw."""
+    HELD_OUT = 106
+    """Which prompts are held out for validation."""
+
+    # scoring
+    SCORE_LEVELS = 200
+    """The sample of timesteps that stands for their distribution."""
+    SCORE_PICKS = 201
+    """Timesteps of a pair within their strata."""
+    SCORE_NOISE = 202
+    """Noise of a pair's draws."""
+
 
 _MASK = (1 << 64) - 1
 
@@ -45,7 +93,7 @@ def seed_process(seed: int, process: int) -> None:
     """Seeds torch's, Python's and NumPy's generators, which data sets that augment draw from."""
     import numpy as np
 
-    own = derive_seed(seed, GLOBAL, process)
+    own = derive_seed(seed, RandomStream.PROCESS, process)
     torch.manual_seed(own)
     random.seed(own)
     np.random.seed(own % (1 << 32))

@@ -20,12 +20,15 @@ from torch.utils.data import DataLoader, default_collate
 
 import sipo.recipe.build
 from sipo import NoiseSchedule, SIPOLoss
+from sipo.batch import PairBatch
 from sipo.cache.format import CacheError, DamagedError, open_cache
 from sipo.cache.pairs import CachedPairs, DrawnPairs, split
 from sipo.cache.reference_errors import References, open_references, precompute_references, reference_marks
 from sipo.cache.savings import FULL_SIZE, ModelSize, describe_savings, savings_table
+from sipo.data.config import DataConfig
+from sipo.families.config import ModelConfig
 from sipo.processes import OtherProcessError
-from sipo.recipe.config import Config, DataConfig, ModelConfig
+from sipo.recipe.config import Config
 from sipo.training.config import TrainingConfig
 from sipo.training.forward import PairForward
 from tests.small_family import (
@@ -280,7 +283,7 @@ def test_losses_are_those_with_the_reference_present(
         policy.zero_grad()
         once = PairForward(loss_fn, SmallFamily().predict, reference, trainer, offload=False)
         items = batch if reference is None else {key: value for key, value in batch.items() if key != "ref_error"}
-        out: Any = once(policy, items, [], torch.empty(0), seed=0)[0]
+        out: Any = once(policy, PairBatch.of_items(items), [], torch.empty(0), seed=0)[0]
         out.loss.sum().backward()
         return out.loss.detach(), out.mask, policy.inward.weight.grad.clone()
 
@@ -310,7 +313,7 @@ def test_a_bfloat16_cache_trains_as_its_values_in_float32(tmp_path: Path, traine
         return SmallFamily().predict(module, noisy, timesteps, condition)
 
     once = PairForward(SIPOLoss(DISCRETE), predict, Network(), trainer, offload=False)
-    losses = [once(Network(1), each, [], torch.empty(0), seed=0)[0].loss for each in (batch, wide)]
+    losses = [once(Network(1), PairBatch.of_items(each), [], torch.empty(0), seed=0)[0].loss for each in (batch, wide)]
     assert torch.equal(*losses) and given == [torch.float32] * 4
     network = Network()
     errors = reference_errors(cached, network=network, draws=2, proportion_empty_prompts=0.0, batch_size=4).at(0)[0]

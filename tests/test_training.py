@@ -82,7 +82,7 @@ def test_one_step_is_that_of_plain_autograd(tmp_path: Path) -> None:
     out.loss.backward()
     norm = torch.stack([p.grad.norm() for p in by_hand.parameters()]).norm()
     assert result.history[0]["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
-    torch.optim.AdamW(by_hand.parameters(), lr=1e-2, adam_weight_decay=1e-2).step()
+    torch.optim.AdamW(by_hand.parameters(), lr=1e-2, weight_decay=1e-2).step()
     for got, expected in zip(policy.parameters(), by_hand.parameters(), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 

@@ -45,7 +45,7 @@ def test_adamw_takes_its_settings(tmp_path: Path) -> None:
     options = {"betas": (0.5, 0.6), "eps": 1e-3, "adam_weight_decay": 0.1, "max_train_steps": 3, "max_grad_norm": None}
     own, _ = fit(tmp_path / "own", **options)
     policy, _ = networks()
-    given = torch.optim.AdamW(policy.parameters(), lr=1e-2, betas=(0.5, 0.6), eps=1e-3, adam_weight_decay=0.1)
+    given = torch.optim.AdamW(policy.parameters(), lr=1e-2, betas=(0.5, 0.6), eps=1e-3, weight_decay=0.1)
     other, _ = fit(tmp_path / "given", policy=policy, optimizer=given, max_train_steps=3, max_grad_norm=None)
     for a, b in zip(own.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from sipo import NoiseSchedule
-from sipo.seeds import VALIDATION, derive_seed
+from sipo.seeds import RandomStream, derive_seed
 from sipo.training import TrainingInterruptedError, storage
 from sipo.training.forward import PairForward
 from sipo.training.log import read_lines, step_mean
@@ -148,10 +148,10 @@ def test_validation_is_the_loss_of_every_pair_once(tmp_path: Path) -> None:
     assert held_out.seen == 2 * list(range(10))  # batches of 4, 4 and 2
 
     schedule = NoiseSchedule.discrete()
-    timesteps = step_timesteps(schedule, 10, 0, derive_seed(0, VALIDATION, 0), "uniform")
+    timesteps = step_timesteps(schedule, 10, 0, derive_seed(0, RandomStream.VALIDATION, 0), "uniform")
     items = [held_out[i] for i in range(10)]
     samples = torch.stack([item[half] for half in ("chosen", "rejected") for item in items])
-    noise = pair_noise(samples[:10], range(10), derive_seed(0, VALIDATION, 1), torch.Generator())
+    noise = pair_noise(samples[:10], range(10), derive_seed(0, RandomStream.VALIDATION, 1), torch.Generator())
     noisy = schedule.add_noise(samples, noise.repeat(2, 1, 1, 1), timesteps.repeat(2))
     condition = {"class": torch.stack([item["condition"]["class"] for item in items]).repeat(2)}
     with torch.no_grad():

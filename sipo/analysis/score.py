@@ -14,22 +14,20 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
 from sipo.analysis.facts import accuracy_se, beyond_chance
+from sipo.batch import PairBatch
 from sipo.families.base import evaluating
 from sipo.loss import SIPOLoss
 from sipo.progress import track
+from sipo.protocols import PairDataset, Predict
 from sipo.schedule import NoiseSchedule
-from sipo.seeds import derive_seed
-from sipo.training.forward import PairForward, Reference
-from sipo.training.protocols import PairDataset, Predict
+from sipo.seeds import RandomStream, derive_seed
+from sipo.training.forward import PairForward, ReferenceModel
 
 DRAWS = 16
 """Draws of noise and noise level for each pair."""
 
 DECIDED = 2.0
 """A pair counts as decided when its margin is so many standard errors from 0."""
-
-# Streams of random numbers, beside those of sipo.training (from 0) and sipo.data (from 100).
-LEVELS, PICKS, NOISE = range(200, 203)
 
 _POOL = 1 << 16  # noise levels that stand for their distribution
 _FIXED = ("noise", "timestep", "ref_error")  # of an item with a draw of its own, in whose place ours come
@@ -152,7 +150,7 @@ class PairScores:
 
 def score_pairs(
     policy: nn.Module,
-    reference: Reference,
+    reference: ReferenceModel,
     schedule: NoiseSchedule,
     dataset: PairDataset,
     predict: Predict,
@@ -212,14 +210,14 @@ def score_pairs(
         collate_fn=lambda items: default_collate([_without(item, _FIXED) for item in items]),
     )
     levels = _stratified(schedule, len(dataset), draws, seed, distribution)
-    noise_seed = derive_seed(seed, NOISE, 0)
+    noise_seed = derive_seed(seed, RandomStream.SCORE_NOISE, 0)
     gaps = torch.empty(2, draws, len(dataset), dtype=torch.float64)  # chosen samples' and rejected samples'
     with torch.no_grad(), evaluating(policy.modules()):
         for rows, batch in zip(batches, track(loader, "scoring", "batches", progress), strict=True):
-            found = []
+            pairs, found = PairBatch.of_items(batch), []
             for draw in range(draws):
                 positions = [row * draws + draw for row in rows]
-                output, _ = forward(policy, batch, positions, levels[draw, rows], seed=noise_seed)
+                output, _ = forward(policy, pairs, positions, levels[draw, rows], seed=noise_seed)
                 found.append(output.error_gap.double().view(2, -1))  # type: ignore[attr-defined]
             gaps[:, :, rows] = torch.stack(found, dim=1).cpu()  # one wait for the device a batch
     chosen, rejected = -0.5 * beta * gaps
@@ -239,14 +237,14 @@ def _over_draws(values: Tensor) -> tuple[Tensor, Tensor]:
 
 def _stratified(schedule: NoiseSchedule, pairs: int, draws: int, seed: int, distribution: str) -> Tensor:
     """Noise levels ``[draws, pairs]``: rows ``2i`` and ``2i + 1`` from part ``i`` of the sorted distribution."""
-    generator = torch.Generator().manual_seed(derive_seed(seed, LEVELS, 0))
+    generator = torch.Generator().manual_seed(derive_seed(seed, RandomStream.SCORE_LEVELS, 0))
     # A large sample sorted and cut stands for the quantiles of any distribution that the schedule has.
     strata = draws // 2
     size = max(_POOL // strata, 64)
     pool = schedule.sample_timesteps(size * strata, generator, distribution=distribution).sort().values
     picks = torch.empty(strata, 2, pairs, dtype=torch.int64)
     for pair in range(pairs):
-        generator.manual_seed(derive_seed(seed, PICKS, pair))
+        generator.manual_seed(derive_seed(seed, RandomStream.SCORE_PICKS, pair))
         picks[:, :, pair] = torch.randint(size, (strata, 2), generator=generator)
     starts = torch.arange(strata)[:, None, None] * size
     return pool[starts + picks].view(draws, pairs)

@@ -42,8 +42,8 @@ from sipo.cache.format import (
 )
 from sipo.cache.parts import Part, prefix_of
 from sipo.data.check import BadPairError
+from sipo.data.config import DataConfig
 from sipo.data.records import PairReader, row_name
-from sipo.recipe.config import DataConfig
 
 ROWS_FACT, FILES_FACT = "rows", "files"
 """Facts of a shard of latents that its own JSON file has, and the index leaves out."""

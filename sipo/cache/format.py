@@ -36,7 +36,6 @@ from torch import Tensor
 
 from sipo.families.base import Condition
 from sipo.files import FileError, file_hash, parse_json, read_text, save_tensors, write_aside
-from sipo.training.checkpoint import is_weights, weights_change
 
 # Changes whenever the layout of the files changes, or how pixels and text are encoded.
 FORMAT = 4
@@ -45,8 +44,6 @@ FILES = "files.json"
 LATENTS, TEXT, UNCONDITIONAL = "latents", "text", "unconditional"
 MAX_PAIRS = "data.max_pairs"  # in a fingerprint
 
-# Streams of random numbers, beside those of sipo.training.stream.
-FLIP, CROP, POSTERIOR, NOISE, TIMESTEP, CAPTION, HELD_OUT = range(100, 107)
 
 _WHOLE = {"path", "state", "pairs", "records", "ties", "skipped", "text_shapes", "text", "latents"}  # in an index
 _SEAL = '{"sha256_below": "%s", '  # a JSON file's begin
@@ -220,6 +217,8 @@ def check_fingerprint(where: Path, found: Mapping[str, Any], wanted: Mapping[str
     Raises:
         OtherSettingsError: the first key, in the order of ``wanted``, that differs, with both values.
     """
+    from sipo.cache.weights import is_weights, weights_change
+
     made, remedy = "encoded", "use another data.cache"
     if any(key.startswith("reference.") for key in wanted):
         made, remedy = "computed", "start another run"

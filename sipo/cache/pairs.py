@@ -12,11 +12,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sipo.cache.format import CAPTION, HELD_OUT, NOISE, TIMESTEP, Cache, CacheError
+from sipo.cache.format import Cache, CacheError
 from sipo.data.records import row_name
 from sipo.families.base import Condition
-from sipo.seeds import derive_seed
-from sipo.training.protocols import Schedule
+from sipo.protocols import Schedule
+from sipo.seeds import RandomStream, derive_seed
 
 
 class ReferenceErrors(Protocol):
@@ -142,13 +142,13 @@ class DrawnPairs:
         pair, draw = divmod(range(len(self))[index], self.draws)
         item = self.cached[pair]
         row = int(self.cached.cache.rows[self.cached.places[pair]])
-        generator = self._generator(NOISE, row, draw)
+        generator = self._generator(RandomStream.FIXED_NOISE, row, draw)
         item["noise"] = torch.randn(item["chosen"].shape, generator=generator, dtype=torch.float32)
         item["timestep"] = self.schedule.sample_timesteps(
-            1, self._generator(TIMESTEP, row, draw), distribution=self.distribution
+            1, self._generator(RandomStream.FIXED_TIMESTEP, row, draw), distribution=self.distribution
         )[0]
         if (
-            torch.rand((), generator=self._generator(CAPTION, row, draw), dtype=torch.float32)
+            torch.rand((), generator=self._generator(RandomStream.FIXED_CAPTION, row, draw), dtype=torch.float32)
             < self.proportion_empty_prompts
         ):
             item["condition"] = self.cached.unconditional
@@ -163,7 +163,7 @@ class DrawnPairs:
             item["ref_error"] = errors[draw]
         return item
 
-    def _generator(self, stream: int, row: int, draw: int) -> torch.Generator:
+    def _generator(self, stream: RandomStream, row: int, draw: int) -> torch.Generator:
         return torch.Generator().manual_seed(derive_seed(derive_seed(self.seed, stream, row), stream, draw))
 
 
@@ -191,7 +191,7 @@ def split(cached: CachedPairs, held_out: int, seed: int) -> tuple[CachedPairs, C
     for row, prompt in zip(cached.rows.tolist(), cached.cache.prompt_of[cached.places].tolist(), strict=True):
         by_prompt.setdefault(cached.cache.prompt_keys[prompt], []).append(row)
     # Ordered by a hash of seed and prompt, so that more pairs in a later version of the data move no prompt.
-    order = sorted(by_prompt, key=lambda prompt: derive_seed(seed, HELD_OUT, int(prompt, 16)))
+    order = sorted(by_prompt, key=lambda prompt: derive_seed(seed, RandomStream.HELD_OUT, int(prompt, 16)))
     kept_out: set[int] = set()
     for prompt in order:
         if len(kept_out) + len(by_prompt[prompt]) <= held_out:

@@ -32,12 +32,9 @@ from sipo.cache.existing import (
     write_files,
 )
 from sipo.cache.format import (
-    CROP,
-    FLIP,
     FORMAT,
     INDEX,
     LATENTS,
-    POSTERIOR,
     TEXT,
     UNCONDITIONAL,
     CacheError,
@@ -57,15 +54,16 @@ from sipo.cache.savings import Cost
 from sipo.cache.summary import CacheSummary
 from sipo.cache.weights import PLACE
 from sipo.data.check import BadPairError, load_pair
+from sipo.data.config import DataConfig
 from sipo.data.media import fit, nearest_size
 from sipo.data.records import DataError, PairReader, PairRecord, row_name
 from sipo.families.base import Condition, Family
+from sipo.families.config import ModelConfig
 from sipo.files import remove_leftovers
 from sipo.locks import locked
 from sipo.processes import everywhere, from_main, gathered, in_rounds, on_main
 from sipo.progress import Meter
-from sipo.recipe.config import DataConfig, ModelConfig
-from sipo.seeds import derive_seed
+from sipo.seeds import RandomStream, derive_seed
 
 TEXT_BATCH = 16
 """Prompts in one call of the text encoders."""
@@ -141,7 +139,7 @@ def precompute_pairs(
         load_pipeline: gives the pipeline of :meth:`Family.load_encoders` on its device; not called where a finished
             cache needs nothing.
         folder: the cache's; must be empty, absent, or a cache of the same settings.
-        settings: see :class:`sipo.recipe.config.DataConfig`. ``max_pairs`` counts rows that are no ties.
+        settings: see :class:`sipo.data.config.DataConfig`. ``max_pairs`` counts rows that are no ties.
         model: what the encoders are loaded from, for the cache's fingerprint.
         weights: their files, for the same.
         check_hashes: read every shard that is there and compare its hash; else its size alone.
@@ -246,8 +244,8 @@ class _Fitter:
 
     def __init__(self, settings: DataConfig, row: int) -> None:
         self.settings = settings
-        self.flip = settings.random_flip and derive_seed(settings.seed, FLIP, row) % 2 == 1
-        self.seed = derive_seed(settings.seed, CROP, row)
+        self.flip = settings.random_flip and derive_seed(settings.seed, RandomStream.FLIP, row) % 2 == 1
+        self.seed = derive_seed(settings.seed, RandomStream.CROP, row)
         self.size: tuple[int, int] = (0, 0)
         self.crops: dict[tuple[int, int], tuple[int, int]] = {}
 
@@ -475,7 +473,9 @@ class _Run:
             return self._skip(part, record.row, prepared.kind, str(prepared))
         generator = None
         if self.settings.latents == "sample":
-            generator = torch.Generator().manual_seed(derive_seed(self.settings.seed, POSTERIOR, record.row))
+            generator = torch.Generator().manual_seed(
+                derive_seed(self.settings.seed, RandomStream.POSTERIOR, record.row)
+            )
         batches = [torch.stack(prepared.pixels)]
         if self.family.video:  # one at a time
             batches = [half[None] for half in prepared.pixels]

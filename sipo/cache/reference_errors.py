@@ -11,6 +11,7 @@ is kept, beside the cache they were computed from:
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
+from sipo.batch import PairBatch, noisy_pairs
 from sipo.cache.format import (
     FORMAT,
     INDEX,
@@ -45,10 +47,9 @@ from sipo.data.records import row_name
 from sipo.files import remove_leftovers
 from sipo.processes import everywhere, in_rounds, on_main
 from sipo.progress import track
+from sipo.protocols import Predict
 from sipo.recipe.config import Config, differing_types, policy_dtype, reference_dtype
 from sipo.schedule import NoiseSchedule
-from sipo.training.protocols import Predict
-from sipo.training.stream import to_device, twice, widened
 
 FOLDER = "references"
 ERRORS = "errors"
@@ -320,7 +321,9 @@ def _errors_of_shards(
         # Errors stay on the device until the shard is whole, so that the host is a batch ahead of it.
         found = []
         for batch in batches[number]:
-            found.append((batch, *_errors(to_device(next(items), device), network, predict, schedule, context)))
+            found.append(
+                (batch, *_errors(PairBatch.of_items(next(items)).to(device), network, predict, schedule, context))
+            )
             yield None
         for batch, batch_errors, batch_timesteps in found:
             if timesteps is None:
@@ -345,26 +348,22 @@ def _batches(cache: Cache, draws: int, number: int, batch_size: int) -> Iterator
 
 
 def _errors(
-    batch: dict[str, Any],
+    batch: PairBatch,
     network: nn.Module,
     predict: Predict,
     schedule: NoiseSchedule,
     context: Callable[[], AbstractContextManager[Any]],
 ) -> tuple[Tensor, Tensor]:
-    """``[B, 2]`` mean squared errors of ``B`` items (docs/math.md §2) and their timesteps ``[B]``."""
-    samples = torch.cat([widened(batch["chosen"]), widened(batch["rejected"])])
-    noise, timesteps = twice(batch["noise"]), twice(batch["timestep"])
-    condition = twice(batch["condition"])
-    for name, own in batch.get("own_condition", {}).items():
-        condition[name] = torch.cat([own[:, 0], own[:, 1]])
-    noisy = schedule.add_noise(samples, noise, timesteps)
-    target = schedule.target(samples, noise, timesteps)
+    """``[B, 2]`` mean squared errors of ``B`` items with fixed draws (docs/math.md §2) and their timesteps ``[B]``."""
+    assert batch.noise is not None and batch.timesteps is not None
+    pairs = noisy_pairs(batch, batch.noise, batch.timesteps, schedule)
     with torch.no_grad(), context():
-        prediction = predict(network, noisy, timesteps, condition)
+        prediction = predict(network, pairs.samples, pairs.timesteps, pairs.condition)
     wide = torch.float32 if prediction.device.type == "mps" else torch.float64
     # One sample at a time: a copy of a whole batch in float64 may be as large as the network.
-    errors = [(p.to(wide) - t.to(wide)).square().mean() for p, t in zip(prediction, target, strict=True)]
-    return torch.stack(errors).view(2, -1).T, batch["timestep"]
+    targets = itertools.cycle(pairs.target)  # both samples of a pair may share one
+    errors = [(p.to(wide) - t.to(wide)).square().mean() for p, t in zip(prediction, targets, strict=False)]
+    return torch.stack(errors).view(2, -1).T, batch.timesteps
 
 
 def _check_finite(cache: Cache, number: int, errors: Tensor, timesteps: Tensor) -> None:

@@ -14,8 +14,8 @@ from pathlib import Path
 from sipo.cache.changes import FileRecord, record_file, stamp
 from sipo.cache.format import CacheError, digest, read_json, write_json
 from sipo.families.base import Family
+from sipo.families.config import ModelConfig
 from sipo.families.model_files import CONFIG, MODEL_INDEX, weight_files
-from sipo.recipe.config import ModelConfig
 
 PLACE = ("pretrained_model_name_or_path", "revision", "variant")
 """Keys of a model's configuration that say where weights come from: the weights themselves stand in for them."""
@@ -71,6 +71,27 @@ def weight_hashes(
             write_json(cache / RECORDS, kept | records)
     found = {name: records.get(name) or kept.get(name) or [] for name in sorted(names)}
     return {name: str(record[-1])[:_DIGITS] for name, record in found.items() if record}
+
+
+def is_weights(name: str) -> bool:
+    """Whether a name of an identity or a fingerprint is that of a model's file."""
+    return "/" in name
+
+
+def weights_change(name: str, was: str | None, now: str | None) -> str:
+    """What has become of a model's file, in words.
+
+    Args:
+        name: its path in the model's folder, with or without "model." or "reference." before it.
+        was: its hash, ``None`` where there was no such file.
+        now: likewise.
+    """
+    file = name.removeprefix("model.").removeprefix("reference.")
+    if was is None:
+        return f"{file} is new (hash {now}): remove that file"
+    if now is None:
+        return f"{file} is missing (hash {was}): restore that file"
+    return f"{file} has changed (hash {was}, now {now}): restore that file"
 
 
 def _kept(cache: Path) -> dict[str, FileRecord]:

@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
+from sipo.batch import PairBatch, noisy_pairs
 from sipo.demo.digits import Digits, InkPairs, ink
 from sipo.demo.model import predict
 from sipo.loss import SIPOLoss
@@ -69,15 +71,16 @@ def weight_by_timestep(
     """
     generator = torch.Generator().manual_seed(seed)
     items = [pairs[i] for i in range(min(count, len(pairs)))]
-    images = torch.stack([item[half] for half in ("chosen", "rejected") for item in items]).to(policy.device)
-    classes = torch.stack([item["condition"] for item in items]).repeat(2).to(policy.device)
-    noise = torch.randn(len(items), *images.shape[1:], generator=generator, dtype=torch.float32).to(policy.device)
+    batch = PairBatch.of_items(default_collate(items)).to(policy.device)
+    noise = torch.randn(batch.chosen.shape, generator=generator, dtype=torch.float32).to(policy.device)
     means = []
     for timestep in timesteps.tolist():
-        levels = torch.full((len(images),), timestep, device=images.device)
-        noisy = loss_fn.schedule.add_noise(images, noise.repeat(2, 1, 1, 1), levels)
-        prediction = predict(policy, noisy, levels, classes)
-        base = prediction if policy is reference else predict(reference, noisy, levels, classes)
-        log_ratio = loss_fn(prediction, base, noise, levels).log_ratio
+        levels = torch.full((len(items),), timestep, device=policy.device)
+        noisy = noisy_pairs(batch, noise, levels, loss_fn.schedule)
+        prediction = predict(policy, noisy.samples, noisy.timesteps, noisy.condition)
+        base = (
+            prediction if policy is reference else predict(reference, noisy.samples, noisy.timesteps, noisy.condition)
+        )
+        log_ratio = loss_fn(prediction, base, noisy.target, noisy.timesteps).log_ratio
         means.append(log_ratio.double().exp().mean())
     return torch.stack(means).cpu()

@@ -28,6 +28,7 @@ from sipo.data.readers import open_pairs
 from sipo.data.records import DataError, PairReader
 from sipo.data.toy import make_toy_pairs
 from sipo.families import Family, get
+from sipo.families.config import ModelConfig
 from sipo.families.toy import build_toy
 from sipo.families.tuning import adapter_off, freeze, frozen_copy, prepare_full, prepare_lora
 from sipo.files import aside, remove_leftovers
@@ -35,11 +36,11 @@ from sipo.locks import locked
 from sipo.loss import SIPOLoss
 from sipo.processes import everywhere, from_main, gathered, on_main
 from sipo.progress import say
+from sipo.protocols import PairDataset
 from sipo.recipe.config import (
     TOY,
     Config,
     ConfigError,
-    ModelConfig,
     differing_types,
     policy_dtype,
     reference_dtype,
@@ -47,8 +48,7 @@ from sipo.recipe.config import (
 )
 from sipo.schedule import DEFAULT_INFERENCE_STEPS, NoiseSchedule
 from sipo.schedule.diffusers_schedulers import SettingError, setting_changes, with_settings
-from sipo.training import AdapterOff, Reference, TrainingWarning, make_accelerator
-from sipo.training.protocols import PairDataset
+from sipo.training import AdapterOff, ReferenceModel, TrainingWarning, make_accelerator
 from sipo.training.sharding import round_whole, whole_dtype
 
 
@@ -380,7 +380,7 @@ def datasets(run: Run, cache: Cache, references: References | None) -> tuple[Pai
     return drawn[0], drawn[1]
 
 
-def build(run: Run) -> tuple[nn.Module, Reference]:
+def build(run: Run) -> tuple[nn.Module, ReferenceModel]:
     """The network with what of it is trained, and the reference."""
     config, family = run.config, run.family
     model, kind = config.model, reference_kind(config)

@@ -13,14 +13,14 @@ import typing
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from sipo.data.clips import MAX_PIXELS
+from sipo.data.config import DataConfig
+from sipo.families.config import ModelConfig
 from sipo.files import FileError, expand, short
 from sipo.training.config import TrainingConfig
 from sipo.yaml_files import parse_yaml, read_yaml
 
-Dtype = Literal["float32", "bfloat16", "float16"]
 _LARGEST = 1 << 63
 TOY = "toy"
 """In place of a model's or data set's path: a small one, made on the spot from a configuration."""
@@ -40,123 +40,6 @@ _PATHS = (
 
 class ConfigError(ValueError):
     """A configuration that cannot be used, in one line that names the key and what was expected."""
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """LoRA through peft.
-
-    Attributes:
-        rank: of each adapter.
-        alpha: scale is alpha / rank; ``None`` is rank, a scale of 1.
-        dropout: of the adapters' input.
-        target_modules: names of modules to adapt; ``None`` takes the family's.
-    """
-
-    rank: int = 16
-    alpha: float | None = None
-    dropout: float = 0.0
-    target_modules: list[str] | None = None
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The network that is trained, and its reference.
-
-    Attributes:
-        family: see ``sipo.families.FAMILIES``.
-        pretrained_model_name_or_path: a local folder or a hub id with a whole diffusers pipeline; "toy" for a small
-            random one.
-        revision: of a hub id.
-        variant: of the weight files ("fp16").
-        dtype: of frozen weights: text encoders, and with LoRA the network below the adapters. Weights that are trained
-            are float32; the VAE has ``data.vae_dtype``.
-        tuning: "lora" or "full".
-        lora: with ``tuning: lora``.
-        reference: where the reference's errors come from. "adapter_off": the same network without its adapters (LoRA);
-            "copy": a frozen copy; "errors": computed beforehand (``data.draws``), no network. "auto" takes "errors"
-            where ``data.reference_errors`` is set, else what fits ``tuning``.
-        reference_dtype: of the reference's weights; ``None`` is the policy's: ``dtype`` with LoRA, and with full tuning
-            what ``training.mixed_precision`` rounds them to (:func:`reference_dtype`).
-        reference_offload: keep a frozen copy in host memory while it is not running.
-        gradient_checkpointing: trade time for memory in the policy's backward pass.
-        prediction_type: what the network was trained to predict; overrides the scheduler, for samples too.
-        shift: of a flow's noise levels, ``k`` of docs/math.md §3; overrides the scheduler's own, dynamic or not, for
-            samples too.
-    """
-
-    family: str
-    pretrained_model_name_or_path: str
-    revision: str | None = None
-    variant: str | None = None
-    dtype: Dtype = "float32"
-    tuning: Literal["lora", "full"] = "lora"
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    reference: Literal["auto", "adapter_off", "copy", "errors"] = "auto"
-    reference_dtype: Dtype | None = None
-    reference_offload: bool = False
-    gradient_checkpointing: bool = False
-    prediction_type: Literal["epsilon", "v_prediction", "sample", "flow_prediction"] | None = None
-    shift: float | None = None
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where the pairs come from, and how they become latents (once, see ``sipo precompute``).
-
-    Attributes:
-        dataset_name: JSONL file, folder of parquet files, hub id of a data set, or VideoDPO folder; "toy" for a small
-            one.
-        format: of ``dataset_name``; "auto" looks.
-        dataset_split_name: of a data set with several.
-        streaming: read a hub's data set row by row in place of downloading all of it first.
-        cache: folder of latents, text embeddings and reference errors.
-        sizes: heights and widths to train at, in pixels; a pair goes to the one nearest in shape.
-        frames: of a clip; 1 for images.
-        fps: frames per second that clips are read at; ``None`` takes each file's own.
-        crop: where an image is cut to size: "center", or "random" (SDXL is told).
-        random_flip: mirror half of the pairs, both images of a pair alike.
-        latents: "sample" draws once from the VAE's posterior, "mode" takes its mean.
-        enable_tiling: encode and decode in overlapping tiles, which takes less memory and rounds a little otherwise.
-        vae_dtype: that the VAE encodes and decodes in; in half precision latents are 1 to 2 % off.
-        dtype: that latents and text embeddings are stored in.
-        skip_bad: leave out pairs that cannot be used, and say how many; ``False`` stops at the first.
-        max_pixels: of an image or a frame; larger ones cannot be used. Decoding takes about 8 bytes for each.
-        max_pairs: use no more than the first so many.
-        held_out: pairs kept from training, for validation.
-        draws: fixed (timestep, noise) draws for each pair; 0 draws anew each time, as training scripts do.
-        reference_errors: compute the reference's error at each draw beforehand.
-        seed: of crops, flips, latents and draws.
-        shard_pairs: rows whose pairs are in one file of the cache.
-        num_workers: threads that decode; ``None`` takes one for each processor, 8 at most.
-        queue_mb: megabytes of decoded pairs in memory at most, at 8 bits a colour and the size they are trained at; of
-            large clips two pairs in any case, one of them being encoded.
-    """
-
-    dataset_name: str
-    cache: str
-    format: Literal["auto", "jsonl", "pickapic", "videodpo"] = "auto"
-    dataset_split_name: str = "train"
-    streaming: bool = False
-    sizes: list[tuple[int, int]] = field(default_factory=lambda: [(512, 512)])
-    frames: int = 1
-    fps: float | None = None
-    crop: Literal["center", "random"] = "center"
-    random_flip: bool = False
-    latents: Literal["sample", "mode"] = "sample"
-    enable_tiling: bool = False
-    vae_dtype: Dtype = "float32"
-    dtype: Dtype = "bfloat16"
-    skip_bad: bool = False
-    max_pixels: int = MAX_PIXELS
-    max_pairs: int | None = None
-    held_out: int = 0
-    draws: int = 0
-    reference_errors: bool = False
-    seed: int = 0
-    shard_pairs: int = 64
-    num_workers: int | None = None
-    queue_mb: int = 1024
 
 
 @dataclass(frozen=True)
@@ -300,42 +183,18 @@ def _integers(value: Any, name: str) -> Iterator[tuple[str, int]]:
 
 
 def _check(config: Config) -> None:
-    """What no single value shows, and ranges."""
-    from sipo.families.lora_files import check_lora
-
-    model, data = config.model, config.data
-    if model.reference == "adapter_off" and model.tuning != "lora":
-        raise ConfigError("model.reference='adapter_off': expected model.tuning='lora', which has adapters")
-    if (data.reference_errors or model.reference == "errors") and data.draws < 1:
+    """Checks what no section shows by itself, and the ranges of ``samples``."""
+    model, data, samples = config.model, config.data, config.samples
+    if model.reference == "errors" and data.draws < 1:
         raise ConfigError(f"data.draws={data.draws}: expected at least 1, for the reference's errors to belong to")
     if model.reference == "errors" and not data.reference_errors:
         raise ConfigError("data.reference_errors=False: expected True with model.reference='errors'")
-    try:
-        check_lora(model.lora.rank, model.lora.alpha, model.lora.dropout)
-    except ValueError as error:
-        raise ConfigError(f"model.lora.{error}") from error
-    for name, value, least in (
-        ("data.frames", data.frames, 1),
-        ("data.draws", data.draws, 0),
-        ("data.held_out", data.held_out, 0),
-        ("data.shard_pairs", data.shard_pairs, 1),
-        ("data.max_pixels", data.max_pixels, 1),
-        ("data.num_workers", 1 if data.num_workers is None else data.num_workers, 1),
-        ("data.queue_mb", data.queue_mb, 1),
-        ("samples.num_inference_steps", config.samples.num_inference_steps, 1),
-    ):
-        if value < least:
-            raise ConfigError(f"{name}={value}: expected at least {least}")
-    if model.shift is not None and not 0 < model.shift < math.inf:
-        raise ConfigError(f"model.shift={model.shift}: expected a finite number > 0")
-    if data.fps is not None and not 0 < data.fps < math.inf:
-        raise ConfigError(f"data.fps={data.fps:g}: expected a finite number > 0")
-    guidance = config.samples.guidance_scale
+    if samples.num_inference_steps < 1:
+        raise ConfigError(f"samples.num_inference_steps={samples.num_inference_steps}: expected at least 1")
+    guidance = samples.guidance_scale
     if guidance is not None and not 0 <= guidance < math.inf:
         raise ConfigError(f"samples.guidance_scale={guidance:g}: expected a finite number of at least 0")
     _check_half_types(config)
-    if not data.sizes or any(side < 1 for size in data.sizes for side in size):
-        raise ConfigError(f"data.sizes={data.sizes}: expected at least one [height, width] in pixels")
 
 
 def _check_half_types(config: Config) -> None:

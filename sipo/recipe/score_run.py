@@ -9,10 +9,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sipo.analysis.probe import with_network
+from sipo.recipe.analyze_start import with_network
 from sipo.analysis.score import PairScores, score_pairs
 from sipo.cache.format import Cache
 from sipo.cache.pairs import CachedPairs
+from sipo.cache.weights import is_weights, weights_change
 from sipo.data.readers import open_pairs
 from sipo.data.records import DataError
 from sipo.families.tuning import load_saved
@@ -22,7 +23,6 @@ from sipo.recipe.build import Run, build, datasets, loss_beta, make_loss, open_r
 from sipo.recipe.config import Config, ConfigError
 from sipo.recipe.train import TRAINED_ON, WEIGHTS, trained_on
 from sipo.recipe.verify import SUMS, check_config, check_weights
-from sipo.training.checkpoint import is_weights, weights_change
 
 _KINDS = {
     "held-out": "held out of training",

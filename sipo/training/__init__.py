@@ -3,6 +3,7 @@
 Needs accelerate: ``pip install 'sipo[train]'``.
 """
 
+from sipo.protocols import PairDataset, PairLoss, PairLossResult, Predict, Schedule
 from sipo.training.config import (
     CheckpointError,
     TrainingAlarmError,
@@ -13,10 +14,9 @@ from sipo.training.config import (
     TrainingOutOfMemoryError,
     TrainingWarning,
 )
-from sipo.training.forward import AdapterOff, Reference
+from sipo.training.forward import AdapterOff, ReferenceModel
 from sipo.training.loop import TrainingResult, train
 from sipo.training.preparation import make_accelerator
-from sipo.training.protocols import PairDataset, PairLoss, PairLossResult, Predict, Schedule
 from sipo.training.sharding import gather_weights, is_sharded
 from sipo.training.validation import OnValidation
 
@@ -28,7 +28,7 @@ __all__ = [
     "PairLoss",
     "PairLossResult",
     "Predict",
-    "Reference",
+    "ReferenceModel",
     "Schedule",
     "TrainingAlarmError",
     "TrainingConfig",

@@ -24,6 +24,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from sipo import seeds as randomness
+from sipo.cache.weights import is_weights, weights_change
 from sipo.files import check_tensors, load_tensors, one_line, save_tensors, short
 from sipo.processes import everywhere, is_collective, is_out_of_memory
 from sipo.training import sharding as sharded
@@ -288,27 +289,6 @@ def _difference(name: str, was: Any, now: Any) -> str:
                 return _difference(f"{name}[{number}]", *pair)
     shown = ["the method's own default" if name == "loss.beta" and v is None else short(v, 80) for v in (was, now)]
     return f"{name}={shown[0]}, expected this run's {shown[1]}"
-
-
-def is_weights(name: str) -> bool:
-    """Whether a name of an identity or a fingerprint is that of a model's file."""
-    return "/" in name
-
-
-def weights_change(name: str, was: str | None, now: str | None) -> str:
-    """What has become of a model's file, in words.
-
-    Args:
-        name: its path in the model's folder, with or without "model." or "reference." before it.
-        was: its hash, ``None`` where there was no such file.
-        now: likewise.
-    """
-    file = name.removeprefix("model.").removeprefix("reference.")
-    if was is None:
-        return f"{file} is new (hash {now}): remove that file"
-    if now is None:
-        return f"{file} is missing (hash {was}): restore that file"
-    return f"{file} has changed (hash {was}, now {now}): restore that file"
 
 
 def _check_model(folder: Path, weights: dict[str, Tensor], model: nn.Module) -> None:

@@ -13,10 +13,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from sipo.batch import BatchMode, PairBatch, noisy_pairs, to_device
+from sipo.protocols import PairLoss, PairLossResult, Predict, Schedule
 from sipo.training.first_step import FirstStep
-from sipo.training.protocols import PairLoss, PairLossResult, Predict, Schedule
 from sipo.training.sharding import is_compiled, round_whole, unwrapped
-from sipo.training.stream import pair_noise, to_device, twice, widened
+from sipo.training.stream import pair_noise
 from sipo_kernels import Totals
 
 
@@ -33,7 +34,7 @@ class AdapterOff:
     switch: Callable[[nn.Module], AbstractContextManager[Any]]
 
 
-Reference = nn.Module | AdapterOff | None
+ReferenceModel = nn.Module | AdapterOff | None
 """A frozen copy of the policy; the policy without its adapters; or none, where items carry ``"ref_error"``."""
 
 
@@ -49,8 +50,8 @@ class PairForward:
     Args:
         loss_fn: has the schedule too.
         predict: calls a network.
-        reference: see :data:`Reference`; moved to the accelerator's device and frozen; where FSDP2 or DeepSpeed round
-            all of the policy's weights, its are rounded too.
+        reference: see :data:`ReferenceModel`; moved to the accelerator's device and frozen; where FSDP2 rounds all of
+            the policy's weights, its weights are rounded too.
         offload: keep a frozen copy in host memory while it is not running.
         accelerator: the run's.
     """
@@ -59,7 +60,7 @@ class PairForward:
         self,
         loss_fn: PairLoss,
         predict: Predict,
-        reference: Reference,
+        reference: ReferenceModel,
         accelerator: Accelerator,
         *,
         offload: bool,
@@ -89,7 +90,7 @@ class PairForward:
     def __call__(
         self,
         policy: nn.Module,
-        batch: dict[str, Any],
+        batch: PairBatch,
         positions: Sequence[int],
         timesteps: Tensor,
         *,
@@ -100,60 +101,44 @@ class PairForward:
 
         Args:
             policy: the network, wrapped as it is trained.
-            batch: as ``default_collate`` made it, on the host.
-            positions: the pairs' places in the stream, for their noise. Not used for items with draws of their own,
-                nor are the next two.
+            batch: the pairs, on the host.
+            positions: the pairs' places in the stream, for their noise. Used for fresh draws only, as are the next
+                two.
             timesteps: ``[B]``.
             seed: of the noise.
             totals: for a loss that takes them; the timesteps are filled in.
         """
         self._check(batch)
-        chosen, rejected = (widened(to_device(batch[half], self.device)) for half in ("chosen", "rejected"))
-        if "noise" in batch:
-            noise = to_device(batch["noise"], self.device)
-            timesteps = batch["timestep"]
+        batch = batch.to(self.device)
+        if batch.mode is BatchMode.FRESH_DRAWS:
+            noise = pair_noise(batch.chosen, positions, seed, self.generator)
+            levels = to_device(timesteps, self.device)
         else:
-            noise = pair_noise(chosen, positions, seed, self.generator)
-        condition = self._condition(batch)
-        levels = to_device(timesteps, self.device)
-        both_levels, both_noise = twice(levels), twice(noise)
-        samples = torch.cat([chosen, rejected])
-        noisy = self.schedule.add_noise(samples, both_noise, both_levels)
-        if self.schedule.prediction_type == "epsilon":
-            # The target is the noise itself, which the pair shares: half the memory, and half the reads in
-            # the loss.
-            target = self.schedule.target(chosen, noise, levels)
-        else:
-            target = self.schedule.target(samples, both_noise, both_levels)
+            assert batch.noise is not None and batch.timesteps is not None
+            noise, levels = batch.noise, batch.timesteps
+        pairs = noisy_pairs(batch, noise, levels, self.schedule)
 
         # These arguments are for losses alone that take them.
         loss: Any = self.loss_fn
         options: dict[str, Any] = {} if totals is None else {"totals": totals._replace(timesteps=levels)}
         if self.reference is None:
             with self.autocast():
-                model_pred = self.predict(policy, noisy, both_levels, condition)
-            ref_error = to_device(batch["ref_error"], self.device).transpose(0, 1).reshape(-1)
-            output = loss(model_pred, None, target, both_levels, ref_error=ref_error, **options)
+                model_pred = self.predict(policy, pairs.samples, pairs.timesteps, pairs.condition)
+            assert batch.ref_error is not None
+            ref_error = batch.ref_error.transpose(0, 1).reshape(-1)
+            output = loss(model_pred, None, pairs.target, pairs.timesteps, ref_error=ref_error, **options)
             if self.first is not None:
-                self.first.add(model_pred, ref_error, target, output, errors=True)
+                self.first.add(model_pred, ref_error, pairs.target, output, errors=True)
             return output, levels
         # Two contexts, so that no weight that was cast without gradients comes to the policy from autocast's cache.
         with torch.no_grad(), self.autocast(), self._reference(policy) as network:
-            ref_pred = self.predict(network, noisy, both_levels, condition)
+            ref_pred = self.predict(network, pairs.samples, pairs.timesteps, pairs.condition)
         with self.autocast():
-            model_pred = self.predict(policy, noisy, both_levels, condition)
-        output = loss(model_pred, ref_pred, target, both_levels, **options)
+            model_pred = self.predict(policy, pairs.samples, pairs.timesteps, pairs.condition)
+        output = loss(model_pred, ref_pred, pairs.target, pairs.timesteps, **options)
         if self.first is not None:
-            self.first.add(model_pred, ref_pred, target, output, errors=False)
+            self.first.add(model_pred, ref_pred, pairs.target, output, errors=False)
         return output, levels
-
-    def _condition(self, batch: dict[str, Any]) -> Any:
-        """What both halves share, twice, and what each has of its own."""
-        condition = twice(to_device(batch.get("condition"), self.device))
-        if "own_condition" not in batch:
-            return condition
-        own = to_device(batch["own_condition"], self.device)
-        return (condition or {}) | {name: value.transpose(0, 1).flatten(0, 1) for name, value in own.items()}
 
     @contextmanager
     def _reference(self, policy: nn.Module) -> Iterator[nn.Module]:
@@ -178,22 +163,12 @@ class PairForward:
         else:
             yield self.reference  # type: ignore[misc]
 
-    def _check(self, batch: dict[str, Any]) -> None:
-        """What only a batch shows."""
-        for name in ("chosen", "rejected"):
-            if name not in batch:
-                raise ValueError(f"an item has the keys {', '.join(batch)}: expected {name!r} among them")
-        if ("noise" in batch) != ("timestep" in batch):
-            raise ValueError("items have one of 'noise' and 'timestep': expected both, or none for draws of the run")
-        if "ref_error" in batch and "noise" not in batch:
-            raise ValueError("items have 'ref_error' without 'noise' and 'timestep': expected the draw that it is for")
-        if "ref_error" in batch and self.reference is not None:
+    def _check(self, batch: PairBatch) -> None:
+        """Refuses a batch whose mode does not go with the reference."""
+        if batch.mode is BatchMode.REFERENCE_ERRORS and self.reference is not None:
             raise ValueError("items have 'ref_error' and a reference was given: expected one of them")
-        if "ref_error" not in batch and self.reference is None:
+        if batch.mode is not BatchMode.REFERENCE_ERRORS and self.reference is None:
             raise ValueError("reference=None: expected 'ref_error' in the items, or a reference")
-        if "own_condition" in batch and not isinstance(batch.get("condition", {}), dict):
-            kind = type(batch["condition"]).__name__
-            raise ValueError(f"items have 'own_condition' beside a condition that is a {kind}: expected a dictionary")
 
 
 def _to_host(module: nn.Module, pin: bool) -> list[tuple[Tensor, Tensor]]:

@@ -19,11 +19,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from sipo.batch import BatchMode, PairBatch
 from sipo.locks import locked
 from sipo.loss import SIPOLoss
 from sipo.processes import from_main, on_main
 from sipo.progress import say
-from sipo.seeds import WORKERS, derive_seed, seed_process
+from sipo.protocols import PairDataset, PairLoss, PairLossResult, Predict
+from sipo.seeds import RandomStream, derive_seed, seed_process
 from sipo.training import checkpoint, storage
 from sipo.training.alarms import AlarmWatch
 from sipo.training.config import (
@@ -35,11 +37,10 @@ from sipo.training.config import (
     TrainingWarning,
 )
 from sipo.training.first_step import NAMES, FirstStep, Mismatch
-from sipo.training.forward import PairForward, Reference, takes_totals
+from sipo.training.forward import PairForward, ReferenceModel, takes_totals
 from sipo.training.log import MetricWindow, Recorder, read_lines
 from sipo.training.optimization import Average, make_optimizer, rate_factor
 from sipo.training.preparation import check_setup, make_accelerator, prepare
-from sipo.training.protocols import PairDataset, PairLoss, PairLossResult, Predict
 from sipo.training.sharding import is_deepspeed, local, plain_name, reshard, unwrapped, whole
 from sipo.training.statistics import TimestepStatistics
 from sipo.training.stopping import StopAgreement, StopRequest, memory_advice, release_signals
@@ -78,7 +79,7 @@ class TrainingResult:
 
 def train(
     policy: nn.Module,
-    reference: Reference,
+    reference: ReferenceModel,
     loss_fn: PairLoss,
     dataset: PairDataset,
     predict: Predict,
@@ -241,7 +242,7 @@ class _Run:
             worker_init_fn=release_signals,
             # Its own generator: the loader draws a seed from it whenever it starts, and a resumed run starts
             # it anew.
-            generator=torch.Generator().manual_seed(derive_seed(config.seed, WORKERS, first)),
+            generator=torch.Generator().manual_seed(derive_seed(config.seed, RandomStream.WORKERS, first)),
         )
         recorder = Recorder(config, first, accelerator)
         agreement = StopAgreement(request, accelerator)
@@ -259,7 +260,7 @@ class _Run:
                         if number == config.gradient_accumulation_steps - 1:
                             agreement.ask()
                         with accelerator.accumulate(self.policy):
-                            self._pass(next(batches), next(chunks), sampler.positions(next(passes)))
+                            self._pass(PairBatch.of_items(next(batches)), next(chunks), sampler.positions(next(passes)))
                     if self.forward.first is not None:
                         self._check_start(self.forward.first)
                     self._update()
@@ -286,21 +287,21 @@ class _Run:
             timesteps = step_timesteps(self.forward.schedule, n, step, config.seed, config.timestep_distribution)
         return list(timesteps.split(config.train_batch_size)[self.accelerator.process_index :: world])
 
-    def _pass(self, batch: dict[str, Any], timesteps: Tensor, positions: range) -> None:
+    def _pass(self, batch: PairBatch, timesteps: Tensor, positions: range) -> None:
         """Forward and backward of ``B`` pairs."""
         config = self.config
-        if "noise" in batch:
+        if batch.mode is not BatchMode.FRESH_DRAWS:
             if self.informative is not None:
                 raise ValueError("timestep_sampling='informative': the items have draws of their own, expected 'all'")
         elif config.proportion_empty_prompts:
             empty = self.dataset.unconditional  # type: ignore[attr-defined]
-            drop_captions(batch.get("condition"), empty, positions, config.seed, config.proportion_empty_prompts)
+            drop_captions(batch.condition, empty, positions, config.seed, config.proportion_empty_prompts)
         totals = self._totals() if self.adds else None
         output, levels = self.forward(self.policy, batch, positions, timesteps, seed=config.seed, totals=totals)
         if self.informative is not None:
             self.informative.add(levels, output)
         if self.statistics is not None and not self.adds:
-            self.statistics.add(levels, output, batch["chosen"].shape)
+            self.statistics.add(levels, output, batch.chosen.shape)
         if not config.skip_inactive or self._active(output):
             self.accelerator.backward(output.loss)
             self.backwards += 1

@@ -10,9 +10,9 @@ from typing import Any
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import nn
 
+from sipo.protocols import PairDataset
 from sipo.training.config import TrainingConfig
-from sipo.training.forward import Reference
-from sipo.training.protocols import PairDataset
+from sipo.training.forward import ReferenceModel
 from sipo.training.sharding import is_deepspeed, is_sharded, unwrapped
 
 _PLAIN = ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU")
@@ -43,7 +43,7 @@ def _check_precision(accelerator: Accelerator) -> None:
 
 def check_setup(
     policy: nn.Module,
-    reference: Reference,
+    reference: ReferenceModel,
     dataset: PairDataset,
     config: TrainingConfig,
     accelerator: Accelerator,

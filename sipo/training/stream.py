@@ -20,19 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from sipo.seeds import CAPTIONS, GROUPS, NOISE, ORDER, TIMESTEPS, derive_seed, happens
-from sipo.training.protocols import Schedule
-
-__all__ = [
-    "StreamSampler",
-    "derive_seed",
-    "drop_captions",
-    "pair_noise",
-    "step_timesteps",
-    "to_device",
-    "twice",
-    "widened",
-]
+from sipo.protocols import Schedule
+from sipo.seeds import RandomStream, derive_seed, happens
 
 
 class StreamSampler(Sampler[list[int]]):
@@ -81,11 +70,13 @@ class StreamSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         sequence = _GroupSequence([len(group) for group in self.groups], self.batch_size * self.world, self.seed)
-        streams = [
-            # A single group's stream is the data set's.
-            _Stream(group, self.seed if len(self.groups) == 1 else derive_seed(self.seed, GROUPS, -1 - number))
-            for number, group in enumerate(self.groups)
-        ]
+        if len(self.groups) == 1:  # its stream is the data set's
+            streams = [_Shuffled(self.groups[0], self.seed)]
+        else:
+            streams = [
+                _Shuffled(group, derive_seed(self.seed, RandomStream.GROUPS, -1 - number))
+                for number, group in enumerate(self.groups)
+            ]
         for index in self.passes:
             group, earlier = sequence[index]
             yield [streams[group][position] for position in self.positions(earlier)]
@@ -94,7 +85,7 @@ class StreamSampler(Sampler[list[int]]):
         return len(self.passes)
 
 
-class _Stream:
+class _Shuffled:
     """An endless stream of indices, a fresh permutation each epoch; made to be read in order."""
 
     def __init__(self, indices: Sequence[int], seed: int) -> None:
@@ -107,7 +98,7 @@ class _Stream:
         # A pass may straddle two epochs, or many where there are fewer pairs than a batch takes.
         epoch, offset = divmod(position, len(self.indices))
         if epoch != self.epoch:
-            generator = torch.Generator().manual_seed(derive_seed(self.seed, ORDER, epoch))
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, RandomStream.ORDER, epoch))
             self.epoch, self.order = epoch, torch.randperm(len(self.indices), generator=generator).tolist()
         return self.indices[self.order[offset]]
 
@@ -138,7 +129,7 @@ class _GroupSequence:
             counts = [epoch * size // self.batch for size in self.sizes]
             ends = [(epoch + 1) * size // self.batch for size in self.sizes]
             labels = [g for g, (a, b) in enumerate(zip(counts, ends, strict=True)) for _ in range(a, b)]
-            generator = torch.Generator().manual_seed(derive_seed(self.seed, GROUPS, epoch))
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, RandomStream.GROUPS, epoch))
             self.epoch, self.passes = epoch, []
             for place in torch.randperm(len(labels), generator=generator).tolist():
                 group = labels[place]
@@ -158,13 +149,13 @@ def pair_noise(like: Tensor, positions: Sequence[int], seed: int, generator: tor
     """
     noise = torch.empty_like(like, memory_format=torch.contiguous_format)
     for row, position in enumerate(positions):
-        noise[row].normal_(generator=generator.manual_seed(derive_seed(seed, NOISE, position)))
+        noise[row].normal_(generator=generator.manual_seed(derive_seed(seed, RandomStream.NOISE, position)))
     return noise
 
 
 def step_timesteps(schedule: Schedule, n: int, step: int, seed: int, distribution: str) -> Tensor:
     """Timesteps of all ``n`` pairs of an optimiser step, for every process and pass; ``[n]`` on the CPU."""
-    generator = torch.Generator().manual_seed(derive_seed(seed, TIMESTEPS, step))
+    generator = torch.Generator().manual_seed(derive_seed(seed, RandomStream.TIMESTEPS, step))
     return schedule.sample_timesteps(n, generator, distribution=distribution)
 
 
@@ -181,7 +172,9 @@ def drop_captions(condition: Any, unconditional: Any, positions: Sequence[int], 
     Raises:
         ValueError: the two do not fit each other.
     """
-    rows = [row for row, position in enumerate(positions) if happens(probability, seed, CAPTIONS, position)]
+    rows = [
+        row for row, position in enumerate(positions) if happens(probability, seed, RandomStream.CAPTIONS, position)
+    ]
     if not rows:
         return
     pairs = [("", condition, unconditional)]
@@ -194,29 +187,3 @@ def drop_captions(condition: Any, unconditional: Any, positions: Sequence[int], 
             shapes = [list(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in (empty, kept)]
             raise ValueError(f"unconditional{name} is {shapes[0]}, expected one row of condition{name}, {shapes[1]}")
         kept[rows] = empty.to(kept.dtype)
-
-
-def to_device(value: Any, device: torch.device) -> Any:
-    """Moves a tensor or a dictionary of them without waiting; anything else passes through."""
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, dict):
-        return {key: to_device(item, device) for key, item in value.items()}
-    return value
-
-
-def widened(latents: Tensor) -> Tensor:
-    """Latents of half precision in float32: noisy latents and targets keep what half precision would round away.
-
-    Done on the device, so that data loader workers and the bus carry the bytes that the cache has.
-    """
-    return latents.float() if latents.is_floating_point() and latents.element_size() < 4 else latents
-
-
-def twice(value: Any) -> Any:
-    """Stacks a tensor or a dictionary of them on itself: one copy for chosen samples, one for rejected samples."""
-    if isinstance(value, Tensor):
-        return torch.cat([value, value])
-    if isinstance(value, dict):
-        return {key: twice(item) for key, item in value.items()}
-    return value

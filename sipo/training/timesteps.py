@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sipo.seeds import TIMESTEPS, derive_seed
-from sipo.training.protocols import PairLoss
+from sipo.protocols import PairLoss
+from sipo.seeds import RandomStream, derive_seed
 from sipo.training.statistics import NoiseBins
 from sipo.training.stream import step_timesteps
 
@@ -76,7 +76,7 @@ class InformativeTimesteps:
         left_out = torch.tensor(self._left_out())
         if not left_out.any():
             return step_timesteps(self.schedule, n, step, self.seed, self.distribution)
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, TIMESTEPS, step))
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, RandomStream.TIMESTEPS, step))
         drawn = self.schedule.sample_timesteps(_ROUNDS * n, generator, distribution=self.distribution)
         drawn = drawn.view(_ROUNDS, n)
         taken = ~left_out[self.bin_of(drawn)]

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from sipo import seeds as randomness
+from sipo.batch import PairBatch
 from sipo.loss import SIPOLoss
-from sipo.seeds import VALIDATION, derive_seed
+from sipo.protocols import PairDataset, PairLoss
+from sipo.seeds import RandomStream, derive_seed
 from sipo.training.config import TrainingConfig
 from sipo.training.forward import PairForward
-from sipo.training.protocols import PairDataset, PairLoss
 from sipo.training.sharding import is_compiled, reshard, unwrapped
 from sipo.training.stopping import release_signals
 from sipo.training.stream import step_timesteps
@@ -67,7 +68,7 @@ class Validation:
         self.timesteps = torch.empty(0, dtype=torch.float32)
         self.batches: list[list[int]] = []
         if dataset is not None:
-            seed = derive_seed(config.seed, VALIDATION, 0)
+            seed = derive_seed(config.seed, RandomStream.VALIDATION, 0)
             distribution = config.timestep_distribution
             self.timesteps = step_timesteps(forward.schedule, len(dataset), 0, seed, distribution)
             groups = getattr(dataset, "groups", None) or [range(len(dataset))]
@@ -108,10 +109,10 @@ class Validation:
         )
         names: list[str] = []
         sums: Tensor | None = None
-        seed = derive_seed(self.config.seed, VALIDATION, 1)
+        seed = derive_seed(self.config.seed, RandomStream.VALIDATION, 1)
         for number, batch in enumerate(loader):
             rows = own[number] if number < len(own) else self.batches[0]
-            output, _ = self.forward(network, batch, rows, self.timesteps[rows], seed=seed)
+            output, _ = self.forward(network, PairBatch.of_items(batch), rows, self.timesteps[rows], seed=seed)
             metrics = output.metrics() | _no_preference(self.forward.loss_fn, output)
             names = list(metrics)
             counted = _weighed(metrics, len(rows), skips=getattr(output, "skip_nonfinite", False))

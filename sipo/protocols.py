@@ -1,4 +1,4 @@
-"""What the training loop asks of a schedule, a loss, a data set and a network: little enough to do by hand."""
+"""What training needs of a schedule, a loss, a data set and a network; each is small enough to write by hand."""
 
 from __future__ import annotations
 
@@ -67,13 +67,12 @@ class PairDataset(Protocol):
     ``default_collate`` does. Latents of half precision are cast to float32 on the device; a condition reaches
     :class:`Predict` in its own type. Further keys, each optional and the same in every item of a data set:
 
-    - ``"own_condition"``: dictionary of tensors ``[2, ...]``, the chosen sample's and then the rejected sample's
-    (SDXL's time ids).
+    - ``"own_condition"``: dictionary of tensors ``[2, ...]``, what differs between the samples, chosen first (SDXL's
+      time ids).
     - ``"noise"`` (shaped as ``"chosen"``, float32) and ``"timestep"`` (0-d, as the schedule has them), which come
       together: this item's fixed draw, in place of one from the run's stream.
-    - ``"ref_error"``: ``[2]`` float64 with such a draw: the reference's errors there, chosen sample's and then rejected
-    sample's; no
-      reference network runs.
+    - ``"ref_error"``: ``[2]`` float64 with such a draw: the reference's errors there, chosen first; no reference
+      network runs.
 
     Two attributes are optional as well: ``groups``, lists of indices that cover the data set, where not all items have
     one shape (a batch then holds items of one group); and ``unconditional``, a condition as in an item's, which caption

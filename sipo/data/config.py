@@ -1,0 +1,83 @@
+"""Settings of the pairs: the section ``data`` of a configuration."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from sipo.data.clips import MAX_PIXELS
+from sipo.families.config import Dtype
+
+_LEAST = {"frames": 1, "draws": 0, "held_out": 0, "shard_pairs": 1, "max_pixels": 1, "num_workers": 1, "queue_mb": 1}
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the pairs come from, and how they become latents (once, see ``sipo precompute``).
+
+    Attributes:
+        dataset_name: JSONL file, folder of parquet files, hub id of a data set, or VideoDPO folder; "toy" for a small
+            one.
+        format: of ``dataset_name``; "auto" looks.
+        dataset_split_name: of a data set with several.
+        streaming: read a hub's data set row by row in place of downloading all of it first.
+        cache: folder of latents, text embeddings and reference errors.
+        sizes: heights and widths to train at, in pixels; a pair goes to the one nearest in shape.
+        frames: of a clip; 1 for images.
+        fps: frames per second that clips are read at; ``None`` takes each file's own.
+        crop: where an image is cut to size: "center", or "random" (SDXL is told).
+        random_flip: mirror half of the pairs, both images of a pair alike.
+        latents: "sample" draws once from the VAE's posterior, "mode" takes its mean.
+        enable_tiling: encode and decode in overlapping tiles, which takes less memory and rounds a little otherwise.
+        vae_dtype: that the VAE encodes and decodes in; in half precision latents are 1 to 2 % off.
+        dtype: that latents and text embeddings are stored in.
+        skip_bad: leave out pairs that cannot be used, and say how many; ``False`` stops at the first.
+        max_pixels: of an image or a frame; larger ones cannot be used. Decoding takes about 8 bytes for each.
+        max_pairs: use no more than the first so many.
+        held_out: pairs kept from training, for validation.
+        draws: fixed (timestep, noise) draws for each pair; 0 draws anew each time, as training scripts do.
+        reference_errors: compute the reference's error at each draw beforehand.
+        seed: of crops, flips, latents and draws.
+        shard_pairs: rows whose pairs are in one file of the cache.
+        num_workers: threads that decode; ``None`` takes one for each processor, 8 at most.
+        queue_mb: megabytes of decoded pairs in memory at most, at 8 bits a colour and the size they are trained at; of
+            large clips two pairs in any case, one of them being encoded.
+    """
+
+    dataset_name: str
+    cache: str
+    format: Literal["auto", "jsonl", "pickapic", "videodpo"] = "auto"
+    dataset_split_name: str = "train"
+    streaming: bool = False
+    sizes: list[tuple[int, int]] = field(default_factory=lambda: [(512, 512)])
+    frames: int = 1
+    fps: float | None = None
+    crop: Literal["center", "random"] = "center"
+    random_flip: bool = False
+    latents: Literal["sample", "mode"] = "sample"
+    enable_tiling: bool = False
+    vae_dtype: Dtype = "float32"
+    dtype: Dtype = "bfloat16"
+    skip_bad: bool = False
+    max_pixels: int = MAX_PIXELS
+    max_pairs: int | None = None
+    held_out: int = 0
+    draws: int = 0
+    reference_errors: bool = False
+    seed: int = 0
+    shard_pairs: int = 64
+    num_workers: int | None = None
+    queue_mb: int = 1024
+
+    def __post_init__(self) -> None:
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value}: expected at least {least}")
+        if self.reference_errors and self.draws < 1:
+            raise ValueError(f"draws={self.draws}: expected at least 1, for the reference's errors to belong to")
+        if self.fps is not None and not 0 < self.fps < math.inf:
+            raise ValueError(f"fps={self.fps:g}: expected a finite number > 0")
+        if not self.sizes or any(side < 1 for size in self.sizes for side in size):
+            raise ValueError(f"sizes={self.sizes}: expected at least one [height, width] in pixels")
