@@ -22,8 +22,8 @@ from sipo.families import FAMILIES, get
 from sipo.families.lora_files import Adapter, read_adapter, write_adapter
 from sipo.families.tuning import load_saved, save_lora
 from sipo.recipe import config
-from sipo.recipe.verify import end_run, write_sums
 from sipo.training import storage
+from sipo.training.sums import write_run_sums, write_sums
 from tests.family_cases import TOYS, family_of, folder_of, network_input, pipeline_of
 from tests.original_names import NETWORK_CONFIGS, WIDTH, comfyui_keys, diffusers_rows, kohya_keys, patched
 from tests.test_families_tuning import lora_network
@@ -487,11 +487,11 @@ def test_weights_that_have_changed_since_they_were_written_are_not_exported(
 def test_a_changed_configuration_is_said_and_a_fifo_in_its_place_is_refused(
     run: tuple[Path, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sipo.recipe.score_run.check_weights", Mock(side_effect=ValueError("stops here")))
+    monkeypatch.setattr("sipo.recipe.score_run.check_sums", Mock(side_effect=ValueError("stops here")))
     folder = tmp_path / "other"
     shutil.copytree(run[0], folder)
     file = folder / "config.yaml"
-    end_run(folder)
+    write_run_sums(folder)
     file.write_text(file.read_text() + "# a remark\n")
     changed = "has been changed since the run was trained with it; it is used as it is now"
     for command in (["export", str(folder), "--format", "kohya", "--force"], ["score", str(folder)]):

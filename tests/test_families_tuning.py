@@ -14,11 +14,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from sipo import SIPOLoss
+from sipo.data.config import DataConfig
 from sipo.families import FAMILIES, get
 from sipo.families.base import evaluating
-from sipo.families.card import model_card
+from sipo.families.config import LoraConfig, ModelConfig
 from sipo.families.tuning import adapter_off, freeze, prepare_full, prepare_lora, save_full, save_lora
-from sipo.recipe.config import Config, DataConfig, LoraConfig, LossConfig, ModelConfig
+from sipo.recipe.card import model_card
+from sipo.recipe.config import Config, LossConfig
 from sipo.schedule.diffusers_schedulers import setting_changes, with_settings
 from sipo.training.config import TrainingConfig
 from tests.family_cases import (

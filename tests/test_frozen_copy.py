@@ -16,9 +16,11 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from sipo import cli
+from sipo.data.config import DataConfig
+from sipo.families.config import ModelConfig
 from sipo.families.tuning import freeze, frozen_copy
-from sipo.recipe.build import Run, build, frozen_reference, open_run
-from sipo.recipe.config import Config, DataConfig, ModelConfig, policy_dtype
+from sipo.recipe.build import RunContext, build, frozen_reference, open_run
+from sipo.recipe.config import Config, policy_dtype
 from sipo.training import TrainingWarning
 from sipo.training.config import TrainingConfig
 from sipo.training.log import read_lines
@@ -53,7 +55,7 @@ def trained_toy(toy: str) -> Path:
     return folder
 
 
-def run_of(toy: str, *, precision: str = "no", **model: Any) -> Run:
+def run_of(toy: str, *, precision: str = "no", **model: Any) -> RunContext:
     options: dict[str, Any] = {"family": family_of(toy).name, "path": str(trained_toy(toy))} | model
     training = TrainingConfig(max_train_steps=1, output_dir="unused", mixed_precision=precision)  # type: ignore[arg-type]
     data = DataConfig(dataset_name="unused", cache="unused", frames=9 if family_of(toy).video else 1)
@@ -222,7 +224,7 @@ def test_types_that_cannot_agree_are_said_before_anything_runs(
 
 SHORT = [
     "training.progress=false",
-    "training.tensorboard=false",
+    "training.report_to=none",
     "training.validation_steps=0",
     "samples.validation_prompts=[]",
 ]
@@ -265,7 +267,7 @@ def test_a_run_in_bfloat16_starts_at_its_reference(
 def test_a_run_whose_policy_is_not_its_reference_is_one_line(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def moved(run: Run) -> Any:
+    def moved(run: RunContext) -> Any:
         policy, reference = build(run)
         with torch.no_grad():
             policy.conv_out.weight.mul_(1.1)  # type: ignore[operator,union-attr]

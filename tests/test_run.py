@@ -25,8 +25,9 @@ from sipo.families import get
 from sipo.recipe import config
 from sipo.recipe.build import make_loss, open_run
 from sipo.recipe.sampling import SAMPLE_FPS
-from sipo.recipe.verify import SUMS, verify_run
+from sipo.recipe.verify import verify_run
 from sipo.training.log import read_lines
+from sipo.training.sums import SUMS
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = ("sd15", "sdxl", "sd3", "cogvideox", "wan")
@@ -36,7 +37,7 @@ SHORT = [
     "samples.num_inference_steps=2",
     "training.progress=false",
 ]
-SHORT += ["training.logging_steps=1", "training.tensorboard=false"]
+SHORT += ["training.logging_steps=1", "training.report_to=none"]
 
 
 @pytest.fixture(autouse=True)
@@ -257,6 +258,7 @@ def test_full_tuning_saves_a_network_that_diffusers_loads(shared: Path, tmp_path
 
     full = [
         "model.tuning=full",
+        "training.use_ema=true",
         "training.ema_decay=0.5",
         "samples.validation_prompts=[]",
         "training.learning_rate=1e-3",

@@ -24,8 +24,8 @@ from sipo.families.tuning import load_saved, save_full, save_lora
 from sipo.recipe import config
 from sipo.recipe.build import build, datasets, open_run, prepare_data
 from sipo.recipe.train import TRAINED_ON
-from sipo.recipe.verify import SUMS
 from sipo.training import AdapterOff
+from sipo.training.sums import SUMS
 from tests.test_run import example, options
 from tests.test_run import train as train_toy
 from tests.training_cases import Adapted, Network, Pairs, fresh_accelerate, networks, predict, without_adapter

@@ -17,15 +17,14 @@ from accelerate.state import AcceleratorState
 
 from sipo import cli
 from sipo.files import file_hash, save_tensors
-from sipo.recipe.verify import (
+from sipo.recipe.verify import VerifiedPath, verify_run
+from sipo.training.sums import (
     SUMS,
     ConfigWarning,
-    Item,
-    begin_run,
-    check_config,
-    check_weights,
-    end_run,
-    verify_run,
+    check_config_sum,
+    check_sums,
+    remove_run_sums,
+    write_run_sums,
     write_sums,
 )
 from tests.training_cases import fit, fresh_accelerate
@@ -55,7 +54,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_sums(folder / "weights")
     (folder / "samples").mkdir()
     (folder / "samples" / "prompts.json").write_text('["a cat"]')
-    end_run(folder)
+    write_run_sums(folder)
     return folder
 
 
@@ -86,7 +85,7 @@ def test_the_hashes_are_those_of_sha256sum(run: Path, folder: str, count: int) -
     assert done.returncode == 0 and done.stdout.count(": OK") == count
 
 
-def _damaged(folder: Path) -> list[Item]:
+def _damaged(folder: Path) -> list[VerifiedPath]:
     return [item for item in verify_run(folder) if item.fault]
 
 
@@ -108,7 +107,7 @@ def test_a_flipped_bit_in_any_file_that_is_read_back_is_noticed(copied: Path) ->
 
 
 def test_a_run_that_has_not_ended_has_no_hashes(copied: Path) -> None:
-    begin_run(copied)
+    remove_run_sums(copied)
     (copied / "samples/prompts.json").write_text('["a dog"]')
     items = verify_run(copied)
     assert not any(item.fault for item in items)
@@ -155,7 +154,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "no sums": (
         lambda f: (f / "weights" / SUMS).unlink(),
         "weights",
-        f"no {SUMS} (an older version's run, or one interrupted while writing)",
+        f"no {SUMS} (the run was interrupted while it wrote the weights)",
     ),
     "empty sums": (lambda f: (f / "weights" / SUMS).write_text(""), f"weights/{SUMS}", "damaged, it is empty"),
     "escape": (
@@ -228,23 +227,23 @@ def test_a_file_in_a_folders_place_is_damage(name: str, copied: Path) -> None:
 def test_a_configuration_that_was_changed_is_noticed(copied: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check_config(copied)
+        check_config_sum(copied)
     (copied / "config.yaml").write_text((copied / "config.yaml").read_text() + "# a remark\n")
     with pytest.warns(ConfigWarning, match=r"config\.yaml: has been changed since the run was trained with it; it is"):
-        check_config(copied)
+        check_config_sum(copied)
     (copied / SUMS).write_text("?")
     with pytest.warns(ConfigWarning, match=rf"config\.yaml: cannot be compared .*{SUMS}: damaged, line 1 is not"):
-        check_config(copied)
-    begin_run(copied)
+        check_config_sum(copied)
+    remove_run_sums(copied)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check_config(copied)
+        check_config_sum(copied)
 
 
 def test_weights_that_were_copied_are_verified_alone(copied: Path, tmp_path: Path) -> None:
     weights = shutil.move(copied / "weights", tmp_path / "elsewhere")
     assert [item.describe() for item in verify_run(Path(weights))] == [f"ok       {weights} (3 files)"]
-    assert not check_weights(tmp_path)  # there are none to compare with
+    assert not check_sums(tmp_path)  # there are none to compare with
 
 
 def test_what_is_no_run_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -190,7 +190,7 @@ def _train(options: argparse.Namespace) -> int:
 def _precompute(options: argparse.Namespace) -> int:
     from sipo.recipe import config as configuration
     from sipo.recipe.build import open_run, prepare_data
-    from sipo.recipe.checks import check_run
+    from sipo.recipe.preflight import check_run
 
     config = configuration.load(options.config, options.overrides)
     run = open_run(config)

@@ -53,7 +53,7 @@ from sipo.training.sharding import round_whole, whole_dtype
 
 
 @dataclass(frozen=True)
-class Run:
+class RunContext:
     """A configuration, and what follows from it alone.
 
     Attributes:
@@ -121,7 +121,7 @@ class Run:
         return pipeline
 
 
-class Prepared(NamedTuple):
+class PreparedData(NamedTuple):
     """What :func:`prepare_data` leaves.
 
     Attributes:
@@ -135,7 +135,7 @@ class Prepared(NamedTuple):
     summary: CacheSummary | None
 
 
-def open_run(config: Config, accelerator: Accelerator | None = None) -> Run:
+def open_run(config: Config, accelerator: Accelerator | None = None) -> RunContext:
     """Checks what a configuration names, and makes toys where it asks for them.
 
     Raises:
@@ -166,7 +166,7 @@ def open_run(config: Config, accelerator: Accelerator | None = None) -> Run:
             raise ConfigError(f"model.{error}") from error
 
     schedule = everywhere(accelerator, load_schedule)
-    return Run(config, family, accelerator, model_path, data_path, schedule)
+    return RunContext(config, family, accelerator, model_path, data_path, schedule)
 
 
 def _places(config: Config, family: Family) -> tuple[str, str]:
@@ -192,13 +192,13 @@ def model_folder(config: Config) -> str:
 
 
 def prepare_data(
-    run: Run,
+    run: RunContext,
     *,
     repair: bool = False,
     verify: bool = False,
     refuse_changes: bool = False,
     progress: bool | None = True,
-) -> Prepared:
+) -> PreparedData:
     """Computes what the cache lacks, or what no longer agrees with the source: latents, text, reference errors.
 
     A line says what has changed since, one how many pairs are left out, and one what is used without having been
@@ -262,10 +262,10 @@ def prepare_data(
     references = None
     if config.data.reference_errors:
         references = _references(run, cache, repair, refuse_changes, progress)
-    return Prepared(cache, references, summary)
+    return PreparedData(cache, references, summary)
 
 
-def _say_cost(run: Run, cost: Cost) -> None:
+def _say_cost(run: RunContext, cost: Cost) -> None:
     """Says what encoding costs and what of it training will not use; refuses what cannot be trained with or stored."""
     data, training = run.config.data, run.config.training
     free = shutil.disk_usage(run.cache).free
@@ -289,7 +289,7 @@ def _say_cost(run: Run, cost: Cost) -> None:
         say(f"{run.cache}: {training.max_train_steps} steps of {seen // training.max_train_steps} pairs: {unused}")
 
 
-def _open_source(run: Run, ask: bool) -> tuple[PairReader | None, str]:
+def _open_source(run: RunContext, ask: bool) -> tuple[PairReader | None, str]:
     """The pairs, or why there are none; the same in every process.
 
     Args:
@@ -325,7 +325,7 @@ def _of_all(summary: CacheSummary, accelerator: Accelerator) -> CacheSummary:
     )
 
 
-def _references(run: Run, cache: Cache, repair: bool, refuse_changes: bool, progress: bool | None) -> References:
+def _references(run: RunContext, cache: Cache, repair: bool, refuse_changes: bool, progress: bool | None) -> References:
     """The reference's errors at every draw, computed where they are not there yet."""
     config, accelerator = run.config, run.accelerator
     which = run.references
@@ -361,7 +361,7 @@ def _references(run: Run, cache: Cache, repair: bool, refuse_changes: bool, prog
     return found
 
 
-def datasets(run: Run, cache: Cache, references: References | None) -> tuple[PairDataset, PairDataset | None]:
+def datasets(run: RunContext, cache: Cache, references: References | None) -> tuple[PairDataset, PairDataset | None]:
     """Pairs to train on and, with ``data.held_out``, to validate on."""
     config = run.config
     try:
@@ -380,7 +380,7 @@ def datasets(run: Run, cache: Cache, references: References | None) -> tuple[Pai
     return drawn[0], drawn[1]
 
 
-def build(run: Run) -> tuple[nn.Module, ReferenceModel]:
+def build(run: RunContext) -> tuple[nn.Module, ReferenceModel]:
     """The network with what of it is trained, and the reference."""
     config, family = run.config, run.family
     model, kind = config.model, reference_kind(config)
@@ -406,7 +406,7 @@ def build(run: Run) -> tuple[nn.Module, ReferenceModel]:
     return network, AdapterOff(adapter_off) if kind == "adapter_off" else reference
 
 
-def frozen_reference(run: Run, network: nn.Module | None = None) -> nn.Module:
+def frozen_reference(run: RunContext, network: nn.Module | None = None) -> nn.Module:
     """A network that predicts what the policy does before training, in ``model.reference_dtype``, on the CPU.
 
     Args:
@@ -422,11 +422,11 @@ def frozen_reference(run: Run, network: nn.Module | None = None) -> nn.Module:
     return frozen_copy(network, None if theirs == ours else getattr(torch, theirs))
 
 
-def _load_network(run: Run, dtype: str) -> nn.Module:
+def _load_network(run: RunContext, dtype: str) -> nn.Module:
     return run.family.load_network(run.model_path, dtype=getattr(torch, dtype), **hub_options(run.config.model))
 
 
-def make_loss(run: Run) -> SIPOLoss:
+def make_loss(run: RunContext) -> SIPOLoss:
     """The configured loss.
 
     Raises:
@@ -440,9 +440,9 @@ def make_loss(run: Run) -> SIPOLoss:
         raise ConfigError(f"loss.{error}") from error
 
 
-def loss_beta(run: Run, loss_fn: SIPOLoss) -> float:
+def loss_beta(run: RunContext, loss_fn: SIPOLoss) -> float:
     """The loss's β: the configured one, or the method's own for the family's images or videos."""
-    return loss_fn.beta if loss_fn.beta is not None else loss_fn.default_beta(5 if run.family.video else 4)
+    return loss_fn.options.beta_for(5 if run.family.video else 4)
 
 
 def hub_options(model: ModelConfig) -> dict[str, str]:

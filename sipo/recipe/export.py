@@ -12,9 +12,9 @@ from sipo.families.tuning import ADAPTER
 from sipo.recipe import config as configuration
 from sipo.recipe.build import hub_options, model_folder
 from sipo.recipe.config import Config, ConfigError
-from sipo.recipe.verify import check_config, check_weights
 from sipo.training import checkpoint, storage
 from sipo.training.config import CheckpointError
+from sipo.training.sums import check_config_sum, check_sums
 
 _PLACES = ("model.pretrained_model_name_or_path", "model.revision", "model.variant")
 """Keys that may be overridden: they say where the model is, and do not change the weights."""
@@ -59,7 +59,7 @@ def export_run(
         if override.partition("=")[0] not in _PLACES:
             raise ConfigError(f"{override}: expected {', '.join(_PLACES[:-1])} or {_PLACES[-1]}, where the model is")
     config = configuration.load(file, overrides)
-    check_config(target)
+    check_config_sum(target)
     family = get(config.model.family)
     if config.model.tuning != "lora":
         whole = target / "weights" / family.network
@@ -108,7 +108,7 @@ def _of_weights(family: Family, folder: Path) -> tuple[Path, Adapter]:
     file = folder / LORA_WEIGHT_NAME_SAFE
     if not file.is_file():
         raise FileNotFoundError(f"{file}: not there, weights are saved at the end; --checkpoint exports a checkpoint")
-    check_weights(folder)
+    check_sums(folder)
     return file, read_adapter(family, file)
 
 

@@ -15,7 +15,7 @@ from sipo.data.media import write_image_grid, write_video
 from sipo.families.base import Condition, drop_text_encoders, unwrapped
 from sipo.files import FileError, parse_json, read_text, write_aside
 from sipo.processes import OtherProcessError, everywhere, gathered, is_collective, on_main
-from sipo.recipe.build import Run, free_memory
+from sipo.recipe.build import RunContext, free_memory
 from sipo.training import TrainingWarning, is_sharded
 from sipo.training.stopping import asked_to_stop
 
@@ -29,13 +29,13 @@ SAMPLE_FPS = 8.0
 """Frames per second of the clips that are written where ``data.fps`` does not say."""
 
 
-class Look:
+class ValidationSamples:
     """Draws ``samples.validation_prompts``: ``samples/step-00000100.png``, or an mp4 for each prompt.
 
     Prompts are encoded once, by the main process, and the text encoders let go; of the pipeline the VAE stays, in host
     memory between looks. Of ``W`` processes number ``r`` draws the prompts ``r``, ``r + W`` and so on. Prompt ``i`` has
     the seed ``samples.seed + i``, so that samples do not depend on how many processes there are. A network that they
-    hold parts of (FSDP2, ZeRO-3) is run by all of them at once, and the one that has run out of prompts goes along.
+    hold parts of (FSDP2) is run by all of them at once, and the one that has run out of prompts goes along.
 
     Args:
         run: of :func:`sipo.recipe.build.open_run`, with ``samples.validation_prompts``. Every process makes a look.
@@ -44,7 +44,7 @@ class Look:
         ValueError, FileNotFoundError: of the model's files.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: RunContext) -> None:
         self.run = run
         self.folder = run.config.training.folder / SAMPLES
         self.pipeline: Any = None

@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sipo.recipe.analyze_start import with_network
 from sipo.analysis.score import PairScores, score_pairs
 from sipo.cache.format import Cache
 from sipo.cache.pairs import CachedPairs
@@ -19,10 +18,11 @@ from sipo.data.records import DataError
 from sipo.families.tuning import load_saved
 from sipo.files import FileError, check_output, read_object, write_aside
 from sipo.recipe import config as configuration
-from sipo.recipe.build import Run, build, datasets, loss_beta, make_loss, open_run, prepare_data
+from sipo.recipe.analyze_start import with_network
+from sipo.recipe.build import RunContext, build, datasets, loss_beta, make_loss, open_run, prepare_data
 from sipo.recipe.config import Config, ConfigError
 from sipo.recipe.train import TRAINED_ON, WEIGHTS, trained_on
-from sipo.recipe.verify import SUMS, check_config, check_weights
+from sipo.training.sums import SUMS, check_config_sum, check_sums
 
 _KINDS = {
     "held-out": "held out of training",
@@ -32,7 +32,7 @@ _KINDS = {
 _UNKNOWN = "which were held out of training is unknown: "
 
 
-class Scored(NamedTuple):
+class ScoredRun(NamedTuple):
     """What :func:`score_run` has done.
 
     Attributes:
@@ -65,7 +65,7 @@ def score_run(
     of: str = "auto",
     draws: int,
     seed: int = 0,
-) -> Scored:
+) -> ScoredRun:
     """Scores pairs and writes a JSON line for each: its place, its row (from 1) and prompt in the source, its rewards.
 
     Args:
@@ -89,14 +89,14 @@ def score_run(
         raise ConfigError(f"{target}: no config.yaml, expected the folder of a run of `sipo train`")
     config = configuration.load(file, overrides)
     if target.is_dir():
-        check_config(target)
+        check_config_sum(target)
     place = target if target.is_dir() else config.training.folder
     folder = weights or place / WEIGHTS
     output = place / "scores.jsonl" if output is None else output
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder, expected the weights of a run; --weights names another")
     check_output(output, r'\{"index": ', "scores of `sipo score`")
-    hashed = check_weights(folder)
+    hashed = check_sums(folder)
     run = open_run(with_network(config))
     loss_fn = make_loss(run)
     origin = _origin(folder)
@@ -121,7 +121,7 @@ def score_run(
         progress=config.training.progress,
     )
     _write(scores, output, rows, prompts)
-    return Scored(scores, which, folder, output, hashed)
+    return ScoredRun(scores, which, folder, output, hashed)
 
 
 def _origin(folder: Path) -> dict[str, Any]:
@@ -133,7 +133,7 @@ def _origin(folder: Path) -> dict[str, Any]:
     return origin if isinstance(origin.get("network"), dict) else {}
 
 
-def _check_network(run: Run, folder: Path, origin: dict[str, Any]) -> None:
+def _check_network(run: RunContext, folder: Path, origin: dict[str, Any]) -> None:
     """Refuses another network than the one that the weights were trained from."""
     if not origin:
         return
@@ -145,7 +145,7 @@ def _check_network(run: Run, folder: Path, origin: dict[str, Any]) -> None:
             raise ConfigError(f"{folder}: trained from other weights: {change}")
 
 
-def _pairs(run: Run, of: str, folder: Path, origin: dict[str, Any]) -> tuple[CachedPairs, str]:
+def _pairs(run: RunContext, of: str, folder: Path, origin: dict[str, Any]) -> tuple[CachedPairs, str]:
     """Pairs of the cache, without draws of their own, and which they are."""
     cache = prepare_data(run, progress=run.config.training.progress).cache
     training, held_out = datasets(run, cache, None)
@@ -163,7 +163,7 @@ def _pairs(run: Run, of: str, folder: Path, origin: dict[str, Any]) -> tuple[Cac
     return chosen, _KINDS[kind]
 
 
-def _unknown_split(run: Run, cache: Cache, folder: Path, origin: dict[str, Any]) -> str:
+def _unknown_split(run: RunContext, cache: Cache, folder: Path, origin: dict[str, Any]) -> str:
     """Why it cannot be told which pairs were held out; empty where it can."""
     if not origin:
         return f"{folder / TRAINED_ON} cannot be read"

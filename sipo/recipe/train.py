@@ -16,22 +16,22 @@ from torch import Tensor, nn
 
 from sipo.cache.format import Cache
 from sipo.cache.weights import PLACE
-from sipo.families.card import model_card
 from sipo.families.tuning import save_full, save_lora
 from sipo.files import write_aside
 from sipo.locks import locked
 from sipo.loss import SIPOLoss
 from sipo.processes import from_main, on_main
-from sipo.recipe.build import Run, build, datasets, make_loss, open_run, prepare_data
-from sipo.recipe.checks import check_run
+from sipo.recipe.build import RunContext, build, datasets, make_loss, open_run, prepare_data
+from sipo.recipe.card import model_card
 from sipo.recipe.config import Config, ConfigError, differing_types, reference_kind
-from sipo.recipe.sampling import Look
-from sipo.recipe.verify import SUMS, begin_run, end_run, write_sums
+from sipo.recipe.preflight import check_run
+from sipo.recipe.sampling import ValidationSamples
 from sipo.training import TrainingConfig, TrainingResult, gather_weights, is_sharded, make_accelerator, train
 from sipo.training import storage as checkpoints
 from sipo.training.config import CheckpointError
 from sipo.training.first_step import Mismatch
 from sipo.training.log import check_logs
+from sipo.training.sums import SUMS, remove_run_sums, write_run_sums, write_sums
 
 WEIGHTS = "weights"
 """Folder in ``training.output_dir`` that a run's trained weights are written to, once it has ended."""
@@ -41,7 +41,7 @@ TRAINED_ON = "trained_on.json"
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedRun:
     """How a run ended.
 
     Attributes:
@@ -53,7 +53,7 @@ class Trained:
     weights: Path
 
 
-def run_training(config: Config, *, resume: bool = False, accelerator: Accelerator | None = None) -> Trained:
+def run_training(config: Config, *, resume: bool = False, accelerator: Accelerator | None = None) -> TrainedRun:
     """A whole run of ``sipo train``.
 
     Args:
@@ -79,7 +79,7 @@ def run_training(config: Config, *, resume: bool = False, accelerator: Accelerat
         return _run_training(config, resume, accelerator)
 
 
-def _run_training(config: Config, resume: bool, accelerator: Accelerator) -> Trained:
+def _run_training(config: Config, resume: bool, accelerator: Accelerator) -> TrainedRun:
     training = config.training
     there = from_main(accelerator, lambda: _check_folder(training, resume))
     run = open_run(config, accelerator)
@@ -91,7 +91,7 @@ def _run_training(config: Config, resume: bool, accelerator: Accelerator) -> Tra
     data_hash = cache.content_hash()
     pairs, held_out = datasets(run, cache, references)
     sampled = config.samples.validation_prompts and (training.validation_steps or not there)
-    look = Look(run) if sampled else None  # before the networks: its text encoders are gone again
+    look = ValidationSamples(run) if sampled else None  # before the networks: its text encoders are gone again
     network, reference = build(run)
     if look is not None and not there:
         look(0, network.to(run.accelerator.device))
@@ -117,11 +117,11 @@ def _run_training(config: Config, resume: bool, accelerator: Accelerator) -> Tra
     number = len(pairs) // max(1, config.data.draws)
     origin = trained_on(run, cache)
     weights = save(run, network, result, loss_fn, pairs=number, origin=origin)
-    on_main(run.accelerator, lambda: end_run(training.folder))
-    return Trained(result, weights)
+    on_main(run.accelerator, lambda: write_run_sums(training.folder))
+    return TrainedRun(result, weights)
 
 
-def trained_on(run: Run, cache: Cache) -> dict[str, Any]:
+def trained_on(run: RunContext, cache: Cache) -> dict[str, Any]:
     """JSON values: of two runs with the same ones, the same pairs are held out and the same network is trained."""
     data = run.config.data
     split = {"data.held_out": data.held_out, "data.seed": data.seed}
@@ -171,7 +171,7 @@ def _mismatch(config: Config, network: nn.Module) -> Mismatch:
     return "warn" if types or dropout else "raise"
 
 
-def _identity(run: Run, data: str) -> dict[str, Any]:
+def _identity(run: RunContext, data: str) -> dict[str, Any]:
     """What a resumed run must share with the one it goes on from, beside the loop's own settings."""
     config = run.config
     free = ("gradient_checkpointing", "reference_offload", *PLACE)
@@ -184,21 +184,27 @@ def _identity(run: Run, data: str) -> dict[str, Any]:
     return {**model, **weights, **draws, "model.reference": reference_kind(config), "data": data}
 
 
-def _write_config(run: Run) -> None:
+def _write_config(run: RunContext) -> None:
     """Keeps the configuration beside what came of it."""
     import yaml
 
     def write() -> None:
         folder = run.config.training.folder
         folder.mkdir(parents=True, exist_ok=True)
-        begin_run(folder)
+        remove_run_sums(folder)
         write_aside(folder / "config.yaml", yaml.safe_dump(run.config.as_dict(), sort_keys=False, allow_unicode=True))
 
     on_main(run.accelerator, write)
 
 
 def save(
-    run: Run, network: nn.Module, result: TrainingResult, loss_fn: SIPOLoss, *, pairs: int, origin: dict[str, Any]
+    run: RunContext,
+    network: nn.Module,
+    result: TrainingResult,
+    loss_fn: SIPOLoss,
+    *,
+    pairs: int,
+    origin: dict[str, Any],
 ) -> Path:
     """Writes the trained weights (their moving average, where one was kept), their card and their hashes.
 
@@ -220,7 +226,7 @@ def save(
     state: dict[str, Tensor] | None = result.ema
     if state is None and is_sharded(accelerator):
         state = gather_weights(network, keep=accelerator.is_main_process)
-    beta = loss_fn.default_beta(5 if family.video else 4) if loss_fn.beta is None else loss_fn.beta
+    beta = loss_fn.options.beta_for(5 if family.video else 4)
     options: dict[str, Any] = {"pairs": pairs, "data_hash": origin["data"], "steps": result.steps}
 
     def write() -> None:

@@ -18,10 +18,10 @@ from torch import Tensor
 from sipo.files import check_regular, write_aside
 from sipo.processes import on_main
 from sipo.progress import Steps
-from sipo.recipe.verify import begin_run
 from sipo.training.config import TrainingConfig
 from sipo.training.log_reader import metrics_fault, read_log
 from sipo.training.statistics import scalars, statistics_fault
+from sipo.training.sums import remove_run_sums
 from sipo_kernels.output import add_metrics
 
 _COUNTED = "nonfinite_pairs"
@@ -156,7 +156,7 @@ class Recorder:
     def _open(self, config: TrainingConfig, first_step: int) -> None:
         config.folder.mkdir(parents=True, exist_ok=True)
         logs = check_logs(config)
-        begin_run(config.folder)  # the logs will not be those that it has hashes of
+        remove_run_sums(config.folder)  # the logs will not be those that it has hashes of
         if first_step == 0:
             _set_aside(logs)
         else:
@@ -246,9 +246,7 @@ def start_trackers(accelerator: Any, config: TrainingConfig, first_step: int) ->
     available = check_trackers(config)
     running = list(accelerator.trackers)
     wanted = [] if running else list(accelerator.log_with)  # the caller's, not yet started
-    wanted += [name for name in config.trackers if name not in wanted]
-    if config.tensorboard and "tensorboard" in available and "tensorboard" not in wanted:
-        wanted.append("tensorboard")
+    wanted += [name for name in config.trackers if name in available and name not in wanted]
     if not accelerator.logging_dir:
         accelerator.project_configuration.logging_dir = str(config.folder)
     options = {
@@ -278,9 +276,9 @@ def check_trackers(config: TrainingConfig) -> list[str]:
     available = [str(name) for name in get_available_trackers()]
     for name in config.trackers:
         if name not in LOGGER_TYPE_TO_CLASS:
-            raise ValueError(f"trackers={name!r}: expected one of {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
-        if name not in available:
-            raise ImportError(f"trackers={name!r}: not installed, expected `pip install {name}`")
+            raise ValueError(f"report_to={name!r}: expected one of {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
+        if name not in available and name != "tensorboard":
+            raise ImportError(f"report_to={name!r}: not installed, expected `pip install {name}`")
     return available
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from sipo.families.tuning import check_targets
 from sipo.processes import everywhere
-from sipo.recipe.build import Run, hub_options, make_loss
+from sipo.recipe.build import RunContext, hub_options, make_loss
 from sipo.recipe.config import ConfigError
 from sipo.schedule.diffusers_schedulers import with_settings
 from sipo.training import TrainingConfig, TrainingWarning
@@ -26,7 +26,7 @@ from sipo_kernels import backends
 Work = Literal["train", "precompute", "analyze"]
 
 
-def check_run(run: Run, work: Work, *, resume: bool = False) -> None:
+def check_run(run: RunContext, work: Work, *, resume: bool = False) -> None:
     """Runs all checks, in the order of ``_CHECKS``.
 
     Args:
@@ -42,7 +42,7 @@ def check_run(run: Run, work: Work, *, resume: bool = False) -> None:
     everywhere(run.accelerator, lambda: _check_all(run, work, resume))
 
 
-def _check_all(run: Run, work: Work, resume: bool) -> None:
+def _check_all(run: RunContext, work: Work, resume: bool) -> None:
     _check_training(run, resume)
     for check, needed in _CHECKS:
         try:
@@ -55,10 +55,10 @@ def _check_all(run: Run, work: Work, resume: bool) -> None:
     _check_files(run, work)
 
 
-def _check_training(run: Run, resume: bool) -> None:
+def _check_training(run: RunContext, resume: bool) -> None:
     """The loop's settings, with each other and with how its processes are joined."""
     training, data, samples = run.config.training, run.config.data, run.config.samples
-    _named(lambda: check_config(training, run.accelerator, training.output_dir if resume else None))
+    _named(lambda: check_config(training, run.accelerator))
     if training.validation_steps and not data.held_out and not samples.validation_prompts:
         raise ConfigError(
             f"training.validation_steps={training.validation_steps}: expected data.held_out > 0, or "
@@ -70,19 +70,19 @@ def _check_training(run: Run, resume: bool) -> None:
         raise ConfigError("training.timestep_sampling='informative': expected data.draws=0, fixed draws have theirs")
 
 
-def _check_optimizer(run: Run) -> None:
+def _check_optimizer(run: RunContext) -> None:
     _named(lambda: check_optimizer(run.config.training))
 
 
-def _check_trackers(run: Run) -> None:
+def _check_trackers(run: RunContext) -> None:
     _named(lambda: check_trackers(run.config.training))
 
 
-def _check_loss(run: Run) -> None:
+def _check_loss(run: RunContext) -> None:
     make_loss(run)
 
 
-def _check_backend(run: Run) -> None:
+def _check_backend(run: RunContext) -> None:
     backend = run.config.loss.backend
     try:
         backends.choose(backend, run.accelerator.device)
@@ -90,14 +90,14 @@ def _check_backend(run: Run) -> None:
         raise ConfigError(f"loss.{error}" if str(error).startswith("backend=") else str(error)) from error
 
 
-def _check_distribution(run: Run) -> None:
+def _check_distribution(run: RunContext) -> None:
     try:
         run.schedule.sample_timesteps(1, distribution=run.config.training.timestep_distribution)
     except ValueError as error:
         raise ConfigError(f"training.timestep_{error}") from error
 
 
-def _check_sampler(run: Run) -> None:
+def _check_sampler(run: RunContext) -> None:
     """The sampler's steps: schedulers say what they cannot do when these are set."""
     samples, model = run.config.samples, run.config.model
     if not samples.validation_prompts:
@@ -120,7 +120,7 @@ def _check_sampler(run: Run) -> None:
         ) from error
 
 
-def _check_network(run: Run) -> None:
+def _check_network(run: RunContext) -> None:
     """Sizes, LoRA's targets and checkpointing, by the network's configuration: no weights are read."""
     config, family = run.config, run.family
     model, data = config.model, config.data
@@ -142,7 +142,7 @@ def _check_network(run: Run) -> None:
         raise ConfigError(f"model.gradient_checkpointing=True: expected False, {family.network_class} has none")
 
 
-def _check_files(run: Run, work: Work) -> None:
+def _check_files(run: RunContext, work: Work) -> None:
     """Weights are there, in safetensors; those of a hub are downloaded, of the network only where it is needed."""
     options = hub_options(run.config.model)
     run.family.fetch(run.model_path, network=False, **options)
@@ -153,7 +153,7 @@ def _check_files(run: Run, work: Work) -> None:
 _ALL: tuple[Work, ...] = ("train", "precompute", "analyze")
 
 # Each check, and the work that cannot be done where it fails.
-_CHECKS: tuple[tuple[Callable[[Run], None], tuple[Work, ...]], ...] = (
+_CHECKS: tuple[tuple[Callable[[RunContext], None], tuple[Work, ...]], ...] = (
     (_check_optimizer, ("train",)),
     (_check_trackers, ("train",)),
     (_check_loss, _ALL),

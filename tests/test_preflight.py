@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 
 from sipo import cli
 from sipo.cache.savings import Cost
@@ -19,8 +20,8 @@ from sipo.families import get
 from sipo.families.toy import build_toy
 from sipo.recipe import config
 from sipo.recipe.build import _say_cost, open_run
-from sipo.recipe.checks import check_run
 from sipo.recipe.config import ConfigError
+from sipo.recipe.preflight import check_run
 from tests.family_cases import folder_of
 
 ROOT = Path(__file__).parent.parent
@@ -41,7 +42,7 @@ def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     def prepare_data(*args: Any, **options: Any) -> Any:
         raise AssertionError("data is prepared")
 
-    for module in ("sipo.recipe.build", "sipo.recipe.train", "sipo.analysis.probe"):
+    for module in ("sipo.recipe.build", "sipo.recipe.train", "sipo.recipe.analyze_start"):
         monkeypatch.setattr(f"{module}.prepare_data", prepare_data)
 
     def run(command: str, family: str, *overrides: str, model: Path | None = None) -> int:
@@ -55,8 +56,8 @@ def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 BEFORE_DATA = [
     ("sd15", ["training.optimizer=adamw8bit"], "training.optimizer='adamw8bit': bitsandbytes is not installed"),
-    ("sd15", ["training.trackers=[nonsense]"], "training.trackers='nonsense': expected one of "),
-    ("sd15", ["training.trackers=[swanlab]"], "training.trackers='swanlab': not installed"),
+    ("sd15", ["training.report_to=[nonsense]"], "training.report_to='nonsense': expected one of "),
+    ("sd15", ["training.report_to=[swanlab]"], "training.report_to='swanlab': not installed"),
     ("sd15", ["loss.backend=cuda"], "loss.backend='cuda' cannot run: "),
     ("sd15", ["loss.backend=warp"], "loss.backend='warp': expected one of "),
     ("sd15", ["loss.beta=-1"], "loss.beta=-1"),
@@ -217,21 +218,10 @@ def test_checkpointing_that_a_network_lacks_is_refused(tmp_path: Path, monkeypat
         check_run(run, "train")
 
 
-@pytest.mark.parametrize(
-    ("settings", "resume", "message"),
-    [
-        ({"checkpoint_every": 2}, False, "training.checkpointing_steps=2: DeepSpeed keeps its state in pickled files"),
-        ({"checkpoint_every": 0}, True, "--resume: DeepSpeed keeps its state in pickled files"),
-        ({"checkpoint_every": 0, "skip_inactive": True}, False, "training.skip_inactive=True: DeepSpeed counts"),
-        ({"checkpoint_every": 0, "ema_decay": 0.9}, False, "training.ema_decay=0.9: DeepSpeed keeps the weights"),
-    ],
-)
-def test_what_deepspeed_cannot_do_is_refused(
-    settings: dict[str, Any], resume: bool, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_deepspeed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     more = [f"data.cache={tmp_path / 'cache'}", f"model.pretrained_model_name_or_path={folder_of('sd15')}"]
-    more += [f"training.{key}={value}" for key, value in settings.items()]
     run = open_run(config.load(ROOT / "examples" / "toy" / "sd15.yaml", more))
-    monkeypatch.setattr("sipo.training.preparation.is_deepspeed", lambda accelerator: True)
-    with pytest.raises(config.ConfigError, match=f"^{message}"):
-        check_run(run, "train", resume=resume)
+    monkeypatch.setattr(run.accelerator.state, "distributed_type", DistributedType.DEEPSPEED)
+    message = r"^distributed_type='DEEPSPEED': expected one device, plain data parallelism or FSDP2$"
+    with pytest.raises(config.ConfigError, match=message):
+        check_run(run, "train")

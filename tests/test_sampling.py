@@ -19,11 +19,13 @@ import torch
 from torch import nn
 
 from sipo import processes
+from sipo.data.config import DataConfig
 from sipo.families import Family
+from sipo.families.config import ModelConfig
 from sipo.recipe import sampling as looks
-from sipo.recipe.build import Run
-from sipo.recipe.config import Config, DataConfig, ModelConfig, SampleConfig
-from sipo.recipe.sampling import Look
+from sipo.recipe.build import RunContext
+from sipo.recipe.config import Config, SampleConfig
+from sipo.recipe.sampling import ValidationSamples
 from sipo.training import TrainingConfig, TrainingWarning
 from sipo.training.stopping import StopRequest
 from tests.family_cases import folder_of
@@ -75,16 +77,16 @@ def gathered(accelerator: FakeAccelerator, value: Any) -> list[Any]:
 def threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "gathered", gathered)
     monkeypatch.setattr(looks, "gathered", gathered)
-    load, lock = Run.load_encoders, threading.Lock()  # transformers loads in one thread at a time
+    load, lock = RunContext.load_encoders, threading.Lock()  # transformers loads in one thread at a time
 
-    def one_by_one(self: Run, *, text: bool = True) -> Any:
+    def one_by_one(self: RunContext, *, text: bool = True) -> Any:
         with lock:
             return load(self, text=text)
 
-    monkeypatch.setattr(Run, "load_encoders", one_by_one)
+    monkeypatch.setattr(RunContext, "load_encoders", one_by_one)
 
 
-def run_of(folder: Path, family: str = "sd15", accelerator: Any = None, **samples: Any) -> Run:
+def run_of(folder: Path, family: str = "sd15", accelerator: Any = None, **samples: Any) -> RunContext:
     from sipo.families import get
 
     config = Config(
@@ -96,7 +98,7 @@ def run_of(folder: Path, family: str = "sd15", accelerator: Any = None, **sample
         samples=SampleConfig(validation_prompts=PROMPTS, num_inference_steps=2, **samples),
     )
     path = str(folder_of(family))
-    return Run(config, get(family), accelerator or FakeAccelerator(), path, "nowhere", None)  # type: ignore[arg-type]
+    return RunContext(config, get(family), accelerator or FakeAccelerator(), path, "nowhere", None)  # type: ignore[arg-type]
 
 
 def network_of(family: Family) -> nn.Module:
@@ -116,7 +118,7 @@ def in_threads(world: int, function: Callable[[Any], Any], **options: Any) -> li
 def test_samples_do_not_depend_on_the_number_of_processes(tmp_path: Path, family: str) -> None:
     run = run_of(tmp_path / "one", family)
     network = network_of(run.family)
-    Look(run)(0, network)
+    ValidationSamples(run)(0, network)
     wanted = files(tmp_path / "one")
     names = [f"step-00000000-{i}.mp4" for i in range(3)] if family == "wan" else ["step-00000000.png"]
     assert sorted(wanted) == ["prompts.json", *names]
@@ -125,10 +127,10 @@ def test_samples_do_not_depend_on_the_number_of_processes(tmp_path: Path, family
     for name, (world, options) in worlds.items():
         calls: list[int] = []
 
-        def look(accelerator: Any, folder: Path = tmp_path / name, calls: list[int] = calls) -> Look:
+        def look(accelerator: Any, folder: Path = tmp_path / name, calls: list[int] = calls) -> ValidationSamples:
             its_run, policy = run_of(folder, family, accelerator), copy.deepcopy(network)
             policy.register_forward_hook(lambda *_: calls.append(accelerator.process_index))
-            made = Look(its_run)
+            made = ValidationSamples(its_run)
             made(0, policy)
             return made
 
@@ -151,7 +153,7 @@ def test_text_is_encoded_once_and_its_encoders_are_let_go(tmp_path: Path, monkey
         return encode(self, pipeline, prompts)
 
     monkeypatch.setattr(Family, "encode_text", count)
-    look = Look(run)
+    look = ValidationSamples(run)
     assert encoded == [PROMPTS, [""]]
     held = {name for name, part in look.pipeline.components.items() if isinstance(part, nn.Module)}
     assert held == {"vae"}
@@ -180,7 +182,7 @@ def test_samples_are_drawn_in_the_precision_of_training(tmp_path: Path) -> None:
         network.register_forward_pre_hook(
             lambda module, args, kwargs, taken=taken: taken.add(kwargs["hidden_states"].dtype), with_kwargs=True
         )
-        Look(run)(0, network)
+        ValidationSamples(run)(0, network)
         assert set(inside) == {precision or torch.float32} and taken == {torch.float32}
         assert not network._forward_hooks  # the sampler's own is gone
         found[name] = files(tmp_path / name)["step-00000000.png"]
@@ -189,7 +191,7 @@ def test_samples_are_drawn_in_the_precision_of_training(tmp_path: Path) -> None:
 
 def test_a_look_that_fails_in_training_is_a_warning(tmp_path: Path) -> None:
     run = run_of(tmp_path)
-    look = Look(run)
+    look = ValidationSamples(run)
 
     def fail(*_: Any) -> None:
         raise torch.OutOfMemoryError("out of memory.\n  Tried to allocate 2 GiB")
@@ -212,7 +214,7 @@ def test_a_look_that_fails_in_training_is_a_warning(tmp_path: Path) -> None:
 
 def test_a_look_ends_when_the_run_is_asked_to_stop(tmp_path: Path) -> None:
     """Samples may take minutes, and a launcher kills what has not stopped after seconds."""
-    look, policy = Look(run_of(tmp_path)), network_of(run_of(tmp_path).family)
+    look, policy = ValidationSamples(run_of(tmp_path)), network_of(run_of(tmp_path).family)
     calls: list[int] = []
 
     def stop(*_: Any) -> None:
@@ -233,7 +235,7 @@ def test_one_process_that_fails_leaves_no_other_waiting(tmp_path: Path) -> None:
     network = network_of(run_of(tmp_path).family)
 
     def look(accelerator: Any) -> None:
-        made, policy = Look(run_of(tmp_path, accelerator=accelerator)), copy.deepcopy(network)
+        made, policy = ValidationSamples(run_of(tmp_path, accelerator=accelerator)), copy.deepcopy(network)
         if accelerator.process_index == 1:
             policy.register_forward_hook(lambda *_: 1 / 0)
         made(2, policy)
@@ -254,7 +256,7 @@ def test_a_stop_that_another_process_was_asked_for_is_named_plainly(
 
     def look(accelerator: Any) -> None:
         me.rank = accelerator.process_index
-        Look(run_of(tmp_path, accelerator=accelerator))(2, copy.deepcopy(network))
+        ValidationSamples(run_of(tmp_path, accelerator=accelerator))(2, copy.deepcopy(network))
 
     with pytest.warns(TrainingWarning, match="without them: process 1: asked to stop$"):
         in_threads(2, look)
@@ -262,7 +264,7 @@ def test_a_stop_that_another_process_was_asked_for_is_named_plainly(
 
 def test_a_process_that_is_gone_ends_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """There is no training without it."""
-    look, policy = Look(run_of(tmp_path)), network_of(run_of(tmp_path).family)
+    look, policy = ValidationSamples(run_of(tmp_path)), network_of(run_of(tmp_path).family)
 
     def gone(*_: Any) -> None:
         raise RuntimeError("[/a/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:431")
@@ -275,13 +277,13 @@ def test_a_process_that_is_gone_ends_the_others(tmp_path: Path, monkeypatch: pyt
 def test_other_prompts_are_said(tmp_path: Path) -> None:
     run = run_of(tmp_path)
     network = network_of(run.family)
-    Look(run)(0, network)
+    ValidationSamples(run)(0, network)
     other = replace(run, config=replace(run.config, samples=replace(run.config.samples, prompts=["b"])))
     with pytest.warns(
         TrainingWarning,
         match=r"samples.validation_prompts.json: earlier samples in this folder were drawn from different prompts",
     ):
-        Look(other)(2, network)
+        ValidationSamples(other)(2, network)
     assert json.loads(files(tmp_path)["prompts.json"]) == ["b"]
 
 
