@@ -155,7 +155,7 @@ class Bench:
         config = TrainingConfig(
             output_dir=self.folder / "run", max_train_steps=steps, train_batch_size=case.batch_size,
             max_grad_norm=MAX_GRAD_NORM, mixed_precision=case.precision,  # type: ignore[arg-type]
-            logging_steps=LOG_EVERY, progress=None, tensorboard=False, alarms="off",
+            logging_steps=LOG_EVERY, progress=None, checkpointing_steps=0, report_to="none", alarms="off",
         )  # fmt: skip
         # No alarms: every chunk but the first goes on with a policy that has left its reference.
         train(

@@ -55,7 +55,7 @@ SMALLER: dict[str, Callable[[Any], Any]] = {
 }
 QUIET = {
     "training.progress": False,
-    "training.tensorboard": False,
+    "training.report_to": "none",
     "training.logging_steps": 1,
     "samples.num_inference_steps": 2,
 }

@@ -28,13 +28,14 @@ from sipo.analysis.facts import (
     held_out,
     pairs_to_tell,
 )
-from sipo.analysis.probe import Probe, judge_start, probe
 from sipo.analysis.report import ends, read_run, regroup, report_run
+from sipo.analysis.untrained import UntrainedFacts, judge_untrained
 from sipo.analysis.verdicts import Finding, judge
 from sipo.cli import analysis_commands as cli_analysis
 from sipo.demo.digits import Digits, InkPairs, load_digits
 from sipo.demo.model import load_base, predict
 from sipo.recipe import config as configuration
+from sipo.recipe.analyze_start import measure_run
 from sipo.recipe.build import build, datasets, open_run, prepare_data
 from sipo.training import TrainingConfig, train
 from sipo.training.statistics import MEANS, read_statistics
@@ -115,7 +116,8 @@ def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
                     lr_warmup_steps=min(20, steps // 3),
                     logging_steps=5 if steps > 4 else 1,
                     progress=False,
-                    tensorboard=False,
+                    checkpointing_steps=0,
+                    report_to="none",
                     alarms="off",
                     validation_steps=steps if name in HELD_OUT else 0,
                 ),
@@ -614,7 +616,7 @@ def test_a_model_before_training(toy: list[str], tmp_path: Path, capsys: pytest.
 
 def test_what_is_measured_before_training_is_the_loss_of_the_first_step(toy: list[str]) -> None:
     run = open_run(configuration.load(example("sd15"), [*toy, "loss.mask_threshold=0.92"]))
-    found = probe(run, pairs=6, levels=10)
+    found = measure_run(run, pairs=6, levels=10)
     line = found.line
     assert line["count"] == [6] * 10 and line["levels"] == 1000 and line["logits_sq"] == [0.0] * 10
     # By hand: the network, the schedule and the importance ratio of docs/math.md §3.
@@ -644,7 +646,7 @@ def test_what_is_measured_before_training_is_the_loss_of_the_first_step(toy: lis
     assert found.mean("active") == pytest.approx(1 - len(dropped) / 60, abs=0.02)
 
 
-def start(**changes: Any) -> Probe:
+def start(**changes: Any) -> UntrainedFacts:
     """A model before training: of ten levels the mask drops the cleanest."""
     values: dict[str, Any] = dict.fromkeys(MEANS, [0.2] * 10) | {
         "active": [0.0] + [1.0] * 9,
@@ -654,12 +656,12 @@ def start(**changes: Any) -> Probe:
     line = {"step": 0, "kind": "discrete", "levels": 1000, "bins": 10, "pairs": 100}
     line |= {"count": [10] * 10, "nonfinite": [0] * 10, **values}
     line |= {name: changes.pop(name) for name in list(changes) if name in line}
-    return Probe(**({"line": line, "drawn": [0.1] * 10, "highest": 49, "beta": 1000.0, "threshold": 0.9} | changes))
+    return UntrainedFacts(**({"line": line, "drawn": [0.1] * 10, "highest": 49, "beta": 1000.0, "threshold": 0.9} | changes))
 
 
 def test_verdicts_before_training() -> None:
     def found(**changes: Any) -> dict[str, Finding]:
-        return {finding.name: finding for finding in judge_start(start(**changes))}
+        return {finding.name: finding for finding in judge_untrained(start(**changes))}
 
     calm = found()
     assert list(calm) == ["mask", "beta", "clip", "spread"] and {f.severity for f in calm.values()} == {"note"}

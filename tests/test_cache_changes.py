@@ -626,7 +626,7 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "toy" / "sd15.yaml"
 SHORT = [
     "training.max_train_steps=1",
     "training.progress=false",
-    "training.tensorboard=false",
+    "training.report_to=none",
     "samples.validation_prompts=[]",
 ]
 SHORT += ["training.validation_steps=0", "data.held_out=0", "data.shard_pairs=2"]

@@ -27,7 +27,7 @@ from sipo.training.log_reader import LogWarning
 
 CONFIG: dict[str, Any] = {
     "model": {"family": "sd15", "lora": {"rank": 4, "alpha": None}},
-    "training": {"train_batch_size": 2, "ema_decay": None, "progress": True},
+    "training": {"train_batch_size": 2, "max_grad_norm": None, "progress": True},
     "loss": {"method": "sipo", "beta": None, "mask_threshold": 0.9, "num_inference_steps": None},
     "samples": {"validation_prompts": [], "guidance_scale": None},
     "data": {"sizes": [[6, 4], [8, 8]]},
@@ -92,7 +92,7 @@ def test_settings_are_those_in_force(tmp_path: Path) -> None:
     rows = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", text))
     assert rows["loss.beta"] == "1000 (default)" and rows["loss.num_inference_steps"] == "50 (default)"
     assert rows["model.lora.alpha"] == "4 (default)" and rows["samples.guidance_scale"] == "7.5 (default)"
-    assert rows["training.ema_decay"] == "null" and rows["training.progress"] == "true"  # as a YAML file has them
+    assert rows["training.max_grad_norm"] == "null" and rows["training.progress"] == "true"  # as a YAML file has them
     assert "dt { white-space: nowrap; }" in text  # no name is broken in the middle
     flat = {"model.family": "wan", "loss.method": "diffusion_dpo", "loss.beta": None}
     clips = in_force(flat)["loss.beta"]

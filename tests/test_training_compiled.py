@@ -65,6 +65,7 @@ def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 OPTIONS: dict[str, Any] = {
     "max_train_steps": 4,
     "checkpointing_steps": 2,
+    "use_ema": True,
     "ema_decay": 0.9,
     "validation_steps": 2,
     "gradient_accumulation_steps": 2,

@@ -12,20 +12,16 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from sipo import NoiseSchedule
-from sipo.analysis.score import Alone
 from sipo.training import AdapterOff, TrainingMismatchError, TrainingWarning, train
 from sipo.training.first_step import NAMES, FirstStep
 from sipo.training.log import read_lines
 from sipo.training.preparation import make_accelerator
-from sipo.training.sharding import round_whole
 from sipo.training.stream import pair_noise
 from tests.training_cases import (
     Adapted,
-    Network,
     Pairs,
     PlainLoss,
     fit,
@@ -121,7 +117,7 @@ def test_the_figures_are_the_largest_of_all_passes(tmp_path: Path) -> None:
         first = result.history[0]
         assert first["start_difference"] == pytest.approx(0.5, rel=1e-5)
         assert first["start_logit"] == pytest.approx(max(logits).item(), rel=1e-6) and first["start_logit"] > 1
-        assert len(logits) == options.get("accumulation", 1)
+        assert len(logits) == options.get("gradient_accumulation_steps", 1)
 
 
 def test_of_errors_the_figure_is_what_the_predictions_differ_by_at_least(tmp_path: Path) -> None:
@@ -280,13 +276,6 @@ def test_wrong_reference_errors_are_warned_about_by_their_logits() -> None:
 
 
 # ---- Types that accelerate decides about ----
-
-
-def test_deepspeed_rounds_the_reference_as_it_rounds_the_policy() -> None:
-    # It casts the whole network and computes without autocast, where weights of two types could not be multiplied.
-    for kind, dtype in ((DistributedType.NO, torch.float32), (DistributedType.DEEPSPEED, torch.bfloat16)):
-        accelerator: Any = Alone(torch.device("cpu"), mixed_precision="bf16", distributed_type=kind)
-        assert {p.dtype for p in round_whole(Network(), accelerator).parameters()} == {dtype}
 
 
 def test_float16_on_a_cpu_is_refused(tmp_path: Path) -> None:

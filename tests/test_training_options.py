@@ -42,7 +42,14 @@ def test_the_rate_is_defined_where_the_warm_up_takes_all_steps(tmp_path: Path) -
 
 
 def test_adamw_takes_its_settings(tmp_path: Path) -> None:
-    options = {"betas": (0.5, 0.6), "eps": 1e-3, "adam_weight_decay": 0.1, "max_train_steps": 3, "max_grad_norm": None}
+    options = {
+        "adam_beta1": 0.5,
+        "adam_beta2": 0.6,
+        "adam_epsilon": 1e-3,
+        "adam_weight_decay": 0.1,
+        "max_train_steps": 3,
+        "max_grad_norm": None,
+    }
     own, _ = fit(tmp_path / "own", **options)
     policy, _ = networks()
     given = torch.optim.AdamW(policy.parameters(), lr=1e-2, betas=(0.5, 0.6), eps=1e-3, weight_decay=0.1)
@@ -71,7 +78,7 @@ def test_bitsandbytes_is_asked_for_by_name_or_named_as_missing(
     module = types.SimpleNamespace(optim=types.SimpleNamespace(**kinds))
     monkeypatch.setitem(sys.modules, "bitsandbytes", module)
     fit(tmp_path / "b", optimizer=name, max_train_steps=1)
-    assert made == [(kind, {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "adam_weight_decay": 1e-2})]
+    assert made == [(kind, {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2})]
 
 
 def test_the_average_is_of_the_weights_after_each_step(tmp_path: Path) -> None:
@@ -83,7 +90,7 @@ def test_the_average_is_of_the_weights_after_each_step(tmp_path: Path) -> None:
     for steps in (2, 3, 4):
         keep = min(0.2, steps / (9 + steps))
         expected = keep * expected + (1 - keep) * weights(str(steps), max_train_steps=steps)
-    _, result = fit(tmp_path / "ema", max_train_steps=4, ema_decay=0.2)
+    _, result = fit(tmp_path / "ema", max_train_steps=4, use_ema=True, ema_decay=0.2)
     assert result.ema is not None
     torch.testing.assert_close(result.ema["outward.weight"], expected, rtol=1e-5, atol=1e-7)
     policy, _ = networks()
@@ -94,11 +101,11 @@ def test_the_average_is_of_the_weights_after_each_step(tmp_path: Path) -> None:
 
 
 def test_trackers_are_accelerates_and_must_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="trackers='wandbb': expected one of aim, "):
-        fit(tmp_path, trackers=("wandbb",))
+    with pytest.raises(ValueError, match="report_to='wandbb': expected one of aim, "):
+        fit(tmp_path, report_to=("tensorboard", "wandbb"))
     monkeypatch.setattr("accelerate.tracking._available_trackers", ["tensorboard"])
-    with pytest.raises(ImportError, match="trackers='wandb': not installed, expected `pip install wandb`"):
-        fit(tmp_path, trackers=("wandb",))
+    with pytest.raises(ImportError, match="report_to='wandb': not installed, expected `pip install wandb`"):
+        fit(tmp_path, report_to="wandb")
 
 
 def test_a_tracker_of_the_callers_sees_every_number_and_stays_open(tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ FULL: dict[str, Any] = {
     "dropout": 0.3,
     "lr_warmup_steps": 3,
     "lr_scheduler": "cosine",
+    "use_ema": True,
     "ema_decay": 0.9,
     "timestep_sampling": "informative",
     "skip_inactive": True,
@@ -118,13 +119,13 @@ def test_a_run_can_be_made_longer(tmp_path: Path) -> None:
     assert [line["step"] for line in result.history] == [8, 11]
     shares = [line["timestep_share"] for line in whole.history]
     assert 1 > shares[1] != shares[2]  # statistics were at work, and moved
-    with pytest.raises(CheckpointError, match="made with log_every=4, expected this run's 2"):
+    with pytest.raises(CheckpointError, match="made with logging_steps=4, expected this run's 2"):
         fit(tmp_path / "b", max_train_steps=12, resume_from="latest", **(options | {"logging_steps": 2}))
 
 
 def test_a_falling_learning_rate_fixes_the_number_of_steps(tmp_path: Path) -> None:
     fit(tmp_path, max_train_steps=4, checkpointing_steps=2, lr_scheduler="linear")
-    with pytest.raises(CheckpointError, match="made with steps=4, expected this run's 6"):
+    with pytest.raises(CheckpointError, match="made with max_train_steps=4, expected this run's 6"):
         fit(tmp_path, max_train_steps=6, lr_scheduler="linear", resume_from="latest")
 
 
@@ -164,7 +165,7 @@ def test_only_what_is_trained_is_saved(tmp_path: Path) -> None:
     policy, _ = networks()
     policy.inward.requires_grad_(False)
     frozen = policy.inward.weight.clone()
-    _, result = fit(tmp_path, policy=policy, checkpointing_steps=4, ema_decay=0.99)
+    _, result = fit(tmp_path, policy=policy, checkpointing_steps=4, use_ema=True, ema_decay=0.99)
     assert result.checkpoint is not None and result.ema is not None
     saved = load_file(result.checkpoint / "model.safetensors")
     averaged = load_file(result.checkpoint / "ema.safetensors")

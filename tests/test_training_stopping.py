@@ -111,13 +111,9 @@ def test_signals_that_somebody_handles_or_ignores_stay_theirs(tmp_path: Path) ->
     assert result.steps == 3 and seen == [signal.SIGUSR1]
 
 
-def test_what_is_said_of_a_signal_holds_for_several_processes_and_for_deepspeed() -> None:
+def test_what_is_said_of_a_signal_holds_for_several_processes() -> None:
     assert StopRequest(2)._says == (
         "finishing the step or validation, or a step more until all processes agree, and writing a checkpoint; "
-        "Ctrl-C stops at once"
-    )
-    assert StopRequest(saves=False)._says == (
-        "finishing the step or validation and ending without a checkpoint, which cannot be written here; "
         "Ctrl-C stops at once"
     )
 
@@ -245,7 +241,7 @@ def test_out_of_memory_says_what_to_lower(tmp_path: Path, own: bool) -> None:
         return noisy.new_empty(1 << 60)
 
     message = (
-        r"step 1: out of memory on cpu; lower batch_size=4 \(and raise accumulation=2 by as much\), or use gradient"
+        r"step 1: out of memory on cpu; lower train_batch_size=4 \(and raise gradient_accumulation_steps=2 by as much\), or use gradient"
     )
     with pytest.raises(TrainingOutOfMemoryError, match=message) as caught:
         fit(tmp_path, predict=hungry, gradient_accumulation_steps=2)

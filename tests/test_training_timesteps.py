@@ -209,7 +209,7 @@ def test_a_pass_without_an_active_pair_is_skipped_and_nothing_else_changes(
         "gradient_accumulation_steps": accumulation,
         "learning_rate": 1e-3,
     }
-    options["log_every"] = 10
+    options["logging_steps"] = 10
     done, results = [], []
     for skip in (False, True):
         calls = 0

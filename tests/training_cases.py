@@ -158,7 +158,8 @@ def loss(**options: Any) -> SIPOLoss:
 
 def settings(folder: Path, **options: Any) -> TrainingConfig:
     quiet = {"max_train_steps": 4, "train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1, "progress": False}
-    return TrainingConfig(output_dir=folder, **(quiet | {"tensorboard": False} | options))
+    quiet |= {"checkpointing_steps": 0, "report_to": "none"}
+    return TrainingConfig(output_dir=folder, **(quiet | options))
 
 
 def fit(folder: Path, *, policy: Any = None, data: Any = None, **options: Any) -> tuple[Any, TrainingResult]:

@@ -79,7 +79,8 @@ def run_cell(cell: Cell, *, steps: int | None = None, samples: int | None = None
         seed=cell.seed,
         logging_steps=10,
         progress=None,
-        tensorboard=False,
+        checkpointing_steps=0,
+        report_to="none",
         alarms="off",
     )
     try:

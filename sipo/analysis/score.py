@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
@@ -43,7 +42,6 @@ class Alone:
 
     device: torch.device
     is_fsdp2: bool = False
-    distributed_type: DistributedType = DistributedType.NO
     mixed_precision: str = "no"
 
     def autocast(self) -> AbstractContextManager[None]:

@@ -173,8 +173,7 @@ def _train(options: argparse.Namespace) -> int:
     try:
         trained = run_training(config, resume=options.resume, accelerator=accelerator)
     except TrainingAlarmError as alarm:
-        message = f"{alarm.said}; {command} goes on from there" if alarm.checkpoint else str(alarm)
-        raise CommandError(message) from alarm
+        raise CommandError(f"{alarm.said}; {command} goes on from there") from alarm
     except TrainingInterruptedError as stop:
         if accelerator.is_main_process:
             tell(f"sipo: stopped after step {stop.step}; {command} goes on from there")

@@ -111,7 +111,7 @@ def _run_demo(config: DemoConfig, progress: bool | None) -> dict[str, Any]:
     # The ratio's stride is docs/math.md's (50 sampling steps), so that the weights compare with published ones;
     # the 20 steps that the digits are drawn with would mask more.
     loss_fn = SIPOLoss(scheduler, method=config.method, beta=config.beta)
-    beta = loss_fn.beta if loss_fn.beta is not None else loss_fn.default_beta(4)
+    beta = loss_fn.options.beta_for(4)
     digits, held_out = load_digits()
     judge = Judge(digits, held_out)
     pairs = InkPairs(digits, seed=config.seed)
@@ -139,7 +139,8 @@ def _run_demo(config: DemoConfig, progress: bool | None) -> dict[str, Any]:
             logging_steps=_LOG_EVERY,
             validation_steps=config.steps,
             progress=progress,
-            tensorboard=False,
+            checkpointing_steps=0,
+            report_to="none",
         ),
         accelerator=Accelerator(cpu=config.device == "cpu"),
         validation=InkPairs(held_out, count=_HELD_OUT, seed=config.seed),
@@ -166,7 +167,7 @@ def _run_demo(config: DemoConfig, progress: bool | None) -> dict[str, Any]:
             method=config.method,
             beta=beta,
             steps=config.steps,
-            threshold=None if config.method == "diffusion_dpo" else loss_fn.mask_threshold,
+            threshold=None if config.method == "diffusion_dpo" else loss_fn.options.mask_threshold,
             classes=classes,
             before=before,
             after=after,

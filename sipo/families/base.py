@@ -435,7 +435,7 @@ class Family(ABC):
 
     @abstractmethod
     def predict(self, module: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Any) -> Tensor:
-        """Meets :class:`sipo.training.Predict`: ``module`` may be wrapped (DDP, DeepSpeed) or hold adapters.
+        """Meets :class:`sipo.training.Predict`: ``module`` may be wrapped (DDP) or hold adapters.
 
         Args:
             module: the network, called as a module.
@@ -559,7 +559,7 @@ def as_floats(pixels: Tensor) -> Tensor:
 
 
 def unwrapped(module: nn.Module) -> Any:
-    """The network inside DDP's, DeepSpeed's and ``torch.compile``'s wrappers, which has ``config``."""
+    """The network inside the wrappers of DDP and ``torch.compile``, which has ``config``."""
     while True:
         inner = getattr(module, "_orig_mod", None) or getattr(module, "module", None)
         if not isinstance(inner, nn.Module):

@@ -32,8 +32,7 @@ _FREE_ON_RESUME = frozenset(
         "dataloader_num_workers",
         "ddp_timeout",
         "progress",
-        "tensorboard",
-        "trackers",
+        "report_to",
         "skip_inactive",
     }
 )
@@ -48,12 +47,12 @@ class TrainingInterruptedError(RuntimeError):
 
     Attributes:
         step: optimiser steps done.
-        checkpoint: where to resume from; ``None`` where the run cannot write one (DeepSpeed).
+        checkpoint: where to resume from.
         signal: what asked: "SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2" or "another process".
     """
 
-    def __init__(self, step: int, checkpoint: Path | None, signal: str) -> None:
-        super().__init__(f"stopped by {signal} after step {step}; {_resume(checkpoint)}")
+    def __init__(self, step: int, checkpoint: Path, signal: str) -> None:
+        super().__init__(f"stopped by {signal} after step {step}; {_how_to_resume(checkpoint)}")
         self.step = step
         self.checkpoint = checkpoint
         self.signal = signal
@@ -64,13 +63,13 @@ class TrainingAlarmError(RuntimeError):
 
     Attributes:
         step: optimiser steps done.
-        checkpoint: where to resume from; ``None`` where the run cannot write one (DeepSpeed).
-        said: which it was and why, without how to go on.
+        checkpoint: where to resume from.
+        said: which alarm it was and why, without how to go on.
     """
 
-    def __init__(self, step: int, checkpoint: Path | None, messages: Sequence[str]) -> None:
+    def __init__(self, step: int, checkpoint: Path, messages: Sequence[str]) -> None:
         said = f"step {step}: {'; '.join(messages)}; alarms='stop'"
-        super().__init__(f"{said}: {_resume(checkpoint)}")
+        super().__init__(f"{said}: {_how_to_resume(checkpoint)}")
         self.said = said
         self.step = step
         self.checkpoint = checkpoint
@@ -106,7 +105,8 @@ class TrainingConfig:
         optimizer: "adamw" is torch's. "adamw8bit" keeps its moments in 8 bits and "paged_adamw8bit" lets them
             overflow into host memory; both are bitsandbytes'. Used, like the next four, where none is passed in.
         learning_rate: its peak, once warmed up.
-        betas: of AdamW's two moments.
+        adam_beta1: AdamW's decay of the first moment.
+        adam_beta2: AdamW's decay of the second moment.
         adam_epsilon: AdamW's.
         adam_weight_decay: AdamW's.
         lr_scheduler: the learning rate after the warm-up: "constant", or falling to 0 at the last step along half a
@@ -114,8 +114,8 @@ class TrainingConfig:
             run.
         lr_warmup_steps: optimiser steps over which the learning rate rises linearly.
         max_grad_norm: gradients are scaled down to this global norm; ``None`` leaves them alone.
-        ema_decay: keep an exponential moving average of the trained weights that forgets at this rate, after a
-            warm-up of its own; ``None`` keeps none.
+        use_ema: keep an exponential moving average of the trained weights.
+        ema_decay: the average's decay per step, once its own warm-up is over. Used with ``use_ema`` only.
         mixed_precision: "no", "bf16" or "fp16". Prefer bf16: fp16 needs a loss scaler, and torch's reads the
             device once a step.
         timestep_distribution: passed to the schedule's ``sample_timesteps``, which knows which it has.
@@ -144,8 +144,8 @@ class TrainingConfig:
             alike, by the name that transformers has for it. Not used where the caller passes in an accelerator.
         progress: ``True`` draws a bar where standard error is a terminal, and prints a line there for each log line
             where it is none; ``False`` prints the lines in any case, and ``None`` nothing.
-        tensorboard: whether to write TensorBoard events, where TensorBoard is installed.
-        trackers: further trackers by accelerate's names ("wandb", ...), each of which must be installed.
+        report_to: trackers by accelerate's names ("tensorboard", "wandb", ...), or one name; "none" or an empty list
+            for none. "tensorboard" is used where it is installed; any other must be installed.
 
     Raises:
         TypeError: a value of the wrong type.
@@ -158,13 +158,15 @@ class TrainingConfig:
     gradient_accumulation_steps: int = 1
     optimizer: Optimizer = "adamw"
     learning_rate: float = 1e-5
-    betas: tuple[float, float] = (0.9, 0.999)
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
     adam_weight_decay: float = 1e-2
     lr_scheduler: RateSchedule = "constant"
     lr_warmup_steps: int = 0
     max_grad_norm: float | None = 1.0
-    ema_decay: float | None = None
+    use_ema: bool = False
+    ema_decay: float = 0.9999
     mixed_precision: MixedPrecision = "no"
     timestep_distribution: str = "uniform"
     timestep_sampling: TimestepSampling = "all"
@@ -173,7 +175,7 @@ class TrainingConfig:
     seed: int = 0
     logging_steps: int = 10
     validation_steps: int = 0
-    checkpointing_steps: int = 0
+    checkpointing_steps: int = 500
     checkpoints_total_limit: int = 2
     max_nonfinite_steps: int = 20
     timestep_statistics: bool = True
@@ -181,8 +183,7 @@ class TrainingConfig:
     dataloader_num_workers: int = 0
     ddp_timeout: int = 1800
     progress: bool | None = True
-    tensorboard: bool = True
-    trackers: tuple[str, ...] = ()
+    report_to: str | tuple[str, ...] = ("tensorboard",)
 
     def __post_init__(self) -> None:
         for name in (
@@ -210,13 +211,8 @@ class TrainingConfig:
         _check_number("adam_weight_decay", self.adam_weight_decay, zero=True)
         if self.max_grad_norm is not None:
             _check_number("max_grad_norm", self.max_grad_norm, zero=False)
-        _check_share("proportion_empty_prompts", self.proportion_empty_prompts)
-        if self.ema_decay is not None:
-            _check_share("ema_decay", self.ema_decay)
-        if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
-            raise TypeError(f"betas={self.betas!r}: expected two numbers")
-        for beta in self.betas:
-            _check_share("betas", beta)
+        for name in ("proportion_empty_prompts", "adam_beta1", "adam_beta2", "ema_decay"):
+            _check_share(name, getattr(self, name))
         _check_choice("mixed_precision", self.mixed_precision, MixedPrecision)
         _check_choice("optimizer", self.optimizer, Optimizer)
         _check_choice("lr_scheduler", self.lr_scheduler, RateSchedule)
@@ -224,8 +220,8 @@ class TrainingConfig:
         _check_choice("alarms", self.alarms, Alarms)
         if self.progress not in (True, False, None):
             raise TypeError(f"progress={self.progress!r}: expected true, false or null")
-        if not isinstance(self.trackers, (tuple, list)) or not all(isinstance(name, str) for name in self.trackers):
-            raise TypeError(f"trackers={self.trackers!r}: expected a list of names")
+        if not isinstance(self.report_to, (str, tuple, list)) or not all(isinstance(n, str) for n in self.report_to):
+            raise TypeError(f"report_to={self.report_to!r}: expected a name or a list of names")
         if not isinstance(self.output_dir, (str, Path)):
             raise TypeError(f"output_dir={self.output_dir!r}: expected a path")
 
@@ -233,6 +229,12 @@ class TrainingConfig:
     def folder(self) -> Path:
         """``output_dir`` as a path."""
         return Path(self.output_dir)
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """Names of the trackers that the run reports to."""
+        names = (self.report_to,) if isinstance(self.report_to, str) else tuple(self.report_to)
+        return () if names == ("none",) else names
 
     @property
     def checkpoints(self) -> Path:
@@ -256,14 +258,15 @@ class TrainingConfig:
             free.remove("max_train_steps")
         if self.timestep_sampling == "informative":
             free.remove("logging_steps")  # what is drawn changes when a log line is read
+        if not self.use_ema:
+            free.add("ema_decay")
         settings = {k: v for k, v in dataclasses.asdict(self).items() if k not in free}
         plain: dict[str, Any] = json.loads(json.dumps(settings))
         return plain
 
 
-def _resume(checkpoint: Path | None) -> str:
-    """How to go on after a stop."""
-    return f"resume with resume_from={str(checkpoint)!r}" if checkpoint else "no checkpoint can be written here"
+def _how_to_resume(checkpoint: Path) -> str:
+    return f"resume with resume_from={str(checkpoint)!r}"
 
 
 def _check_integer(name: str, value: object, least: int) -> None:

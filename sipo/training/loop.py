@@ -41,7 +41,7 @@ from sipo.training.forward import PairForward, ReferenceModel, takes_totals
 from sipo.training.log import MetricWindow, Recorder, read_lines
 from sipo.training.optimization import Average, make_optimizer, rate_factor
 from sipo.training.preparation import check_setup, make_accelerator, prepare
-from sipo.training.sharding import is_deepspeed, local, plain_name, reshard, unwrapped, whole
+from sipo.training.sharding import local, plain_name, reshard, unwrapped, whole
 from sipo.training.statistics import TimestepStatistics
 from sipo.training.stopping import StopAgreement, StopRequest, memory_advice, release_signals
 from sipo.training.stream import StreamSampler, drop_captions, step_timesteps
@@ -65,7 +65,7 @@ class TrainingResult:
         metrics_path: the log on disk, with the lines from before a resume.
         checkpoint: the last checkpoint written by this call, if any.
         validation: this call's validation lines.
-        ema: the moving average of the trained weights by name, whole and on the CPU; ``None`` without ``ema_decay``.
+        ema: the moving average of the trained weights by name, whole and on the CPU; ``None`` without ``use_ema``.
             ``policy.load_state_dict(result.ema, strict=False)`` takes them.
     """
 
@@ -143,7 +143,7 @@ def train(
     """
     if accelerator is None:
         accelerator = make_accelerator(config)
-    check_setup(policy, reference, dataset, config, accelerator, resume_from)
+    check_setup(policy, reference, dataset, config, accelerator)
     with locked(config.folder, f"training.output_dir={str(config.output_dir)!r}", accelerator=accelerator):
         on_main(accelerator, lambda: storage.clear(config.folder))
         # The main process says: on a network folder others may still see what it has removed.
@@ -160,7 +160,7 @@ def train(
         run.identity.update(identity or {})
         run.validation = Validation(validation, on_validation, forward, config, accelerator)
         run.mismatch = mismatch
-        with StopRequest(accelerator.num_processes, saves=not run.deepspeed) as request:
+        with StopRequest(accelerator.num_processes) as request:
             return run.go(resume_from, request)
 
 
@@ -184,7 +184,6 @@ class _Run:
         self.device: torch.device = accelerator.device
         self.forward = forward
         self.dataset = dataset
-        self.deepspeed = is_deepspeed(accelerator)
         self.network = unwrapped(policy)
         # Before the optimiser is made, so that it holds the parameters where they will be trained.
         policy.to(self.device).train()
@@ -195,7 +194,7 @@ class _Run:
         # FSDP2 has put others in their places.
         self.names = {plain_name(n): p for n, p in self.network.named_parameters() if p.requires_grad}
         self.parameters = list(self.names.values())
-        self.average = Average(self.names, config.ema_decay) if config.ema_decay is not None else None
+        self.average = Average(self.names, config.ema_decay) if config.use_ema else None
         # A loss that adds to sums on the device by itself saves a pass some thirty small operations.
         self.adds = takes_totals(forward.loss_fn)
         self.window = MetricWindow(self.device, METRICS if self.adds else ())
@@ -351,10 +350,6 @@ class _Run:
         self.backwards = 0
         limit = math.inf if self.config.max_grad_norm is None else self.config.max_grad_norm
         norm: Any = self.accelerator.clip_grad_norm_(self.parameters, limit)
-        if self.deepspeed:  # it has clipped and stepped in its backward already
-            length = math.nan if norm is None else float(norm)
-            self.window.add_step(torch.tensor(length, dtype=torch.float32, device=self.device))
-            return
         broken = ~self.window.add_step(whole(norm))
         if self.device.type not in ASKED or broken:
             for parameter in self.parameters:
@@ -446,8 +441,6 @@ class _Run:
 
     def _save(self, step: int) -> bool:
         """Writes a checkpoint, where one can be written; returns whether."""
-        if self.deepspeed:
-            return False
         window = self.window.state()
         progress: dict[str, Any] = {"alarms": self.watch.lines, "skipped": self.skipped}
         if self.informative is not None:
@@ -484,7 +477,7 @@ class _Run:
             step > self.config.max_train_steps
         ):  # as many is a run that was stopped between its last step and what comes after
             raise ValueError(
-                f"steps={self.config.max_train_steps}: the checkpoint has {step} already, expected at least as many"
+                f"max_train_steps={self.config.max_train_steps}: the checkpoint has {step} already, expected at least as many"
             )
         return step
 

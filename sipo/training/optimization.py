@@ -21,7 +21,7 @@ def make_optimizer(config: TrainingConfig, parameters: Iterable[nn.Parameter], d
     """
     options: dict[str, Any] = {
         "lr": config.learning_rate,
-        "betas": tuple(config.betas),
+        "betas": (config.adam_beta1, config.adam_beta2),
         "eps": config.adam_epsilon,
         "weight_decay": config.adam_weight_decay,
     }

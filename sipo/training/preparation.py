@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator, InitProcessGroupKwargs
@@ -13,7 +12,7 @@ from torch import nn
 from sipo.protocols import PairDataset
 from sipo.training.config import TrainingConfig
 from sipo.training.forward import ReferenceModel
-from sipo.training.sharding import is_deepspeed, is_sharded, unwrapped
+from sipo.training.sharding import is_sharded, unwrapped
 
 _PLAIN = ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU")
 
@@ -47,7 +46,6 @@ def check_setup(
     dataset: PairDataset,
     config: TrainingConfig,
     accelerator: Accelerator,
-    resume_from: str | Path | None,
 ) -> None:
     """Refuses what cannot be trained.
 
@@ -64,10 +62,10 @@ def check_setup(
         raise ValueError(
             f"proportion_empty_prompts={config.proportion_empty_prompts}: expected a data set with 'unconditional'"
         )
-    check_config(config, accelerator, resume_from)
+    check_config(config, accelerator)
 
 
-def check_config(config: TrainingConfig, accelerator: Accelerator, resume_from: str | Path | None) -> None:
+def check_config(config: TrainingConfig, accelerator: Accelerator) -> None:
     """Refuses settings that this accelerator cannot train with, before there is a model or data.
 
     Raises:
@@ -75,9 +73,7 @@ def check_config(config: TrainingConfig, accelerator: Accelerator, resume_from: 
     """
     kind = accelerator.distributed_type.value
     if kind not in _PLAIN and not is_sharded(accelerator):
-        raise ValueError(f"distributed_type={kind!r}: expected one device, plain data parallelism, FSDP2 or DeepSpeed")
-    if is_deepspeed(accelerator):
-        _check_deepspeed(config, resume_from)
+        raise ValueError(f"distributed_type={kind!r}: expected one device, plain data parallelism or FSDP2")
     if accelerator.gradient_accumulation_steps != config.gradient_accumulation_steps:
         found = accelerator.gradient_accumulation_steps
         raise ValueError(
@@ -87,36 +83,12 @@ def check_config(config: TrainingConfig, accelerator: Accelerator, resume_from: 
     _check_precision(accelerator)
 
 
-def _check_deepspeed(config: TrainingConfig, resume_from: str | Path | None) -> None:
-    """DeepSpeed's own step goes around ours."""
-    reason = "DeepSpeed keeps its state in pickled files, which are not read here"
-    if config.checkpointing_steps:
-        raise ValueError(
-            f"checkpointing_steps={config.checkpointing_steps}: {reason}; expected 0, or FSDP2, which resumes"
-        )
-    if resume_from is not None:
-        raise ValueError(f"resume_from={str(resume_from)!r}: {reason}; expected None, or FSDP2, which resumes")
-    if config.skip_inactive:
-        raise ValueError("skip_inactive=True: DeepSpeed counts backward passes, expected False")
-    if config.ema_decay is not None:
-        raise ValueError(f"ema_decay={config.ema_decay}: DeepSpeed keeps the weights to itself, expected None")
-
-
 def prepare(policy: nn.Module, optimizer: Any, config: TrainingConfig, accelerator: Accelerator) -> tuple[Any, Any]:
     """Hands policy and optimiser to accelerate, and gives the policy its own forward back.
 
     For mixed precision accelerate puts a forward in its place that casts the prediction to float32: a copy of it that
     the loss has no use for. Autocast is the loop's.
     """
-    if is_deepspeed(accelerator):
-        settings: Any = accelerator.deepspeed_plugin.deepspeed_config
-        sizes = {
-            "train_micro_batch_size_per_gpu": config.train_batch_size,
-            "gradient_clipping": config.max_grad_norm or 0.0,
-        }
-        for name, value in sizes.items():
-            if settings.get(name, "auto") == "auto":
-                settings[name] = value
     precision = accelerator.state.fsdp_plugin.mixed_precision_policy if accelerator.is_fsdp2 else None
     if precision is not None:
         # FSDP2 would round a flow's timesteps to bfloat16 on their way in. Autocast sees to what has to be cast.
@@ -132,7 +104,7 @@ def prepare(policy: nn.Module, optimizer: Any, config: TrainingConfig, accelerat
     for network, forward in zip(before, own_forward, strict=True):
         if forward is not None:
             network.__dict__["forward"] = forward
-    if accelerator.scaler is None and not is_deepspeed(accelerator):
+    if accelerator.scaler is None:
         # Without a loss scaler accelerate's wrapper adds nothing but a search for packages at every step.
         optimizer = optimizer.optimizer
     return prepared, optimizer

@@ -1,12 +1,10 @@
-"""Weights and optimiser state that FSDP2 has spread over the processes, gathered and dealt out again.
+"""Weights and optimiser state that FSDP2 has sharded over the processes: gathered, and sharded again.
 
-ZeRO-3's weights are gathered too, and no more than that. For one device and for plain data parallelism every function
-here is an ordinary one.
+Every function here also serves one device and plain data parallelism, where nothing is sharded.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -20,14 +18,9 @@ HALF_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """What ``training.mixed_precision`` computes in, by its name; "no" has none."""
 
 
-def is_deepspeed(accelerator: Accelerator) -> bool:
-    """Whether DeepSpeed takes the steps."""
-    return bool(accelerator.distributed_type.value == "DEEPSPEED")
-
-
 def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether a process may hold only a part of the weights."""
-    return accelerator.is_fsdp2 or is_deepspeed(accelerator)
+    """Whether each process may hold only a part of the weights."""
+    return bool(accelerator.is_fsdp2)
 
 
 def is_compiled(model: nn.Module) -> bool:
@@ -36,7 +29,7 @@ def is_compiled(model: nn.Module) -> bool:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The network that DDP's, DeepSpeed's and ``torch.compile``'s wrappers call.
+    """The network inside the wrappers of DDP and ``torch.compile``.
 
     accelerate's own function takes DDP out of the compiled wrapper for good, with the ``no_sync`` that accumulation
     needs, or stops at that wrapper, whose names of parameters begin with ``_orig_mod.``.
@@ -44,7 +37,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while True:
         if is_compiled(model):
             model = model.get_submodule("_orig_mod")
-        elif isinstance(model, DistributedDataParallel) or type(model).__name__ == "DeepSpeedEngine":
+        elif isinstance(model, DistributedDataParallel):
             model = model.get_submodule("module")
         else:
             return model
@@ -56,14 +49,14 @@ def plain_name(name: str) -> str:
 
 
 def whole_dtype(accelerator: Accelerator) -> torch.dtype | None:
-    """The type that FSDP2 and DeepSpeed round all of a policy's weights to, norms included, where autocast would not.
+    """The type that FSDP2 rounds all of a policy's weights to, norms included, which autocast would leave alone.
 
     ``None``: they stay as they are.
     """
-    if accelerator.is_fsdp2:
-        precision: Any = accelerator.state.fsdp_plugin.mixed_precision_policy
-        return None if precision is None else precision.param_dtype
-    return HALF_TYPES.get(accelerator.mixed_precision) if is_deepspeed(accelerator) else None
+    if not accelerator.is_fsdp2:
+        return None
+    precision: Any = accelerator.state.fsdp_plugin.mixed_precision_policy
+    return None if precision is None else precision.param_dtype
 
 
 def round_whole(reference: nn.Module, accelerator: Accelerator) -> nn.Module:
@@ -77,9 +70,6 @@ def round_whole(reference: nn.Module, accelerator: Accelerator) -> nn.Module:
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor's full value. Every process calls it."""
-    if hasattr(tensor, "ds_id"):  # ZeRO-3's mark
-        full: Tensor = import_module("deepspeed.utils").safe_get_full_fp32_param(tensor)
-        return full
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
@@ -126,7 +116,7 @@ def host_copy(tensor: Tensor) -> Tensor:
 def gather_weights(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
     """:func:`trained`, whole, in copies on the CPU. Every process calls it; nothing comes back without ``keep``.
 
-    This is how trained weights are had of a policy under FSDP2 or ZeRO-3, which keep their shards after training.
+    This gets the trained weights of a policy under FSDP2, which stays sharded after training.
     """
     return _gathered(trained(model), keep)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sipo.training.log_reader import is_count, is_number, read_log, show
-from sipo_kernels import STATISTICS, Totals
+from sipo_kernels import STATISTICS, LossOptions, Totals
 from sipo_kernels.output import add_levels, level_bins
 
 BINS = 50
@@ -101,13 +101,12 @@ class TimestepStatistics:
             add_levels(self.window, self.bins(timesteps), output, self._coef_unit(shape))
 
     def _coef_unit(self, shape: Sequence[int]) -> float:
-        """What the chosen sample's coefficient (docs/math.md §6) is multiplied with to be ``a·c·b·mask·σ(−z)``: "
-        "D·B/β."""
+        """Returns D·B/β, which turns the chosen sample's coefficient (docs/math.md §6) into ``a·c·b·mask·σ(−z)``."""
         pairs, *sample = shape
-        beta = getattr(self.loss_fn, "beta", 1.0)  # a loss without one has its coefficients as they are
-        if beta is None:
-            beta = self.loss_fn.default_beta(len(shape))
-        return math.prod(sample) * (pairs if getattr(self.loss_fn, "reduction", "mean") == "mean" else 1) / beta
+        options = getattr(self.loss_fn, "options", None)
+        if not isinstance(options, LossOptions):  # of such a loss β is not known, and counts as 1
+            return float(math.prod(sample) * pairs)
+        return math.prod(sample) * (pairs if options.reduction == "mean" else 1) / options.beta_for(len(shape))
 
     def take(self, step: int, sums: Sequence[float]) -> dict[str, Any] | None:
         """Makes a line of a window that was read and summed over processes, and starts a new one.

@@ -30,7 +30,6 @@ class StopRequest:
 
     Args:
         processes: of the run.
-        saves: whether the run can write a checkpoint.
 
     Attributes:
         signal: what asked to stop, "" as long as nothing has.
@@ -38,11 +37,10 @@ class StopRequest:
 
     active: ClassVar[StopRequest | None] = None
 
-    def __init__(self, processes: int = 1, *, saves: bool = True) -> None:
+    def __init__(self, processes: int = 1) -> None:
         self.signal = ""
         more = "" if processes == 1 else ", or a step more until all processes agree,"
-        then = "writing a checkpoint" if saves else "ending without a checkpoint, which cannot be written here"
-        self._says = f"finishing the step or validation{more} and {then}; Ctrl-C stops at once"
+        self._says = f"finishing the step or validation{more} and writing a checkpoint; Ctrl-C stops at once"
         self._former: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:

@@ -20,6 +20,7 @@ from sipo.protocols import PairLoss
 from sipo.seeds import RandomStream, derive_seed
 from sipo.training.statistics import NoiseBins
 from sipo.training.stream import step_timesteps
+from sipo_kernels import LossOptions
 
 BINS = 100
 """Bins of equal width over the schedule's noise levels."""
@@ -55,8 +56,9 @@ class InformativeTimesteps:
     def __init__(self, loss_fn: PairLoss, device: torch.device, seed: int, distribution: str) -> None:
         schedule: Any = loss_fn.schedule
         self.schedule = schedule
-        self.threshold = float(getattr(loss_fn, "mask_threshold", 0.0))
-        if self.threshold <= 0 or getattr(loss_fn, "method", None) == "diffusion_dpo":
+        options = getattr(loss_fn, "options", None)
+        self.threshold = options.mask_threshold if isinstance(options, LossOptions) else 0.0
+        if self.threshold <= 0 or options.method == "diffusion_dpo":
             raise ValueError("timestep_sampling='informative': expected a loss with a mask, this one drops no pairs")
         noise_bins = NoiseBins.of(schedule, BINS)
         if noise_bins is None:

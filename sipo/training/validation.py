@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ OnValidation = Callable[[int, nn.Module], None]
 """Called with the optimiser steps done and the policy, unwrapped and in eval mode, without gradients, on every process.
 
 Whatever it draws at random, training goes on as if it had not been called. It must leave the weights as they are. Under
-FSDP2 and ZeRO-3 a forward pass takes all processes.
+FSDP2 a forward pass takes all processes.
 """
 
 _TOTAL = "nonfinite_pairs"  # a number of pairs, where the other metrics are means over them
@@ -137,9 +138,9 @@ def _measuring(forward: PairForward) -> PairForward:
     if not isinstance(forward.loss_fn, SIPOLoss):
         return forward
     loss_fn, forward = copy.copy(forward.loss_fn), copy.copy(forward)
-    loss_fn.reduction = "mean"
-    if loss_fn.nonfinite == "propagate":
-        loss_fn.nonfinite = "skip"
+    options = loss_fn.options
+    nonfinite = "skip" if options.nonfinite == "propagate" else options.nonfinite
+    loss_fn.options = dataclasses.replace(options, reduction="mean", nonfinite=nonfinite)
     forward.loss_fn = loss_fn
     return forward
 
@@ -155,8 +156,9 @@ def _no_preference(loss_fn: PairLoss, output: Any) -> dict[str, Tensor]:
     """What ``loss`` would be if every logit were 0: pairs that are masked have none, and dpo_cm weighs the others."""
     if not isinstance(loss_fn, SIPOLoss):
         return {}
-    weight = torch.minimum(*output.weight.chunk(2)) if loss_fn.method == "dpo_cm" else torch.ones_like(output.logits)
-    each = no_preference(loss_fn.loss_type, loss_fn.label_smoothing)
+    options = loss_fn.options
+    weight = torch.minimum(*output.weight.chunk(2)) if options.method == "dpo_cm" else torch.ones_like(output.logits)
+    each = no_preference(options.loss_type, options.label_smoothing)
     return {"no_preference_loss": each * torch.where(output.mask, weight, 0.0).mean()}
 
 
