@@ -71,8 +71,7 @@ def learns(found: Results) -> Claim:
     return Claim(
         "every method goes beyond fine-tuning",
         f"From {base:+.2f} in the base model's samples, fine-tuning on the chosen samples raises the reward to "
-        f"{floor}; "
-        f"the methods reach, each at its best β, {listed}.",
+        f"{floor}; the methods reach, each at its best β, {listed}.",
         all(e.mean - e.half > floor.mean + floor.half for e in best.values()),
     )
 
@@ -242,8 +241,7 @@ def alarms_tell(found: Results) -> Claim:
         f"Of the {len(good)} runs whose samples are read as asked for in at least nine of ten cases, "
         f"{sum(row[0] for row in good)} end with model_mse over {DRIFT:g} times ref_mse or chosen_gap over "
         f"{COLLAPSE_SHARE:g} times rejected_gap (their largest are {largest:.1f} and {shared:.2f}); of the "
-        f"{len(broken)} "
-        f"where it is under seven of ten, {sum(row[0] for row in broken)} do.",
+        f"{len(broken)} where it is under seven of ten, {sum(row[0] for row in broken)} do.",
         not any(row[0] for row in good) and all(row[0] for row in broken),
     )
 

@@ -118,8 +118,7 @@ def relatives(found: Results) -> Claim:
         "preserving the chosen sample keeps samples a little nearer to the data, for a little less reward",
         f"At β = 1000, where Diffusion-DPO reaches {found.estimate(reward, DPO)} at a distance of "
         f"{found.estimate(distance, DPO).plain(1)}: {listed}. Seed by seed, preserving the chosen sample changes "
-        "the distance "
-        f"by {nearer} and the reward by {less}.",
+        f"the distance by {nearer} and the reward by {less}.",
         nearer.mean + nearer.half < 0 and less.mean < 0,
     )
 
