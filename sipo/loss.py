@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,17 +12,12 @@ from sipo.schedule.levels import check_count, check_positive
 from sipo_kernels import PairLossOutput, Totals, pair_loss
 from sipo_kernels.backends import BACKENDS
 from sipo_kernels.layout import pair_dtype
-from sipo_kernels.options import check_choice, check_settings
+from sipo_kernels.options import DEFAULTS, LossOptions, OptionValues, check_choice, make_options, show_options
 
-# docs/math.md §5, by method and number of dimensions of the batch: 4 for images, 5 for videos
-_DEFAULT_BETA = {
-    "diffusion_dpo": {4: 5000.0, 5: 2000.0},
-    "dpo_cm": {4: 1000.0, 5: 20.0},
-    "sipo": {4: 1000.0, 5: 20.0},
-    "sdpo": {4: 1000.0, 5: 20.0},
-}
-# docs/math.md §5 and §6, relatives: settings that a plain loss does not have
-_RELATIVES_OFF = {"loss_type": "sigmoid", "label_smoothing": 0.0, "safeguard": None}
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+_RELATIVES = ("loss_type", "label_smoothing", "safeguard")  # docs/math.md §5 and §6, relatives
 # docs/math.md §7: what beta = 1 is called in each convention; "sum" divides by the number of elements
 _BETA_CONVENTIONS = {"sipo": 1.0, "paper": 1 / 1000, "diffusers_sd": 0.5, "diffusers_sdxl": 1.0, "sum": 1.0}
 
@@ -47,26 +42,16 @@ class SIPOLoss(torch.nn.Module):
     Args:
         schedule: A diffusers scheduler (see :meth:`NoiseSchedule.from_scheduler`) or a
             :class:`NoiseSchedule`.
-        method: ``"diffusion_dpo"``, ``"dpo_cm"``, ``"sipo"`` or ``"sdpo"`` (§5).
-        beta: β in this project's convention, > 0 (§7, :func:`convert_beta`). ``None`` takes §5's default for
-            the method and the medium: images are 4-D batches, videos 5-D ones.
         num_inference_steps: Steps of the sampler in the importance ratio (§3): 50 for a scheduler if left
             out; a :class:`NoiseSchedule` has its own, and giving another is an error.
         prediction_type: In place of the scheduler's own; a :class:`NoiseSchedule` has its own here as well.
-        ratio: ``"posterior"``, or ``"reference"`` where the pairs were sampled from the reference itself
-            (§3).
-        clip_low: Weights are at least ``1 − clip_low`` (§4).
-        clip_high: Weights are at most ``1 + clip_high``.
-        mask_threshold: Pairs with a ratio below it are masked; 0 turns the mask off, ``diffusion_dpo`` has
-            none.
-        reduction: ``"mean"`` over pairs, ``"sum"`` or ``"none"``.
-        nonfinite: What to do about a pair with NaN or infinity: ``"propagate"``, ``"skip"`` or ``"raise"``.
-        loss_type: The loss of a logit: ``"sigmoid"``, ``"ipo"``, ``"hinge"`` or ``"dmpo"`` (§5, relatives).
-        label_smoothing: Share of pairs whose labels are taken to be swapped, in [0, 0.5), for the types
-            ``"sigmoid"`` (conservative DPO) and ``"dmpo"``.
-        safeguard: μ in [0, 1] of Safeguarded DPO: scales the rejected sample's gradient down where it would
-            undo the chosen sample's (§6, relatives); ``None`` does not.
         backend: ``"auto"``, or one of :data:`sipo_kernels.backends.BACKENDS`.
+        options: The options of the loss, in place of keyword arguments.
+        **given: The fields of :class:`sipo_kernels.LossOptions` by name: ``method``, ``beta``, ``ratio``, ...
+
+    Attributes:
+        options: :class:`sipo_kernels.LossOptions`. Frozen; assign another to change the loss
+            (``dataclasses.replace``).
 
     Raises:
         TypeError, ValueError: A setting outside its range, or a scheduler that is not known.
@@ -76,48 +61,16 @@ class SIPOLoss(torch.nn.Module):
         self,
         schedule: Any,
         *,
-        method: str = "sipo",
-        beta: float | None = None,
         num_inference_steps: int | None = None,
         prediction_type: str | None = None,
-        ratio: str = "posterior",
-        clip_low: float = 0.1,
-        clip_high: float = 0.1,
-        mask_threshold: float = 0.9,
-        reduction: str = "mean",
-        nonfinite: str = "propagate",
-        loss_type: str = "sigmoid",
-        label_smoothing: float = 0.0,
-        safeguard: float | None = None,
         backend: str = "auto",
+        options: LossOptions | None = None,
+        **given: Unpack[OptionValues],
     ) -> None:
         super().__init__()
-        check_settings(
-            method=method,
-            beta=1.0 if beta is None else beta,
-            ratio=ratio,
-            clip_low=clip_low,
-            clip_high=clip_high,
-            mask_threshold=mask_threshold,
-            reduction=reduction,
-            nonfinite=nonfinite,
-            loss_type=loss_type,
-            label_smoothing=label_smoothing,
-            safeguard=safeguard,
-        )
+        self.options = make_options(options, given)
         check_choice("backend", backend, ("auto", *BACKENDS))
         self.schedule = _as_schedule(schedule, num_inference_steps, prediction_type)
-        self.method = method
-        self.beta = None if beta is None else float(beta)
-        self.ratio = ratio
-        self.clip_low = clip_low
-        self.clip_high = clip_high
-        self.mask_threshold = mask_threshold
-        self.reduction = reduction
-        self.nonfinite = nonfinite
-        self.loss_type = loss_type
-        self.label_smoothing = label_smoothing
-        self.safeguard = safeguard
         self.backend = backend
         # By device, written by backward passes. Not a buffer: those follow module.half(), which 1/3 does not survive,
         # and are broadcast by DistributedDataParallel, which would cost a launch and mean nothing.
@@ -157,7 +110,6 @@ class SIPOLoss(torch.nn.Module):
             FloatingPointError: ``nonfinite="raise"`` and a pair that is not finite.
         """
         ratio_scale = self.schedule.ratio_scale(timesteps)
-        beta = self.beta
         # anything but a batch is left to pair_loss to refuse
         if isinstance(model_pred, Tensor) and model_pred.ndim > 0:
             samples, scales = model_pred.shape[0], ratio_scale.shape[0]
@@ -168,29 +120,17 @@ class SIPOLoss(torch.nn.Module):
                     f"timesteps has shape [{scales}]: expected [{samples}], or [{samples // 2}] shared by each pair"
                 )
             ratio_scale = ratio_scale.to(model_pred.device)
-            if beta is None:
-                beta = self.default_beta(model_pred.ndim)
         return pair_loss(
             model_pred,
             ref_pred,
             target,
-            method=self.method,
-            beta=1.0 if beta is None else beta,
             ratio_scale=ratio_scale,
             error_weight=error_weight,
             ref_error=ref_error,
-            ratio=self.ratio,
-            clip_low=self.clip_low,
-            clip_high=self.clip_high,
-            mask_threshold=self.mask_threshold,
-            reduction=self.reduction,
-            nonfinite=self.nonfinite,
-            loss_type=self.loss_type,
-            label_smoothing=self.label_smoothing,
-            safeguard=self.safeguard,
             expected_upstream=self._expected(model_pred),
             totals=totals,
             backend=self.backend,
+            options=self.options,
         )
 
     def _expected(self, model_pred: Tensor) -> Tensor | None:
@@ -202,29 +142,20 @@ class SIPOLoss(torch.nn.Module):
             self._upstream[device] = torch.ones((), dtype=pair_dtype(device), device=device)
         return self._upstream[device]
 
-    def default_beta(self, ndim: int) -> float:
-        """β of this method for a batch of ``ndim`` dimensions: 4 for images, 5 for videos (docs/math.md §5).
-
-        Raises:
-            ValueError: any other ``ndim``.
-        """
-        if ndim not in _DEFAULT_BETA[self.method]:
-            raise ValueError(
-                f"beta=None with a {ndim}-D model_pred: "
-                "expected a number (defaults are for images, 4-D, and videos, 5-D)"
-            )
-        return _DEFAULT_BETA[self.method][ndim]
-
     def settings(self) -> dict[str, Any]:
-        """All that the loss depends on, by the names of the constructor's arguments; JSON values."""
-        names = ("method", "beta", "ratio", "clip_low", "clip_high", "mask_threshold", "reduction", "nonfinite")
-        values = {name: getattr(self, name) for name in (*names, *_RELATIVES_OFF, "backend")}
-        return values | {"schedule": self.schedule.settings()}
+        """Returns all that the loss depends on, by the names of the constructor's arguments; JSON values."""
+        return self.options.values() | {"backend": self.backend, "schedule": self.schedule.settings()}
 
     def extra_repr(self) -> str:
-        values = {**self.settings(), "schedule": self.schedule}
-        off = {name for name, value in _RELATIVES_OFF.items() if values[name] == value}
-        return ", ".join(f"{name}={value!r}" for name, value in values.items() if name not in off)
+        shown = self.options.values()
+        for name in _RELATIVES:  # a plain loss does not have them
+            if shown[name] == DEFAULTS[name]:
+                del shown[name]
+        shown |= {"backend": self.backend, "schedule": self.schedule}
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+
+
+show_options(SIPOLoss.__init__)
 
 
 def convert_beta(value: float, *, source: str, target: str, elements: int | None = None) -> float:

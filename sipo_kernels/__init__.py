@@ -3,8 +3,8 @@
 Needs torch alone (and Triton where there is a GPU). ``sipo`` builds on it; nothing here imports ``sipo``.
 """
 
-from sipo_kernels.options import METHODS
+from sipo_kernels.options import METHODS, LossOptions
 from sipo_kernels.output import METRICS, STATISTICS, PairLossOutput, Totals
 from sipo_kernels.pair_loss import pair_loss
 
-__all__ = ["METHODS", "METRICS", "STATISTICS", "PairLossOutput", "Totals", "pair_loss"]
+__all__ = ["METHODS", "METRICS", "STATISTICS", "LossOptions", "PairLossOutput", "Totals", "pair_loss"]

@@ -12,9 +12,9 @@ Ordinary tensors go to the backend directly (:class:`DirectPairLoss`). Where som
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,13 +25,15 @@ from sipo_kernels import backends
 from sipo_kernels.backends.interface import Stats, empty_stats
 from sipo_kernels.inputs import Inputs, check_extras, check_tensors
 from sipo_kernels.layout import empty_grad, has_lazy_bit
-from sipo_kernels.options import Settings, check_settings
-from sipo_kernels.output import PairLossOutput, Totals, add_totals
+from sipo_kernels.options import LossOptions, OptionValues, Settings, make_settings, settings_of, show_options
+from sipo_kernels.output import COEF_ROW, SAMPLE_ROWS, PairLossOutput, Totals, add_totals
 
-_SETTINGS_SCHEMA = (
-    "str method, float beta, str ratio, float clip_low, float clip_high, float mask_threshold, "
-    "str reduction, bool skip_nonfinite, str loss_type, float label_smoothing, float? safeguard"
-)
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+# In the order of the fields; nonfinite="raise" is left to pair_loss, and a backend skips or propagates.
+_SCHEMA_TYPES = {"str": "str", "float": "float", "float | None": "float?"}
+_SETTINGS_SCHEMA = ", ".join(f"{_SCHEMA_TYPES[str(f.type)]} {f.name}" for f in dataclasses.fields(Settings))
 _OPS = torch.library.Library("sipo", "DEF")
 _OPS.define(
     "pair_loss(Tensor model_pred, Tensor? ref_pred, Tensor target, Tensor? ratio_scale, Tensor? error_weight, "
@@ -123,7 +125,7 @@ class PairLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, model_pred: Tensor, inputs: Inputs, settings: Settings, backend: str) -> tuple[Tensor, ...]:
-        outputs = torch.ops.sipo.pair_loss(model_pred, *inputs[1:], *settings, backend)
+        outputs = torch.ops.sipo.pair_loss(model_pred, *inputs[1:], *settings.values().values(), backend)
         samples = outputs[1]
         ctx.save_for_backward(model_pred, inputs.target, samples)
         ctx.mark_non_differentiable(*outputs[1:])
@@ -137,7 +139,7 @@ class PairLoss(torch.autograd.Function):
         if upstream is None or not ctx.needs_input_grad[0]:
             return None, None, None, None
         model_pred, target, samples = ctx.saved_tensors
-        return torch.ops.sipo.pair_grad(model_pred, target, samples[5], upstream, ctx.backend), None, None, None
+        return torch.ops.sipo.pair_grad(model_pred, target, samples[COEF_ROW], upstream, ctx.backend), None, None, None
 
 
 class _Call:
@@ -179,7 +181,7 @@ class DirectPairLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, model_pred: Tensor, call: _Call) -> Tensor:
         ctx.module, ctx.backend = call.run(), call.backend
-        ctx.save_for_backward(model_pred, call.inputs.target, call.rows[5])
+        ctx.save_for_backward(model_pred, call.inputs.target, call.rows[COEF_ROW])
         ctx.set_materialize_grads(False)
         ctx.fused_grad = call.stats.grad if call.fuse else None
         ctx.numbers = call.stats.numbers
@@ -201,63 +203,19 @@ class DirectPairLoss(torch.autograd.Function):
         return ctx.module.mend(grad, model_pred, target, coef, upstream, ctx.numbers, ctx.remembered), None
 
 
-def _checked_settings(
-    method: str,
-    beta: float,
-    ratio: str,
-    clip_low: float,
-    clip_high: float,
-    mask_threshold: float,
-    reduction: str,
-    nonfinite: str,
-    loss_type: str,
-    label_smoothing: float,
-    safeguard: float | None,
-) -> Settings:
-    check_settings(
-        method=method,
-        beta=beta,
-        ratio=ratio,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        mask_threshold=mask_threshold,
-        reduction=reduction,
-        nonfinite=nonfinite,
-        loss_type=loss_type,
-        label_smoothing=label_smoothing,
-        safeguard=safeguard,
-    )
-    numbers = float(clip_low), float(clip_high), float(mask_threshold)
-    relatives = loss_type, float(label_smoothing), None if safeguard is None else float(safeguard)
-    return Settings(method, float(beta), ratio, *numbers, reduction, nonfinite == "skip", *relatives)
-
-
-# A training run asks for the same settings at every step. Typed, because True == 1 and only one of them is a number.
-_cached_settings = functools.lru_cache(maxsize=64, typed=True)(_checked_settings)
-
-
 def pair_loss(
     model_pred: Tensor,
     ref_pred: Tensor | None,
     target: Tensor,
     *,
-    method: str,
-    beta: float,
     ratio_scale: Tensor | None = None,
     error_weight: Tensor | None = None,
     ref_error: Tensor | None = None,
-    ratio: str = "posterior",
-    clip_low: float = 0.1,
-    clip_high: float = 0.1,
-    mask_threshold: float = 0.9,
-    reduction: str = "mean",
-    nonfinite: str = "propagate",
-    loss_type: str = "sigmoid",
-    label_smoothing: float = 0.0,
-    safeguard: float | None = None,
     expected_upstream: Tensor | float | None = None,
     totals: Totals | None = None,
     backend: str = "auto",
+    options: LossOptions | None = None,
+    **given: Unpack[OptionValues],
 ) -> PairLossOutput:
     """Preference loss of ``B`` pairs, from network outputs to gradient (``docs/math.md`` §2-6).
 
@@ -268,26 +226,10 @@ def pair_loss(
         model_pred: ``[S, ...]`` output of the policy; the gradient flows here and has its dtype and layout.
         ref_pred: ``[S, ...]`` output of the frozen reference, or ``None`` with ``ref_error``.
         target: ``[S, ...]``, or ``[B, ...]`` where both halves of a pair share it.
-        method: ``"diffusion_dpo"``, ``"dpo_cm"``, ``"sipo"`` or ``"sdpo"`` (§5).
-        beta: strength of the implicit reward in this project's convention (§7), > 0.
         ratio_scale: ``[S]`` factor between error and log ratio (§3), ``inf`` at the terminal step. Only
             ``diffusion_dpo`` does without.
         error_weight: ``[S]`` optional weight of each sample's gap (ω(λ_t) of Diffusion-DPO).
         ref_error: ``[S]`` reference errors computed beforehand, in place of ``ref_pred``.
-        ratio: ``"posterior"`` or ``"reference"`` (§3).
-        clip_low: weights are clipped below at ``1 − clip_low``, in [0, 1].
-        clip_high: weights are clipped above at ``1 + clip_high``, >= 0.
-        mask_threshold: pairs whose smaller ratio lies below are masked, in [0, 1]; 0 turns the mask off.
-        reduction: ``"mean"`` over the B pairs, ``"sum"`` or ``"none"`` (``[B]``).
-        nonfinite: ``"propagate"`` NaN and infinity as torch would; ``"skip"`` such a pair as if masked; ``"raise"``
-            (reads the result on the host). A pair is finite if its errors, gaps, weights and logit, and its logit's
-            square with ``loss_type="ipo"``, are finite in the type that they are returned in.
-        loss_type: the loss of a logit: ``"sigmoid"``, ``"ipo"``, ``"hinge"`` or ``"dmpo"`` (§5, relatives).
-        label_smoothing: share of pairs whose labels are taken to be swapped, in [0, 0.5); for ``"sigmoid"`` and
-            ``"dmpo"``.
-        safeguard: μ in [0, 1] of Safeguarded DPO, ``None`` for off: the rejected sample's gradient is scaled down where
-            it would undo the chosen sample's (§6, relatives). The loss stays what it is, and the gradient is then no
-            longer its gradient.
         expected_upstream: the upstream gradient that ``backward`` will bring: 1/n under accumulation, times a loss
             scale. The gradient is made for it in the forward pass; where another one comes it is made again, to the
             same bits. A number, or a 0-d float64 tensor on ``model_pred``'s device (float32 where the device has no
@@ -297,6 +239,8 @@ def pair_loss(
             launch of their own.
         backend: ``"auto"``, ``"eager"``, ``"triton"``, ``"native"`` or ``"cuda"``; ``SIPO_BACKEND`` sets what
             ``"auto"`` means.
+        options: the options of the loss, in place of keyword arguments.
+        **given: the fields of :class:`~sipo_kernels.LossOptions` by name: ``method``, ``beta``, ``ratio``, ...
 
     Returns:
         :class:`~sipo_kernels.PairLossOutput`; numbers are float32, or float64 if any large input is.
@@ -323,17 +267,14 @@ def pair_loss(
             error_weight=error_weight,
             ref_error=ref_error,
         )
-    choices = (method, beta, ratio, clip_low, clip_high, mask_threshold, reduction, nonfinite)
-    relatives = (loss_type, label_smoothing, safeguard)
-    try:
-        settings = (_checked_settings if compiling else _cached_settings)(*choices, *relatives)
-    except TypeError:  # of a wrong type, or so wrong that no cache can hold it: this says which and why
-        settings = _checked_settings(*choices, *relatives)
+    # What is no batch is left to check_tensors to refuse.
+    ndim = model_pred.ndim if isinstance(model_pred, Tensor) and model_pred.ndim else 4
+    settings = (make_settings if compiling else settings_of)(ndim, options, given)
     check_tensors(
         model_pred,
         ref_pred,
         target,
-        method=method,
+        method=settings.method,
         ratio_scale=ratio_scale,
         error_weight=error_weight,
         ref_error=ref_error,
@@ -341,7 +282,7 @@ def pair_loss(
     if expected_upstream is not None or totals is not None:
         check_extras(expected_upstream, totals, model_pred)
     selected = backends.choose(backend, model_pred.device)
-    if compiling and nonfinite == "raise":
+    if compiling and settings.nonfinite == "raise":
         raise ValueError(
             "nonfinite='raise' reads the loss on the host and cannot be compiled: expected 'propagate' or 'skip'"
         )
@@ -362,27 +303,24 @@ def pair_loss(
     else:
         loss, samples, logits, mask = PairLoss.apply(model_pred, inputs, settings, selected)
         rows = samples.unbind()
-    model_error, ref_err, error_gap, log_ratio, weight, coef = rows
     output = PairLossOutput(
-        loss,
-        model_error,
-        ref_err,
-        error_gap,
-        log_ratio,
-        weight,
-        mask,
-        logits,
-        coef,
-        clip_range=None if method == "diffusion_dpo" else (1 - settings.clip_low, 1 + settings.clip_high),
-        loss_type=loss_type,
+        loss=loss,
+        mask=mask,
+        logits=logits,
+        **dict(zip(SAMPLE_ROWS, rows, strict=True)),
+        clip_range=None if settings.method == "diffusion_dpo" else (1 - settings.clip_low, 1 + settings.clip_high),
+        loss_type=settings.loss_type,
         skip_nonfinite=settings.skip_nonfinite,
         numbers=numbers,
     )
     if totals is not None and numbers is None:  # no kernel has added to them
         pairs = logits.shape[0]
         add_totals(totals, output, model_pred[0].numel() / (settings.beta * settings.loss_scale(pairs)))
-    if nonfinite == "raise":
+    if settings.nonfinite == "raise":
         broken = (~output.finite_pairs()).nonzero().flatten().tolist()
         if broken:
             raise FloatingPointError(f"pairs {broken} of {output.logits.shape[0]} are not finite (nonfinite='raise')")
     return output
+
+
+show_options(pair_loss)

@@ -11,14 +11,18 @@ samples.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sipo_kernels.inputs import check_tensors
+from sipo_kernels.inputs import Inputs, check_tensors
 from sipo_kernels.layout import stats_dtype
-from sipo_kernels.options import LEAST_SMOOTHING, check_settings
+from sipo_kernels.options import LossOptions, OptionValues, Settings, make_settings, show_options
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class ReferenceOutput(NamedTuple):
@@ -89,20 +93,11 @@ def pair_loss(
     ref_pred: Tensor | None,
     target: Tensor,
     *,
-    method: str,
-    beta: float,
     ratio_scale: Tensor | None = None,
     error_weight: Tensor | None = None,
     ref_error: Tensor | None = None,
-    ratio: str = "posterior",
-    clip_low: float = 0.1,
-    clip_high: float = 0.1,
-    mask_threshold: float = 0.9,
-    reduction: str = "mean",
-    nonfinite: str = "propagate",
-    loss_type: str = "sigmoid",
-    label_smoothing: float = 0.0,
-    safeguard: float | None = None,
+    options: LossOptions | None = None,
+    **given: Unpack[OptionValues],
 ) -> ReferenceOutput:
     """The preference loss of one batch (§2 to §5), differentiable in ``model_pred`` alone.
 
@@ -110,26 +105,14 @@ def pair_loss(
         model_pred: ``[S, ...]``, the policy's output, any floating-point type.
         ref_pred: ``[S, ...]``, the reference's output; ``None`` where ``ref_error`` is given.
         target: ``[S, ...]``, or ``[B, ...]`` where both halves of a pair share it.
-        method: ``"diffusion_dpo"``, ``"dpo_cm"``, ``"sipo"`` or ``"sdpo"`` (§5).
-        beta: This project's β (§7): mean over elements, factor ½ inside.
         ratio_scale: ``[S]``, §3; may be left out for ``diffusion_dpo`` alone (then the log ratio is 0, the
             weight 1).
         error_weight: ``[S]``, the ``c`` of §5, 1 where it is left out.
         ref_error: ``[S]``, the reference's errors computed beforehand, in place of ``ref_pred``. The gap is
             then a plain difference.
-        ratio: ``"posterior"`` or ``"reference"``, §3.
-        clip_low: The weight is at least ``1 − clip_low``.
-        clip_high: The weight is at most ``1 + clip_high``.
-        mask_threshold: A pair takes part if both its ratios reach this; 0 disables the mask.
-            ``diffusion_dpo`` never masks.
-        reduction: ``"mean"`` over the B pairs (masked ones count in the divisor), ``"sum"`` or ``"none"``.
-        nonfinite: ``"propagate"``, ``"skip"`` (a pair that is not finite counts as masked, with a loss of
-            exactly 0) or ``"raise"``.
-        loss_type: ``"sigmoid"``, ``"ipo"``, ``"hinge"`` or ``"dmpo"`` (§5, relatives).
-        label_smoothing: The ε of ``"sigmoid"`` and ``"dmpo"``, in [0, 0.5).
-        safeguard: μ in [0, 1], or ``None`` for off: the rejected sample's gap then lets only the share λ of its
-            gradient through (§6, relatives). What autograd makes of the loss is still what :func:`pair_grad`
-            returns, but it is no longer the derivative of the loss's value.
+        options: The options of the loss, in place of keyword arguments.
+        **given: The fields of :class:`~sipo_kernels.LossOptions` by name. With ``safeguard``, what autograd makes of
+            the loss is what :func:`pair_grad` returns, and not the derivative of the loss's value (§6, relatives).
 
     Returns:
         The loss and every number on the way to it.
@@ -139,10 +122,7 @@ def pair_loss(
         ValueError: As :func:`sipo_kernels.pair_loss`.
         FloatingPointError: With ``nonfinite="raise"``, naming the pairs that are not finite.
     """
-    inputs = _Inputs(
-        model_pred, ref_pred, target, method, beta, ratio_scale, error_weight, ref_error,
-        ratio, clip_low, clip_high, mask_threshold, reduction, nonfinite, loss_type, label_smoothing, safeguard,
-    ).checked()  # fmt: skip
+    inputs = _checked(Inputs(model_pred, ref_pred, target, ratio_scale, error_weight, ref_error), options, given)
     # Where a sample's coefficient (§6) is 0 its gradient is exact zeros, whatever the sample holds, while
     # autograd would make 0 · inf = NaN of it: such samples are cut off from the graph. That takes their
     # coefficients first.
@@ -158,21 +138,12 @@ def pair_grad(
     ref_pred: Tensor | None,
     target: Tensor,
     *,
-    method: str,
-    beta: float,
     ratio_scale: Tensor | None = None,
     error_weight: Tensor | None = None,
     ref_error: Tensor | None = None,
-    ratio: str = "posterior",
-    clip_low: float = 0.1,
-    clip_high: float = 0.1,
-    mask_threshold: float = 0.9,
-    reduction: str = "mean",
-    nonfinite: str = "propagate",
-    loss_type: str = "sigmoid",
-    label_smoothing: float = 0.0,
-    safeguard: float | None = None,
     grad_output: Tensor | None = None,
+    options: LossOptions | None = None,
+    **given: Unpack[OptionValues],
 ) -> Tensor:
     """The gradient of :func:`pair_loss` in ``model_pred`` by the formula of §6, without autograd.
 
@@ -189,10 +160,7 @@ def pair_grad(
     Raises:
         TypeError, ValueError, FloatingPointError: As :func:`pair_loss`.
     """
-    inputs = _Inputs(
-        model_pred, ref_pred, target, method, beta, ratio_scale, error_weight, ref_error,
-        ratio, clip_low, clip_high, mask_threshold, reduction, nonfinite, loss_type, label_smoothing, safeguard,
-    ).checked()  # fmt: skip
+    inputs = _checked(Inputs(model_pred, ref_pred, target, ratio_scale, error_weight, ref_error), options, given)
     with torch.no_grad():
         coefficient = _coefficient(inputs, _evaluate(inputs))
         if grad_output is not None:
@@ -204,59 +172,38 @@ def pair_grad(
         return torch.where(coefficient == 0, 0.0, coefficient * d)
 
 
-class _Inputs(NamedTuple):
-    """The arguments of :func:`pair_loss`."""
+class _CheckedInputs(NamedTuple):
+    """The arguments of a call after the checks that all backends share: ``model_pred`` is float64."""
 
     model_pred: Tensor
     ref_pred: Tensor | None
     target: Tensor
-    method: str
-    beta: float
     ratio_scale: Tensor | None
     error_weight: Tensor | None
     ref_error: Tensor | None
-    ratio: str
-    clip_low: float
-    clip_high: float
-    mask_threshold: float
-    reduction: str
-    nonfinite: str
-    loss_type: str
-    label_smoothing: float
-    safeguard: float | None
-    returned: torch.dtype = torch.float64  # what the backends return; here it is only asked what is finite in it
-
-    def checked(self) -> _Inputs:
-        """The same in float64, once the checks that every backend shares have passed."""
-        check_settings(
-            method=self.method,
-            beta=self.beta,
-            ratio=self.ratio,
-            clip_low=self.clip_low,
-            clip_high=self.clip_high,
-            mask_threshold=self.mask_threshold,
-            reduction=self.reduction,
-            nonfinite=self.nonfinite,
-            loss_type=self.loss_type,
-            label_smoothing=self.label_smoothing,
-            safeguard=self.safeguard,
-        )
-        check_tensors(
-            self.model_pred,
-            self.ref_pred,
-            self.target,
-            method=self.method,
-            ratio_scale=self.ratio_scale,
-            error_weight=self.error_weight,
-            ref_error=self.ref_error,
-        )
-        returned = stats_dtype(self.model_pred, self.ref_pred, self.target)
-        return self._replace(model_pred=self.model_pred.double(), returned=returned)
+    settings: Settings
+    returned: torch.dtype  # the type of the backends' results; here it only decides what counts as finite
 
 
-def _evaluate(inputs: _Inputs) -> ReferenceOutput:
+def _checked(inputs: Inputs, options: LossOptions | None, given: Mapping[str, Any]) -> _CheckedInputs:
+    model_pred, ref_pred, target, ratio_scale, error_weight, ref_error = inputs
+    ndim = model_pred.ndim if isinstance(model_pred, Tensor) and model_pred.ndim else 4
+    settings = make_settings(ndim, options, given)
+    check_tensors(
+        model_pred,
+        ref_pred,
+        target,
+        method=settings.method,
+        ratio_scale=ratio_scale,
+        error_weight=error_weight,
+        ref_error=ref_error,
+    )
+    return _CheckedInputs(model_pred.double(), *inputs[1:], settings, stats_dtype(model_pred, ref_pred, target))
+
+
+def _evaluate(inputs: _CheckedInputs) -> ReferenceOutput:
     """§2 to §5 from top to bottom; the loss is in autograd's graph, the rest is detached."""
-    method = inputs.method
+    settings, method = inputs.settings, inputs.settings.method
 
     # §2: errors and reward gap
     target = _stacked(inputs.target, inputs.model_pred)
@@ -273,7 +220,7 @@ def _evaluate(inputs: _Inputs) -> ReferenceOutput:
         error_gap = model_error - ref_error
 
     # §3: log importance ratio. Nothing that follows lets a gradient through.
-    measured = (model_error if inputs.ratio == "posterior" else error_gap).detach()
+    measured = (model_error if settings.ratio == "posterior" else error_gap).detach()
     if inputs.ratio_scale is None:
         log_ratio = torch.zeros_like(measured)
     else:
@@ -284,12 +231,12 @@ def _evaluate(inputs: _Inputs) -> ReferenceOutput:
 
     # §4: weight, clip and mask
     importance = torch.exp(log_ratio)
-    low, high = 1 - inputs.clip_low, 1 + inputs.clip_high
+    low, high = 1 - settings.clip_low, 1 + settings.clip_high
     weight = importance.clamp(low, high)
     clipped = (importance < low) | (importance > high)
     chosen_ratio, rejected_ratio = importance.chunk(2)
-    mask = torch.minimum(chosen_ratio, rejected_ratio) >= inputs.mask_threshold
-    if method == "diffusion_dpo" or inputs.mask_threshold == 0:
+    mask = torch.minimum(chosen_ratio, rejected_ratio) >= settings.mask_threshold
+    if method == "diffusion_dpo" or settings.mask_threshold == 0:
         mask = torch.ones_like(mask)
     if method == "diffusion_dpo":
         clipped = torch.zeros_like(clipped)
@@ -298,28 +245,28 @@ def _evaluate(inputs: _Inputs) -> ReferenceOutput:
     a, b = _placement(method, weight)
     c = _error_weight(inputs, weight)
     chosen_term, rejected_term = (a * c * error_gap).chunk(2)
-    if inputs.safeguard is not None:
+    if settings.safeguard is not None:
         # §6, relatives: the same value with a share of its gradient. A gap that is not finite is left alone:
         # its difference with itself would be NaN.
         share = _rejected_share(inputs, a * c)
         let_through = rejected_term.detach() + share * (rejected_term - rejected_term.detach())
         rejected_term = torch.where(torch.isfinite(rejected_term), let_through, rejected_term)
-    logits = -0.5 * inputs.beta * (chosen_term - rejected_term)
+    logits = -0.5 * settings.beta * (chosen_term - rejected_term)
 
     penalty = _link(inputs, logits)
     of_pairs = [*model_error.chunk(2), *error_gap.chunk(2), *weight.chunk(2), logits, penalty]
     finite = torch.stack([torch.isfinite(value.detach().to(inputs.returned)) for value in of_pairs]).all(0)
-    if inputs.nonfinite == "raise" and not bool(finite.all()):
+    if settings.nonfinite == "raise" and not bool(finite.all()):
         pairs = ", ".join(str(i) for i in (~finite).nonzero().flatten().tolist())
         raise FloatingPointError(f"pairs {pairs} of {len(finite)} are not finite, expected finite errors and logits")
     pair_losses = b * mask * penalty
-    if inputs.nonfinite == "skip":
+    if settings.nonfinite == "skip":
         mask = mask & finite
         pair_losses = torch.where(finite, pair_losses, 0.0)
 
     loss = pair_losses
-    if inputs.reduction != "none":
-        loss = pair_losses.mean() if inputs.reduction == "mean" else pair_losses.sum()
+    if settings.reduction != "none":
+        loss = pair_losses.mean() if settings.reduction == "mean" else pair_losses.sum()
     return ReferenceOutput(
         loss=loss,
         model_error=model_error.detach(),
@@ -331,66 +278,62 @@ def _evaluate(inputs: _Inputs) -> ReferenceOutput:
         logits=logits.detach(),
         clipped=clipped,
         finite=finite,
-        skip_nonfinite=inputs.nonfinite == "skip",
+        skip_nonfinite=settings.nonfinite == "skip",
     )
 
 
-def _coefficient(inputs: _Inputs, out: ReferenceOutput) -> Tensor:
+def _coefficient(inputs: _CheckedInputs, out: ReferenceOutput) -> Tensor:
     """§6: the factor of ``d`` in each sample's gradient, ``[S]``; exactly 0 for a masked pair."""
-    a, b = _placement(inputs.method, out.weight)
+    a, b = _placement(inputs.settings.method, out.weight)
     c = _error_weight(inputs, out.weight)
     pairs = len(out.mask)
     elements = inputs.model_pred[0].numel()
-    divisor = pairs if inputs.reduction == "mean" else 1
-    g = b * _pull(inputs, out.logits) * 0.5 * inputs.beta / divisor
+    divisor = pairs if inputs.settings.reduction == "mean" else 1
+    g = b * _pull(inputs, out.logits) * 0.5 * inputs.settings.beta / divisor
     g = torch.where(out.mask, g, 0.0)
-    share = torch.ones_like(g) if inputs.safeguard is None else _rejected_share(inputs, a * c)
+    share = torch.ones_like(g) if inputs.settings.safeguard is None else _rejected_share(inputs, a * c)
     # chosen once more after the product, which is NaN where an infinite c meets a masked pair
     coefficient = torch.cat([g, -g * share]) * a * c * (2 / elements)
     return torch.where(torch.cat([out.mask, out.mask]), coefficient, 0.0)
 
 
-def _link(inputs: _Inputs, z: Tensor) -> Tensor:
+def _link(inputs: _CheckedInputs, z: Tensor) -> Tensor:
     """§5: ℓ(z), the loss of a logit."""
     # softplus(−z) = −log sigmoid(z); torch's softplus turns linear at 20, where it is off by 2e-9
     log_p, log_not_p = torch.nn.functional.logsigmoid(z), torch.nn.functional.logsigmoid(-z)
-    if inputs.loss_type == "ipo":
+    if inputs.settings.loss_type == "ipo":
         return (z - 0.5) ** 2
-    if inputs.loss_type == "hinge":
+    if inputs.settings.loss_type == "hinge":
         return torch.relu(1 - z)
-    if inputs.loss_type == "dmpo":
-        smoothing = _dmpo_smoothing(inputs)
+    if inputs.settings.loss_type == "dmpo":
+        smoothing = inputs.settings.smoothing
         # at |z| = 1000 both limits are long reached; without the bound an infinite logit would be 0 · ∞
         z = z.clamp(-1e3, 1e3)
         log_p, log_not_p = torch.nn.functional.logsigmoid(z), torch.nn.functional.logsigmoid(-z)
         return log_p.exp() * (log_p - math.log1p(-smoothing)) + log_not_p.exp() * (log_not_p - math.log(smoothing))
-    if inputs.label_smoothing == 0:  # else 0 · ∞ at an infinite logit
+    if inputs.settings.label_smoothing == 0:  # else 0 · ∞ at an infinite logit
         return -log_p
-    return -(1 - inputs.label_smoothing) * log_p - inputs.label_smoothing * log_not_p
+    return -(1 - inputs.settings.label_smoothing) * log_p - inputs.settings.label_smoothing * log_not_p
 
 
-def _pull(inputs: _Inputs, z: Tensor) -> Tensor:
+def _pull(inputs: _CheckedInputs, z: Tensor) -> Tensor:
     """§6: −ℓ'(z)."""
-    if inputs.loss_type == "ipo":
+    if inputs.settings.loss_type == "ipo":
         return 1 - 2 * z
-    if inputs.loss_type == "hinge":
+    if inputs.settings.loss_type == "hinge":
         return torch.where(torch.isnan(z), z, (z < 1).double())
-    if inputs.loss_type == "dmpo":
-        smoothing, z = _dmpo_smoothing(inputs), z.clamp(-1e3, 1e3)
+    if inputs.settings.loss_type == "dmpo":
+        smoothing, z = inputs.settings.smoothing, z.clamp(-1e3, 1e3)
         return torch.sigmoid(z) * torch.sigmoid(-z) * (math.log((1 - smoothing) / smoothing) - z)
-    return torch.sigmoid(-z) - inputs.label_smoothing
+    return torch.sigmoid(-z) - inputs.settings.label_smoothing
 
 
-def _dmpo_smoothing(inputs: _Inputs) -> float:
-    return max(inputs.label_smoothing, LEAST_SMOOTHING)
-
-
-def _rejected_share(inputs: _Inputs, a: Tensor) -> Tensor:
+def _rejected_share(inputs: _CheckedInputs, a: Tensor) -> Tensor:
     """§6, relatives: λ ``[B]``, by which ``safeguard`` scales the rejected sample's gradient; ``a`` is a · c."""
-    assert inputs.safeguard is not None  # the callers' question
+    assert inputs.settings.safeguard is not None  # the callers' question
     g_chosen, g_rejected = (_per_sample(a, inputs.model_pred) * _error(inputs)).detach().reshape(len(a), -1).chunk(2)
     inner = (g_chosen * g_rejected).sum(1)
-    share = (1 - inputs.safeguard) * (g_chosen**2).sum(1) / inner
+    share = (1 - inputs.settings.safeguard) * (g_chosen**2).sum(1) / inner
     return torch.where((inner > 0) & (share < 1), share, 1.0)
 
 
@@ -407,7 +350,7 @@ def _placement(method: str, weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([pair_weight, pair_weight]), torch.ones_like(pair_weight)  # sdpo
 
 
-def _error_weight(inputs: _Inputs, like: Tensor) -> Tensor:
+def _error_weight(inputs: _CheckedInputs, like: Tensor) -> Tensor:
     return torch.ones_like(like) if inputs.error_weight is None else inputs.error_weight.detach().double()
 
 
@@ -417,7 +360,7 @@ def _stacked(target: Tensor, model_pred: Tensor) -> Tensor:
     return target if target.shape[0] == model_pred.shape[0] else torch.cat([target, target])
 
 
-def _error(inputs: _Inputs) -> Tensor:
+def _error(inputs: _CheckedInputs) -> Tensor:
     """§2: d."""
     return inputs.model_pred - _stacked(inputs.target, inputs.model_pred)
 
@@ -433,3 +376,7 @@ def _mean_or_zero(value: Tensor) -> Tensor:
 def _per_sample(value: Tensor, like: Tensor) -> Tensor:
     """``[S]`` shaped so that it multiplies ``[S, ...]``."""
     return value.reshape(-1, *[1] * (like.ndim - 1))
+
+
+show_options(pair_loss)
+show_options(pair_grad)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import math
 import re
 import subprocess
@@ -43,7 +44,7 @@ pytestmark = pytest.mark.skipif(
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 OPTIONS: dict[str, Any] = {"method": "sipo", "beta": 3.0, "mask_threshold": 0.0}
-SETTINGS = Settings("sipo", 3.0, "posterior", 0.1, 0.1, 0.0, "mean", False)
+SETTINGS = Settings(beta=3.0, mask_threshold=0.0)
 KEEP, STREAM, NORMAL = range(3)  # kinds of policies in emulate.h
 
 
@@ -214,7 +215,7 @@ def watch_forward(watched: Any, case: Case, batch: Batch, with_grad: bool, **opt
         if not with_grad:
             counts.append(watched(case, *batch[:3]))
         inputs = Inputs(batch.model_pred.detach(), *batch[1:4])
-        stats = cuda.forward(inputs, SETTINGS._replace(**options), with_grad=with_grad)
+        stats = cuda.forward(inputs, dataclasses.replace(SETTINGS, **options), with_grad=with_grad)
     return counts[0], stats
 
 
@@ -389,7 +390,7 @@ def test_same_bits_fused_mended_and_alone(mix: Any, elements: int, shared: bool)
     inputs = Inputs(model, *batch[1:4])
     stats = F64 if F64 in mix else F32
     for reduction in ("mean", "none"):
-        settings = SETTINGS._replace(mask_threshold=0.9, reduction=reduction)
+        settings = dataclasses.replace(SETTINGS, mask_threshold=0.9, reduction=reduction)
         plain = cuda.forward(inputs, settings)
         coef = plain.samples[5]
         for value in UPSTREAMS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -213,7 +214,7 @@ def test_compiled_whole_while_shapes_and_beta_change(dynamic: bool | None) -> No
     # What is traced is in question here, and not the code that is made of it.
     compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for pairs, beta, smoothing in ((2, 300.0, 0.1), (3, 300.0, 0.1), (3, 17.5, 0.1), (5, 4000.0, 0.2)):
-        loss_fn.beta, loss_fn.label_smoothing = beta, smoothing
+        loss_fn.options = dataclasses.replace(loss_fn.options, beta=beta, label_smoothing=smoothing)
         batch = make_batch((2 * pairs, 4, 3, 5), distance=0.01, seed=pairs, device=DEVICE)
         timesteps = torch.arange(100, 100 + pairs, device=DEVICE) * 7
         loss, accuracy = step(*batch[:3], timesteps)

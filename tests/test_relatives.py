@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor
 from sipo import NoiseSchedule, SIPOLoss
 from sipo.recipe.config import LossConfig
 from sipo_kernels import METHODS, pair_loss, reference
-from sipo_kernels.options import LOSS_TYPES, Settings
+from sipo_kernels.options import DEFAULTS, LOSS_TYPES
 from sipo_kernels.testing import Batch, beta_for, make_batch, reference_grad, run, run_reference
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -242,8 +241,7 @@ def published(model: Tensor, batch: Batch, beta: float, loss_type: str, smoothin
 
 
 def aligned_batch(shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...] = (F32,) * 3, **options: Any) -> Batch:
-    """As :func:`sipo_kernels.testing.make_batch`, rejected samples' errors being like chosen samples', as of shared noise; the "
-    "last pair's opposed."""
+    """A batch whose rejected samples err as the chosen ones do, as with shared noise; the last pair the other way."""
     batch = make_batch(shape, (F64,) * 3, **options)
     pairs = shape[0] // 2
     target = batch.target if batch.target.shape[0] == shape[0] else torch.cat([batch.target] * 2)
@@ -548,7 +546,7 @@ def test_every_setting_reaches_the_operator() -> None:
     """Settings go to it in order: one that is missing there would shift the others."""
     schema = torch.ops.sipo.pair_loss.default._schema
     names = [argument.name for argument in schema.arguments]
-    assert names[6:] == [*Settings._fields, "backend"]
+    assert names[6:] == [*DEFAULTS, "backend"]
 
 
 @pytest.mark.parametrize(
@@ -583,15 +581,12 @@ def test_errors(options: dict[str, Any], message: str) -> None:
 
 def test_module_and_configuration_hand_them_on() -> None:
     config = LossConfig(beta=50.0, loss_type="dmpo", label_smoothing=0.1, safeguard=0.5, mask_threshold=0.0)
-    options = dataclasses.asdict(config)
-    del options["num_inference_steps"]
     batch = aligned_batch((4, 2, 3, 3))
     schedule, timesteps = NoiseSchedule.discrete(), torch.tensor([300, 700])
-    out = SIPOLoss(schedule, **options)(*batch[:3], timesteps)
+    out = SIPOLoss(schedule, options=config)(*batch[:3], timesteps)
     (grad,) = torch.autograd.grad(out.loss, batch.model_pred)
     scaled = batch._replace(ratio_scale=schedule.ratio_scale(timesteps).repeat(2))
-    del options["backend"]
-    exact = reference_grad(scaled, **options)
+    exact = reference_grad(scaled, **config.values())
     torch.testing.assert_close(grad.double(), exact, rtol=1e-5, atol=1e-6 * exact.abs().max().item())
 
 

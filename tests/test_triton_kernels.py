@@ -232,7 +232,7 @@ def poisoned() -> Iterator[None]:
 
 
 def _settings(**changes: Any) -> Settings:
-    return Settings("sipo", 3.0, "posterior", 0.1, 0.1, 0.0, "mean", False)._replace(**changes)
+    return Settings(**({"beta": 3.0, "mask_threshold": 0.0} | changes))
 
 
 def _inputs(batch: Batch, ref_error: torch.Tensor | None = None) -> Inputs:
@@ -318,7 +318,7 @@ def test_masked_and_broken_pairs_stay_alone(small_device: Device, poisoned: None
     model[3, 1, 5], model[8, 0, 0] = math.inf, math.nan  # whatever a masked pair holds
     model[6, 2, 100] = math.nan  # rejected sample of pair 1, which is not masked
     before, _ = _both_ways(clean, mask_threshold=0.1, reduction="none")
-    after, two = _both_ways(Batch(model, *clean[1:3], scale), mask_threshold=0.1, reduction="none", skip_nonfinite=True)
+    after, two = _both_ways(Batch(model, *clean[1:3], scale), mask_threshold=0.1, reduction="none", nonfinite="skip")
     _assert_same_bits(after, two)
     assert after.mask.tolist() == [True, False, True, False, True]
     for sample in (1, 3, 6, 8):
@@ -481,7 +481,9 @@ def test_numbers_and_totals_are_those_of_the_fields(method: str, poisoned: None)
     timesteps[7:10] = torch.tensor([-5.0, math.nan, math.inf])
     got, want = _totals(timesteps), _totals(timesteps)
     for reduction, skip in (("mean", False), ("none", True)):
-        settings = _settings(method=method, mask_threshold=0.9, reduction=reduction, skip_nonfinite=skip)
+        settings = _settings(
+            method=method, mask_threshold=0.9, reduction=reduction, nonfinite="skip" if skip else "propagate"
+        )
         stats = triton_kernels.forward(inputs, settings, totals=got)
         rows = stats.samples.unbind()
         clip = None if method == "diffusion_dpo" else (0.9, 1.1)

@@ -68,7 +68,7 @@ def gradient_spread(
             model_pred = task.predict(policy, noisy, both, classes)
             for name, loss_fn in losses.items():
                 out = loss_fn(model_pred, ref_pred, target, both)
-                grads = torch.autograd.grad(out.loss / loss_fn.beta, parameters, retain_graph=True)
+                grads = torch.autograd.grad(out.loss / loss_fn.options.beta, parameters, retain_graph=True)
                 gradients[name].append(torch.cat([g.flatten() for g in grads]).double())
                 active[name].append(out.mask.double().mean().item())
         for name in losses:

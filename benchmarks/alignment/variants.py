@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -52,15 +53,14 @@ class MaskedByReference(torch.nn.Module):
 
     def __init__(self, loss_fn: SIPOLoss) -> None:
         super().__init__()
-        self.schedule, self.beta, self.method = loss_fn.schedule, loss_fn.beta, loss_fn.method
+        self.schedule, self.options = loss_fn.schedule, loss_fn.options
         self.loss_fn = loss_fn
-        self.mask_threshold = loss_fn.mask_threshold
-        loss_fn.mask_threshold = 0.0
+        loss_fn.options = dataclasses.replace(loss_fn.options, mask_threshold=0.0)
 
     def forward(self, model_pred: Tensor, ref_pred: Tensor, target: Tensor, timesteps: Tensor) -> PairLossOutput:
         with torch.no_grad():
             ratio = self.loss_fn(ref_pred, ref_pred, target, timesteps).log_ratio.exp()
-            mask = torch.minimum(*ratio.chunk(2)) >= self.mask_threshold
+            mask = torch.minimum(*ratio.chunk(2)) >= self.options.mask_threshold
         # An error weight of 0 takes a pair's gradient away exactly (docs/math.md §6) and leaves a constant in the loss.
         out: PairLossOutput = self.loss_fn(
             model_pred, ref_pred, target, timesteps, error_weight=mask.repeat(2).double()
@@ -73,7 +73,7 @@ class ChosenOnly(torch.nn.Module):
 
     def __init__(self, loss_fn: SIPOLoss) -> None:
         super().__init__()
-        self.schedule, self.beta, self.method = loss_fn.schedule, loss_fn.beta, SFT
+        self.schedule, self.options = loss_fn.schedule, loss_fn.options
         self.loss_fn = loss_fn
 
     def forward(self, model_pred: Tensor, ref_pred: Tensor, target: Tensor, timesteps: Tensor) -> PairLossOutput:

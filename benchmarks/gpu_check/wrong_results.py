@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -333,11 +334,11 @@ class SkipIgnored(Faulty):
     """``nonfinite="skip"`` does nothing."""
 
     def forward(self, inputs: Inputs, settings: Settings, **options: Any) -> Stats:
-        return super().forward(inputs, settings._replace(skip_nonfinite=False), **options)
+        return super().forward(inputs, dataclasses.replace(settings, nonfinite="propagate"), **options)
 
 
 class MaskIgnored(Faulty):
     """``mask_threshold`` does nothing."""
 
     def forward(self, inputs: Inputs, settings: Settings, **options: Any) -> Stats:
-        return super().forward(inputs, settings._replace(mask_threshold=0.0), **options)
+        return super().forward(inputs, dataclasses.replace(settings, mask_threshold=0.0), **options)

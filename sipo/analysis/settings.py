@@ -72,15 +72,14 @@ def in_force(settings: dict[str, Any]) -> dict[str, Any]:
 def loss_numbers(settings: dict[str, Any]) -> tuple[float | None, float | None]:
     """β and the mask's threshold, where the settings say them or say what their defaults hang on."""
     from sipo.families import get
-    from sipo.loss import SIPOLoss
-    from sipo.schedule import NoiseSchedule
+    from sipo_kernels import LossOptions
 
     method = settings.get("loss.method", settings.get("method"))
     if method is None:
         return None, None
-    loss_fn = SIPOLoss(NoiseSchedule.discrete(), method=method)
+    options = LossOptions(method=method)
     beta = settings.get("loss.beta", settings.get("beta"))
     if beta is None and "model.family" in settings:
-        beta = loss_fn.default_beta(5 if get(settings["model.family"]).video else 4)
-    threshold = settings.get("loss.mask_threshold", loss_fn.mask_threshold)
+        beta = options.beta_for(5 if get(settings["model.family"]).video else 4)
+    threshold = settings.get("loss.mask_threshold", options.mask_threshold)
     return beta, 0.0 if method == "diffusion_dpo" else threshold

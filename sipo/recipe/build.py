@@ -427,17 +427,8 @@ def _load_network(run: RunContext, dtype: str) -> nn.Module:
 
 
 def make_loss(run: RunContext) -> SIPOLoss:
-    """The configured loss.
-
-    Raises:
-        ConfigError: a setting outside its range.
-    """
-    options = dataclasses.asdict(run.config.loss)
-    del options["num_inference_steps"]  # in the schedule already
-    try:
-        return SIPOLoss(run.schedule, **options)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"loss.{error}") from error
+    """Makes the loss of the configuration."""
+    return SIPOLoss(run.schedule, backend=run.config.loss.backend, options=run.config.loss)
 
 
 def loss_beta(run: RunContext, loss_fn: SIPOLoss) -> float:

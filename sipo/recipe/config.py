@@ -20,6 +20,8 @@ from sipo.families.config import ModelConfig
 from sipo.files import FileError, expand, short
 from sipo.training.config import TrainingConfig
 from sipo.yaml_files import parse_yaml, read_yaml
+from sipo_kernels.backends import BACKENDS
+from sipo_kernels.options import LossOptions, check_choice
 
 _LARGEST = 1 << 63
 TOY = "toy"
@@ -43,21 +45,22 @@ class ConfigError(ValueError):
 
 
 @dataclass(frozen=True)
-class LossConfig:
-    """Arguments of :class:`sipo.SIPOLoss`, under the same names."""
+class LossConfig(LossOptions):
+    """The ``loss`` section: the options of the loss, and what else :class:`sipo.SIPOLoss` takes.
 
-    method: str = "sipo"
-    beta: float | None = None
+    Attributes:
+        num_inference_steps: steps of the sampler in the importance ratio (docs/math.md §3); ``None`` for 50.
+        backend: "auto", or one of ``sipo_kernels.backends.BACKENDS``.
+    """
+
     num_inference_steps: int | None = None
-    ratio: str = "posterior"
-    clip_low: float = 0.1
-    clip_high: float = 0.1
-    mask_threshold: float = 0.9
-    nonfinite: str = "propagate"
-    loss_type: str = "sigmoid"
-    label_smoothing: float = 0.0
-    safeguard: float | None = None
     backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("backend", self.backend, ("auto", *BACKENDS))
+        if self.reduction == "none":
+            raise ValueError("reduction='none': expected 'mean' or 'sum', since training needs one number")
 
 
 @dataclass(frozen=True)
