@@ -656,7 +656,9 @@ def start(**changes: Any) -> UntrainedFacts:
     line = {"step": 0, "kind": "discrete", "levels": 1000, "bins": 10, "pairs": 100}
     line |= {"count": [10] * 10, "nonfinite": [0] * 10, **values}
     line |= {name: changes.pop(name) for name in list(changes) if name in line}
-    return UntrainedFacts(**({"line": line, "drawn": [0.1] * 10, "highest": 49, "beta": 1000.0, "threshold": 0.9} | changes))
+    return UntrainedFacts(
+        **({"line": line, "drawn": [0.1] * 10, "highest": 49, "beta": 1000.0, "threshold": 0.9} | changes)
+    )
 
 
 def test_verdicts_before_training() -> None:

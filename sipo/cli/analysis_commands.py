@@ -80,8 +80,9 @@ def _analyze(options: argparse.Namespace) -> int:
 
 @one_line_errors
 def _analyze_start(options: argparse.Namespace) -> int:
-    from sipo.analysis.probe import LEVELS, PAIRS, analyze_start
+    from sipo.analysis.untrained import LEVELS, PAIRS
     from sipo.recipe import config as configuration
+    from sipo.recipe.analyze_start import analyze_start
 
     config = configuration.load(options.target, options.overrides)
     pairs = PAIRS if options.pairs is None else options.pairs

@@ -1,36 +1,28 @@
-"""``sipo analyze CONFIG.yaml``: a model and its data before any training, by noise level."""
+"""A model and its data before any training: statistics by noise level, the verdict on them and the page."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from sipo.analysis import figures
 from sipo.analysis.facts import is_plain, let_go
 from sipo.analysis.figures import finite
 from sipo.analysis.page import Page, Picture
-from sipo.analysis.report import PAGE, gradient_coefficient, gradient_share
-from sipo.analysis.settings import flat, in_force
+from sipo.analysis.report import gradient_coefficient, gradient_share
 from sipo.analysis.verdicts import LOOSE, Finding, percent, sort
+from sipo.batch import PairBatch
 from sipo.families.base import evaluating
-from sipo.files import check_output, write_aside
-from sipo.recipe.build import Run, build, datasets, loss_beta, make_loss, open_run, prepare_data
-from sipo.recipe.checks import check_run
-from sipo.recipe.config import Config
+from sipo.protocols import PairDataset
 from sipo.training.forward import PairForward
 from sipo.training.statistics import NoiseBins, TimestepStatistics
 from sipo.training.stream import step_timesteps
-
-BEFORE = "before.html"
-"""The page, beside ``report.html`` of the run."""
 
 PAIRS, LEVELS = 32, 50
 
@@ -41,7 +33,7 @@ _DRAWN = 1 << 16  # timesteps that say how often each level comes in training
 
 
 @dataclass(frozen=True)
-class Probe:
+class UntrainedFacts:
     """The untrained policy over the data, by noise level.
 
     Attributes:
@@ -67,90 +59,71 @@ class Probe:
         return math.fsum(d * v for d, v in found) / total if total else math.nan
 
 
-def analyze_start(
-    config: Config, output: Path | None = None, *, pairs: int = PAIRS, levels: int = LEVELS
-) -> tuple[Path, list[Finding]]:
-    """Writes the report of a model with its data, without training it; encodes what the cache lacks.
+def measure_untrained(
+    policy: nn.Module,
+    forward: PairForward,
+    dataset: PairDataset,
+    *,
+    beta: float,
+    pairs: int,
+    levels: int,
+    batch_size: int,
+    seed: int,
+    distribution: str,
+) -> UntrainedFacts:
+    """Measures the untrained policy against its reference at every noise level, without updating it.
 
     Args:
-        config: the run that it would be.
-        output: the page; ``before.html`` in ``training.output_dir`` if left out.
-        pairs: to look at, the first of the training set.
-        levels: of noise, evenly over the schedule.
-
-    Returns:
-        The page, and the verdict.
-
-    Raises:
-        ConfigError, CacheError, BadPairError, DataError: as for training.
-        OSError, ValueError: an output that cannot be written; a number out of its range.
+        policy: network on its device, run in evaluation mode and restored to its previous mode.
+        forward: computes the loss, a :class:`sipo.SIPOLoss`, and holds the reference.
+        dataset: the training pairs.
+        beta: β of the loss, for the report.
+        pairs: number of pairs to measure, taken from the start of ``dataset``.
+        levels: number of noise levels, spaced evenly over the schedule.
+        batch_size: pairs in one forward pass.
+        seed: of the noise and of the timesteps that training would draw.
+        distribution: of the timesteps in training.
     """
-    for name, value in (("pairs", pairs), ("levels", levels)):
-        if value < 1:
-            raise ValueError(f"{name}={value}: expected at least 1")
-    output = config.training.folder / BEFORE if output is None else output
-    check_output(output, *PAGE)
-    run = open_run(with_network(config))
-    check_run(run, "analyze")
-    found = probe(run, pairs=pairs, levels=levels)
-    findings = judge_start(found)
-    write_aside(output, probe_page(config, found, findings).html())
-    return output, findings
-
-
-def with_network(config: Config) -> Config:
-    """The same with draws of our own and a network as the reference, also where training would take its errors."""
-    kind = "auto" if config.model.reference == "errors" else config.model.reference
-    model = dataclasses.replace(config.model, reference=kind)
-    return dataclasses.replace(
-        config, model=model, data=dataclasses.replace(config.data, draws=0, reference_errors=False)
-    )
-
-
-def probe(run: Run, *, pairs: int, levels: int) -> Probe:
-    """Forward passes of the untrained policy and of its reference at every level, without any update."""
-    loss_fn = make_loss(run)
-    cache = prepare_data(run, progress=run.config.training.progress).cache
-    dataset, _ = datasets(run, cache, None)
-    policy, reference = build(run)
-    device = run.accelerator.device
-    policy.to(device)
-    forward = PairForward(
-        loss_fn, run.family.predict, reference, run.accelerator, offload=run.config.model.reference_offload
-    )
-    bins = NoiseBins.of(run.schedule, levels)
+    loss_fn: Any = forward.loss_fn
+    device = forward.device
+    bins = NoiseBins.of(loss_fn.schedule, levels)
     assert bins is not None  # every family's schedule has a known kind
     statistics = TimestepStatistics(loss_fn, bins, device)
-    size, seed = run.config.training.train_batch_size, run.config.training.seed
     groups = getattr(dataset, "groups", None) or [range(len(dataset))]
-    rows = [row for group in groups for row in group if row < pairs]
+    measured = [[row for row in group if row < pairs] for group in groups]
+    count = sum(len(rows) for rows in measured)
     highest = torch.zeros((), dtype=torch.float32, device=device)
     dropped = torch.zeros((), dtype=torch.bool, device=device)
     with torch.no_grad(), evaluating(policy.modules()):
-        for batch_rows, batch in _batches(dataset, groups, pairs, size):
+        for rows, batch in _batches(dataset, measured, batch_size):
             for level in range(bins.bins):
-                timesteps = _within(bins, level, batch_rows, len(rows))
-                positions = [row * bins.bins + level for row in batch_rows]
-                totals = statistics.totals()
-                output, on_device = forward(policy, batch, positions, timesteps, seed=seed, totals=totals)
+                timesteps = _within(bins, level, rows, count)
+                positions = [row * bins.bins + level for row in rows]
+                output, on_device = forward(policy, batch, positions, timesteps, seed=seed, totals=statistics.totals())
                 out = ~output.mask & output.logits.isfinite()  # type: ignore[attr-defined]
                 highest = torch.maximum(highest, torch.where(out, on_device, 0).max())
                 dropped |= out.any()
     line = statistics.take(0, statistics.window.flatten().tolist())
     assert line is not None
-    threshold = 0.0 if loss_fn.method == "diffusion_dpo" else loss_fn.mask_threshold
-    plain = is_plain(loss_fn.loss_type, loss_fn.label_smoothing)
-    top = highest.item() if dropped else None
-    return Probe(line, _drawn(run, bins), top, loss_beta(run, loss_fn), threshold, plain)
+    drawn = step_timesteps(loss_fn.schedule, _DRAWN, 0, seed, distribution)
+    return UntrainedFacts(
+        line=line,
+        drawn=(torch.bincount(bins(drawn), minlength=bins.bins) / _DRAWN).tolist(),
+        highest=highest.item() if dropped else None,
+        beta=beta,
+        threshold=0.0 if loss_fn.options.method == "diffusion_dpo" else loss_fn.options.mask_threshold,
+        plain=is_plain(loss_fn.options.loss_type, loss_fn.options.label_smoothing),
+    )
 
 
-def _batches(dataset: Any, groups: Sequence[Sequence[int]], pairs: int, size: int) -> Any:
-    """Rows and batch, of the first pairs, those of one shape together."""
+def _batches(
+    dataset: PairDataset, groups: Sequence[Sequence[int]], size: int
+) -> Iterator[tuple[Sequence[int], PairBatch]]:
+    """Yields rows and their batch; the pairs of a batch have one shape."""
     for group in groups:
-        rows = [row for row in group if row < pairs]
-        for start in range(0, len(rows), size):
-            chosen = rows[start : start + size]
-            yield chosen, default_collate([dataset[row] for row in chosen])
+        for start in range(0, len(group), size):
+            rows = group[start : start + size]
+            yield rows, PairBatch.of_items(default_collate([dataset[row] for row in rows]))
 
 
 def _within(bins: NoiseBins, level: int, rows: Sequence[int], pairs: int) -> Tensor:
@@ -160,28 +133,22 @@ def _within(bins: NoiseBins, level: int, rows: Sequence[int], pairs: int) -> Ten
     return levels.long() if bins.kind == "discrete" else levels.float()
 
 
-def _drawn(run: Run, bins: NoiseBins) -> list[float]:
-    training = run.config.training
-    timesteps = step_timesteps(run.schedule, _DRAWN, 0, training.seed, training.timestep_distribution)
-    return (torch.bincount(bins(timesteps), minlength=bins.bins) / _DRAWN).tolist()
-
-
 # ---- What it says ----
 
 
-def judge_start(found: Probe) -> list[Finding]:
+def judge_untrained(found: UntrainedFacts) -> list[Finding]:
     """What holds before the first step, the headline first."""
-    rules: Sequence[Callable[[Probe], Finding | None]] = (_nonfinite, _mask, _differs, _leash, _clip, _spread)
+    rules: Sequence[Callable[[UntrainedFacts], Finding | None]] = (_nonfinite, _mask, _differs, _leash, _clip, _spread)
     if not sum(found.line["count"]):  # nothing else has a number
         rules = rules[:1]
     return sort([finding for rule in rules if (finding := rule(found)) is not None])
 
 
-def _level(found: Probe, level: float) -> str:
+def _level(found: UntrainedFacts, level: float) -> str:
     return f"t = {level:.0f}" if found.line["kind"] == "discrete" else f"σ = {level:.3g}"
 
 
-def _mask(found: Probe) -> Finding | None:
+def _mask(found: UntrainedFacts) -> Finding | None:
     if not found.threshold:
         return None
     share = 1 - found.mean("active")
@@ -204,7 +171,7 @@ def _mask(found: Probe) -> Finding | None:
     return Finding("mask", "problem" if share > 0.9 else "warning", sentence, evidence, advice)
 
 
-def _leash(found: Probe) -> Finding | None:
+def _leash(found: UntrainedFacts) -> Finding | None:
     if not found.plain:
         return None
     ref = (found.mean("ref_error_chosen") + found.mean("ref_error_rejected")) / 2
@@ -225,7 +192,7 @@ def _leash(found: Probe) -> Finding | None:
     return Finding("beta", "warning", sentence, evidence, advice)
 
 
-def _clip(found: Probe) -> Finding | None:
+def _clip(found: UntrainedFacts) -> Finding | None:
     if not found.threshold:
         return None
     share = found.mean("clipped")
@@ -233,7 +200,7 @@ def _clip(found: Probe) -> Finding | None:
     return Finding("clip", "note", sentence, (f"the mean weight is {found.mean('weight'):.3f} (`weight_mean`)",))
 
 
-def _spread(found: Probe) -> Finding | None:
+def _spread(found: UntrainedFacts) -> Finding | None:
     shares = [d * g for d, g in zip(found.drawn, finite(found.line["grad_sq"]), strict=True) if not math.isnan(g)]
     total = sum(shares)
     if not total:
@@ -247,7 +214,7 @@ def _spread(found: Probe) -> Finding | None:
     return Finding("spread", "note", sentence, ("at the outputs, before the network's own weights (docs/math.md §6)",))
 
 
-def _differs(found: Probe) -> Finding | None:
+def _differs(found: UntrainedFacts) -> Finding | None:
     rms = math.sqrt(max(0.0, found.mean("logits_sq")))
     if not rms > 0.1:
         return None
@@ -260,7 +227,7 @@ def _differs(found: Probe) -> Finding | None:
     )
 
 
-def _nonfinite(found: Probe) -> Finding | None:
+def _nonfinite(found: UntrainedFacts) -> Finding | None:
     broken = sum(found.line["nonfinite"])
     if not broken:
         return None
@@ -273,12 +240,20 @@ def _nonfinite(found: Probe) -> Finding | None:
     )
 
 
-def probe_page(config: Config, found: Probe, findings: Sequence[Finding]) -> Page:
-    """The page of a model and its data before training."""
+def untrained_page(
+    family: str, method: str, found: UntrainedFacts, findings: Sequence[Finding], settings: dict[str, Any]
+) -> Page:
+    """The page on a model and its data before training.
+
+    Args:
+        family, method: names of the model's family and of the loss's method.
+        found, findings: what was measured, and the verdict.
+        settings: flat settings to list on the page.
+    """
     line = found.line
     about = (
         f"No training: {line['pairs'] // line['bins']} pairs at {line['bins']} noise levels each, policy = reference. "
-        f"{config.loss.method}, beta = {found.beta:g}."
+        f"{method}, beta = {found.beta:g}."
     )
     mask = (found.threshold, f"mask: pairs below {found.threshold:g} are left out") if found.threshold else None
 
@@ -311,9 +286,9 @@ def probe_page(config: Config, found: Probe, findings: Sequence[Finding]) -> Pag
         gradient_share(line, found.drawn),
     ]
     return Page(
-        f"Report: {config.model.family} before training",
+        f"Report: {family} before training",
         about,
         findings,
         [("By noise level", "Means over an even grid of noise levels.", pictures)],
-        in_force(flat(config.as_dict())),
+        settings,
     )
