@@ -1,6 +1,6 @@
 """Data sets of pairs for the training loop, read from a cache: each pair once, or each at its fixed draws.
 
-Both meet :class:`sipo.training.PairDataset`, open files only in the process that reads them, and may be sent to
+Both meet :class:`sipo.protocols.PairDataset`, open files only in the process that reads them, and may be sent to
 data loader workers.
 """
 

@@ -435,7 +435,7 @@ class Family(ABC):
 
     @abstractmethod
     def predict(self, module: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Any) -> Tensor:
-        """Meets :class:`sipo.training.Predict`: ``module`` may be wrapped (DDP) or hold adapters.
+        """Meets :class:`sipo.protocols.Predict`: ``module`` may be wrapped (DDP) or hold adapters.
 
         Args:
             module: the network, called as a module.

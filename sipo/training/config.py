@@ -59,7 +59,7 @@ class TrainingInterruptedError(RuntimeError):
 
 
 class TrainingAlarmError(RuntimeError):
-    """An alarm of ``sipo.training.statistics`` went off and the configuration says to stop: a checkpoint was written.
+    """An alarm of ``sipo.training.alarms`` went off and the configuration says to stop: a checkpoint was written.
 
     Attributes:
         step: optimiser steps done.
