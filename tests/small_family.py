@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from sipo.cache.precompute import precompute_pairs
 from sipo.cache.summary import CacheSummary
+from sipo.data.config import DataConfig
 from sipo.data.records import PairRecord
 from sipo.families.base import Condition, Family, as_floats
-from sipo.recipe.config import DataConfig, ModelConfig
+from sipo.families.config import ModelConfig
 
 TOKENS, WIDTH = 8, 4
 MODEL = ModelConfig(family="small", pretrained_model_name_or_path="nowhere")

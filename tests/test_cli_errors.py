@@ -21,10 +21,12 @@ from torch.utils.data import DataLoader, Dataset
 from sipo import cli
 from sipo.cache.format import CacheError
 from sipo.cli import errors as cli_errors
+from sipo.data.config import DataConfig
 from sipo.families import base, tuning
+from sipo.families.config import ModelConfig
 from sipo.locks import LockWarning
 from sipo.processes import OtherProcessError
-from sipo.recipe.config import Config, DataConfig, ModelConfig
+from sipo.recipe.config import Config
 from sipo.training import TrainingConfig, TrainingDivergedError, TrainingInterruptedError
 
 

@@ -372,12 +372,13 @@ def test_real_families_from_files_to_reference_errors(tmp_path: Path, name: str)
     from sipo.cache.pairs import CachedPairs, DrawnPairs
     from sipo.cache.precompute import precompute_pairs
     from sipo.cache.reference_errors import precompute_references
+    from sipo.data.config import DataConfig
     from sipo.data.media import fit, read_media
     from sipo.data.readers import open_pairs
     from sipo.data.toy import make_toy_pairs
     from sipo.families import get
+    from sipo.families.config import ModelConfig
     from sipo.families.toy import build_toy
-    from sipo.recipe.config import DataConfig, ModelConfig
 
     family = get(name)
     frames = 9 if family.video else 1
