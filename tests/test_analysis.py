@@ -31,7 +31,6 @@ from sipo.analysis.facts import (
 from sipo.analysis.report import ends, read_run, regroup, report_run
 from sipo.analysis.untrained import UntrainedFacts, judge_untrained
 from sipo.analysis.verdicts import Finding, judge
-from sipo.cli import analysis_commands as cli_analysis
 from sipo.demo.digits import Digits, InkPairs, load_digits
 from sipo.demo.model import load_base, predict
 from sipo.recipe import config as configuration
@@ -575,7 +574,7 @@ def test_what_cannot_be_asked_is_one_line(
     for arguments in (["--pairs", "3"], ["--levels", "3"], ["loss.beta=3"]):
         assert cli.main(["analyze", str(tmp_path), *arguments]) == 2
         assert "is for a YAML file" in capsys.readouterr().err
-    monkeypatch.setattr(cli_analysis, "missing_packages", lambda packages: ", ".join(packages.values()))
+    monkeypatch.setattr("sipo.cli.analyze.missing_packages", lambda packages: ", ".join(packages.values()))
     assert cli.main(["analyze", str(tmp_path)]) == 2
     assert "this needs accelerate, matplotlib, pyyaml: pip install 'sipo[train]'" in capsys.readouterr().err
     monkeypatch.undo()

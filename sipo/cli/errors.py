@@ -49,19 +49,10 @@ class CommandError(Exception):
     """What a user did wrong, or what went wrong, in one line."""
 
 
-def path_or_id(text: str) -> str:
-    """Type of an argument that may be a path: as :func:`sipo.files.expand` fills it in."""
-    from sipo.files import expand
-
-    try:
-        return expand(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def path(text: str) -> Path:
-    """The same as a path."""
-    return Path(path_or_id(text))
+def check_exists(target: Path) -> None:
+    """Refuses a run's folder or a configuration that does not exist."""
+    if not target.exists():
+        raise CommandError(f"{target}: no such file or folder, expected the folder of a run or a YAML file")
 
 
 def missing_packages(packages: Mapping[str, str]) -> str:

@@ -1,0 +1,40 @@
+"""``sipo precompute``: encodes the pairs of a configuration before training."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from sipo.cli.arguments import add_config
+from sipo.cli.errors import one_line_errors
+
+
+def add(commands: Any) -> None:
+    """Adds the command to the parser's subcommands."""
+    parser = commands.add_parser(
+        "precompute",
+        help="encode the pairs of a configuration, and what else it wants beforehand",
+        description="Writes latents, text embeddings and, where asked for, the reference's errors "
+        "into data.cache. What is there is checked and kept, so that it goes on where it was stopped; "
+        "what has changed since is encoded anew.",
+    )
+    add_config(parser)
+    parser.add_argument(
+        "--verify", action="store_true", help="read every file again, also where size, times and inode are as they were"
+    )
+    parser.set_defaults(run=_precompute)
+
+
+@one_line_errors
+def _precompute(options: argparse.Namespace) -> int:
+    from sipo.recipe import config as configuration
+    from sipo.recipe.build import open_run, prepare_data
+    from sipo.recipe.preflight import check_run
+
+    config = configuration.load(options.config, options.overrides)
+    run = open_run(config)
+    check_run(run, "precompute")
+    summary = prepare_data(run, repair=True, verify=options.verify, progress=config.training.progress).summary
+    if run.accelerator.is_main_process and summary is not None:
+        print(summary.describe())
+    return 0

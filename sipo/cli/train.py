@@ -1,0 +1,67 @@
+"""``sipo train``: aligns a model as a configuration says."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import sys
+from typing import Any
+
+from sipo.cli.arguments import add_config
+from sipo.cli.errors import INTERRUPTED, CommandError, one_line_errors, tell
+
+
+def add(commands: Any) -> None:
+    """Adds the command to the parser's subcommands."""
+    parser = commands.add_parser(
+        "train",
+        help="align a model as a YAML file says",
+        description="Aligns a model on preference pairs: encodes them once, trains, and saves what diffusers loads. "
+        "`accelerate launch -m sipo train CONFIG` runs it on many processes.",
+    )
+    add_config(parser)
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
+    parser.set_defaults(run=_train)
+
+
+@one_line_errors
+def _train(options: argparse.Namespace) -> int:
+    from sipo.analysis.facts import describe_held_out
+    from sipo.recipe import config as configuration
+    from sipo.recipe.train import run_training
+    from sipo.training import TrainingAlarmError, TrainingInterruptedError, make_accelerator
+
+    config = configuration.load(options.config, options.overrides)
+    accelerator = make_accelerator(config.training)
+    if accelerator.is_main_process:
+        _print_config(config)
+    command = f"`{' '.join(['sipo train', str(options.config), *options.overrides, '--resume'])}`"
+    if accelerator.num_processes > 1:  # how they were launched is not known here
+        command = "the same command with --resume"
+    try:
+        trained = run_training(config, resume=options.resume, accelerator=accelerator)
+    except TrainingAlarmError as alarm:
+        message = f"{alarm.said}; {command} goes on from there" if alarm.checkpoint else str(alarm)
+        raise CommandError(message) from alarm
+    except TrainingInterruptedError as stop:
+        if accelerator.is_main_process:
+            tell(f"sipo: stopped after step {stop.step}; {command} goes on from there")
+        return INTERRUPTED
+    if accelerator.is_main_process:
+        if trained.result.validation:
+            print(f"held out: {describe_held_out(trained.result.validation)}")
+        print(f"weights, and how to load them: {trained.weights / 'README.md'}")
+    return 0
+
+
+def _print_config(config: Any) -> None:
+    """Prints the whole configuration as YAML."""
+    import yaml
+
+    readable = (sys.stdout.encoding or "").lower().startswith("utf")  # other encodings lack some letters
+    try:
+        print(yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=readable), flush=True)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise CommandError(f"standard output: {error.strerror}") from error
