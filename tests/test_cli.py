@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import subprocess
 import sys
 import warnings
@@ -107,14 +108,14 @@ def test_doctor_names_reason_and_remedy_of_what_cannot_run() -> None:
 
 
 def test_doctor_works_without_the_optional_packages(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
-    real = cli.importlib.metadata.version
+    real = importlib.metadata.version
 
     def version(name: str) -> str:
         if name in ("diffusers", "scikit-learn"):
-            raise cli.importlib.metadata.PackageNotFoundError(name)
+            raise importlib.metadata.PackageNotFoundError(name)
         return real(name)
 
-    monkeypatch.setattr(cli.importlib.metadata, "version", version)
+    monkeypatch.setattr(importlib.metadata, "version", version)
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "  diffusers     not installed: pip install 'sipo[train]'\n" in out

@@ -263,6 +263,30 @@ def test_a_process_whose_output_nobody_reads_ends_quietly() -> None:
     process.stderr.close()
 
 
+@pytest.mark.parametrize("arguments", [["--debug", "verify"], ["verify", "--debug"], ["verify"]])
+def test_debug_shows_the_traceback_that_a_one_line_error_hides(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sipo.recipe.verify.verify_run", _raiser(CacheError("damaged")))
+    assert cli.main([*arguments, "nowhere"]) == 2
+    *before, last = capsys.readouterr().err.splitlines()
+    assert last == "sipo: error: damaged"
+    if "--debug" not in arguments:
+        assert not before
+        return
+    assert before[0] == "Traceback (most recent call last):" and before[-1] == "sipo.cache.format.CacheError: damaged"
+    assert any(line.endswith("in _verify") for line in before)
+    assert not any("CommandError" in line for line in before)
+
+
+def test_debug_before_a_command_within_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, Any]] = []
+    monkeypatch.setattr("sipo.data.check.run_check", lambda **options: seen.append(options) or 0)
+    for arguments in (["--debug", "data", "check"], ["data", "--debug", "check"], ["data", "check", "--debug"]):
+        assert cli.main([*arguments, "nowhere"]) == 0
+    assert all("debug" not in options for options in seen) and len(seen) == 3
+
+
 # ---- Paths ----
 
 
