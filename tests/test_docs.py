@@ -178,16 +178,25 @@ def test_commands_in_the_text_are_among_those_that_are_run() -> None:
                 assert any(command.startswith(span) for command in run), f"{page}.md: {span}"
 
 
-def test_every_flag_of_the_scripts_has_its_row() -> None:
+def test_every_flag_of_the_scripts_has_its_row_or_is_a_key() -> None:
+    """A flag with the name of a key has a row only where there is more to say than that key."""
+    names_of_keys = {key.rpartition(".")[2] for key in known_keys()}
     found: dict[str, str] = {}
     for line in page_text("moving").splitlines():
         if line.startswith("| `--"):
-            flags, scripts = (cell.strip() for cell in line.split("|")[1:3])
+            flags, scripts, here = (cell.strip() for cell in line.split("|")[1:4])
             names = re.findall(r"`--(\w+)`", flags)
             where = [script.strip() for script in scripts.split(",")]
             where = where * len(names) if len(where) == 1 else where
             found |= dict(zip(names, where, strict=True))
-    assert found == {flag: scripts for scripts, flags in FLAGS.items() for flag in flags.split()}
+            assert not re.fullmatch(rf"`\w+\.({'|'.join(names)})`", here), f"{flags}: the same name, so it needs no row"
+    of_scripts = {flag: scripts for scripts, flags in FLAGS.items() for flag in flags.split()}
+    without = of_scripts.keys() - found.keys()
+    assert without <= names_of_keys, without - names_of_keys
+    assert found == {flag: scripts for flag, scripts in of_scripts.items() if flag not in without}
+    assert len(without) == 21
+    for named in re.findall(r"`--(\w+)` is\s+`\w+\.(\w+)`", page_text("moving")):
+        assert named[0] == named[1] and named[0] in without
 
 
 def row_of(flag: str) -> str:
@@ -200,7 +209,10 @@ def test_defaults_beside_the_scripts_are_ours() -> None:
     lines = page_text("moving").partition("## Defaults")[2].splitlines()
     cells = [line.split("|") for line in lines if re.match(r"\| `(data|model|training)", line)]
     rows = {cell[1]: cell[4].strip() for cell in cells}
-    assert len(rows) == 13
+    assert len(rows) == 11
+    for cell in cells:
+        theirs = [value.strip() for value in cell[2:4]]
+        assert theirs != [cell[4].strip()] * 2, f"{cell[1]}: no difference, so it needs no row"
     for named, ours in rows.items():
         key = re.findall(r"`([a-z_.]+)`", named)[0]
         if key == "data.sizes":
@@ -259,7 +271,7 @@ def test_other_losses_of_the_sd_script_are_those_of_the_page(loss_type: str) -> 
     (gradient,) = torch.autograd.grad(theirs, model)
     beta = convert_beta(beta_dpo, source="diffusers_sd", target="sipo")
     loss_fn = SIPOLoss(NoiseSchedule.flow(shift=1.0), method="diffusion_dpo", beta=beta, loss_type=loss_type)
-    ours = loss_fn(model, ref, target, torch.full((6,), 0.5)).loss
+    ours = loss_fn(model, ref, target, sigmas=torch.full((6,), 0.5)).loss
     (own_gradient,) = torch.autograd.grad(ours, model)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
     assert (own_gradient - gradient).norm() < 5e-6 * gradient.norm()
@@ -270,22 +282,24 @@ def test_other_losses_of_the_sd_script_are_those_of_the_page(loss_type: str) -> 
 def test_what_may_change_when_a_run_is_resumed_is_what_the_page_says() -> None:
     rows = [line.split("|")[1:3] for line in page_text("resuming").splitlines() if line.startswith("| `training.")]
     may, must = (set(re.findall(r"`training\.(\w+)[`:]", " ".join(row[i] for row in rows[:7]))) for i in (0, 1))
-    plain = set(TrainingConfig(1, "o").identity())
-    assert must - {"steps"} == plain
-    assert may - {"lr_schedule", "timestep_sampling"} == {f.name for f in dataclasses.fields(TrainingConfig)} - plain
-    bound = TrainingConfig(1, "o", lr_scheduler="cosine", timestep_sampling="informative")
-    assert set(bound.identity()) == plain | {"steps", "log_every"}
+    plain = set(TrainingConfig(1, "o", use_ema=True).identity())
+    assert must - {"max_train_steps"} == plain
+    assert set(TrainingConfig(1, "o").identity()) == plain - {"ema_decay"}
+    assert may - {"lr_scheduler", "timestep_sampling"} == {f.name for f in dataclasses.fields(TrainingConfig)} - plain
+    bound = TrainingConfig(1, "o", lr_scheduler="cosine", timestep_sampling="informative", use_ema=True)
+    assert set(bound.identity()) == plain | {"max_train_steps", "logging_steps"}
 
 
 def test_numbers_in_the_text_follow_from_the_models() -> None:
+    def text(page: str) -> str:
+        return " ".join(page_text(page).split())
+
     sd15, sdxl, wan = (FULL_SIZE[name].parameters for name in ("SD1.5", "SDXL", "Wan 2.1 1.3B"))
-    assert f"{sd15:,} weights,\n{sd15 * 12 / 1e9:.1f} GB a checkpoint" in page_text("resuming")
-    assert f"{46_448_640:,} weights, {46_448_640 * 12 / 1e9:.2f} GB" in page_text("resuming")
-    assert "46_448_640" in page_text("sdxl-pickapic") and f"{(77 * 2048 + 1280) * 2:,} bytes" in page_text(
-        "sdxl-pickapic"
-    )
-    assert f"{wan * 2 / 1e9:.2f} GB of frozen bfloat16 weights ({wan:,} of 2 bytes)" in page_text("wan-clips")
-    assert f"{47_185_920 * 16 / 1e9:.2f} GB of trained ones ({47_185_920:,} of LoRA rank 64" in page_text("wan-clips")
+    assert f"{sd15:,} weights, {sd15 * 12 / 1e9:.1f} GB a checkpoint" in text("resuming")
+    assert f"{46_448_640:,} weights, {46_448_640 * 12 / 1e9:.2f} GB" in text("resuming")
+    assert "46_448_640" in text("sdxl-pickapic") and f"{(77 * 2048 + 1280) * 2:,} bytes" in text("sdxl-pickapic")
+    assert f"{wan * 2 / 1e9:.2f} GB of frozen bfloat16 weights ({wan:,} of 2 bytes)" in text("wan-clips")
+    assert f"{47_185_920 * 16 / 1e9:.2f} GB of trained ones ({47_185_920:,} of LoRA rank 64" in text("wan-clips")
     # The adapters themselves, counted on networks without storage.
     import diffusers
     from peft import LoraConfig
