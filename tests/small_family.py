@@ -20,8 +20,10 @@ from sipo.cache.precompute import precompute_pairs
 from sipo.cache.summary import CacheSummary
 from sipo.data.config import DataConfig
 from sipo.data.records import PairRecord
-from sipo.families.base import Condition, Family, as_floats
+from sipo.families.base import Family
 from sipo.families.config import ModelConfig
+from sipo.families.network import Condition
+from sipo.families.vae import as_floats
 
 TOKENS, WIDTH = 8, 4
 MODEL = ModelConfig(family="small", pretrained_model_name_or_path="nowhere")

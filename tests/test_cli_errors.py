@@ -22,7 +22,7 @@ from sipo import cli
 from sipo.cache.format import CacheError
 from sipo.cli import errors as cli_errors
 from sipo.data.config import DataConfig
-from sipo.families import base, tuning
+from sipo.families import loading, tuning
 from sipo.families.config import ModelConfig
 from sipo.locks import LockWarning
 from sipo.processes import OtherProcessError
@@ -116,7 +116,7 @@ def test_prompts_that_are_too_long_are_not_printed_one_by_one() -> None:
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), RuntimeError(NO_HOST_MEMORY), MemoryError()])
-@pytest.mark.parametrize("reading", [base._one_line, tuning._one_line])
+@pytest.mark.parametrize("reading", [loading._naming_path, tuning._naming_file])
 def test_a_lack_of_memory_is_no_fault_of_the_file_that_is_read(reading: Any, error: Exception) -> None:
     with pytest.raises(type(error)), reading(Path("model.safetensors")):
         raise error

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sipo.families import FAMILIES, get
-from sipo.families.base import network_dtype, unwrapped
+from sipo.families.network import inner_network, network_dtype
 from sipo.families.toy import build_toy
 from sipo.schedule.diffusers_schedulers import SettingError
 from tests.family_cases import (
@@ -118,7 +118,7 @@ def test_predict_calls_the_wrapper(toy: str) -> None:
     with torch.no_grad():
         assert torch.equal(family.predict(wrapped, *given), family.predict(network, *given))
     assert wrapped.calls == 1
-    assert unwrapped(wrapped) is network
+    assert inner_network(wrapped) is network
 
 
 @each_toy

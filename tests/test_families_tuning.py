@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from sipo import SIPOLoss
 from sipo.data.config import DataConfig
 from sipo.families import FAMILIES, get
-from sipo.families.base import evaluating
 from sipo.families.config import LoraConfig, ModelConfig
+from sipo.families.network import evaluating
 from sipo.families.tuning import adapter_off, freeze, prepare_full, prepare_lora, save_full, save_lora
 from sipo.recipe.card import model_card
 from sipo.recipe.config import Config, LossConfig

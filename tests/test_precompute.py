@@ -20,7 +20,7 @@ import torch
 from sipo.cache.format import CacheError, open_cache
 from sipo.data.check import BadPairError
 from sipo.data.records import DataError, PairRecord
-from sipo.families.base import as_floats
+from sipo.families.vae import as_floats
 from sipo.seeds import derive_seed
 from tests.small_family import (
     Accelerator,
@@ -66,7 +66,7 @@ def test_every_prompt_is_encoded_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fail_at", [1, 2, 4, 5, 9, 12])
 def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(tmp_path: Path, fail_at: int) -> None:
-    changes: dict[str, Any] = {"flip": True, "crop": "random"}
+    changes: dict[str, Any] = {"flip": True, "center_crop": False}
     build(tmp_path / "whole", **changes)
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path / "cut", pipeline=Pipeline(fail_at=fail_at), **changes)
@@ -196,7 +196,7 @@ def test_several_processes_write_the_same_files(tmp_path: Path, processes: int) 
 
 @pytest.mark.parametrize("latents", ["sample", "mode"])
 def test_a_pair_is_the_same_in_any_company(tmp_path: Path, latents: str) -> None:
-    changes: dict[str, Any] = {"latents": latents, "flip": True, "crop": "random"}
+    changes: dict[str, Any] = {"latents": latents, "flip": True, "center_crop": False}
     build(tmp_path / "a", **changes)
     reader = Records.make()
     build(tmp_path / "b", Records(reader.records[3::2]), shard_pairs=3, **changes)
@@ -220,7 +220,7 @@ def test_both_halves_are_flipped_and_cropped_alike(tmp_path: Path) -> None:
     image = png(1, 20, 40)
     other = png(2, 20, 40)
     reader = Records([PairRecord(row, "a", image, other) for row in range(40)])
-    build(tmp_path, reader, random_flip=True, crop="random", latents="mode", sizes=[(16, 16)], shard_pairs=16)
+    build(tmp_path, reader, random_flip=True, center_crop=False, latents="mode", sizes=[(16, 16)], shard_pairs=16)
     cache = open_cache(tmp_path)
     from sipo.data.media import fit, read_media
 

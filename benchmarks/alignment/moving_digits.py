@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from sipo.demo.digits import CLASSES, IMAGE_SIZE, Digits, load_digits
 from sipo.families import FAMILIES
-from sipo.families.base import PROMPT
+from sipo.families.network import PROMPT
 from sipo.protocols import Predict
 
 KINDS = ("cogvideox", "wan")

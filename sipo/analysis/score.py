@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from sipo.analysis.facts import accuracy_se, beyond_chance
 from sipo.batch import PairBatch
-from sipo.families.base import evaluating
+from sipo.families.network import evaluating
 from sipo.loss import SIPOLoss
 from sipo.progress import track
 from sipo.protocols import PairDataset, Predict

@@ -18,7 +18,7 @@ from sipo.analysis.page import Page, Picture
 from sipo.analysis.report import gradient_coefficient, gradient_share
 from sipo.analysis.verdicts import LOOSE, Finding, percent, sort
 from sipo.batch import PairBatch
-from sipo.families.base import evaluating
+from sipo.families.network import evaluating
 from sipo.protocols import PairDataset
 from sipo.training.forward import PairForward
 from sipo.training.statistics import NoiseBins, TimestepStatistics

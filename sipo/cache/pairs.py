@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sipo.cache.format import Cache, CacheError
 from sipo.data.records import row_name
-from sipo.families.base import Condition
+from sipo.families.network import Condition
 from sipo.protocols import Schedule
 from sipo.seeds import RandomStream, derive_seed
 

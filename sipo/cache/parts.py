@@ -15,7 +15,7 @@ from sipo.cache.changes import FileRecord, Row, side_name, stamps_of
 from sipo.cache.format import digest, text_key
 from sipo.data.config import DataConfig
 from sipo.data.records import PairReader, PairRecord, row_name
-from sipo.families.base import Condition
+from sipo.families.network import Condition
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")

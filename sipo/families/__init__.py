@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 
-from sipo.families.base import Condition, Family
+from sipo.families.base import Family
 from sipo.families.cogvideox import CogVideoX
+from sipo.families.network import Condition
 from sipo.families.sd3 import StableDiffusion3
 from sipo.families.stable_diffusion import StableDiffusion, StableDiffusionXL
 from sipo.families.wan import Wan

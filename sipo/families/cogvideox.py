@@ -10,7 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sipo.families.base import LATENT_PIXELS, PROMPT, Family, network_dtype, pick, unwrapped
+from sipo.families.base import Family
+from sipo.families.network import PROMPT, inner_network, network_dtype, pick
+from sipo.families.vae import LATENT_PIXELS
 
 
 class CogVideoX(Family):
@@ -43,7 +45,7 @@ class CogVideoX(Family):
     def predict(self, module: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Any) -> Tensor:
         """See :meth:`Family.predict`."""
         (text,) = pick(condition, PROMPT)
-        network = unwrapped(module)
+        network = inner_network(module)
         config, dtype = network.config, network_dtype(network)
         rotary = None
         if config.use_rotary_positional_embeddings:

@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from sipo.families.base import LATENT_PIXELS, POOLED, PROMPT, Family, network_dtype, pick, unwrapped
+from sipo.families.base import Family
+from sipo.families.network import POOLED, PROMPT, inner_network, network_dtype, pick
+from sipo.families.vae import LATENT_PIXELS
 
 
 class StableDiffusion3(Family):
@@ -43,7 +45,7 @@ class StableDiffusion3(Family):
     def predict(self, module: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Any) -> Tensor:
         """See :meth:`Family.predict`."""
         text, pooled = pick(condition, PROMPT, POOLED)
-        dtype = network_dtype(unwrapped(module))
+        dtype = network_dtype(inner_network(module))
         prediction: Tensor = module(
             hidden_states=noisy.to(dtype),
             timestep=self._network_timesteps(timesteps),

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sipo.families.base import POOLED, PROMPT, Condition, Family, network_dtype, pick, unwrapped
+from sipo.families.base import Family
+from sipo.families.network import POOLED, PROMPT, Condition, inner_network, network_dtype, pick
 
 TIME_IDS = "time_ids"
 
@@ -34,7 +35,7 @@ class StableDiffusion(Family):
     def predict(self, module: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Any) -> Tensor:
         """See :meth:`Family.predict`."""
         (text,) = pick(condition, PROMPT)
-        dtype = network_dtype(unwrapped(module))
+        dtype = network_dtype(inner_network(module))
         prediction: Tensor = module(
             noisy.to(dtype), timesteps, encoder_hidden_states=text.to(dtype), return_dict=False
         )[0]
@@ -71,7 +72,7 @@ class StableDiffusionXL(Family):
     def predict(self, module: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Any) -> Tensor:
         """See :meth:`Family.predict`."""
         text, pooled, time_ids = pick(condition, PROMPT, POOLED, TIME_IDS)
-        dtype = network_dtype(unwrapped(module))
+        dtype = network_dtype(inner_network(module))
         prediction: Tensor = module(
             noisy.to(dtype),
             timesteps,

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sipo.families.base import Family, evaluating, unwrapped
+from sipo.families.base import Family
 from sipo.families.lora_files import Adapter, check_lora, read_adapter, scaled, write_adapter
+from sipo.families.network import evaluating, inner_network
 from sipo.files import aside, load_tensors
 from sipo.processes import is_out_of_memory
 
@@ -136,7 +137,8 @@ class adapter_off:  # noqa: N801 (used like a function, as contextlib.suppress i
         self._modules = list(network.modules())
         self._layers: list[Any] = [module for module in self._modules if isinstance(module, BaseTunerLayer)]
         if not self._layers:
-            raise ValueError(f"{type(unwrapped(network)).__name__} has no adapter to turn off: expected prepare_lora's")
+            name = type(inner_network(network)).__name__
+            raise ValueError(f"{name} has no adapter to turn off: expected prepare_lora's")
 
     def __enter__(self) -> None:
         self._before = [layer._disable_adapters for layer in self._layers]
@@ -190,7 +192,7 @@ def save_lora(
     from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
     from peft.utils import get_peft_model_state_dict
 
-    inner = unwrapped(network)
+    inner = inner_network(network)
     if not hasattr(inner, "peft_config"):
         raise ValueError(f"{type(inner).__name__} has no adapter to save: expected prepare_lora's")
     layers = get_peft_model_state_dict(inner, state_dict=None if state is None else dict(state), adapter_name=ADAPTER)
@@ -219,7 +221,7 @@ def save_full(
     """
     import diffusers
 
-    whole = unwrapped(network)
+    whole = inner_network(network)
     if state is not None:  # an empty network of the plain class takes the gathered tensors as they are
         with torch.device("meta"):
             whole = getattr(diffusers, family.network_class).from_config(whole.config)
@@ -264,7 +266,7 @@ def _load_lora(family: Family, network: Any, folder: Path) -> None:
     for module, (a, b) in adapter.layers.items():
         tensors[f"{module}.lora_A.weight"] = a
         tensors[f"{module}.lora_B.weight"] = scaled(b, config.r / config.lora_alpha)
-    with _one_line(file):
+    with _naming_file(file):
         found: Any = set_peft_model_state_dict(network, tensors, adapter_name=ADAPTER)
         wrong = found.unexpected_keys or [name for name in found.missing_keys if "lora_" in name]
         if wrong:
@@ -279,12 +281,12 @@ def _load_full(family: Family, network: nn.Module, folder: Path) -> None:
     state: dict[str, Tensor] = {}
     for file in files:
         state |= load_tensors(file)
-    with _one_line(files[0]):
+    with _naming_file(files[0]):
         network.load_state_dict(state)
 
 
 @contextmanager
-def _one_line(file: Path) -> Iterator[None]:
+def _naming_file(file: Path) -> Iterator[None]:
     """torch has a line for the network's class, and one for each tensor that differs: one of these is enough."""
     try:
         yield

@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from sipo.families.base import LATENT_PIXELS, PROMPT, Family, network_dtype, pick, unwrapped
+from sipo.families.base import Family
+from sipo.families.network import PROMPT, inner_network, network_dtype, pick
+from sipo.families.vae import LATENT_PIXELS
 
 
 class Wan(Family):
@@ -44,7 +46,7 @@ class Wan(Family):
     def predict(self, module: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Any) -> Tensor:
         """See :meth:`Family.predict`."""
         (text,) = pick(condition, PROMPT)
-        dtype = network_dtype(unwrapped(module))
+        dtype = network_dtype(inner_network(module))
         prediction: Tensor = module(
             hidden_states=noisy.to(dtype),
             timestep=self._network_timesteps(timesteps),

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from sipo.data.media import write_image_grid, write_video
-from sipo.families.base import Condition, drop_text_encoders, unwrapped
+from sipo.families.base import drop_text_encoders
+from sipo.families.network import Condition, inner_network
 from sipo.files import FileError, parse_json, read_text, write_aside
 from sipo.processes import OtherProcessError, everywhere, gathered, is_collective, on_main
 from sipo.recipe.build import RunContext, free_memory
@@ -104,7 +105,7 @@ class ValidationSamples:
             return drawn
         sharded = is_sharded(accelerator)
         # A process that broke off by itself would leave the others waiting for its part of the network.
-        hook = None if sharded else unwrapped(policy).register_forward_pre_hook(_break_off)
+        hook = None if sharded else inner_network(policy).register_forward_pre_hook(_break_off)
         self.pipeline.to(accelerator.device)
         try:
             for number in range(rank, -(-count // world) * world, world):

@@ -1,0 +1,287 @@
+"""Loading the parts of a pipeline that is saved in diffusers' layout: network, encoders and noise schedule."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from sipo.families.model_files import (
+    CONFIG,
+    HUB_OPTIONS,
+    MODEL_INDEX,
+    check_model,
+    check_vocabulary,
+    fetch_weights,
+    is_module,
+    load_module,
+    model_folder,
+)
+from sipo.families.vae import check_latent_affine
+from sipo.files import FileError, one_line, read_object
+from sipo.processes import is_out_of_memory
+from sipo.schedule import DEFAULT_INFERENCE_STEPS, NoiseSchedule
+from sipo.schedule.diffusers_schedulers import SettingError, check_sampler, with_settings
+
+TEXT_ENCODER = "text_encoder"
+"""Beginning of the names of a pipeline's components that encode text."""
+
+TOKENIZER = "tokenizer"
+"""Beginning of the names of their tokenizers, which end as the names of the encoders do."""
+
+VAE = "vae"
+"""Name of a pipeline's VAE."""
+
+_UPCAST = "force_upcast"  # in the configuration of an image VAE; true by default
+
+
+class PipelineLoader(ABC):
+    """Loads the parts of one family's pipelines; every path is a local folder or a hub id.
+
+    Attributes:
+        name: as in a configuration's ``model.family``.
+        pipeline_class: diffusers' pipeline, by name; its ``encode_prompt`` encodes text here as it does there.
+        network_class: diffusers' class of what is trained.
+        network: the pipeline's component that is trained, "unet" or "transformer".
+        video: whether a sample has frames.
+        flow_timesteps: for a flow, what σ is multiplied by to be the network's timestep; ``None`` for a
+            discrete schedule, whose indices are the network's timesteps.
+    """
+
+    name: ClassVar[str]
+    pipeline_class: ClassVar[str]
+    network_class: ClassVar[str]
+    network: ClassVar[str]
+    video: ClassVar[bool] = False
+    flow_timesteps: ClassVar[int | None] = None
+    _without: ClassVar[tuple[str, ...]] = ()  # components that are left out beside the network
+
+    def load_network(self, path: str | Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
+        """The network alone, in eval mode. ``options`` go to ``from_pretrained`` (revision, variant, ...).
+
+        Raises:
+            FileNotFoundError: nothing to load there, in one line that names the path.
+            ValueError: a pipeline, or a network, that is not of this family; a damaged file, or a pickle.
+        """
+        self.network_config(path, **options)  # names another class, if it is one
+        folder, variant = self.fetch(path, network=True, **options), options.get("variant")
+        with _naming_path(path):
+            network = load_module(folder / self.network, "diffusers", self.network_class, dtype, variant)
+        self._check_network(path, network)
+        return network
+
+    def empty_network(self, path: str | Path, **options: Any) -> nn.Module:
+        """The network as its configuration describes it, without weights (on the meta device).
+
+        Arguments and errors as for :meth:`load_network`.
+        """
+        import diffusers
+
+        config = self.network_config(path, **options)
+        try:
+            with torch.device("meta"):
+                network: nn.Module = getattr(diffusers, self.network_class).from_config(config)
+        except Exception as error:  # whatever numbers the file holds
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            file = f"{path}: its {self.network}/{CONFIG}"
+            raise ValueError(f"{file} describes no {self.network_class} ({reason})") from error
+        self._check_network(path, network)
+        return network
+
+    def network_config(self, path: str | Path, **options: Any) -> dict[str, Any]:
+        """The network's configuration. Arguments and errors as for :meth:`load_network`."""
+        folder, index = self._open(path, options)
+        found = index.get(self.network)
+        if not isinstance(found, list) or found[1:] != [self.network_class]:
+            raise ValueError(f"{path}: its {self.network} is {found!r}, expected a {self.network_class}")
+        return read_object(folder / self.network / CONFIG)
+
+    def load_encoders(
+        self,
+        path: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        vae_dtype: torch.dtype = torch.float32,
+        text: bool = True,
+        **options: Any,
+    ) -> Any:
+        """The pipeline without its network: tokenizers, text encoders, VAE and scheduler, frozen, in eval mode.
+
+        The VAE is in ``vae_dtype``, all else in ``dtype``: in half precision latents are 1 to 2 % off. Without ``text``
+        there are no text encoders either, and the pipeline samples from encoded prompts alone. Errors as for
+        :meth:`load_network`, and a ValueError for a VAE that is known to overflow in float16.
+        """
+        import diffusers
+
+        folder, variant = self.fetch(path, network=False, **options), options.pop("variant", None)
+        _, index = self._open(path, options)
+        modules: dict[str, Any] = dict.fromkeys((self.network, *self._without))
+        if not text:
+            modules |= dict.fromkeys(name for name in index if name.startswith(TEXT_ENCODER))
+        vae_config = read_object(folder / VAE / CONFIG)
+        check_latent_affine(folder / VAE / CONFIG, vae_config)
+        if vae_dtype == torch.float16 and not self.video and vae_config.get(_UPCAST, True):
+            raise ValueError(
+                f"{path}: its VAE overflows in vae_dtype='float16' ({_UPCAST}), expected 'float32' or 'bfloat16'"
+            )
+        with _naming_path(path):
+            for name, (library, class_name) in _present(index):
+                if name not in modules and is_module(library, class_name):
+                    kept = vae_dtype if name == VAE else dtype
+                    modules[name] = load_module(folder / name, library, class_name, kept, variant)
+            # What is left are tokenizers and the scheduler.
+            pipeline_class = getattr(diffusers, self.pipeline_class)
+            pipeline = pipeline_class.from_pretrained(str(folder), **modules, **_local(options))
+        for name, component in pipeline.components.items():
+            if isinstance(component, nn.Module):
+                component.requires_grad_(False).eval()
+            elif name.startswith(TOKENIZER) and component is not None:
+                encoder = read_object(folder / name.replace(TOKENIZER, TEXT_ENCODER) / CONFIG)
+                check_vocabulary(folder / name, component, encoder.get("vocab_size"))
+        return pipeline
+
+    def fetch(self, path: str | Path, *, network: bool, **options: Any) -> Path:
+        """Downloads what a hub id lacks in the local cache, and refuses whatever is not safetensors.
+
+        Args:
+            path: as for :meth:`load_network`.
+            network: the network; else all other components.
+            options: as for :meth:`load_network`.
+
+        Returns:
+            The local folder. Errors as for :meth:`load_network`.
+        """
+        folder, index = self._open(path, options)
+        left_out = (self.network, *self._without)
+        components = [self.network] if network else [name for name, _ in _present(index) if name not in left_out]
+        variant = options.get("variant")
+        if self.network not in index:
+            raise ValueError(f"{path}: has no {self.network}, expected a whole {self.pipeline_class}")
+        fetch_weights(path, options, components, variant)
+        check_model(folder, index, components, variant)
+        return folder
+
+    def load_schedule(
+        self,
+        path: str | Path,
+        num_inference_steps: int = DEFAULT_INFERENCE_STEPS,
+        *,
+        prediction_type: str | None = None,
+        shift: float | None = None,
+        sampled: bool = False,
+        sizes: Sequence[tuple[int, int]] = (),
+        **options: Any,
+    ) -> NoiseSchedule:
+        """The noise schedule of the model's scheduler.
+
+        Args:
+            path: as for :meth:`load_network`.
+            num_inference_steps: steps of the sampler.
+            prediction_type, shift: in place of the scheduler's own, see
+                :func:`sipo.schedule.diffusers_schedulers.with_settings`.
+            sampled: whether samples are drawn with that ``prediction_type``, of which some schedulers can do a part.
+            sizes: heights and widths in pixels that are trained at; dynamic shifting depends on them.
+            options: as for :meth:`load_network`.
+
+        Raises:
+            FileNotFoundError, ValueError: as for :meth:`load_network`; a scheduler that is not modelled, or sizes that
+                it shifts differently.
+            SettingError: a setting that the scheduler does not have.
+        """
+        own = self.load_scheduler(path, **options)
+        class_name = type(own).__name__
+        try:
+            scheduler = with_settings(own, prediction_type, shift)
+            if sampled and scheduler is not own:
+                check_sampler(scheduler)
+            schedules = [
+                NoiseSchedule.from_scheduler(scheduler, num_inference_steps, image_seq_len=length)
+                for length in [self.image_seq_len(*size) for size in sizes] or [None]
+            ]
+        except SettingError:
+            raise
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        schedule = schedules[0]
+        for size, other in zip(sizes, schedules, strict=False):
+            if other.shift != schedule.shift:
+                raise ValueError(
+                    f"{path}: its {class_name} has shift {schedule.shift:.4g} at {list(sizes[0])} and "
+                    f"{other.shift:.4g} at {list(size)}: expected sizes with one shift, or a shift for all of them"
+                )
+        if schedule.invert_sigmas:  # families tell the network the share of noise
+            raise ValueError(f"{path}: its {class_name} has invert_sigmas=True, expected a model without it")
+        kind = "discrete" if self.flow_timesteps is None else "flow"
+        if schedule.kind != kind:
+            raise ValueError(f"{path}: its {class_name} is a {schedule.kind} schedule, expected a {kind} one")
+        if self.flow_timesteps not in (None, schedule.num_train_timesteps):
+            found = schedule.num_train_timesteps
+            raise ValueError(f"{path}: its {class_name} has {found} timesteps, expected {self.flow_timesteps}")
+        return schedule
+
+    def load_scheduler(self, path: str | Path, **options: Any) -> Any:
+        """The model's scheduler, as it is saved. Arguments and errors as for :meth:`load_network`."""
+        import diffusers
+
+        folder, index = self._open(path, options)
+        entry = index.get("scheduler")
+        library, class_name = entry if isinstance(entry, list) and len(entry) == 2 else (None, entry)
+        scheduler_class: Any = getattr(diffusers, str(class_name), None) if library == "diffusers" else None
+        if scheduler_class is None:
+            raise ValueError(f"{path}: its scheduler is {class_name!r}, expected one of diffusers'")
+        read_object(folder / "scheduler" / "scheduler_config.json")
+        with _naming_path(path):
+            return scheduler_class.from_pretrained(str(folder), subfolder="scheduler")
+
+    def image_seq_len(self, height: int, width: int) -> int | None:
+        """Tokens of an image of that size, for the pipeline's dynamic shifting; ``None`` where it has none."""
+        return None
+
+    def _open(self, path: str | Path, options: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
+        """The model's folder, and its ``model_index.json``."""
+        folder = model_folder(path, options, self.pipeline_class)
+        index = read_object(folder / MODEL_INDEX)
+        self._check_index(path, index)
+        return folder, index
+
+    def _check_index(self, path: str | Path, index: Mapping[str, Any]) -> None:
+        found = index.get("_class_name")
+        if found != self.pipeline_class:
+            raise ValueError(f"{path}: holds a {found}, expected a {self.pipeline_class} for family {self.name!r}")
+
+    def _check_network(self, path: str | Path, network: Any) -> None:
+        taken, given = network.config.in_channels, network.config.out_channels
+        if taken != given:  # an inpainting or image-to-video network
+            raise ValueError(
+                f"{path}: its {self.network} takes {taken} channels and gives {given}, expected as many as it takes"
+            )
+
+
+def _present(index: Mapping[str, Any]) -> list[tuple[str, list[Any]]]:
+    """Lists the components that a pipeline has, each with its library and class."""
+    return [(name, value) for name, value in index.items() if isinstance(value, list) and any(value)]
+
+
+def _local(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Keeps the options of ``from_pretrained`` that apply to a local folder."""
+    return {name: value for name, value in options.items() if name not in HUB_OPTIONS}
+
+
+@contextmanager
+def _naming_path(path: str | Path) -> Iterator[None]:
+    """Turns errors of diffusers and transformers about files into one line that begins with the path."""
+    try:
+        yield
+    except OSError as error:
+        raise FileNotFoundError(f"{path}: {one_line(error)}") from error
+    except FileError:
+        raise
+    except Exception as error:  # a file's values, or a missing package, can raise anything in a library
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(f"{path}: {one_line(error)}") from error

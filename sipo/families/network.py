@@ -1,0 +1,86 @@
+"""Networks as the families meet them: wrapped or not, in some type, called with a condition."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Condition = dict[str, Tensor]
+"""What a network takes besides the noisy latents: tensors by name, stacked along dimension 0."""
+
+PROMPT, POOLED = "prompt_embeds", "pooled_prompt_embeds"
+"""Names in a condition, which diffusers' pipelines use for their arguments too."""
+
+
+def inner_network(module: nn.Module) -> Any:
+    """Returns the network, which has ``config``, inside any wrappers that keep theirs in ``module`` or ``_orig_mod``.
+
+    Unlike :func:`sipo.training.sharding.unwrapped`, which also serves networks that have a submodule called ``module``
+    of their own, this follows every such attribute: no network of diffusers has one.
+    """
+    while True:
+        inner = getattr(module, "_orig_mod", None) or getattr(module, "module", None)
+        if not isinstance(inner, nn.Module):
+            return module
+        module = inner
+
+
+def network_dtype(network: nn.Module) -> torch.dtype:
+    """Returns the dtype that a network computes in and takes its input in.
+
+    This is the dtype of its first weight outside modules that stay in float32. An adapter's weights come after those
+    that they adapt.
+    """
+    apart = getattr(network, "_keep_in_fp32_modules", None) or ()
+    for name, parameter in network.named_parameters():
+        if parameter.is_floating_point() and not any(part in name for part in apart):
+            return parameter.dtype
+    return torch.float32
+
+
+@contextmanager
+def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Puts modules in evaluation mode inside the context and restores their modes afterwards."""
+    # Through __dict__: setting the attribute on each module of a large network takes tens of milliseconds a step.
+    training = [module.__dict__ for module in modules if module.training]
+    for attributes in training:
+        attributes["training"] = False
+    try:
+        yield
+    finally:
+        for attributes in training:
+            attributes["training"] = True
+
+
+@contextmanager
+def predicting_in(network: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Casts a network's predictions to ``dtype`` inside the context, also under autocast.
+
+    A sampler computes guidance and steps in their type, which in half precision would round at each step.
+    """
+
+    def cast(module: nn.Module, args: Any, output: Any) -> Any:
+        return (output[0].to(dtype), *output[1:]) if isinstance(output, tuple) else output
+
+    hook = network.register_forward_hook(cast)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def pick(condition: Any, *names: str) -> list[Tensor]:
+    """Returns tensors of a condition by name.
+
+    Raises:
+        ValueError: one is missing.
+    """
+    held = condition if isinstance(condition, Mapping) else {}
+    for name in names:
+        if name not in held:
+            raise ValueError(f"condition holds {sorted(held)}: expected {name!r} as well")
+    return [held[name] for name in names]
