@@ -35,7 +35,8 @@ from sipo.demo.digits import Digits, InkPairs, load_digits
 from sipo.demo.model import load_base, predict
 from sipo.recipe import config as configuration
 from sipo.recipe.analyze_start import measure_run
-from sipo.recipe.build import build, datasets, open_run, prepare_data
+from sipo.recipe.build import build, datasets, open_run
+from sipo.recipe.prepare_data import prepare_data
 from sipo.training import TrainingConfig, train
 from sipo.training.statistics import MEANS, read_statistics
 from sipo.training.stream import pair_noise

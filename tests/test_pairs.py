@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
-import sipo.recipe.build
+import sipo.recipe.prepare_data
 from sipo import NoiseSchedule, SIPOLoss
 from sipo.batch import PairBatch
 from sipo.cache.format import CacheError, DamagedError, open_cache
@@ -427,10 +427,10 @@ def test_processes_of_which_one_does_not_see_the_errors_go_on_together(
             raise CacheError("not there yet")
         return "found"
 
-    monkeypatch.setattr(sipo.recipe.build, "open_references", opened)
-    monkeypatch.setattr(sipo.recipe.build, "frozen_reference", lambda *_: nn.Linear(1, 1))
-    monkeypatch.setattr(sipo.recipe.build, "round_whole", lambda network, accelerator: network)
-    monkeypatch.setattr(sipo.recipe.build, "precompute_references", lambda *_, **options: "computed")
+    monkeypatch.setattr(sipo.recipe.prepare_data, "open_references", opened)
+    monkeypatch.setattr(sipo.recipe.prepare_data, "frozen_reference", lambda *_: nn.Linear(1, 1))
+    monkeypatch.setattr(sipo.recipe.prepare_data, "round_whole", lambda network, accelerator: network)
+    monkeypatch.setattr(sipo.recipe.prepare_data, "precompute_references", lambda *_, **options: "computed")
     training = SimpleNamespace(batch_size=1, num_workers=0)
 
     def run(accelerator: Any) -> Any:
@@ -443,7 +443,7 @@ def test_processes_of_which_one_does_not_see_the_errors_go_on_together(
             cache=tmp_path,
             family=SimpleNamespace(predict=None),
         )
-        return sipo.recipe.build._references(made, None, False, False, None)  # type: ignore[arg-type]
+        return sipo.recipe.prepare_data._references(made, None, False, False, None)  # type: ignore[arg-type]
 
     assert in_processes(2, run) == ["computed"] * 2
 

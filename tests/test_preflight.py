@@ -19,9 +19,10 @@ from sipo.cache.savings import Cost
 from sipo.families import get
 from sipo.families.toy import build_toy
 from sipo.recipe import config
-from sipo.recipe.build import _say_cost, open_run
+from sipo.recipe.build import open_run
 from sipo.recipe.config import ConfigError
 from sipo.recipe.preflight import check_run
+from sipo.recipe.prepare_data import _say_cost
 from tests.family_cases import folder_of
 
 ROOT = Path(__file__).parent.parent
@@ -42,7 +43,7 @@ def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     def prepare_data(*args: Any, **options: Any) -> Any:
         raise AssertionError("data is prepared")
 
-    for module in ("sipo.recipe.build", "sipo.recipe.train", "sipo.recipe.analyze_start"):
+    for module in ("sipo.recipe.prepare_data", "sipo.recipe.train", "sipo.recipe.analyze_start"):
         monkeypatch.setattr(f"{module}.prepare_data", prepare_data)
 
     def run(command: str, family: str, *overrides: str, model: Path | None = None) -> int:

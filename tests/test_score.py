@@ -22,7 +22,8 @@ from sipo.data.readers import JsonlReader
 from sipo.families import get
 from sipo.families.tuning import load_saved, save_full, save_lora
 from sipo.recipe import config
-from sipo.recipe.build import build, datasets, open_run, prepare_data
+from sipo.recipe.build import build, datasets, open_run
+from sipo.recipe.prepare_data import prepare_data
 from sipo.recipe.train import TRAINED_ON
 from sipo.training import AdapterOff
 from sipo.training.sums import SUMS

@@ -28,8 +28,9 @@ def add(commands: Any) -> None:
 @one_line_errors
 def _precompute(options: argparse.Namespace) -> int:
     from sipo.recipe import config as configuration
-    from sipo.recipe.build import open_run, prepare_data
+    from sipo.recipe.build import open_run
     from sipo.recipe.preflight import check_run
+    from sipo.recipe.prepare_data import prepare_data
 
     config = configuration.load(options.config, options.overrides)
     run = open_run(config)

@@ -20,7 +20,9 @@ def add(commands: Any) -> None:
         "`accelerate launch -m sipo train CONFIG` runs it on many processes.",
     )
     add_config(parser)
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
+    earlier = parser.add_mutually_exclusive_group()
+    earlier.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
+    earlier.add_argument("--overwrite", action="store_true", help="replace the run that training.output_dir holds")
     parser.set_defaults(run=_train)
 
 
@@ -39,7 +41,7 @@ def _train(options: argparse.Namespace) -> int:
     if accelerator.num_processes > 1:  # how they were launched is not known here
         command = "the same command with --resume"
     try:
-        trained = run_training(config, resume=options.resume, accelerator=accelerator)
+        trained = run_training(config, resume=options.resume, overwrite=options.overwrite, accelerator=accelerator)
     except TrainingAlarmError as alarm:
         message = f"{alarm.said}; {command} goes on from there" if alarm.checkpoint else str(alarm)
         raise CommandError(message) from alarm

@@ -10,9 +10,10 @@ from sipo.analysis.settings import flat, in_force
 from sipo.analysis.untrained import LEVELS, PAIRS, UntrainedFacts, judge_untrained, measure_untrained, untrained_page
 from sipo.analysis.verdicts import Finding
 from sipo.files import check_output, write_aside
-from sipo.recipe.build import RunContext, build, datasets, loss_beta, make_loss, open_run, prepare_data
+from sipo.recipe.build import RunContext, build, datasets, loss_beta, make_loss, open_run
 from sipo.recipe.config import Config
 from sipo.recipe.preflight import check_run
+from sipo.recipe.prepare_data import prepare_data
 from sipo.training.forward import PairForward
 
 BEFORE = "before.html"

@@ -18,9 +18,9 @@ from sipo.recipe.build import RunContext, hub_options, make_loss
 from sipo.recipe.config import ConfigError
 from sipo.schedule.diffusers_schedulers import with_settings
 from sipo.training import TrainingConfig, TrainingWarning
-from sipo.training.log import check_trackers
 from sipo.training.optimization import check_optimizer
 from sipo.training.preparation import check_config
+from sipo.training.trackers import check_trackers
 from sipo_kernels import backends
 
 Work = Literal["train", "precompute", "analyze"]

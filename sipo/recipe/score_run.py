@@ -19,9 +19,11 @@ from sipo.families.tuning import load_saved
 from sipo.files import FileError, check_output, read_object, write_aside
 from sipo.recipe import config as configuration
 from sipo.recipe.analyze_start import with_network
-from sipo.recipe.build import RunContext, build, datasets, loss_beta, make_loss, open_run, prepare_data
+from sipo.recipe.build import RunContext, build, datasets, loss_beta, make_loss, open_run
 from sipo.recipe.config import Config, ConfigError
-from sipo.recipe.train import TRAINED_ON, WEIGHTS, trained_on
+from sipo.recipe.prepare_data import prepare_data
+from sipo.recipe.train import TRAINED_ON, trained_on
+from sipo.training.run_folder import WEIGHTS
 from sipo.training.sums import SUMS, check_config_sum, check_sums
 
 _KINDS = {

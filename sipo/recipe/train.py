@@ -1,4 +1,4 @@
-"""``sipo train``: a run from its configuration to saved weights and their card."""
+"""``sipo train``: from a configuration to saved weights and their card."""
 
 from __future__ import annotations
 
@@ -21,23 +21,22 @@ from sipo.files import write_aside
 from sipo.locks import locked
 from sipo.loss import SIPOLoss
 from sipo.processes import from_main, on_main
-from sipo.recipe.build import RunContext, build, datasets, make_loss, open_run, prepare_data
+from sipo.progress import say
+from sipo.recipe.build import RunContext, build, datasets, make_loss, open_run
 from sipo.recipe.card import model_card
 from sipo.recipe.config import Config, ConfigError, differing_types, reference_kind
 from sipo.recipe.preflight import check_run
+from sipo.recipe.prepare_data import prepare_data
 from sipo.recipe.sampling import ValidationSamples
-from sipo.training import TrainingConfig, TrainingResult, gather_weights, is_sharded, make_accelerator, train
-from sipo.training import storage as checkpoints
+from sipo.training import TrainingConfig, TrainingResult, gather_weights, is_sharded, make_accelerator, storage, train
 from sipo.training.config import CheckpointError
 from sipo.training.first_step import Mismatch
-from sipo.training.log import check_logs
+from sipo.training.log import check_logs, set_aside_logs
+from sipo.training.run_folder import WEIGHTS, earlier_run, remove_run
 from sipo.training.sums import SUMS, remove_run_sums, write_run_sums, write_sums
 
-WEIGHTS = "weights"
-"""Folder in ``training.output_dir`` that a run's trained weights are written to, once it has ended."""
-
 TRAINED_ON = "trained_on.json"
-"""File in it: hashes of the data and of the network trained from, and what decides which pairs were held out."""
+"""File beside the trained weights: hashes of the data and of the network trained from, and what pairs were held out."""
 
 
 @dataclass(frozen=True)
@@ -53,108 +52,124 @@ class TrainedRun:
     weights: Path
 
 
-def run_training(config: Config, *, resume: bool = False, accelerator: Accelerator | None = None) -> TrainedRun:
-    """A whole run of ``sipo train``.
+def run_training(
+    config: Config, *, resume: bool = False, overwrite: bool = False, accelerator: Accelerator | None = None
+) -> TrainedRun:
+    """Runs ``sipo train``: prepares the data, trains, and saves the weights with their card.
 
     Args:
         config: the run.
         resume: go on from the newest sound checkpoint in ``training.output_dir``, or start where there is none yet.
+        overwrite: remove the run that ``training.output_dir`` holds, once everything is ready to train.
         accelerator: made from the configuration if left out.
 
     Returns:
-        Where the weights are.
+        What the loop returned, and where the weights are.
 
     Raises:
         LockedError: another process is training into ``training.output_dir``.
-        ConfigError: what does not fit; a folder that holds another run.
-        CacheError, BadPairError, DataError: of the data.
+        ValueError: both ``resume`` and ``overwrite``.
+        ConfigError: settings that do not fit; a folder that holds another run.
+        CacheError, BadPairError, DataError: from the data.
         CheckpointError, TrainingAlarmError, TrainingDivergedError, TrainingInterruptedError, TrainingMismatchError,
-        TrainingOutOfMemoryError: of
-            the loop.
+            TrainingOutOfMemoryError: from the loop.
     """
+    if resume and overwrite:
+        raise ValueError("resume=True, overwrite=True: expected one of them at most")
     training = config.training
     if accelerator is None:
         accelerator = make_accelerator(training)
     with locked(training.folder, f"training.output_dir={str(training.output_dir)!r}", accelerator=accelerator):
-        return _run_training(config, resume, accelerator)
+        # Whatever can be refused is refused first: encoding the data may take days.
+        resuming = from_main(accelerator, lambda: _check_folder(training, resume, overwrite))
+        run = open_run(config, accelerator)
+        check_run(run, "train", resume=resuming)
+        loss_fn = make_loss(run)
 
+        cache, references, _ = prepare_data(run, refuse_changes=resuming, progress=training.progress)
+        pairs, held_out = datasets(run, cache, references)
 
-def _run_training(config: Config, resume: bool, accelerator: Accelerator) -> TrainedRun:
-    training = config.training
-    there = from_main(accelerator, lambda: _check_folder(training, resume))
-    run = open_run(config, accelerator)
-    check_run(run, "train", resume=there)
-    loss_fn = make_loss(run)
-    if not there:
-        _write_config(run)
-    cache, references, _ = prepare_data(run, refuse_changes=there, progress=training.progress)
-    data_hash = cache.content_hash()
-    pairs, held_out = datasets(run, cache, references)
-    sampled = config.samples.validation_prompts and (training.validation_steps or not there)
-    look = ValidationSamples(run) if sampled else None  # before the networks: its text encoders are gone again
-    network, reference = build(run)
-    if look is not None and not there:
-        look(0, network.to(run.accelerator.device))
-    validate = held_out if training.validation_steps else None
-    with _named():
-        result = train(
-            network,
-            reference,
-            loss_fn,
-            pairs,
-            run.family.predict,
-            training,
-            accelerator=run.accelerator,
-            resume_from=checkpoints.LATEST if there else None,
-            validation=validate,
-            on_validation=look if training.validation_steps else None,
-            offload_reference=config.model.reference_offload,
-            identity=_identity(run, f"{len(cache)} pairs, {data_hash}"),
-            mismatch=_mismatch(config, network),
-        )
-    if there:
-        _write_config(run)  # only now is it known to belong to the run that was there
-    number = len(pairs) // max(1, config.data.draws)
-    origin = trained_on(run, cache)
-    weights = save(run, network, result, loss_fn, pairs=number, origin=origin)
-    on_main(run.accelerator, lambda: write_run_sums(training.folder))
-    return TrainedRun(result, weights)
+        sampled = config.samples.validation_prompts and (training.validation_steps or not resuming)
+        # Before the networks are loaded, as its text encoders are let go again.
+        draw_samples = ValidationSamples(run) if sampled else None
+        network, reference = build(run)
+
+        if not resuming:
+            on_main(accelerator, lambda: _clear_folder(training, overwrite))
+            _write_config(run)
+            if draw_samples is not None:
+                draw_samples(0, network.to(accelerator.device))
+        with _naming_sections():
+            result = train(
+                network,
+                reference,
+                loss_fn,
+                pairs,
+                run.family.predict,
+                training,
+                accelerator=accelerator,
+                resume_from=storage.LATEST if resuming else None,
+                validation=held_out if training.validation_steps else None,
+                on_validation=draw_samples if training.validation_steps else None,
+                offload_reference=config.model.reference_offload,
+                identity=_identity(run, f"{len(cache)} pairs, {cache.content_hash()}"),
+                mismatch=_mismatch(config, network),
+            )
+        if resuming:
+            _write_config(run)  # only now is it known to belong to the run in the folder
+
+        number = len(pairs) // max(1, config.data.draws)
+        weights = save(run, network, result, loss_fn, pairs=number, origin=trained_on(run, cache))
+        on_main(accelerator, lambda: write_run_sums(training.folder))
+        return TrainedRun(result, weights)
 
 
 def trained_on(run: RunContext, cache: Cache) -> dict[str, Any]:
-    """JSON values: of two runs with the same ones, the same pairs are held out and the same network is trained."""
+    """JSON values: two runs with the same ones hold out the same pairs and train the same network."""
     data = run.config.data
     split = {"data.held_out": data.held_out, "data.seed": data.seed}
     return {"data": cache.content_hash(), **split, "network": run.weights(network=True)}
 
 
-def _check_folder(training: TrainingConfig, resume: bool) -> bool:
-    """Whether the folder has checkpoints to go on from; a run in it that would be overwritten is refused."""
-    checkpoints.clear(training.folder)  # which may give a checkpoint its name back
-    saved = checkpoints.found(training.checkpoints)
-    log, weights = training.metrics_path, training.folder / WEIGHTS
-    logged, finished = log in check_logs(training) and log.stat().st_size > 0, weights.exists()
-    if (saved and resume) or not (saved or logged or finished):
-        return bool(saved)
-    names = [f"{training.checkpoints.name}/{saved[-1].name}"] if saved else []
-    names += [path.name for path, there in ((log, logged), (weights, finished)) if there]
-    held = f"training.output_dir={str(training.output_dir)!r} holds a run already ({', '.join(names)}): "
-    if saved:
-        raise ConfigError(f"{held}--resume goes on with it, another training.output_dir starts anew")
-    if finished:
-        expected = "expected another training.output_dir, or this folder deleted"
-        raise ConfigError(f"{held}it has no checkpoint to go on from, {expected}")
+def _check_folder(training: TrainingConfig, resume: bool, overwrite: bool = False) -> bool:
+    """Whether the folder has checkpoints to go on from.
+
+    Raises:
+        ConfigError: it holds a run, which is neither to be resumed nor to be overwritten.
+    """
+    found = earlier_run(training)
+    if overwrite or not found:
+        return False
+    if resume and found.checkpoints:
+        return True
+    held = f"training.output_dir={str(training.output_dir)!r} holds a run already ({found}): "
+    if found.checkpoints:
+        raise ConfigError(
+            f"{held}--resume goes on with it, --overwrite replaces it, another training.output_dir keeps it"
+        )
+    if found.weights:
+        raise ConfigError(
+            f"{held}it has no checkpoint to go on from; --overwrite replaces it, another training.output_dir keeps it"
+        )
     if not resume:
         raise ConfigError(
-            f"{held}it has no checkpoint yet, --resume starts it over and keeps the log that is there, another "
-            "training.output_dir leaves all as it is"
+            f"{held}it has no checkpoint yet; --resume starts it over and keeps the log that is there, --overwrite "
+            "replaces it, another training.output_dir keeps it"
         )
     return False
 
 
+def _clear_folder(training: TrainingConfig, overwrite: bool) -> None:
+    """Makes room for a run that starts: removes an earlier one if asked to, else renames its log."""
+    if not overwrite:
+        set_aside_logs(check_logs(training))
+    elif removed := remove_run(training):
+        say(f"{training.folder}: --overwrite removed the run that was here ({', '.join(removed)})")
+
+
 @contextlib.contextmanager
-def _named() -> Iterator[None]:
-    """Inside, a checkpoint of other settings names the loop's as the configuration does, by section and key."""
+def _naming_sections() -> Iterator[None]:
+    """Inside, an error about a checkpoint of other settings names them as in the configuration: section and key."""
     try:
         yield
     except CheckpointError as error:
@@ -164,7 +179,7 @@ def _named() -> Iterator[None]:
 
 
 def _mismatch(config: Config, network: nn.Module) -> Mismatch:
-    """Policy and reference have the same weights: where nothing else that is known sets them apart, they are equal."""
+    """What to do where policy and reference differ at the start: an error, unless their types or dropout explain it."""
     types = reference_kind(config) != "adapter_off" and differing_types(config) is not None
     # An adapter's own dropout changes nothing at first, as its second factor is 0.
     dropout = any(isinstance(m, nn.Dropout) and m.p > 0 and "lora_" not in n for n, m in network.named_modules())
@@ -185,7 +200,7 @@ def _identity(run: RunContext, data: str) -> dict[str, Any]:
 
 
 def _write_config(run: RunContext) -> None:
-    """Keeps the configuration beside what came of it."""
+    """Writes the configuration to the run's folder."""
     import yaml
 
     def write() -> None:

@@ -7,9 +7,8 @@ waits, at the end of each step, until the device has begun the step's last pass.
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,35 +21,30 @@ from torch.utils.data import DataLoader
 from sipo.batch import BatchMode, PairBatch
 from sipo.locks import locked
 from sipo.loss import SIPOLoss
-from sipo.processes import from_main, on_main
-from sipo.progress import say
+from sipo.processes import from_main
 from sipo.protocols import PairDataset, PairLoss, PairLossResult, Predict
 from sipo.seeds import RandomStream, derive_seed, seed_process
-from sipo.training import checkpoint, storage
+from sipo.training import checkpoint
 from sipo.training.alarms import AlarmWatch
 from sipo.training.config import (
     TrainingAlarmError,
     TrainingConfig,
     TrainingDivergedError,
     TrainingInterruptedError,
-    TrainingMismatchError,
     TrainingWarning,
 )
-from sipo.training.first_step import NAMES, FirstStep, Mismatch
-from sipo.training.forward import PairForward, ReferenceModel, takes_totals
-from sipo.training.log import MetricWindow, Recorder, read_lines
-from sipo.training.optimization import Average, make_optimizer, rate_factor
+from sipo.training.first_step import FirstStep, Mismatch, check_start
+from sipo.training.forward import PairForward, ReferenceModel
+from sipo.training.log import Recorder
+from sipo.training.log_reader import read_metrics
+from sipo.training.measurements import Measurements
+from sipo.training.optimization import WeightUpdates, make_optimizer
 from sipo.training.preparation import check_setup, make_accelerator, prepare
-from sipo.training.sharding import local, plain_name, reshard, unwrapped, whole
-from sipo.training.statistics import TimestepStatistics
+from sipo.training.run_folder import earlier_run
+from sipo.training.sharding import reshard, unwrapped
 from sipo.training.stopping import StopAgreement, StopRequest, memory_advice, release_signals
 from sipo.training.stream import StreamSampler, drop_captions, step_timesteps
-from sipo.training.timesteps import InformativeTimesteps
 from sipo.training.validation import OnValidation, Validation
-from sipo_kernels import METRICS, Totals
-
-ASKED = ("cpu",)
-"""Devices that a number is read from at each step, as that takes no synchronisation there. Tests empty it."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +125,7 @@ def train(
         How it went.
 
     Raises:
-        TypeError, ValueError: arguments that cannot be trained with, or a folder with another run's checkpoints.
+        TypeError, ValueError: arguments that cannot be trained with, or a folder that holds another run.
         ImportError: an optimiser or a tracker that is not installed.
         LockedError: another process is writing to ``config.folder``.
         CheckpointError: a checkpoint that is absent, damaged or of another run.
@@ -145,30 +139,29 @@ def train(
         accelerator = make_accelerator(config)
     check_setup(policy, reference, dataset, config, accelerator)
     with locked(config.folder, f"training.output_dir={str(config.output_dir)!r}", accelerator=accelerator):
-        on_main(accelerator, lambda: storage.clear(config.folder))
-        # The main process says: on a network folder others may still see what it has removed.
-        if resume_from is None and from_main(accelerator, lambda: checkpoint.found(config.checkpoints)):
-            raise ValueError(
-                f"{config.checkpoints} holds another run's checkpoints, expected resume_from or a new folder"
-            )
+        # The main process decides: on a network folder others may still see what it has removed.
+        earlier = from_main(accelerator, lambda: earlier_run(config))
+        if resume_from is None and earlier:
+            held = f"output_dir={str(config.output_dir)!r} holds a run already ({earlier})"
+            raise ValueError(f"{held}, expected resume_from or another output_dir")
         if config.validation_steps and validation is None and on_validation is None:
             raise ValueError(f"validation_steps={config.validation_steps}: expected pairs to validate on, or a hook")
         if validation is not None and len(validation) == 0:
             raise ValueError("the validation set holds 0 pairs, expected at least 1")
         forward = PairForward(loss_fn, predict, reference, accelerator, offload=offload_reference)
-        run = _Run(policy, forward, dataset, config, optimizer, accelerator)
-        run.identity.update(identity or {})
-        run.validation = Validation(validation, on_validation, forward, config, accelerator)
-        run.mismatch = mismatch
+        loop = TrainingLoop(policy, forward, dataset, config, optimizer, accelerator, mismatch)
+        loop.identity.update(identity or {})
+        loop.validation = Validation(validation, on_validation, forward, config, accelerator)
         with StopRequest(accelerator.num_processes) as request:
-            return run.go(resume_from, request)
+            return loop.run(resume_from, request)
 
 
-class _Run:
-    """The state of one :func:`train` call."""
+class TrainingLoop:
+    """One :func:`train` call: :meth:`run` takes the steps, and after each :meth:`_after` logs, saves and validates."""
 
     validation: Validation
-    mismatch: Mismatch
+    recorder: Recorder
+    agreement: StopAgreement
 
     def __init__(
         self,
@@ -178,51 +171,64 @@ class _Run:
         config: TrainingConfig,
         optimizer: Any,
         accelerator: Accelerator,
+        mismatch: Mismatch,
     ) -> None:
         self.config = config
         self.accelerator = accelerator
         self.device: torch.device = accelerator.device
         self.forward = forward
         self.dataset = dataset
+        self.mismatch = mismatch
         self.network = unwrapped(policy)
         # Before the optimiser is made, so that it holds the parameters where they will be trained.
         policy.to(self.device).train()
         if optimizer is None:
             optimizer = make_optimizer(config, [p for p in policy.parameters() if p.requires_grad], self.device)
-        self.base_rates = [group["lr"] for group in optimizer.param_groups]
         self.policy, self.optimizer = prepare(policy, optimizer, config, accelerator)
-        # FSDP2 has put others in their places.
-        self.names = {plain_name(n): p for n, p in self.network.named_parameters() if p.requires_grad}
-        self.parameters = list(self.names.values())
-        self.average = Average(self.names, config.ema_decay) if config.use_ema else None
-        # A loss that adds to sums on the device by itself saves a pass some thirty small operations.
-        self.adds = takes_totals(forward.loss_fn)
-        self.window = MetricWindow(self.device, METRICS if self.adds else ())
+        self.updates = WeightUpdates(self.network, self.optimizer, config, accelerator)
+        self.measured = Measurements(forward.loss_fn, config, self.device)
         self.watch = AlarmWatch()
         self.alarms: list[str] = []  # that the run stops for
-        self.statistics = TimestepStatistics.of(forward.loss_fn, self.device) if config.timestep_statistics else None
-        self.informative: InformativeTimesteps | None = None
-        if config.timestep_sampling == "informative":
-            self.informative = InformativeTimesteps(
-                forward.loss_fn, self.device, config.seed, config.timestep_distribution
-            )
-        self.backwards = self.skipped = 0  # in this step; since the last log line
+        self.backwards = 0  # in this step
         self.saved: Path | None = None
         self.start: dict[str, float] = {}  # for the first log line
-        loss_fn = forward.loss_fn
         self.identity = config.identity() | {
             "dataset_length": len(dataset),
             "groups": [len(group) for group in getattr(dataset, "groups", None) or ()],
             "processes": accelerator.num_processes,
-            "loss": _describe(loss_fn),
+            "loss": _loss_identity(forward.loss_fn),
         }
 
-    def go(self, resume_from: str | Path | None, request: StopRequest) -> TrainingResult:
+    def run(self, resume_from: str | Path | None, request: StopRequest) -> TrainingResult:
         """Trains from the start or a checkpoint to the last step."""
         config, accelerator = self.config, self.accelerator
         seed_process(config.seed, accelerator.process_index)
         accelerator.step = 0  # of accumulation; a run that broke off may have left it in mid-step
         first = 0 if resume_from is None else self._resume(resume_from)
+        self.recorder = Recorder(config, first, accelerator)
+        self.agreement = StopAgreement(request, accelerator)
+        try:
+            if first and self._validation_due(first) and not self._validated(first):
+                self._validate(first)
+            batches = self._batches(first)
+            for step in range(first, config.max_train_steps):
+                with memory_advice(config, self.device, step + 1):
+                    rate = self._step(step, batches)
+                self.recorder.advance()
+                if self._after(step + 1, rate):
+                    assert self.saved is not None
+                    if self.alarms:
+                        raise TrainingAlarmError(step + 1, self.saved, self.alarms)
+                    raise TrainingInterruptedError(step + 1, self.saved, request.signal)
+        finally:
+            self.recorder.close()
+        average = self.updates.average.tensors() if self.updates.average is not None else None
+        history, lines = self.recorder.history, self.recorder.validation
+        return TrainingResult(config.max_train_steps, history, config.metrics_path, self.saved, lines, average)
+
+    def _batches(self, first: int) -> Iterator[tuple[PairBatch, range]]:
+        """This process's batches from step ``first`` on, with the pairs' positions in the run's stream."""
+        config, accelerator = self.config, self.accelerator
         sampler = StreamSampler(
             len(self.dataset),
             config.train_batch_size,
@@ -243,93 +249,56 @@ class _Run:
             # it anew.
             generator=torch.Generator().manual_seed(derive_seed(config.seed, RandomStream.WORKERS, first)),
         )
-        recorder = Recorder(config, first, accelerator)
-        agreement = StopAgreement(request, accelerator)
-        try:
-            if first and self._validation_due(first) and not self._validated(first):
-                self._validate(recorder, first)
-            batches = iter(loader)
-            passes = iter(sampler.passes)
-            for step in range(first, config.max_train_steps):
-                with memory_advice(config, self.device, step + 1):
-                    rate = self._set_learning_rate(step)
-                    chunks = iter(self._timesteps(step))
-                    self.forward.first = FirstStep(accelerator) if step == 0 else None
-                    for number in range(config.gradient_accumulation_steps):
-                        if number == config.gradient_accumulation_steps - 1:
-                            agreement.ask()
-                        with accelerator.accumulate(self.policy):
-                            self._pass(PairBatch.of_items(next(batches)), next(chunks), sampler.positions(next(passes)))
-                    if self.forward.first is not None:
-                        self._check_start(self.forward.first)
-                    self._update()
-                recorder.advance()
-                if self._after(recorder, step + 1, rate, agreement):
-                    if self.alarms:
-                        raise TrainingAlarmError(step + 1, self.saved, self.alarms)
-                    raise TrainingInterruptedError(step + 1, self.saved, request.signal)
-        finally:
-            recorder.close()
-        average = self.average.tensors() if self.average is not None else None
-        history, lines = recorder.history, recorder.validation
-        return TrainingResult(config.max_train_steps, history, config.metrics_path, self.saved, lines, average)
+        for items, number in zip(loader, sampler.passes, strict=True):
+            yield PairBatch.of_items(items), sampler.positions(number)
 
     # ---- One step ----
+
+    def _step(self, step: int, batches: Iterator[tuple[PairBatch, range]]) -> float:
+        """Takes one optimiser step of several passes; returns its learning rate."""
+        config = self.config
+        rate = self.updates.set_rate(step)
+        self.forward.first = FirstStep(self.accelerator) if step == 0 else None
+        for number, timesteps in enumerate(self._timesteps(step)):
+            if number == config.gradient_accumulation_steps - 1:
+                self.agreement.ask()
+            with self.accelerator.accumulate(self.policy):
+                self._pass(*next(batches), timesteps)
+        if self.forward.first is not None:
+            self.start = check_start(self.forward.first, config, self.mismatch)
+            self.forward.first = None
+        self.updates.apply(self.measured, gradient=self.backwards > 0)
+        self.backwards = 0
+        return rate
 
     def _timesteps(self, step: int) -> list[Tensor]:
         """This process's timesteps of each pass of an optimiser step."""
         config, world = self.config, self.accelerator.num_processes
         n = config.train_batch_size * config.gradient_accumulation_steps * world
-        if self.informative is not None:
-            timesteps = self.informative.sample(n, step)
+        if self.measured.informative is not None:
+            timesteps = self.measured.informative.sample(n, step)
         else:
             timesteps = step_timesteps(self.forward.schedule, n, step, config.seed, config.timestep_distribution)
         return list(timesteps.split(config.train_batch_size)[self.accelerator.process_index :: world])
 
-    def _pass(self, batch: PairBatch, timesteps: Tensor, positions: range) -> None:
+    def _pass(self, batch: PairBatch, positions: range, timesteps: Tensor) -> None:
         """Forward and backward of ``B`` pairs."""
         config = self.config
         if batch.mode is not BatchMode.FRESH_DRAWS:
-            if self.informative is not None:
+            if self.measured.informative is not None:
                 raise ValueError("timestep_sampling='informative': the items have draws of their own, expected 'all'")
         elif config.proportion_empty_prompts:
             empty = self.dataset.unconditional  # type: ignore[attr-defined]
             drop_captions(batch.condition, empty, positions, config.seed, config.proportion_empty_prompts)
-        totals = self._totals() if self.adds else None
+        totals = self.measured.totals()
         output, levels = self.forward(self.policy, batch, positions, timesteps, seed=config.seed, totals=totals)
-        if self.informative is not None:
-            self.informative.add(levels, output)
-        if self.statistics is not None and not self.adds:
-            self.statistics.add(levels, output, batch.chosen.shape)
+        self.measured.add(output, levels, batch.chosen.shape)
         if not config.skip_inactive or self._active(output):
             self.accelerator.backward(output.loss)
             self.backwards += 1
         else:
-            self.skipped += 1
+            self.measured.skipped += 1
             reshard(self.policy)
-        if not self.adds:
-            self.window.add(output.metrics())
-
-    def _check_start(self, first: FirstStep) -> None:
-        """Compares policy and reference before any weight moves."""
-        self.forward.first = None
-        self.start = first.read()
-        main = self.accelerator.is_main_process
-        if self.config.progress is not None and main:
-            difference, logit = (self.start[name] for name in NAMES)
-            say(f"step 1: policy and reference differ by {difference:.2g}, logits by {logit:.2g}")
-        beyond, message = first.judge(self.start)
-        if message is None or self.config.alarms == "off":
-            return
-        if beyond and self.mismatch == "raise":
-            raise TrainingMismatchError(f"step 1: {message}; alarms='off' trains all the same")
-        if main:
-            warnings.warn(f"step 1: {message}", TrainingWarning, stacklevel=2)
-
-    def _totals(self) -> Totals:
-        """Where the metrics of a pass go, and its statistics by noise level."""
-        metrics = self.window.totals
-        return Totals(metrics) if self.statistics is None else self.statistics.totals(metrics)
 
     def _active(self, output: PairLossResult) -> bool:
         """Whether a backward pass is due: for a pair of any process, or to reduce the gradients of earlier passes."""
@@ -342,161 +311,107 @@ class _Run:
         active = mask.sum()
         return bool(self.accelerator.reduce(active, reduction="sum") if world > 1 else active)
 
-    def _update(self) -> None:
-        """Clips and applies the accumulated gradient, or none where it is not finite."""
-        if not self.backwards:  # a gradient of zero is not the same as none: moments and weight decay go on
-            for parameter in self.parameters:
-                parameter.grad = torch.zeros_like(parameter)
-        self.backwards = 0
-        limit = math.inf if self.config.max_grad_norm is None else self.config.max_grad_norm
-        norm: Any = self.accelerator.clip_grad_norm_(self.parameters, limit)
-        broken = ~self.window.add_step(whole(norm))
-        if self.device.type not in ASKED or broken:
-            for parameter in self.parameters:
-                if parameter.grad is not None:
-                    local(parameter.grad).masked_fill_(broken, 0.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if self.average is not None:
-            self.average.update()
-
-    def _set_learning_rate(self, step: int) -> float:
-        """A function of the step alone, so that there is no scheduler to save."""
-        factor = rate_factor(self.config, step)
-        for group, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
-            group["lr"] = base * factor
-        return float(self.base_rates[0]) * factor
-
     # ---- After a step ----
 
-    def _after(self, recorder: Recorder, done: int, rate: float, agreement: StopAgreement) -> bool:
+    def _after(self, done: int, rate: float) -> bool:
         """Log, checkpoint and validation, each where due and in this order; returns whether to stop here."""
         config = self.config
         last = done == config.max_train_steps
-        asked = agreement.answer()
-        # The first step always has a line: there the policy still is the reference, and a wrong
-        # set-up shows.
+        asked = self.agreement.answer()
+        # The first step always has a line: the policy still is the reference there, and a wrong set-up shows.
         if last or done == 1 or done % config.logging_steps == 0:
-            self._log(recorder, done, rate)
+            self._log(done, rate)
         # Samples or a validation may run out of memory or time: what has been trained is saved before.
-        saved = bool(config.checkpointing_steps) and (last or done % config.checkpointing_steps == 0)
-        if saved or asked or self.alarms:
-            saved = self._save(done)
+        saves = bool(config.checkpointing_steps) and (last or done % config.checkpointing_steps == 0)
+        saves = saves or asked or bool(self.alarms)
+        if saves:
+            self._save(done)
         if self._validation_due(done) and (last or not asked):
-            self._validate(recorder, done)
+            self._validate(done)
             if not last:  # it may have taken long
-                agreement.ask()
-                asked = agreement.answer()
-                if asked and not saved:
+                self.agreement.ask()
+                asked = self.agreement.answer()
+                if asked and not saves:
                     self._save(done)
         return not last and (asked or bool(self.alarms))
+
+    def _log(self, step: int, rate: float) -> None:
+        """Writes a line, and notes an alarm that the run is to stop for."""
+        config = self.config
+        line = self.measured.read(step, self.accelerator, {"learning_rate": rate, **self.start})
+        self.start = {}
+        self.recorder.write(step, line.metrics, line.statistics)
+        if line.nonfinite_row >= config.max_nonfinite_steps:
+            raise TrainingDivergedError(
+                f"step {step}: {line.nonfinite_row} optimiser steps in a row had a non-finite gradient, expected fewer "
+                f"than max_nonfinite_steps={config.max_nonfinite_steps}; see {config.metrics_path}"
+            )
+        messages = self.watch.update(line.metrics) if config.alarms != "off" else []
+        if config.alarms == "stop" and step < config.max_train_steps:  # after the last there is nothing to stop
+            self.alarms, messages = messages, []
+        for message in messages if self.accelerator.is_main_process else ():
+            warnings.warn(f"step {step}: {message}", TrainingWarning, stacklevel=2)
 
     def _validation_due(self, step: int) -> bool:
         every = self.config.validation_steps
         return bool(every) and (step == self.config.max_train_steps or step % every == 0)
 
-    def _validate(self, recorder: Recorder, step: int) -> None:
-        recorder.write_validation(step, self.validation(self.policy, step, self.network))
+    def _validate(self, step: int) -> None:
+        self.recorder.write_validation(step, self.validation(self.policy, step, self.network))
 
     def _validated(self, step: int) -> bool:
         """Whether the log has the validation of the step that a run was resumed from; every process calls it."""
 
         def look() -> bool:
             path = self.config.metrics_path
-            return any(line["step"] == step for kind in ("validation", "hook") for line in read_lines(path, kind))
+            return any(line["step"] == step for kind in ("validation", "hook") for line in read_metrics(path, kind))
 
         return from_main(self.accelerator, look)
 
-    def _log(self, recorder: Recorder, step: int, rate: float) -> None:
-        """Writes a line, and notes an alarm that the run is to stop for."""
-        # Not at the first and last line: what is drawn next must not depend on where a run began or ended.
-        informative = self.informative if step % self.config.logging_steps == 0 else None
-        windows = [taker.window.flatten() for taker in (informative, self.statistics) if taker is not None]
-        metrics, row, sums = self.window.read(self.accelerator, torch.cat(windows) if windows else None)
-        if informative is not None:
-            informative.absorb(sums[: informative.window.numel()])
-            del sums[: informative.window.numel()]
-        metrics["learning_rate"] = rate
-        metrics |= self.start
-        self.start = {}
-        if self.informative is not None:
-            metrics["timestep_share"] = self.informative.share
-        if self.config.skip_inactive:
-            metrics["skipped_passes"], self.skipped = self.skipped, 0
-        recorder.write(step, metrics, None if self.statistics is None else self.statistics.take(step, sums))
-        if row >= self.config.max_nonfinite_steps:
-            raise TrainingDivergedError(
-                f"step {step}: {row} optimiser steps in a row had a non-finite gradient, expected fewer than "
-                f"max_nonfinite_steps={self.config.max_nonfinite_steps}; see {self.config.metrics_path}"
-            )
-        messages = self.watch.update(metrics) if self.config.alarms != "off" else []
-        if (
-            self.config.alarms == "stop" and step < self.config.max_train_steps
-        ):  # after the last there is nothing to stop
-            self.alarms, messages = messages, []
-        for message in messages if self.accelerator.is_main_process else ():
-            warnings.warn(f"step {step}: {message}", TrainingWarning, stacklevel=2)
-
     # ---- Checkpoints ----
 
-    def _save(self, step: int) -> bool:
-        """Writes a checkpoint, where one can be written; returns whether."""
-        window = self.window.state()
-        progress: dict[str, Any] = {"alarms": self.watch.lines, "skipped": self.skipped}
-        if self.informative is not None:
-            window["ratios"] = self.informative.window
-            progress["timesteps"] = self.informative.progress()
-        if self.statistics is not None:
-            window["statistics"] = self.statistics.window
+    def _save(self, step: int) -> None:
+        window, progress = self.measured.state()
         self.saved = checkpoint.save(
             self.config.checkpoints,
             step=step,
             identity=self.identity,
             model=self.network,
             optimizer=self.optimizer,
-            average=self.average,
+            average=self.updates.average,
             window=window,
-            progress=progress,
+            progress=progress | {"alarms": self.watch.lines},
             keep=self.config.checkpoints_total_limit,
             accelerator=self.accelerator,
         )
-        return True
 
     def _resume(self, source: str | Path) -> int:
+        """Restores a checkpoint; returns the steps done."""
+
+        def restore(window: dict[str, Tensor], progress: dict[str, Any]) -> None:
+            self.measured.restore(window, progress)
+            self.watch.lines |= progress["alarms"]
+
         step = checkpoint.load(
             source,
             self.config.checkpoints,
             identity=self.identity,
             model=self.network,
             optimizer=self.optimizer,
-            average=self.average,
-            restore=self._restore,
+            average=self.updates.average,
+            restore=restore,
             accelerator=self.accelerator,
         )
-        if (
-            step > self.config.max_train_steps
-        ):  # as many is a run that was stopped between its last step and what comes after
+        # As many steps is a run that was stopped between its last step and what comes after.
+        if step > self.config.max_train_steps:
             raise ValueError(
-                f"max_train_steps={self.config.max_train_steps}: the checkpoint has {step} already, expected at least as many"
+                f"max_train_steps={self.config.max_train_steps}: the checkpoint has {step} already, expected at least "
+                "as many"
             )
         return step
 
-    def _restore(self, window: dict[str, Tensor], progress: dict[str, Any]) -> None:
-        for name, tensor in window.items():
-            if tensor.dtype != torch.float32:
-                raise ValueError(f"window.{name} is {tensor.dtype}, expected float32")
-        self.window.restore(window)
-        self.watch.lines |= progress["alarms"]
-        self.skipped = progress["skipped"]
-        if self.statistics is not None and "statistics" in window:
-            if window["statistics"].shape != self.statistics.window.shape:
-                raise ValueError(f"window.statistics has shape {[*window['statistics'].shape]}, expected this run's")
-            self.statistics.window = window["statistics"].to(self.device)
-        if self.informative is not None:
-            self.informative.restore(progress["timesteps"], window["ratios"])
 
-
-def _describe(loss_fn: PairLoss) -> Any:
+def _loss_identity(loss_fn: PairLoss) -> Any:
     """What a resumed run's loss must share; JSON values."""
     if isinstance(loss_fn, SIPOLoss):
         return loss_fn.settings()

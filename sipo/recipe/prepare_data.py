@@ -1,0 +1,209 @@
+"""``sipo precompute``: latents, text embeddings and the reference's errors that a configuration needs."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from typing import NamedTuple
+
+from accelerate import Accelerator
+
+from sipo.cache.format import Cache, CacheError, OtherSettingsError, open_cache, other_path, pairs_are_whole
+from sipo.cache.precompute import fingerprint, precompute_pairs
+from sipo.cache.reference_errors import References, open_references, precompute_references
+from sipo.cache.savings import Cost
+from sipo.cache.summary import CacheSummary
+from sipo.data.readers import open_pairs
+from sipo.data.records import DataError, PairReader
+from sipo.locks import locked
+from sipo.processes import everywhere, from_main, gathered, on_main
+from sipo.progress import say
+from sipo.recipe.build import RunContext, free_memory, frozen_reference
+from sipo.recipe.config import (
+    ConfigError,
+)
+from sipo.training.sharding import round_whole
+
+
+class PreparedData(NamedTuple):
+    """What :func:`prepare_data` leaves.
+
+    Attributes:
+        cache: latents and text embeddings.
+        references: the reference's errors, where the configuration asks for them.
+        summary: what was done to the cache, if anything.
+    """
+
+    cache: Cache
+    references: References | None
+    summary: CacheSummary | None
+
+
+def prepare_data(
+    run: RunContext,
+    *,
+    repair: bool = False,
+    verify: bool = False,
+    refuse_changes: bool = False,
+    progress: bool | None = True,
+) -> PreparedData:
+    """Computes what the cache lacks, or what no longer agrees with the source: latents, text, reference errors.
+
+    A line says what has changed since, one how many pairs are left out, and one what is used without having been
+    compared, as its source is missing.
+
+    Args:
+        run: of :func:`open_run`.
+        repair: read every shard, also where the cache is finished, and write those anew that are damaged.
+        verify: read every file of the source and of the model, also where size, times and inode are as they were.
+        refuse_changes: an error at the first change, before anything is encoded anew.
+        progress: as in :mod:`sipo.progress`.
+
+    Returns:
+        The data, and what was done to it, if it could be compared.
+
+    Raises:
+        CacheError: a cache of other settings or weights; a change, where they are refused.
+        BadPairError: a pair that cannot be used, without ``data.skip_bad``.
+        DataError: no source, and no finished cache of it.
+    """
+    config, accelerator = run.config, run.accelerator
+    on_main(accelerator, lambda: run.cache.mkdir(parents=True, exist_ok=True))
+    weights = run.weights(network=False, verify=verify)
+    if verify and config.data.reference_errors:
+        run.weights(network=True, verify=True)
+    marks, summary = fingerprint(config.model, config.data, weights), None
+    whole = from_main(accelerator, lambda: pairs_are_whole(run.cache, marks))
+    reader, missing = _open_source(run, ask=whole)
+    if missing and (verify or not whole):
+        raise DataError(missing)
+    said = [f"could not be compared with its pairs, the encoded data is used unchanged: {missing}"]
+    if reader is not None:
+        summary = precompute_pairs(
+            reader,
+            run.family,
+            lambda: run.load_encoders().to(accelerator.device),
+            run.cache,
+            settings=config.data,
+            model=config.model,
+            weights=weights,
+            check_hashes=repair or not whole,
+            verify=verify,
+            refuse_changes=refuse_changes,
+            accelerator=accelerator,
+            on_cost=lambda cost: _say_cost(run, cost),
+            progress=progress,
+        )
+        summary = _of_all(summary, accelerator)
+        said = summary.news()
+    free_memory()
+    cache = everywhere(accelerator, lambda: open_cache(run.cache, marks))
+    if cache.path != config.data.dataset_name:
+        raise other_path(run.cache, cache.path, config.data.dataset_name, f"which cannot be read ({missing})")
+    if cache.skipped:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in cache.skipped.items())
+        number = sum(cache.skipped.values())
+        said.append(f"{number} of {number + len(cache)} pairs cannot be used and are left out: {reasons}")
+    if accelerator.is_main_process:
+        for line in said:
+            say(f"{run.cache}: {line}")
+    references = None
+    if config.data.reference_errors:
+        references = _references(run, cache, repair, refuse_changes, progress)
+    return PreparedData(cache, references, summary)
+
+
+def _say_cost(run: RunContext, cost: Cost) -> None:
+    """Says what encoding costs and what of it training will not use; refuses what cannot be trained with or stored."""
+    data, training = run.config.data, run.config.training
+    free = shutil.disk_usage(run.cache).free
+    draws = data.draws if data.reference_errors else 0
+    try:
+        cost.check(free)
+    except ValueError as error:
+        raise CacheError(f"{run.cache}: {error}") from error
+    pairs = cost.there + (cost.pairs or 0)
+    if cost.exact and 0 < pairs <= data.held_out:
+        raise ConfigError(f"data.held_out={data.held_out}: expected fewer than the {pairs} pairs there are")
+    say(f"{run.cache}: {cost.describe(free, draws)}")
+    seen = (
+        training.max_train_steps
+        * training.train_batch_size
+        * training.gradient_accumulation_steps
+        * run.accelerator.num_processes
+    )
+    unused = cost.unused(draws=draws, held_out=data.held_out, seen=seen)
+    if unused:
+        say(f"{run.cache}: {training.max_train_steps} steps of {seen // training.max_train_steps} pairs: {unused}")
+
+
+def _open_source(run: RunContext, ask: bool) -> tuple[PairReader | None, str]:
+    """The pairs, or why there are none; the same in every process.
+
+    Args:
+        run: of :func:`open_run`.
+        ask: whether they must be able to say that they have not changed, as a hub that is out of reach is not.
+    """
+    data = run.config.data
+
+    def look() -> tuple[PairReader | None, str]:
+        try:
+            reader = open_pairs(run.data_path, data.format, data.dataset_split_name, data.streaming)
+            if ask:
+                getattr(reader, "state", str)()
+        except DataError as error:
+            return None, str(error)
+        return reader, ""
+
+    reader, missing = everywhere(run.accelerator, look)
+    missing = next(filter(None, gathered(run.accelerator, missing)), "")
+    return (None, missing) if missing else (reader, "")
+
+
+def _of_all(summary: CacheSummary, accelerator: Accelerator) -> CacheSummary:
+    """What all processes have done to the cache, each with shards of its own."""
+    everyone = gathered(accelerator, summary)
+    return dataclasses.replace(
+        summary,
+        written=sum(each.written for each in everyone),
+        kept=sum(each.kept for each in everyone),
+        texts=sum(each.texts for each in everyone),
+        absent=sum(each.absent for each in everyone),
+        changes=[change for each in everyone for change in each.changes],
+    )
+
+
+def _references(run: RunContext, cache: Cache, repair: bool, refuse_changes: bool, progress: bool | None) -> References:
+    """The reference's errors at every draw, computed where they are not there yet."""
+    config, accelerator = run.config, run.accelerator
+    which = run.references
+
+    def there() -> References | None:
+        try:
+            return open_references(cache, run.schedule, **which)
+        except OtherSettingsError as error:
+            if refuse_changes:  # those of the run are there, and this run's are others
+                raise ConfigError(str(error)) from error
+        except CacheError:
+            pass
+        return None
+
+    found = None if repair else everywhere(accelerator, there)
+    if all(gathered(accelerator, found is not None)) and found is not None:
+        return found
+    with locked(run.cache, f"data.cache={str(run.cache)!r}", accelerator=accelerator):
+        network = round_whole(frozen_reference(run), accelerator).to(accelerator.device)
+        found = precompute_references(
+            cache,
+            network,
+            run.family.predict,
+            run.schedule,
+            **which,
+            batch_size=config.training.train_batch_size,
+            accelerator=accelerator,
+            num_workers=config.training.dataloader_num_workers,
+            progress=progress,
+        )
+    del network
+    free_memory()
+    return found
