@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sipo import NoiseSchedule
+from sipo.batch import level_argument
 
 STEPS = 50
 
@@ -57,7 +58,7 @@ def compare(name: str, scheduler: Any, **options: Any) -> LevelComparison:
         alpha_sq = 1 / (1 + sigma[:-1] ** 2)
         factor = (1 - alpha_sq) / alpha_sq if schedule.prediction_type == "epsilon" else 1 - alpha_sq
     exact = 0.5 * (snr[1:] - snr[:-1]) * factor
-    ours = schedule.ratio_scale(levels)
+    ours = schedule.ratio_scale(**level_argument(schedule, levels))
     both = exact.isfinite() & ours.isfinite() & (ours > 0)
     return LevelComparison(name, (ours / exact)[both].tolist())
 

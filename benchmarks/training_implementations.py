@@ -17,6 +17,7 @@ from benchmarks import baselines
 from benchmarks.training_baseline import MAX_GRAD_NORM, diffusion_dpo, hand_written
 from benchmarks.training_setup import Setup, lora_networks, reference_for
 from sipo import SIPOLoss
+from sipo.batch import level_argument
 
 SKIPPED = 5  # first steps of a chunk that do not count: the iterator starts, the first log line is written
 LOG_EVERY = 10
@@ -233,5 +234,5 @@ class Bench:
         if way.method == "diffusion_dpo":
             return lambda model, ref, target, timesteps: diffusion_dpo(model, ref, target, beta)
         return lambda model, ref, target, timesteps: baselines.upcast(
-            model, ref, target, schedule.ratio_scale(timesteps).float(), beta
+            model, ref, target, schedule.ratio_scale(**level_argument(schedule, timesteps)).float(), beta
         )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks.step_network import PLAIN, make_network
 from sipo import NoiseSchedule
+from sipo.batch import level_argument
 
 if TYPE_CHECKING:  # accelerate comes with it
     from sipo.protocols import Predict
@@ -222,10 +223,11 @@ def _reference_error(
     samples = torch.stack([item["chosen"], item["rejected"]]).to(device)
     noise = item["noise"].to(device).expand_as(samples)
     timesteps = item["timestep"].to(device).repeat(2)
+    argument = level_argument(schedule, timesteps)
     text = {name: tensor.to(device).expand(2, *tensor.shape) for name, tensor in item["condition"].items()}
     with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
-        prediction = predict(network, schedule.add_noise(samples, noise, timesteps), timesteps, text)
-    target = schedule.target(samples, noise, timesteps)
+        prediction = predict(network, schedule.add_noise(samples, noise, **argument), timesteps, text)
+    target = schedule.target(samples, noise, **argument)
     return (prediction.double() - target.double()).square().flatten(1).mean(1).cpu()
 
 

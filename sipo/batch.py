@@ -126,18 +126,26 @@ def noisy_pairs(batch: PairBatch, noise: Tensor, timesteps: Tensor, schedule: Sc
     Args:
         batch: on the device that the network runs on.
         noise: shaped as ``batch.chosen``, on the same device.
-        timesteps: ``[B]``, on the same device.
+        timesteps: ``[B]``, on the same device, as the schedule draws them: σ for a flow.
         schedule: gives noisy samples and the target.
     """
     samples = torch.cat([batch.chosen, batch.rejected])
     both_noise, both_timesteps = _twice(noise), _twice(timesteps)
     if schedule.prediction_type == "epsilon":
         # The target is the noise, which both share: half the memory, and half the reads in the loss.
-        target = schedule.target(batch.chosen, noise, timesteps)
+        target = schedule.target(batch.chosen, noise, **level_argument(schedule, timesteps))
     else:
-        target = schedule.target(samples, both_noise, both_timesteps)
-    noisy = schedule.add_noise(samples, both_noise, both_timesteps)
+        target = schedule.target(samples, both_noise, **level_argument(schedule, both_timesteps))
+    noisy = schedule.add_noise(samples, both_noise, **level_argument(schedule, both_timesteps))
     return NoisyPairs(noisy, both_timesteps, _stacked_condition(batch), target)
+
+
+def level_argument(schedule: Schedule, drawn: Tensor) -> dict[str, Tensor]:
+    """Returns noise levels, as ``sample_timesteps`` draws them, by the name of the argument that takes them.
+
+    That is ``sigmas`` for a schedule whose ``kind`` is ``"flow"``, and its loss; ``timesteps`` for any other.
+    """
+    return {"sigmas" if getattr(schedule, "kind", None) == "flow" else "timesteps": drawn}
 
 
 def to_device(value: Any, device: torch.device) -> Any:

@@ -81,8 +81,9 @@ class SIPOLoss(torch.nn.Module):
         model_pred: Tensor,
         ref_pred: Tensor | None,
         target: Tensor,
-        timesteps: Tensor,
+        timesteps: Tensor | None = None,
         *,
+        sigmas: Tensor | None = None,
         error_weight: Tensor | None = None,
         ref_error: Tensor | None = None,
         totals: Totals | None = None,
@@ -94,8 +95,9 @@ class SIPOLoss(torch.nn.Module):
                 next two.
             ref_pred: ``[S, ...]``, the frozen reference's output, or ``None`` with ``ref_error``.
             target: ``[S, ...]``, or ``[B, ...]`` where chosen and rejected sample share it.
-            timesteps: ``[S]``, or ``[B]`` where chosen and rejected sample share it: discrete indices, or σ in (0, 1]
-                for a flow (not the 0 to 1000 that its network takes).
+            timesteps: ``[S]``, or ``[B]`` where chosen and rejected sample share it, in the units of diffusers'
+                schedulers: discrete indices, or 0 to 1000 for a flow (see :class:`NoiseSchedule`).
+            sigmas: Shaped likewise, in place of ``timesteps``: σ in (0, 1] of a flow.
             error_weight: ``[S]``, the ω(λ_t) of Diffusion-DPO (§5).
             ref_error: ``[S]``, errors of the reference computed beforehand.
             totals: Running sums that the batch's metrics, and its sums by noise level, are added to (§8).
@@ -109,15 +111,16 @@ class SIPOLoss(torch.nn.Module):
                 that is neither 4-D nor 5-D.
             FloatingPointError: ``nonfinite="raise"`` and a pair that is not finite.
         """
-        ratio_scale = self.schedule.ratio_scale(timesteps)
+        ratio_scale = self.schedule.ratio_scale(timesteps, sigmas=sigmas)
         # anything but a batch is left to pair_loss to refuse
         if isinstance(model_pred, Tensor) and model_pred.ndim > 0:
             samples, scales = model_pred.shape[0], ratio_scale.shape[0]
             if scales * 2 == samples:
                 ratio_scale = ratio_scale.repeat(2)
             elif scales != samples:
+                name = "timesteps" if sigmas is None else "sigmas"
                 raise ValueError(
-                    f"timesteps has shape [{scales}]: expected [{samples}], or [{samples // 2}] shared by each pair"
+                    f"{name} has shape [{scales}]: expected [{samples}], or [{samples // 2}] shared by each pair"
                 )
             ratio_scale = ratio_scale.to(model_pred.device)
         return pair_loss(

@@ -9,7 +9,11 @@ from torch import Tensor, nn
 
 
 class Schedule(Protocol):
-    """A noise schedule; :class:`sipo.NoiseSchedule` is one. ``B`` samples of any shape, one timestep each."""
+    """A noise schedule; :class:`sipo.NoiseSchedule` is one. ``B`` samples of any shape, one timestep each.
+
+    One that has an attribute ``kind`` of ``"flow"`` gets what it draws as ``sigmas=`` in place of ``timesteps``, and so
+    does its loss.
+    """
 
     @property
     def prediction_type(self) -> str:

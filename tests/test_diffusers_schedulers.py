@@ -15,6 +15,7 @@ from torch import Tensor
 
 from benchmarks.previous_level import markdown, rows
 from sipo import NoiseSchedule
+from sipo.batch import level_argument
 from sipo.schedule.diffusers_schedulers import SettingError, check_sampler, with_settings
 from sipo_kernels.testing import golden_ratio_scales
 
@@ -71,11 +72,11 @@ def test_golden_through_schedulers(name: str, scheduler: Any) -> None:
     schedule = NoiseSchedule.from_scheduler(scheduler, steps)
     assert schedule.prediction_type == case.schedule["prediction"]
     assert (schedule.kind, schedule.num_train_timesteps) == (case.schedule["kind"], 1000)
-    close(schedule.ratio_scale(case.noise_levels), case.ratio_scale, rtol=1e-4)
+    close(schedule.ratio_scale(**level_argument(schedule, case.noise_levels)), case.ratio_scale, rtol=1e-4)
     # a scheduler that has been used for sampling gives the same
     scheduler.set_timesteps(7)
     again = NoiseSchedule.from_scheduler(scheduler, steps)
-    assert torch.equal(again.ratio_scale(case.noise_levels), schedule.ratio_scale(case.noise_levels))
+    assert torch.equal(*(s.ratio_scale(**level_argument(s, case.noise_levels)) for s in (again, schedule)))
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
@@ -108,10 +109,10 @@ def test_every_sigma_of_the_scheduler_is_taken(shift: float) -> None:
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
     schedule = NoiseSchedule.from_scheduler(scheduler)
     u = torch.arange(1000, 0, -1, dtype=torch.float64) / 1000
-    exact = schedule.ratio_scale(shift * u / (1 + (shift - 1) * u))
+    exact = schedule.ratio_scale(sigmas=shift * u / (1 + (shift - 1) * u))
     assert exact[-20:].isinf().all() and exact[:-20].isfinite().all()
     # its σ are float32, which near σ = 1 leaves few digits of 1 − σ, and so of the SNR
-    error = (schedule.ratio_scale(scheduler.sigmas) / exact - 1)[:-20]
+    error = (schedule.ratio_scale(sigmas=scheduler.sigmas) / exact - 1)[:-20]
     assert error.abs().max() < 1e-4
 
 
@@ -120,8 +121,8 @@ def test_sample_prediction_of_a_flow() -> None:
     sigma = torch.tensor([0.2, 0.5, 1.0])
     schedule = NoiseSchedule.from_scheduler(scheduler, prediction_type="sample")
     flow = NoiseSchedule.from_scheduler(scheduler)
-    close(schedule.ratio_scale(sigma), flow.ratio_scale(sigma) / sigma.double() ** 2)
-    assert torch.equal(schedule.target(sigma, sigma, sigma), sigma)
+    close(schedule.ratio_scale(sigmas=sigma), flow.ratio_scale(sigmas=sigma) / sigma.double() ** 2)
+    assert torch.equal(schedule.target(sigma, sigma, sigmas=sigma), sigma)
 
 
 @pytest.mark.parametrize("name", ["DDPM", "DDIM", "PNDM", "DPMSolverMultistep", "UniPCMultistep", "EulerDiscrete"])
@@ -157,13 +158,13 @@ def test_flow_noise_is_that_of_the_scheduler() -> None:
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     sample, noise = latents()
     index = [0, 10, 500, 900, 999]
-    noisy = NoiseSchedule.from_scheduler(scheduler).add_noise(sample, noise, scheduler.sigmas[index])
+    noisy = NoiseSchedule.from_scheduler(scheduler).add_noise(sample, noise, sigmas=scheduler.sigmas[index])
     close(noisy, scheduler.scale_noise(sample, scheduler.timesteps[index], noise), rtol=1e-6, atol=1e-7)
     solver = diffusers.DPMSolverMultistepScheduler(
         use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction"
     )
     solver.set_timesteps(20)
-    noisy = NoiseSchedule.from_scheduler(solver).add_noise(sample, noise, solver.sigmas[:5])
+    noisy = NoiseSchedule.from_scheduler(solver).add_noise(sample, noise, sigmas=solver.sigmas[:5])
     close(noisy, solver.add_noise(sample, noise, solver.timesteps[:5]), rtol=1e-6, atol=1e-7)
 
 
@@ -304,14 +305,14 @@ def check_grid(scheduler: Any, schedule: NoiseSchedule, **options: Any) -> None:
     assert sigma[0] == 1 and sigma[-1] == 0 and len(sigma) == steps + 1
     snr = ((1 - sigma) / sigma) ** 2
     exact = 0.5 * (snr[1:-1] - snr[:-2]) * sigma[:-2] ** 2
-    scale = schedule.ratio_scale(sigma[:-1].float())
+    scale = schedule.ratio_scale(sigmas=sigma[:-1].float())
     assert scale[-1] == math.inf
     close(scale[:-1], exact, rtol=2e-5)  # the grid is float32
     sample, noise = (each.double() for each in latents(1))
-    velocity = schedule.target(sample, noise, sigma[:1])
+    velocity = schedule.target(sample, noise, sigmas=sigma[:1])
     for now, then, step in zip(sigma[:-1], sigma[1:], scheduler.sigmas.diff(), strict=True):
-        moved = schedule.add_noise(sample, noise, now[None]) + step.double() * velocity
-        expected = schedule.add_noise(sample, noise, then[None]) if then > 0 else sample
+        moved = schedule.add_noise(sample, noise, sigmas=now[None]) + step.double() * velocity
+        expected = schedule.add_noise(sample, noise, sigmas=then[None]) if then > 0 else sample
         close(moved, expected, rtol=0, atol=1e-6)
 
 

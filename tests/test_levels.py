@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sipo import NoiseSchedule
+from sipo.batch import level_argument
 
 ALL_STEPS = torch.arange(1000)
 
@@ -66,7 +67,7 @@ def flow(shift: float, steps: int, terminal: float | None = None, inverted: bool
 def test_flow_is_accurate_everywhere(millionths: int, shift: float, steps: int) -> None:
     sigma = millionths / 10**6
     exact = exact_flow_ratio_scale(Fraction(sigma), Fraction(shift), steps)
-    scale = NoiseSchedule.flow(shift, steps).ratio_scale(torch.tensor([sigma], dtype=torch.float64)).item()
+    scale = NoiseSchedule.flow(shift, steps).ratio_scale(sigmas=torch.tensor([sigma], dtype=torch.float64)).item()
     previous = Fraction(sigma) / (Fraction(shift) - (Fraction(shift) - 1) * Fraction(sigma)) - Fraction(1, steps)
     if abs(previous) < Fraction(1, 10**12):  # within rounding of the terminal step: inf, or immense
         assert scale > 1e10
@@ -87,7 +88,7 @@ def test_flow_is_accurate_everywhere(millionths: int, shift: float, steps: int) 
 def test_stretched_flow_is_accurate_everywhere(millionths: int, shift: float, steps: int, terminal: float) -> None:
     sigma = millionths / 10**6
     exact = exact_flow_ratio_scale(Fraction(sigma), Fraction(shift), steps, Fraction(terminal))
-    scale = flow(shift, steps, terminal).ratio_scale(torch.tensor([sigma], dtype=torch.float64)).item()
+    scale = flow(shift, steps, terminal).ratio_scale(sigmas=torch.tensor([sigma], dtype=torch.float64)).item()
     if exact is None or exact > 10**9:  # σ' near 0, by a subtraction
         assert scale > 10**8.9
     else:
@@ -108,7 +109,7 @@ def test_only_the_last_step_of_a_stretched_or_inverted_flow_is_terminal(
             sigma = 1 - (1 - sigma) * (1 - terminal) / (1 - sigma[0])
             assert sigma[0].item() == pytest.approx(terminal)
         sigma = 1 - (1 - sigma).to(torch.promote_types(dtype, torch.float32))  # as schedulers do
-        scale = flow(shift, steps, None if inverted else terminal, inverted).ratio_scale(sigma.to(dtype))
+        scale = flow(shift, steps, None if inverted else terminal, inverted).ratio_scale(sigmas=sigma.to(dtype))
         assert scale.isinf().tolist() == [True] + [False] * (steps - 1)
 
 
@@ -123,11 +124,11 @@ def test_ratio_scale_is_the_divergence_of_the_posteriors(prediction: str) -> Non
         schedule = NoiseSchedule.discrete(prediction_type=prediction, num_inference_steps=20)
         now = torch.tensor([50, 200, 600, 950])
         before = now - 50
-    (alpha, sigma), (alpha_p, sigma_p) = schedule.alpha_sigma(now), schedule.alpha_sigma(before)
+    (alpha, sigma), (alpha_p, sigma_p) = (schedule.alpha_sigma(**level_argument(schedule, t)) for t in (now, before))
     generator = torch.Generator().manual_seed(0)
     x0, noise, error = (torch.randn(4, dtype=torch.float64, generator=generator) for _ in range(3))
-    noisy = schedule.add_noise(x0, noise, now)
-    output = schedule.target(x0, noise, now) + error
+    noisy = schedule.add_noise(x0, noise, **level_argument(schedule, now))
+    output = schedule.target(x0, noise, **level_argument(schedule, now)) + error
     recovered = {
         "epsilon": lambda: (noisy - sigma * output) / alpha,
         "v_prediction": lambda: alpha * noisy - sigma * output,
@@ -138,7 +139,7 @@ def test_ratio_scale_is_the_divergence_of_the_posteriors(prediction: str) -> Non
     b = alpha_p * step_variance / sigma**2
     variance = step_variance * sigma_p**2 / sigma**2
     divergence = 0.5 * b**2 * (recovered - x0) ** 2 / variance
-    close(schedule.ratio_scale(now) * error**2, divergence, rtol=1e-9)
+    close(schedule.ratio_scale(**level_argument(schedule, now)) * error**2, divergence, rtol=1e-9)
 
 
 @given(
@@ -185,5 +186,5 @@ def test_only_the_last_flow_step_is_terminal(dtype: torch.dtype, shift: float, s
     work = dtype if dtype.itemsize >= 4 else torch.float32
     u = torch.arange(1, steps + 1).to(work) / steps
     sigma = (shift * u / (1 + (shift - 1) * u)).to(dtype)
-    scale = NoiseSchedule.flow(shift, steps).ratio_scale(sigma)
+    scale = NoiseSchedule.flow(shift, steps).ratio_scale(sigmas=sigma)
     assert scale.isinf().tolist() == [True] + [False] * (steps - 1)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sipo import NoiseSchedule, PairLossOutput, SIPOLoss, convert_beta
+from sipo.batch import level_argument
 from sipo_kernels import reference
 from sipo_kernels.testing import GoldenCase, golden_cases
 
@@ -45,7 +46,7 @@ def batch(*shape: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 def test_golden(case: GoldenCase) -> None:
     loss_fn = SIPOLoss(schedule_of(case), **case.options)
     model_pred = case.model_pred.clone().requires_grad_()
-    out = loss_fn(model_pred, case.ref_pred, case.target, case.noise_levels)
+    out = loss_fn(model_pred, case.ref_pred, case.target, **level_argument(loss_fn.schedule, case.noise_levels))
     assert isinstance(out, PairLossOutput)
     for name in ("model_error", "ref_error", "error_gap", "log_ratio", "weight", "logits", "loss"):
         torch.testing.assert_close(getattr(out, name).detach(), case.expected[name], rtol=1e-9, atol=1e-13)
@@ -58,8 +59,8 @@ def test_golden(case: GoldenCase) -> None:
 def test_timesteps_may_be_shared_by_the_pair(case: GoldenCase) -> None:
     loss_fn = SIPOLoss(schedule_of(case), **case.options)
     tensors = (case.model_pred, case.ref_pred, case.target)
-    full = loss_fn(*tensors, case.noise_levels)
-    shared = loss_fn(*tensors, case.noise_levels[: case.num_pairs])
+    full = loss_fn(*tensors, **level_argument(loss_fn.schedule, case.noise_levels))
+    shared = loss_fn(*tensors, **level_argument(loss_fn.schedule, case.noise_levels[: case.num_pairs]))
     assert torch.equal(shared.loss, full.loss)
     assert torch.equal(shared.log_ratio, full.log_ratio)
 
@@ -91,7 +92,7 @@ def test_scheduler_and_schedule_say_the_same() -> None:
     flow = SIPOLoss(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), prediction_type="flow_prediction")
     assert (flow.schedule.kind, flow.schedule.shift) == ("flow", 3.0)
     close(
-        flow(model, ref, target, torch.tensor([0.5, 0.9])).log_ratio[0] / out.model_error[0],
+        flow(model, ref, target, sigmas=torch.tensor([0.5, 0.9])).log_ratio[0] / out.model_error[0],
         -0.030665826507036226,
         1e-5,
     )
@@ -106,13 +107,13 @@ def test_default_beta(method: str, image: float, video: float) -> None:
     timesteps = torch.tensor([0.9, 0.5])
     for shape, beta in (((4, 2, 3, 3), image), ((4, 2, 2, 3, 3), video)):
         tensors = batch(*shape)
-        default = loss_fn(*tensors, timesteps)
-        explicit = SIPOLoss(NoiseSchedule.flow(), method=method, beta=beta)(*tensors, timesteps)
+        default = loss_fn(*tensors, sigmas=timesteps)
+        explicit = SIPOLoss(NoiseSchedule.flow(), method=method, beta=beta)(*tensors, sigmas=timesteps)
         assert torch.equal(default.logits, explicit.logits)
         assert default.logits.abs().min() > 0
     with pytest.raises(ValueError, match=r"^beta=None with a 3-D model_pred: expected a number"):
-        loss_fn(*batch(4, 7, 3), timesteps)
-    assert SIPOLoss(NoiseSchedule.flow(), beta=3.0)(*batch(4, 7, 3), timesteps).logits.shape == (2,)
+        loss_fn(*batch(4, 7, 3), sigmas=timesteps)
+    assert SIPOLoss(NoiseSchedule.flow(), beta=3.0)(*batch(4, 7, 3), sigmas=timesteps).logits.shape == (2,)
 
 
 def test_every_setting_arrives() -> None:
@@ -146,10 +147,10 @@ def test_accumulation_and_upstream_gradient() -> None:
     model, ref, target = batch(4, 2, 3, 3)
     loss_fn = SIPOLoss(NoiseSchedule.flow(), method="diffusion_dpo", beta=100.0)
     timesteps = torch.tensor([0.9, 0.5])
-    loss_fn(model, ref, target, timesteps).loss.backward()
+    loss_fn(model, ref, target, sigmas=timesteps).loss.backward()
     assert model.grad is not None
     once = model.grad.clone()
-    (0.25 * loss_fn(model, ref, target, timesteps).loss).backward()
+    (0.25 * loss_fn(model, ref, target, sigmas=timesteps).loss).backward()
     torch.testing.assert_close(model.grad, 1.25 * once, rtol=1e-6, atol=1e-9)
 
 
@@ -180,7 +181,7 @@ def test_it_is_a_module_without_state() -> None:
     )
     tensors, timesteps = batch(4, 2, 3, 3), torch.tensor([0.9, 0.5])
     again = copy.deepcopy(loss_fn)
-    assert torch.equal(again(*tensors, timesteps).loss, loss_fn(*tensors, timesteps).loss)
+    assert torch.equal(again(*tensors, sigmas=timesteps).loss, loss_fn(*tensors, sigmas=timesteps).loss)
 
 
 SCHEDULE = NoiseSchedule.discrete()

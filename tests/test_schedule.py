@@ -22,6 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import sipo.schedule.noise_schedule
 from sipo import NoiseSchedule, SIPOLoss
+from sipo.batch import level_argument as at
 from sipo_kernels.testing import RatioScaleCase, golden_cases, golden_ratio_scales
 
 GOLDEN_FILES = Path(__file__).parent / "golden"
@@ -51,14 +52,16 @@ def table(schedule: NoiseSchedule) -> Tensor:
 
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda case: case.name)
 def test_golden_from_configuration(case: RatioScaleCase) -> None:
-    scale = from_config(case.schedule).ratio_scale(case.noise_levels)
+    schedule = from_config(case.schedule)
+    scale = schedule.ratio_scale(**at(schedule, case.noise_levels))
     assert scale.dtype == torch.float64
     close(scale, case.ratio_scale)
 
 
 @pytest.mark.parametrize("case", golden_cases(GOLDEN_FILES), ids=lambda case: case.name)
 def test_golden_batches(case: Any) -> None:
-    close(from_config(case.schedule).ratio_scale(case.noise_levels), case.ratio_scale)
+    schedule = from_config(case.schedule)
+    close(schedule.ratio_scale(**at(schedule, case.noise_levels)), case.ratio_scale)
 
 
 @pytest.mark.parametrize("name", ["sd15", "cogvideox2b", "cogvideox5b"])
@@ -98,8 +101,8 @@ def test_noise_and_target_round_once(dtype: torch.dtype, prediction: str) -> Non
     x0, eps = sample.double(), noise.double()
     target = {"epsilon": eps, "v_prediction": alpha * eps - sigma * x0, "sample": x0, "flow": eps - x0}[prediction]
     for actual, exact in (
-        (schedule.add_noise(sample, noise, t), alpha * x0 + sigma * eps),
-        (schedule.target(sample, noise, t), target),
+        (schedule.add_noise(sample, noise, **at(schedule, t)), alpha * x0 + sigma * eps),
+        (schedule.target(sample, noise, **at(schedule, t)), target),
     ):
         assert actual.dtype == dtype and actual.shape == sample.shape
         # half a unit in the last place of dtype, and float32's error of the computation
@@ -165,9 +168,9 @@ def test_nothing_follows_torchs_default_type() -> None:
         assert drawn.dtype == torch.float32 and len(drawn.unique()) > 3900
     for schedule, t in (schedule_and_timesteps(kind) for kind in ("discrete", "flow")):
         t = t if schedule.kind == "discrete" else t.float()
-        assert schedule.ratio_scale(t).dtype == torch.float64
+        assert schedule.ratio_scale(**at(schedule, t)).dtype == torch.float64
         compiled = torch.compile(schedule.ratio_scale, backend="eager", fullgraph=True)
-        assert torch.equal(compiled(t), schedule.ratio_scale(t))
+        assert torch.equal(compiled(**at(schedule, t)), schedule.ratio_scale(**at(schedule, t)))
     close(table(NoiseSchedule.discrete()), GOLDEN_SD15, rtol=1e-10)
 
 
@@ -229,8 +232,12 @@ def test_compiled(prime: bool) -> None:
 
     @torch.compile(fullgraph=True, backend=counter)
     def run(schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        scale = schedule.ratio_scale(t)
-        return scale, schedule.add_noise(sample, noise, t), schedule.target(sample, noise, t)
+        scale = schedule.ratio_scale(**at(schedule, t))
+        return (
+            scale,
+            schedule.add_noise(sample, noise, **at(schedule, t)),
+            schedule.target(sample, noise, **at(schedule, t)),
+        )
 
     schedules = [NoiseSchedule.discrete(prediction_type=p) for p in ("epsilon", "v_prediction")]
     schedules += [NoiseSchedule.flow(k, 40) for k in (3.0, 5.0)]
@@ -243,9 +250,9 @@ def test_compiled(prime: bool) -> None:
         if schedule.kind == "flow":
             t = t / 1000
         expected = (
-            schedule.ratio_scale(t),
-            schedule.add_noise(sample, noise, t),
-            schedule.target(sample, noise, t),
+            schedule.ratio_scale(**at(schedule, t)),
+            schedule.add_noise(sample, noise, **at(schedule, t)),
+            schedule.target(sample, noise, **at(schedule, t)),
         )
         for actual, value in zip(run(schedule, t), expected, strict=True):
             close(actual, value, rtol=1e-12)
@@ -256,34 +263,91 @@ def test_compiled(prime: bool) -> None:
     assert counter.frame_count == seen
 
 
+@pytest.mark.parametrize("inverted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_flow_takes_timesteps_as_diffusers_gives_them(inverted: bool, dtype: torch.dtype) -> None:
+    schedule, (sample, noise) = flow_schedule(inverted=inverted), latents(4, torch.float64)
+    sigma = torch.tensor([0.0004, 0.25, 0.75, 1.0], dtype=dtype)
+    timesteps = 1000 * (1 - sigma if inverted else sigma)
+    tolerance = 4 * torch.finfo(dtype).eps
+    pairs = [
+        (schedule.alpha_sigma(timesteps)[1], sigma.double()),
+        (schedule.ratio_scale(timesteps)[1:], schedule.ratio_scale(sigmas=sigma)[1:]),
+        (schedule.add_noise(sample, noise, timesteps), schedule.add_noise(sample, noise, sigmas=sigma)),
+        (schedule.target(sample, noise, timesteps), schedule.target(sample, noise, sigmas=sigma)),
+    ]
+    for actual, expected in pairs:
+        close(actual, expected, rtol=tolerance, atol=tolerance)
+    assert schedule.ratio_scale(timesteps)[0] == schedule.ratio_scale(sigmas=sigma)[0] == math.inf
+    loss_fn = SIPOLoss(schedule, beta=20.0, mask_threshold=0.0)
+    given, meant = (loss_fn(sample, noise, sample - noise, **a) for a in ({"timesteps": timesteps}, {"sigmas": sigma}))
+    close(given.loss, meant.loss, rtol=10 * tolerance)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_every_timestep_of_a_diffusers_flow_is_one(shift: float) -> None:
+    """The lowest of its table too, alone: those are never taken for sigmas."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    schedule = NoiseSchedule.from_scheduler(scheduler)
+    for timesteps in (scheduler.timesteps, scheduler.timesteps[-1:]):
+        expected = scheduler.sigmas[: len(scheduler.timesteps)][-len(timesteps) :]
+        close(schedule.alpha_sigma(timesteps)[1], expected, rtol=1e-6)
+
+
 WRONG: list[tuple[str, list[float], str]] = [
     ("discrete", [-1, -1000, 1000], "timesteps: expected an integer in [0, 1000)"),
     ("discrete", [-1.0, 1000.0, 2.5, math.nan, math.inf], "timesteps: expected an integer in [0, 1000)"),
-    ("flow", [-3.0, 0.0, 1.001, 500.0, math.nan, math.inf], "timesteps: expected sigma in (0, 1]"),
+    ("flow", [-3.0, 0.0, 1.001, 500.0, math.nan, math.inf], "sigmas: expected sigma in (0, 1]"),
+    ("timesteps", [-3.0, 0.0, 1001.0, 0.25, math.nan, math.inf], "timesteps: expected a number in (0, 1000], which is"),
+    (
+        "inverted",
+        [-3.0, 1000.0, 1001.0, 0.25, math.nan, math.inf],
+        "timesteps: expected a number in [0, 1000), which is",
+    ),
 ]
 
 
 def schedule_and_timesteps(kind: str) -> tuple[NoiseSchedule, Tensor]:
+    """A schedule and levels as it draws them, by the name of the argument that takes them."""
     if kind == "discrete":
         return NoiseSchedule.discrete(), torch.tensor([5, 998])
     return NoiseSchedule.flow(3.0), torch.tensor([0.5, 1.0])
 
 
+def schedule_and_argument(kind: str) -> tuple[NoiseSchedule, str, Tensor]:
+    """The same, and the argument; "timesteps" and "inverted" are flows given diffusers' timesteps."""
+    if kind in ("timesteps", "inverted"):
+        return flow_schedule(inverted=kind == "inverted"), "timesteps", torch.tensor([0.75, 900.0])
+    schedule, levels = schedule_and_timesteps(kind)
+    ((name, levels),) = at(schedule, levels).items()
+    return schedule, name, levels
+
+
+def flow_schedule(*, inverted: bool = False) -> NoiseSchedule:
+    return NoiseSchedule(
+        "flow", prediction_type="flow", num_inference_steps=50, num_train_timesteps=1000, shift=3.0,
+        invert_sigmas=inverted,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("dynamic", [None, True])
-@pytest.mark.parametrize(("kind", "values", "message"), WRONG, ids=["indices", "float indices", "sigma"])
+@pytest.mark.parametrize(
+    ("kind", "values", "message"), WRONG, ids=["indices", "float indices", "sigma", "timesteps", "inverted"]
+)
 def test_compiled_refuses_what_is_out_of_range(
     kind: str, values: list[float], message: str, dynamic: bool | None
 ) -> None:
     """Inductor takes a negative index from the end. It is too slow to be run here; what it is given is what runs."""
     torch._dynamo.reset()
-    schedule, good = schedule_and_timesteps(kind)
+    schedule, name, good = schedule_and_argument(kind)
     good = good.to(torch.tensor(values).dtype)
 
     @torch.compile(fullgraph=True, backend="aot_eager", dynamic=dynamic)
     def run(t: Tensor) -> tuple[Tensor, ...]:
-        return schedule.ratio_scale(t), *schedule.alpha_sigma(t)
+        return schedule.ratio_scale(**{name: t}), *schedule.alpha_sigma(**{name: t})
 
-    for actual, expected in zip(run(good), (schedule.ratio_scale(good), *schedule.alpha_sigma(good)), strict=True):
+    wanted = (schedule.ratio_scale(**{name: good}), *schedule.alpha_sigma(**{name: good}))
+    for actual, expected in zip(run(good), wanted, strict=True):
         close(actual, expected, rtol=1e-12)
     for value in values:
         with pytest.raises(RuntimeError) as caught:
@@ -293,21 +357,27 @@ def test_compiled_refuses_what_is_out_of_range(
 
 @pytest.mark.parametrize(
     ("kind", "dtype", "asserts"),
-    [("flow", torch.float32, 1), ("discrete", torch.float32, 1), ("discrete", torch.int64, 0)],
+    [
+        ("flow", torch.float32, 1),
+        ("timesteps", torch.float32, 1),
+        ("inverted", torch.bfloat16, 1),
+        ("discrete", torch.float32, 1),
+        ("discrete", torch.int64, 0),
+    ],
 )
 def test_an_accelerator_is_asserted_on_and_not_waited_for(
     kind: str, dtype: torch.dtype, asserts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A fake tensor raises where anyone asks for a value of it. Indices are asserted on where they are looked up."""
-    schedule, _ = schedule_and_timesteps(kind)
+    schedule, name, _ = schedule_and_argument(kind)
     asserted: list[tuple[Tensor, str]] = []
     monkeypatch.setattr(torch, "_assert_async", lambda condition, message: asserted.append((condition, message)))
     with FakeTensorMode():
         on_gpu = torch.empty(2, dtype=dtype, device="cuda")
         tables = {name: torch.empty(table.shape, device="cuda") for name, table in schedule._tables.items()}
         schedule._device_tables[on_gpu.device] = tables
-        assert schedule.ratio_scale(on_gpu).device.type == "cuda"
-        assert schedule.alpha_sigma(on_gpu)[0].device.type == "cuda"
+        assert schedule.ratio_scale(**{name: on_gpu}).device.type == "cuda"
+        assert schedule.alpha_sigma(**{name: on_gpu})[0].device.type == "cuda"
     assert len(asserted) == asserts
     for condition, message in asserted:
         assert (condition.device.type, condition.dtype, condition.shape) == ("cuda", torch.bool, ())
@@ -321,25 +391,28 @@ def test_a_whole_loss_without_values(kind: str, mode: str) -> None:
     schedule, timesteps = schedule_and_timesteps(kind)
     loss_fn = SIPOLoss(schedule, beta=5.0, backend="eager")
     timesteps = timesteps.repeat(2)  # a pair has one
-    before = schedule.ratio_scale(timesteps)
+    before = schedule.ratio_scale(**at(schedule, timesteps))
     sample, noise = latents(4)
 
     def run(noise: Tensor, t: Tensor) -> Tensor:
-        noisy, target = schedule.add_noise(sample, noise, t), schedule.target(sample, noise, t)
-        return loss_fn(noisy, noise, target, t).loss
+        noisy, target = (
+            schedule.add_noise(sample, noise, **at(schedule, t)),
+            schedule.target(sample, noise, **at(schedule, t)),
+        )
+        return loss_fn(noisy, noise, target, **at(schedule, t)).loss
 
     if mode == "FakeTensorMode":
         with FakeTensorMode(allow_non_fake_inputs=True) as fakes:
             assert run(fakes.from_tensor(noise), fakes.from_tensor(timesteps)).shape == ()
             on_gpu = torch.empty(2, dtype=timesteps.dtype, device="cuda")
-            assert schedule.ratio_scale(on_gpu).device.type == "cuda"
+            assert schedule.ratio_scale(**at(schedule, on_gpu)).device.type == "cuda"
     else:
         graph = make_fx(run, tracing_mode=mode, _allow_non_fake_inputs=True)(noise, timesteps)
         other = timesteps.flip(0) if kind == "discrete" else timesteps * 0.75
         torch.testing.assert_close(graph(noise, other), run(noise, other))
-        with pytest.raises(RuntimeError, match="timesteps: expected"):
+        with pytest.raises(RuntimeError, match=r"(timesteps|sigmas): expected"):
             graph(noise, -other)
-    assert torch.equal(schedule.ratio_scale(timesteps), before)
+    assert torch.equal(schedule.ratio_scale(**at(schedule, timesteps)), before)
     assert set(schedule._device_tables) == {torch.device("cpu")}  # nothing of it stays
 
 
@@ -351,7 +424,11 @@ def test_traced(kind: str) -> None:
     sample, noise = latents(2)
 
     def run(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return schedule.ratio_scale(t), schedule.add_noise(sample, noise, t), schedule.target(sample, noise, t)
+        return (
+            schedule.ratio_scale(**at(schedule, t)),
+            schedule.add_noise(sample, noise, **at(schedule, t)),
+            schedule.target(sample, noise, **at(schedule, t)),
+        )
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -411,6 +488,7 @@ discrete, flow = NoiseSchedule.discrete, NoiseSchedule.flow
 DISCRETE, FLOW = NoiseSchedule.discrete(), NoiseSchedule.flow()
 X = torch.zeros(2, 3)
 COUNTS: dict[str, Any] = {"num_inference_steps": 5, "num_train_timesteps": 10}
+INVERTED = flow_schedule(inverted=True)
 ERRORS: list[tuple[Any, type, str]] = [
     (lambda: flow(num_inference_steps=0), ValueError, "num_inference_steps=0: expected an integer >= 1"),
     (lambda: flow(0.0), ValueError, "shift=0.0: expected a finite number > 0"),
@@ -484,19 +562,50 @@ ERRORS: list[tuple[Any, type, str]] = [
     (lambda: DISCRETE.ratio_scale(T([5 + 0j])), TypeError, "timesteps has dtype torch.complex64"),
     (lambda: DISCRETE.ratio_scale(T([2**63], dtype=torch.uint64)), ValueError, "timesteps[0]=9223372036854775808"),
     (lambda: DISCRETE.ratio_scale(T([5, 1000], dtype=torch.uint16)), ValueError, "timesteps[1]=1000: expected an"),
+    (lambda: FLOW.ratio_scale(sigmas=T([0.5, 500.0])), ValueError, "sigmas[1]=500.0: expected sigma in (0, 1]"),
+    (lambda: FLOW.ratio_scale(sigmas=T([0.0])), ValueError, "sigmas[0]=0.0: expected sigma in (0, 1]"),
+    (lambda: FLOW.ratio_scale(sigmas=T([math.nan])), ValueError, "sigmas[0]=nan"),
+    (lambda: FLOW.ratio_scale(sigmas=T([1.001])), ValueError, "sigmas[0]=1.001"),
     (
-        lambda: FLOW.ratio_scale(T([0.5, 500.0])),
-        ValueError,
-        "timesteps[1]=500.0: expected sigma in (0, 1], which is t / 1000",
+        lambda: FLOW.ratio_scale(sigmas=T([1])),
+        TypeError,
+        "sigmas has dtype torch.int64: expected a floating",
     ),
-    (lambda: FLOW.ratio_scale(T([0.0])), ValueError, "timesteps[0]=0.0: expected sigma in (0, 1]"),
-    (lambda: FLOW.ratio_scale(T([math.nan])), ValueError, "timesteps[0]=nan"),
-    (lambda: FLOW.ratio_scale(T([1.001])), ValueError, "timesteps[0]=1.001"),
     (
         lambda: FLOW.ratio_scale(T([500])),
         TypeError,
-        "timesteps has dtype torch.int64: expected floating-point sigma in (0, 1], which is t / 1000",
+        "timesteps has dtype torch.int64: expected a floating-point type, a number in (0, 1000], which is sigma * 1000",
     ),
+    (
+        lambda: FLOW.ratio_scale(T([900.0, 1001.0])),
+        ValueError,
+        "timesteps[1]=1001.0: expected a number in (0, 1000], which is sigma * 1000, or sigmas= in (0, 1]",
+    ),
+    (lambda: FLOW.add_noise(X, X, T([0.0, 500.0])), ValueError, "timesteps[0]=0.0: expected a number in (0, 1000]"),
+    (
+        lambda: FLOW.ratio_scale(T([0.5, 0.25])),
+        ValueError,
+        "timesteps are all below 1, as sigmas are: expected a number",
+    ),
+    (
+        lambda: INVERTED.ratio_scale(T([0.5])),
+        ValueError,
+        "timesteps are all below 1, as sigmas are",
+    ),
+    (
+        lambda: INVERTED.ratio_scale(T([1000.0])),
+        ValueError,
+        "timesteps[0]=1000.0: expected a number",
+    ),
+    (lambda: FLOW.ratio_scale(), ValueError, "neither of timesteps and sigmas given: expected one"),
+    (lambda: FLOW.ratio_scale(T([5.0]), sigmas=T([0.5])), ValueError, "both of timesteps and sigmas given"),
+    (
+        lambda: DISCRETE.ratio_scale(sigmas=T([0.5])),
+        ValueError,
+        "sigmas given: expected timesteps, a discrete",
+    ),
+    (lambda: FLOW.add_noise(X, X, sigmas=T([0.5])), ValueError, "sigmas has shape [1]: expected [2]"),
+    (lambda: SIPOLoss(FLOW, beta=1.0)(X, X, X, sigmas=T([0.5] * 3)), ValueError, "sigmas has shape [3]: expected [2]"),
     (lambda: DISCRETE.add_noise(X, X, T([1, 2, 3])), ValueError, "timesteps has shape [3]: expected [2]"),
     (lambda: DISCRETE.add_noise(X, X[:1], T([1, 2])), ValueError, "noise has shape [1, 3]: expected [2, 3]"),
     (lambda: DISCRETE.target(X.long(), X, T([1, 2])), TypeError, "sample is a torch.int64"),

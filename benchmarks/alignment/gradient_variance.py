@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.alignment.tasks import RewardPairs, Task
+from sipo.batch import level_argument
 
 BATCHES = 8
 """Small batches at each level, of :data:`PAIRS` pairs."""
@@ -61,13 +62,14 @@ def gradient_spread(
             samples, noise = samples.to(device), noise.to(device)
             classes = torch.stack([item["condition"] for item in items]).repeat(2).to(device)
             both = level.to(device).repeat(2 * PAIRS)
-            noisy = schedule.add_noise(samples, noise, both)
-            target = schedule.target(samples, noise, both)
+            argument = level_argument(schedule, both)
+            noisy = schedule.add_noise(samples, noise, **argument)
+            target = schedule.target(samples, noise, **argument)
             with torch.no_grad():
                 ref_pred = task.predict(reference, noisy, both, classes)
             model_pred = task.predict(policy, noisy, both, classes)
             for name, loss_fn in losses.items():
-                out = loss_fn(model_pred, ref_pred, target, both)
+                out = loss_fn(model_pred, ref_pred, target, **argument)
                 grads = torch.autograd.grad(out.loss / loss_fn.options.beta, parameters, retain_graph=True)
                 gradients[name].append(torch.cat([g.flatten() for g in grads]).double())
                 active[name].append(out.mask.double().mean().item())

@@ -33,6 +33,7 @@ from benchmarks.alignment.moving_digits import (
     smoothness,
 )
 from sipo import NoiseSchedule
+from sipo.batch import level_argument
 from sipo.demo.digits import CLASSES
 from sipo.demo.model import save_aside
 from sipo.demo.train_base import fit
@@ -84,8 +85,9 @@ def held_out_loss(kind: str, model: Any, held_out: MovingData, seed: int = 0) ->
 def _loss(kind: str, model: Any, schedule: NoiseSchedule, clips: Tensor, labels: Tensor) -> Tensor:
     noise = torch.randn_like(clips)
     timesteps = schedule.sample_timesteps(len(clips), distribution=DISTRIBUTION[kind])
-    predicted = predict(kind)(model, schedule.add_noise(clips, noise, timesteps), timesteps, labels)
-    return torch.nn.functional.mse_loss(predicted, schedule.target(clips, noise, timesteps))
+    argument = level_argument(schedule, timesteps)
+    predicted = predict(kind)(model, schedule.add_noise(clips, noise, **argument), timesteps, labels)
+    return torch.nn.functional.mse_loss(predicted, schedule.target(clips, noise, **argument))
 
 
 def save(kind: str, model: Any, folder: Path) -> None:

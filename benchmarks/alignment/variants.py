@@ -57,15 +57,13 @@ class MaskedByReference(torch.nn.Module):
         self.loss_fn = loss_fn
         loss_fn.options = dataclasses.replace(loss_fn.options, mask_threshold=0.0)
 
-    def forward(self, model_pred: Tensor, ref_pred: Tensor, target: Tensor, timesteps: Tensor) -> PairLossOutput:
+    def forward(self, model_pred: Tensor, ref_pred: Tensor, target: Tensor, **levels: Tensor) -> PairLossOutput:
         with torch.no_grad():
-            ratio = self.loss_fn(ref_pred, ref_pred, target, timesteps).log_ratio.exp()
+            ratio = self.loss_fn(ref_pred, ref_pred, target, **levels).log_ratio.exp()
             mask = torch.minimum(*ratio.chunk(2)) >= self.options.mask_threshold
         # An error weight of 0 takes a pair's gradient away exactly (docs/math.md §6) and leaves a constant in the loss.
-        out: PairLossOutput = self.loss_fn(
-            model_pred, ref_pred, target, timesteps, error_weight=mask.repeat(2).double()
-        )
-        return out._replace(mask=mask, numbers=None)
+        out: PairLossOutput = self.loss_fn(model_pred, ref_pred, target, error_weight=mask.repeat(2).double(), **levels)
+        return dataclasses.replace(out, mask=mask, numbers=None)
 
 
 class ChosenOnly(torch.nn.Module):
@@ -76,8 +74,10 @@ class ChosenOnly(torch.nn.Module):
         self.schedule, self.options = loss_fn.schedule, loss_fn.options
         self.loss_fn = loss_fn
 
-    def forward(self, model_pred: Tensor, ref_pred: Tensor, target: Tensor, timesteps: Tensor) -> PairLossOutput:
+    def forward(self, model_pred: Tensor, ref_pred: Tensor, target: Tensor, **levels: Tensor) -> PairLossOutput:
         with torch.no_grad():
-            out: PairLossOutput = self.loss_fn(model_pred, ref_pred, target, timesteps)
+            out: PairLossOutput = self.loss_fn(model_pred, ref_pred, target, **levels)
         pairs = len(out.mask)
-        return out._replace(loss=torch.nn.functional.mse_loss(model_pred[:pairs], target[:pairs]), numbers=None)
+        return dataclasses.replace(
+            out, loss=torch.nn.functional.mse_loss(model_pred[:pairs], target[:pairs]), numbers=None
+        )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from sipo.batch import PairBatch, noisy_pairs
+from sipo.batch import PairBatch, level_argument, noisy_pairs
 from sipo.demo.digits import Digits, InkPairs, ink
 from sipo.demo.model import predict
 from sipo.loss import SIPOLoss
@@ -81,6 +81,7 @@ def weight_by_timestep(
         base = (
             prediction if policy is reference else predict(reference, noisy.samples, noisy.timesteps, noisy.condition)
         )
-        log_ratio = loss_fn(prediction, base, noisy.target, noisy.timesteps).log_ratio
+        level = level_argument(loss_fn.schedule, noisy.timesteps)
+        log_ratio = loss_fn(prediction, base, noisy.target, **level).log_ratio
         means.append(log_ratio.double().exp().mean())
     return torch.stack(means).cpu()

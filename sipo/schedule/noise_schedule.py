@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sipo.schedule.diffusers_schedulers import read_scheduler
+from sipo.schedule.draws import draw_levels
 from sipo.schedule.levels import (
     PREDICTIONS,
     check_count,
@@ -22,14 +23,10 @@ from sipo.schedule.levels import (
     vp_alphas_cumprod,
     vp_tables,
 )
-from sipo.schedule.timestep_checks import checked_levels, in_range
+from sipo.schedule.timestep_checks import checked_levels, level_arguments
 from sipo_kernels.layout import pair_dtype
 from sipo_kernels.options import check_choice
 
-_DISTRIBUTIONS = {
-    "discrete": ("uniform",),
-    "flow": ("uniform", "logit_normal", "shifted", "shifted_logit_normal"),
-}
 DEFAULT_INFERENCE_STEPS = 50
 
 
@@ -39,13 +36,16 @@ class NoiseSchedule:
     Made by :meth:`from_scheduler`, :meth:`discrete`, :meth:`from_alphas_cumprod` or :meth:`flow`, and not
     changed afterwards. Tables are float64.
 
-    *Timesteps* are, wherever a method takes them, a 1-D tensor:
+    Wherever a method takes noise levels, they are a 1-D tensor, given as one of two arguments:
 
-    - ``kind="discrete"``: indices in ``[0, num_train_timesteps)`` of any integer type, or float32/float64
-      holding whole numbers, as some diffusers schedulers hand them out (half types cannot hold every index
-      and are refused).
-    - ``kind="flow"``: σ in (0, 1] of any floating-point type, the share of noise. The model's own timesteps, in 0
-      to 1000 for most, are ``σ * num_train_timesteps``, or ``(1 − σ) * num_train_timesteps`` with ``invert_sigmas``.
+    - ``timesteps``, in the units of diffusers' schedulers. For ``kind="discrete"``: indices in
+      ``[0, num_train_timesteps)`` of any integer type, or float32 or float64 holding whole numbers (half types cannot
+      hold every index and are refused). For ``kind="flow"``: ``σ * num_train_timesteps``, 0 to 1000 for most, of any
+      floating-point type; with ``invert_sigmas``, ``(1 − σ) * num_train_timesteps``.
+    - ``sigmas``, for a flow alone: σ in (0, 1] of any floating-point type, the share of noise.
+
+    The name of the argument decides what numbers mean, and never their size. Timesteps of a flow that are all below 1
+    are an error, because they are probably sigmas: no scheduler's timesteps are, and pure low noise teaches nothing.
 
     A value out of range, or NaN, is a ValueError on the CPU. In compiled code, and in :meth:`ratio_scale` on CUDA, it
     trips an assertion that needs no synchronisation (``torch._assert_async``): a RuntimeError with the same text from a
@@ -108,7 +108,7 @@ class NoiseSchedule:
         self.shift = float(shift)
         self.shift_terminal = shift_terminal
         self.invert_sigmas = invert_sigmas
-        self._in_range = in_range(kind, num_train_timesteps)
+        self._level_arguments = level_arguments(kind, num_train_timesteps, invert_sigmas)
         self._stretch = 1.0
         if shift_terminal is not None:
             self._stretch = terminal_stretch(self.shift, num_inference_steps, shift_terminal)
@@ -242,23 +242,24 @@ class NoiseSchedule:
             shift=shift,
         )
 
-    def ratio_scale(self, timesteps: Tensor) -> Tensor:
-        """½ (SNR(t') − SNR(t)) · x0_factor of §3: minus the log ratio per unit of squared error.
+    def ratio_scale(self, timesteps: Tensor | None = None, *, sigmas: Tensor | None = None) -> Tensor:
+        """Computes ½ (SNR(t') − SNR(t)) · x0_factor of §3: minus the log ratio per unit of squared error.
 
-        A flow's last step is recognised within the rounding of ``timesteps``' own type: a u' no further above
-        0 than an error of a few units in the last place of σ can carry it is 0.
+        A flow's last step is recognised within the rounding of the argument's own type: a u' no further above 0 than an
+        error of a few units in the last place of σ can carry it is 0.
 
         Args:
             timesteps: ``[N]``, see the class.
+            sigmas: ``[N]``, in place of ``timesteps``.
 
         Returns:
-            ``[N]``, float64 (float32 on a device without it) on the device of ``timesteps``. Never NaN and
-            never negative; inf at the terminal step, and with ε-prediction also where the SNR is 0.
+            ``[N]``, float64 (float32 on a device without it) on the device of the argument. Never NaN and never
+            negative; inf at the terminal step, and with ε-prediction also where the SNR is 0.
 
         Raises:
-            TypeError, ValueError: ``timesteps`` of the wrong type, shape or range.
+            TypeError, ValueError: An argument of the wrong type, shape or range, or not exactly one of them.
         """
-        levels = self._levels(timesteps, asserted=True)  # called once for every loss
+        levels, given = self._levels(timesteps, sigmas, asserted=True)  # called once for every loss
         if self.kind == "discrete":
             return self._table("ratio_scale", levels.device).index_select(0, levels)
         return flow_ratio_scale(
@@ -266,26 +267,29 @@ class NoiseSchedule:
             self.shift,
             self.num_inference_steps,
             self.prediction_type,
-            torch.finfo(timesteps.dtype).eps,
+            torch.finfo(given.dtype).eps,
             self._stretch,
             subtracted=self.invert_sigmas or self.shift_terminal is not None,
         )
 
-    def alpha_sigma(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """α and σ of x_t = α·x₀ + σ·ε, ``[N]`` each, typed as :meth:`ratio_scale` is."""
-        levels = self._levels(timesteps)
+    def alpha_sigma(self, timesteps: Tensor | None = None, *, sigmas: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Returns α and σ of x_t = α·x₀ + σ·ε, ``[N]`` each; arguments, types and errors as :meth:`ratio_scale`."""
+        levels, _ = self._levels(timesteps, sigmas)
         if self.kind == "flow":
             return 1 - levels, levels
         alpha = self._table("alpha", levels.device).index_select(0, levels)
         return alpha, self._table("sigma", levels.device).index_select(0, levels)
 
-    def add_noise(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """x_t = α·x₀ + σ·ε, as the network is to see it (EulerDiscrete's own ``add_noise`` is this over α).
+    def add_noise(
+        self, sample: Tensor, noise: Tensor, timesteps: Tensor | None = None, *, sigmas: Tensor | None = None
+    ) -> Tensor:
+        """Returns x_t = α·x₀ + σ·ε, the network's input (EulerDiscrete's own ``add_noise`` is this over α).
 
         Args:
             sample: x₀, ``[N, ...]``, any floating-point type.
             noise: ε, shaped as ``sample``.
             timesteps: ``[N]``, see the class; moved to the device of ``sample``.
+            sigmas: ``[N]``, in place of ``timesteps``.
 
         Returns:
             Shaped and typed as ``sample``; computed in float32 or wider.
@@ -293,17 +297,17 @@ class NoiseSchedule:
         Raises:
             TypeError, ValueError: Types, shapes or values that do not fit.
         """
-        alpha, sigma, work = self._coefficients(sample, noise, timesteps)
+        alpha, sigma, work = self._coefficients(sample, noise, timesteps, sigmas)
         return (alpha * sample.to(work) + sigma * noise.to(work)).to(sample.dtype)
 
-    def target(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the network should predict: ε, v = α·ε − σ·x₀, ε − x₀ (flow) or x₀, by ``prediction_type``.
+    def target(
+        self, sample: Tensor, noise: Tensor, timesteps: Tensor | None = None, *, sigmas: Tensor | None = None
+    ) -> Tensor:
+        """Returns what the network should predict: ε, v = α·ε − σ·x₀, ε − x₀ (flow) or x₀, by ``prediction_type``.
 
-        With ``invert_sigmas`` a flow's target is x₀ − ε.
-
-        Arguments, result and errors as for :meth:`add_noise`.
+        With ``invert_sigmas`` a flow's target is x₀ − ε. Arguments, result and errors as for :meth:`add_noise`.
         """
-        alpha, sigma, work = self._coefficients(sample, noise, timesteps)
+        alpha, sigma, work = self._coefficients(sample, noise, timesteps, sigmas)
         if self.prediction_type == "epsilon":
             return noise.to(sample.dtype)
         if self.prediction_type == "sample":
@@ -321,7 +325,7 @@ class NoiseSchedule:
         distribution: str = "uniform",
         device: torch.device | str | None = None,
     ) -> Tensor:
-        """Random timesteps to train on.
+        """Draws random noise levels to train on: timesteps, or the sigmas of a flow.
 
         ======================== ================================== ==========================================
         ``distribution``         timesteps                          in diffusers' training scripts
@@ -344,24 +348,12 @@ class NoiseSchedule:
             device: Where the result is to be; the generator's device, or else the CPU, if left out.
 
         Returns:
-            ``[n]``: int64 for a discrete schedule, float32 σ in (0, 1] for a flow.
+            ``[n]``: int64 timesteps of a discrete schedule; float32 σ in (0, 1] of a flow, to be passed as ``sigmas=``.
 
         Raises:
             TypeError, ValueError: ``n`` < 1 or an unknown distribution.
         """
-        check_count("n", n, 1)
-        check_choice("distribution", distribution, _DISTRIBUTIONS[self.kind])
-        drawn_on = torch.device(device or "cpu") if generator is None else generator.device
-        out_device = drawn_on if device is None else torch.device(device)
-        if self.kind == "discrete":
-            u = torch.randint(self.num_train_timesteps, (n,), generator=generator, device=drawn_on)
-        elif distribution.endswith("logit_normal"):
-            u = torch.randn(n, generator=generator, device=drawn_on, dtype=torch.float32).sigmoid()
-        else:
-            u = 1 - torch.rand(n, generator=generator, device=drawn_on, dtype=torch.float32)  # rand is in [0, 1)
-        if distribution.startswith("shifted"):  # the shift keeps 0 and 1 where they are
-            u = (self.shift * u / (1 + (self.shift - 1) * u)).clamp(max=1)
-        return u.to(out_device)
+        return draw_levels(self.kind, self.num_train_timesteps, self.shift, n, generator, distribution, device)
 
     def settings(self) -> dict[str, Any]:
         """All that the schedule's numbers depend on; JSON values. Part of a checkpoint's identity."""
@@ -398,11 +390,21 @@ class NoiseSchedule:
                 self._device_tables[device] = tables
         return tables[name]
 
-    def _levels(self, timesteps: Tensor, *, asserted: bool = False) -> Tensor:
-        """Checked timesteps: int64 indices, or σ in the type that results have."""
-        return checked_levels(timesteps, self.kind, self.num_train_timesteps, self._in_range, asserted=asserted)
+    def _levels(
+        self, timesteps: Tensor | None, sigmas: Tensor | None, *, asserted: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the checked levels, int64 indices or σ in the type that results have, and the argument given."""
+        if (timesteps is None) == (sigmas is None):
+            raise ValueError(f"{'neither' if sigmas is None else 'both'} of timesteps and sigmas given: expected one")
+        name, given = ("timesteps", timesteps) if sigmas is None else ("sigmas", sigmas)
+        if name not in self._level_arguments:
+            raise ValueError("sigmas given: expected timesteps, a discrete schedule has no sigma in (0, 1]")
+        assert given is not None
+        return checked_levels(given, self._level_arguments[name], asserted=asserted), given
 
-    def _coefficients(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor, torch.dtype]:
+    def _coefficients(
+        self, sample: Tensor, noise: Tensor, timesteps: Tensor | None, sigmas: Tensor | None
+    ) -> tuple[Tensor, Tensor, torch.dtype]:
         """α and σ shaped to multiply ``sample``, and the type to compute in: float32 or wider."""
         for name, tensor in (("sample", sample), ("noise", noise)):
             if not isinstance(tensor, Tensor) or not tensor.dtype.is_floating_point:
@@ -410,13 +412,11 @@ class NoiseSchedule:
                 raise TypeError(f"{name} is a {found}: expected a floating-point torch.Tensor")
         if noise.shape != sample.shape:
             raise ValueError(f"noise has shape {list(noise.shape)}: expected {list(sample.shape)}, that of sample")
-        if isinstance(timesteps, Tensor):
-            timesteps = timesteps.to(sample.device)
-        alpha, sigma = self.alpha_sigma(timesteps)
+        timesteps, sigmas = (v.to(sample.device) if isinstance(v, Tensor) else v for v in (timesteps, sigmas))
+        alpha, sigma = self.alpha_sigma(timesteps, sigmas=sigmas)
         if alpha.shape != sample.shape[:1]:
-            raise ValueError(
-                f"timesteps has shape {list(alpha.shape)}: expected {list(sample.shape[:1])}, one a sample"
-            )
+            name = "timesteps" if sigmas is None else "sigmas"
+            raise ValueError(f"{name} has shape {list(alpha.shape)}: expected {list(sample.shape[:1])}, one a sample")
         work = torch.promote_types(torch.promote_types(sample.dtype, noise.dtype), torch.float32)
         shape = (-1, *[1] * (sample.ndim - 1))
         return alpha.to(work).reshape(shape), sigma.to(work).reshape(shape), work

@@ -1,6 +1,8 @@
-"""Checks of timesteps as :class:`sipo.NoiseSchedule` takes them: on the host where that is free, else on the device."""
+"""Checks of timesteps and sigmas as :class:`sipo.NoiseSchedule` takes them: on the host where that is free."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,23 +15,48 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, to
 _ASSERTING_DEVICES = ("cpu", "cuda")  # that torch._assert_async runs on
 
 
-def in_range(kind: str, num_train_timesteps: int) -> str:
-    """What timesteps are to be, in words; made beforehand, as a compiled function may not know the number."""
-    return f"an integer in [0, {num_train_timesteps})" if kind == "discrete" else "sigma in (0, 1]"
+class LevelArgument(NamedTuple):
+    """An argument that gives noise levels, and what its values mean.
+
+    Attributes:
+        name: ``"timesteps"`` or ``"sigmas"``.
+        unit: ``"index"``; ``"sigma"``; ``"scaled"``, σ · num_train_timesteps; or ``"inverted"``,
+            (1 − σ) · num_train_timesteps.
+        num_train_timesteps: Number of levels, or the scale of a flow's timesteps.
+        expected: What the values are to be, in words; made beforehand, because compiled code may not know the number.
+    """
+
+    name: str
+    unit: str
+    num_train_timesteps: int
+    expected: str
 
 
-def checked_levels(
-    timesteps: Tensor, kind: str, num_train_timesteps: int, expected: str, *, asserted: bool = False
-) -> Tensor:
-    """The noise levels that timesteps stand for.
+def level_arguments(kind: str, num_train_timesteps: int, invert_sigmas: bool) -> dict[str, LevelArgument]:
+    """Returns the arguments by which a schedule takes noise levels, by name."""
+    scale = num_train_timesteps
+    if kind == "discrete":
+        return {"timesteps": LevelArgument("timesteps", "index", scale, f"an integer in [0, {scale})")}
+    timesteps = LevelArgument(
+        "timesteps", "scaled", scale, f"a number in (0, {scale}], which is sigma * {scale}, or sigmas= in (0, 1]"
+    )
+    if invert_sigmas:
+        expected = f"a number in [0, {scale}), which is (1 - sigma) * {scale}, or sigmas= in (0, 1]"
+        timesteps = LevelArgument("timesteps", "inverted", scale, expected)
+    return {"timesteps": timesteps, "sigmas": LevelArgument("sigmas", "sigma", scale, "sigma in (0, 1]")}
+
+
+def checked_levels(values: Tensor, argument: LevelArgument, *, asserted: bool = False) -> Tensor:
+    """Returns the noise levels that an argument's values stand for.
+
+    Timesteps of a flow that are all between 0 and 1 are refused: no diffusers scheduler has such timesteps, so these
+    are sigmas in all likelihood. A single one among larger timesteps is a low noise level.
 
     Args:
-        timesteps: ``[N]``: indices or σ.
-        kind: ``"discrete"`` or ``"flow"``.
-        num_train_timesteps: Number of a discrete schedule's levels.
-        expected: Of :func:`in_range`.
-        asserted: Whether an accelerator is to look at the values outside compiled code too, at the price of five small
-            launches. It needs none for integers, which are looked up by an operation with an assertion of its own.
+        values: ``[N]``.
+        argument: What they mean.
+        asserted: Whether values on an accelerator are checked outside compiled code too, which costs a few small
+            launches. Integers need no check: they are looked up by an operation that has its own.
 
     Returns:
         ``[N]``: int64 indices, or σ in the type that per-sample numbers have on that device.
@@ -39,61 +66,69 @@ def checked_levels(
         RuntimeError: Such a value on the CPU in a compiled function, or under a mode that watches or replaces operators
             (``FakeTensorMode``, ``make_fx``). On CUDA it is a device-side assertion.
     """
-    if not isinstance(timesteps, Tensor):
-        raise TypeError(f"timesteps is a {type(timesteps).__name__}: expected a torch.Tensor")
-    if timesteps.ndim != 1:
-        raise ValueError(f"timesteps has shape {list(timesteps.shape)}: expected [N], one a sample")
+    name, unit, expected = argument.name, argument.unit, argument.expected
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{name} is a {type(values).__name__}: expected a torch.Tensor")
+    if values.ndim != 1:
+        raise ValueError(f"{name} has shape {list(values.shape)}: expected [N], one a sample")
     low: float
     high: float
-    if kind == "discrete":
-        if timesteps.dtype not in (*_INTEGERS, torch.float32, torch.float64):
+    if unit == "index":
+        if values.dtype not in (*_INTEGERS, torch.float32, torch.float64):
             raise TypeError(
-                f"timesteps has dtype {timesteps.dtype}: "
-                "expected an integer type (or whole numbers in float32 or float64)"
+                f"{name} has dtype {values.dtype}: expected an integer type (or whole numbers in float32 or float64)"
             )
-        levels = timesteps.to(torch.int64)
-        low, high = 0, num_train_timesteps - 1
+        levels = values.to(torch.int64)
+        low, high = 0, argument.num_train_timesteps - 1
     else:
-        if not timesteps.dtype.is_floating_point:
-            raise TypeError(
-                f"timesteps has dtype {timesteps.dtype}: expected floating-point sigma in (0, 1], "
-                f"which is t / {num_train_timesteps}"
-            )
-        levels = timesteps.to(pair_dtype(timesteps.device))
-        # σ = 1 may have been rounded up on the way
-        low, high = torch.finfo(levels.dtype).tiny, 1 + ROUNDING * torch.finfo(timesteps.dtype).eps
+        if not values.dtype.is_floating_point:
+            raise TypeError(f"{name} has dtype {values.dtype}: expected a floating-point type, {expected}")
+        levels = values.to(pair_dtype(values.device))
+        if unit != "sigma":
+            levels = levels / argument.num_train_timesteps
+            levels = 1 - levels if unit == "inverted" else levels
+        # σ = 1 may have been rounded up on the way.
+        low, high = torch.finfo(levels.dtype).tiny, 1 + ROUNDING * torch.finfo(values.dtype).eps
 
-    compiled, on_host = torch.compiler.is_compiling() or torch.jit.is_tracing(), timesteps.device.type == "cpu"
+    compiled, on_host = torch.compiler.is_compiling() or torch.jit.is_tracing(), values.device.type == "cpu"
     if on_host and not compiled and not is_in_torch_dispatch_mode():
-        wrong = _first_wrong(timesteps, levels, low, high)
+        wrong = _first_wrong(values, levels, low, high)
         if wrong is not None:
-            value = timesteps[wrong].item()
-            if kind == "flow" and 1 < value <= num_train_timesteps:
-                expected += f", which is t / {num_train_timesteps} for a timestep t"
-            raise ValueError(f"timesteps[{wrong}]={value!r}: expected {expected}")
+            value = values[wrong].item()
+            raise ValueError(f"{name}[{wrong}]={value!r}: expected {expected}")
+        if unit in ("scaled", "inverted") and values.numel() and not bool(_any_plausible(values)):
+            raise ValueError(f"{name} are all below 1, as sigmas are: expected {expected}")
         return levels
-    if not (compiled or on_host or (asserted and timesteps.is_floating_point())):
+    if not (compiled or on_host or (asserted and values.is_floating_point())):
         return levels
-    right = _right(timesteps, levels, low, high)
-    if timesteps.device.type in _ASSERTING_DEVICES:
-        torch._assert_async(right.all(), f"timesteps: expected {expected}")  # CUDA takes up to 254 characters
-    return levels if kind == "discrete" else torch.where(right, levels, torch.nan)
+    right = _right(values, levels, low, high)
+    if values.device.type in _ASSERTING_DEVICES:
+        fine = right.all()
+        if unit in ("scaled", "inverted"):
+            fine = torch.logical_and(fine, _any_plausible(values))
+        torch._assert_async(fine, f"{name}: expected {expected}")  # CUDA takes up to 254 characters
+    return levels if unit == "index" else torch.where(right, levels, torch.nan)
 
 
-def _right(timesteps: Tensor, levels: Tensor, low: float, high: float) -> Tensor:
+def _any_plausible(values: Tensor) -> Tensor:
+    """Whether any of a flow's timesteps lies outside (0, 1), where sigmas are."""
+    return torch.logical_or(values <= 0, values >= 1).any()
+
+
+def _right(values: Tensor, levels: Tensor, low: float, high: float) -> Tensor:
     """Which are in range: neither NaN nor an index with a fraction is."""
     # Not every unsigned integer can be compared with an int64, and one too large for it has become negative.
-    given = timesteps if timesteps.is_floating_point() else levels
+    given = levels if levels.is_floating_point() or not values.is_floating_point() else values
     return levels.clamp(low, high) == given
 
 
-def _first_wrong(timesteps: Tensor, levels: Tensor, low: float, high: float) -> int | None:
+def _first_wrong(values: Tensor, levels: Tensor, low: float, high: float) -> int | None:
     """Position of the first value out of range. Reads the tensor."""
     if levels.numel() == 0:
         return None
     # Lowest and highest first: one small operation where all is well, three times in each pass of training.
     lowest, highest = (bound.item() for bound in levels.aminmax())
-    whole = levels.is_floating_point() or not timesteps.is_floating_point()
-    if lowest >= low and highest <= high and (whole or torch.equal(timesteps, levels.to(timesteps.dtype))):
+    whole = levels.is_floating_point() or not values.is_floating_point()
+    if lowest >= low and highest <= high and (whole or torch.equal(values, levels.to(values.dtype))):
         return None  # not so for NaN
-    return int((~_right(timesteps, levels, low, high)).nonzero()[0])
+    return int((~_right(values, levels, low, high)).nonzero()[0])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from sipo.batch import BatchMode, PairBatch, noisy_pairs, to_device
+from sipo.batch import BatchMode, PairBatch, level_argument, noisy_pairs, to_device
 from sipo.protocols import PairLoss, PairLossResult, Predict, Schedule
 from sipo.training.first_step import FirstStep
 from sipo.training.sharding import is_compiled, round_whole, unwrapped
@@ -36,12 +35,6 @@ class AdapterOff:
 
 ReferenceModel = nn.Module | AdapterOff | None
 """A frozen copy of the policy; the policy without its adapters; or none, where items carry ``"ref_error"``."""
-
-
-def takes_totals(loss_fn: Any) -> bool:
-    """Whether a loss adds its numbers to :class:`sipo_kernels.Totals` by itself, as :class:`sipo.SIPOLoss` does."""
-    call = loss_fn.forward if isinstance(loss_fn, nn.Module) else loss_fn
-    return "totals" in inspect.signature(call).parameters
 
 
 class PairForward:
@@ -121,12 +114,13 @@ class PairForward:
         # These arguments are for losses alone that take them.
         loss: Any = self.loss_fn
         options: dict[str, Any] = {} if totals is None else {"totals": totals._replace(timesteps=levels)}
+        options |= level_argument(self.schedule, pairs.timesteps)
         if self.reference is None:
             with self.autocast():
                 model_pred = self.predict(policy, pairs.samples, pairs.timesteps, pairs.condition)
             assert batch.ref_error is not None
             ref_error = batch.ref_error.transpose(0, 1).reshape(-1)
-            output = loss(model_pred, None, pairs.target, pairs.timesteps, ref_error=ref_error, **options)
+            output = loss(model_pred, None, pairs.target, ref_error=ref_error, **options)
             if self.first is not None:
                 self.first.add(model_pred, ref_error, pairs.target, output, errors=True)
             return output, levels
@@ -135,7 +129,7 @@ class PairForward:
             ref_pred = self.predict(network, pairs.samples, pairs.timesteps, pairs.condition)
         with self.autocast():
             model_pred = self.predict(policy, pairs.samples, pairs.timesteps, pairs.condition)
-        output = loss(model_pred, ref_pred, pairs.target, pairs.timesteps, **options)
+        output = loss(model_pred, ref_pred, pairs.target, **options)
         if self.first is not None:
             self.first.add(model_pred, ref_pred, pairs.target, output, errors=False)
         return output, levels
