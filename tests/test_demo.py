@@ -25,7 +25,7 @@ from sipo.demo.main import DemoConfig, describe, run_demo
 from sipo.demo.measure import Judge, weight_by_timestep
 from sipo.demo.model import BASE, build_model, load_base, predict, sample
 from sipo.files import FileError
-from sipo.training.log import read_lines, step_mean
+from sipo.training.log_reader import read_metrics, step_mean
 
 SMALL: dict[str, Any] = {"steps": 10, "samples": 50, "batch_size": 8, "seed": 3}
 
@@ -176,7 +176,7 @@ def test_the_outputs_are_there_and_nothing_else(outcome: Outcome) -> None:
 
 
 def test_held_out_pairs_are_measured_at_the_end(outcome: Outcome) -> None:
-    (line,) = read_lines(outcome.folder / "metrics.jsonl", "validation")
+    (line,) = read_metrics(outcome.folder / "metrics.jsonl", "validation")
     assert line["step"] == 10 and line["validation/pairs"] == 256
     assert 0 < line["validation/loss"] < line["validation/active_fraction"]
     assert line["validation/no_preference_loss"] == pytest.approx(line["validation/active_fraction"] * math.log(2))
@@ -187,7 +187,7 @@ def test_a_demo_replaces_an_earlier_one_and_nothing_else(outcome: Outcome, tmp_p
     shutil.copytree(outcome.folder, again)
     run_demo(DemoConfig(output=again, **SMALL | {"steps": 2}), progress=False)
     assert {path.name for path in again.iterdir()} == {path.name for path in outcome.folder.iterdir()}
-    assert [line["step"] for line in read_lines(again / "metrics.jsonl")] == [1, 2]
+    assert [line["step"] for line in read_metrics(again / "metrics.jsonl")] == [1, 2]
     (again / "config.yaml").touch()  # a run of `sipo train`
     with pytest.raises(ValueError, match=r"again' holds more than a demo \(config.yaml, demo.png, .*another folder"):
         DemoConfig(output=again)
@@ -196,7 +196,7 @@ def test_a_demo_replaces_an_earlier_one_and_nothing_else(outcome: Outcome, tmp_p
 def test_the_summary_agrees_with_the_log(outcome: Outcome) -> None:
     summary = outcome.summary
     assert json.loads((outcome.folder / "summary.json").read_text()) == summary
-    lines = read_lines(outcome.folder / "metrics.jsonl")
+    lines = read_metrics(outcome.folder / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 10]
     for name in ("active_fraction", "rewards/accuracies"):
         assert summary[name] == step_mean(lines, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import warnings
 from contextlib import suppress
@@ -20,6 +21,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from sipo import NoiseSchedule, SIPOLoss, cli
+from sipo.batch import level_argument
 from sipo.demo.digits import InkPairs, load_digits
 from sipo.training import (
     CheckpointError,
@@ -31,7 +33,8 @@ from sipo.training import (
     train,
 )
 from sipo.training.alarms import ALARM_LINES, COLLAPSE_GROWTH, COLLAPSE_SHARE, DRIFT, AlarmWatch, collapsing, drifted
-from sipo.training.log import MetricWindow, read_lines
+from sipo.training.log_reader import read_metrics
+from sipo.training.measurements import MetricWindow
 from sipo.training.statistics import (
     BINS,
     MEANS,
@@ -130,9 +133,10 @@ def test_each_mean_is_that_of_float64_by_hand(
         ref = target + 0.4 * torch.randn(shape, generator=generator, dtype=torch.float64)
         model = ref + 0.2 * torch.randn(shape, generator=generator, dtype=torch.float64)
         model.requires_grad_(True)
-        output = loss_fn(model, ref, target, levels)
+        argument = level_argument(schedule, levels)
+        output = loss_fn(model, ref, target, **argument)
         output.loss.backward()
-        scale = schedule.ratio_scale(levels).repeat(2).double().numpy()
+        scale = schedule.ratio_scale(**argument).repeat(2).double().numpy()
         arrays = [x.detach().numpy() for x in (model, ref, target)]
         expected = by_hand(loss_fn, *arrays, scale, model.grad.numpy(), pairs)
         given = model.detach().clone()
@@ -140,9 +144,9 @@ def test_each_mean_is_that_of_float64_by_hand(
             given[-1, 0, 0, 0] = math.inf if seed % 2 else math.nan
             left_out[bins[-1]] += 1
         if by_kernel:  # the loss adds to the sums by itself
-            loss_fn(given, ref, target, levels, totals=statistics.totals()._replace(timesteps=levels))
+            loss_fn(given, ref, target, **argument, totals=statistics.totals()._replace(timesteps=levels))
         else:
-            statistics.add(levels, loss_fn(given, ref, target, levels), (pairs, 2, 3, 5))
+            statistics.add(levels, loss_fn(given, ref, target, **argument), (pairs, 2, 3, 5))
         for i in range(pairs - broken):
             found.setdefault(bins[i], []).append({name: float(values[i]) for name, values in expected.items()})
 
@@ -219,8 +223,9 @@ def test_adding_a_pass_reads_nothing() -> None:
     assert statistics is not None
     numbers = torch.randn(4, 1, 4, 4)
     output = loss()(numbers, numbers, numbers, torch.tensor([5, 6]))
-    there = [x.to("meta") if isinstance(x, torch.Tensor) else x for x in output]
-    statistics.add(torch.tensor([5, 6], device="meta"), type(output)(*there), (2, 1, 4, 4))
+    values = {each.name: getattr(output, each.name) for each in dataclasses.fields(output)}
+    there = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in values.items()}
+    statistics.add(torch.tensor([5, 6], device="meta"), type(output)(**there), (2, 1, 4, 4))
     assert statistics.window.is_meta and statistics.window.shape == (2 + len(MEANS), BINS)
 
 
@@ -264,12 +269,11 @@ def test_without_statistics_nothing_is_written(tmp_path: Path) -> None:
     (tmp_path / "own").mkdir()
     (tmp_path / "own/timesteps.jsonl").write_text('{"step": 3}\n')
     fit(tmp_path / "own", loss_fn=PlainLoss())
-    fit(tmp_path / "off", timestep_statistics=False)
+    off, _ = fit(tmp_path / "off", timestep_statistics=False)
     assert not (tmp_path / "own/timesteps.jsonl").exists()
     assert (tmp_path / "own/timesteps.1.jsonl").read_text() == '{"step": 3}\n'
     assert not (tmp_path / "off/timesteps.jsonl").exists()
     on, _ = fit(tmp_path / "on")
-    off, _ = fit(tmp_path / "off")
     assert same(on, off) and len(lines(tmp_path / "on")) == 4
 
 
@@ -416,7 +420,7 @@ def align(folder: Path, data: type[InkPairs] = InkPairs, **options: Any) -> list
 
 def test_a_healthy_run_of_digits_sets_nothing_off(tmp_path: Path) -> None:
     assert align(tmp_path, max_train_steps=30, learning_rate=2e-5, logging_steps=3) == []
-    last = read_lines(tmp_path / "metrics.jsonl")[-1]
+    last = read_metrics(tmp_path / "metrics.jsonl")[-1]
     assert last["rewards/accuracies"] > 0.8 and last["rewards/margins"] > 1  # and it did learn
 
 
@@ -425,7 +429,7 @@ def test_a_learning_rate_that_breaks_the_digits_sets_off_every_alarm(tmp_path: P
     assert sorted(message.split(": ")[1] for message in said) == ["collapse", "drift", "stalled"]
     drift = next(message for message in said if "drift" in message)
     step = int(drift.split()[1].rstrip(":"))
-    logged = [line for line in read_lines(tmp_path / "metrics.jsonl") if line["step"] <= step]
+    logged = [line for line in read_metrics(tmp_path / "metrics.jsonl") if line["step"] <= step]
     over = [line["model_mse"] > DRIFT * line["ref_mse"] for line in logged]
     assert over[-3:] == [True] * 3 and over[-4] is False
     assert f"model_mse {logged[-1]['model_mse']:.4g} has stayed over 4 times ref_mse" in drift
@@ -436,7 +440,7 @@ def test_learning_from_chance_sets_off_the_collapse_alone(tmp_path: Path) -> Non
     said = align(tmp_path, Chance, max_train_steps=21, learning_rate=3e-4, logging_steps=3, method="sipo", beta=20.0)
     assert [message.split(": ")[1] for message in said] == ["collapse"]
     step = int(said[0].split()[1].rstrip(":"))
-    of = [line for line in read_lines(tmp_path / "metrics.jsonl") if line["step"] <= step]
+    of = [line for line in read_metrics(tmp_path / "metrics.jsonl") if line["step"] <= step]
     assert [x["chosen_gap"] > COLLAPSE_GROWTH * x["ref_mse"] for x in of[-4:]] == [False, True, True, True]
 
 
@@ -460,7 +464,7 @@ def test_stopped_by_an_alarm_a_run_goes_on_as_if_it_had_not_been(tmp_path: Path)
     # It has said so: the same episode stops nothing again.
     resumed, rest = fit(tmp_path / "run", alarms="stop", resume_from="latest", checkpointing_steps=7, **options)
     assert [line["step"] for line in rest.history] == [6, 7]
-    assert untimed(read_lines(tmp_path / "run/metrics.jsonl")) == untimed(whole.history)
+    assert untimed(read_metrics(tmp_path / "run/metrics.jsonl")) == untimed(whole.history)
     for name in ("timesteps.jsonl", *(f"checkpoints/step-00000007/{x}" for x in ("state.json", "ema.safetensors"))):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes(), name
     assert same(straight, resumed)

@@ -23,7 +23,7 @@ from sipo.recipe.build import RunContext, build, frozen_reference, open_run
 from sipo.recipe.config import Config, policy_dtype
 from sipo.training import TrainingWarning
 from sipo.training.config import TrainingConfig
-from sipo.training.log import read_lines
+from sipo.training.log_reader import read_metrics
 from tests.family_cases import TOYS, family_of, folder_of, network_input
 
 each_toy = pytest.mark.parametrize("toy", TOYS)
@@ -257,7 +257,7 @@ def test_a_run_in_bfloat16_starts_at_its_reference(
 ) -> None:
     more = [f"model.reference={kind}", f"data.reference_errors={str(kind == 'errors').lower()}"]
     assert cli.main([*arguments, *more, "model.reference_dtype=bfloat16", f"training.output_dir={tmp_path}"]) == 0
-    first = read_lines(tmp_path / "metrics.jsonl")[0]
+    first = read_metrics(tmp_path / "metrics.jsonl")[0]
     # Errors come from passes over other batches, whose kernels round bfloat16 in other places.
     limit = 0.0 if kind == "copy" else torch.finfo(torch.bfloat16).eps / 4
     assert first["start_difference"] <= limit and (kind == "errors" or first["start_logit"] == 0.0)

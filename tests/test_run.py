@@ -26,7 +26,7 @@ from sipo.recipe import config
 from sipo.recipe.build import make_loss, open_run
 from sipo.recipe.sampling import SAMPLE_FPS
 from sipo.recipe.verify import verify_run
-from sipo.training.log import read_lines
+from sipo.training.log_reader import read_metrics
 from sipo.training.sums import SUMS
 
 ROOT = Path(__file__).parent.parent
@@ -65,7 +65,7 @@ def train(name: str, *overrides: str) -> None:
 
 
 def steps_of(folder: Path, kind: str = "training") -> list[int]:
-    return [line["step"] for line in read_lines(folder / "run" / "metrics.jsonl", kind)]
+    return [line["step"] for line in read_metrics(folder / "run" / "metrics.jsonl", kind)]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -80,7 +80,7 @@ def test_a_run_leaves_what_it_says(trained: tuple[str, Path]) -> None:
     name, folder = trained
     run = folder / "run"
     assert steps_of(folder) == [1, 2, 3, 4] and steps_of(folder, "validation") == [2, 4]
-    lines = read_lines(run / "metrics.jsonl")
+    lines = read_metrics(run / "metrics.jsonl")
     assert lines[0]["rewards/margins"] == pytest.approx(0, abs=1e-3)  # the policy still is the reference
     assert lines[-1]["model_mse"] != lines[-1]["ref_mse"]
     kept = config.from_dict(yaml.safe_load((run / "config.yaml").read_text()))
@@ -283,7 +283,7 @@ def test_precomputed_reference_errors_give_the_losses_of_a_reference(shared: Pat
     losses = {}
     for kind in ("adapter_off", "errors", "copy"):
         train("sd15", *options(tmp_path / kind, 5, *fixed, f"model.reference={kind}", cache=shared))
-        lines = read_lines(tmp_path / kind / "run" / "metrics.jsonl")
+        lines = read_metrics(tmp_path / kind / "run" / "metrics.jsonl")
         losses[kind] = [[v for k, v in line.items() if k.endswith(("loss", "ref_mse"))] for line in lines]
     assert losses["copy"] == losses["adapter_off"]
     for with_network, without in zip(losses["copy"], losses["errors"], strict=True):
@@ -353,10 +353,10 @@ def test_other_options_train(shared: Path, tmp_path: Path) -> None:
         "training.proportion_empty_prompts=0.5",
         "training.timestep_sampling=informative",
     ]
-    more += ["training.skip_inactive=true", "data.random_flip=true", "data.enable_tiling=true", "data.crop=random"]
+    more += ["training.skip_inactive=true", "data.random_flip=true", "data.enable_tiling=true", "data.center_crop=false"]
     more += ["loss.method=dpo_cm", "model.prediction_type=v_prediction"]
     train("sd15", *options(tmp_path, 4, *more))
-    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     rates = [line["learning_rate"] for line in lines]
     assert rates == sorted(rates, reverse=True) and rates[-1] < 0.5 * rates[0]
     assert all(0 < line["timestep_share"] <= 1 and line["nonfinite_steps"] == 0 for line in lines)
@@ -413,7 +413,7 @@ def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(shared: Path, tmp_path: 
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output[-3000:]
-    done = read_lines(log)[-1]["step"]
+    done = read_metrics(log)[-1]["step"]
     assert f"stopped after step {done}; `sipo train {example('sd15')}" in output and "--resume` goes on" in output
     assert (tmp_path / "run" / "checkpoints" / f"step-{done:08d}" / "state.json").is_file()
 
@@ -430,7 +430,7 @@ def test_two_processes_are_one_with_twice_the_batch(shared: Path, tmp_path: Path
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     for kind in ("training", "validation"):
-        one, two = (read_lines(tmp_path / place / "run" / "metrics.jsonl", kind) for place in ("one", "two"))
+        one, two = (read_metrics(tmp_path / place / "run" / "metrics.jsonl", kind) for place in ("one", "two"))
         assert [line["step"] for line in one] == [line["step"] for line in two] != []
         for single, double in zip(one, two, strict=True):
             for key in single.keys() - {"seconds", "step", "kind"}:

@@ -17,8 +17,8 @@ from sipo import cli
 from sipo.analysis.facts import beyond_chance
 from sipo.analysis.report import read_run
 from sipo.files import FileError
-from sipo.training.log import Recorder, read_lines
-from sipo.training.log_reader import LogWarning, metrics_fault, read_log
+from sipo.training.log import Recorder
+from sipo.training.log_reader import LogWarning, metrics_fault, read_log, read_metrics
 from sipo.training.statistics import STATISTICS, read_statistics, statistics_fault
 from tests.training_cases import fit, fresh_accelerate, settings, untimed
 
@@ -90,7 +90,7 @@ def test_a_damaged_line_is_named_and_the_others_are_read(
     assert log.lines == good and log.damage == [f"line 2 ({reason})"]
     assert b"".join(log.texts) == b"".join(json.dumps(line).encode() + b"\n" for line in good)
     with pytest.warns(LogWarning) as said:
-        assert read_lines(path) == [good[0], good[1], good[3]]
+        assert read_metrics(path) == [good[0], good[1], good[3]]
     assert [str(w.message) for w in said] == [f"{path}: 1 damaged line left out: line 2 ({reason})"]
     assert len(str(said[0].message)) < len(str(path)) + 150
     with pytest.warns(LogWarning, match="line 2"):
@@ -138,7 +138,7 @@ def test_one_wrong_step_costs_one_line_and_many_are_one_warning(tmp_path: Path) 
         assert log.damage == [f"line 5 (step={wrong} is out of order)"]
     path = written(tmp_path / "metrics.jsonl", *[b"x"] * 2000, metrics(1))
     with pytest.warns(LogWarning) as said:
-        assert read_lines(path) == [metrics(1)]
+        assert read_metrics(path) == [metrics(1)]
     lines = ", ".join(f"line {number} (not JSON)" for number in (1, 2, 3))
     assert [str(w.message) for w in said] == [f"{path}: 2000 damaged lines left out: {lines}, …"]
 
@@ -148,11 +148,11 @@ def test_what_a_killed_run_leaves_at_the_end_is_no_damage(cut: bytes, tmp_path: 
     path = written(tmp_path / "metrics.jsonl", metrics(1), cut, end=b"")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert read_lines(path) == [metrics(1)]
+        assert read_metrics(path) == [metrics(1)]
         written(path, metrics(1), metrics(2), end=b"")  # whole but for its end
-        assert read_lines(path) == [metrics(1), metrics(2)]
+        assert read_metrics(path) == [metrics(1), metrics(2)]
         path.write_bytes(b"")
-        assert read_lines(path) == []
+        assert read_metrics(path) == []
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "timesteps.jsonl"])
@@ -182,7 +182,7 @@ def test_what_is_no_file_is_refused_before_it_is_opened(
 def test_a_run_with_a_damaged_log_is_resumed_and_the_log_is_kept(tmp_path: Path) -> None:
     fit(tmp_path, max_train_steps=4, checkpointing_steps=2)
     path, statistics = tmp_path / "metrics.jsonl", tmp_path / "timesteps.jsonl"
-    straight = read_lines(path)
+    straight = read_metrics(path)
     before = {}
     for log in (path, statistics):
         lines = log.read_bytes().splitlines(keepends=True)
@@ -200,7 +200,7 @@ def test_a_run_with_a_damaged_log_is_resumed_and_the_log_is_kept(tmp_path: Path)
         assert log.with_name(f"{log.stem}.1.jsonl").read_bytes() == before[log]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        lines = read_lines(path)
+        lines = read_metrics(path)
         assert [line["step"] for line in read_statistics(statistics)] == [1, 3, 4, 5, 6]
     assert [line["step"] for line in lines] == [1, 3, 4, 5, 6]
     assert untimed(lines[:3]) == untimed([straight[0], *straight[2:]])

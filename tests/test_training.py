@@ -19,10 +19,11 @@ from sipo.training import (
     TrainingConfig,
     TrainingDivergedError,
     TrainingWarning,
-    loop,
+    optimization,
     train,
 )
-from sipo.training.log import MetricWindow, read_lines, step_mean
+from sipo.training.log_reader import read_metrics, step_mean
+from sipo.training.measurements import MetricWindow
 from sipo.training.stream import StreamSampler, pair_noise, step_timesteps
 from tests.training_cases import (
     Broken,
@@ -64,7 +65,7 @@ def test_training_prefers_the_chosen_and_leaves_the_reference_alone(tmp_path: Pa
     assert [line["step"] for line in result.history] == [1, 20, 40, 60]
     assert result.history[-1]["loss"] < 0.8 * LN2
     assert result.history[-1]["rewards/accuracies"] > 0.7
-    assert read_lines(result.metrics_path) == result.history
+    assert read_metrics(result.metrics_path) == result.history
 
 
 def test_one_step_is_that_of_plain_autograd(tmp_path: Path) -> None:
@@ -169,7 +170,7 @@ def test_bf16_starts_at_ln_2_and_hands_the_policy_back_as_it_was(tmp_path: Path)
 
 
 def test_the_host_reads_nothing_between_log_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "ASKED", ())  # as on a GPU
+    monkeypatch.setattr(optimization, "ASKED", ())  # as on a GPU
 
     class Reads(TorchDispatchMode):
         count = 0
@@ -208,7 +209,7 @@ def test_a_run_of_broken_steps_ends_it_and_leaves_the_weights(tmp_path: Path, lo
             max_nonfinite_steps=3,
             adam_weight_decay=0.0,
         )
-    lines = read_lines(tmp_path / "metrics.jsonl")
+    lines = read_metrics(tmp_path / "metrics.jsonl")
     assert lines[-1]["step"] == stops_at
     assert sum(line["nonfinite_steps"] for line in lines) == stops_at
     assert lines[-1]["loss"] is None and lines[-1]["grad_norm"] is None
@@ -219,7 +220,7 @@ def test_a_run_of_broken_steps_ends_it_and_leaves_the_weights(tmp_path: Path, lo
 def test_a_broken_step_moves_nothing_and_training_goes_on(
     tmp_path: Path, asked: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "ASKED", asked)
+    monkeypatch.setattr(optimization, "ASKED", asked)
     policy, reference = networks()
     config = settings(tmp_path, max_train_steps=6, logging_steps=3, max_nonfinite_steps=2)
     # Without momentum a step without gradient is no step at all: steps 2 and 5 never happened.

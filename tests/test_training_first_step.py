@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sipo import NoiseSchedule
 from sipo.training import AdapterOff, TrainingMismatchError, TrainingWarning, train
 from sipo.training.first_step import NAMES, FirstStep
-from sipo.training.log import read_lines
+from sipo.training.log_reader import read_metrics
 from sipo.training.preparation import make_accelerator
 from sipo.training.stream import pair_noise
 from tests.training_cases import (
@@ -84,7 +84,7 @@ def test_the_first_line_says_that_they_are_one(
     elif kind == "bf16":
         options["mixed_precision"] = "bf16"
     _, result = fit(tmp_path, **options)
-    first, *others = read_lines(tmp_path / "metrics.jsonl")
+    first, *others = read_metrics(tmp_path / "metrics.jsonl")
     assert first == result.history[0] and not any(name in line for line in others for name in NAMES)
     if kind == "errors":  # in batches of another size: the last bits of float32
         assert 0 <= first["start_difference"] < 1e-6 and 0 <= first["start_logit"] < 1e-3
@@ -189,13 +189,13 @@ def test_a_run_from_the_same_weights_stops_before_anything_moves(tmp_path: Path,
     message = str(caught.value)
     assert "\n" not in message and message.endswith("; alarms='off' trains all the same")
     assert ("errors of other weights or draws" in message) == (kind == "errors")
-    assert same(policy, before) and read_lines(tmp_path / "metrics.jsonl") == []
+    assert same(policy, before) and read_metrics(tmp_path / "metrics.jsonl") == []
     assert not (tmp_path / "checkpoints").exists()
     with warnings.catch_warnings(record=True) as recorded:
         warnings.simplefilter("always")
         train(*arguments, settings(tmp_path, alarms="off", max_train_steps=1), accelerator=cpu, mismatch="raise")
     assert not said(recorded)
-    assert read_lines(tmp_path / "metrics.jsonl")[0]["start_difference"] > 1e-3
+    assert read_metrics(tmp_path / "metrics.jsonl")[0]["start_difference"] > 1e-3
 
 
 def test_dropout_is_warned_about_and_trained_with(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ import sipo.recipe.train
 from sipo import NoiseSchedule, SIPOLoss
 from sipo.processes import OtherProcessError
 from sipo.training import CheckpointError, TrainingWarning, checkpoint, loop, storage, timesteps, train
-from sipo.training.log import read_lines
+from sipo.training.log_reader import read_metrics
 from tests.small_family import in_processes, outcomes_in_processes
 from tests.training_cases import Pairs, fit, fresh_accelerate, loss, networks, predict, same, settings, untimed
 
@@ -80,7 +80,7 @@ def test_a_resumed_run_repeats_an_uninterrupted_one_bit_for_bit(tmp_path: Path) 
     # In the ninth step: its log line of step 8 and the validation of step 6 are there already.
     with pytest.raises(KeyboardInterrupt):
         full(folder, data=Pairs(augment=True, fail_after=8 * 8 + 3))
-    assert [line["step"] for line in read_lines(folder / "metrics.jsonl")] == [1, 4, 8]
+    assert [line["step"] for line in read_metrics(folder / "metrics.jsonl")] == [1, 4, 8]
     random.seed(99)
     np.random.seed(99)
     torch.manual_seed(99)
@@ -92,7 +92,7 @@ def test_a_resumed_run_repeats_an_uninterrupted_one_bit_for_bit(tmp_path: Path) 
     assert [line["step"] for line in rest.validation] == [6, 9, 11]
     assert (folder / "timesteps.jsonl").read_bytes() == (tmp_path / "a/timesteps.jsonl").read_bytes() != b""
     for kind, lines in (("training", whole.history), ("validation", whole.validation)):
-        assert untimed(read_lines(folder / "metrics.jsonl", kind)) == untimed(lines)
+        assert untimed(read_metrics(folder / "metrics.jsonl", kind)) == untimed(lines)
     assert all(torch.equal(rest.ema[name], whole.ema[name]) for name in whole.ema)
     names = sorted(path.name for path in (tmp_path / "a/checkpoints/step-00000011").iterdir())
     assert len(names) == 5
@@ -687,4 +687,4 @@ def test_a_run_killed_at_any_point_ends_with_the_same_bits(tmp_path: Path) -> No
     statistics = [(tmp_path / run / "timesteps.jsonl").read_bytes() for run in ("straight", "killed")]
     assert statistics[0] == statistics[1] != b""
     for kind, lines in (("training", whole.history), ("validation", whole.validation)):
-        assert untimed(read_lines(tmp_path / "killed/metrics.jsonl", kind)) == untimed(lines)
+        assert untimed(read_metrics(tmp_path / "killed/metrics.jsonl", kind)) == untimed(lines)

@@ -20,7 +20,7 @@ from sipo import NoiseSchedule
 from sipo.seeds import RandomStream, derive_seed
 from sipo.training import TrainingInterruptedError, storage
 from sipo.training.forward import PairForward
-from sipo.training.log import read_lines, step_mean
+from sipo.training.log_reader import read_metrics, step_mean
 from sipo.training.stream import pair_noise, step_timesteps
 from sipo.training.validation import Validation
 from sipo_kernels import METRICS
@@ -59,9 +59,9 @@ def test_validation_leaves_training_as_it_was(tmp_path: Path) -> None:
         assert untimed(one.history) == untimed(other.history)
         if "on_validation" in more:
             assert [(step, training) for step, training, _ in looks] == [(3, False), (6, False), (7, False)]
-        lines = read_lines(tmp_path / name / "metrics.jsonl", "validation")
+        lines = read_metrics(tmp_path / name / "metrics.jsonl", "validation")
         assert lines == other.validation and len(lines) == (3 if "validation" in more else 0)
-        assert read_lines(tmp_path / name / "metrics.jsonl") == other.history
+        assert read_metrics(tmp_path / name / "metrics.jsonl") == other.history
         assert step_mean(other.history, "loss") == step_mean(one.history, "loss")
 
 
@@ -127,7 +127,7 @@ def test_a_signal_in_a_validation_stops_after_it(tmp_path: Path) -> None:
     with pytest.raises(TrainingInterruptedError, match="stopped by SIGUSR1 after step 2"):
         fit(tmp_path, max_train_steps=6, validation_steps=2, validation=Pairs(4), on_validation=look)
     assert not storage.damage(tmp_path / "checkpoints/step-00000002")
-    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl", "validation")] == [2]
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl", "validation")] == [2]
 
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sipo.training.log import pluck
+from sipo.training.log_reader import pluck
 
 LN2 = math.log(2)
 

@@ -18,8 +18,7 @@ from sipo.analysis.samples import sample_pictures
 from sipo.analysis.settings import in_force, loss_numbers, read_settings
 from sipo.analysis.verdicts import Finding, judge
 from sipo.files import check_output, write_aside
-from sipo.training.log import pluck
-from sipo.training.log_reader import metrics_fault, read_log
+from sipo.training.log_reader import metrics_fault, pluck, read_log
 from sipo.training.statistics import MEANS, merge, over_bins, read_statistics
 from sipo.training.validation import no_preference
 

@@ -105,7 +105,7 @@ def _run_demo(config: DemoConfig, progress: bool | None) -> dict[str, Any]:
     from sipo.demo.picture import Facts, Weights, draw
     from sipo.files import write_aside
     from sipo.training import TrainingConfig, train
-    from sipo.training.log import step_mean
+    from sipo.training.log_reader import step_mean
 
     base, scheduler = load_base()
     # The ratio's stride is docs/math.md's (50 sampling steps), so that the weights compare with published ones;

@@ -14,7 +14,7 @@ from torch import Tensor
 from sipo.demo.digits import CLASSES, IMAGE_SIZE, ink
 from sipo.demo.measure import Scores
 from sipo.files import aside
-from sipo.training.log import pluck
+from sipo.training.log_reader import pluck
 
 BEFORE, AFTER, LIMIT, TEXT = "#8d939c", "#1f5fa8", "#b8501a", "#22262b"
 _ROWS = 7

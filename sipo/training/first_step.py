@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from sipo.progress import say
+from sipo.training.config import TrainingConfig, TrainingMismatchError, TrainingWarning
 from sipo.training.sharding import HALF_TYPES
 
 Mismatch = Literal["warn", "raise"]
@@ -134,6 +137,39 @@ class FirstStep:
             f"policy and reference differ before training: {measured}; rounding explains {self.limit:.2g}; "
             f"look for {causes}"
         )
+
+
+def check_start(first: FirstStep, config: TrainingConfig, mismatch: Mismatch) -> dict[str, float]:
+    """Compares policy and reference after the passes of the first step, before any weight moves.
+
+    Every process calls it; it waits for the device.
+
+    Args:
+        first: has seen these passes.
+        config: the run's; ``alarms="off"`` neither warns nor raises.
+        mismatch: what to do where they differ by more than rounding.
+
+    Returns:
+        What was found, for the first log line.
+
+    Raises:
+        TrainingMismatchError: they differ, and ``mismatch="raise"``.
+
+    Warns:
+        TrainingWarning: they differ, or cannot be compared.
+    """
+    found = first.read()
+    main = first.accelerator.is_main_process
+    if config.progress is not None and main:
+        difference, logit = (found[name] for name in NAMES)
+        say(f"step 1: policy and reference differ by {difference:.2g}, logits by {logit:.2g}")
+    beyond, message = first.judge(found)
+    if message is not None and config.alarms != "off":
+        if beyond and mismatch == "raise":
+            raise TrainingMismatchError(f"step 1: {message}; alarms='off' trains all the same")
+        if main:
+            warnings.warn(f"step 1: {message}", TrainingWarning, stacklevel=2)
+    return found
 
 
 def _rms(values: Tensor) -> Tensor:

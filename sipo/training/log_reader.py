@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,6 +95,32 @@ def read_log(path: str | Path, fault: Callable[[dict[str, Any]], str]) -> Log:
         [found[place][2] for place in kept],
         [f"line {number} ({reason})" for number, reason in sorted(damage)],
     )
+
+
+def read_metrics(path: str | Path, kind: str = "training") -> list[dict[str, Any]]:
+    """The lines of a run's ``metrics.jsonl``, in order: those of "training", or those of its "validation".
+
+    Damaged lines are left out, with a warning that names them. Errors as for :func:`read_log`.
+    """
+    log = read_log(path, metrics_fault)
+    log.complain(Path(path))
+    return [line for line in log.lines if line.get("kind", "training") == kind]
+
+
+def pluck(history: Sequence[dict[str, Any]], name: str) -> list[float]:
+    """One metric over the log lines, NaN where a line has none."""
+    return [math.nan if line.get(name) is None else float(line[name]) for line in history]
+
+
+def step_mean(history: Sequence[dict[str, Any]], name: str) -> float:
+    """Mean of a metric over the steps of a run from its start; lines stand for the steps since the one before."""
+    total, covered, previous = 0.0, 0, 0
+    for line, value in zip(history, pluck(history, name), strict=True):
+        if not math.isnan(value):
+            total += value * (line["step"] - previous)
+            covered += line["step"] - previous
+        previous = line["step"]
+    return total / covered if covered else math.nan
 
 
 def metrics_fault(line: dict[str, Any]) -> str:

@@ -292,13 +292,13 @@ class TrainingLoop:
             drop_captions(batch.condition, empty, positions, config.seed, config.proportion_empty_prompts)
         totals = self.measured.totals()
         output, levels = self.forward(self.policy, batch, positions, timesteps, seed=config.seed, totals=totals)
-        self.measured.add(output, levels, batch.chosen.shape)
         if not config.skip_inactive or self._active(output):
             self.accelerator.backward(output.loss)
             self.backwards += 1
         else:
             self.measured.skipped += 1
             reshard(self.policy)
+        self.measured.add(output, levels, batch.chosen.shape)
 
     def _active(self, output: PairLossResult) -> bool:
         """Whether a backward pass is due: for a pair of any process, or to reduce the gradients of earlier passes."""

@@ -1,8 +1,7 @@
-"""What each noise level teaches, and when a run goes wrong: statistics by timestep, and the alarms of training.
+"""Statistics of a run by noise level (docs/math.md §8).
 
-Sums are kept on the device, by bin of noise level, and read with a log line; a line of them is one JSON object, and
-:func:`read_statistics` and :func:`merge` serve those who read (docs/math.md §8). The rules of the alarms are functions
-of numbers alone, so that a report judges a run by the thresholds that its training did.
+Sums are kept on the device, by bin of noise level, and read with a log line. A line of ``timesteps.jsonl`` is one JSON
+object, which :func:`read_statistics` reads and :func:`merge` combines with others.
 """
 
 from __future__ import annotations
@@ -107,6 +106,16 @@ class TimestepStatistics:
         if not isinstance(options, LossOptions):  # of such a loss β is not known, and counts as 1
             return float(math.prod(sample) * pairs)
         return math.prod(sample) * (pairs if options.reduction == "mean" else 1) / options.beta_for(len(shape))
+
+    def restore(self, window: Tensor) -> None:
+        """Puts back :attr:`window` from a checkpoint.
+
+        Raises:
+            ValueError: of other bins.
+        """
+        if window.shape != self.window.shape:
+            raise ValueError(f"window.statistics has shape {[*window.shape]}, expected this run's")
+        self.window = window.to(self.window.device)
 
     def take(self, step: int, sums: Sequence[float]) -> dict[str, Any] | None:
         """Makes a line of a window that was read and summed over processes, and starts a new one.
@@ -229,6 +238,3 @@ def scalars(line: dict[str, Any]) -> dict[str, float]:
         found[f"active_{part}"] = over_bins(line, "active", bins)
         found[f"grad_sq_share_{part}"] = over_bins(line, "grad_sq", bins) * count / total if total else math.nan
     return {name: value for name, value in found.items() if not math.isnan(value)}
-
-
-# ---- Alarms ----

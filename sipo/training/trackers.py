@@ -1,0 +1,173 @@
+"""Trackers of a run: TensorBoard, Weights & Biases and whatever else accelerate knows.
+
+A tracker that fails once it runs does not stop training: it is a warning, and the run's own files have everything.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sipo.files import one_line
+from sipo.training.config import TrainingConfig, TrainingWarning
+
+_LONGEST = 60  # characters of a prompt in a tag of TensorBoard
+
+
+def check_trackers(config: TrainingConfig) -> list[str]:
+    """Refuses trackers that cannot be started. Errors as for :func:`start_trackers`.
+
+    Returns:
+        Names of those that are installed.
+    """
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    available = [str(name) for name in get_available_trackers()]
+    for name in config.trackers:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise ValueError(f"report_to={name!r}: expected one of {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
+        if name not in available and name != "tensorboard":
+            raise ImportError(f"report_to={name!r}: not installed, expected `pip install {name}`")
+    return available
+
+
+def start_trackers(accelerator: Any, config: TrainingConfig, first_step: int) -> list[Any]:
+    """Starts the trackers that a configuration asks for, beside those that the accelerator has; returns them.
+
+    TensorBoard's events go to ``tensorboard/`` in the run's folder; where a run is resumed, those after its checkpoint
+    are purged.
+
+    Args:
+        accelerator: the run's.
+        config: the run's.
+        first_step: the step the run starts after, 0 for a new run.
+
+    Raises:
+        ValueError: a tracker that accelerate does not know.
+        ImportError: a tracker that is not installed.
+    """
+    available = check_trackers(config)
+    running = list(accelerator.trackers)
+    wanted = [] if running else list(accelerator.log_with)  # the caller's, not yet started
+    wanted += [name for name in config.trackers if name in available and name not in wanted]
+    if not accelerator.logging_dir:
+        accelerator.project_configuration.logging_dir = str(config.folder)
+    options = {
+        "tensorboard": {"purge_step": first_step + 1},
+        "wandb": {"name": config.folder.name, "dir": str(config.folder)},
+    }
+    started: list[Any] = []
+    for tracker in wanted:
+        if str(tracker) in {t.name for t in running}:
+            continue
+        # init_trackers starts whatever the accelerator holds, running or not: one at a time, then.
+        accelerator.log_with, accelerator.trackers = [tracker], []
+        accelerator.init_trackers("tensorboard" if str(tracker) == "tensorboard" else "sipo", init_kwargs=options)
+        started += accelerator.trackers
+    accelerator.log_with, accelerator.trackers = [], running + started
+    return started
+
+
+def finish_trackers(accelerator: Any, started: Sequence[Any]) -> None:
+    """Ends what :func:`start_trackers` has started."""
+    _each(started, lambda tracker: tracker.finish())
+    accelerator.trackers = [tracker for tracker in accelerator.trackers if tracker not in started]
+
+
+@contextmanager
+def running_trackers(accelerator: Any, config: TrainingConfig) -> Iterator[None]:
+    """Trackers run inside, for samples from before the first step. Errors as for :func:`start_trackers`."""
+    started = start_trackers(accelerator, config, 0)
+    try:
+        yield
+    finally:
+        finish_trackers(accelerator, started)
+
+
+def log_numbers(accelerator: Any, step: int, values: dict[str, float]) -> None:
+    """Logs numbers to all trackers.
+
+    Args:
+        accelerator: the run's.
+        step: optimiser steps done.
+        values: by name.
+    """
+    _each(accelerator.trackers, lambda tracker: tracker.log(values, step=step))
+
+
+def log_images(accelerator: Any, step: int, images: Sequence[tuple[str, Any]]) -> None:
+    """Logs samples to the trackers that accelerate can give images to. The main process calls it.
+
+    Args:
+        accelerator: the run's.
+        step: optimiser steps done, 0 before the first.
+        images: prompts and arrays ``[H, W, 3]`` uint8.
+    """
+
+    def log(tracker: Any) -> None:
+        if tracker.name == "tensorboard":
+            named = {_tag(number, prompt): image[None] for number, (prompt, image) in enumerate(images)}
+            tracker.log_images(named, step=step, dataformats="NHWC")
+        elif tracker.name == "wandb":
+            from wandb import Image
+
+            tracker.log({"samples": [Image(image, caption=prompt) for prompt, image in images]}, step=step)
+        elif hasattr(tracker, "log_images"):
+            alone = tracker.name in ("aim", "clearml")  # these take one image under a name, others a list
+            named = {_tag(n, prompt): image if alone else [image] for n, (prompt, image) in enumerate(images)}
+            tracker.log_images(named, step=step)
+
+    _each(accelerator.trackers, log)
+
+
+def log_clips(accelerator: Any, step: int, clips: Sequence[tuple[str, Path]]) -> None:
+    """Logs samples that are clips, to TensorBoard as animated GIFs and to wandb as they are. The main process calls it.
+
+    Args:
+        accelerator: the run's.
+        step: optimiser steps done, 0 before the first.
+        clips: prompts and files.
+    """
+
+    def log(tracker: Any) -> None:
+        if tracker.name == "tensorboard":
+            for number, (prompt, path) in enumerate(clips):
+                _add_gif(tracker.writer, _tag(number, prompt), path, step)
+        elif tracker.name == "wandb":
+            from wandb import Video
+
+            tracker.log({"samples": [Video(str(path), caption=prompt, format="mp4") for prompt, path in clips]}, step)
+
+    _each(accelerator.trackers, log)
+
+
+def _tag(number: int, prompt: str) -> str:
+    return f"samples/{number} {prompt[:_LONGEST]}".rstrip()
+
+
+def _add_gif(writer: Any, tag: str, path: Path, step: int) -> None:
+    """Adds a clip to TensorBoard, whose own ``add_video`` needs moviepy for the same."""
+    import av
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        milliseconds = round(1000 / float(stream.average_rate or 1))
+        first, *others = [frame.to_image() for frame in container.decode(stream)]
+    gif = io.BytesIO()
+    first.save(gif, format="GIF", save_all=True, append_images=others, duration=milliseconds, loop=0)
+    image = Summary.Image(height=first.height, width=first.width, colorspace=3, encoded_image_string=gif.getvalue())
+    writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+
+
+def _each(trackers: Sequence[Any], work: Callable[[Any], object]) -> None:
+    for tracker in trackers:
+        try:
+            work(tracker)
+        except Exception as error:  # whatever a service or its client may raise
+            text = f"tracker {tracker.name!r} failed, the run goes on: {type(error).__name__}: {one_line(error)}"
+            warnings.warn(text, TrainingWarning, stacklevel=3)
