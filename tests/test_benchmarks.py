@@ -36,6 +36,7 @@ from benchmarks import (
 )
 from benchmarks.cases import BOTH, FORWARD, Case
 from sipo_kernels import METRICS, Totals, backends, pair_loss, reference
+from tests.benchmark_results import run_compare
 
 ROOT = Path(__file__).parent.parent
 TINY = Case("tiny", (3, 5, 7), 2, "bfloat16", "float32", upstream=1 / 8)
@@ -462,12 +463,6 @@ def test_before_runs_untimed_before_every_call() -> None:
     assert min(times["a"].wall_ms) < 2
 
 
-def test_the_readme_quotes_the_committed_file() -> None:
-    results = json.loads((timing.RESULTS / "kernel-cpu.json").read_text(encoding="utf-8"))
-    assert results["complete"] and not any(part["missing"] for part in results["summary"]["table"].values())
-    assert kernel_summary.table(results) in (ROOT / "README.md").read_text(encoding="utf-8")
-
-
 def test_summary_is_median_and_quartiles() -> None:
     assert timing.summary([5.0, 1.0, 3.0, 2.0, 4.0]) == {"median": 3.0, "quartiles": [2.0, 4.0], "runs": 5}
     assert timing.summary([7.0]) == {"median": 7.0, "quartiles": [7.0, 7.0], "runs": 1}
@@ -488,6 +483,11 @@ def test_the_machine_is_described_and_others_load_is_seen() -> None:
     subprocess.run([sys.executable, "-c", "import time\nend = time.time() + 0.6\nwhile time.time() < end: pass"])
     cores = load.cores()
     assert cores is None or cores > 0.3
+
+
+def test_a_partial_run_does_not_take_the_place_of_a_whole_one() -> None:
+    assert suite.default_output("kernel", "cpu") == timing.RESULTS / "kernel-cpu.json"
+    assert suite.default_output("kernel", "cpu", partial=True).parent == ROOT / "out" / "bench"
 
 
 # ---------------------------------------------------------------- the GPU's part, on a made-up device
@@ -585,218 +585,3 @@ def test_a_gpu_run_counts_launches_at_its_end(gpu: FakeDevice, tmp_path: Path, m
             assert result["extra_mb"] == (None if name == baselines.AUTOTUNED else 1.5)
             assert result["gb_s"] == pytest.approx(entry["floor_bytes"] / result["device_ms"]["median"] / 1e6)
     assert {"implementation": "sipo cuda", "reason": "not built"} in results["skipped"]
-
-
-# ---------------------------------------------------------------- comparing and drawing
-
-
-def summary(median: float) -> dict[str, Any]:
-    return {"median": median, "quartiles": [0.98 * median, 1.02 * median], "runs": 9}
-
-
-def made_up(kind: str = "kernel", device_type: str = "cpu", copy_gb_s: float = 20.0) -> dict[str, Any]:
-    """A results file with every kind of entry; its times are not measurements."""
-    entries = []
-    if kind == "sweep":
-        chosen = list(cases.sweep_cases(12, 16, ("bfloat16",)))
-    else:
-        plain = [case for case in cases.kernel_cases() if case.types == "bfloat16" and case.upstream == 1]
-        chosen = [case for case in plain if case.label in ("SD1.5", "Wan 480p") and case.pairs in (1, 4)]
-        chosen += [case for case in cases.kernel_cases() if cases.is_headline(case) and case not in chosen]
-    for case in chosen:
-        for state in ("cold", "warm") if kind == "sweep" else kernel_summary.STATES:
-            results = {}
-            for name, factor in ((baselines.UPCAST, 5.0), (baselines.COMPILED, 0.9), ("sipo native", 1.0)):
-                wall = factor * (0.1 + case.floor_bytes / 1e7)
-                on_gpu = summary(0.8 * wall) if device_type == "cuda" else None
-                results[name] = {"wall_ms": summary(wall), "host_ms": on_gpu, "device_ms": on_gpu, "extra_mb": 3.0}
-                results[name].update(launches=None, loss_error=0.0, grad_error=0.0)
-            entry = {**case.fields(), "state": state, "elements": case.elements, "floor_bytes": case.floor_bytes}
-            entries.append({**entry, "copy_gb_s": copy_gb_s, "others_cores": 0.0, "results": results})
-            suite.derive(entries[-1], copy_gb_s)
-    return {
-        "kind": kind,
-        "machine": {**machine.machine("cpu"), "device_type": device_type, "cpu_cache_mib": 32.0},
-        "auto": "sipo native",
-        "complete": True,
-        "copy_bandwidth_gb_s": {**summary(copy_gb_s), "moments": {}},
-        "cases": entries,
-        "skipped": [],
-    }
-
-
-def run_compare(tmp_path: Path, old: dict[str, Any], new: dict[str, Any], *options: str) -> int:
-    for name, results in (("old", old), ("new", new)):
-        (tmp_path / f"{name}.json").write_text(json.dumps(results))
-    return compare.main([str(tmp_path / "old.json"), str(tmp_path / "new.json"), *options])
-
-
-def slow_down(results: dict[str, Any], factor: float, name: str, where: Any = lambda entry: True) -> dict[str, Any]:
-    results = copy.deepcopy(results)
-    for entry in filter(where, results["cases"]):
-        wall = entry["results"][name]["wall_ms"]
-        wall["median"] *= factor
-        wall["quartiles"] = [factor * quartile for quartile in wall["quartiles"]]
-    return results
-
-
-def test_compare_flags_a_regression_and_not_noise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    old = made_up()
-    assert run_compare(tmp_path, old, old) == 0
-    assert run_compare(tmp_path, old, slow_down(old, 1.08, "sipo native")) == 0  # quartiles part, but by little
-    wide = slow_down(old, 1.3, "sipo native")
-    for entry in wide["cases"]:  # a large change within a wide spread
-        entry["results"]["sipo native"]["wall_ms"]["quartiles"][0] /= 1.5
-    assert run_compare(tmp_path, old, wide) == 0
-    capsys.readouterr()
-
-    def is_one(entry: dict[str, Any]) -> bool:
-        return entry["state"] == "cold" and entry["label"] == "SD1.5" and entry["target"] == "bfloat16"
-
-    one = slow_down(old, 1.3, "sipo native", is_one)
-    assert run_compare(tmp_path, old, one) == 1
-    out = capsys.readouterr().out
-    assert out.count("slower") == 5  # two numbers of pairs, two modes; and a case with an upstream gradient of 1/8
-    assert "1.30x" in out
-    assert "5 regressions" in out
-    assert run_compare(tmp_path, one, old) == 0
-    assert "5 faster" in capsys.readouterr().out
-
-    baseline = slow_down(old, 2, baselines.UPCAST)
-    assert run_compare(tmp_path, old, baseline) == 0
-    assert run_compare(tmp_path, old, baseline, "--everything") == 1
-
-
-def test_compare_takes_a_slow_day_of_the_memory_out(tmp_path: Path) -> None:
-    def large(entry: dict[str, Any]) -> bool:
-        return entry["floor_bytes"] > 32 << 20
-
-    old = made_up()
-    slow_day = slow_down(made_up(copy_gb_s=10.0), 2, "sipo native", large)
-    assert any(map(large, old["cases"]))
-    assert not all(map(large, old["cases"]))
-    assert run_compare(tmp_path, old, slow_day) == 0
-    everything = slow_down(made_up(copy_gb_s=10.0), 2, "sipo native")
-    assert run_compare(tmp_path, old, everything) == 1  # small cases do not wait for memory
-
-
-def test_compare_refuses_what_is_not_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    old, other = made_up(), made_up()
-    other["machine"]["device"] = "another processor"
-    assert run_compare(tmp_path, old, other) == 2
-    assert "another processor" in capsys.readouterr().err
-    assert run_compare(tmp_path, old, other, "--force") == 0
-    assert run_compare(tmp_path, old, made_up("sweep"), "--force") == 2
-
-    fewer = made_up()
-    fewer["cases"] = [entry for entry in fewer["cases"] if entry["pairs"] == 4]
-    capsys.readouterr()
-    assert run_compare(tmp_path, old, fewer) == 0
-    assert f"only in old, not compared: {len(old['cases']) - len(fewer['cases'])} entries" in capsys.readouterr().out
-    fewer["cases"] = []
-    assert run_compare(tmp_path, old, fewer) == 2
-
-
-@pytest.mark.parametrize(
-    ("kind", "device_type", "expected"),
-    [
-        ("kernel", "cpu", {"headline", "speedup-bfloat16-cold", "bandwidth", "memory", "one-pair"}),
-        ("kernel", "cuda", {"headline", "speedup-bfloat16-cold", "bandwidth", "memory", "one-pair"}),
-        ("sweep", "cpu", {"bfloat16"}),
-    ],
-)
-def test_plots_are_written_from_results_alone(tmp_path: Path, kind: str, device_type: str, expected: set[str]) -> None:
-    pytest.importorskip("matplotlib")
-    from benchmarks import plots
-
-    source = tmp_path / f"{kind}.json"
-    source.write_text(json.dumps(made_up(kind, device_type)))
-    plots.main([str(source), "--output", str(tmp_path / "png")])
-    found = list((tmp_path / "png").glob("*.png"))
-    assert {path.stem for path in found} == {f"{kind}-{name}" for name in expected}
-    for path in found:
-        data = path.read_bytes()
-        assert data.startswith(b"\x89PNG")
-        assert len(data) > 20_000
-
-
-def test_speed_ups_below_one_or_within_the_spread_are_told() -> None:
-    pytest.importorskip("matplotlib")
-    from benchmarks import plots
-
-    entry = made_up()["cases"][0]
-    assert plots.ratios(entry, "sipo native") == {
-        "torch": (pytest.approx(5), True),
-        "compile": (pytest.approx(0.9), True),
-    }
-    entry["results"][baselines.AUTOTUNED] = {"wall_ms": summary(1.0)}
-    entry["results"][baselines.AUTOTUNED_NO_GRAPHS] = {"wall_ms": summary(0.5)}
-    own = entry["results"]["sipo native"]["wall_ms"]["median"]
-    assert plots.ratios(entry, "sipo native")["autotune"][0] == pytest.approx(0.5 / own)  # the faster of the two
-    entry["results"][baselines.COMPILED]["wall_ms"]["quartiles"][1] = 2 * own
-    assert plots.ratios(entry, "sipo native")["compile"] == (pytest.approx(0.9), False)  # the quartiles overlap
-
-
-def test_a_summary_follows_from_the_file_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    results = made_up()
-    table = [entry for entry in results["cases"] if Case.of(entry) in list(cases.table_cases())]
-    for place, entry in enumerate(entry for entry in table if entry["state"] == "cold"):
-        ours = entry["results"]["sipo native"]["wall_ms"]["median"]
-        entry["results"][baselines.COMPILED]["wall_ms"] = summary(ours * (4.0 if place % 2 else 1.0))
-    found = kernel_summary.summarize(json.loads(json.dumps(results)))
-    assert found["table"]["cold"]["geometric_mean"] == pytest.approx(2)
-    assert found["table"]["cold"]["smallest"] == pytest.approx(1)
-    assert list(found["table"]["cold"]["compile"]) == [case.name for case in cases.table_cases()]
-    assert list(found["table"]["cold"]["torch"].values()) == [pytest.approx(5)] * 16
-    assert found["table"]["in turn"]["geometric_mean"] == pytest.approx(0.9)
-    assert [len(states["cold"]["missing"]) for states in found.values()] == [0, 0, 0]
-    (tmp_path / "k.json").write_text(json.dumps(results))
-    kernel.main(["--summary", str(tmp_path / "k.json")])
-    out = capsys.readouterr().out
-    assert out.count("SLOWER") == 16 + 2 * (13 + 3)
-    assert "2.00 geometric mean of 16, smallest 1.00" in out
-
-    results["cases"] = [entry for entry in results["cases"] if entry is not table[0]]
-    del table[2]["results"]["sipo native"]
-    found = kernel_summary.summarize(results)["table"]["cold"]
-    assert found["missing"] == [Case.of(table[0]).name, Case.of(table[2]).name]
-    assert len(found["compile"]) == 14
-    nothing = kernel_summary.summarize({**results, "cases": []})["float32 video"]["cold"]
-    assert (nothing["geometric_mean"], nothing["smallest"], len(nothing["missing"])) == (None, None, 3)
-
-
-def test_files_of_one_device_are_drawn_together(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    from benchmarks import plot_frame
-
-    old, new = made_up(), made_up()
-    new["cases"] = slow_down(new, 2, "sipo native")["cases"][:3]
-    old["cases"] = old["cases"][1:]
-    for name, results in (("a", old), ("b", new)):
-        (tmp_path / f"{name}.json").write_text(json.dumps(results))
-    ((stem, merged),) = plot_frame.load([tmp_path / "a.json", tmp_path / "b.json"])
-    assert stem == "a"
-    assert len(merged["cases"]) == len(old["cases"]) + 1
-    assert all(entry in merged["cases"] for entry in new["cases"])
-
-
-def test_a_partial_run_does_not_take_the_place_of_a_whole_one() -> None:
-    assert suite.default_output("kernel", "cpu") == timing.RESULTS / "kernel-cpu.json"
-    assert suite.default_output("kernel", "cpu", partial=True).parent == ROOT / "out" / "bench"
-
-
-def test_a_step_file_is_drawn_and_compared(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    from benchmarks import plots
-
-    step = made_up("step")
-    step["cases"] = step["cases"][:1]
-    for result in step["cases"][0]["results"].values():
-        result["direct_ms"] = {"wall_ms": summary(0.2), "host_ms": None, "device_ms": None}
-    assert run_compare(tmp_path, step, step) == 0
-    slower = copy.deepcopy(step)
-    slower["cases"][0]["results"]["sipo native"]["direct_ms"]["wall_ms"] = summary(0.3)
-    assert run_compare(tmp_path, step, slower) == 1  # the loss alone, though the step is as it was
-    (tmp_path / "step.json").write_text(json.dumps(step))
-    plots.main([str(tmp_path / "step.json"), "--output", str(tmp_path)])
-    assert (tmp_path / "step.png").stat().st_size > 20_000
