@@ -35,6 +35,7 @@ from benchmarks.alignment.moving_digits import (
 )
 from benchmarks.alignment.tasks import frechet_distance
 from sipo import NoiseSchedule, SIPOLoss
+from sipo.batch import level_argument
 from sipo.demo.digits import CLASSES, load_digits
 
 # On 200 held-out clips; the shipped weights have 0.127 and 0.195.
@@ -243,13 +244,14 @@ def test_a_pair_step_moves_the_model_towards_the_chosen(base: tuple[str, Any, An
     generator = torch.Generator().manual_seed(0)
     timesteps = schedule.sample_timesteps(8, generator).repeat(2)
     noise = torch.randn(8, *CLIP_SHAPE[kind], generator=generator).repeat(2, 1, 1, 1, 1)
-    noisy, target = schedule.add_noise(clips, noise, timesteps), schedule.target(clips, noise, timesteps)
+    argument = level_argument(schedule, timesteps)
+    noisy, target = schedule.add_noise(clips, noise, **argument), schedule.target(clips, noise, **argument)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-4)
     losses = []
     for _ in range(4):
         with torch.no_grad():
             expected = call(reference, noisy, timesteps, labels)
-        loss = loss_fn(call(policy, noisy, timesteps, labels), expected, target, timesteps).loss
+        loss = loss_fn(call(policy, noisy, timesteps, labels), expected, target, **argument).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -586,9 +586,9 @@ def test_core_needs_torch_alone(tmp_path: Path) -> None:
     program = """
 import torch, sipo, sipo_kernels.reference
 schedule = sipo.NoiseSchedule.flow(shift=3.0)
-print(f"{schedule.ratio_scale(torch.tensor([0.5])).item():.6g}")
+print(f"{schedule.ratio_scale(sigmas=torch.tensor([0.5])).item():.6g}")
 same = torch.ones(2, 3, 4, 4)
-print(f"{sipo.SIPOLoss(schedule)(same, same, same, torch.tensor([0.5, 0.5])).loss.item():.6g}")
+print(f"{sipo.SIPOLoss(schedule)(same, same, same, sigmas=torch.tensor([0.5, 0.5])).loss.item():.6g}")
 """
     env = clean_env(PYTHONPATH=str(ROOT), PYTHONWARNINGS="ignore")
     shown = run(sys.executable, "-c", without(*OPTIONAL) + program, cwd=tmp_path, env=env).stdout

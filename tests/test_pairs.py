@@ -20,15 +20,17 @@ from torch.utils.data import DataLoader, default_collate
 
 import sipo.recipe.prepare_data
 from sipo import NoiseSchedule, SIPOLoss
-from sipo.batch import PairBatch
-from sipo.cache.format import CacheError, DamagedError, open_cache
+from sipo.batch import PairBatch, level_argument
+from sipo.cache.finished import open_cache
+from sipo.cache.format import CacheError, DamagedError
 from sipo.cache.pairs import CachedPairs, DrawnPairs, split
-from sipo.cache.reference_errors import References, open_references, precompute_references, reference_marks
+from sipo.cache.precompute_errors import precompute_reference_errors
+from sipo.cache.reference_errors import ReferenceErrors, open_reference_errors
 from sipo.cache.savings import FULL_SIZE, ModelSize, describe_savings, savings_table
 from sipo.data.config import DataConfig
 from sipo.families.config import ModelConfig
 from sipo.processes import OtherProcessError
-from sipo.recipe.config import Config
+from sipo.recipe.config import Config, reference_marks
 from sipo.training.config import TrainingConfig
 from sipo.training.forward import PairForward
 from tests.small_family import (
@@ -226,12 +228,14 @@ def arguments(**changes: Any) -> dict[str, Any]:
     return default | changes
 
 
-def reference_errors(cached: CachedPairs, schedule: NoiseSchedule = DISCRETE, **changes: Any) -> References:
+def reference_errors(cached: CachedPairs, schedule: NoiseSchedule = DISCRETE, **changes: Any) -> ReferenceErrors:
     options: dict[str, Any] = {"batch_size": 5, "progress": False}
     names = ("network", "predict", *options, "accelerator", "num_workers")
     given = {name: changes.pop(name) for name in names if name in changes}
     network, predict = given.pop("network", Network()), given.pop("predict", SmallFamily().predict)
-    return precompute_references(cached.cache, network, predict, schedule, **arguments(**changes), **options | given)
+    return precompute_reference_errors(
+        cached.cache, network, predict, schedule, **arguments(**changes), **options | given
+    )
 
 
 def forward(batch: dict[str, Any], schedule: NoiseSchedule, network: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
@@ -241,9 +245,9 @@ def forward(batch: dict[str, Any], schedule: NoiseSchedule, network: nn.Module) 
     own = batch["own_condition"]["time_ids"]
     condition = {name: torch.cat([t, t]) for name, t in batch["condition"].items()}
     condition["time_ids"] = torch.cat([own[:, 0], own[:, 1]])
-    noisy = schedule.add_noise(samples, noise, timesteps)
+    noisy = schedule.add_noise(samples, noise, **level_argument(schedule, timesteps))
     prediction = SmallFamily().predict(network, noisy, timesteps, condition)
-    return prediction, schedule.target(samples, noise, timesteps), timesteps
+    return prediction, schedule.target(samples, noise, **level_argument(schedule, timesteps)), timesteps
 
 
 @pytest.fixture
@@ -368,7 +372,7 @@ def test_interrupted_errors_go_on_and_end_with_the_same_bytes(tmp_path: Path, at
         reference_errors(cut, predict=Fails(at), network=network)
     assert network.training
     with pytest.raises(CacheError, match="reference errors that are not finished; `sipo precompute`"):
-        open_references(cut.cache, DISCRETE, **arguments())
+        open_reference_errors(cut.cache, DISCRETE, **arguments())
     predict = Fails()
     reference_errors(cut, predict=predict)
     assert predict.calls == 9 - 3 * ((at - 1) // 3)
@@ -427,10 +431,10 @@ def test_processes_of_which_one_does_not_see_the_errors_go_on_together(
             raise CacheError("not there yet")
         return "found"
 
-    monkeypatch.setattr(sipo.recipe.prepare_data, "open_references", opened)
+    monkeypatch.setattr(sipo.recipe.prepare_data, "open_reference_errors", opened)
     monkeypatch.setattr(sipo.recipe.prepare_data, "frozen_reference", lambda *_: nn.Linear(1, 1))
     monkeypatch.setattr(sipo.recipe.prepare_data, "round_whole", lambda network, accelerator: network)
-    monkeypatch.setattr(sipo.recipe.prepare_data, "precompute_references", lambda *_, **options: "computed")
+    monkeypatch.setattr(sipo.recipe.prepare_data, "precompute_reference_errors", lambda *_, **options: "computed")
     training = SimpleNamespace(batch_size=1, num_workers=0)
 
     def run(accelerator: Any) -> Any:
@@ -455,12 +459,12 @@ def test_damaged_errors_are_named_and_rebuilt(tmp_path: Path) -> None:
     path = references.folder / "errors-00001.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(DamagedError, match=r"errors-00001\.safetensors: has .*`sipo precompute` rebuilds it"):
-        open_references(cached.cache, DISCRETE, **arguments())
+        open_reference_errors(cached.cache, DISCRETE, **arguments())
     predict = Fails()
     reference_errors(cached, predict=predict)
     assert predict.calls == 3 and files(tmp_path) == whole
     path.write_bytes(path.read_bytes()[:-1] + b"!")
-    damaged = open_references(cached.cache, DISCRETE, **arguments())
+    damaged = open_reference_errors(cached.cache, DISCRETE, **arguments())
     damaged.at(0)
     with pytest.raises(DamagedError, match=r"errors-00001\.safetensors: changed since"):
         damaged.at(4)
@@ -479,7 +483,7 @@ def assert_stale_and_computed_anew(folder: Path, message: str) -> None:
     """Errors of one shard are refused, and it alone is computed anew."""
     changed = CachedPairs(open_cache(folder))
     with pytest.raises(DamagedError, match=message):
-        open_references(changed.cache, DISCRETE, **arguments())
+        open_reference_errors(changed.cache, DISCRETE, **arguments())
     predict = Fails()
     reference_errors(changed, predict=predict)
     assert predict.calls == 3
@@ -503,7 +507,7 @@ def test_errors_of_fewer_or_more_pairs_are_not_used(tmp_path: Path, rows: int) -
     build(tmp_path, Records.make(rows))
     changed = CachedPairs(open_cache(tmp_path))
     with pytest.raises(DamagedError, match=f"errors of 3 shards of pairs, expected {rows // 4}"):
-        open_references(changed.cache, DISCRETE, **arguments())
+        open_reference_errors(changed.cache, DISCRETE, **arguments())
     predict = Fails()
     found = reference_errors(changed, predict=predict)
     assert predict.calls == max(0, 3 * (rows - 12) // 4)
@@ -523,10 +527,10 @@ def test_errors_of_fewer_or_more_pairs_are_not_used(tmp_path: Path, rows: int) -
 def test_errors_of_other_draws_are_not_used(tmp_path: Path, changes: dict[str, Any], text: str) -> None:
     cached = pairs_in(tmp_path)
     with pytest.raises(CacheError, match="no reference errors, expected some; `sipo precompute` makes them"):
-        open_references(cached.cache, DISCRETE, **arguments())
+        open_reference_errors(cached.cache, DISCRETE, **arguments())
     reference_errors(cached)
     with pytest.raises(CacheError, match=text):
-        open_references(cached.cache, DISCRETE, **arguments(**changes))
+        open_reference_errors(cached.cache, DISCRETE, **arguments(**changes))
 
 
 def test_of_several_sets_of_errors_the_nearest_says_what_differs(tmp_path: Path) -> None:
@@ -534,8 +538,8 @@ def test_of_several_sets_of_errors_the_nearest_says_what_differs(tmp_path: Path)
     for draws, seed in ((1, 9), (3, 2), (2, 7)):
         reference_errors(cached, draws=draws, seed=seed)
     with pytest.raises(CacheError, match="made with seed=7, expected this run's 8"):
-        open_references(cached.cache, DISCRETE, **arguments(draws=2, seed=8))
-    assert open_references(cached.cache, DISCRETE, **arguments()).at(0)[0].shape == (3, 2)
+        open_reference_errors(cached.cache, DISCRETE, **arguments(draws=2, seed=8))
+    assert open_reference_errors(cached.cache, DISCRETE, **arguments()).at(0)[0].shape == (3, 2)
 
 
 def test_a_reference_is_marked_by_how_it_is_loaded_and_run() -> None:
@@ -544,7 +548,7 @@ def test_a_reference_is_marked_by_how_it_is_loaded_and_run() -> None:
     config = Config(model=model, data=DataConfig(dataset_name="a", cache="b"), training=training)
     assert reference_marks(config) == {
         "family": "sdxl",
-        "path": "a",
+        "pretrained_model_name_or_path": "a",
         "revision": "b",
         "variant": None,
         "dtype": "bfloat16",
@@ -562,10 +566,10 @@ def test_errors_of_another_schedule_are_not_used(tmp_path: Path) -> None:
     cached = pairs_in(tmp_path)
     references = reference_errors(cached)
     with pytest.raises(CacheError, match="made with schedule="):
-        open_references(cached.cache, NoiseSchedule.discrete(beta_end=0.013), **arguments())
+        open_reference_errors(cached.cache, NoiseSchedule.discrete(beta_end=0.013), **arguments())
     # The sampler's steps are the loss's business: errors do not depend on them.
     fewer = NoiseSchedule.discrete(num_inference_steps=20)
-    assert open_references(cached.cache, fewer, **arguments()).folder == references.folder
+    assert open_reference_errors(cached.cache, fewer, **arguments()).folder == references.folder
     with pytest.raises(CacheError, match="row 1: the reference's error was computed at timestep"):
         DrawnPairs(cached, 3, DISCRETE, 9, references=references)[0]
 

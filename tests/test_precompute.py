@@ -17,8 +17,10 @@ from typing import Any
 import pytest
 import torch
 
-from sipo.cache.format import CacheError, open_cache
-from sipo.data.check import BadPairError
+from sipo.batch import level_argument
+from sipo.cache.finished import open_cache
+from sipo.cache.format import CacheError
+from sipo.data.load import BadPairError
 from sipo.data.records import DataError, PairRecord
 from sipo.families.vae import as_floats
 from sipo.seeds import derive_seed
@@ -371,7 +373,7 @@ def test_latents_are_stored_in_the_type_asked_for(tmp_path: Path, dtype: str) ->
 def test_real_families_from_files_to_reference_errors(tmp_path: Path, name: str) -> None:
     from sipo.cache.pairs import CachedPairs, DrawnPairs
     from sipo.cache.precompute import precompute_pairs
-    from sipo.cache.reference_errors import precompute_references
+    from sipo.cache.precompute_errors import precompute_reference_errors
     from sipo.data.config import DataConfig
     from sipo.data.media import fit, read_media
     from sipo.data.readers import open_pairs
@@ -419,7 +421,7 @@ def test_real_families_from_files_to_reference_errors(tmp_path: Path, name: str)
     schedule = family.load_schedule(model.path)
     network = family.load_network(model.path)
     options: dict[str, Any] = {"draws": 2, "seed": 3, "distribution": "uniform", "proportion_empty_prompts": 0.5}
-    references = precompute_references(
+    references = precompute_reference_errors(
         cached.cache, network, family.predict, schedule, reference={}, **options, batch_size=4, progress=False
     )
     drawn = DrawnPairs(cached, 2, schedule, 3, "uniform", 0.5, references)
@@ -431,8 +433,10 @@ def test_real_families_from_files_to_reference_errors(tmp_path: Path, name: str)
     condition |= {key: tensor[1:] for key, tensor in item.get("own_condition", {}).items()}
     sample, noise, level = item["rejected"][None], item["noise"][None], item["timestep"][None]
     with torch.no_grad():
-        prediction = family.predict(network, schedule.add_noise(sample, noise, level), level, condition)
-    error = (prediction - schedule.target(sample, noise, level)).double().square().mean()
+        prediction = family.predict(
+            network, schedule.add_noise(sample, noise, **level_argument(schedule, level)), level, condition
+        )
+    error = (prediction - schedule.target(sample, noise, **level_argument(schedule, level))).double().square().mean()
     assert item["ref_error"][1].item() == pytest.approx(error.item(), rel=1e-5)
 
 
@@ -547,12 +551,11 @@ def test_memory_of_decoded_frames_does_not_wait_for_the_collector(tmp_path: Path
 
 
 def test_pairs_that_are_decoded_ahead_are_bounded_in_bytes() -> None:
-    from sipo.cache.precompute import _Run
+    from sipo.cache.decode import queue_length
     from tests.small_family import settings
 
     def length(workers: int, **changes: Any) -> int:
-        run = _Run(SmallFamily(), lambda: None, Path(), settings(**changes), None, None)  # type: ignore[arg-type]
-        return run._queue_length(workers)
+        return queue_length(settings(**changes), workers)
 
     clip = {"frames": 81, "sizes": [(240, 416), (480, 832)]}  # 194 MB a pair at the larger size
     assert length(2, **clip) == 4 and length(8, **clip) == 4
@@ -565,7 +568,7 @@ def test_no_more_results_wait_than_asked_for() -> None:
     import weakref
     from concurrent.futures import ThreadPoolExecutor
 
-    from sipo.cache.parts import ahead
+    from sipo.cache.decode import ahead
 
     alive: list[weakref.ref[Any]] = []
 
@@ -588,17 +591,17 @@ def test_an_error_of_one_process_ends_all_with_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     """Row 6 is in the second shard, which the second of two processes encodes."""
-    from sipo.cache import precompute
+    from sipo.cache.format import ShardFolder
     from sipo.processes import OtherProcessError
 
     records = Records.make().records
     if fault == "pair":
         records[5] = replace(records[5], chosen=b"no image")
-    write = precompute.write_shard
+    write = ShardFolder.write
 
-    def full(folder: Path, name: str, *args: Any) -> Any:
+    def full(folder: ShardFolder, name: str, *args: Any) -> Any:
         if name == "latents-00001":
-            raise OSError(28, "No space left on device", str(folder / name))
+            raise OSError(28, "No space left on device", str(folder.path / name))
         return write(folder, name, *args)
 
     def rows(rank: int) -> Any:
@@ -608,7 +611,7 @@ def test_an_error_of_one_process_ends_all_with_one_line(
         yield from records[6:]
 
     if fault == "disk":
-        monkeypatch.setattr(precompute, "write_shard", full)
+        monkeypatch.setattr(ShardFolder, "write", full)
 
     def run(accelerator: Accelerator) -> Any:
         reader = rows(accelerator.process_index) if fault == "source" else Records(records)
@@ -682,13 +685,14 @@ def test_processes_hear_of_each_other_while_shards_are_only_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Reading a large cache may take longer than a collective operation waits."""
-    from sipo.cache import existing, precompute
+    from sipo.cache import precompute
+    from sipo.cache.format import ShardFolder
 
     build(tmp_path)
-    read, looked, most = existing.intact_shard, [0, 0], [0, 0]
+    read, looked, most = ShardFolder.read_intact, [0, 0], [0, 0]
     me = threading.local()
 
-    def counted(folder: Path, name: str) -> Any:
+    def counted(folder: ShardFolder, name: str) -> Any:
         looked[me.rank] += 1
         return read(folder, name)
 
@@ -702,7 +706,7 @@ def test_processes_hear_of_each_other_while_shards_are_only_compared(
         assert looked[me.rank] == 0
 
     rounds_of = [0, 0]
-    monkeypatch.setattr(existing, "intact_shard", counted)
+    monkeypatch.setattr(ShardFolder, "read_intact", counted)
     monkeypatch.setattr(precompute, "in_rounds", rounds)
 
     def run(accelerator: Accelerator) -> Any:
@@ -715,9 +719,9 @@ def test_processes_hear_of_each_other_while_shards_are_only_compared(
 
 
 def test_processes_hear_of_each_other_while_text_is_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sipo.cache import precompute
+    from sipo.cache import encode, precompute
 
-    monkeypatch.setattr(precompute, "TEXT_BATCH", 1)
+    monkeypatch.setattr(encode, "TEXT_BATCH", 1)
     pipeline, told = Pipeline(), []
 
     def rounds(accelerator: Any, work: Any) -> None:
@@ -800,7 +804,7 @@ def test_what_a_run_will_not_see_of_a_cache_is_said() -> None:
 
 def test_another_run_is_not_disturbed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One writes at a time; a finished cache is read by any number."""
-    from sipo.cache.precompute import _Run
+    from sipo.cache.encode import PairEncoder
     from sipo.locks import LockedError, locked
 
     build(tmp_path)
@@ -819,7 +823,7 @@ def test_another_run_is_not_disturbed(tmp_path: Path, monkeypatch: pytest.Monkey
         with pytest.raises(LockedError, match=r"^data\.cache='.*' is in use by "):
             build(tmp_path)
         (tmp_path / "index.json").unlink()  # not finished
-        monkeypatch.setattr(_Run, "pipeline", lambda run: pytest.fail("encoders are loaded"))
+        monkeypatch.setattr(PairEncoder, "pipeline", lambda encoder: pytest.fail("encoders are loaded"))
         with pytest.raises(LockedError):
             build(tmp_path)
         monkeypatch.undo()
