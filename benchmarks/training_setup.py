@@ -132,10 +132,10 @@ def _cached(case: TrainingCase, device: str, folder: Path) -> Setup:
     if missing:
         raise ImportError(f"{', '.join(missing)}: not installed, expected for a cache of toy pairs")
     from sipo import families
-    from sipo.cache.format import open_cache
+    from sipo.cache.finished import open_cache
     from sipo.cache.pairs import CachedPairs, DrawnPairs
     from sipo.cache.precompute import precompute_pairs
-    from sipo.cache.reference_errors import precompute_references
+    from sipo.cache.precompute_errors import precompute_reference_errors
     from sipo.data.config import DataConfig
     from sipo.data.readers import open_pairs
     from sipo.data.toy import make_toy_pairs
@@ -166,7 +166,7 @@ def _cached(case: TrainingCase, device: str, folder: Path) -> Setup:
     base = type(network).from_config({**network.config, **case.network}).to(device)
     reference = reference_for(base, case)
     options: dict[str, Any] = {"draws": 1, "seed": 0, "distribution": "uniform", "proportion_empty_prompts": 0.0}
-    errors = precompute_references(
+    errors = precompute_reference_errors(
         cache,
         reference,
         family.predict,

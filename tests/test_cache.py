@@ -10,21 +10,18 @@ from typing import Any
 import pytest
 import torch
 
+from sipo.cache.fingerprint import fingerprint
+from sipo.cache.finished import open_cache
 from sipo.cache.format import (
     INDEX,
     CacheError,
     DamagedError,
+    ShardFolder,
     ShardReader,
-    intact_shard,
-    open_cache,
-    pad,
     read_json,
-    text_key,
-    trim,
     write_json,
-    write_shard,
 )
-from sipo.cache.precompute import fingerprint
+from sipo.cache.text import pad, text_key, trim
 from tests.small_family import MODEL, Pipeline, Records, SmallFamily, build, files, settings
 
 
@@ -72,7 +69,7 @@ def test_text_is_restored_in_its_full_length(tmp_path: Path, dtype: str) -> None
             assert torch.equal(found[name], tensor.to(getattr(torch, dtype)))
     wanted = SmallFamily().encode_unconditional(None)
     assert torch.equal(cache.unconditional()["prompt_embeds"], wanted["prompt_embeds"].to(getattr(torch, dtype)))
-    stored = ShardReader(tmp_path, [intact_shard(tmp_path, "text-00000")])  # type: ignore[list-item]
+    stored = ShardReader(tmp_path, [ShardFolder(tmp_path).read_intact("text-00000")])  # type: ignore[list-item]
     key = text_key("a")
     assert stored.tensor("text-00000", f"{key}.prompt_embeds").shape[0] == 2  # of 8: the padding is not on disk
 
@@ -116,8 +113,8 @@ def test_a_header_that_is_damaged_is_an_error_of_the_cache(tmp_path: Path) -> No
 def test_another_fingerprint_is_an_error_with_both_values(tmp_path: Path) -> None:
     build(tmp_path)
     assert len(open_cache(tmp_path, fingerprint(MODEL, settings()))) == 12
-    wanted = fingerprint(MODEL, settings(crop="random", seed=6))
-    with pytest.raises(CacheError, match=r'made with data\.crop="center", expected this run\'s "random"'):
+    wanted = fingerprint(MODEL, settings(center_crop=False, seed=6))
+    with pytest.raises(CacheError, match=r"made with data\.center_crop=true, expected this run's false"):
         open_cache(tmp_path, wanted)
     with pytest.raises(CacheError, match=r"made with data\.seed=5, expected this run's null"):
         open_cache(tmp_path, {k: v for k, v in fingerprint(MODEL, settings()).items() if k != "data.seed"})
@@ -132,7 +129,7 @@ def test_a_folder_without_a_finished_cache(tmp_path: Path) -> None:
         open_cache(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "[1]", '{"format": 4}', '{"format": 4, "complete": true, "fingerprint": {}}'])
+@pytest.mark.parametrize("text", ["", "[1]", '{"format": 5}', '{"format": 5, "complete": true, "fingerprint": {}}'])
 def test_an_index_that_is_none(tmp_path: Path, text: str) -> None:
     (tmp_path / INDEX).write_text(text)
     with pytest.raises(DamagedError, match=r"index\.json: .*`sipo precompute` rebuilds it"):
@@ -144,12 +141,12 @@ def test_an_index_of_another_format(tmp_path: Path) -> None:
     index = read_json(tmp_path / INDEX)
     assert index is not None
     write_json(tmp_path / INDEX, index | {"format": 99})
-    with pytest.raises(CacheError, match=r"cache format 99, expected 4: .*use another folder, or delete this one"):
+    with pytest.raises(CacheError, match=r"cache format 99, expected 5: .*use another folder, or delete this one"):
         open_cache(tmp_path)
 
 
 def test_a_reader_goes_through_more_shards_than_it_keeps_open(tmp_path: Path) -> None:
-    shards = [write_shard(tmp_path, f"errors-{n:05d}", {"x": torch.tensor([n])}, {}) for n in range(40)]
+    shards = [ShardFolder(tmp_path).write(f"errors-{n:05d}", {"x": torch.tensor([n])}, {}) for n in range(40)]
     reader = ShardReader(tmp_path, shards)
     for _ in range(2):
         assert [int(reader.tensor(shard.name, "x")) for shard in shards] == list(range(40))

@@ -17,11 +17,12 @@ from safetensors.torch import load_file, save_file
 
 from sipo import cli
 from sipo.cache import changes
-from sipo.cache.format import INDEX, CacheError, DamagedError, open_cache, read_json, write_json
+from sipo.cache.finished import open_cache
+from sipo.cache.format import INDEX, CacheError, DamagedError, read_json, write_json
 from sipo.cache.precompute import precompute_pairs
 from sipo.cache.summary import CacheSummary
 from sipo.cache.weights import weight_hashes
-from sipo.data.check import BadPairError
+from sipo.data.load import BadPairError
 from sipo.data.media import write_image
 from sipo.data.readers import JsonlReader, PickapicReader
 from sipo.data.records import DataError
@@ -359,8 +360,8 @@ def test_a_cache_that_may_only_be_read_is_used(data: Path, monkeypatch: pytest.M
         raise PermissionError(13, "Permission denied", str(path))
 
     with monkeypatch.context() as patch:
-        for module in ("existing", "precompute"):
-            patch.setattr(f"sipo.data.{module}.write_json", refuse)
+        for module in ("format", "index"):
+            patch.setattr(f"sipo.cache.{module}.write_json", refuse)
         for _ in range(2):
             assert encode(data).kept == 3
     assert encode(data).kept == 3
@@ -379,7 +380,7 @@ def test_another_prompt_that_cannot_be_written_down_is_an_error(data: Path, monk
         real(path, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr("sipo.cache.existing.write_json", refuse)
+        patch.setattr("sipo.cache.format.write_json", refuse)
         with pytest.raises(OSError, match="No space left"):
             encode(data)
     encode(data)

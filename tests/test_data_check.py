@@ -16,7 +16,8 @@ import torch
 
 from sipo import cli
 from sipo.data import check
-from sipo.data.check import NOTED, SKIPPED, BadPairError, check_pairs, load_pair, run_check, usable
+from sipo.data.check import NOTED, SKIPPED, check_pairs, run_check
+from sipo.data.load import BadPairError, load_pair, usable
 from sipo.data.media import Media, write_image, write_video
 from sipo.data.readers import open_pairs
 from sipo.data.records import PairRecord

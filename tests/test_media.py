@@ -987,8 +987,8 @@ def test_random_crops_follow_the_generator() -> None:
     pixels = noise(3, 3, 16, 40)
     seen = set()
     for seed in range(40):
-        fitted = fit(pixels, 16, 16, crop="random", generator=torch.Generator().manual_seed(seed))
-        again = fit(pixels, 16, 16, crop="random", generator=torch.Generator().manual_seed(seed))
+        fitted = fit(pixels, 16, 16, center_crop=False, generator=torch.Generator().manual_seed(seed))
+        again = fit(pixels, 16, 16, center_crop=False, generator=torch.Generator().manual_seed(seed))
         top, left = fitted.crop_top_left
         assert fitted.crop_top_left == again.crop_top_left and top == 0 and 0 <= left <= 24
         assert torch.equal(fitted.pixels, pixels[..., left : left + 16])
@@ -998,14 +998,9 @@ def test_random_crops_follow_the_generator() -> None:
 
 def test_flip_comes_before_the_crop() -> None:
     pixels = noise(4, 3, 16, 40)
-    fitted = fit(pixels, 16, 16, crop="random", flip=True, generator=torch.Generator().manual_seed(0))
+    fitted = fit(pixels, 16, 16, center_crop=False, flip=True, generator=torch.Generator().manual_seed(0))
     left = fitted.crop_top_left[1]
     assert torch.equal(fitted.pixels, pixels.flip(-1)[..., left : left + 16])
-
-
-def test_unknown_crop() -> None:
-    with pytest.raises(ValueError, match="crop='corner': expected"):
-        fit(noise(1, 3, 4, 4), 2, 2, crop="corner")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

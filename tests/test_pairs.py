@@ -435,7 +435,7 @@ def test_processes_of_which_one_does_not_see_the_errors_go_on_together(
     monkeypatch.setattr(sipo.recipe.prepare_data, "frozen_reference", lambda *_: nn.Linear(1, 1))
     monkeypatch.setattr(sipo.recipe.prepare_data, "round_whole", lambda network, accelerator: network)
     monkeypatch.setattr(sipo.recipe.prepare_data, "precompute_reference_errors", lambda *_, **options: "computed")
-    training = SimpleNamespace(batch_size=1, num_workers=0)
+    training = SimpleNamespace(train_batch_size=1, dataloader_num_workers=0)
 
     def run(accelerator: Any) -> Any:
         me.rank, accelerator.device = accelerator.process_index, "cpu"

@@ -68,7 +68,7 @@ def test_every_prompt_is_encoded_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fail_at", [1, 2, 4, 5, 9, 12])
 def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(tmp_path: Path, fail_at: int) -> None:
-    changes: dict[str, Any] = {"flip": True, "center_crop": False}
+    changes: dict[str, Any] = {"random_flip": True, "center_crop": False}
     build(tmp_path / "whole", **changes)
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path / "cut", pipeline=Pipeline(fail_at=fail_at), **changes)
@@ -198,7 +198,7 @@ def test_several_processes_write_the_same_files(tmp_path: Path, processes: int) 
 
 @pytest.mark.parametrize("latents", ["sample", "mode"])
 def test_a_pair_is_the_same_in_any_company(tmp_path: Path, latents: str) -> None:
-    changes: dict[str, Any] = {"latents": latents, "flip": True, "center_crop": False}
+    changes: dict[str, Any] = {"latents": latents, "random_flip": True, "center_crop": False}
     build(tmp_path / "a", **changes)
     reader = Records.make()
     build(tmp_path / "b", Records(reader.records[3::2]), shard_pairs=3, **changes)
@@ -395,7 +395,7 @@ def test_real_families_from_files_to_reference_errors(tmp_path: Path, name: str)
         latents="mode",
         shard_pairs=3,
     )
-    pipeline = family.load_encoders(model.path)
+    pipeline = family.load_encoders(model.pretrained_model_name_or_path)
     summary = precompute_pairs(
         open_pairs(data),
         family,
@@ -418,8 +418,8 @@ def test_real_families_from_files_to_reference_errors(tmp_path: Path, name: str)
             assert item["condition"][key].shape == tensor.shape
             torch.testing.assert_close(item["condition"][key], tensor, rtol=1e-4, atol=1e-5)
         assert ("own_condition" in item) == (name == "sdxl")
-    schedule = family.load_schedule(model.path)
-    network = family.load_network(model.path)
+    schedule = family.load_schedule(model.pretrained_model_name_or_path)
+    network = family.load_network(model.pretrained_model_name_or_path)
     options: dict[str, Any] = {"draws": 2, "seed": 3, "distribution": "uniform", "proportion_empty_prompts": 0.5}
     references = precompute_reference_errors(
         cached.cache, network, family.predict, schedule, reference={}, **options, batch_size=4, progress=False

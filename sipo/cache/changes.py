@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sipo.data.records import row_name
+from sipo.data.rows import stamp
 from sipo.files import file_hash
 
 Row = list[Any]
@@ -31,20 +31,6 @@ _NO_FILE = [-1, -1, -1, -1]
 _64_BITS = (1 << 64) - 1
 _SIDES = ("chosen", "rejected")
 _IN_MEMORY = "sha256:"
-
-
-def stamp(path: str | Path) -> list[int]:
-    """Size in bytes, mtime and ctime in nanoseconds, and inode; empty where there is no file.
-
-    ctime changes even if a file is replaced and its mtime reset. Two files that were written within one tick of the
-    clock may have equal times, and their folders may be renamed: their inodes differ.
-    """
-    try:
-        found = os.stat(path)
-    except (OSError, ValueError):  # ValueError: a null byte in the name
-        return []
-    regular = stat.S_ISREG(found.st_mode)
-    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino] if regular else []
 
 
 def record_file(path: Path) -> FileRecord:

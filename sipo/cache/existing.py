@@ -9,44 +9,29 @@ from pathlib import Path
 from typing import Any
 
 from sipo.cache.changes import (
-    FileRecord,
     Row,
     are_absent,
     compare_files,
-    files_digest,
     first_row_change,
     path_named,
     row_of,
-    stamps_of,
 )
+from sipo.cache.fingerprint import MAX_PAIRS, other_path
 from sipo.cache.format import (
-    FILES,
-    FORMAT,
-    INDEX,
     LATENTS,
-    MAX_PAIRS,
     TEXT,
     CacheError,
     DamagedError,
     Shard,
-    check_sizes,
+    ShardFolder,
     digest,
-    intact_shard,
-    other_path,
-    read_json,
-    read_pairs_index,
-    read_shard,
-    shard_from_entry,
     shard_name,
-    write_json,
 )
-from sipo.cache.parts import Part, prefix_of
-from sipo.data.check import BadPairError
+from sipo.cache.index import FILES_FACT, ROWS_FACT, indexed_shards
+from sipo.cache.shard_sources import ShardSource
 from sipo.data.config import DataConfig
-from sipo.data.records import PairReader, row_name
-
-ROWS_FACT, FILES_FACT = "rows", "files"
-"""Facts of a shard of latents that its own JSON file has, and the index leaves out."""
+from sipo.data.load import BadPairError
+from sipo.data.records import row_name
 
 
 class Existing:
@@ -64,7 +49,7 @@ class Existing:
         folder: the cache's.
         settings: how pairs are encoded.
         marks: the fingerprint.
-        index: of :func:`read_known`.
+        index: of :func:`sipo.cache.index.read_known`.
         check_hashes, verify, refuse_changes: see :func:`sipo.cache.precompute.precompute_pairs`.
     """
 
@@ -80,6 +65,7 @@ class Existing:
         refuse_changes: bool,
     ) -> None:
         self.folder = folder
+        self.shards = ShardFolder(folder)
         self.settings = settings
         self.marks = marks
         self.check_hashes = check_hashes
@@ -88,15 +74,16 @@ class Existing:
         self.source = digest({key: value for key, value in marks.items() if key != MAX_PAIRS})
         self.path = settings.dataset_name if index is None else index["path"]  # of the pairs that are there
         self.finished = index is not None and index["complete"]
-        self.known = {shard.name: shard for shard in _shards(index)} if index is not None and self.finished else {}
+        self.known = (
+            {shard.name: shard for shard in indexed_shards(index)} if index is not None and self.finished else {}
+        )
         self.changes: list[str] = []
         self.absent = 0
         self.begun = self.stale = not self.finished
 
     def begin(self) -> None:
         """Marks the cache as unfinished, before any of its content changes."""
-        index = {"format": FORMAT, "complete": False, "fingerprint": self.marks, "path": self.path}
-        write_json(self.folder / INDEX, index)
+        self.shards.write_index(self.marks, {"path": self.path}, complete=False)
 
     def begin_change(self) -> None:
         """Marks a finished cache as unfinished while it changes, so that no run opens it meanwhile."""
@@ -107,19 +94,19 @@ class Existing:
     def there(self, name: str) -> Shard | None:
         """A shard that is there and whole, as the finished index or its own JSON file has it."""
         if self.check_hashes:
-            found = intact_shard(self.folder, name)
+            found = self.shards.read_intact(name)
             known = self.known.get(name)
             if found is not None and known is not None and found.sha256 != known.sha256:
                 self.stale = True  # the index is of another one, as where a file has been restored
             return found
-        shard = self.known.get(name) or read_shard(self.folder, name)
+        shard = self.known.get(name) or self.shards.read(name)
         try:
-            check_sizes(self.folder, [] if shard is None else [shard])
+            self.shards.check_sizes([] if shard is None else [shard])
         except DamagedError:
             return None
         return shard
 
-    def look(self, part: Part, pool: ThreadPoolExecutor) -> None:
+    def look(self, part: ShardSource, pool: ThreadPoolExecutor) -> None:
         """Checks whether a part's shards exist, are whole, and still agree with the source."""
         part.look(self.source, pool)
         text = self.there(shard_name(TEXT, part.number))
@@ -152,10 +139,10 @@ class Existing:
             row = min(row for row, *_ in [*gone.facts["pairs"], *gone.facts["skipped"]])
             self._changed(f"{row_name(row)}: no longer a pair")
 
-    def _compare(self, part: Part, shard: Shard | None, pool: ThreadPoolExecutor) -> None:
+    def _compare(self, part: ShardSource, shard: Shard | None, pool: ThreadPoolExecutor) -> None:
         """Compares a part with the rows and files of its shard of latents; records new stamps and prompts."""
         name = shard_name(LATENTS, part.number)
-        shard = None if shard is None else read_shard(self.folder, name)  # the index has neither rows nor files
+        shard = None if shard is None else self.shards.read(name)  # the index has neither rows nor files
         if shard is None:
             if self.finished and name not in self.known:
                 self._changed(f"{row_name(part.rows[0][0])}: a new pair")
@@ -175,8 +162,7 @@ class Existing:
             if are_absent(facts[FILES_FACT], path_of, pool):  # encoded anew, every pair would be lost
                 raise CacheError(
                     f"{self.settings.dataset_name}: {part.change}, since {self.folder} was encoded, and none of the "
-                    "images or "
-                    f"clips of {_rows(facts[ROWS_FACT])} is there to be encoded anew: expected these files, or the row "
+                    f"images or clips of {_rows(facts[ROWS_FACT])} is there to be encoded anew: expected these files, or the row "
                     "as it was"
                 )
             part.change = "" if recut else part.change
@@ -189,8 +175,7 @@ class Existing:
         if found.absent and self.verify:
             raise CacheError(
                 f"{self.settings.dataset_name}: none of the images or clips of {_rows(part.rows)} is there, "
-                "expected them all "
-                "to verify their content"
+                "expected them all to verify their content"
             )
         self.absent += found.absent
         part.needs_latents = False
@@ -205,7 +190,7 @@ class Existing:
             now["seen"] = part.seen
         try:
             if now != facts:
-                write_json(self.folder / f"{name}.json", replace(shard, facts=now).as_dict())
+                self.shards.write_facts(replace(shard, facts=now))
         except OSError:
             if other:
                 raise
@@ -224,8 +209,7 @@ class Existing:
         if self.refuse_changes:
             raise CacheError(
                 f"{self.settings.dataset_name}: {change}, since {self.folder} was encoded: expected the data that "
-                "the run has "
-                "been trained on; another training.output_dir starts anew with this"
+                "the run has been trained on; another training.output_dir starts anew with this"
             )
         self.changes.append(change)
 
@@ -262,53 +246,3 @@ def stop_at_skipped(shards: Iterable[dict[str, Any]], settings: DataConfig) -> N
         for shard in shards:
             for row, kind, reason in shard["skipped"]:
                 raise stop(row, kind, reason)
-
-
-def is_unchanged(folder: Path, index: dict[str, Any], reader: PairReader, state: Any, path: str) -> bool:
-    """Whether neither rows nor files of a finished cache have changed, as far as stamps tell."""
-    if state is None or index["state"] != state or index["path"] != path:
-        return False
-    files = read_files(folder)
-    if files is None:
-        return False
-    prefix = prefix_of(reader)
-    with ThreadPoolExecutor(8, "stat") as pool:
-        return files_digest(stamps_of([path_named(name, prefix) for name in files["names"]], pool)) == files["digest"]
-
-
-def read_files(folder: Path) -> dict[str, Any] | None:
-    """What :func:`write_files` wrote, where it is there and whole."""
-    try:
-        return read_json(folder / FILES)
-    except CacheError:
-        return None
-
-
-def write_files(folder: Path, latents: Iterable[Shard]) -> None:
-    """Writes down what :func:`is_unchanged` reads."""
-    files: dict[str, FileRecord] = {}
-    for shard in latents:
-        for name, record in shard.facts[FILES_FACT].items():
-            files.setdefault(name, record)  # one that was written to between two shards is not as in the first any more
-    seen = files_digest(record[:-1] for record in files.values())
-    write_json(folder / FILES, {"digest": seen, "names": list(files)}, indent=None)
-
-
-def read_known(folder: Path, marks: dict[str, Any]) -> dict[str, Any] | None:
-    """The index of a folder; another cache in it is refused."""
-    try:
-        index = read_pairs_index(folder, marks)
-        if index is not None and index["complete"]:
-            _shards(index)
-    except (DamagedError, KeyError, TypeError):
-        return None  # the shards' own files say what there is
-    return index
-
-
-def _shards(index: dict[str, Any]) -> list[Shard]:
-    return [shard_from_entry(entry) for entry in (*index["latents"], *index["text"])]
-
-
-def indexed(shard: Shard) -> dict[str, Any]:
-    """An entry of the index: without rows and files, which are large and needed only where something has changed."""
-    return {key: value for key, value in shard.as_dict().items() if key not in (ROWS_FACT, FILES_FACT)}

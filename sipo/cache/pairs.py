@@ -7,23 +7,18 @@ data loader workers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sipo.cache.format import Cache, CacheError
+from sipo.cache.finished import Cache
+from sipo.cache.format import CacheError
+from sipo.cache.reference_errors import ReferenceErrors
 from sipo.data.records import row_name
 from sipo.families.network import Condition
 from sipo.protocols import Schedule
 from sipo.seeds import RandomStream, derive_seed
-
-
-class ReferenceErrors(Protocol):
-    """Errors of the reference by pair; :class:`sipo.cache.reference_errors.References` has them on disk."""
-
-    def at(self, place: int) -> tuple[Tensor, Tensor]:
-        """For the pair at a place in the cache: errors ``[K, 2]`` float64, and the timesteps ``[K]`` they are for."""
 
 
 class CachedPairs:
@@ -33,7 +28,7 @@ class CachedPairs:
     the training loop casts latents to float32 on the device.
 
     Args:
-        cache: see :func:`sipo.cache.format.open_cache`.
+        cache: see :func:`sipo.cache.finished.open_cache`.
         rows: rows of the source to keep, in this order; ``None`` keeps all, in the cache's order.
 
     Attributes:

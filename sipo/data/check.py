@@ -1,14 +1,13 @@
 """``sipo data check``: what a data set of pairs holds, and which of its pairs training would skip.
 
-:func:`load_pair` decides what can be trained on. Precomputing and the check both read pairs with it, so that what the
-check reports is what precomputing skips.
+Precomputing and the check both read pairs with :func:`sipo.data.load.load_pair`, so that what the check reports is what
+precomputing skips.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 from collections import Counter, deque
@@ -20,10 +19,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from sipo.data.media import MAX_PIXELS, Media, MediaError, check_request, nearest_size, probe_media, read_media
+from sipo.data.load import BadPairError, by, file_digest, hashed, load_pair
+from sipo.data.media import MAX_PIXELS, Media, check_request, nearest_size
 from sipo.data.readers import Format, open_pairs
 from sipo.data.records import PairReader, PairRecord, row_name
 from sipo.progress import track
@@ -58,119 +55,9 @@ NOTED = {
 }
 """Kinds of findings that training does not skip."""
 
-RATIO_TOLERANCE = 0.02
-"""Aspect ratios that differ by less count as equal: sizes are rounded to the multiples that a model requires."""
-
-_RATE_TOLERANCE = 0.01
-
-
-class BadPairError(ValueError):
-    """A pair that cannot be trained on, in one line.
-
-    Attributes:
-        kind: a key of :data:`SKIPPED`.
-    """
-
-    def __init__(self, kind: str, problem: str) -> None:
-        super().__init__(problem)
-        self.kind = kind
-
-
-def load_pair(
-    record: PairRecord,
-    *,
-    frames: int | None = 1,
-    fps: float | None = None,
-    max_pixels: int = MAX_PIXELS,
-    transform: Callable[[Tensor], Tensor] | None = None,
-) -> tuple[Media, Media]:
-    """Decodes both sides of a pair that can be trained on.
-
-    Args:
-        record: of a reader.
-        frames: of a clip; 1 for images; ``None`` takes whatever the files hold, decodes all of it, and keeps no more
-            than the first frame.
-        fps: rate that clips are read at; ``None`` takes each file's own.
-        max_pixels: of an image or a frame.
-        transform: of both sides' images or frames, the chosen one's first (:func:`sipo.data.media.read_media`); not
-            without ``frames``.
-
-    Returns:
-        The chosen one and the rejected one. They may differ in resolution, not in aspect ratio.
-
-    Raises:
-        BadPairError: faulty row, tie, empty caption, missing or undecodable file, clip too short, two shapes, two frame
-            rates (without ``fps``), the same picture twice.
-    """
-    if record.problem:
-        raise BadPairError(record.problem_kind, record.problem)
-    if record.tie:
-        raise BadPairError("tie", "neither is preferred")
-    if not record.prompt.strip():
-        raise BadPairError("caption", "the caption is empty")
-    chosen, rejected = _read_sides(record, frames, fps, max_pixels, transform)
-    sizes = [chosen.size, rejected.size]
-    if (chosen.fps is None) != (rejected.fps is None):
-        raise BadPairError("medium", "one is an image and the other a clip")
-    if abs(math.log(sizes[0][0] * sizes[1][1] / (sizes[0][1] * sizes[1][0]))) > math.log1p(RATIO_TOLERANCE):
-        raise BadPairError(
-            "shape", f"chosen is {_by(sizes[0])} and rejected {_by(sizes[1])}, expected one aspect ratio"
-        )
-    if fps is None and chosen.fps and rejected.fps and abs(chosen.fps / rejected.fps - 1.0) > _RATE_TOLERANCE:
-        raise BadPairError("shape", f"chosen has {chosen.fps:g} frames per second and rejected {rejected.fps:g}")
-    alike = chosen.length == rejected.length and torch.equal(chosen.pixels, rejected.pixels)
-    if alike and frames is None and chosen.fps is not None:
-        # First frames may well be alike (an image that both clips start from), and no other was kept.
-        alike = _digest(record.chosen) == _digest(record.rejected)
-    elif alike and transform is not None:  # what it has left of them is alike: the files may still differ
-        one, other = _read_sides(record, frames, fps, max_pixels, _hashed)
-        alike = torch.equal(one.pixels, other.pixels)
-    if alike:
-        shown = ", with transparent pixels shown on white" if chosen.transparent or rejected.transparent else ""
-        raise BadPairError("identical", f"chosen and rejected are the same{shown}")
-    return chosen, rejected
-
-
-def _read_sides(
-    record: PairRecord,
-    frames: int | None,
-    fps: float | None,
-    max_pixels: int,
-    transform: Callable[[Tensor], Tensor] | None,
-) -> list[Media]:
-    limit = {"max_pixels": max_pixels}
-    sides = []
-    for name, source in (("chosen", record.chosen), ("rejected", record.rejected)):
-        try:
-            if frames is None:
-                sides.append(probe_media(source, **limit))
-            else:
-                sides.append(read_media(source, frames, fps, transform=transform, **limit))
-        except MediaError as error:
-            raise BadPairError(error.kind, f"{name}: {error}") from error
-    return sides
-
-
-def _hashed(pixels: Tensor) -> Tensor:
-    """Shape and levels of an image or a frame as ``[32]`` uint8, which is compared in its place."""
-    state = hashlib.sha256(repr(tuple(pixels.shape)).encode())
-    state.update(pixels.contiguous().numpy().tobytes())
-    return torch.frombuffer(bytearray(state.digest()), dtype=torch.uint8)
-
-
-def usable(
-    record: PairRecord, *, frames: int | None = 1, fps: float | None = None, max_pixels: int = MAX_PIXELS
-) -> str:
-    """Why training would skip a pair, or nothing where it would not; arguments as for :func:`load_pair`."""
-    try:
-        load_pair(record, frames=frames, fps=fps, max_pixels=max_pixels)
-    except BadPairError as error:
-        return str(error)
-    return ""
-
 
 @dataclass(frozen=True)
-class Finding:
+class PairFinding:
     """Something about one row, from 0; ``kind`` is a key of :data:`SKIPPED` or :data:`NOTED`."""
 
     row: int
@@ -191,7 +78,7 @@ class CheckReport:
 
     pairs: int = 0
     skipped: int = 0
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[PairFinding] = field(default_factory=list)
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
 
     def counts(self) -> dict[str, int]:
@@ -223,7 +110,7 @@ class CheckReport:
                 lines += [f"{'':>10}{row_name(finding.row)}: {finding.text}" for finding in found[:rows]]
                 if len(found) > rows:
                     lines.append(f"{'':>10}and {len(found) - rows} more")
-        lines += [f"{n:>8}  pairs at {_by(size)}" for size, n in sorted(self.sizes.items())]
+        lines += [f"{n:>8}  pairs at {by(size)}" for size, n in sorted(self.sizes.items())]
         return "\n".join(lines)
 
 
@@ -269,12 +156,12 @@ def check_pairs(
         report.pairs += 1
         if examined.bad is not None:
             report.skipped += 1
-            report.findings.append(Finding(record.row, examined.bad.kind, str(examined.bad)))
+            report.findings.append(PairFinding(record.row, examined.bad.kind, str(examined.bad)))
             continue
         if examined.size is not None:
             report.sizes[examined.size] += 1
         for kind, text in (*examined.notes, *notes.add(record, examined.digests)):
-            report.findings.append(Finding(record.row, kind, text))
+            report.findings.append(PairFinding(record.row, kind, text))
     report.findings += notes.shifts()
     report.findings.sort(key=lambda finding: finding.row)
     return report
@@ -348,21 +235,21 @@ def _examine(
     """Findings about one row alone."""
     try:
         # Sizes and whether both are alike is all that is asked for: no clip need be in memory.
-        transform = None if frames is None else _hashed
+        transform = None if frames is None else hashed
         chosen, rejected = load_pair(record, frames=frames, fps=fps, max_pixels=max_pixels, transform=transform)
-        digests = (_digest(record.chosen), _digest(record.rejected))
+        digests = (file_digest(record.chosen), file_digest(record.rejected))
     except BadPairError as error:
         return _Examined(error)
     notes = []
     shapes = [chosen.size, rejected.size]
     if shapes[0] != shapes[1]:
-        notes.append(("resolution", f"chosen is {_by(shapes[0])} and rejected {_by(shapes[1])}"))
+        notes.append(("resolution", f"chosen is {by(shapes[0])} and rejected {by(shapes[1])}"))
     if chosen.length != rejected.length:
         notes.append(("length", f"chosen has {chosen.length} frames and rejected {rejected.length}"))
     size = nearest_size(*shapes[0], sizes) if sizes else None
     if size is not None and any(height < size[0] or width < size[1] for height, width in shapes):
         smaller = min(shapes)
-        notes.append(("enlarged", f"{_by(smaller)} is enlarged to {_by(size)}"))
+        notes.append(("enlarged", f"{by(smaller)} is enlarged to {by(size)}"))
     notes += _notes_on_files({"chosen": chosen, "rejected": rejected})
     return _Examined(None, tuple(notes), digests, size)
 
@@ -375,7 +262,7 @@ def _notes_on_files(sides: dict[str, Media]) -> Iterator[tuple[str, str]]:
             found.setdefault("alpha", []).append(f"{_percent(side.transparent)} of {name} is transparent")
         if side.pixel_aspect != 1:
             ratio = f"{side.pixel_aspect.numerator}:{side.pixel_aspect.denominator}"
-            done = "taken as square" if side.fps is None else f"scaled to {_by(side.size)}"
+            done = "taken as square" if side.fps is None else f"scaled to {by(side.size)}"
             found.setdefault("pixels", []).append(f"{name} has pixels of {ratio}, {done}")
         if side.interlaced:
             text = f"{name} is interlaced: each frame mixes lines from two points in time"
@@ -403,29 +290,11 @@ def _examine_all(
             yield done, future.result()
 
 
-def _digest(source: Path | bytes) -> bytes:
-    digest = hashlib.blake2b(digest_size=16)
-    if isinstance(source, bytes):
-        digest.update(source)
-        return digest.digest()
-    try:
-        with source.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    except OSError as error:  # decoded a moment ago, and gone now
-        raise BadPairError("missing", f"{source}: cannot be read: {error.strerror}") from error
-    return digest.digest()
-
-
 def _percent(share: float) -> str:
     """Never 0% or 100% of a share between them."""
     if share < 0.01:
         return "less than 1%"
     return "more than 99%" if 0.99 < share < 1 else f"{share:.0%}"
-
-
-def _by(size: tuple[int, ...]) -> str:
-    return f"{size[0]}x{size[1]}"
 
 
 # ---- One row beside the others ----
@@ -460,9 +329,9 @@ class _Notes:
                     numbers = (record.row, int(parts[0][place]), int(parts[1][place]))
                     self._numbers.setdefault(("#".join(parts[0][::2]), place), []).append(numbers)
 
-    def shifts(self) -> list[Finding]:
+    def shifts(self) -> list[PairFinding]:
         """Suspected index shifts, see :func:`check_pairs`."""
-        found: dict[int, Finding] = {}
+        found: dict[int, PairFinding] = {}
         for rows in self._numbers.values():
             unequal = [(row, chosen, rejected) for row, chosen, rejected in rows if chosen != rejected]
             # A number that hardly changes from row to row is a version or a seed, not an index.
@@ -473,7 +342,7 @@ class _Notes:
             for row, chosen, rejected in unequal:
                 agree = len(rows) - len(unequal)
                 text = f"chosen is number {chosen} and rejected {rejected}, in {agree} rows they agree"
-                found.setdefault(row, Finding(row, "shift", text))
+                found.setdefault(row, PairFinding(row, "shift", text))
         return list(found.values())
 
 

@@ -26,7 +26,7 @@ class DataConfig:
         sizes: heights and widths to train at, in pixels; a pair goes to the one nearest in shape.
         frames: of a clip; 1 for images.
         fps: frames per second that clips are read at; ``None`` takes each file's own.
-        crop: where an image is cut to size: "center", or "random" (SDXL is told).
+        center_crop: cut what exceeds the size from both sides alike; ``False`` cuts at a random place (SDXL is told).
         random_flip: mirror half of the pairs, both images of a pair alike.
         latents: "sample" draws once from the VAE's posterior, "mode" takes its mean.
         enable_tiling: encode and decode in overlapping tiles, which takes less memory and rounds a little otherwise.
@@ -53,7 +53,7 @@ class DataConfig:
     sizes: list[tuple[int, int]] = field(default_factory=lambda: [(512, 512)])
     frames: int = 1
     fps: float | None = None
-    crop: Literal["center", "random"] = "center"
+    center_crop: bool = True
     random_flip: bool = False
     latents: Literal["sample", "mode"] = "sample"
     enable_tiling: bool = False

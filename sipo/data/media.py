@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -138,7 +138,7 @@ def fit(
     height: int,
     width: int,
     *,
-    crop: Literal["center", "random"] = "center",
+    center_crop: bool = True,
     flip: bool = False,
     generator: torch.Generator | None = None,
 ) -> Fitted:
@@ -148,20 +148,18 @@ def fit(
         pixels: uint8, ``[3, H, W]`` or ``[F, 3, H, W]``; all frames alike.
         height: wanted, in pixels.
         width: wanted, in pixels.
-        crop: position of the crop; at most one side is larger than the target.
+        center_crop: crop around the center; else at a random place. At most one side is larger than the target.
         flip: mirror left and right, before cropping.
         generator: for a random crop; on the CPU.
     """
-    if crop not in ("center", "random"):
-        raise ValueError(f"crop={crop!r}: expected 'center' or 'random'")
     original = (pixels.shape[-2], pixels.shape[-1])
     scale = max(height / original[0], width / original[1])
     covering = (max(height, round(original[0] * scale)), max(width, round(original[1] * scale)))
     over = (covering[0] - height, covering[1] - width)
-    if crop == "random":
-        top, left = (int(torch.randint(each + 1, (), generator=generator)) for each in over)
-    else:
+    if center_crop:
         top, left = over[0] // 2, over[1] // 2
+    else:
+        top, left = (int(torch.randint(each + 1, (), generator=generator)) for each in over)
     cut = (slice(top, top + height), slice(left, left + width))
     values = pixels.flip(-1) if flip else pixels
     if covering == original:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -32,10 +33,22 @@ def check_file(path: Path) -> None:
 
 
 def states(folder: Path, paths: Iterable[Path]) -> list[list[Any]]:
-    """Names in a folder, with sizes, times and inodes (:func:`sipo.cache.changes.stamp`)."""
-    from sipo.cache.changes import stamp
-
+    """Lists names in a folder, with sizes, times and inodes (:func:`stamp`)."""
     return [[path.relative_to(folder).as_posix(), *stamp(path)] for path in paths]
+
+
+def stamp(path: str | Path) -> list[int]:
+    """Size in bytes, mtime and ctime in nanoseconds, and inode; empty where there is no file.
+
+    ctime changes even if a file is replaced and its mtime reset. Two files that were written within one tick of the
+    clock may have equal times, and their folders may be renamed: their inodes differ.
+    """
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):  # ValueError: a null byte in the name
+        return []
+    regular = stat.S_ISREG(found.st_mode)
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino] if regular else []
 
 
 def is_number(value: Any) -> bool:

@@ -12,9 +12,9 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from sipo.cache.format import Cache
+from sipo.cache.finished import Cache
 from sipo.cache.pairs import CachedPairs, DrawnPairs, split
-from sipo.cache.reference_errors import References, reference_marks
+from sipo.cache.reference_errors import ReferenceErrors
 from sipo.cache.weights import PLACE, weight_hashes
 from sipo.data.toy import make_toy_pairs
 from sipo.families import Family, get
@@ -33,6 +33,7 @@ from sipo.recipe.config import (
     policy_dtype,
     reference_dtype,
     reference_kind,
+    reference_marks,
 )
 from sipo.schedule import DEFAULT_INFERENCE_STEPS, NoiseSchedule
 from sipo.schedule.diffusers_schedulers import SettingError, setting_changes, with_settings
@@ -165,7 +166,9 @@ def model_folder(config: Config) -> str:
     )
 
 
-def datasets(run: RunContext, cache: Cache, references: References | None) -> tuple[PairDataset, PairDataset | None]:
+def datasets(
+    run: RunContext, cache: Cache, references: ReferenceErrors | None
+) -> tuple[PairDataset, PairDataset | None]:
     """Pairs to train on and, with ``data.held_out``, to validate on."""
     config = run.config
     try:

@@ -15,15 +15,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sipo.data.config import DataConfig
 from sipo.families.config import ModelConfig
-from sipo.files import FileError, expand, short
+from sipo.files import FileError, expand, one_line, short
 from sipo.training.config import TrainingConfig
 from sipo.yaml_files import parse_yaml, read_yaml
 from sipo_kernels.backends import BACKENDS
 from sipo_kernels.options import LossOptions, check_choice
 
-_LARGEST = 1 << 63
+_LARGEST = 1 << 63  # integers have 64 bits
+_LONGEST = 300  # letters of a message's part that a user has written
 TOY = "toy"
 """In place of a model's or data set's path: a small one, made on the spot from a configuration."""
 
@@ -38,6 +41,19 @@ _PATHS = (
     ("data", "cache"),
     ("training", "output_dir"),
 )
+
+
+# Names that users of other scripts may try, where neither words nor letters lead to ours.
+_FOREIGN = {
+    "model.path": "model.pretrained_model_name_or_path",
+    "data.path": "data.dataset_name",
+    "data.batch_size": "training.train_batch_size",
+    "loss.link": "loss.loss_type",
+    "training.lr": "training.learning_rate",
+    "training.trackers": "training.report_to",
+    "training.tensorboard": "training.report_to",
+    "training.resume_from_checkpoint": "sipo train --resume",
+}
 
 
 class ConfigError(ValueError):
@@ -97,7 +113,7 @@ class Config:
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """Reads a YAML file and lays ``section.key=value`` over it, the values in YAML too.
+    """Reads a YAML file and applies overrides ``section.key=value``, whose values are YAML too.
 
     Raises:
         ConfigError: a file that is not there or not YAML, an unknown key, a value that does not fit.
@@ -130,7 +146,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def from_dict(tree: dict[str, Any]) -> Config:
-    """A configuration from plain values.
+    """Makes a configuration from plain values.
 
     Raises:
         ConfigError: an unknown key, a value that does not fit.
@@ -139,7 +155,7 @@ def from_dict(tree: dict[str, Any]) -> Config:
 
     tree = _with_paths(tree)
     for key in _unknown(tree, Config, ()):
-        raise ConfigError(f"{_one_line('.'.join(key))}: no such key{_nearest(key)}")
+        raise ConfigError(f"{one_line('.'.join(key), _LONGEST)}: no such key{_nearest(key)}")
     for name, value in _integers(tree, ""):
         if not -_LARGEST <= value < _LARGEST:
             raise ConfigError(f"{name}={short(value)}: expected an integer of 64 bits")
@@ -152,16 +168,16 @@ def from_dict(tree: dict[str, Any]) -> Config:
             raise ConfigError(f"{place}: missing, expected a value") from error
         cause = first.get("ctx", {}).get("error")
         if cause is not None:  # our own check of a whole section, which names the value itself
-            raise ConfigError(f"{place}.{_one_line(cause)}") from error
+            raise ConfigError(f"{place}.{one_line(cause, _LONGEST)}") from error
         raise ConfigError(f"{place}={short(first['input'])}: {first['msg']}") from error
     except TypeError as error:  # TrainingConfig's own checks, which pydantic lets through
-        raise ConfigError(f"training.{_one_line(error)}") from error
+        raise ConfigError(f"training.{one_line(error, _LONGEST)}") from error
     _check(config)
     return config
 
 
 def _with_paths(tree: dict[str, Any]) -> dict[str, Any]:
-    """The same with ``~`` and environment variables filled in where a key is a path."""
+    """Fills in ``~`` and environment variables in the values of path keys."""
     tree = dict(tree)
     for section, name in _PATHS:
         values = tree.get(section)
@@ -169,7 +185,7 @@ def _with_paths(tree: dict[str, Any]) -> dict[str, Any]:
             try:
                 tree[section] = values | {name: expand(values[name])}
             except ValueError as error:
-                raise ConfigError(f"{section}.{name}={_one_line(error)}") from error
+                raise ConfigError(f"{section}.{name}={one_line(error, _LONGEST)}") from error
     return tree
 
 
@@ -249,6 +265,23 @@ def differing_types(config: Config) -> str | None:
     )
 
 
+def reference_marks(config: Config, whole: torch.dtype | None = None) -> dict[str, Any]:
+    """What says which network the reference is and how it runs: ``reference`` of sipo.cache.reference_errors.
+
+    Args:
+        config: the run's.
+        whole: see :func:`sipo.training.sharding.whole_dtype`.
+    """
+    marks = {
+        name: getattr(config.model, name) for name in ("family", "pretrained_model_name_or_path", "revision", "variant")
+    }
+    # One that predicts as the policy does has the policy's type: the storage type does not change the errors.
+    dtype = policy_dtype(config) if differing_types(config) is None else reference_dtype(config)
+    if whole is not None:
+        dtype = f"{str(whole).removeprefix('torch.')}, norms too"
+    return marks | {"dtype": dtype, "mixed_precision": config.training.mixed_precision}
+
+
 def _names(section: Any) -> list[str]:
     return [f.name for f in dataclasses.fields(section)]
 
@@ -278,20 +311,31 @@ def _paths(section: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[str, ...
 
 
 def _nearest(key: tuple[str, ...]) -> str:
-    """Where the name stands, if it stands elsewhere; else the name most like it in its own section, then anywhere."""
+    """The name that was probably meant: by a table, by whole words, by where it exists elsewhere, or by its letters."""
     paths = list(_paths(Config))
-    elsewhere = [path for path in paths if path[-1] == key[-1]]
     beside = [path for path in paths if path[:-1] == key[:-1]]
-    for candidates in (elsewhere, beside, paths):
-        close = difflib.get_close_matches(key[-1], [path[-1] for path in candidates], n=1, cutoff=0.6)
-        if close:
-            return f", did you mean {'.'.join(next(path for path in candidates if path[-1] == close[0]))}?"
+    elsewhere = [path for path in paths if path[-1] == key[-1]]
+    meant = (
+        _FOREIGN.get(".".join(key[-2:]))
+        or _with_words(key[-1], beside)
+        or next((".".join(path) for path in elsewhere), None)
+        or _alike(key[-1], beside)
+        or _with_words(key[-1], paths)
+        or _alike(key[-1], paths)
+    )
+    if meant:
+        return f", did you mean {meant}?"
     return f", expected one of {', '.join(path[-1] for path in beside or [(n,) for n in _names(Config)])}"
 
 
-def _one_line(error: object) -> str:
-    line = " ".join(str(error).split())
-    return line if len(line) <= 300 else f"{line[:297]}..."
+def _with_words(name: str, paths: list[tuple[str, ...]]) -> str | None:
+    """The first key that has all words of a name, in their order: ``batch_size`` is in ``train_batch_size``."""
+    return next((".".join(path) for path in paths if f"_{name}_" in f"_{path[-1]}_"), None)
+
+
+def _alike(name: str, paths: list[tuple[str, ...]]) -> str | None:
+    close = difflib.get_close_matches(name, [path[-1] for path in paths], n=1, cutoff=0.6)
+    return next((".".join(path) for path in paths if path[-1] in close), None)
 
 
 def _plain(value: Any) -> Any:

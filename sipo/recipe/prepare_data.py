@@ -8,9 +8,13 @@ from typing import NamedTuple
 
 from accelerate import Accelerator
 
-from sipo.cache.format import Cache, CacheError, OtherSettingsError, open_cache, other_path, pairs_are_whole
-from sipo.cache.precompute import fingerprint, precompute_pairs
-from sipo.cache.reference_errors import References, open_references, precompute_references
+from sipo.cache.fingerprint import fingerprint, other_path
+from sipo.cache.finished import Cache, open_cache
+from sipo.cache.format import CacheError, OtherSettingsError
+from sipo.cache.index import pairs_are_whole
+from sipo.cache.precompute import precompute_pairs
+from sipo.cache.precompute_errors import precompute_reference_errors
+from sipo.cache.reference_errors import ReferenceErrors, open_reference_errors
 from sipo.cache.savings import Cost
 from sipo.cache.summary import CacheSummary
 from sipo.data.readers import open_pairs
@@ -35,7 +39,7 @@ class PreparedData(NamedTuple):
     """
 
     cache: Cache
-    references: References | None
+    references: ReferenceErrors | None
     summary: CacheSummary | None
 
 
@@ -173,14 +177,16 @@ def _of_all(summary: CacheSummary, accelerator: Accelerator) -> CacheSummary:
     )
 
 
-def _references(run: RunContext, cache: Cache, repair: bool, refuse_changes: bool, progress: bool | None) -> References:
+def _references(
+    run: RunContext, cache: Cache, repair: bool, refuse_changes: bool, progress: bool | None
+) -> ReferenceErrors:
     """The reference's errors at every draw, computed where they are not there yet."""
     config, accelerator = run.config, run.accelerator
     which = run.references
 
-    def there() -> References | None:
+    def there() -> ReferenceErrors | None:
         try:
-            return open_references(cache, run.schedule, **which)
+            return open_reference_errors(cache, run.schedule, **which)
         except OtherSettingsError as error:
             if refuse_changes:  # those of the run are there, and this run's are others
                 raise ConfigError(str(error)) from error
@@ -193,7 +199,7 @@ def _references(run: RunContext, cache: Cache, repair: bool, refuse_changes: boo
         return found
     with locked(run.cache, f"data.cache={str(run.cache)!r}", accelerator=accelerator):
         network = round_whole(frozen_reference(run), accelerator).to(accelerator.device)
-        found = precompute_references(
+        found = precompute_reference_errors(
             cache,
             network,
             run.family.predict,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sipo.analysis.score import PairScores, score_pairs
-from sipo.cache.format import Cache
+from sipo.cache.finished import Cache
 from sipo.cache.pairs import CachedPairs
 from sipo.cache.weights import is_weights, weights_change
 from sipo.data.readers import open_pairs

@@ -14,7 +14,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from sipo.cache.format import Cache
+from sipo.cache.finished import Cache
 from sipo.cache.weights import PLACE
 from sipo.families.tuning import save_full, save_lora
 from sipo.files import write_aside
@@ -34,6 +34,7 @@ from sipo.training.first_step import Mismatch
 from sipo.training.log import check_logs, set_aside_logs
 from sipo.training.run_folder import WEIGHTS, earlier_run, remove_run
 from sipo.training.sums import SUMS, remove_run_sums, write_run_sums, write_sums
+from sipo.training.trackers import running_trackers
 
 TRAINED_ON = "trained_on.json"
 """File beside the trained weights: hashes of the data and of the network trained from, and what pairs were held out."""
@@ -94,27 +95,30 @@ def run_training(
         draw_samples = ValidationSamples(run) if sampled else None
         network, reference = build(run)
 
-        if not resuming:
-            on_main(accelerator, lambda: _clear_folder(training, overwrite))
-            _write_config(run)
-            if draw_samples is not None:
-                draw_samples(0, network.to(accelerator.device))
-        with _naming_sections():
-            result = train(
-                network,
-                reference,
-                loss_fn,
-                pairs,
-                run.family.predict,
-                training,
-                accelerator=accelerator,
-                resume_from=storage.LATEST if resuming else None,
-                validation=held_out if training.validation_steps else None,
-                on_validation=draw_samples if training.validation_steps else None,
-                offload_reference=config.model.reference_offload,
-                identity=_identity(run, f"{len(cache)} pairs, {cache.content_hash()}"),
-                mismatch=_mismatch(config, network),
-            )
+        with contextlib.ExitStack() as stack:
+            if not resuming:
+                on_main(accelerator, lambda: _clear_folder(training, overwrite))
+                _write_config(run)
+                if draw_samples is not None:
+                    # Started here, so that they have the samples from before training too.
+                    stack.enter_context(running_trackers(accelerator, training))
+                    draw_samples(0, network.to(accelerator.device))
+            with _naming_sections():
+                result = train(
+                    network,
+                    reference,
+                    loss_fn,
+                    pairs,
+                    run.family.predict,
+                    training,
+                    accelerator=accelerator,
+                    resume_from=storage.LATEST if resuming else None,
+                    validation=held_out if training.validation_steps else None,
+                    on_validation=draw_samples if training.validation_steps else None,
+                    offload_reference=config.model.reference_offload,
+                    identity=_identity(run, f"{len(cache)} pairs, {cache.content_hash()}"),
+                    mismatch=_mismatch(config, network),
+                )
         if resuming:
             _write_config(run)  # only now is it known to belong to the run in the folder
 

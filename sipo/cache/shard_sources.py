@@ -1,50 +1,46 @@
-"""Which pairs of a source make up which shard, and running ahead of whoever takes them."""
+"""Divides the records of a source among the shards of a cache."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 from torch import Tensor
 
 from sipo.cache.changes import FileRecord, Row, side_name, stamps_of
-from sipo.cache.format import digest, text_key
+from sipo.cache.format import digest
+from sipo.cache.text import text_key
 from sipo.data.config import DataConfig
 from sipo.data.records import PairReader, PairRecord, row_name
 from sipo.families.network import Condition
 
-_T = TypeVar("_T")
-_R = TypeVar("_R")
-
 
 @dataclass
 class Tally:
-    """What was met on the way through the source; the same in every process."""
+    """Counts of what was read from the source; the same in every process."""
 
     records: int = 0
     ties: int = 0
-    parts: int = 0
+    shards: int = 0
 
 
 @dataclass
-class Part:
-    """The records of one shard, and the prompts that no earlier one has.
+class ShardSource:
+    """The records that one shard is made from, and the prompts that no earlier shard has.
 
     Attributes:
         number: of the shard.
         prefix: the source's folder with a slash at its end, which the names of its files leave out.
-        records: of the shard's pairs; let go once they are in line to be encoded.
+        records: of the shard's pairs; removed once they wait to be encoded.
         keys: of their prompts.
-        prompts: that no earlier part has.
+        prompts: that no earlier shard has.
         rows: what latents depend on beside the files' content.
         seen: digest of settings, rows, prompts and of the files' stamps.
         pairs: what has been encoded: row, key, latents, and what each half is told.
         skipped: row, kind and reason of pairs that cannot be used.
-        files: what has been read.
+        files: records of the files that have been read.
         change: the first change since it was encoded, in words; empty where there is none.
     """
 
@@ -92,11 +88,11 @@ def prefix_of(reader: PairReader) -> str:
     return "" if root is None else f"{root.as_posix().rstrip('/')}/"
 
 
-def parts(reader: PairReader, settings: DataConfig, tally: Tally) -> Iterator[Part]:
+def shard_sources(reader: PairReader, settings: DataConfig, tally: Tally) -> Iterator[ShardSource]:
     """Cuts the source into shards by the numbers of rows, so that a row more or less concerns its own shard alone."""
     seen: set[str] = set()
     prefix = prefix_of(reader)
-    part = Part(0, prefix)
+    part = ShardSource(0, prefix)
     candidates, last = 0, -1
     for record in reader:
         if settings.max_pairs is not None and candidates == settings.max_pairs:
@@ -110,9 +106,9 @@ def parts(reader: PairReader, settings: DataConfig, tally: Tally) -> Iterator[Pa
             continue
         candidates += 1
         if part.records and record.row // settings.shard_pairs != part.records[0].row // settings.shard_pairs:
-            tally.parts += 1
+            tally.shards += 1
             yield part
-            part = Part(tally.parts, prefix)
+            part = ShardSource(tally.shards, prefix)
         key = text_key(record.prompt)
         part.records.append(record)
         part.keys.append(key)
@@ -120,33 +116,5 @@ def parts(reader: PairReader, settings: DataConfig, tally: Tally) -> Iterator[Pa
             seen.add(key)
             part.prompts.append(record.prompt)
     if part.records:
-        tally.parts += 1
+        tally.shards += 1
         yield part
-
-
-def ahead(
-    pool: ThreadPoolExecutor, function: Callable[[_T], _R], items: Iterable[_T | None], depth: int
-) -> Generator[tuple[_T, _R] | None, None, None]:
-    """``(item, function(item))`` in order; beside the result that was given last, ``depth`` are computed or waiting.
-
-    ``None`` among the items is passed on at once: it comes before the results of earlier items that are waiting.
-    """
-    waiting: deque[tuple[_T, Future[_R]]] = deque()
-
-    def first() -> tuple[_T, _R]:  # no variable of the generator holds a result until the next is asked for
-        item, future = waiting.popleft()
-        return item, future.result()
-
-    try:
-        for item in items:
-            if item is None:
-                yield None
-                continue
-            waiting.append((item, pool.submit(function, item)))
-            if len(waiting) > depth:
-                yield first()
-        while waiting:
-            yield first()
-    finally:
-        for _, future in waiting:
-            future.cancel()

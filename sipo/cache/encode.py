@@ -1,0 +1,245 @@
+"""Encodes the shards of a cache: latents of pairs, and text embeddings of prompts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sipo.cache.decode import DecodedPair, PairDecoder, ahead, queue_length
+from sipo.cache.existing import Existing, stop
+from sipo.cache.format import LATENTS, TEXT, UNCONDITIONAL, shard_name
+from sipo.cache.index import FILES_FACT, ROWS_FACT
+from sipo.cache.savings import Cost
+from sipo.cache.shard_sources import ShardSource, Tally, shard_sources
+from sipo.cache.text import text_key, trim
+from sipo.data.config import DataConfig
+from sipo.data.load import BadPairError
+from sipo.data.records import PairReader, PairRecord, row_name
+from sipo.families.base import Condition, Family
+from sipo.progress import Meter
+from sipo.seeds import RandomStream, derive_seed
+
+TEXT_BATCH = 16
+"""Prompts in one call of the text encoders."""
+
+
+class PairEncoder:
+    """Encodes one process's share of the shards of a source.
+
+    Attributes:
+        tally: counts of what was read from the source.
+        written: shards of latents that were encoded.
+        kept: shards of latents that were there and still agree with the source.
+        texts: shards of text that were encoded.
+
+    Args:
+        family: encodes.
+        load_pipeline: gives the pipeline of the encoders.
+        settings: how pairs are encoded.
+        existing: what the cache's folder holds.
+        state: what the source says of itself, by which it is known again; JSON.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        load_pipeline: Callable[[], Any],
+        settings: DataConfig,
+        existing: Existing,
+        state: Any,
+    ) -> None:
+        self.family = family
+        self.load_pipeline = load_pipeline
+        self.settings = settings
+        self.existing = existing
+        self.shards = existing.shards
+        self.decoder = PairDecoder(family, settings)
+        self.dtype: torch.dtype = getattr(torch, settings.dtype)
+        self.state = state
+        self.tally = Tally()
+        self.written = 0
+        self.kept = 0
+        self.texts = 0
+        self._pipeline: Any = None
+
+    def pipeline(self) -> Any:
+        """The encoders, loaded when they are first needed."""
+        if self._pipeline is None:
+            self._pipeline = self.load_pipeline()
+            for height, width in self.settings.sizes:
+                self.family.check_size(self._pipeline, height, width, self.settings.frames)
+        return self._pipeline
+
+    def encode_unconditional(self) -> None:
+        """Writes what caption dropout puts in a prompt's place."""
+        shard = self.existing.there(UNCONDITIONAL)
+        if shard is None or shard.facts.get("source") != self.existing.source:
+            condition = self.family.encode_unconditional(self.pipeline())
+            self._write_text(UNCONDITIONAL, {"": condition}, {"source": self.existing.source, "prompts": []})
+
+    def cost(self, reader: PairReader) -> Cost:
+        """Estimates what is to be encoded from what the source says and what is there; latents and text as stored."""
+        settings, pipeline = self.settings, self.pipeline()
+        latents = [prod(self.family.latent_shape(pipeline, *size, settings.frames)) for size in settings.sizes]
+        unconditional = self.shards.require(UNCONDITIONAL)
+        text = sum(map(prod, unconditional.facts["shapes"].values()))
+        names = {path.stem for path in self.shards.path.glob(f"{LATENTS}-*.json")}
+        shards = [shard for name in sorted(names) if (shard := self.shards.read(name)) is not None]
+        there = {s.name: len(s.facts["pairs"]) for s in shards if s.facts["source"] == self.existing.source}
+        exact = getattr(reader, "root", None) is not None  # rows of paths alone are read at once
+        pairs: int | None = 0
+        prompts = 0
+        if exact:
+            assert pairs is not None
+            for source in shard_sources(reader, settings, Tally()):
+                if shard_name(LATENTS, source.number) not in there:
+                    pairs += sum(not record.problem for record in source.records)
+                    prompts += len(source.prompts)
+        else:
+            counts = [getattr(reader, "count", lambda: None)(), settings.max_pairs]
+            known = [count for count in counts if count is not None]
+            pairs = max(0, min(known) - sum(there.values())) if known else None
+            prompts = 1 if pairs is None else pairs
+        width = self.dtype.itemsize
+        sizes = (2 * max(latents) * width, 2 * min(latents) * width)
+        return Cost(pairs, sum(there.values()), prompts, exact, sizes, text * width)
+
+    def encode_shards(
+        self, reader: PairReader, rank: int, world: int, progress: bool | None
+    ) -> Generator[None, None, None]:
+        """Encodes, pair by pair, each shard of this process that is missing or no longer agrees with the source."""
+        bar = Meter("precompute", "pairs", progress if rank == 0 else None)
+        workers = self.settings.num_workers or min(8, os.cpu_count() or 1)
+        with bar, ThreadPoolExecutor(workers, "decode") as pool:
+            todo = self._todo(reader, rank, world, pool, bar)
+            with closing(ahead(pool, self._decode, todo, queue_length(self.settings, workers))) as pairs:
+                for pair in pairs:
+                    if pair is not None:
+                        (source, record), decoded = pair
+                        if record is None or decoded is None:
+                            yield from self._flush(source)
+                        else:
+                            self._encode(source, record, decoded)
+                            bar.update()
+                        del pair, decoded  # before waiting for the next
+                    yield
+        if rank == 0:
+            self.existing.find_gone(self.tally.shards)
+
+    def _todo(
+        self, reader: PairReader, rank: int, world: int, pool: ThreadPoolExecutor, bar: Any
+    ) -> Iterator[tuple[ShardSource, PairRecord | None] | None]:
+        """Yields the records to encode, each with its shard, and the shard with ``None`` after its last record.
+
+        Also yields ``None`` after each shard that was read or compared, which may take long by itself.
+        """
+        for source in shard_sources(reader, self.settings, self.tally):
+            if source.number % world != rank:
+                yield None
+                continue
+            self.existing.look(source, pool)
+            yield None
+            if not source.needs_latents:
+                self.kept += 1
+                bar.update(len(source.records))
+            if not source.needs_latents and not source.needs_text:
+                continue
+            self.pipeline()  # here, and not in the middle of a shard
+            if source.needs_latents:
+                for record in source.records:
+                    yield source, record
+            source.records.clear()  # encoded images are large, and no longer needed once they wait
+            yield source, None
+
+    def _decode(self, item: tuple[ShardSource, PairRecord | None]) -> DecodedPair | None:
+        """Decodes a pair in a thread."""
+        source, record = item
+        return None if record is None else self.decoder.decode(record, source.prefix)
+
+    def _encode(self, source: ShardSource, record: PairRecord, decoded: DecodedPair) -> None:
+        source.files |= decoded.files
+        prepared = decoded.result
+        if isinstance(prepared, BadPairError):
+            return self._skip(source, record.row, prepared.kind, str(prepared))
+        generator = None
+        if self.settings.latents == "sample":
+            generator = torch.Generator().manual_seed(
+                derive_seed(self.settings.seed, RandomStream.POSTERIOR, record.row)
+            )
+        batches = [torch.stack(prepared.pixels)]
+        if self.family.video:  # one at a time
+            batches = [half[None] for half in prepared.pixels]
+        # Left on the device until the shard is whole, so that the host decodes meanwhile.
+        latents = [self.family.encode_pixels(self.pipeline(), batch, generator).to(self.dtype) for batch in batches]
+        source.pairs.append((record.row, text_key(record.prompt), torch.cat(latents), prepared.own))
+
+    def _skip(self, source: ShardSource, row: int, kind: str, reason: str) -> None:
+        if not self.settings.skip_bad:
+            raise stop(row, kind, reason, source.change)
+        source.skipped.append((row, kind, reason))
+
+    def _flush(self, source: ShardSource) -> Generator[None, None, None]:
+        """Writes what a shard lacks."""
+        if source.needs_text:
+            conditions: dict[str, Condition] = {}
+            for start in range(0, len(source.prompts), TEXT_BATCH):
+                prompts = source.prompts[start : start + TEXT_BATCH]
+                encoded = self.family.encode_text(self.pipeline(), prompts)
+                conditions.update(zip(map(text_key, prompts), encoded, strict=True))
+                yield
+            facts = {"source": self.existing.source, "prompts": list(conditions)}
+            self._write_text(shard_name(TEXT, source.number), conditions, facts)
+            self.texts += 1
+        if source.needs_latents:
+            self._write_latents(source)
+            self.written += 1
+
+    def _write_latents(self, source: ShardSource) -> None:
+        tensors: dict[str, Tensor] = {}
+        pairs: list[tuple[int, str, list[int]]] = []
+        for row, key, latents, own in source.pairs:
+            if not latents.isfinite().all():
+                if self.settings.vae_dtype == "float16":  # the setting's fault, not the pair's
+                    raise ValueError(
+                        f"{row_name(row)}: latents that are not finite with data.vae_dtype='float16', expected "
+                        "'float32' or 'bfloat16'"
+                    )
+                self._skip(source, row, "latents", f"its latents are not finite in {self.settings.dtype}")
+                continue
+            pairs.append((row, key, list(latents.shape[1:])))
+            tensors |= {f"{row}.chosen": latents[0], f"{row}.rejected": latents[1]}
+            tensors |= {f"{row}.own.{name}": tensor for name, tensor in own.items()}
+        facts: dict[str, Any] = {
+            "source": self.existing.source,
+            "seen": source.seen,
+            ROWS_FACT: source.rows,
+            FILES_FACT: source.files,
+            "own": sorted(source.pairs[0][3]) if source.pairs else [],
+            "pairs": pairs,
+            "skipped": sorted(source.skipped),
+        }
+        if any(kind == "large" for _, kind, _ in source.skipped):
+            facts["max_pixels"] = self.settings.max_pixels
+        self.existing.begin_change()
+        self.shards.write(shard_name(LATENTS, source.number), tensors, facts)
+
+    def _write_text(self, name: str, conditions: dict[str, Condition], facts: dict[str, Any]) -> None:
+        tensors: dict[str, Tensor] = {}
+        shapes: dict[str, list[int]] = {}
+        for key, condition in conditions.items():
+            cast = {n: t.to(self.dtype) if t.is_floating_point() else t for n, t in condition.items()}
+            for tensor_name, tensor in cast.items():
+                if not tensor.isfinite().all():
+                    raise ValueError(f"{tensor_name} of a prompt in {name} is not finite in {self.dtype}")
+                if shapes.setdefault(tensor_name, list(tensor.shape)) != list(tensor.shape):
+                    raise ValueError(f"{tensor_name} has shape {list(tensor.shape)}, expected {shapes[tensor_name]}")
+                tensors[f"{key}.{tensor_name}" if key else tensor_name] = trim(tensor)
+        self.existing.begin_change()
+        self.shards.write(name, tensors, facts | {"shapes": shapes})

@@ -1,0 +1,144 @@
+"""Opens a finished cache for reading."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sipo.cache.format import (
+    INDEX,
+    REMEDY,
+    UNCONDITIONAL,
+    CacheError,
+    DamagedError,
+    ShardFolder,
+    ShardReader,
+    digest,
+    shard_from_entry,
+)
+from sipo.cache.index import read_pairs_index
+from sipo.cache.text import pad
+from sipo.families.network import Condition
+
+
+class Cache:
+    """A finished cache, for reading: ``N`` pairs in the order of their rows. Made by :func:`open_cache`.
+
+    Attributes:
+        folder: where it is.
+        fingerprint: what its content depends on.
+        path: ``data.dataset_name`` of its pairs, as it was when they were last compared.
+        skipped: by reason, how many pairs were left out because they could not be used.
+        rows: ``[N]`` int64, each pair's row in the source.
+        shapes: the shapes that latents have.
+        shape_of: ``[N]`` int64, each pair's place in ``shapes``.
+        prompt_keys: one for each distinct prompt (:func:`text_key`).
+        prompt_of: ``[N]`` int64, each pair's place in ``prompt_keys``.
+        shard_of: ``[N]`` int64, each pair's place in ``latents``.
+        latents: the shards of latents, by number.
+    """
+
+    def __init__(self, folder: Path, index: dict[str, Any], check_hashes: bool = True) -> None:
+        self.folder = folder
+        self.fingerprint: dict[str, Any] = index["fingerprint"]
+        self.path: str = index["path"]
+        self.skipped: dict[str, int] = index["skipped"]
+        latents = [shard_from_entry(entry) for entry in index["latents"]]
+        text = [shard_from_entry(entry) for entry in index["text"]]
+        # All of this is copied into every worker process: pairs in tensors, and no facts that nobody asks for again.
+        self.latents = [replace(shard, facts={"own": shard.facts["own"]}) for shard in latents]
+        self._reader = ShardReader(folder, [*self.latents, *(replace(shard, facts={}) for shard in text)], check_hashes)
+        self._text_shapes: dict[str, list[int]] = index["text_shapes"]
+        self.prompt_keys = [key for shard in text for key in shard.facts["prompts"]]
+        self._text_names = [shard.name for shard in text]
+        self._text_shard_of = torch.tensor([n for n, shard in enumerate(text) for _ in shard.facts["prompts"]])
+        place_of_text = {key: n for n, key in enumerate(self.prompt_keys)}
+        place_of_shape: dict[tuple[int, ...], int] = {}
+        table = [
+            (row, n, place_of_text[key], place_of_shape.setdefault(tuple(shape), len(place_of_shape)))
+            for n, shard in enumerate(latents)
+            for row, key, shape in shard.facts["pairs"]
+        ]
+        columns = torch.tensor(table).reshape(-1, 4).unbind(1)
+        self.rows, self.shard_of, self.prompt_of, self.shape_of = (column.clone() for column in columns)
+        self.shapes = list(place_of_shape)
+        self._starts = [0, *accumulate(len(shard.facts["pairs"]) for shard in latents)]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def pair(self, index: int) -> tuple[Tensor, Tensor, Condition]:
+        """Reads the latents of both samples as stored, and what each is told beside its prompt: ``[2, ...]`` by name."""
+        shard, row = self.latents[int(self.shard_of[index])], int(self.rows[index])
+        own = {name: self._reader.tensor(shard.name, f"{row}.own.{name}") for name in shard.facts["own"]}
+        chosen, rejected = (self._reader.tensor(shard.name, f"{row}.{half}") for half in ("chosen", "rejected"))
+        return chosen, rejected, own
+
+    def text(self, index: int) -> Condition:
+        """Reads the text embeddings of a pair's prompt, in their full length."""
+        place = int(self.prompt_of[index])
+        return self._text(self._text_names[int(self._text_shard_of[place])], f"{self.prompt_keys[place]}.")
+
+    def unconditional(self) -> Condition:
+        """Reads the text embeddings that stand for no prompt."""
+        return self._text(UNCONDITIONAL, "")
+
+    def shard_places(self, number: int) -> range:
+        """Gives the places in the cache of a shard's pairs."""
+        return range(self._starts[number], self._starts[number + 1])
+
+    def shard_digest(self, number: int) -> str:
+        """Hashes what everything computed from one shard of latents depends on: its bytes, and the prompt of each pair."""
+        places = self.shard_places(number)
+        prompts = self.prompt_of[places.start : places.stop]
+        used = self._text_shard_of[prompts].unique().tolist()
+        names = [self.latents[number].name, UNCONDITIONAL, *(self._text_names[n] for n in used)]
+        return digest([[self._reader.shards[name].sha256 for name in names], self._pairs(places.start, places.stop)])
+
+    def content_hash(self) -> str:
+        """Hashes all that training reads: tensors, rows and prompts; not where and when they were encoded."""
+        shards = {name: shard.sha256 for name, shard in self._reader.shards.items()}
+        return digest([shards, self._pairs(0, len(self))])
+
+    def _pairs(self, start: int, stop: int) -> list[tuple[int, str]]:
+        """Rows and prompts' keys."""
+        prompts = self.prompt_of[start:stop].tolist()
+        return [(row, self.prompt_keys[n]) for row, n in zip(self.rows[start:stop].tolist(), prompts, strict=True)]
+
+    def _text(self, shard: str, prefix: str) -> Condition:
+        return {
+            name: pad(self._reader.tensor(shard, f"{prefix}{name}"), shape) for name, shape in self._text_shapes.items()
+        }
+
+
+def open_cache(folder: str | Path, fingerprint: Mapping[str, Any] | None = None, *, check_hashes: bool = True) -> Cache:
+    """Opens a cache for reading, after checking its index and the size of each of its files.
+
+    Args:
+        folder: the cache's.
+        fingerprint: what its content is expected to depend on (:func:`sipo.cache.fingerprint.fingerprint`);
+            ``None`` takes it as it is.
+        check_hashes: compare each shard's hash too, when a process first uses it.
+
+    Raises:
+        CacheError: no cache, an unfinished one, one of other settings, a file cut short.
+    """
+    folder = Path(folder)
+    index = read_pairs_index(folder, fingerprint)
+    if index is None:
+        raise CacheError(f"{folder}: no cache there, expected {INDEX}; `sipo precompute` makes one")
+    if not index["complete"]:
+        raise CacheError(f"{folder}: a cache that is not finished; `sipo precompute` goes on where it stopped")
+    try:
+        cache = Cache(folder, index, check_hashes)
+    except (KeyError, TypeError, ValueError) as error:
+        problem = f"not a whole index ({type(error).__name__}: {error})"
+        raise DamagedError(f"{folder / INDEX}: {problem}; {REMEDY}") from error
+    ShardFolder(folder).check_sizes(cache._reader.shards.values())
+    return cache

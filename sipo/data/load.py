@@ -1,0 +1,142 @@
+"""Loads a pair, and decides whether it can be trained on."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sipo.data.media import MAX_PIXELS, Media, MediaError, probe_media, read_media
+from sipo.data.records import PairRecord
+
+RATIO_TOLERANCE = 0.02
+"""Aspect ratios that differ by less count as equal: sizes are rounded to the multiples that a model requires."""
+
+_RATE_TOLERANCE = 0.01
+
+
+class BadPairError(ValueError):
+    """A pair that cannot be trained on, in one line.
+
+    Attributes:
+        kind: a key of :data:`sipo.data.check.SKIPPED`.
+    """
+
+    def __init__(self, kind: str, problem: str) -> None:
+        super().__init__(problem)
+        self.kind = kind
+
+
+def load_pair(
+    record: PairRecord,
+    *,
+    frames: int | None = 1,
+    fps: float | None = None,
+    max_pixels: int = MAX_PIXELS,
+    transform: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Media, Media]:
+    """Decodes both sides of a pair that can be trained on.
+
+    Args:
+        record: of a reader.
+        frames: of a clip; 1 for images; ``None`` takes whatever the files hold, decodes all of it, and keeps no more
+            than the first frame.
+        fps: rate that clips are read at; ``None`` takes each file's own.
+        max_pixels: of an image or a frame.
+        transform: of both sides' images or frames, the chosen one's first (:func:`sipo.data.media.read_media`); not
+            without ``frames``.
+
+    Returns:
+        The chosen one and the rejected one. They may differ in resolution, not in aspect ratio.
+
+    Raises:
+        BadPairError: faulty row, tie, empty caption, missing or undecodable file, clip too short, two shapes, two frame
+            rates (without ``fps``), the same picture twice.
+    """
+    if record.problem:
+        raise BadPairError(record.problem_kind, record.problem)
+    if record.tie:
+        raise BadPairError("tie", "neither is preferred")
+    if not record.prompt.strip():
+        raise BadPairError("caption", "the caption is empty")
+    chosen, rejected = _read_sides(record, frames, fps, max_pixels, transform)
+    sizes = [chosen.size, rejected.size]
+    if (chosen.fps is None) != (rejected.fps is None):
+        raise BadPairError("medium", "one is an image and the other a clip")
+    if abs(math.log(sizes[0][0] * sizes[1][1] / (sizes[0][1] * sizes[1][0]))) > math.log1p(RATIO_TOLERANCE):
+        raise BadPairError("shape", f"chosen is {by(sizes[0])} and rejected {by(sizes[1])}, expected one aspect ratio")
+    if fps is None and chosen.fps and rejected.fps and abs(chosen.fps / rejected.fps - 1.0) > _RATE_TOLERANCE:
+        raise BadPairError("shape", f"chosen has {chosen.fps:g} frames per second and rejected {rejected.fps:g}")
+    alike = chosen.length == rejected.length and torch.equal(chosen.pixels, rejected.pixels)
+    if alike and frames is None and chosen.fps is not None:
+        # First frames may well be alike (an image that both clips start from), and no other was kept.
+        alike = file_digest(record.chosen) == file_digest(record.rejected)
+    elif alike and transform is not None:  # what it has left of them is alike: the files may still differ
+        one, other = _read_sides(record, frames, fps, max_pixels, hashed)
+        alike = torch.equal(one.pixels, other.pixels)
+    if alike:
+        shown = ", with transparent pixels shown on white" if chosen.transparent or rejected.transparent else ""
+        raise BadPairError("identical", f"chosen and rejected are the same{shown}")
+    return chosen, rejected
+
+
+def _read_sides(
+    record: PairRecord,
+    frames: int | None,
+    fps: float | None,
+    max_pixels: int,
+    transform: Callable[[Tensor], Tensor] | None,
+) -> list[Media]:
+    limit = {"max_pixels": max_pixels}
+    sides = []
+    for name, source in (("chosen", record.chosen), ("rejected", record.rejected)):
+        try:
+            if frames is None:
+                sides.append(probe_media(source, **limit))
+            else:
+                sides.append(read_media(source, frames, fps, transform=transform, **limit))
+        except MediaError as error:
+            raise BadPairError(error.kind, f"{name}: {error}") from error
+    return sides
+
+
+def hashed(pixels: Tensor) -> Tensor:
+    """Hashes shape and levels of an image or a frame to ``[32]`` uint8, which is compared in its place."""
+    state = hashlib.sha256(repr(tuple(pixels.shape)).encode())
+    state.update(pixels.contiguous().numpy().tobytes())
+    return torch.frombuffer(bytearray(state.digest()), dtype=torch.uint8)
+
+
+def usable(
+    record: PairRecord, *, frames: int | None = 1, fps: float | None = None, max_pixels: int = MAX_PIXELS
+) -> str:
+    """Says why training would skip a pair; empty if it would not. Arguments as for :func:`load_pair`."""
+    try:
+        load_pair(record, frames=frames, fps=fps, max_pixels=max_pixels)
+    except BadPairError as error:
+        return str(error)
+    return ""
+
+
+def file_digest(source: Path | bytes) -> bytes:
+    """Hashes a side's file, or an encoded image's bytes, to 16 bytes."""
+    digest = hashlib.blake2b(digest_size=16)
+    if isinstance(source, bytes):
+        digest.update(source)
+        return digest.digest()
+    try:
+        with source.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:  # decoded a moment ago, and gone now
+        raise BadPairError("missing", f"{source}: cannot be read: {error.strerror}") from error
+    return digest.digest()
+
+
+def by(size: tuple[int, ...]) -> str:
+    """Writes a size for a message: ``480x720``."""
+    return f"{size[0]}x{size[1]}"
