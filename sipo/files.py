@@ -1,7 +1,4 @@
-"""Files: written aside and renamed, with the mode that the umask says; read with errors that name the file.
-
-Nothing here imports anything of sipo, so that every part of it can use this.
-"""
+"""Reading and writing files: written aside and renamed, read with errors that name the file."""
 
 from __future__ import annotations
 
@@ -33,7 +30,7 @@ _REFUSED = (errno.EPERM, errno.EACCES, errno.EINVAL, errno.ENOTSUP, errno.EOPNOT
 
 
 class FileError(ValueError):
-    """A file that is damaged, or not what it should be, in one line that names it."""
+    """A file that is damaged or of the wrong kind; the message is one line that names it."""
 
 
 def expand(path: str) -> str:
@@ -391,9 +388,10 @@ def short(value: object, limit: int = 60) -> str:
     return text if len(text) <= limit else f"{text[:limit]}…"
 
 
-def one_line(error: BaseException) -> str:
-    """An error's message in one line; its type, where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
+def one_line(message: BaseException | str, limit: int | None = None) -> str:
+    """A message in one line, cut to ``limit`` characters; the type of an error that has none."""
+    line = " ".join(str(message).split()) or type(message).__name__
+    return line if limit is None or len(line) <= limit else f"{line[:limit]}…"
 
 
 def _reason(error: BaseException) -> str:

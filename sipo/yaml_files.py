@@ -1,4 +1,4 @@
-"""YAML, read so that no file takes long to be refused, and no message prints what is in it."""
+"""Reading YAML: a file is refused quickly, whatever it holds, and no message prints its content."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import re
 from pathlib import Path
 from typing import Any
 
-from sipo.files import FileError, check_regular, read_text
+from sipo.files import FileError, check_regular, one_line, read_text
 
 _MOST_BYTES = 1 << 20  # of a file: the parser takes seconds for a megabyte
 _MOST_VALUES = 20_000  # in a file, with aliases written out
 _DEEPEST = 64  # levels
+_LONGEST = 200  # letters of the parser's own message
 _BOOLEAN = "tag:yaml.org,2002:bool"
 
 
 def read_yaml(path: Path) -> Any:
-    """What a YAML file holds.
+    """Reads a YAML file.
 
     Raises:
         FileNotFoundError: it does not exist.
@@ -28,7 +29,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def parse_yaml(text: str, where: object) -> Any:
-    """YAML with version 1.2's booleans, true and false: "off" and "no" are words, and among the values of some keys.
+    """Parses YAML with version 1.2's booleans, true and false: "off" and "no" are words, and among the values of some keys.
 
     Args:
         text: to parse.
@@ -78,15 +79,15 @@ def parse_yaml(text: str, where: object) -> Any:
         raise deep from error
     except yaml.MarkedYAMLError as error:  # without the mark's excerpt of the text
         place = f", line {error.problem_mark.line + 1}" if error.problem_mark is not None else ""
-        context = f"{error.context}: " if error.context else ""
-        raise FileError(f"{where}: not YAML: {_short(context + (error.problem or ''))}{place}") from error
+        problem = one_line(f"{error.context}: {error.problem}" if error.context else str(error.problem), _LONGEST)
+        raise FileError(f"{where}: not YAML: {problem}{place}") from error
     except FileError:
         raise
     except (yaml.YAMLError, ValueError, OverflowError, MemoryError) as error:  # numbers and dates as well
-        problem = "a number of thousands of digits" if "int_max_str_digits" in str(error) else _short(str(error))
-        raise FileError(f"{where}: not YAML: {problem or type(error).__name__}") from error
+        problem = "a number of thousands of digits" if "int_max_str_digits" in str(error) else one_line(error, _LONGEST)
+        raise FileError(f"{where}: not YAML: {problem}") from error
     except Exception as error:  # PyYAML makes values of tagged text without looking at it: KeyError, IndexError
-        problem = f"a value that does not fit its tag ({type(error).__name__}: {_short(str(error))})"
+        problem = f"a value that does not fit its tag ({type(error).__name__}: {one_line(error, _LONGEST)})"
         raise FileError(f"{where}: not YAML: {problem}") from error
 
 
@@ -111,8 +112,3 @@ def _values(node: Any, known: dict[int, int]) -> int:
         flat = (child for item in children for child in (item if isinstance(item, tuple) else (item,)))
         known[id(node)] = 1 + sum(_values(child, known) for child in flat)
     return known[id(node)]
-
-
-def _short(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= 200 else f"{line[:197]}..."
