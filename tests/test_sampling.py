@@ -51,6 +51,7 @@ class FakeAccelerator:
     exchange: Exchange | None = None
     precision: torch.dtype | None = None
     is_fsdp2: bool = False
+    trackers: list[Any] = field(default_factory=list)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     distributed_type: Any = field(default_factory=lambda: type("Plain", (), {"value": "NO"}))
 
@@ -278,10 +279,10 @@ def test_other_prompts_are_said(tmp_path: Path) -> None:
     run = run_of(tmp_path)
     network = network_of(run.family)
     ValidationSamples(run)(0, network)
-    other = replace(run, config=replace(run.config, samples=replace(run.config.samples, prompts=["b"])))
+    other = replace(run, config=replace(run.config, samples=replace(run.config.samples, validation_prompts=["b"])))
     with pytest.warns(
         TrainingWarning,
-        match=r"samples.validation_prompts.json: earlier samples in this folder were drawn from different prompts",
+        match=r"samples/prompts.json: earlier samples in this folder were drawn from different prompts",
     ):
         ValidationSamples(other)(2, network)
     assert json.loads(files(tmp_path)["prompts.json"]) == ["b"]

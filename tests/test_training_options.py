@@ -10,12 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
-from sipo.training import train
 from sipo.training.optimization import rate_factor
-from tests.training_cases import Pairs, fit, fresh_accelerate, loss, networks, predict, same, settings
+from tests.training_cases import fit, fresh_accelerate, networks, same, settings
 
 __all__ = ["fresh_accelerate"]  # a fixture that every test here runs in
 
@@ -95,51 +93,6 @@ def test_the_average_is_of_the_weights_after_each_step(tmp_path: Path) -> None:
     torch.testing.assert_close(result.ema["outward.weight"], expected, rtol=1e-5, atol=1e-7)
     policy, _ = networks()
     assert not policy.load_state_dict(result.ema, strict=False).unexpected_keys
-
-
-# ---------------------------------------------------------------- trackers
-
-
-def test_trackers_are_accelerates_and_must_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="report_to='wandbb': expected one of aim, "):
-        fit(tmp_path, report_to=("tensorboard", "wandbb"))
-    monkeypatch.setattr("accelerate.tracking._available_trackers", ["tensorboard"])
-    with pytest.raises(ImportError, match="report_to='wandb': not installed, expected `pip install wandb`"):
-        fit(tmp_path, report_to="wandb")
-
-
-def test_a_tracker_of_the_callers_sees_every_number_and_stays_open(tmp_path: Path) -> None:
-    from accelerate.tracking import GeneralTracker
-
-    class Keeping(GeneralTracker):
-        name = "keeping"
-        requires_logging_directory = False
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.lines: list[tuple[int | None, dict[str, Any]]] = []
-            self.finished = False
-
-        @property
-        def tracker(self) -> Any:
-            return self.lines
-
-        def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
-            self.lines.append((step, values))
-
-        def finish(self) -> None:
-            self.finished = True
-
-    tracker = Keeping()
-    accelerator = Accelerator(cpu=True, log_with=[tracker])
-    accelerator.init_trackers("own")
-    policy, reference = networks()
-    config = settings(tmp_path, max_train_steps=2, validation_steps=2)
-    result = train(policy, reference, loss(), Pairs(), predict, config, accelerator=accelerator, validation=Pairs(4))
-    assert [step for step, _ in tracker.lines] == [1, 2, 2]
-    assert tracker.lines[1][1]["train/loss"] == result.history[1]["loss"]
-    assert tracker.lines[2][1]["validation/rewards/accuracies"] == result.validation[0]["validation/rewards/accuracies"]
-    assert accelerator.trackers == [tracker] and not tracker.finished
 
 
 def test_an_optimiser_that_nests_its_state_resumes(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from sipo.processes import OtherProcessError, everywhere, gathered, is_collectiv
 from sipo.recipe.build import RunContext, free_memory
 from sipo.training import TrainingWarning, is_sharded
 from sipo.training.stopping import asked_to_stop
+from sipo.training.trackers import log_clips, log_images
 
 SAMPLES = "samples"
 """Folder in ``training.output_dir`` that samples are written to."""
@@ -144,11 +145,17 @@ class ValidationSamples:
         drawn = {number: sample for share in shares for number, sample in share.items()}
         self.folder.mkdir(parents=True, exist_ok=True)
         self._write_prompts()
+        prompts = self.run.config.samples.validation_prompts
+        samples = [drawn[number] for number in sorted(drawn)]
         if self.run.family.video:
-            for number, clip in drawn.items():
-                write_aside(self.folder / f"step-{step:08d}-{number}.mp4", clip)
+            paths = [self.folder / f"step-{step:08d}-{number}.mp4" for number in range(len(samples))]
+            for path, clip in zip(paths, samples, strict=True):
+                write_aside(path, clip)
+            log_clips(self.run.accelerator, step, list(zip(prompts, paths, strict=True)))
         else:
-            write_image_grid(self.folder / f"step-{step:08d}.png", torch.cat([drawn[i] for i in sorted(drawn)]))
+            write_image_grid(self.folder / f"step-{step:08d}.png", torch.cat(samples))
+            arrays = [sample[0].permute(1, 2, 0).numpy() for sample in samples]
+            log_images(self.run.accelerator, step, list(zip(prompts, arrays, strict=True)))
 
     def _write_prompts(self) -> None:
         path, prompts = self.folder / PROMPTS, self.run.config.samples.validation_prompts

@@ -26,14 +26,16 @@ from torch import Tensor, nn
 from sipo import seeds as randomness
 from sipo.cache.weights import is_weights, weights_change
 from sipo.files import check_tensors, load_tensors, one_line, save_tensors, short
+from sipo.loss import SIPOLoss
 from sipo.processes import everywhere, is_collective, is_out_of_memory
+from sipo.protocols import PairDataset, PairLoss
 from sipo.training import sharding as sharded
 from sipo.training import storage
-from sipo.training.config import CheckpointError
+from sipo.training.config import CheckpointError, TrainingConfig
 from sipo.training.optimization import Average
 from sipo.training.storage import found
 
-__all__ = ["found", "load", "save", "weights"]
+__all__ = ["found", "load", "run_identity", "save", "weights"]
 
 _MODEL, _OPTIMIZER, _AVERAGE = "model.safetensors", "optimizer.safetensors", "ema.safetensors"
 
@@ -185,6 +187,19 @@ def weights(folder: Path) -> dict[str, Tensor]:
     """
     with reading(folder):
         return load_tensors(folder / (_AVERAGE if (folder / _AVERAGE).is_file() else _MODEL))
+
+
+def run_identity(config: TrainingConfig, loss_fn: PairLoss, dataset: PairDataset, processes: int) -> dict[str, Any]:
+    """What a resumed run must share with the one it goes on from; JSON values by name."""
+    loss: Any = repr(loss_fn) if isinstance(loss_fn, nn.Module) else type(loss_fn).__name__
+    if isinstance(loss_fn, SIPOLoss):
+        loss = loss_fn.settings()
+    return config.identity() | {
+        "dataset_length": len(dataset),
+        "groups": [len(group) for group in getattr(dataset, "groups", None) or ()],
+        "processes": processes,
+        "loss": loss,
+    }
 
 
 def _flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader
 
 from sipo.batch import BatchMode, PairBatch
 from sipo.locks import locked
-from sipo.loss import SIPOLoss
 from sipo.processes import from_main
 from sipo.protocols import PairDataset, PairLoss, PairLossResult, Predict
 from sipo.seeds import RandomStream, derive_seed, seed_process
@@ -49,7 +48,9 @@ from sipo.training.validation import OnValidation, Validation
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """How a run went. The policy passed to :func:`train` holds the trained weights, under FSDP2 each process its part.
+    """How a run went.
+
+    The policy passed to :func:`train` holds the trained weights; under FSDP2 each process holds its part.
 
     Attributes:
         steps: optimiser steps of the run, those before a resume included.
@@ -90,12 +91,11 @@ def train(
 ) -> TrainingResult:
     """Aligns ``policy`` on preference pairs, in place.
 
-    A step whose gradient is not finite counts as one with a gradient of zero: nothing broken reaches the
-    weights or the optimiser's moments, and they move only by what the optimiser does without a gradient
-    (momentum, weight decay). The choice is made on the device.
+    A step whose gradient is not finite counts as one with a gradient of zero: the weights move only by what the
+    optimiser does without a gradient (momentum, weight decay). The choice is made on the device.
 
-    A checkpoint that is due is written before the validation that is due at the same step; a run that is resumed from
-    there first does the validation, where its log has none of that step.
+    At a step where both are due, the checkpoint is written before the validation. A run resumed from that checkpoint
+    does the validation first, where its log has none of that step.
 
     Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 or SIGUSR2 lets the step finish and writes a checkpoint; a validation that is due
     is left to the resumed run. One process stops at the step it is in, several at this step or the next.
@@ -105,24 +105,21 @@ def train(
         reference: what the policy is compared with: a frozen copy of it; :class:`AdapterOff` for LoRA; or ``None``
             where the items carry its errors. A copy is moved to the device and set to eval mode, and may be bfloat16;
             FSDP2 with mixed precision makes it so.
-        loss_fn: the loss; its ``schedule`` is the one trained with.
+        loss_fn: the loss; training uses its ``schedule``.
         dataset: the pairs.
         predict: calls a network; see :class:`Predict`.
-        config: everything else.
-        optimizer: of the policy's parameters; the configuration's if left out.
-        accelerator: made from ``config`` if left out. One made by the caller decides about device and
-            mixed precision, and must have ``gradient_accumulation_steps=config.gradient_accumulation_steps``.
+        config: all other settings.
+        optimizer: of the policy's parameters; made from ``config`` if left out.
+        accelerator: made from ``config`` if left out. One made by the caller sets the device and mixed precision, and
+            must have ``gradient_accumulation_steps=config.gradient_accumulation_steps``.
         resume_from: a checkpoint's folder, or "latest" for the newest sound one in ``config.checkpoints``.
         validation: held-out pairs, measured every ``config.validation_steps`` steps.
-        on_validation: called at the same steps, to draw samples for instance; see :data:`OnValidation`.
+        on_validation: called at the same steps, for instance to draw samples; see :data:`OnValidation`.
         offload_reference: keep a frozen copy in host memory while it is not running.
-        identity: JSON values that a resumed run must share with the one it goes on from, beside the configuration's.
+        identity: further JSON values that a resumed run must share with the one it goes on from.
         mismatch: what to do where policy and reference differ before the first step by more than their types round
             (docs/math.md §8): "warn", or "raise" before any weight moves, for runs where both start from the same
-            weights. ``alarms="off"`` does neither.
-
-    Returns:
-        How it went.
+            weights. With ``alarms="off"`` neither happens.
 
     Raises:
         TypeError, ValueError: arguments that cannot be trained with, or a folder that holds another run.
@@ -131,9 +128,9 @@ def train(
         CheckpointError: a checkpoint that is absent, damaged or of another run.
         TrainingDivergedError: too many non-finite steps in a row.
         TrainingMismatchError: ``mismatch="raise"``, and policy and reference differ before the first step.
-        TrainingAlarmError: ``alarms="stop"`` and one went off; says why and where to resume from.
-        TrainingInterruptedError: asked to stop; says where to resume from.
-        TrainingOutOfMemoryError: says what to lower.
+        TrainingAlarmError: ``alarms="stop"``, and an alarm went off.
+        TrainingInterruptedError: asked to stop.
+        TrainingOutOfMemoryError: the device's memory is too small; says what to lower.
     """
     if accelerator is None:
         accelerator = make_accelerator(config)
@@ -149,9 +146,9 @@ def train(
         if validation is not None and len(validation) == 0:
             raise ValueError("the validation set holds 0 pairs, expected at least 1")
         forward = PairForward(loss_fn, predict, reference, accelerator, offload=offload_reference)
-        loop = TrainingLoop(policy, forward, dataset, config, optimizer, accelerator, mismatch)
-        loop.identity.update(identity or {})
-        loop.validation = Validation(validation, on_validation, forward, config, accelerator)
+        validate = Validation(validation, on_validation, forward, config, accelerator)
+        loop = TrainingLoop(policy, forward, dataset, validate, config, optimizer, accelerator, mismatch)
+        loop.identity |= identity or {}
         with StopRequest(accelerator.num_processes) as request:
             return loop.run(resume_from, request)
 
@@ -159,7 +156,6 @@ def train(
 class TrainingLoop:
     """One :func:`train` call: :meth:`run` takes the steps, and after each :meth:`_after` logs, saves and validates."""
 
-    validation: Validation
     recorder: Recorder
     agreement: StopAgreement
 
@@ -168,6 +164,7 @@ class TrainingLoop:
         policy: nn.Module,
         forward: PairForward,
         dataset: PairDataset,
+        validation: Validation,
         config: TrainingConfig,
         optimizer: Any,
         accelerator: Accelerator,
@@ -178,6 +175,7 @@ class TrainingLoop:
         self.device: torch.device = accelerator.device
         self.forward = forward
         self.dataset = dataset
+        self.validation = validation
         self.mismatch = mismatch
         self.network = unwrapped(policy)
         # Before the optimiser is made, so that it holds the parameters where they will be trained.
@@ -192,12 +190,7 @@ class TrainingLoop:
         self.backwards = 0  # in this step
         self.saved: Path | None = None
         self.start: dict[str, float] = {}  # for the first log line
-        self.identity = config.identity() | {
-            "dataset_length": len(dataset),
-            "groups": [len(group) for group in getattr(dataset, "groups", None) or ()],
-            "processes": accelerator.num_processes,
-            "loss": _loss_identity(forward.loss_fn),
-        }
+        self.identity = checkpoint.run_identity(config, forward.loss_fn, dataset, accelerator.num_processes)
 
     def run(self, resume_from: str | Path | None, request: StopRequest) -> TrainingResult:
         """Trains from the start or a checkpoint to the last step."""
@@ -245,8 +238,7 @@ class TrainingLoop:
             num_workers=config.dataloader_num_workers,
             pin_memory=self.device.type == "cuda",
             worker_init_fn=release_signals,
-            # Its own generator: the loader draws a seed from it whenever it starts, and a resumed run starts
-            # it anew.
+            # The loader draws a seed from it whenever it starts, and a resumed run starts it anew.
             generator=torch.Generator().manual_seed(derive_seed(config.seed, RandomStream.WORKERS, first)),
         )
         for items, number in zip(loader, sampler.passes, strict=True):
@@ -409,10 +401,3 @@ class TrainingLoop:
                 "as many"
             )
         return step
-
-
-def _loss_identity(loss_fn: PairLoss) -> Any:
-    """What a resumed run's loss must share; JSON values."""
-    if isinstance(loss_fn, SIPOLoss):
-        return loss_fn.settings()
-    return repr(loss_fn) if isinstance(loss_fn, nn.Module) else type(loss_fn).__name__
