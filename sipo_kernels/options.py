@@ -117,6 +117,7 @@ class LossOptions:
         for name in NUMBERS:
             if values[name] is not None:
                 object.__setattr__(self, name, float(values[name]))
+        object.__setattr__(self, "_made", {})  # settings by number of dimensions, for settings_of
 
     def values(self) -> dict[str, Any]:
         """Returns the loss's options by name, without the fields that a subclass adds."""
@@ -274,18 +275,25 @@ def make_settings(ndim: int, options: LossOptions | None, given: Mapping[str, An
     return make_options(options, given).settings(ndim)
 
 
-# A training run asks for the same settings at every step. Typed, because True == 1 and only one of them is a number.
+# Typed, because True == 1 and only one of them is a number.
 @functools.lru_cache(maxsize=64, typed=True)
-def _cached_settings(ndim: int, options: LossOptions | None, **given: Any) -> Settings:
-    return make_settings(ndim, options, given)
+def _cached_settings(ndim: int, **given: Any) -> Settings:
+    return make_settings(ndim, None, given)
 
 
 def settings_of(ndim: int, options: LossOptions | None, given: Mapping[str, Any]) -> Settings:
-    """Returns what :func:`make_settings` does, from a cache where the values can be hashed."""
-    try:
-        return _cached_settings(ndim, options, **given)
-    except TypeError:  # of a wrong type, or so wrong that no cache can hold it: this says which and why
+    """Returns what :func:`make_settings` does, remembered: training asks for the same settings at every step."""
+    if options is None:
+        try:
+            return _cached_settings(ndim, **given)
+        except TypeError:  # of a wrong type, or so wrong that no cache can hold it: this says which and why
+            return make_settings(ndim, None, given)
+    made: dict[int, Settings] | None = getattr(options, "_made", None)
+    if given or made is None:
         return make_settings(ndim, options, given)
+    if ndim not in made:
+        made[ndim] = options.settings(ndim)
+    return made[ndim]
 
 
 def show_options(function: Any) -> None:
