@@ -38,6 +38,7 @@ SHORT = [
     "training.progress=false",
 ]
 SHORT += ["training.logging_steps=1", "training.report_to=none"]
+TRACKED = "training.report_to=tensorboard"
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +73,7 @@ def steps_of(folder: Path, kind: str = "training") -> list[int]:
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """Four steps of a toy example."""
     folder = tmp_path_factory.mktemp(request.param)
-    train(request.param, *options(folder, 4))
+    train(request.param, *options(folder, 4, TRACKED))
     return request.param, folder
 
 
@@ -84,7 +85,7 @@ def test_a_run_leaves_what_it_says(trained: tuple[str, Path]) -> None:
     assert lines[0]["rewards/margins"] == pytest.approx(0, abs=1e-3)  # the policy still is the reference
     assert lines[-1]["model_mse"] != lines[-1]["ref_mse"]
     kept = config.from_dict(yaml.safe_load((run / "config.yaml").read_text()))
-    assert kept == config.load(example(name), options(folder, 4))
+    assert kept == config.load(example(name), options(folder, 4, TRACKED))
     card = (run / "weights" / "README.md").read_text()
     assert f"| β (`beta`) | {20 if get(name).video else 1000}:" in card and "| pairs | 28 |" in card
     assert cli.main(["verify", str(run)]) == 0 and not any("no hash" in item.note for item in verify_run(run))
@@ -97,6 +98,17 @@ def test_a_run_leaves_what_it_says(trained: tuple[str, Path]) -> None:
     assert len(modes) > 20 and {path for path in modes if modes[path] != 0o666 & ~umask} == set()
 
 
+def test_tensorboard_has_every_sample(trained: tuple[str, Path]) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    name, folder = trained
+    events = accumulator.EventAccumulator(str(folder / "run" / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    prompts = config.load(example(name)).samples.validation_prompts
+    assert events.Tags()["images"] == [f"samples/{number} {prompt}" for number, prompt in enumerate(prompts)]
+    for tag in events.Tags()["images"]:
+        assert [event.step for event in events.Images(tag)] == [0, 2, 4]
+
+
 def test_weights_reload_in_the_pipeline_and_sample_the_same(trained: tuple[str, Path], tmp_path: Path) -> None:
     """What the last validation drew from the network in training is what diffusers draws from the files."""
     import diffusers
@@ -107,7 +119,7 @@ def test_weights_reload_in_the_pipeline_and_sample_the_same(trained: tuple[str, 
     pipeline.load_lora_weights(folder / "run" / "weights", weight_name="pytorch_lora_weights.safetensors")
     height, width = kept.data.sizes[0]
     size = {"height": height, "width": width, "frames": kept.data.frames}
-    drawn = family.sample(pipeline, getattr(pipeline, family.network), kept.samples.prompts, seed=0, steps=2, **size)
+    drawn = family.sample(pipeline, getattr(pipeline, family.network), kept.samples.validation_prompts, seed=0, steps=2, **size)
     samples = folder / "run" / "samples"
     if family.video:
         for number, clip in enumerate(drawn):
