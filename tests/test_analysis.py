@@ -157,7 +157,7 @@ def test_a_run_made_to_show_it_gets_that_verdict(name: str, run_of: Callable[[st
         "learning": "of 64 ranked right at step 80",
         "stalled": f"`model_mse` {facts.model:.3g}",
         "beta_low": f"beta = {facts.beta:.4g}",
-        "pushing_rejected": f"`chosen_gap` {facts.win:+.3g}",
+        "pushing_rejected": f"`chosen_gap` {facts.chosen_gap:+.3g}",
         "beta_high": f"loss of {facts.pair_loss:.3g}",
         "satisfied": f"loss of {facts.pair_loss:.2g}",
         "not_learning": f"mean logit of {facts.margin:.2g}",
@@ -174,7 +174,7 @@ def test_facts_are_means_over_the_last_fifth(run_of: Callable[[str], Path]) -> N
     facts = gather(run.lines, pairs_per_step=BATCH)
     tail = [line for line in run.lines if line["step"] > 64]  # 80 steps in lines of 5
     assert (facts.first, facts.last, facts.pairs) == (61, 80, 20 * BATCH)
-    for name, value in (("loss", facts.loss), ("rewards/accuracies", facts.accuracy), ("chosen_gap", facts.win)):
+    for name, value in (("loss", facts.loss), ("rewards/accuracies", facts.accuracy), ("chosen_gap", facts.chosen_gap)):
         assert value == pytest.approx(sum(line[name] for line in tail) / len(tail))
     values = [line["loss"] for line in tail]
     mean = sum(values) / 4

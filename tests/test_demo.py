@@ -22,7 +22,7 @@ from sipo import NoiseSchedule, SIPOLoss
 from sipo.demo import train_base
 from sipo.demo.digits import CLASSES, Digits, InkPairs, ink, load_digits
 from sipo.demo.main import DemoConfig, describe, run_demo
-from sipo.demo.measure import Judge, weight_by_timestep
+from sipo.demo.measure import DigitClassifier, weight_by_timestep
 from sipo.demo.model import BASE, build_model, load_base, predict, sample
 from sipo.files import FileError
 from sipo.training.log_reader import read_metrics, step_mean
@@ -106,7 +106,7 @@ def test_the_shipped_model_predicts_noise_and_draws_digits(digits: tuple[Digits,
     drawn = sample(model, scheduler, classes, seed=0)
     assert drawn.shape == (100, 1, 8, 8) and drawn.abs().max().item() <= 1.0
     assert torch.equal(drawn, sample(model, scheduler, classes, seed=0))
-    scores = Judge(*digits).score(drawn, classes)
+    scores = DigitClassifier(*digits).score(drawn, classes)
     assert scores.ink == pytest.approx(-0.39, abs=0.03)
     assert scores.agreement >= 0.97
 
@@ -133,7 +133,7 @@ def test_the_script_that_made_it_writes_a_model(tmp_path: Path, capsys: pytest.C
 
 
 def test_the_judge_counts_what_it_reads(digits: tuple[Digits, Digits]) -> None:
-    judge = Judge(*digits)
+    judge = DigitClassifier(*digits)
     assert judge.accuracy == pytest.approx(0.983, abs=0.01)
     images, labels = digits[1]
     # Asked for the wrong digit, it agrees exactly where it errs in that direction: hardly ever.
@@ -217,7 +217,7 @@ def test_the_saved_model_is_the_one_that_was_scored(outcome: Outcome, digits: tu
     moved = [not torch.equal(a, b) for a, b in zip(model.parameters(), base.parameters(), strict=True)]
     assert sum(moved) > 0.9 * len(moved)
     classes = torch.arange(SMALL["samples"]) % CLASSES
-    scores = Judge(*digits).score(sample(model, scheduler, classes, SMALL["seed"]), classes)
+    scores = DigitClassifier(*digits).score(sample(model, scheduler, classes, SMALL["seed"]), classes)
     assert scores._asdict() == pytest.approx(outcome.summary["after"], abs=1e-6)
     timesteps = torch.tensor(outcome.summary["weights"]["timesteps"])
     pairs = InkPairs(digits[0], seed=SMALL["seed"])

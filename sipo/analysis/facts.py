@@ -25,15 +25,15 @@ LET_GO = math.log(9)
 
 
 @dataclass(frozen=True)
-class Facts:
+class RunFacts:
     """The end of a run in a few numbers (docs/math.md §8), means over its last steps, NaN where a log has none.
 
     Attributes:
         first, last: steps that the means are over.
         pairs: pairs in them, at least; what standard errors over pairs count.
-        loss, accuracy, margin, active, model, ref, win, lose: ``loss`` and so on.
+        loss, accuracy, margin, active, model, ref, chosen_gap, rejected_gap: ``loss`` and so on.
         accuracy_se: of ``accuracy``, over pairs.
-        loss_se, win_se: of ``loss`` and ``win``, from the scatter of the lines.
+        loss_se, chosen_gap_se: of ``loss`` and ``chosen_gap``, from the scatter of the lines.
         start_active: ``active_fraction`` of the first line.
         start_pairs: pairs of the first line, at least.
         beta: as given, else estimated from logits and gaps; NaN without either.
@@ -54,11 +54,11 @@ class Facts:
     active: float
     model: float
     ref: float
-    win: float
-    lose: float
+    chosen_gap: float
+    rejected_gap: float
     accuracy_se: float
     loss_se: float
-    win_se: float
+    chosen_gap_se: float
     start_active: float
     start_pairs: int
     beta: float
@@ -91,7 +91,7 @@ class Facts:
     @property
     def apart(self) -> float:
         """How far chosen and rejected samples have been told apart, as a share of the reference's error."""
-        return (self.lose - self.win) / self.ref if self.ref > 0 else math.nan
+        return (self.rejected_gap - self.chosen_gap) / self.ref if self.ref > 0 else math.nan
 
     @property
     def let_go(self) -> float:
@@ -116,7 +116,7 @@ def gather(
     beta: float | None = None,
     plain: bool = True,
     weighted: bool = False,
-) -> Facts:
+) -> RunFacts:
     """The facts of a run.
 
     Args:
@@ -153,12 +153,12 @@ def gather(
     pairs = covered * pairs_per_step
     masks = any("active_fraction" in line for line in lines)  # a loss of one's own that drops no pairs need not say so
     accuracy, _ = mean("rewards/accuracies")
-    (loss, loss_se), (win, win_se), (lose, _), (margin, _) = map(
+    (loss, loss_se), (chosen_gap, chosen_gap_se), (rejected_gap, _), (margin, _) = map(
         mean, ("loss", "chosen_gap", "rejected_gap", "rewards/margins")
     )
     if beta is None:
-        beta = 2 * margin / (lose - win) if lose > win and margin > 0 else math.nan
-    return Facts(
+        beta = 2 * margin / (rejected_gap - chosen_gap) if rejected_gap > chosen_gap and margin > 0 else math.nan
+    return RunFacts(
         first=steps[begin - 1] + 1 if begin else 1,
         last=steps[-1],
         pairs=pairs,
@@ -168,11 +168,11 @@ def gather(
         active=mean("active_fraction")[0] if masks else 1.0,
         model=mean("model_mse")[0],
         ref=mean("ref_mse")[0],
-        win=win,
-        lose=lose,
+        chosen_gap=chosen_gap,
+        rejected_gap=rejected_gap,
         accuracy_se=accuracy_se(accuracy, pairs),
         loss_se=0.0 if math.isnan(loss_se) else loss_se,
-        win_se=0.0 if math.isnan(win_se) else win_se,
+        chosen_gap_se=0.0 if math.isnan(chosen_gap_se) else chosen_gap_se,
         start_active=pluck(lines, "active_fraction")[0] if masks else 1.0,
         start_pairs=since[0] * pairs_per_step,
         beta=beta,

@@ -16,7 +16,8 @@ from sipo.analysis.facts import is_plain, let_go
 from sipo.analysis.figures import finite
 from sipo.analysis.page import Page, Picture
 from sipo.analysis.report import gradient_coefficient, gradient_share
-from sipo.analysis.verdicts import LOOSE, Finding, percent, sort
+from sipo.analysis.verdicts import LOOSE, Finding, sort
+from sipo.analysis.wording import percent
 from sipo.batch import PairBatch
 from sipo.families.network import evaluating
 from sipo.protocols import PairDataset

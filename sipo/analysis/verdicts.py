@@ -1,9 +1,9 @@
 """What a run's log says about it, in plain language: pure functions from log lines to findings.
 
-Everything is judged by numbers that mean the same at every β, model and data set: errors relative to the reference's,
-and the loss relative to what the ranking would be worth (see :attr:`Facts.used`). The numbers are means over the last
-fifth of the run, with standard errors from the number of pairs or from the scatter of the lines. What training pairs
-cannot show, that something is learnt which holds for other pairs, is said on the evidence of held-out pairs alone.
+The rules use numbers that mean the same at every β, model and data set: errors relative to the reference's, and the
+loss relative to what the ranking would be worth (:attr:`RunFacts.used`). They are means over the last fifth of the run,
+with standard errors from the number of pairs or from the scatter of the lines. Training pairs cannot show that what is
+learnt holds for other pairs; only held-out pairs can.
 """
 
 from __future__ import annotations
@@ -13,7 +13,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sipo.analysis.facts import LN2, SURE, Facts, HeldOut, accuracy_se, gather, held_out, pairs_to_tell
+from sipo.analysis.facts import LN2, SURE, HeldOut, RunFacts, gather, held_out, pairs_to_tell
+from sipo.analysis.wording import (
+    errors_evidence,
+    held_out_share,
+    loss_evidence,
+    lower_beta,
+    most_without_preference,
+    pairs_needed,
+    percent,
+    ranked_right,
+    rounded,
+    share_of_pairs,
+    step_range,
+    times,
+)
 from sipo.training.alarms import collapsing, drifted, stalled
 
 HARDLY_USED = 0.25
@@ -83,7 +97,7 @@ def judge(
     facts = gather(lines, pairs_per_step=pairs_per_step, beta=beta, plain=plain, weighted=weighted)
     if math.isnan(facts.accuracy + facts.loss + facts.ref):
         return [_nonfinite(facts) or _UNKNOWN]
-    rules: tuple[Callable[[Facts], Finding | None], ...] = (
+    rules: tuple[Callable[[RunFacts], Finding | None], ...] = (
         _nonfinite,
         _stalled,
         _beta_low,
@@ -111,7 +125,7 @@ def sort(findings: Sequence[Finding]) -> list[Finding]:
 # ---- The rules; each cites its numbers ----
 
 
-def _nonfinite(f: Facts) -> Finding | None:
+def _nonfinite(f: RunFacts) -> Finding | None:
     if not f.broken_pairs and not f.broken_steps:
         return None
     share = f.broken_pairs / max(1, f.all_pairs)
@@ -137,13 +151,13 @@ def _nonfinite(f: Facts) -> Finding | None:
     )
 
 
-def _stalled(f: Facts) -> Finding | None:
+def _stalled(f: RunFacts) -> Finding | None:
     if not stalled(f.active):
         return None
     evidence = (
-        f"{_share(f.active, f.pairs)} take part in {_steps(f)}, {_share(f.start_active, f.start_pairs)} did at the "
-        "start (`active_fraction`)",
-        _errors(f),
+        f"{share_of_pairs(f.active, f.pairs)} take part in {step_range(f)}, "
+        f"{share_of_pairs(f.start_active, f.start_pairs)} did at the start (`active_fraction`)",
+        errors_evidence(f),
     )
     if stalled(f.start_active / 2):
         return Finding(
@@ -171,7 +185,7 @@ def _stalled(f: Facts) -> Finding | None:
     )
 
 
-def _beta_low(f: Facts) -> Finding | None:
+def _beta_low(f: RunFacts) -> Finding | None:
     if not (f.grown > FAR and f.let_go > LOOSE):
         return None
     return Finding(
@@ -180,37 +194,39 @@ def _beta_low(f: Facts) -> Finding | None:
         "Beta is too low: the policy has gone far from the reference and the loss has not let go of it.",
         (
             f"at beta = {f.beta:.4g} a pair is let go (its gradient down to a tenth) when the errors of chosen "
-            "sample and "
             f"rejected sample differ by {times(f.let_go)} the reference's error",
-            _errors(f),
+            errors_evidence(f),
             f"the mean logit is {f.margin:.2f} (`rewards/margins`)",
         ),
         (
-            f"a beta near {_round(f.beta * f.let_go / 0.05)}, at which 5 % of the reference's error are enough",
+            f"a beta near {rounded(f.beta * f.let_go / 0.05)}, at which 5 % of the reference's error are enough",
             "a lower learning rate alone only slows this down",
         ),
     )
 
 
-def _pushing_rejected(f: Facts) -> Finding | None:
-    chosen = f.ref + f.win  # the reference's error is about the same on both halves
-    if not collapsing(f.win, f.lose, f.ref) or f.win < SURE * f.win_se:
+def _pushing_rejected(f: RunFacts) -> Finding | None:
+    chosen = f.ref + f.chosen_gap  # the reference's error is about the same on both halves
+    if not collapsing(f.chosen_gap, f.rejected_gap, f.ref) or f.chosen_gap < SURE * f.chosen_gap_se:
         return None
-    rejected = f"rejected samples' error {times((f.ref + f.lose) / f.ref)} (`rejected_gap` {f.lose:+.3g})"
-    if f.lose > f.win:
-        sentence = "The rejected samples are only pushed down: the policy gets worse at chosen samples too."
-        rejected += f": {percent(f.win / f.lose)} of that is shared with the chosen samples"
-    else:
+    rejected = (
+        f"rejected samples' error {times((f.ref + f.rejected_gap) / f.ref)} (`rejected_gap` {f.rejected_gap:+.3g})"
+    )
+    if f.rejected_gap > f.chosen_gap:
         sentence = (
-            "The policy gets worse at chosen samples as much as at rejected ones: it does not learn the preference."
+            "The rejected samples are only pushed down: the policy gets worse at chosen samples too, and at rejected "
+            "samples a little more."
         )
+        rejected += f": {percent(f.chosen_gap / f.rejected_gap)} of that is shared with the chosen samples"
+    else:
+        sentence = "The policy gets worse at chosen samples by no less than at rejected samples: it does not learn the preference."
     return Finding(
         "pushing_rejected",
         "problem",
-        f"{sentence} It ranks {_share(f.accuracy, f.pairs)} right that way, and samples pay for it.",
+        f"{sentence} It ranks {share_of_pairs(f.accuracy, f.pairs)} right that way, and samples pay for it.",
         (
-            f"chosen samples' error {times(chosen / f.ref)} the reference's (`chosen_gap` {f.win:+.3g}, `ref_mse` "
-            f"{f.ref:.3g})",
+            f"chosen samples' error {times(chosen / f.ref)} the reference's (`chosen_gap` {f.chosen_gap:+.3g}, "
+            f"`ref_mse` {f.ref:.3g})",
             rejected,
         ),
         (
@@ -221,10 +237,10 @@ def _pushing_rejected(f: Facts) -> Finding | None:
     )
 
 
-def _beta_high(f: Facts) -> Finding | None:
+def _beta_high(f: RunFacts) -> Finding | None:
     if not f.ranks or stalled(f.active):
         return None
-    calibration = f"{_share(f.accuracy, f.pairs)} are ranked right in {_steps(f)} (`rewards/accuracies`)"
+    calibration = f"{share_of_pairs(f.accuracy, f.pairs)} are ranked right in {step_range(f)} (`rewards/accuracies`)"
     if f.pair_loss - SURE * f.loss_se / f.active > LN2:
         moved = "hardly moves" if f.apart < HARDLY_MOVED else "moves"
         return Finding(
@@ -234,10 +250,10 @@ def _beta_high(f: Facts) -> Finding | None:
             "than the others earn.",
             (
                 f"loss of {f.pair_loss:.3g} for a pair that takes part (`loss` / `active_fraction`), although "
-                f"{calibration}: preferring nothing would cost {_most(f)}",
+                f"{calibration}: preferring nothing would cost {most_without_preference(f)}",
                 f"a mean logit of {f.margin:.3g} from errors that differ by {percent(f.apart)} of the reference's",
             ),
-            _lower_beta(f) + (() if f.apart < HARDLY_MOVED else ("and a lower learning rate",)),
+            lower_beta(f) + (() if f.apart < HARDLY_MOVED else ("and a lower learning rate",)),
         )
     if f.pair_loss < 0.05 and 0 < f.apart < HARDLY_MOVED:
         return Finding(
@@ -248,19 +264,19 @@ def _beta_high(f: Facts) -> Finding | None:
                 f"loss of {f.pair_loss:.2g} for a pair that takes part, {calibration}",
                 f"errors of chosen and rejected sample differ by {percent(f.apart)} of the reference's",
             ),
-            _lower_beta(f),
+            lower_beta(f),
         )
     return None
 
 
-def _not_learning(f: Facts) -> Finding | None:
+def _not_learning(f: RunFacts) -> Finding | None:
     advice: tuple[str, ...] = (
         "a higher learning rate (ten times), or more steps",
         "training.lr_warmup_steps that ends long before the run does",
     )
     if math.isnan(f.accuracy) or stalled(f.active):
         return None  # other findings say why
-    ranking = _ranking(f)
+    ranking = ranked_right(f)
     if not f.ranks:
         few = f.accuracy_se > 0.05
         if f.grown > FAR:
@@ -271,7 +287,7 @@ def _not_learning(f: Facts) -> Finding | None:
             "Too few pairs to tell whether it learns."
             if few
             else "Not learning: pairs are ranked no better than by chance.",
-            (ranking, *_loss(f)),
+            (ranking, *loss_evidence(f)),
             ("look again after more steps",)
             if few
             else (*advice, "see that chosen and rejected are not mixed up in the data"),
@@ -291,21 +307,25 @@ def _not_learning(f: Facts) -> Finding | None:
     return None
 
 
-def _drifted(f: Facts) -> Finding | None:
+def _drifted(f: RunFacts) -> Finding | None:
     if not drifted(f.model, f.ref):
         return None
     return Finding(
         "drifted",
         "warning",
         "The policy has drifted away from the reference.",
-        (_errors(f),),
+        (errors_evidence(f),),
         ("a lower learning rate, a larger beta, or fewer steps",),
     )
 
 
-def _held_out(f: Facts, seen: HeldOut | None) -> Finding:
+def _held_out(f: RunFacts, seen: HeldOut | None) -> Finding:
     """What held-out pairs say of a policy that ranks those it is trained on."""
-    training = (f"training pairs: {_ranking(f)}", *_loss(f), f"{_share(f.active, f.pairs)} take part; {_errors(f)}")
+    training = (
+        f"training pairs: {ranked_right(f)}",
+        *loss_evidence(f),
+        f"{share_of_pairs(f.active, f.pairs)} take part; {errors_evidence(f)}",
+    )
     if seen is None:
         return Finding(
             "cannot_tell",
@@ -313,9 +333,11 @@ def _held_out(f: Facts, seen: HeldOut | None) -> Finding:
             "Cannot tell whether it learns: no held-out pairs were measured. It ranks those that it trains on, and so "
             "does a policy that learns them by heart.",
             training,
-            ("data.held_out and training.validation_steps: such pairs are measured and not trained on", _enough()),
+            ("data.held_out and training.validation_steps: such pairs are measured and not trained on", pairs_needed()),
         )
-    ranking = f"held-out pairs: {_exactly(seen)} ranked right at step {seen.step} (`validation/rewards/accuracies`)"
+    ranking = (
+        f"held-out pairs: {held_out_share(seen)} ranked right at step {seen.step} (`validation/rewards/accuracies`)"
+    )
     loss = f"their loss is {seen.loss:.3f} for a pair that takes part, {seen.no_preference:.3f} without any preference"
     evidence = (ranking, *(() if math.isnan(seen.loss + seen.no_preference) else (loss,)), *training)
     if not seen.ranks:
@@ -329,9 +351,9 @@ def _held_out(f: Facts, seen: HeldOut | None) -> Finding:
                 ("more pairs, or fewer steps", "see whether the preferences follow anything that can be seen"),
             )
         if seen.accuracy > 0.51:  # below, it would be a number that nobody has
-            more = f"{_enough()}; {percent(seen.accuracy)} would take about {pairs_to_tell(seen.accuracy):,}"
+            more = f"{pairs_needed()}; {percent(seen.accuracy)} would take about {pairs_to_tell(seen.accuracy):,}"
         else:
-            more = _enough()
+            more = pairs_needed()
         return Finding(
             "cannot_tell",
             "note",
@@ -362,8 +384,8 @@ def _held_out(f: Facts, seen: HeldOut | None) -> Finding:
     return Finding("learning", "good", sentence, evidence)
 
 
-def _both_rise(f: Facts) -> Finding | None:
-    if not (f.win > SURE * f.win_se and f.win > HARDLY_MOVED * f.ref and f.lose > 0):
+def _both_rise(f: RunFacts) -> Finding | None:
+    if not (f.chosen_gap > SURE * f.chosen_gap_se and f.chosen_gap > HARDLY_MOVED * f.ref and f.rejected_gap > 0):
         return None
     return Finding(
         "both_rise",
@@ -371,73 +393,9 @@ def _both_rise(f: Facts) -> Finding | None:
         "The policy gets somewhat worse at chosen samples too, and at rejected samples more: watch chosen_gap, and "
         "look at samples.",
         (
-            f"chosen samples' error {times((f.ref + f.win) / f.ref)} the reference's (`chosen_gap` {f.win:+.3g}), "
-            f"rejected samples' {times((f.ref + f.lose) / f.ref)} (`rejected_gap` {f.lose:+.3g})",
+            f"chosen samples' error {times((f.ref + f.chosen_gap) / f.ref)} the reference's "
+            f"(`chosen_gap` {f.chosen_gap:+.3g}), rejected samples' {times((f.ref + f.rejected_gap) / f.ref)} "
+            f"(`rejected_gap` {f.rejected_gap:+.3g})",
         ),
         ("if samples get worse: stop earlier, or a lower learning rate",),
     )
-
-
-# ---- Wording ----
-
-
-def _lower_beta(f: Facts) -> tuple[str, ...]:
-    if math.isnan(f.let_go):
-        return ("a tenth of this beta",)
-    return (
-        f"a beta near {_round(f.beta * f.let_go / 0.05)}: this one lets go of a pair at {percent(f.let_go)} of the "
-        "reference's error, that one at 5 %",
-    )
-
-
-def _loss(f: Facts) -> tuple[str, ...]:
-    if not f.plain:
-        return ()
-    text = f"loss of {f.pair_loss:.3f} for a pair that takes part (`loss` / `active_fraction`)"
-    return (f"{text}, {_most(f)} without any preference",)
-
-
-def _most(f: Facts) -> str:
-    """What a pair costs a policy without preference."""
-    return f"at most {LN2:.3f}" if f.weighted else f"{LN2:.3f}"
-
-
-def _ranking(f: Facts) -> str:
-    return f"{_share(f.accuracy, f.pairs)} ranked right in {_steps(f)} (`rewards/accuracies`)"
-
-
-def _share(share: float, pairs: int) -> str:
-    """A share of the pairs of a log, with its standard error and their number."""
-    return f"{percent(share)} ± {percent(accuracy_se(share, pairs))} of about {pairs:,} pairs"
-
-
-def _exactly(seen: HeldOut) -> str:
-    return f"{percent(seen.accuracy)} ± {percent(seen.se)} of {seen.pairs:,}"
-
-
-def _enough() -> str:
-    return f"about {pairs_to_tell(0.6)} held-out pairs tell 60 % from chance, {pairs_to_tell(0.55)} tell 55 %"
-
-
-def _errors(f: Facts) -> str:
-    return f"the policy's error is {times(f.grown)} the reference's (`model_mse` {f.model:.3g}, `ref_mse` {f.ref:.3g})"
-
-
-def _steps(f: Facts) -> str:
-    return f"step {f.last}" if f.first == f.last else f"steps {f.first} to {f.last}"
-
-
-def times(ratio: float) -> str:
-    """``1.36 times``."""
-    return f"{ratio:.2f} times" if ratio < 10 else f"{ratio:.0f} times"
-
-
-def percent(share: float) -> str:
-    """``95 %``, ``1.3 %``."""
-    return f"{100 * share:.0f} %" if abs(share) >= 0.1 else f"{100 * share:.2g} %"
-
-
-def _round(value: float) -> str:
-    """One significant digit, or two from 1 to 2."""
-    digits = -math.floor(math.log10(value))
-    return f"{round(value, digits + (value * 10**digits < 2)):g}" if value < 1 else f"{round(value, digits):,.0f}"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sipo.demo.digits import CLASSES, InkPairs, ink, load_digits
-from sipo.demo.measure import Judge, Scores, weight_by_timestep
+from sipo.demo.measure import DigitClassifier, SampleScores, weight_by_timestep
 from sipo.demo.model import load_base, predict, sample, save_aside
 from sipo.locks import locked
 from sipo.loss import SIPOLoss
@@ -102,7 +102,7 @@ def _run_demo(config: DemoConfig, progress: bool | None) -> dict[str, Any]:
     started = time.perf_counter()
     from accelerate import Accelerator
 
-    from sipo.demo.picture import Facts, Weights, draw
+    from sipo.demo.picture import DemoResult, Weights, draw_picture
     from sipo.files import write_aside
     from sipo.training import TrainingConfig, train
     from sipo.training.log_reader import step_mean
@@ -113,7 +113,7 @@ def _run_demo(config: DemoConfig, progress: bool | None) -> dict[str, Any]:
     loss_fn = SIPOLoss(scheduler, method=config.method, beta=config.beta)
     beta = loss_fn.options.beta_for(4)
     digits, held_out = load_digits()
-    judge = Judge(digits, held_out)
+    judge = DigitClassifier(digits, held_out)
     pairs = InkPairs(digits, seed=config.seed)
     classes = torch.arange(config.samples) % CLASSES
     base.to(config.device)
@@ -161,9 +161,9 @@ def _run_demo(config: DemoConfig, progress: bool | None) -> dict[str, Any]:
     before_scores, after_scores = judge.score(before, classes), judge.score(after, classes)
 
     save_aside(policy, config.output / "model")
-    draw(
+    draw_picture(
         config.output / "demo.png",
-        Facts(
+        DemoResult(
             method=config.method,
             beta=beta,
             steps=config.steps,
@@ -204,7 +204,7 @@ def _run_demo(config: DemoConfig, progress: bool | None) -> dict[str, Any]:
 
 def describe(summary: dict[str, Any], output: Path) -> str:
     """What happened, in a few lines for the terminal."""
-    before, after = Scores(**summary["before"]), Scores(**summary["after"])
+    before, after = SampleScores(**summary["before"]), SampleScores(**summary["after"])
     seconds = summary["seconds"]
     return "\n".join(
         [

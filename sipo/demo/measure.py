@@ -14,14 +14,14 @@ from sipo.demo.model import predict
 from sipo.loss import SIPOLoss
 
 
-class Scores(NamedTuple):
+class SampleScores(NamedTuple):
     """Of a set of samples: mean pixel in [-1, 1], and the share that the judge reads as requested."""
 
     ink: float
     agreement: float
 
 
-class Judge:
+class DigitClassifier:
     """A classifier of real digits, which tells whether a sample still shows the digit that was asked for.
 
     Args:
@@ -39,9 +39,9 @@ class Judge:
         self._classifier.fit(digits.images.flatten(1).numpy(), digits.labels.numpy())
         self.accuracy = self._agreement(*held_out)
 
-    def score(self, images: Tensor, classes: Tensor) -> Scores:
-        """Scores samples ``[N, 1, 8, 8]`` that were asked to show ``classes`` ``[N]``."""
-        return Scores(ink(images).mean().item(), self._agreement(images, classes))
+    def score(self, images: Tensor, classes: Tensor) -> SampleScores:
+        """SampleScores samples ``[N, 1, 8, 8]`` that were asked to show ``classes`` ``[N]``."""
+        return SampleScores(ink(images).mean().item(), self._agreement(images, classes))
 
     def read(self, images: Tensor) -> Tensor:
         """Digits ``[N]`` that samples ``[N, 1, 8, 8]`` show."""

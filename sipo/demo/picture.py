@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from sipo.demo.digits import CLASSES, IMAGE_SIZE, ink
-from sipo.demo.measure import Scores
+from sipo.demo.measure import SampleScores
 from sipo.files import aside
 from sipo.training.log_reader import pluck
 
@@ -47,7 +47,7 @@ class Weights(NamedTuple):
     aligned: Sequence[float]
 
 
-class Facts(NamedTuple):
+class DemoResult(NamedTuple):
     """Everything the picture shows; ``classes`` ``[N]`` repeat 0 to 9, samples are ``[N, 1, 8, 8]``."""
 
     method: str
@@ -57,32 +57,32 @@ class Facts(NamedTuple):
     classes: Tensor
     before: Tensor
     after: Tensor
-    before_scores: Scores
-    after_scores: Scores
+    before_scores: SampleScores
+    after_scores: SampleScores
     judge_accuracy: float
     history: list[dict[str, Any]]
     weights: Weights
 
 
-def draw(path: Path, facts: Facts) -> None:
+def draw_picture(path: Path, result: DemoResult) -> None:
     """Draws everything into one PNG, written aside and renamed."""
     import matplotlib
 
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(13.0, 8.8), dpi=130, facecolor="white")
-        _title(figure, facts)
+        _title(figure, result)
         grids = figure.add_gridspec(1, 2, left=0.035, right=0.665, top=0.835, bottom=0.47, wspace=0.08)
-        _grid(figure.add_subplot(grids[0]), facts.before, "Before: base model")
-        _grid(figure.add_subplot(grids[1]), facts.after, "After alignment, from the same noise")
+        _grid(figure.add_subplot(grids[0]), result.before, "Before: base model")
+        _grid(figure.add_subplot(grids[1]), result.after, "After alignment, from the same noise")
         scores = figure.add_gridspec(
             2, 1, left=0.745, right=0.975, top=0.835, bottom=0.485, height_ratios=[2.1, 1], hspace=0.95
         )
-        _ink(figure.add_subplot(scores[0]), facts)
-        _agreement(figure.add_subplot(scores[1]), facts)
+        _ink(figure.add_subplot(scores[0]), result)
+        _agreement(figure.add_subplot(scores[1]), result)
         bottom = figure.add_gridspec(1, 3, left=0.06, right=0.975, top=0.355, bottom=0.075, wspace=0.26)
-        _loss(figure.add_subplot(bottom[0]), facts)
-        _fractions(figure.add_subplot(bottom[1]), facts)
-        _weights(figure.add_subplot(bottom[2]), facts)
+        _loss(figure.add_subplot(bottom[0]), result)
+        _fractions(figure.add_subplot(bottom[1]), result)
+        _weights(figure.add_subplot(bottom[2]), result)
         with aside(path) as place:
             figure.savefig(place, format="png", metadata={"Software": None})
 
@@ -92,8 +92,8 @@ def _signed(value: float) -> str:
     return f"{value:+.2f}".replace("-", "−")
 
 
-def _title(figure: Figure, facts: Facts) -> None:
-    before, after = facts.before_scores, facts.after_scores
+def _title(figure: Figure, result: DemoResult) -> None:
+    before, after = result.before_scores, result.after_scores
     figure.text(
         0.035,
         0.945,
@@ -105,8 +105,8 @@ def _title(figure: Figure, facts: Facts) -> None:
     figure.text(
         0.035,
         0.907,
-        f"{NAMES.get(facts.method, facts.method)}, β = {facts.beta:g}, {facts.steps} steps on pairs of real 8×8 "
-        f"scans: of two scans of one digit, the one with more ink wins. Scores are over {len(facts.classes)} "
+        f"{NAMES.get(result.method, result.method)}, β = {result.beta:g}, {result.steps} steps on pairs of real 8×8 "
+        f"scans: of two scans of one digit, the one with more ink wins. SampleScores are over {len(result.classes)} "
         "samples.",
         fontsize=11.5,
     )
@@ -130,11 +130,11 @@ def _grid(axes: Axes, images: Tensor, title: str) -> None:
     axes.spines[:].set_visible(False)
 
 
-def _ink(axes: Axes, facts: Facts) -> None:
-    values = [ink(images).numpy() for images in (facts.before, facts.after)]
+def _ink(axes: Axes, result: DemoResult) -> None:
+    values = [ink(images).numpy() for images in (result.before, result.after)]
     low, high = min(v.min() for v in values), max(v.max() for v in values)
     bins = np.linspace(low, high, 36)
-    scores = (facts.before_scores, facts.after_scores)
+    scores = (result.before_scores, result.after_scores)
     tallest = max(np.histogram(value, bins)[0].max() for value in values)
     # Labels sit over their own histograms; means too close for that share one line of text, left and right.
     apart = abs(scores[1].ink - scores[0].ink) > 0.3 * (high - low)
@@ -156,32 +156,32 @@ def _ink(axes: Axes, facts: Facts) -> None:
     axes.set_ylabel("samples")
 
 
-def _agreement(axes: Axes, facts: Facts) -> None:
-    values = [facts.after_scores.agreement, facts.before_scores.agreement]
+def _agreement(axes: Axes, result: DemoResult) -> None:
+    values = [result.after_scores.agreement, result.before_scores.agreement]
     bars = axes.barh(["after", "before"], values, color=[AFTER, BEFORE], height=0.62)
     axes.bar_label(bars, labels=[f"{v:.1%}" for v in values], padding=4)
     axes.set_xlim(0, 1.2)
     axes.set_xticks([0, 0.5, 1], ["0%", "50%", "100%"])
     axes.tick_params(axis="y", length=0)
     axes.set_title("Read as the digit asked for")
-    axes.set_xlabel(f"judge: {facts.judge_accuracy:.1%} right on held-out scans")
+    axes.set_xlabel(f"judge: {result.judge_accuracy:.1%} right on held-out scans")
 
 
-def _loss(axes: Axes, facts: Facts) -> None:
-    steps = pluck(facts.history, "step")
-    axes.plot(steps, pluck(facts.history, "loss"), color=AFTER)
+def _loss(axes: Axes, result: DemoResult) -> None:
+    steps = pluck(result.history, "step")
+    axes.plot(steps, pluck(result.history, "loss"), color=AFTER)
     axes.axhline(np.log(2), color=BEFORE, linewidth=1.0, linestyle=(0, (4, 3)))
     axes.text(steps[-1], np.log(2), "ln 2: no preference yet", ha="right", va="bottom", fontsize=9.5, bbox=_PAPER)
-    axes.set_ylim(0, max(0.78, np.nanmax(pluck(facts.history, "loss")) * 1.1))
+    axes.set_ylim(0, max(0.78, np.nanmax(pluck(result.history, "loss")) * 1.1))
     axes.set_title("Training loss")
     axes.set_xlabel("optimiser step")
     axes.set_ylabel("loss (nats per pair)")
 
 
-def _fractions(axes: Axes, facts: Facts) -> None:
-    steps = pluck(facts.history, "step")
-    axes.plot(steps, pluck(facts.history, "rewards/accuracies"), color=AFTER, label="implicit accuracy")
-    axes.plot(steps, pluck(facts.history, "active_fraction"), color=LIMIT, label="active pairs")
+def _fractions(axes: Axes, result: DemoResult) -> None:
+    steps = pluck(result.history, "step")
+    axes.plot(steps, pluck(result.history, "rewards/accuracies"), color=AFTER, label="implicit accuracy")
+    axes.plot(steps, pluck(result.history, "active_fraction"), color=LIMIT, label="active pairs")
     axes.set_ylim(0, 1.05)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0%", "25%", "50%", "75%", "100%"])
     axes.set_title("Pairs ranked right, and pairs that train")
@@ -190,19 +190,19 @@ def _fractions(axes: Axes, facts: Facts) -> None:
     axes.legend(frameon=False, loc="lower right")
 
 
-def _weights(axes: Axes, facts: Facts) -> None:
-    weights = facts.weights
+def _weights(axes: Axes, result: DemoResult) -> None:
+    weights = result.weights
     axes.plot(weights.timesteps, weights.base, color=BEFORE, linewidth=3.4, label="base model")
     axes.plot(weights.timesteps, weights.aligned, color=AFTER, label="aligned model")
     axes.set_xscale("log")
     ticks = [t for t in (20, 50, 100, 200, 500, 1000) if t <= max(weights.timesteps) * 1.05]
     axes.set_xticks(ticks, [str(t) for t in ticks])
     axes.minorticks_off()
-    if facts.threshold is not None:
-        axes.axhline(facts.threshold, color=LIMIT, linewidth=1.2, linestyle=(0, (4, 3)))
-        label = f"{facts.threshold:g}: pairs below are left out"
+    if result.threshold is not None:
+        axes.axhline(result.threshold, color=LIMIT, linewidth=1.2, linestyle=(0, (4, 3)))
+        label = f"{result.threshold:g}: pairs below are left out"
         axes.text(
-            max(weights.timesteps), facts.threshold - 0.02, label, ha="right", va="top", color=LIMIT, fontsize=9.5
+            max(weights.timesteps), result.threshold - 0.02, label, ha="right", va="top", color=LIMIT, fontsize=9.5
         )
     axes.set_ylim(0, 1.05)
     axes.set_title("Mean importance weight by noise level")

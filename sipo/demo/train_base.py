@@ -22,7 +22,9 @@ from sipo.demo.model import SCHEDULER_FOLDER, build_model, build_scheduler, save
 from sipo.progress import Steps
 
 
-def train(steps: int = 2500, batch_size: int = 64, learning_rate: float = 2e-3, seed: int = 0) -> tuple[Any, float]:
+def train_base_model(
+    steps: int = 2500, batch_size: int = 64, learning_rate: float = 2e-3, seed: int = 0
+) -> tuple[Any, float]:
     """Trains from scratch on the training digits.
 
     Args:
@@ -128,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.steps < 1:
         parser.error(f"--steps is {options.steps}, expected at least 1")
-    model, loss = train(steps=options.steps, seed=options.seed)
+    model, loss = train_base_model(steps=options.steps, seed=options.seed)
     save(model, options.output)
     print(f"{options.output}: {model.num_parameters():,} parameters, held-out noise loss {loss:.4f}")
     return 0
