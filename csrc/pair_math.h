@@ -30,10 +30,10 @@ struct Settings {
   int double_stats;  // whether results are returned as double, else as float
 };
 
-struct Sample {  // in: errors, scale and weight of one sample; out: log ratio, ratio, weight, gradient coefficient
+struct Sample {  // in: errors, scale and weight of one sample; out: the rest
   double model_error, ref_error, error_gap;
   double ratio_scale, error_weight;
-  double log_ratio, ratio, weight, coef;
+  double log_ratio, ratio, weight, reward, coef;
 };
 
 struct Pair {
@@ -58,7 +58,7 @@ struct Linked {
   double loss, pull;  // ℓ(z) and −ℓ'(z)
 };
 
-// §5, §6: what the link makes of a logit. NaN stays NaN.
+// §5, §6: what the loss type makes of a logit. NaN stays NaN.
 SIPO_HD Linked apply_link(double z, const Settings& s) {
   if (s.loss_type == kIpo) return {(z - 0.5) * (z - 0.5), 1.0 - 2.0 * z};
   if (s.loss_type == kHinge) return {z < 1 ? 1.0 - z : (z >= 1 ? 0.0 : z), z < 1 ? 1.0 : (z >= 1 ? 0.0 : z)};
@@ -115,7 +115,7 @@ SIPO_HD bool all_finite(const Sample& chosen, const Sample& rejected, double log
              nothing(penalty) == 0;
 }
 
-// §4 to §6 of one pair of weighed samples, whose coefficients it sets. `elements` is D, the size of one sample; `share`
+// §4 to §6 of one pair of weighed samples, whose rewards and coefficients it sets. `elements` is D, the size of one sample; `share`
 // is that of the rejected sample's gradient, 1 where the chosen sample is not preserved.
 SIPO_HD Pair judge(Sample& chosen, Sample& rejected, const Settings& s, double elements, double share) {
   Pair p;
@@ -124,6 +124,8 @@ SIPO_HD Pair judge(Sample& chosen, Sample& rejected, const Settings& s, double e
 
   const auto [a_w, a_l, b] = place(chosen, rejected, s);  // §5
   p.logits = -0.5 * s.beta * (a_w * chosen.error_gap - a_l * rejected.error_gap);
+  chosen.reward = -0.5 * s.beta * (a_w * chosen.error_gap);
+  rejected.reward = -0.5 * s.beta * (a_l * rejected.error_gap);
   const Linked linked = apply_link(p.logits, s);
   p.loss = b * (p.mask ? 1.0 : 0.0) * linked.loss;
   p.finite = all_finite(chosen, rejected, p.logits, linked.loss, s);

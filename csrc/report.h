@@ -5,10 +5,14 @@
 
 namespace sipo {
 
+// The order of SAMPLE_ROWS in sipo_kernels/output.py: results of each sample, [kSampleRows][S].
+enum SampleRow : int {
+  kModelErrorRow, kRefErrorRow, kErrorGapRow, kLogRatioRow, kWeightRow, kRewardRow, kCoefRow, kSampleRows
+};
 // The order of METRICS in sipo_kernels/output.py; behind them, the pairs that the means are over.
 enum Metric : int {
-  kLoss, kAccuracies, kModelMse, kRefMse, kMargins, kChosenGap, kRejectedGap, kWeightMean, kClipFraction,
-  kActiveFraction, kNonfinitePairs, kMetrics, kCounted = kMetrics, kFacts
+  kLoss, kRewardsChosen, kRewardsRejected, kMargins, kAccuracies, kModelMse, kRefMse, kChosenGap, kRejectedGap,
+  kWeightMean, kClipFraction, kActiveFraction, kNonfinitePairs, kMetrics, kCounted = kMetrics, kFacts
 };
 // Rows of the sums by noise level: STATISTICS in sipo_kernels/output.py.
 constexpr int kStatistics = 18;
@@ -23,6 +27,8 @@ SIPO_HD double clipped(const Sample& x, const Settings& s) {
 SIPO_HD void pair_facts(const Sample& chosen, const Sample& rejected, const Pair& p, const Settings& s, double* facts) {
   const bool counted = p.finite || !s.skip_nonfinite;
   facts[kLoss] = p.loss;
+  facts[kRewardsChosen] = counted ? chosen.reward : 0.0;
+  facts[kRewardsRejected] = counted ? rejected.reward : 0.0;
   facts[kAccuracies] = counted ? correct(p.logits) : 0.0;
   facts[kModelMse] = counted ? 0.5 * (chosen.model_error + rejected.model_error) : 0.0;
   facts[kRefMse] = counted ? 0.5 * (chosen.ref_error + rejected.ref_error) : 0.0;

@@ -1,11 +1,12 @@
 """What a call returns, and docs/math.md §8 in plain torch: the metrics of a batch and its sums by noise level.
 
-The kernels write the same numbers along the way (``csrc/report.h``, ``triton_report.py``). What is here serves outputs
-without them: of the plain-torch backend, of a compiled graph, of a loss that changes an output's fields.
+The kernels write the same numbers along the way (``csrc/report.h``, ``backends/triton/report.py``). What is here serves
+outputs without them: of the plain-torch backend, of a compiled graph, of a loss that changes an output's fields.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -13,13 +14,20 @@ from torch import Tensor
 
 from sipo_kernels.layout import pair_dtype
 
+# Results of each sample (§2 to §6), in the order in which the kernels write them.
+SAMPLE_ROWS = ("model_error", "ref_error", "error_gap", "log_ratio", "weight", "reward", "coef")
+COEF_ROW = SAMPLE_ROWS.index("coef")
+# The fields of PairLossOutput that are results.
+RESULTS = ("loss", *SAMPLE_ROWS, "mask", "logits")
 # What a batch reports (§8), in the order in which the kernels write it.
 METRICS = (
     "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
     "rewards/accuracies",
     "model_mse",
     "ref_mse",
-    "rewards/margins",
     "chosen_gap",
     "rejected_gap",
     "weight_mean",
@@ -68,7 +76,8 @@ class Totals(NamedTuple):
     top: float = 1.0
 
 
-class PairLossOutput(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class PairLossOutput:
     """Result of :func:`sipo_kernels.pair_loss` for ``B`` pairs, ``S = 2B`` samples. Names of ``docs/math.md``.
 
     Attributes:
@@ -78,6 +87,8 @@ class PairLossOutput(NamedTuple):
         error_gap: ``[S]`` ``model_error − ref_error``, accumulated without cancellation.
         log_ratio: ``[S]`` log importance ratio (§3); 0 where no ``ratio_scale`` was given.
         weight: ``[S]`` clipped importance ratio (§4).
+        reward: ``[S]`` the sample's implicit reward as it stands in the logit (§5): positive where the policy denoises
+            it better than the reference does.
         mask: ``[B]`` bool, the pairs that take part.
         logits: ``[B]`` (§5).
         coef: ``[S]`` factor of ``model_pred − target`` in the gradient (§6) for an upstream gradient of 1; with
@@ -86,7 +97,8 @@ class PairLossOutput(NamedTuple):
         loss_type: the loss of a logit.
         skip_nonfinite: whether non-finite pairs were left out.
         numbers: the metrics as the kernel wrote them, in the order of ``METRICS`` and with one more number behind;
-            ``None``: they are made from the fields above. Who replaces one of those sets it to ``None``.
+            ``None``: they are made from the fields above. To replace a field (``dataclasses.replace``), set this to
+            ``None`` too.
     """
 
     loss: Tensor
@@ -95,6 +107,7 @@ class PairLossOutput(NamedTuple):
     error_gap: Tensor
     log_ratio: Tensor
     weight: Tensor
+    reward: Tensor
     mask: Tensor
     logits: Tensor
     coef: Tensor
@@ -140,10 +153,12 @@ def _metrics(output: PairLossOutput) -> Tensor:
     ratio = torch.exp(output.log_ratio)
     samples = torch.stack([output.model_error, output.ref_error, output.weight, _clipped(output, ratio)])
     model_mse, ref_mse, weight, clipped = samples.unflatten(1, (2, -1)).mean(1)
+    chosen_reward, rejected_reward = output.reward.chunk(2)
     chosen_gap, rejected_gap = output.error_gap.chunk(2)
-    rows = torch.stack(
-        [_correct(output.logits), model_mse, ref_mse, output.logits, chosen_gap, rejected_gap, weight, clipped]
-    ).to(pair_dtype(output.logits.device))
+    rewards = [chosen_reward, rejected_reward, output.logits, _correct(output.logits)]
+    rows = torch.stack([*rewards, model_mse, ref_mse, chosen_gap, rejected_gap, weight, clipped]).to(
+        pair_dtype(output.logits.device)
+    )
     if output.skip_nonfinite:
         means = torch.where(finite, rows, 0).sum(1) / finite.sum().clamp(min=1)
     else:
@@ -203,7 +218,7 @@ def add_totals(totals: Totals, output: PairLossOutput, coef_unit: float) -> None
         if totals.metrics is not None:
             add_metrics(totals.metrics, _metrics(output).float(), _metric_pairs(output).float())
         if totals.levels is not None:
-            assert totals.timesteps is not None  # checks.py
+            assert totals.timesteps is not None  # inputs.py
             pairs = output.mask.shape[0]
             bins = level_bins(totals.timesteps[:pairs], totals.levels.shape[1], totals.top)
             add_levels(totals.levels, bins, output, coef_unit)

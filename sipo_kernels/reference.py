@@ -35,6 +35,7 @@ class ReferenceOutput(NamedTuple):
         error_gap: ``[S]``, §2.
         log_ratio: ``[S]``, §3, in nats per element, −inf at a terminal step.
         weight: ``[S]``, the clipped ratio of §4.
+        reward: ``[S]``, §5, the sample's implicit reward as it stands in the logit.
         mask: ``[B]`` bool, §4: the pairs that take part.
         logits: ``[B]``, §5.
         clipped: ``[S]`` bool, the samples whose ratio the clip changes; all False for a method that does not
@@ -50,6 +51,7 @@ class ReferenceOutput(NamedTuple):
     error_gap: Tensor
     log_ratio: Tensor
     weight: Tensor
+    reward: Tensor
     mask: Tensor
     logits: Tensor
     clipped: Tensor
@@ -72,13 +74,16 @@ class ReferenceOutput(NamedTuple):
         def over_samples(value: Tensor) -> Tensor:
             return _mean_or_zero(value.double()[keep_samples])
 
+        chosen_reward, rejected_reward = self.reward.chunk(2)
         chosen_gap, rejected_gap = self.error_gap.chunk(2)
         return {
             "loss": self.loss.detach().mean(),
+            "rewards/chosen": over_pairs(chosen_reward),
+            "rewards/rejected": over_pairs(rejected_reward),
+            "rewards/margins": over_pairs(self.logits),
             "rewards/accuracies": over_pairs((self.logits > 0).double() + 0.5 * (self.logits == 0).double()),
             "model_mse": over_samples(self.model_error),
             "ref_mse": over_samples(self.ref_error),
-            "rewards/margins": over_pairs(self.logits),
             "chosen_gap": over_pairs(chosen_gap),
             "rejected_gap": over_pairs(rejected_gap),
             "weight_mean": over_samples(self.weight),
@@ -272,6 +277,7 @@ def _evaluate(inputs: _CheckedInputs) -> ReferenceOutput:
         model_error=model_error.detach(),
         ref_error=ref_error.detach(),
         error_gap=error_gap.detach(),
+        reward=-0.5 * settings.beta * torch.cat([chosen_term, rejected_term]).detach(),
         log_ratio=log_ratio,
         weight=weight,
         mask=mask,

@@ -32,7 +32,7 @@ from sipo_kernels.backends.cuda.plan import (
 from sipo_kernels.backends.interface import Stats
 from sipo_kernels.inputs import Inputs
 from sipo_kernels.options import Settings
-from sipo_kernels.output import add_totals
+from sipo_kernels.output import COEF_ROW, add_totals
 from sipo_kernels.testing import Batch, make_batch, run
 from tests import emulation
 from tests.conftest import emulate
@@ -392,7 +392,7 @@ def test_same_bits_fused_mended_and_alone(mix: Any, elements: int, shared: bool)
     for reduction in ("mean", "none"):
         settings = dataclasses.replace(SETTINGS, mask_threshold=0.9, reduction=reduction)
         plain = cuda.forward(inputs, settings)
-        coef = plain.samples[5]
+        coef = plain.samples[COEF_ROW]
         for value in UPSTREAMS:
             upstream = torch.full((3,) if reduction == "none" else (), value, dtype=stats)
             alone = cuda.gradient(model, target, coef, upstream)
@@ -456,7 +456,7 @@ def test_metrics_and_running_sums_are_those_of_the_fields(label: str, nonfinite:
         want = got._replace(metrics=got.metrics.clone(), levels=got.levels.clone())
         options: dict[str, Any] = {"method": method, "beta": 3.0, "mask_threshold": 0.98}
         out, _ = run(batch, "cuda", **options, nonfinite=nonfinite, totals=got)
-        fields = out._replace(numbers=None)
+        fields = dataclasses.replace(out, numbers=None)
         add_totals(want, fields, elements * pairs / 3.0)
         for name, value in fields.metrics().items():
             torch.testing.assert_close(out.metrics()[name], value, rtol=1e-5, atol=1e-8, equal_nan=True, msg=name)

@@ -247,10 +247,12 @@ def test_weight_clip_mask_and_metrics_by_hand() -> None:
     assert out.loss.item() == pytest.approx(loss, rel=1e-13)
     expected = {
         "loss": loss,
+        "rewards/chosen": 4.5 * sum(weights[:4]) / 4,
+        "rewards/rejected": 4.5 * sum(weights[4:]) / 4,
+        "rewards/margins": sum(logits) / 4,
         "rewards/accuracies": 0.5,  # 4.5·0.03 > 0, 4.5·0.05 > 0, two below 0
         "model_mse": 1.0,
         "ref_mse": 0.0625 * 25,
-        "rewards/margins": sum(logits) / 4,
         "chosen_gap": -0.5625,
         "rejected_gap": -0.5625,
         "weight_mean": sum(weights) / 8,
@@ -350,10 +352,12 @@ def test_skip_leaves_a_broken_pair_out(kind: float, method: str) -> None:
     assert metrics["nonfinite_pairs"] == 1 and metrics["active_fraction"].item() == pytest.approx(2 / 3)
     close(metrics["loss"], kept.loss * 2 / 3)
     for name in (
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/margins",
         "rewards/accuracies",
         "model_mse",
         "ref_mse",
-        "rewards/margins",
         "chosen_gap",
         "rejected_gap",
         "weight_mean",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from sipo_kernels import METHODS, METRICS, STATISTICS, Totals, backends, pair_loss
 from sipo_kernels.output import add_totals
-from sipo_kernels.testing import Batch, make_batch, run
+from sipo_kernels.testing import Batch, make_batch, run, run_reference
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 BINS = 7
@@ -54,7 +55,7 @@ def test_metrics_and_totals_are_those_of_the_fields(backend: str, types: tuple[t
         got, want = totals(timesteps), totals(timesteps)
         out, _ = run(batch, backend, upstream=upstream, totals=got, **options)
         assert (out.numbers is None) == (backend == "eager")
-        fields = out._replace(numbers=None)
+        fields = dataclasses.replace(out, numbers=None)
         for name, value in fields.metrics().items():
             torch.testing.assert_close(
                 out.metrics()[name], value, rtol=2e-6, atol=1e-7, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
@@ -63,6 +64,26 @@ def test_metrics_and_totals_are_those_of_the_fields(backend: str, types: tuple[t
         add_totals(want, fields, unit)
         assert_same_sums(got, want)
         assert got.levels is not None and got.levels[:2].sum() == 6
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rewards_are_what_the_logit_is_made_of(backend: str, method: str) -> None:
+    """TRL's identity: the margin is the chosen reward less the rejected one, error weights and ratios included."""
+    batch = make_batch((12, 3, 37), (F32,) * 3, distance=1.0, weighted=True, device=DEVICE)
+    out, _ = run(batch, backend, method=method, beta=3.0, mask_threshold=0.0)
+    truth = run_reference(batch, method=method, beta=3.0, mask_threshold=0.0)
+    chosen, rejected = out.reward.chunk(2)
+    torch.testing.assert_close(chosen - rejected, out.logits, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out.reward.double().cpu(), truth.reward.cpu(), rtol=1e-5, atol=1e-6)
+    if method == "diffusion_dpo":
+        assert batch.error_weight is not None
+        plain = -1.5 * batch.error_weight.double() * out.error_gap.double()
+        torch.testing.assert_close(out.reward.double(), plain, rtol=1e-5, atol=1e-6)
+    metrics = out.metrics()
+    torch.testing.assert_close(metrics["rewards/chosen"], chosen.mean(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(metrics["rewards/rejected"], rejected.mean(), rtol=1e-5, atol=1e-6)
+    margin = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+    torch.testing.assert_close(margin, metrics["rewards/margins"], rtol=1e-5, atol=1e-6)
 
 
 def test_totals_run_over_calls_in_the_same_bits(backend: str) -> None:
@@ -125,7 +146,7 @@ def test_many_pairs(backend: str) -> None:
     timesteps = torch.arange(pairs) * 1000 // pairs
     got, want = totals(timesteps), totals(timesteps)
     out, _ = run(batch, backend, totals=got, method="sipo", beta=3.0, mask_threshold=0.9)
-    add_totals(want, out._replace(numbers=None), 5 * pairs / 3.0)
+    add_totals(want, dataclasses.replace(out, numbers=None), 5 * pairs / 3.0)
     torch.testing.assert_close(got.metrics, want.metrics, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(got.levels, want.levels, rtol=1e-4, atol=1e-4)
     assert got.levels[0].sum() == pairs
@@ -164,9 +185,9 @@ GOOD = torch.zeros(len(STATISTICS), 3)
     ("sums", "error", "message"),
     [
         ((None, None), TypeError, "totals is a tuple: expected sipo_kernels.Totals"),
-        (Totals(torch.zeros(2, 3)), ValueError, r"totals.metrics has shape \[2, 3\]: expected \[2, 11\]"),
-        (Totals(torch.zeros(2, 11, dtype=F64)), TypeError, "totals.metrics has dtype torch.float64: expected"),
-        (Totals(torch.zeros(11, 2).T), ValueError, "totals.metrics requires grad, is not contiguous"),
+        (Totals(torch.zeros(2, 3)), ValueError, r"totals.metrics has shape \[2, 3\]: expected \[2, 13\]"),
+        (Totals(torch.zeros(2, 13, dtype=F64)), TypeError, "totals.metrics has dtype torch.float64: expected"),
+        (Totals(torch.zeros(13, 2).T), ValueError, "totals.metrics requires grad, is not contiguous"),
         (Totals(None, torch.zeros(3, 50), torch.zeros(2)), ValueError, r"totals.levels has shape \[3, 50\]"),
         (Totals(None, torch.zeros(18, 0), torch.zeros(2)), ValueError, r"totals.levels has shape \[18, 0\]"),
         (Totals(None, GOOD), TypeError, "totals.timesteps is a NoneType: expected a tensor"),
@@ -185,7 +206,7 @@ def test_totals_that_do_not_fit_are_refused(sums: Any, error: type[Exception], m
 def test_an_output_that_was_changed_is_reported_as_it_is() -> None:
     batch = make_batch((4, 3), device=DEVICE)
     out, _ = run(batch, "auto", method="diffusion_dpo", beta=1.0)
-    changed = out._replace(mask=torch.zeros_like(out.mask), numbers=None)
+    changed = dataclasses.replace(out, mask=torch.zeros_like(out.mask), numbers=None)
     assert out.metrics()["active_fraction"] == 1 and changed.metrics()["active_fraction"] == 0
     assert list(out.metrics()) == list(changed.metrics()) == list(METRICS)
     assert "native" in backends.FUSED

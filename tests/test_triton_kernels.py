@@ -251,7 +251,7 @@ def _both_ways(batch: Batch, ref_error: torch.Tensor | None = None, **changes: A
     """Results of one launch, and of two: the second with its gradient from ``gradient``."""
     one, two = (_forward(batch, with_grad, ref_error, **changes) for with_grad in (True, False))
     upstream = torch.ones_like(two.loss)
-    grad = triton_kernels.gradient(batch.model_pred.detach(), batch.target, two.samples[5], upstream)
+    grad = triton_kernels.gradient(batch.model_pred.detach(), batch.target, two.samples[output.COEF_ROW], upstream)
     return one, two._replace(grad=grad)
 
 
@@ -359,7 +359,7 @@ def test_fused_mended_or_made_alone_the_bits_are_the_same(
     batch.ratio_scale[4] = math.inf  # pair 1 is masked
     model, target = batch.model_pred.detach(), batch.target
     plain = _forward(batch, True, mask_threshold=0.1)
-    coef = plain.samples[5]
+    coef = plain.samples[output.COEF_ROW]
     assert coef.count_nonzero() == 4
     for turn, value in enumerate(UPSTREAMS):
         expected = _cell(value) if turn % 2 else value
@@ -488,7 +488,12 @@ def test_numbers_and_totals_are_those_of_the_fields(method: str, poisoned: None)
         rows = stats.samples.unbind()
         clip = None if method == "diffusion_dpo" else (0.9, 1.1)
         fields = output.PairLossOutput(
-            stats.loss, *rows[:5], stats.mask, stats.logits, rows[5], clip_range=clip, skip_nonfinite=skip
+            loss=stats.loss,
+            mask=stats.mask,
+            logits=stats.logits,
+            **dict(zip(output.SAMPLE_ROWS, rows, strict=True)),
+            clip_range=clip,
+            skip_nonfinite=skip,
         )
         truth = torch.stack(list(fields.metrics().values()))
         torch.testing.assert_close(stats.numbers[:-1], truth, rtol=1e-12, atol=1e-15, equal_nan=True)
@@ -544,7 +549,7 @@ def test_three_launches_do_it_all(upstream: torch.Tensor, monkeypatch: pytest.Mo
     sums = _totals(torch.tensor([[0, 1], [2, 3], [4, 5]], dtype=torch.uint8)[:, 1])
     with launches:
         stats = triton_kernels.forward(inputs, settings, with_grad=True, expected=remembered, totals=sums)
-        model, target, coef = inputs.model_pred, inputs.target, stats.samples[5]
+        model, target, coef = inputs.model_pred, inputs.target, stats.samples[output.COEF_ROW]
         triton_kernels.mend(stats.grad, model, target, coef, upstream.to(DEVICE), stats.numbers, remembered)
     assert launches.seen == ["zeros", "kernel", "kernel"]
 

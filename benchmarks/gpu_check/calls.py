@@ -21,6 +21,7 @@ from benchmarks.gpu_check.context import (
     same_bits,
 )
 from sipo_kernels import PairLossOutput, backends, pair_loss
+from sipo_kernels.output import RESULTS
 
 Options = dict[str, Any]
 
@@ -283,9 +284,9 @@ def check_repetition(ctx: Context) -> None:
                 batch, ctx.backend, upstream=upstream, expected_upstream=expected, totals=sums,
                 method="sipo", beta=30.0, mask_threshold=0.0,
             )  # fmt: skip
-            found = [grad, *out[:8], sums.metrics, sums.levels]
+            found = [grad, *(getattr(out, name) for name in RESULTS), sums.metrics, sums.levels]
             first = first or found
-            names = ("gradient", *PairLossOutput._fields[:8], "sums of metrics", "sums by noise level")
+            names = ("gradient", *RESULTS, "sums of metrics", "sums by noise level")
             for name, got, due in zip(names, found, first, strict=True):
                 ctx.same(got, due, f"run {turn} {list(shape)}: {name}")
             (busy @ busy).sum()
@@ -327,7 +328,7 @@ def check_compile(ctx: Context) -> None:
             model, ref, target, ratio_scale=scale, method="sipo", beta=3.0, mask_threshold=0.0, reduction=reduction,
             backend=ctx.backend,
         )  # fmt: skip
-        return out.loss.sum(), tuple(out[1:9]), out.metrics()
+        return out.loss.sum(), {name: getattr(out, name) for name in RESULTS[1:]}, out.metrics()
 
     kinds = ((F32, "mean"), (BF16, "none"), (F16, "sum"))
     for dtype, reduction in kinds[:2] if ctx.quick else kinds:
@@ -347,7 +348,7 @@ def check_compile(ctx: Context) -> None:
         summed = "mean" if reduction == "mean" else "sum"
         exact = cases.reference_grad(doubled, reduction=summed, **options)
         truth = cases.run_reference(doubled, reduction=summed, **options)
-        out = PairLossOutput(loss.detach(), *rest)
+        out = PairLossOutput(loss=loss.detach(), **rest)
         ctx.compare(doubled, out, grad / 2, exact, truth, f"compiled {dtype}")
         for name, value in metrics.items():
             close = torch.isclose(compiled_metrics[name], value, rtol=1e-5, atol=1e-7)

@@ -7,6 +7,7 @@ where the contract (``docs/architecture.md``) is broken.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import math
 import sys
@@ -164,7 +165,7 @@ class Context:
         batch = batch._replace(ratio_scale=torch.where(terminal, 0.0, scale))
         truth = truth._replace(log_ratio=torch.where(terminal, 0.0, truth.log_ratio))
         try:
-            finite = out._replace(log_ratio=torch.where(terminal, 0.0, out.log_ratio))
+            finite = dataclasses.replace(out, log_ratio=torch.where(terminal, 0.0, out.log_ratio))
             cases.assert_within_budget(batch, finite, grad, exact, truth)
         except AssertionError as error_text:
             raise CheckFailed(f"{label}: {str(error_text).strip() or 'log_ratio out of budget'}") from None

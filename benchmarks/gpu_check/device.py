@@ -17,6 +17,7 @@ from benchmarks.footprint import extra_memory_mb
 from benchmarks.gpu_check.context import BF16, F16, F32, CheckFailed, Context, NotRun, cases, check, poisoned
 from benchmarks.machine import memory_bytes
 from sipo_kernels import PairLossOutput, Totals, backends, pair_loss
+from sipo_kernels.output import RESULTS
 
 OPTIONS: dict[str, Any] = {"method": "sipo", "beta": 30.0, "mask_threshold": 0.0}
 MOST_LAUNCHES = 3
@@ -165,7 +166,7 @@ def check_graph(ctx: Context) -> None:
             with torch.no_grad():
                 for place, new in zip((*static[:4], upstream), (*fresh[:4], torch.tensor(value)), strict=True):
                     place.copy_(new)
-                for result in (grad, *out[:8]):
+                for result in (grad, *(getattr(out, name) for name in RESULTS)):
                     result.zero_()  # what the last replay left is not this one's
             for turn in range(2):
                 label = f"replay {turn} on inputs {seed} {list(shape)} {types}"

@@ -17,6 +17,7 @@ import torch
 from benchmarks.gpu_check.context import BF16, F16, F32, F64, Context, cases, check
 from benchmarks.gpu_check.processes import ROOT, Plan, Row, command, environment, no_more
 from sipo_kernels import METRICS, PairLossOutput
+from sipo_kernels.output import RESULTS
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 USUAL = "/usr/local/cuda/bin/compute-sanitizer"
@@ -58,7 +59,7 @@ def small_cases(ctx: Context) -> None:
             out, grad = cases.run(
                 batch, ctx.backend, upstream=upstream, expected_upstream=expected, totals=sums, **settings
             )
-            there = PairLossOutput(*[t.detach().cpu() for t in out[:9]])  # type: ignore[arg-type]
+            there = PairLossOutput(**{name: getattr(out, name).detach().cpu() for name in RESULTS})
             ctx.compare(made, there, grad.cpu(), exact, truth, f"{list(shape)}, expected {expected}")
         counts = sums.metrics[1].tolist(), sums.levels[0].sum().item()
         pairs = float(shape[0])  # of two calls

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from typing import Any
@@ -144,7 +145,7 @@ def check_totals(ctx: Context) -> None:
             out, _ = ctx.run(batch, upstream=upstream, totals=got, **options)
             label = f"{describe(options)}{', a pair with NaN' * broken}"
             truth = cases.run_reference(batch, **options).metrics()
-            fields = out._replace(numbers=None)
+            fields = dataclasses.replace(out, numbers=None)
             for name, value in out.metrics().items():
                 near = torch.isclose(value, fields.metrics()[name], rtol=2e-6, atol=1e-7, equal_nan=True)
                 ctx.require(near, f"{label}: {name} {float(value):g}, of the fields {float(fields.metrics()[name]):g}")
@@ -166,7 +167,7 @@ def check_totals(ctx: Context) -> None:
         many = ctx.batch((1400, 5), F32, distance=1.0)
         got, want = (ctx.totals(torch.arange(700) * 1000 // 700) for _ in range(2))
         out, _ = ctx.run(many, totals=got, method="sipo", beta=3.0)
-        add_totals(want, out._replace(numbers=None), 5 * 700 / 3.0)
+        add_totals(want, dataclasses.replace(out, numbers=None), 5 * 700 / 3.0)
         _same_sums(ctx, got, want, "700 pairs", 1e-4)
 
 

@@ -148,7 +148,7 @@ struct Args {
   int64_t model_stride, ref_stride, target_stride;
   int64_t pairs, elements;
   const void *ratio_scale, *error_weight, *ref_error;  // [S] or null
-  // Float or double; samples: [6][S], the rows of Stats in sipo_kernels/output.py; numbers: [kMetrics + 1].
+  // Float or double; samples: [kSampleRows][S]; numbers: [kMetrics + 1].
   void *loss, *samples, *logits, *numbers;
   const void* coef;  // sipo_pair_grad: [S], float or double, the upstream gradient included
   bool* mask;
@@ -222,8 +222,8 @@ Sample read_sample(const Args& a, const Sums* partial, int64_t s, int64_t chunks
 }
 
 void write_sample(const Args& a, int64_t s, const Sample& x) {
-  const double rows[6] = {x.model_error, x.ref_error, x.error_gap, x.log_ratio, x.weight, x.coef};
-  for (int i = 0; i < 6; ++i) put(a.samples, i * 2 * a.pairs + s, rows[i], a.settings.double_stats);
+  const double rows[kSampleRows] = {x.model_error, x.ref_error, x.error_gap, x.log_ratio, x.weight, x.reward, x.coef};
+  for (int i = 0; i < kSampleRows; ++i) put(a.samples, i * 2 * a.pairs + s, rows[i], a.settings.double_stats);
 }
 
 void reduce_unit(const Args& a, const Kernels& k, int64_t pair, int64_t s, int64_t chunk, Sums& sums) {

@@ -23,7 +23,7 @@ struct Args {
   Numbers ratio_scale, error_weight, ref_error;
   Numbers timesteps;  // of pairs, where there are levels; integers too
   Numbers upstream;   // sipo_cuda_pair_grad: of pairs, with stride 0 if there is one for all; none: 1
-  // Float or double; samples: [6][S], the rows of Stats in sipo_kernels/output.py; numbers: [kMetrics + 1].
+  // Float or double; samples: [kSampleRows][S]; numbers: [kMetrics + 1].
   void *loss, *samples, *logits, *numbers;
   bool* mask;
   void* grad;                 // null: no gradient. Samples lie `elements` apart

@@ -53,11 +53,11 @@ struct Settling {
     x.error_gap = a.ref ? device::load_shared_result(of + 2) / a.size : x.model_error - x.ref_error;
     x.ratio_scale = number(a.ratio_scale, s, 0.0);
     x.error_weight = number(a.error_weight, s, 1.0);
-    x.coef = 0;
+    x.reward = x.coef = 0;
     weigh(x, a.settings, a.ratio_scale.data != nullptr);
-    const double rows[5] = {x.model_error, x.ref_error, x.error_gap, x.log_ratio, x.weight};
+    const double rows[kRewardRow] = {x.model_error, x.ref_error, x.error_gap, x.log_ratio, x.weight};
 #pragma unroll
-    for (int i = 0; i < 5; ++i) put(a.samples, i * 2 * a.pairs + s, rows[i], a.settings.double_stats);
+    for (int i = 0; i < kRewardRow; ++i) put(a.samples, i * 2 * a.pairs + s, rows[i], a.settings.double_stats);
     a.work.samples[s] = x;
   }
 
@@ -82,8 +82,10 @@ struct Settling {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int64_t row = i + half * a.pairs;
-      const double coef = half ? rejected.coef : chosen.coef;
-      put(a.samples, 5 * 2 * a.pairs + row, coef, a.settings.double_stats);
+      const double coef = half ? rejected.coef : chosen.coef, reward = half ? rejected.reward : chosen.reward;
+      put(a.samples, kRewardRow * 2 * a.pairs + row, reward, a.settings.double_stats);
+      put(a.samples, kCoefRow * 2 * a.pairs + row, coef, a.settings.double_stats);
+      a.work.samples[row].reward = reward;
       a.work.samples[row].coef = coef;
       a.work.coef[row] = upstream_coef(coef, upstream(), a.settings.double_stats);
     }

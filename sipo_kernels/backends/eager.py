@@ -1,6 +1,6 @@
 """The pair loss in plain torch: any device, any dtype; the twin that the kernels are read beside.
 
-The same formulas as ``csrc/pair_math.h`` and ``triton_math.py``, section by section of ``docs/math.md``.
+The same formulas as ``csrc/pair_math.h`` and ``triton/math.py``, section by section of ``docs/math.md``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _errors(
     ref_error: Tensor | None,
     inner: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """§2: per-sample errors and the reward gap, ``[2, B]`` each, in the types that ``contract.py`` argues for.
+    """§2: per-sample errors and the error gap, ``[2, B]`` each, in the types of :func:`accumulate_dtype`.
 
     With ``inner`` also §6's mean_D(d_w · d_l), ``[B]``.
     """
@@ -41,7 +41,7 @@ def _errors(
     model_error = (d * d).mean(-1, dtype=out)
     alignment = (d[0] * d[1]).mean(-1, dtype=out) if inner else None
     if ref_pred is None:
-        assert ref_error is not None  # checks.py
+        assert ref_error is not None  # inputs.py
         given = ref_error.to(out).reshape(2, pairs)
         return model_error, given, model_error - given, alignment
     ref = _as_pairs(ref_pred, pairs, term)
@@ -124,6 +124,7 @@ def forward(
         a = a * error_weight.to(real).reshape(2, pairs)
     weighted_gap = a * error_gap
     logits = -0.5 * settings.beta * (weighted_gap[0] - weighted_gap[1])
+    reward = -0.5 * settings.beta * weighted_gap
     penalty, pull = _link(logits, settings)
     pair_loss = b * mask * penalty
     dtype = stats_dtype(model_pred, ref_pred, target)
@@ -142,7 +143,7 @@ def forward(
         share = torch.where((inner > 0) & (room < 1), room, 1)
     coef = torch.where(mask, torch.stack([g, -g * share]) * a * (2.0 / model_pred[0].numel()), 0)
 
-    rows = (model_error, ref_err, error_gap, log_ratio, weight, coef)
+    rows = (model_error, ref_err, error_gap, log_ratio, weight, reward, coef)
     per_sample = torch.stack([x.reshape(samples) for x in rows]).to(dtype)
     return Stats(loss.to(dtype), per_sample, logits.to(dtype), mask, model_pred.new_empty(0))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from sipo_kernels.inputs import Inputs
 from sipo_kernels.layout import empty_grad, stats_dtype
 from sipo_kernels.options import Settings
-from sipo_kernels.output import METRICS
+from sipo_kernels.output import METRICS, SAMPLE_ROWS
 
 
 class Stats(NamedTuple):
@@ -18,9 +18,8 @@ class Stats(NamedTuple):
 
     Attributes:
         loss: scalar, or ``[B]`` for ``reduction="none"``.
-        samples: ``[6, S]``, one row each: model_error, ref_error, error_gap, log_ratio, weight, and coef: the
-            factor of ``model_pred − target`` in the gradient (§6) for an upstream gradient of 1. One tensor,
-            because each allocation costs a microsecond and small batches are latency.
+        samples: ``[len(SAMPLE_ROWS), S]``, one row each. One tensor, because each allocation costs a microsecond and
+            small batches are latency.
         logits: ``[B]``.
         mask: ``[B]`` bool.
         grad: the gradient, where the backend made it along the way, else empty.
@@ -41,7 +40,7 @@ def empty_stats(inputs: Inputs, settings: Settings, with_grad: bool) -> Stats:
     model_pred = inputs.model_pred
     samples = model_pred.shape[0]
     pairs, dtype = samples // 2, stats_dtype(model_pred, inputs.ref_pred, inputs.target)
-    rows = model_pred.new_empty((6, samples), dtype=dtype)
+    rows = model_pred.new_empty((len(SAMPLE_ROWS), samples), dtype=dtype)
     return Stats(
         loss=rows.new_empty((pairs,) if settings.reduction == "none" else ()),
         samples=rows,

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from sipo_kernels.options import LOSS_TYPES, METHODS
+from sipo_kernels.output import SAMPLE_ROWS
 
 DPO_CM = tl.constexpr(METHODS.index("dpo_cm"))
 SIPO = tl.constexpr(METHODS.index("sipo"))
@@ -16,6 +17,13 @@ SDPO = tl.constexpr(METHODS.index("sdpo"))
 IPO = tl.constexpr(LOSS_TYPES.index("ipo"))
 HINGE = tl.constexpr(LOSS_TYPES.index("hinge"))
 DMPO = tl.constexpr(LOSS_TYPES.index("dmpo"))
+MODEL_ERROR_ROW = tl.constexpr(SAMPLE_ROWS.index("model_error"))
+REF_ERROR_ROW = tl.constexpr(SAMPLE_ROWS.index("ref_error"))
+ERROR_GAP_ROW = tl.constexpr(SAMPLE_ROWS.index("error_gap"))
+LOG_RATIO_ROW = tl.constexpr(SAMPLE_ROWS.index("log_ratio"))
+WEIGHT_ROW = tl.constexpr(SAMPLE_ROWS.index("weight"))
+REWARD_ROW = tl.constexpr(SAMPLE_ROWS.index("reward"))
+COEF_ROW = tl.constexpr(SAMPLE_ROWS.index("coef"))
 # Triton's interpreter truncates where a GPU rounds to nearest even; there the kernel rounds by itself.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -278,6 +286,7 @@ def finish_pair(
     if HAS_WEIGHT:
         a *= tl.load(error_weight + both).to(tl.float64)
     z = -0.5 * beta * tl.sum(sign * a * gap, 0)
+    reward = -0.5 * beta * (a * gap)
     penalty, pull = _apply_link(z, smoothing, log_label, log_other, LOSS_TYPE, SMOOTHED)
     pair_loss = b * active.to(tl.float64) * penalty
     whole = _all_finite(error, gap, weight, z, penalty, logits.dtype.element_ty)
@@ -293,15 +302,16 @@ def finish_pair(
 
     at = samples + both
     stride = 2 * pairs
-    tl.store(at, error)
-    tl.store(at + stride, ref_err)
-    tl.store(at + 2 * stride, gap)
-    tl.store(at + 3 * stride, log_ratio)
-    tl.store(at + 4 * stride, weight)
-    tl.store(at + 5 * stride, coef)
+    tl.store(at + MODEL_ERROR_ROW * stride, error)
+    tl.store(at + REF_ERROR_ROW * stride, ref_err)
+    tl.store(at + ERROR_GAP_ROW * stride, gap)
+    tl.store(at + LOG_RATIO_ROW * stride, log_ratio)
+    tl.store(at + WEIGHT_ROW * stride, weight)
+    tl.store(at + REWARD_ROW * stride, reward)
+    tl.store(at + COEF_ROW * stride, coef)
     tl.store(logits + pair, z)
     tl.store(mask + pair, active)
-    return error, ref_err, gap, ratio, weight, coef, z, pair_loss, active, whole
+    return error, ref_err, gap, ratio, weight, reward, coef, z, pair_loss, active, whole
 
 
 @triton.jit

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from sipo_kernels.backends.triton.math import (
+    COEF_ROW,
     finish_pair,
     finite,
     inner_part,
@@ -66,10 +67,10 @@ def pair_forward(
     expected,  # [] float64, where EXPECTED_ON_DEVICE
     timesteps,  # [B] or longer, where LEVELS
     partial,  # [S, parts, 3], and with PRESERVING then [B, parts]
-    records,  # [RECORD, B] float64: see triton_report.py
+    records,  # [RECORD, B] float64: see report.py
     tickets,  # [2 + B] int32, zero: steps handed out; pairs done; of each pair, items reduced, plus 1 when it is done
     loss,  # [] or [B]
-    samples,  # [6, S]
+    samples,  # [SAMPLE_ROWS, S]
     logits,  # [B]
     mask,  # [B]
     numbers,  # [METRICS + 1]
@@ -157,7 +158,7 @@ def pair_forward(
             # The stores must be seen by whoever counts the pair's last item: a barrier, then acquire-release.
             tl.debug_barrier()
             if tl.atomic_add(tickets + 2 + pair, 1, sem="acq_rel") == per_pair - 1:
-                error, ref_err, gap, ratio, weight, coef, z, pair_loss, active, whole = finish_pair(
+                error, ref_err, gap, ratio, weight, reward, coef, z, pair_loss, active, whole = finish_pair(
                     partial,
                     ratio_scale,
                     error_weight,
@@ -193,7 +194,7 @@ def pair_forward(
                 if PER_PAIR:
                     tl.store(loss + pair, pair_loss)
                 store_record(
-                    records, pair, pairs, error, ref_err, gap, ratio, weight, coef, z, pair_loss, active, whole
+                    records, pair, pairs, error, ref_err, gap, ratio, weight, reward, coef, z, pair_loss, active, whole
                 )
                 tl.debug_barrier()
                 if WITH_GRAD:
@@ -209,7 +210,7 @@ def pair_forward(
                 sample = pair + item % 2 * pairs
                 while tl.atomic_add(tickets + 2 + pair, 0, sem="acquire") <= per_pair:
                     pass  # until the count that was released above
-                its_coef = tl.load(samples + 10 * pairs + sample, cache_modifier=".cg")
+                its_coef = tl.load(samples + COEF_ROW * 2 * pairs + sample, cache_modifier=".cg")
                 upstream = expected_upstream(expected, expected_number, EXPECTED_ON_DEVICE)
                 write_part(
                     row(model, sample, model_stride),

@@ -16,6 +16,8 @@ from sipo_kernels.output import METRICS, STATISTICS
 DIFFUSION_DPO = tl.constexpr(METHODS.index("diffusion_dpo"))
 # Columns of the metrics' sums; behind them, the pairs that the means are over.
 LOSS = tl.constexpr(METRICS.index("loss"))
+REWARDS_CHOSEN = tl.constexpr(METRICS.index("rewards/chosen"))
+REWARDS_REJECTED = tl.constexpr(METRICS.index("rewards/rejected"))
 ACCURACIES = tl.constexpr(METRICS.index("rewards/accuracies"))
 MODEL_MSE = tl.constexpr(METRICS.index("model_mse"))
 REF_MSE = tl.constexpr(METRICS.index("ref_mse"))
@@ -31,25 +33,35 @@ METRIC_COLUMNS = tl.constexpr(16)
 STATISTIC_COUNT = tl.constexpr(len(STATISTICS))
 STATISTIC_COLUMNS = tl.constexpr(32)
 ROWS = tl.constexpr(8)  # pairs at a time: few, for a thread holds all numbers of the pairs whose columns it makes
-# A pair's record, rows of [RECORD, B]: of chosen and rejected sample the error, reference error, gap, ratio, weight and
-# coefficient, in this order; and of the pair:
-PAIR_LOGITS = tl.constexpr(12)
-PAIR_LOSS = tl.constexpr(13)
-PAIR_ACTIVE = tl.constexpr(14)
-PAIR_FINITE = tl.constexpr(15)
-RECORD = 16
+# A pair's record, rows of [RECORD, B]. Each number of a sample takes two rows: the chosen sample's, then the
+# rejected's.
+_OF_SAMPLES = ("model_error", "ref_error", "error_gap", "ratio", "weight", "reward", "coef")
+_OF_PAIR = ("logits", "loss", "active", "finite")
+MODEL_ERROR = tl.constexpr(2 * _OF_SAMPLES.index("model_error"))
+REF_ERROR = tl.constexpr(2 * _OF_SAMPLES.index("ref_error"))
+ERROR_GAP = tl.constexpr(2 * _OF_SAMPLES.index("error_gap"))
+RATIO = tl.constexpr(2 * _OF_SAMPLES.index("ratio"))
+WEIGHT = tl.constexpr(2 * _OF_SAMPLES.index("weight"))
+REWARD = tl.constexpr(2 * _OF_SAMPLES.index("reward"))
+COEF = tl.constexpr(2 * _OF_SAMPLES.index("coef"))
+PAIR_LOGITS = tl.constexpr(2 * len(_OF_SAMPLES) + _OF_PAIR.index("logits"))
+PAIR_LOSS = tl.constexpr(2 * len(_OF_SAMPLES) + _OF_PAIR.index("loss"))
+PAIR_ACTIVE = tl.constexpr(2 * len(_OF_SAMPLES) + _OF_PAIR.index("active"))
+PAIR_FINITE = tl.constexpr(2 * len(_OF_SAMPLES) + _OF_PAIR.index("finite"))
+RECORD = 2 * len(_OF_SAMPLES) + len(_OF_PAIR)
 
 
 @triton.jit
-def store_record(records, pair, pairs, error, ref_err, gap, ratio, weight, coef, z, pair_loss, active, whole):
-    """Keeps a pair's numbers for :func:`report`. Vectors are [chosen, rejected sample]."""
+def store_record(records, pair, pairs, error, ref_err, gap, ratio, weight, reward, coef, z, pair_loss, active, whole):
+    """Keeps a pair's numbers for :func:`report`. Vectors are [chosen, rejected]."""
     at = records + pair + tl.arange(0, 2) * pairs
-    tl.store(at, error)
-    tl.store(at + 2 * pairs, ref_err)
-    tl.store(at + 4 * pairs, gap)
-    tl.store(at + 6 * pairs, ratio)
-    tl.store(at + 8 * pairs, weight)
-    tl.store(at + 10 * pairs, coef)
+    tl.store(at + MODEL_ERROR * pairs, error)
+    tl.store(at + REF_ERROR * pairs, ref_err)
+    tl.store(at + ERROR_GAP * pairs, gap)
+    tl.store(at + RATIO * pairs, ratio)
+    tl.store(at + WEIGHT * pairs, weight)
+    tl.store(at + REWARD * pairs, reward)
+    tl.store(at + COEF * pairs, coef)
     tl.store(records + PAIR_LOGITS * pairs + pair, z)
     tl.store(records + PAIR_LOSS * pairs + pair, pair_loss)
     tl.store(records + PAIR_ACTIVE * pairs + pair, active.to(tl.float64))
@@ -71,42 +83,37 @@ def _correct(z):  # a tie counts one half
 
 
 @triton.jit
-def _of_samples(records, pair, pairs):
-    """What both sums need of the samples: error, reference error, gap, ratio and weight, chosen sample before "
-    "rejected sample."""
-    inside = pair < pairs
-    at = records + pair
-    # .cg: past the first-level cache, which is not coherent with what other programs just wrote.
-    error_w = tl.load(at + 0 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
-    error_l = tl.load(at + 1 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
-    ref_w = tl.load(at + 2 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
-    ref_l = tl.load(at + 3 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
-    gap_w = tl.load(at + 4 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
-    gap_l = tl.load(at + 5 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
-    ratio_w = tl.load(at + 6 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
-    ratio_l = tl.load(at + 7 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
-    weight_w = tl.load(at + 8 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
-    weight_l = tl.load(at + 9 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
-    return error_w, error_l, ref_w, ref_l, gap_w, gap_l, ratio_w, ratio_l, weight_w, weight_l
+def _load(records, row: tl.constexpr, pair, pairs):
+    """One row of these pairs' records, past the first-level cache, which does not see what others just wrote."""
+    return tl.load(records + row * pairs + pair, mask=pair < pairs, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def _of_samples(records, row: tl.constexpr, pair, pairs):
+    """One number of both samples of these pairs: chosen, rejected."""
+    return _load(records, row, pair, pairs), _load(records, row + 1, pair, pairs)
 
 
 @triton.jit
 def _metrics(records, pair, pairs, clip_min, clip_max, METHOD: tl.constexpr, SKIP: tl.constexpr):
     """``[ROWS, METRIC_COLUMNS]``: what these pairs, ``[ROWS, 1]``, add to each metric's sum."""
     inside = pair < pairs
-    at = records + pair
-    error_w, error_l, ref_w, ref_l, gap_w, gap_l, ratio_w, ratio_l, weight_w, weight_l = _of_samples(
-        records, pair, pairs
-    )
-    z = tl.load(at + PAIR_LOGITS * pairs, mask=inside, other=0.0, cache_modifier=".cg")
-    pair_loss = tl.load(at + PAIR_LOSS * pairs, mask=inside, other=0.0, cache_modifier=".cg")
-    active = tl.load(at + PAIR_ACTIVE * pairs, mask=inside, other=0.0, cache_modifier=".cg")
-    whole = tl.load(at + PAIR_FINITE * pairs, mask=inside, other=0.0, cache_modifier=".cg") > 0
+    error_w, error_l = _of_samples(records, MODEL_ERROR, pair, pairs)
+    ref_w, ref_l = _of_samples(records, REF_ERROR, pair, pairs)
+    gap_w, gap_l = _of_samples(records, ERROR_GAP, pair, pairs)
+    ratio_w, ratio_l = _of_samples(records, RATIO, pair, pairs)
+    weight_w, weight_l = _of_samples(records, WEIGHT, pair, pairs)
+    reward_w, reward_l = _of_samples(records, REWARD, pair, pairs)
+    z = _load(records, PAIR_LOGITS, pair, pairs)
+    pair_loss = _load(records, PAIR_LOSS, pair, pairs)
+    active = _load(records, PAIR_ACTIVE, pair, pairs)
+    whole = _load(records, PAIR_FINITE, pair, pairs) > 0
     counted = whole if SKIP else inside  # means are over finite pairs alone where the others are skipped
     column = tl.arange(0, METRIC_COLUMNS)[None, :]
     x = tl.where(column == ACCURACIES, _correct(z), tl.full([ROWS, METRIC_COLUMNS], 0.0, tl.float64))
     x = tl.where(column == MODEL_MSE, 0.5 * (error_w + error_l), x)
     x = tl.where(column == REF_MSE, 0.5 * (ref_w + ref_l), x)
+    x = tl.where(column == REWARDS_CHOSEN, reward_w, tl.where(column == REWARDS_REJECTED, reward_l, x))
     x = tl.where(column == MARGINS, z, x)
     x = tl.where(column == CHOSEN_GAP, gap_w, tl.where(column == REJECTED_GAP, gap_l, x))
     x = tl.where(column == WEIGHT_MEAN, 0.5 * (weight_w + weight_l), x)
@@ -124,15 +131,14 @@ def _statistics(records, pair, pairs, unit, clip_min, clip_max, METHOD: tl.const
 
     Nothing but to ``nonfinite`` where a number is not finite in float32.
     """
-    inside = pair < pairs
-    at = records + pair
-    error_w, error_l, ref_w, ref_l, gap_w, gap_l, ratio_w, ratio_l, weight_w, weight_l = _of_samples(
-        records, pair, pairs
-    )
-    coef_w = tl.load(at + 10 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
-    coef_l = tl.load(at + 11 * pairs, mask=inside, other=0.0, cache_modifier=".cg")
-    z = tl.load(at + PAIR_LOGITS * pairs, mask=inside, other=0.0, cache_modifier=".cg")
-    active = tl.load(at + PAIR_ACTIVE * pairs, mask=inside, other=0.0, cache_modifier=".cg")
+    error_w, error_l = _of_samples(records, MODEL_ERROR, pair, pairs)
+    ref_w, ref_l = _of_samples(records, REF_ERROR, pair, pairs)
+    gap_w, gap_l = _of_samples(records, ERROR_GAP, pair, pairs)
+    ratio_w, ratio_l = _of_samples(records, RATIO, pair, pairs)
+    weight_w, weight_l = _of_samples(records, WEIGHT, pair, pairs)
+    coef_w, coef_l = _of_samples(records, COEF, pair, pairs)
+    z = _load(records, PAIR_LOGITS, pair, pairs)
+    active = _load(records, PAIR_ACTIVE, pair, pairs)
     k_w, k_l = unit * coef_w, unit * coef_l
     column = tl.arange(0, STATISTIC_COLUMNS)[None, :]  # in the order of STATISTICS
     x = tl.full([ROWS, STATISTIC_COLUMNS], 0.0, tl.float64)
