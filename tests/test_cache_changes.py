@@ -808,7 +808,7 @@ def test_weights_of_a_hub_are_known_by_their_commit(tmp_path: Path, monkeypatch:
         return weight_hashes(get("sd15"), "owner/name", model, tmp_path / "cache", network=True)
 
     (hub / "refs" / "main").write_text("a" * 40)
-    assert marks() == {"path": "owner/name", "commit": "a" * 40}
+    assert marks() == {"pretrained_model_name_or_path": "owner/name", "commit": "a" * 40}
     (hub / "refs" / "main").write_text("b" * 40)
     assert marks()["commit"] == "b" * 40
     assert marks("a" * 40)["commit"] == "a" * 40  # so that a pinned run goes on
@@ -878,7 +878,7 @@ def test_a_cache_of_another_format_is_one_line(place: Place, capsys: pytest.Capt
     index.write_text(json.dumps(old | {"format": 1}))  # which had no hash
     assert place.run("train", run="again") == 2
     error = capsys.readouterr().err
-    assert "cache format 1, expected 4: " in error and "delete this one" in error and error.count("\n") == 1
+    assert "cache format 1, expected 5: " in error and "delete this one" in error and error.count("\n") == 1
 
 
 def test_a_higher_limit_of_pixels_lets_pairs_in(tmp_path: Path) -> None:

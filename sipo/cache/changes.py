@@ -20,7 +20,7 @@ from sipo.data.records import row_name
 from sipo.data.rows import stamp
 from sipo.files import file_hash
 
-Row = list[Any]
+RowFacts = list[Any]
 """``[row, chosen, rejected, problem, whether it has a caption]``; a side is a path or ``sha256:...`` of bytes."""
 
 FileRecord = list[Any]
@@ -123,7 +123,7 @@ def _absent(records: Mapping[str, FileRecord], stamps: Mapping[str, list[int]]) 
     return any(records.values()) and not any(stamps.values())
 
 
-def first_row_change(before: Iterable[Row], after: Iterable[Row]) -> str:
+def first_row_change(before: Iterable[RowFacts], after: Iterable[RowFacts]) -> str:
     """The first row that differs, in words; empty where all are alike."""
     for old, new in zip_longest(before, after):
         if old == new:
@@ -142,6 +142,6 @@ def first_row_change(before: Iterable[Row], after: Iterable[Row]) -> str:
     return ""
 
 
-def row_of(rows: Iterable[Row], name: str) -> int:
+def row_of(rows: Iterable[RowFacts], name: str) -> int:
     """The first row that has a file."""
     return next((int(row[0]) for row in rows if name in row[1:3]), -1)

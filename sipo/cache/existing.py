@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sipo.cache.changes import (
-    Row,
+    RowFacts,
     are_absent,
     compare_files,
     first_row_change,
@@ -162,8 +162,8 @@ class Existing:
             if are_absent(facts[FILES_FACT], path_of, pool):  # encoded anew, every pair would be lost
                 raise CacheError(
                     f"{self.settings.dataset_name}: {part.change}, since {self.folder} was encoded, and none of the "
-                    f"images or clips of {_rows(facts[ROWS_FACT])} is there to be encoded anew: expected these files, or the row "
-                    "as it was"
+                    f"images or clips of {_rows(facts[ROWS_FACT])} is there to be encoded anew: "
+                    "expected these files, or the row as it was"
                 )
             part.change = "" if recut else part.change
             return
@@ -214,7 +214,7 @@ class Existing:
         self.changes.append(change)
 
 
-def _rows(rows: list[Row]) -> str:
+def _rows(rows: list[RowFacts]) -> str:
     return row_name(rows[0][0]) if len(rows) == 1 else f"rows {rows[0][0] + 1} to {rows[-1][0] + 1}"
 
 

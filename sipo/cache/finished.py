@@ -74,7 +74,7 @@ class Cache:
         return len(self.rows)
 
     def pair(self, index: int) -> tuple[Tensor, Tensor, Condition]:
-        """Reads the latents of both samples as stored, and what each is told beside its prompt: ``[2, ...]`` by name."""
+        """Reads both samples' latents as stored, and what each is told beside its prompt, ``[2, ...]`` by name."""
         shard, row = self.latents[int(self.shard_of[index])], int(self.rows[index])
         own = {name: self._reader.tensor(shard.name, f"{row}.own.{name}") for name in shard.facts["own"]}
         chosen, rejected = (self._reader.tensor(shard.name, f"{row}.{half}") for half in ("chosen", "rejected"))
@@ -94,7 +94,7 @@ class Cache:
         return range(self._starts[number], self._starts[number + 1])
 
     def shard_digest(self, number: int) -> str:
-        """Hashes what everything computed from one shard of latents depends on: its bytes, and the prompt of each pair."""
+        """Hashes what results from one shard of latents depend on: its bytes, and the prompt of each pair."""
         places = self.shard_places(number)
         prompts = self.prompt_of[places.start : places.stop]
         used = self._text_shard_of[prompts].unique().tolist()

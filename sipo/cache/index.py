@@ -39,8 +39,8 @@ def read_pairs_index(folder: Path, fingerprint: Mapping[str, Any] | None = None)
     """Reads a cache's index and compares it with what the content is expected to depend on; ``None`` if there is none.
 
     Raises:
-        CacheError: as for :meth:`ShardFolder.read_index`, or a cache of other settings. One that is not finished may take another
-            ``data.max_pairs``, on which no pair's content depends.
+        CacheError: as for :meth:`ShardFolder.read_index`, or a cache of other settings. One that is not finished may
+            take another ``data.max_pairs``, on which no pair's content depends.
     """
     index = ShardFolder(folder).read_index()
     if index is None:

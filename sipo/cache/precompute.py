@@ -80,14 +80,12 @@ def precompute_pairs(
             other ones; a change, where they are refused; a shard whose files are all missing, where it has changed or
             is to be verified; no pair can be used.
         DataError: a source that cannot be read.
-        ValueError: a setting out of its range; a size that the family cannot take; rows of the source that do not grow.
+        ValueError: a size that the family cannot take; rows of the source that do not grow.
         LockedError: another run is writing to the folder.
         OtherProcessError: whatever ended another process.
     """
     started = time.monotonic()
     folder = Path(folder)
-    if settings.shard_pairs < 1:
-        raise ValueError(f"data.shard_pairs={settings.shard_pairs}: expected at least 1")
     load_pipeline = functools.cache(load_pipeline)
     marks = fingerprint(model, settings, weights)
     rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)

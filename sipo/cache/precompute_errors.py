@@ -59,8 +59,8 @@ def precompute_reference_errors(
         network: the reference, on its device; run in evaluation mode, and put back as it was.
         predict: calls it (:meth:`sipo.families.base.Family.predict`).
         schedule: training's.
-        reference: what says which network this is and how it runs (:func:`sipo.recipe.config.reference_marks`); JSON values. Errors of
-            one reference are never taken for another's.
+        reference: JSON values that say which network this is and how it runs. Errors of one reference are never used
+            for another.
         draws: for each pair.
         seed: of the draws.
         distribution: of the timesteps.

@@ -60,7 +60,10 @@ def reference_fingerprint(
     distribution: str,
     proportion_empty_prompts: float,
 ) -> dict[str, Any]:
-    """What reference errors depend on; see :func:`sipo.cache.precompute_errors.precompute_reference_errors` for the arguments."""
+    """Lists what reference errors depend on.
+
+    The arguments are those of :func:`sipo.cache.precompute_errors.precompute_reference_errors`.
+    """
     levels = schedule.invert_sigmas if schedule.kind == "flow" else digest(_alphas(schedule))
     return {
         **{f"reference.{key}": value for key, value in reference.items()},

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sipo.cache.changes import FileRecord, Row, side_name, stamps_of
+from sipo.cache.changes import FileRecord, RowFacts, side_name, stamps_of
 from sipo.cache.format import digest
 from sipo.cache.text import text_key
 from sipo.data.config import DataConfig
@@ -49,7 +49,7 @@ class ShardSource:
     records: list[PairRecord] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
     prompts: list[str] = field(default_factory=list)
-    rows: list[Row] = field(default_factory=list)
+    rows: list[RowFacts] = field(default_factory=list)
     seen: str = ""
     pairs: list[tuple[int, str, Tensor, Condition]] = field(default_factory=list)
     skipped: list[tuple[int, str, str]] = field(default_factory=list)

@@ -33,7 +33,7 @@ def read_image(source: Path | bytes, max_pixels: int) -> Media | None:
 
     formats = _prepare_pillow(max_pixels)
     if isinstance(source, Path):
-        _check_file(source)
+        _check_source(source)
     try:
         return _decode_image(source, formats, max_pixels)
     except MediaError:
@@ -64,7 +64,7 @@ def _too_many(error: Exception, max_pixels: int) -> str:
     return f"has {has}, expected at most {max_pixels} (max_pixels)"
 
 
-def _check_file(path: Path) -> None:
+def _check_source(path: Path) -> None:
     """Refuses what is no regular file, before anything opens it."""
     try:
         check_regular(path)

@@ -16,7 +16,7 @@ from torch import Tensor
 from sipo.data.media import MAX_PIXELS, MediaError, check_request, read_spaced
 from sipo.data.readers import read_lines, write_jsonl
 from sipo.data.records import DataError, PairRecord, has_half, row_name
-from sipo.data.rows import check_file
+from sipo.data.rows import check_data_file
 from sipo.data.scorers import AestheticScorer, ClipScorer, Scorer, ScorerError, load_function
 from sipo.files import check_output, short
 from sipo.progress import track
@@ -142,7 +142,7 @@ def run_label(
     scorer: Scorer
     if (clip is None) == (function is None):
         raise ValueError("expected a scorer: either --clip (with or without --aesthetic) or --function")
-    check_file(Path(source))  # before a model is loaded
+    check_data_file(Path(source))  # before a model is loaded
     _check_output(Path(source), Path(output))
     if function is not None:
         if aesthetic is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sipo.data.records import DataError, row_name
-from sipo.files import check_regular
+from sipo.files import check_regular, one_line
 
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 """Seconds before each further attempt at a row group; then an error. They begin anew with each row that was read."""
@@ -113,6 +113,6 @@ def _is_for_good(error: Exception) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """An error's message in one line: its type alone, where it has none, as time-outs do."""
-    text = " ".join(str(error).split())
-    return text if len(text) < 300 and text else f"{type(error).__name__}{text[:300] and ': '}{text[:300]}"
+    """Gives an error's message in one line of bounded length; its type if it has no message, as time-outs do."""
+    text = one_line(error)
+    return text if len(text) < 300 else f"{type(error).__name__}: {text[:300]}"

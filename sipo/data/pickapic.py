@@ -10,7 +10,7 @@ from typing import Any
 
 from sipo.data.parquet import read_rows, rows_of
 from sipo.data.records import DataError, PairRecord, has_half
-from sipo.data.rows import bad_row, check_file, exists, is_number, states
+from sipo.data.rows import bad_row, check_data_file, exists, is_finite_number, states
 from sipo.files import one_line, short
 
 _COLUMNS = ("jpg_0", "jpg_1", "label_0", "label_1", "caption")
@@ -100,7 +100,7 @@ class PickapicReader:
         """The split's parquet files, in their order: paths, or ``hf://`` addresses of one revision."""
         if place.is_dir():
             for path in place.rglob("*.parquet"):
-                check_file(path)
+                check_data_file(path)
         elif exists(place):
             return [str(place)]
         else:
@@ -128,7 +128,7 @@ def _record(row: int, value: Mapping[str, Any]) -> PairRecord:
     if value.get("has_label") is False:
         return bad_row(row, "has_label=False: nobody has compared this pair", prompt)
     labels = [value["label_0"], value["label_1"]]
-    if not all(is_number(label) and label >= 0 for label in labels) or not math.isclose(sum(labels), 1.0):
+    if not all(is_finite_number(label) and label >= 0 for label in labels) or not math.isclose(sum(labels), 1.0):
         return bad_row(row, f"label_0={short(labels[0])}, label_1={short(labels[1])}: expected a sum of 1", prompt)
     tie = math.isclose(labels[0], labels[1])
     best = 0 if labels[0] >= labels[1] else 1

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from sipo.data.pickapic import PickapicReader
 from sipo.data.records import DataError, PairReader, PairRecord, has_half, row_name
-from sipo.data.rows import bad_row, check_file, exists, is_number, states
+from sipo.data.rows import bad_row, check_data_file, exists, is_finite_number, states
 from sipo.data.videodpo import METADATA, PAIRS, VideoDpoReader
 from sipo.files import FileError, parse_json, short
 
@@ -52,7 +52,7 @@ def open_pairs(path: str | Path, format: Format = "auto", split: str = "train", 
     if not exists(place):
         raise DataError(f"{path}: no such file or folder, expected {format} data")
     if not place.is_dir():
-        check_file(place)
+        check_data_file(place)
     if format == "jsonl":
         return JsonlReader(_jsonl_in(place) if place.is_dir() else place)
     if format == "videodpo":
@@ -77,7 +77,7 @@ def _detect(path: str | Path) -> Format:
         if found:
             raise DataError(f"{path}: has {found[0]} alone, expected both {METADATA} and {PAIRS} (VideoDPO)")
         raise DataError(f"{path}: expected a .jsonl file, parquet files, or {METADATA} and {PAIRS} in that folder")
-    check_file(place)
+    check_data_file(place)
     if place.suffix in _JSONL_SUFFIXES:
         return "jsonl"
     if place.suffix == ".parquet":
@@ -136,7 +136,7 @@ class JsonlReader:
             if not value[key]:
                 return bad_row(row, f"{key}='': expected a path", value["prompt"])
         for key in ("chosen_score", "rejected_score"):
-            if value.get(key) is not None and not is_number(value[key]):
+            if value.get(key) is not None and not is_finite_number(value[key]):
                 return bad_row(row, f"{key}={short(value[key])}: expected a number", value["prompt"])
         better, worse = value.get("chosen_score"), value.get("rejected_score")
         if better is not None and worse is not None and better < worse:
@@ -160,7 +160,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
     Raises:
         DataError: the file cannot be opened.
     """
-    check_file(path)
+    check_data_file(path)
     try:
         file = path.open("rb")
     except OSError as error:

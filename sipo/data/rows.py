@@ -18,7 +18,7 @@ def exists(place: Path) -> bool:
     return os.path.exists(place)
 
 
-def check_file(path: Path) -> None:
+def check_data_file(path: Path) -> None:
     """Refuses anything but a regular file, before anything opens it.
 
     Raises:
@@ -51,7 +51,7 @@ def stamp(path: str | Path) -> list[int]:
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino] if regular else []
 
 
-def is_number(value: Any) -> bool:
+def is_finite_number(value: Any) -> bool:
     """Whether a JSON value is a finite number."""
     try:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

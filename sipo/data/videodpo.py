@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sipo.data.records import DataError, PairRecord, has_half
-from sipo.data.rows import bad_row, is_number, plain, states
+from sipo.data.rows import bad_row, is_finite_number, plain, states
 from sipo.files import FileError, parse_json, read_text, short
 
 METADATA, PAIRS = "metadata.json", "pair.json"
@@ -49,13 +49,15 @@ class VideoDpoReader:
         for row, item in enumerate(_load_list(self.folder / PAIRS)):
             yield self._record(row, item, clips, captioned)
 
-    def _record(self, row: int, item: Any, clips: list[_Clip | None], captioned: dict[str, list[int]]) -> PairRecord:
+    def _record(
+        self, row: int, item: Any, clips: list[_CaptionedClip | None], captioned: dict[str, list[int]]
+    ) -> PairRecord:
         if not isinstance(item, dict):
             return bad_row(row, f"holds {short(item)}, expected an object")
         prompt = _caption(item.get("frame_caption"))
         if prompt is None:
             return bad_row(row, f"frame_caption={short(item.get('frame_caption'))}: expected text")
-        found: list[_Clip] = []
+        found: list[_CaptionedClip] = []
         for key in ("video1", "video2"):
             place = item.get(key)
             if not isinstance(place, int) or isinstance(place, bool):
@@ -80,14 +82,14 @@ class VideoDpoReader:
 
 
 @dataclass(frozen=True)
-class _Clip:
+class _CaptionedClip:
     path: Path
     caption: str
     number: str | None
     score: float | None
 
 
-def _clip(folder: Path, item: Any) -> _Clip | None:
+def _clip(folder: Path, item: Any) -> _CaptionedClip | None:
     """One item of ``metadata.json``; ``None`` where it is not as expected, so that its place stays taken."""
     basic = item.get("basic") if isinstance(item, dict) else None
     misc = item.get("misc") if isinstance(item, dict) else None
@@ -100,8 +102,8 @@ def _clip(folder: Path, item: Any) -> _Clip | None:
     if Path(name).is_absolute() and not os.path.exists(path):  # which is quiet about names that no file can have
         path = folder.joinpath(*Path(name).parts[-2:])
     number, score = basic.get("globalidx", basic.get("vidproidx")), basic.get("score")
-    score = score if is_number(score) else None
-    return _Clip(path, plain(caption), str(number) if isinstance(number, (int, str)) else None, score)
+    score = score if is_finite_number(score) else None
+    return _CaptionedClip(path, plain(caption), str(number) if isinstance(number, (int, str)) else None, score)
 
 
 def _caption(value: Any) -> str | None:
