@@ -28,9 +28,10 @@ from sipo.analysis.facts import (
     held_out,
     pairs_to_tell,
 )
+from sipo.analysis.findings import Finding
 from sipo.analysis.report import ends, read_run, regroup, report_run
 from sipo.analysis.untrained import UntrainedFacts, judge_untrained
-from sipo.analysis.verdicts import Finding, judge
+from sipo.analysis.verdicts import judge
 from sipo.demo.digits import Digits, InkPairs, load_digits
 from sipo.demo.model import load_base, predict
 from sipo.recipe import config as configuration

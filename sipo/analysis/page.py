@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import sipo
-from sipo.analysis.verdicts import Finding
+from sipo.analysis.findings import Finding
 
 BEGIN = '<!doctype html>\n<html lang="en">\n<head>\n<meta name="generator" content="sipo analyze">'
 """How a page begins, and no other program's."""

@@ -13,10 +13,11 @@ from typing import Any
 from sipo.analysis import figures
 from sipo.analysis.facts import TAIL, is_plain
 from sipo.analysis.figures import finite
+from sipo.analysis.findings import Finding
 from sipo.analysis.page import BEGIN, Page, Picture
 from sipo.analysis.samples import sample_pictures
 from sipo.analysis.settings import in_force, loss_numbers, read_settings
-from sipo.analysis.verdicts import Finding, judge
+from sipo.analysis.verdicts import judge
 from sipo.files import check_output, write_aside
 from sipo.training.log_reader import metrics_fault, pluck, read_log
 from sipo.training.statistics import MEANS, merge, over_bins, read_statistics
@@ -221,7 +222,10 @@ def _curves(run: RunLog) -> list[Picture]:
     def get(name: str) -> list[float]:
         return pluck(lines, name)
 
-    loss, margin = get("loss"), get("rewards/margins")
+    loss = get("loss")
+    rewards = {"margin": get("rewards/margins")}
+    if not all(math.isnan(value) for value in get("rewards/chosen")):  # a loss of one's own need not report it
+        rewards = {"chosen": get("rewards/chosen"), "rejected": get("rewards/rejected")} | rewards
     spans = [value for value in loss if not math.isnan(value)] or [0.0]
     wide = max(spans) > 5  # a β far too high
     relative = {
@@ -263,9 +267,10 @@ def _curves(run: RunLog) -> list[Picture]:
             "worse at everything.",
         ),
         Picture(
-            "Reward margin",
-            figures.curves(steps, {"": margin}, "mean logit", points=held_out("rewards/margins")),
-            "Healthy: positive, and growing slowly to a few units; hundreds mean a beta that is too high.",
+            "Rewards",
+            figures.curves(steps, rewards, "mean reward", points=held_out("rewards/margins")),
+            "Healthy: the margin, chosen less rejected, is positive and grows slowly to a few units; hundreds mean a "
+            "beta that is too high.",
         ),
         Picture(
             "Errors of policy and reference",

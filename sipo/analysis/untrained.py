@@ -14,9 +14,10 @@ from torch.utils.data import default_collate
 from sipo.analysis import figures
 from sipo.analysis.facts import is_plain, let_go
 from sipo.analysis.figures import finite
+from sipo.analysis.findings import Finding, sort
 from sipo.analysis.page import Page, Picture
 from sipo.analysis.report import gradient_coefficient, gradient_share
-from sipo.analysis.verdicts import LOOSE, Finding, sort
+from sipo.analysis.verdicts import LOOSE
 from sipo.analysis.wording import percent
 from sipo.batch import PairBatch
 from sipo.families.network import evaluating

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from sipo.analysis.facts import LN2, SURE, HeldOut, RunFacts, gather, held_out, pairs_to_tell
+from sipo.analysis.findings import Finding, sort
 from sipo.analysis.wording import (
     errors_evidence,
     held_out_share,
@@ -41,31 +41,6 @@ LOOSE = 0.5
 
 FAR = 2.0
 """With such a β, an error of so many times the reference's is on its way out."""
-
-Severity = Literal["problem", "warning", "good", "note"]
-_ORDER = ("problem", "warning", "good", "note")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that holds for a run.
-
-    Attributes:
-        name: a short key: "learning", "pushing_rejected", "stalled", "drifted", "beta_high", "beta_low", "nonfinite",
-            "not_learning", "cannot_tell", "memorising", "overconfident", "both_rise" or "unknown"; before training
-            "mask", "beta", "clip", "spread", "differs" or "nonfinite".
-        severity: "problem", "warning", "good" or "note".
-        sentence: what it is, in plain language.
-        evidence: the numbers it rests on, and where they are from.
-        advice: what to try.
-    """
-
-    name: str
-    severity: Severity
-    sentence: str
-    evidence: tuple[str, ...]
-    advice: tuple[str, ...] = ()
-
 
 _UNKNOWN = Finding(
     "unknown",
@@ -115,11 +90,6 @@ def judge(
             findings.append(_held_out(facts, held_out(validation)))
         findings += [note] if (note := _both_rise(facts)) else []
     return sort(findings)
-
-
-def sort(findings: Sequence[Finding]) -> list[Finding]:
-    """The gravest first; those alike as they come."""
-    return sorted(findings, key=lambda finding: _ORDER.index(finding.severity))
 
 
 # ---- The rules; each cites its numbers ----
@@ -219,7 +189,10 @@ def _pushing_rejected(f: RunFacts) -> Finding | None:
         )
         rejected += f": {percent(f.chosen_gap / f.rejected_gap)} of that is shared with the chosen samples"
     else:
-        sentence = "The policy gets worse at chosen samples by no less than at rejected samples: it does not learn the preference."
+        sentence = (
+            "The policy gets worse at chosen samples by no less than at rejected samples: it does not learn the "
+            "preference."
+        )
     return Finding(
         "pushing_rejected",
         "problem",

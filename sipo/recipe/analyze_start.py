@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from sipo.analysis.findings import Finding
 from sipo.analysis.report import PAGE
 from sipo.analysis.settings import flat, in_force
 from sipo.analysis.untrained import LEVELS, PAIRS, UntrainedFacts, judge_untrained, measure_untrained, untrained_page
-from sipo.analysis.verdicts import Finding
 from sipo.files import check_output, write_aside
 from sipo.recipe.build import RunContext, build, datasets, loss_beta, make_loss, open_run
 from sipo.recipe.config import Config
