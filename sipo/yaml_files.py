@@ -29,7 +29,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def parse_yaml(text: str, where: object) -> Any:
-    """Parses YAML with version 1.2's booleans, true and false: "off" and "no" are words, and among the values of some keys.
+    """Parses YAML with version 1.2's booleans, true and false: "off" and "no" are words, as some keys take them.
 
     Args:
         text: to parse.

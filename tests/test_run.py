@@ -119,7 +119,9 @@ def test_weights_reload_in_the_pipeline_and_sample_the_same(trained: tuple[str, 
     pipeline.load_lora_weights(folder / "run" / "weights", weight_name="pytorch_lora_weights.safetensors")
     height, width = kept.data.sizes[0]
     size = {"height": height, "width": width, "frames": kept.data.frames}
-    drawn = family.sample(pipeline, getattr(pipeline, family.network), kept.samples.validation_prompts, seed=0, steps=2, **size)
+    drawn = family.sample(
+        pipeline, getattr(pipeline, family.network), kept.samples.validation_prompts, seed=0, steps=2, **size
+    )
     samples = folder / "run" / "samples"
     if family.video:
         for number, clip in enumerate(drawn):
@@ -221,7 +223,7 @@ def test_a_run_without_checkpoints_is_not_overwritten_either(
     for resume in ((), ("--resume",)):
         error = refused(capsys, *command, *resume)
         assert f"training.output_dir='{tmp_path / 'run'}' holds a run already (metrics.jsonl, weights): " in error
-        assert "no checkpoint to go on from, expected another training.output_dir, or this folder deleted" in error
+        assert "no checkpoint to go on from; --overwrite replaces it, another training.output_dir keeps it" in error
     assert contents(tmp_path / "run") == changed
 
 
@@ -238,7 +240,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_starts_over_and_keeps_its_
     shutil.rmtree(run / "checkpoints")
     shutil.rmtree(run / "weights")
     error = refused(capsys, "train", str(example("sd15")), *arguments)
-    assert "holds a run already (metrics.jsonl): it has no checkpoint yet, --resume starts it over and keeps" in error
+    assert "holds a run already (metrics.jsonl): it has no checkpoint yet; --resume starts it over and keeps" in error
     for number in (1, 2):
         train("sd15", *arguments, "--resume")
         kept = contents(run)
@@ -252,6 +254,47 @@ def test_a_run_that_ended_before_its_first_checkpoint_starts_over_and_keeps_its_
         old = {name: kept[name] for name in old}
         shutil.rmtree(run / "checkpoints")
         shutil.rmtree(run / "weights")
+
+
+def test_overwrite_replaces_a_run_and_nothing_else(
+    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = ["training.validation_steps=0", "samples.validation_prompts=[]"]
+    command = ["train", str(example("sd15")), *options(tmp_path, 2, *plain, cache=shared)]
+    run = tmp_path / "run"
+    assert cli.main(command) == 0
+    others = {"report.html": "mine", "metrics.1.jsonl": "of an earlier one", "samples/mine.png": "mine"}
+    (run / "samples").mkdir()
+    for name, text in others.items():
+        (run / name).write_text(text)
+    (run / "samples" / "step-00000002.png").write_text("drawn")
+    (run / "checkpoints" / "step-00000009").mkdir()
+    kept = contents(run)
+    with pytest.raises(SystemExit):
+        cli.main([*command, "--resume", "--overwrite"])
+    # What is refused removes nothing, whether it is a setting or a run in another process.
+    refused(capsys, *command, "training.optimizer=adamw8bit", "training.mixed_precision=fp8", "--overwrite")
+    refused(capsys, *command, "data.held_out=1000", "--overwrite")
+    hold = (
+        f"from sipo.locks import locked\nwith locked({str(run)!r}, 'it'):\n    print('held', flush=True)\n    input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        assert "is in use by process" in refused(capsys, *command, "--overwrite")
+        other.communicate("\n")
+    assert contents(run) == kept
+    capsys.readouterr()
+    assert cli.main([*command, "training.max_train_steps=1", "--overwrite"]) == 0
+    removed = "checkpoints, metrics.jsonl, timesteps.jsonl, samples, weights"
+    assert f"{run}: --overwrite removed the run that was here ({removed})" in capsys.readouterr().err
+    assert steps_of(tmp_path) == [1]
+    now = contents(run)
+    assert {name: now[name].decode() for name in others} == others
+    assert {name.split("/")[1] for name in now if name.startswith("checkpoints/")} == {"step-00000001"}
+    assert "samples/step-00000002.png" not in now and not (run / "checkpoints" / "step-00000009").exists()
+    assert yaml.safe_load(now["config.yaml"])["training"]["max_train_steps"] == 1
 
 
 # ---- Ways to train: full tuning, reference errors, averages, flows of both kinds ----
@@ -365,7 +408,12 @@ def test_other_options_train(shared: Path, tmp_path: Path) -> None:
         "training.proportion_empty_prompts=0.5",
         "training.timestep_sampling=informative",
     ]
-    more += ["training.skip_inactive=true", "data.random_flip=true", "data.enable_tiling=true", "data.center_crop=false"]
+    more += [
+        "training.skip_inactive=true",
+        "data.random_flip=true",
+        "data.enable_tiling=true",
+        "data.center_crop=false",
+    ]
     more += ["loss.method=dpo_cm", "model.prediction_type=v_prediction"]
     train("sd15", *options(tmp_path, 4, *more))
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")

@@ -444,8 +444,21 @@ def test_an_absent_checkpoint_and_a_used_folder_are_refused(tmp_path: Path) -> N
     with pytest.raises(CheckpointError, match=r"resume_from='.*nowhere': no checkpoint there"):
         fit(tmp_path, resume_from=str(tmp_path / "nowhere"))
     fit(tmp_path, checkpointing_steps=4)
-    with pytest.raises(ValueError, match="holds another run's checkpoints, expected resume_from"):
+    held = r"output_dir='.*' holds a run already \(%s\), expected resume_from or another output_dir"
+    with pytest.raises(ValueError, match=held % r"checkpoints/step-00000008, metrics\.jsonl"):
         fit(tmp_path)
+
+
+@pytest.mark.parametrize("left", ["metrics.jsonl", "weights"])
+def test_a_run_without_checkpoints_is_not_replaced_either(left: str, tmp_path: Path) -> None:
+    fit(tmp_path, checkpointing_steps=0)
+    log = (tmp_path / "metrics.jsonl").read_bytes()
+    if left == "weights":
+        (tmp_path / "metrics.jsonl").unlink()
+        (tmp_path / "weights").mkdir()
+    with pytest.raises(ValueError, match=rf"holds a run already \({left}\), expected resume_from or another"):
+        fit(tmp_path, checkpointing_steps=0)
+    assert left == "weights" or (tmp_path / "metrics.jsonl").read_bytes() == log
 
 
 def test_the_main_process_says_what_a_folder_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -478,7 +491,7 @@ def test_the_main_process_says_what_a_folder_holds(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(loop, "check_setup", lambda *_: None)
     monkeypatch.setattr(loop, "PairForward", reached)
-    monkeypatch.setattr(loop.checkpoint, "found", lambda root: [] if me.rank == 0 else [root / "step-00000001"])
+    monkeypatch.setattr(storage, "found", lambda root: [] if me.rank == 0 else [root / "step-00000001"])
     assert [type(outcome) for outcome in outcomes_in_processes(2, ranked(start))] == [Reached, Reached]
 
     monkeypatch.setattr(sipo.recipe.train, "_check_folder", lambda *_: me.rank == 0)
@@ -498,7 +511,7 @@ def test_leftovers_that_cannot_be_removed_end_all_processes(tmp_path: Path, monk
         train(policy, reference, loss(), Pairs(), predict, settings(tmp_path), accelerator=accelerator)
 
     monkeypatch.setattr(loop, "check_setup", lambda *_: None)
-    monkeypatch.setattr(loop.storage, "clear", broken)
+    monkeypatch.setattr(storage, "clear", broken)
     outcomes = outcomes_in_processes(2, start)
     assert [type(outcome) for outcome in outcomes] == [PermissionError, OtherProcessError]
 
