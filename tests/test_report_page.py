@@ -84,6 +84,21 @@ def test_an_axis_has_no_factor_beside_it_and_whole_steps_below() -> None:
     assert found == ["0", "1", "0.3", "-2.5·10⁻⁷", "10¹²", "12,000", "3.04·10⁻¹²"]
 
 
+def test_rewards_are_drawn_where_the_log_has_them(tmp_path: Path) -> None:
+    def drawn(**rewards: float) -> list[str]:
+        folder = run_folder(tmp_path)
+        lines = [json.loads(line) | rewards for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        found = re.search(r"<h3>Rewards</h3>.*?</svg>", page(folder), re.S)
+        assert found is not None
+        return labels(found[0])
+
+    margin, both = {"rewards/margins": 0.7}, {"rewards/chosen": 0.5, "rewards/rejected": -0.2}
+    assert {"chosen", "rejected", "margin", "reward"} <= set(drawn(**margin, **both))
+    alone = set(drawn(**margin))  # of a loss of one's own
+    assert "reward margin" in alone and not {"chosen", "rejected", "margin"} & alone
+
+
 # ---- Settings ----
 
 
@@ -105,7 +120,7 @@ def test_settings_are_those_in_force(tmp_path: Path) -> None:
     ("section", "key", "value", "message"),
     [
         ("loss", "beta", "strong", "loss.beta='strong', expected a number"),
-        ("training", "batch_size", [2], "training.train_batch_size=[…], expected a number"),
+        ("training", "train_batch_size", [2], "training.train_batch_size=[…], expected a number"),
         ("loss", "method", {"a": 1}, ""),  # a section: there is no loss.method then
         ("loss", "method", 3, "loss.method=3, expected a name"),
         ("model", "family", ["sd15"], "model.family=[…], expected a name"),

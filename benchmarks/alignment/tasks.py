@@ -117,7 +117,7 @@ class DigitJudge:
         from sklearn.decomposition import PCA
 
         digits, held_out = demo_data.load_digits()
-        self._judge = demo_measure.Judge(digits, held_out)
+        self._judge = demo_measure.DigitClassifier(digits, held_out)
         self.accuracy = self._judge.accuracy
         self._pca = PCA(self._COMPONENTS, random_state=0).fit(digits.images.flatten(1).double().numpy())
 

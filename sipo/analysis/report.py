@@ -223,9 +223,10 @@ def _curves(run: RunLog) -> list[Picture]:
         return pluck(lines, name)
 
     loss = get("loss")
-    rewards = {"margin": get("rewards/margins")}
-    if not all(math.isnan(value) for value in get("rewards/chosen")):  # a loss of one's own need not report it
-        rewards = {"chosen": get("rewards/chosen"), "rejected": get("rewards/rejected")} | rewards
+    margin = get("rewards/margins")
+    rewards = {"chosen": get("rewards/chosen"), "rejected": get("rewards/rejected"), "margin": margin}
+    if all(math.isnan(value) for value in rewards["chosen"]):  # of a loss that reports the margin alone
+        rewards = {"": margin}
     spans = [value for value in loss if not math.isnan(value)] or [0.0]
     wide = max(spans) > 5  # a β far too high
     relative = {
@@ -268,7 +269,9 @@ def _curves(run: RunLog) -> list[Picture]:
         ),
         Picture(
             "Rewards",
-            figures.curves(steps, rewards, "mean reward", points=held_out("rewards/margins")),
+            figures.curves(
+                steps, rewards, "reward margin" if "" in rewards else "reward", points=held_out("rewards/margins")
+            ),
             "Healthy: the margin, chosen less rejected, is positive and grows slowly to a few units; hundreds mean a "
             "beta that is too high.",
         ),
