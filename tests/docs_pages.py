@@ -31,7 +31,7 @@ from sipo.data.readers import JsonlReader
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 # Those of README.md under "How to do something"; tests/test_alignment.py has the study's.
-OTHERS = ("alignment", "architecture", "math", "README")
+OTHERS = ("alignment", "architecture", "math", "options", "README")
 PAGES = sorted(path.stem for path in DOCS.glob("*.md") if path.stem not in OTHERS)
 
 # By key: from the number that a page or an example has to the one that is run.
