@@ -137,7 +137,7 @@ def run(folder: Path, accelerator: Accelerator, **options: Any) -> tuple[nn.Modu
     with torch.no_grad():
         policy.get_parameter(next(n for n, _ in policy.named_parameters())).add_(options.pop("moved", 0.0))
     data = options.pop("data", Pairs)()
-    validation = Pairs(7) if "validate_every" in options else None
+    validation = Pairs(7) if "validation_steps" in options else None
     loss_fn = loss(mask_threshold=options.pop("mask_threshold", 0.0))
     flow = options.pop("flow", False)
     if flow:
@@ -201,7 +201,7 @@ def one_of_two(folder: str) -> None:
     for name, options in SCENARIOS.items():
         options = dict(options)
         precision = options.get("mixed_precision", "no")
-        accelerator = accelerator_for(name, options.get("accumulation", 1), precision)
+        accelerator = accelerator_for(name, options.get("gradient_accumulation_steps", 1), precision)
         if name == "sharded resumed":
             # A sharded run that went on from its third step, the one after which is damaged.
             own = root / "sharded resumed"
@@ -331,7 +331,7 @@ def few_bins(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def alone(folder: Path, name: str) -> tuple[nn.Module, Any]:
     options = dict(SCENARIOS[name])
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=options.get("accumulation", 1))
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=options.get("gradient_accumulation_steps", 1))
     return run(folder, accelerator, **options)
 
 

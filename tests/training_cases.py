@@ -157,7 +157,13 @@ def loss(**options: Any) -> SIPOLoss:
 
 
 def settings(folder: Path, **options: Any) -> TrainingConfig:
-    quiet = {"max_train_steps": 4, "train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1, "progress": False}
+    quiet: dict[str, Any] = {
+        "max_train_steps": 4,
+        "train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "progress": False,
+    }
     quiet |= {"checkpointing_steps": 0, "report_to": "none"}
     return TrainingConfig(output_dir=folder, **(quiet | options))
 

@@ -57,8 +57,9 @@ class InformativeTimesteps:
         schedule: Any = loss_fn.schedule
         self.schedule = schedule
         options = getattr(loss_fn, "options", None)
-        masks = isinstance(options, LossOptions) and options.method != "diffusion_dpo"
-        self.threshold = options.mask_threshold if masks else 0.0
+        self.threshold = 0.0
+        if isinstance(options, LossOptions) and options.method != "diffusion_dpo":
+            self.threshold = options.mask_threshold
         if self.threshold <= 0:
             raise ValueError("timestep_sampling='informative': expected a loss with a mask, this one drops no pairs")
         noise_bins = NoiseBins.of(schedule, BINS)
