@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sipo.families import lora_names
 from sipo.families.base import Family
-from sipo.files import check_tensors, parse_json, save_tensors
+from sipo.files import check_tensors, one_line, parse_json, save_tensors
 
 FORMATS = ("diffusers", "kohya", "comfyui")
 _LAYER = re.compile(r"(.+)\.lora_([AB])\.weight")
@@ -184,7 +184,7 @@ def read_adapter(family: Family, file: Path) -> Adapter:
         dropout = _number(known, "lora_dropout", 0.0)
         return Adapter.of_tensors(tensors, _scale(known, rank), _targets(known), dropout)
     except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{file}: {' '.join(str(error).split())}; expected LoRA of a {family.network}") from error
+        raise ValueError(f"{file}: {one_line(error)}; expected LoRA of a {family.network}") from error
 
 
 def _scale(config: Mapping[str, Any], rank: int) -> float:

@@ -365,4 +365,4 @@ def _download(path: str, revision: str | None, patterns: Sequence[str], options:
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=list(patterns), **place))
     except Exception as error:  # of the hub's, of httpx, of the disk
-        raise FileNotFoundError(f"{path}: not downloaded from the hub: {' '.join(str(error).split())}") from error
+        raise FileNotFoundError(f"{path}: not downloaded from the hub: {one_line(error)}") from error
