@@ -273,7 +273,7 @@ def _curves(run: RunLog) -> list[Picture]:
                 steps, rewards, "reward margin" if "" in rewards else "reward", points=held_out("rewards/margins")
             ),
             "Healthy: the margin, chosen less rejected, is positive and grows slowly to a few units; hundreds mean a "
-            "beta that is too high.",
+            "beta that is too high. A falling chosen reward means getting worse at chosen samples.",
         ),
         Picture(
             "Errors of policy and reference",
