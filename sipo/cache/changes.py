@@ -1,4 +1,4 @@
-"""Whether rows, files and weights still are what a cache was made of.
+"""Tells whether rows, files and weights are still those that a cache was made from.
 
 A file is known by its size, times and inode, and by its content (SHA-256) where only the size is as it was: a copy or a
 clone has other times and inodes, and the same content. Content that changes while all of these stay is found where
@@ -34,7 +34,7 @@ _IN_MEMORY = "sha256:"
 
 
 def record_file(path: Path) -> FileRecord:
-    """A file's stamp and hash, in that order: what changes in between is found the next time."""
+    """Reads a file's stamp and then its hash, so that a change in between is found next time."""
     found = stamp(path)
     try:
         return [*found, file_hash(path)] if found else []
@@ -43,7 +43,7 @@ def record_file(path: Path) -> FileRecord:
 
 
 def files_digest(stamps: Iterable[list[int]]) -> str:
-    """Of stamps, in their order."""
+    """Hashes stamps in their order."""
     numbers = array("Q")
     for found in stamps:
         numbers.extend(number & _64_BITS for number in found or _NO_FILE)
@@ -51,7 +51,7 @@ def files_digest(stamps: Iterable[list[int]]) -> str:
 
 
 def stamps_of(paths: Sequence[str | Path], executor: Executor) -> Iterator[list[int]]:
-    """Of many files, several at a time: over a network each is a wait."""
+    """Reads the stamps of many files, several at a time: on a network drive each takes a round trip."""
     chunks = [paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK)]
     return chain.from_iterable(executor.map(lambda chunk: list(map(stamp, chunk)), chunks))
 
@@ -62,20 +62,20 @@ def path_named(name: str, prefix: str) -> str:
 
 
 def side_name(source: Path | bytes, prefix: str) -> str:
-    """What tells one side of a pair from another: its path without the source's folder, or the hash of its bytes."""
+    """Names one side of a pair: its path without the source's folder, or the hash of its bytes."""
     if isinstance(source, bytes):
         return _IN_MEMORY + hashlib.sha256(source).hexdigest()
     return source.as_posix().removeprefix(prefix)
 
 
 class Comparison(NamedTuple):
-    """How the files of a shard compare with their records.
+    """The result of comparing the files of a shard with their records.
 
     Attributes:
-        change: the first change in words, without the row; empty where all is as it was.
+        change: the first change in words, without the row; empty if there is none.
         name: of the file that has changed.
         files: up-to-date records by name, where nothing has changed.
-        absent: whether none of the files is there any more, so that they cannot be compared.
+        absent: whether all files are gone, so that they cannot be compared.
     """
 
     change: str
@@ -87,7 +87,7 @@ class Comparison(NamedTuple):
 def compare_files(
     records: Mapping[str, FileRecord], path_of: Callable[[str], Path], executor: Executor, verify: bool = False
 ) -> Comparison:
-    """Compares files with what was recorded of them; reads those that have the size they had, and another stamp.
+    """Compares files with their records; reads those whose stamp has changed and whose size has not.
 
     Args:
         records: by name.
@@ -115,7 +115,7 @@ def compare_files(
 
 
 def are_absent(records: Mapping[str, FileRecord], path_of: Callable[[str], Path], executor: Executor) -> bool:
-    """Whether there were files, and none of them is there any more."""
+    """Tells whether there were files and all of them are gone."""
     return _absent(records, dict(zip(records, stamps_of([path_of(name) for name in records], executor), strict=True)))
 
 
@@ -124,7 +124,7 @@ def _absent(records: Mapping[str, FileRecord], stamps: Mapping[str, list[int]]) 
 
 
 def first_row_change(before: Iterable[RowFacts], after: Iterable[RowFacts]) -> str:
-    """The first row that differs, in words; empty where all are alike."""
+    """Describes the first row that differs; empty if none does."""
     for old, new in zip_longest(before, after):
         if old == new:
             continue
@@ -143,5 +143,5 @@ def first_row_change(before: Iterable[RowFacts], after: Iterable[RowFacts]) -> s
 
 
 def row_of(rows: Iterable[RowFacts], name: str) -> int:
-    """The first row that has a file."""
+    """Finds the first row that has a file."""
     return next((int(row[0]) for row in rows if name in row[1:3]), -1)

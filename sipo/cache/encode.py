@@ -70,7 +70,7 @@ class PairEncoder:
         self._pipeline: Any = None
 
     def pipeline(self) -> Any:
-        """The encoders, loaded when they are first needed."""
+        """Loads the encoders when they are first needed."""
         if self._pipeline is None:
             self._pipeline = self.load_pipeline()
             for height, width in self.settings.sizes:

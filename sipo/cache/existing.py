@@ -1,4 +1,4 @@
-"""What a cache's folder holds already, and whether it still agrees with the source."""
+"""Compares the shards that a cache already has with the source."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ from sipo.data.records import row_name
 
 
 class Existing:
-    """Compares parts of the source with their shards.
+    """The shards that are there, compared with the records that they were made from.
 
     Attributes:
-        finished: whether the cache was, when it was opened.
-        source: digest of what a shard's content depends on beside its pairs.
+        finished: whether the cache was finished when it was opened.
+        source: digest of what a shard's content depends on, apart from its pairs.
         changes: the first change in each shard that no longer agrees with the source.
-        absent: how many shards of latents have none of their files any more.
+        absent: number of shards of latents whose files are all gone.
         begun: whether the index says that the cache is being written.
-        stale: whether the index has to be written anew.
+        stale: whether the index has to be written again.
 
     Args:
         folder: the cache's.
@@ -92,12 +92,12 @@ class Existing:
         self.begun = self.stale = True
 
     def there(self, name: str) -> Shard | None:
-        """A shard that is there and whole, as the finished index or its own JSON file has it."""
+        """Finds a shard that is there and whole, by the finished index or its own JSON file."""
         if self.check_hashes:
             found = self.shards.read_intact(name)
             known = self.known.get(name)
             if found is not None and known is not None and found.sha256 != known.sha256:
-                self.stale = True  # the index is of another one, as where a file has been restored
+                self.stale = True  # the index describes another file, for example one that was restored since
             return found
         shard = self.known.get(name) or self.shards.read(name)
         try:
@@ -107,7 +107,7 @@ class Existing:
         return shard
 
     def look(self, part: ShardSource, pool: ThreadPoolExecutor) -> None:
-        """Checks whether a part's shards exist, are whole, and still agree with the source."""
+        """Checks whether the shards of these records exist, are whole, and still agree with the source."""
         part.look(self.source, pool)
         text = self.there(shard_name(TEXT, part.number))
         facts = {} if text is None else text.facts
@@ -129,10 +129,10 @@ class Existing:
             stop_at_skipped([latents.facts], self.settings)
 
     def find_gone(self, parts: int) -> None:
-        """Looks for shards of a source that has become shorter.
+        """Records a change if the source has become shorter.
 
         Args:
-            parts: that the source has.
+            parts: number of shards that the source has now.
         """
         gone = self.known.get(shard_name(LATENTS, parts))
         if gone is not None:
@@ -140,7 +140,7 @@ class Existing:
             self._changed(f"{row_name(row)}: no longer a pair")
 
     def _compare(self, part: ShardSource, shard: Shard | None, pool: ThreadPoolExecutor) -> None:
-        """Compares a part with the rows and files of its shard of latents; records new stamps and prompts."""
+        """Compares records with the rows and files of their shard of latents; records new stamps and prompts."""
         name = shard_name(LATENTS, part.number)
         shard = None if shard is None else self.shards.read(name)  # the index has neither rows nor files
         if shard is None:
@@ -194,7 +194,7 @@ class Existing:
         except OSError:
             if other:
                 raise
-            return  # a read-only cache: new times are compared again the next time
+            return  # a read-only cache: the new times are compared again next time
         self.stale |= not found.absent
 
     def _is_recut(self, before: list[Any], now: list[Any]) -> bool:
@@ -219,7 +219,7 @@ def _rows(rows: list[RowFacts]) -> str:
 
 
 def stop(row: int, kind: str, reason: str, change: str = "") -> BadPairError:
-    """The error of a pair that cannot be used and may not be left out.
+    """Makes the error of a pair that cannot be used and may not be left out.
 
     Args:
         row: the pair's.

@@ -17,15 +17,15 @@ MAX_PAIRS = "data.max_pairs"
 
 
 def fingerprint(model: ModelConfig, data: DataConfig, weights: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """What the content of a cache depends on beside the pairs, by the names of the configuration's keys; JSON values.
+    """Lists what a cache's content depends on, apart from the pairs, as JSON values by the names of settings.
 
-    Where pairs and weights are is none of it: what is the same is the same wherever it is.
+    Where pairs and weights are stored is not part of it.
 
     Args:
         model: where the encoders come from.
         data: how pairs are encoded.
         weights: the encoders' files (:func:`sipo.cache.weights.weight_hashes`); without them the model's path, revision
-            and variant have to do.
+            and variant are used.
     """
     of_model = ("family", "dtype")
     of_data = (
@@ -50,7 +50,7 @@ def fingerprint(model: ModelConfig, data: DataConfig, weights: Mapping[str, str]
 
 
 def check_fingerprint(where: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Compares what a content depends on.
+    """Compares two fingerprints.
 
     Raises:
         OtherSettingsError: the first key, in the order of ``wanted``, that differs, with both values.
@@ -72,7 +72,7 @@ def check_fingerprint(where: Path, found: Mapping[str, Any], wanted: Mapping[str
 
 
 def other_path(where: Path, found: Any, wanted: str, why: str) -> CacheError:
-    """The error of a cache of another ``data.dataset_name``, whose pairs are other ones or cannot be compared."""
+    """Makes the error of a cache of another ``data.dataset_name``, whose pairs are other ones or cannot be compared."""
     return CacheError(
         f"{where}: made with data.dataset_name={json.dumps(found)}, this run has {json.dumps(wanted)}, {why}: use "
         "another "

@@ -84,17 +84,17 @@ class Shard:
 
 
 def shard_name(kind: str, number: int) -> str:
-    """``latents-00000``."""
+    """Names a shard: ``latents-00000``."""
     return f"{kind}-{number:05d}"
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of a JSON value, however its keys are ordered."""
+    """Hashes a JSON value with SHA-256; the order of its keys does not matter."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
-    """Writes a JSON object aside, its hash before it, and renames it.
+    """Writes a JSON object, preceded by its hash, under another name and renames it.
 
     Args:
         path: of the file.
@@ -106,7 +106,7 @@ def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """What :func:`write_json` wrote; ``None`` where there is no such file.
+    """Reads what :func:`write_json` wrote; ``None`` if there is no such file.
 
     Raises:
         DamagedError: a file that cannot be read, or is not as it was written.
@@ -135,7 +135,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _seal(path: Path, rest: str) -> str:
-    """What a JSON file begins with: the hash of its name, so that no other is taken for it, and of the rest of it."""
+    """Gives the start of a JSON file: the hash of its name, so that no other passes for it, and of its rest."""
     return _SEAL % hashlib.sha256(f"{path.name} {rest}".encode()).hexdigest()
 
 
@@ -245,7 +245,7 @@ class ShardFolder:
 
 
 class ShardReader:
-    """Tensors of shards, opened when first asked for and mapped rather than read; may be sent to another process.
+    """Reads tensors of shards, which it opens when first needed and maps into memory; may be sent to other processes.
 
     Args:
         folder: where the shards are.
@@ -264,7 +264,7 @@ class ShardReader:
         return self.__dict__ | {"_checked": {}, "_open": OrderedDict()}
 
     def tensor(self, name: str, key: str) -> Tensor:
-        """A tensor of a shard, on the CPU; not to be written to.
+        """Reads a tensor of a shard, on the CPU; it must not be written to.
 
         Raises:
             CacheError: the shard is absent, damaged, or has no such tensor.
@@ -291,7 +291,7 @@ class ShardReader:
         return file
 
     def _check(self, path: Path, shard: Shard) -> None:
-        """Compares a file's hash, also of one that was closed meanwhile and written by another run."""
+        """Compares a file's hash; also finds a file that another run has written since it was last open."""
         before, found = _identity(path), None if not path.is_file() else file_hash(path)
         if found != shard.sha256:
             now = ShardFolder(self.folder).read(shard.name)
@@ -309,7 +309,7 @@ class ShardReader:
 
 
 def _identity(path: Path) -> tuple[int, ...]:
-    """What is another where a file has been replaced; empty where there is none."""
+    """Gives what differs once a file has been replaced; empty if there is no file."""
     try:
         found = path.stat()
     except OSError:

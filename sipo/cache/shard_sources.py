@@ -78,18 +78,18 @@ class ShardSource:
 
     @property
     def new_keys(self) -> list[str]:
-        """Of ``prompts``."""
+        """Keys of ``prompts``."""
         return [text_key(prompt) for prompt in self.prompts]
 
 
 def prefix_of(reader: PairReader) -> str:
-    """What the names of a source's files leave out: its folder with a slash at its end, or nothing."""
+    """Gives what the names of a source's files leave out: its folder with a slash at its end, or nothing."""
     root: Path | None = getattr(reader, "root", None)
     return "" if root is None else f"{root.as_posix().rstrip('/')}/"
 
 
 def shard_sources(reader: PairReader, settings: DataConfig, tally: Tally) -> Iterator[ShardSource]:
-    """Cuts the source into shards by the numbers of rows, so that a row more or less concerns its own shard alone."""
+    """Divides the source into shards by row number, so that one row more or less changes its own shard alone."""
     seen: set[str] = set()
     prefix = prefix_of(reader)
     part = ShardSource(0, prefix)

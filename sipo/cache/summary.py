@@ -1,4 +1,4 @@
-"""What is in a cache, and what was done to it, in a few lines."""
+"""The summary of a cache: what it holds and what was done to it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class CacheSummary:
-    """What is in a cache.
+    """What a cache holds, and what this call did to it.
 
     Attributes:
         pairs: that can be trained on.
@@ -40,7 +40,7 @@ class CacheSummary:
     absent: int = 0
 
     def news(self) -> list[str]:
-        """A line on what has changed since the pairs were encoded, and one on what could not be compared."""
+        """Describes what has changed since the pairs were encoded, and what could not be compared, one line each."""
         lines, shards = [], self.written + self.kept
         if self.changes:
             more = len(self.changes) - 1

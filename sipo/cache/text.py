@@ -10,12 +10,12 @@ from torch import Tensor
 
 
 def text_key(prompt: str) -> str:
-    """What a prompt's embeddings are stored under: 128 bits of its SHA-256."""
+    """Gives the key of a prompt's embeddings: 128 bits of its SHA-256."""
     return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 def trim(tensor: Tensor) -> Tensor:
-    """A sequence ``[L, ...]`` without its last rows, as far as they are all zeros (+0); :func:`pad` undoes it."""
+    """Removes the rows at the end of a sequence ``[L, ...]`` that are all zeros (+0); :func:`pad` undoes it."""
     if tensor.ndim < 2 or not tensor.is_floating_point():
         return tensor
     filled = ((tensor != 0) | torch.signbit(tensor)).flatten(1).any(1).nonzero()
@@ -23,7 +23,7 @@ def trim(tensor: Tensor) -> Tensor:
 
 
 def pad(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """Rows of zeros up to ``shape``."""
+    """Appends rows of zeros up to ``shape``."""
     if tensor.ndim < 2 or tensor.shape[0] == shape[0]:
         return tensor
     return torch.cat([tensor, tensor.new_zeros(shape[0] - tensor.shape[0], *tensor.shape[1:])])

@@ -1,4 +1,4 @@
-"""``sipo data check``: what a data set of pairs holds, and which of its pairs training would skip.
+"""Checks a data set of pairs (``sipo data check``): what it holds, and which pairs training would skip.
 
 Precomputing and the check both read pairs with :func:`sipo.data.load.load_pair`, so that what the check reports is what
 precomputing skips.
@@ -58,7 +58,7 @@ NOTED = {
 
 @dataclass(frozen=True)
 class PairFinding:
-    """Something about one row, from 0; ``kind`` is a key of :data:`SKIPPED` or :data:`NOTED`."""
+    """One remark about one row, which counts from 0; ``kind`` is a key of :data:`SKIPPED` or :data:`NOTED`."""
 
     row: int
     kind: str
@@ -67,7 +67,7 @@ class PairFinding:
 
 @dataclass
 class CheckReport:
-    """What a check has found.
+    """The findings of a check.
 
     Attributes:
         pairs: rows that were looked at.
@@ -82,12 +82,12 @@ class CheckReport:
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
 
     def counts(self) -> dict[str, int]:
-        """Findings of every kind, those of which there are none included."""
+        """Counts the findings of every kind, zeros included."""
         found = Counter(finding.kind for finding in self.findings)
         return {kind: found[kind] for kind in (*SKIPPED, *NOTED)}
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it as JSON values, with rows counted from 1."""
+        """Gives the report as JSON values, with rows counted from 1."""
         return {
             "pairs": self.pairs,
             "skipped": self.skipped,
@@ -97,7 +97,7 @@ class CheckReport:
         }
 
     def describe(self, rows: int = 5) -> str:
-        """A table, and the first ``rows`` rows of each kind, counted from 1."""
+        """Formats a table, and the first ``rows`` rows of each kind, counted from 1."""
         lines = [f"{self.pairs} pairs, of which training would skip {self.skipped}"]
         if self.findings:
             lines[0] += "; rows count from 1, as lines do in an editor"

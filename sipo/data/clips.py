@@ -1,8 +1,7 @@
 """Decodes clips, completely or not at all, and as a player shows them.
 
-FFmpeg conceals errors: it fills damaged areas in, and takes a file that is cut short for one that ends. Here both are
-errors, as far as the file's format lets a decoder detect them. The sample aspect ratio, the display matrix and
-transparency are applied.
+FFmpeg conceals errors: it fills in damaged areas and accepts truncated files. Here both are errors, as far as the
+format lets a decoder detect them. The sample aspect ratio, the display matrix and transparency are applied.
 """
 
 from __future__ import annotations

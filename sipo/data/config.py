@@ -14,7 +14,7 @@ _LEAST = {"frames": 1, "draws": 0, "held_out": 0, "shard_pairs": 1, "max_pixels"
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the pairs come from, and how they become latents (once, see ``sipo precompute``).
+    """Where the pairs come from, and how they are encoded (once, by ``sipo precompute``).
 
     Attributes:
         dataset_name: JSONL file, folder of parquet files, hub id of a data set, or VideoDPO folder; "toy" for a small
@@ -29,18 +29,18 @@ class DataConfig:
         center_crop: cut what exceeds the size from both sides alike; ``False`` cuts at a random place (SDXL is told).
         random_flip: mirror half of the pairs, both images of a pair alike.
         latents: "sample" draws once from the VAE's posterior, "mode" takes its mean.
-        enable_tiling: encode and decode in overlapping tiles, which takes less memory and rounds a little otherwise.
+        enable_tiling: encode and decode in overlapping tiles: less memory, slightly different rounding.
         vae_dtype: that the VAE encodes and decodes in; in half precision latents are 1 to 2 % off.
         dtype: that latents and text embeddings are stored in.
         skip_bad: leave out pairs that cannot be used, and say how many; ``False`` stops at the first.
         max_pixels: of an image or a frame; larger ones cannot be used. Decoding takes about 8 bytes for each.
-        max_pairs: use no more than the first so many.
+        max_pairs: use at most this many pairs, the first ones.
         held_out: pairs kept from training, for validation.
         draws: fixed (timestep, noise) draws for each pair; 0 draws anew each time, as training scripts do.
         reference_errors: compute the reference's error at each draw beforehand.
         seed: of crops, flips, latents and draws.
-        shard_pairs: rows whose pairs are in one file of the cache.
-        num_workers: threads that decode; ``None`` takes one for each processor, 8 at most.
+        shard_pairs: rows of the source whose pairs share one file of the cache.
+        num_workers: threads that decode; ``None`` takes one per processor, 8 at most.
         queue_mb: megabytes of decoded pairs in memory at most, at 8 bits a colour and the size they are trained at; of
             large clips two pairs in any case, one of them being encoded.
     """

@@ -14,7 +14,7 @@ from sipo.files import FileError, check_regular
 
 
 def exists(place: Path) -> bool:
-    """Whether the path exists; False for names that no file can have, on which older Python raises."""
+    """Tells whether a path exists; False for names that no file can have, on which older Python raises."""
     return os.path.exists(place)
 
 
@@ -38,7 +38,7 @@ def states(folder: Path, paths: Iterable[Path]) -> list[list[Any]]:
 
 
 def stamp(path: str | Path) -> list[int]:
-    """Size in bytes, mtime and ctime in nanoseconds, and inode; empty where there is no file.
+    """Reads a file's size in bytes, mtime and ctime in nanoseconds, and inode; empty if there is no file.
 
     ctime changes even if a file is replaced and its mtime reset. Two files that were written within one tick of the
     clock may have equal times, and their folders may be renamed: their inodes differ.
@@ -52,7 +52,7 @@ def stamp(path: str | Path) -> list[int]:
 
 
 def is_finite_number(value: Any) -> bool:
-    """Whether a JSON value is a finite number."""
+    """Tells whether a JSON value is a finite number."""
     try:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # an integer of more than 308 digits
@@ -60,10 +60,10 @@ def is_finite_number(value: Any) -> bool:
 
 
 def bad_row(row: int, problem: str, prompt: str = "", kind: Literal["row", "index"] = "row") -> PairRecord:
-    """A row that cannot be used, with the reason."""
+    """Makes the record of a row that cannot be used, with the reason."""
     return PairRecord(row, prompt, b"", b"", problem=problem, problem_kind=kind)
 
 
 def plain(text: str) -> str:
-    """A text in one line, with single spaces."""
+    """Puts a text on one line, with single spaces."""
     return " ".join(text.split())
