@@ -67,8 +67,8 @@ class Grouped(Pairs):
 # What each pair of processes runs; one process then runs the same at twice the batch.
 SCENARIOS: dict[str, dict[str, Any]] = {
     "gradient": {"max_train_steps": 1, "max_grad_norm": None, "rate": 1.0},
-    "max_train_steps": {"max_train_steps": 4, "checkpointing_steps": 4},
-    "gradient_accumulation_steps": {"max_train_steps": 3, "gradient_accumulation_steps": 2},
+    "steps": {"max_train_steps": 4, "checkpointing_steps": 4},
+    "accumulation": {"max_train_steps": 3, "gradient_accumulation_steps": 2},
     "everything": {
         "max_train_steps": 8,
         "gradient_accumulation_steps": 2,

@@ -157,14 +157,8 @@ def loss(**options: Any) -> SIPOLoss:
 
 
 def settings(folder: Path, **options: Any) -> TrainingConfig:
-    quiet: dict[str, Any] = {
-        "max_train_steps": 4,
-        "train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "progress": False,
-    }
-    quiet |= {"checkpointing_steps": 0, "report_to": "none"}
+    quiet: dict[str, Any] = {"max_train_steps": 4, "train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1}
+    quiet |= {"checkpointing_steps": 0, "progress": False, "report_to": "none"}
     return TrainingConfig(output_dir=folder, **(quiet | options))
 
 
