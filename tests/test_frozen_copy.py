@@ -56,7 +56,10 @@ def trained_toy(toy: str) -> Path:
 
 
 def run_of(toy: str, *, precision: str = "no", **model: Any) -> RunContext:
-    options: dict[str, Any] = {"family": family_of(toy).name, "path": str(trained_toy(toy))} | model
+    options: dict[str, Any] = {
+        "family": family_of(toy).name,
+        "pretrained_model_name_or_path": str(trained_toy(toy)),
+    } | model
     training = TrainingConfig(max_train_steps=1, output_dir="unused", mixed_precision=precision)  # type: ignore[arg-type]
     data = DataConfig(dataset_name="unused", cache="unused", frames=9 if family_of(toy).video else 1)
     return open_run(Config(model=ModelConfig(**options), data=data, training=training))

@@ -43,7 +43,8 @@ def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     def prepare_data(*args: Any, **options: Any) -> Any:
         raise AssertionError("data is prepared")
 
-    for module in ("sipo.recipe.prepare_data", "sipo.recipe.train", "sipo.recipe.analyze_start"):
+    # The module that defines it comes last: the others, if imported only now, would take this one for theirs.
+    for module in ("sipo.recipe.train", "sipo.recipe.analyze_start", "sipo.recipe.prepare_data"):
         monkeypatch.setattr(f"{module}.prepare_data", prepare_data)
 
     def run(command: str, family: str, *overrides: str, model: Path | None = None) -> int:
