@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import itertools
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,6 +154,7 @@ class Bench:
         from sipo.training import AdapterOff, TrainingConfig, train
 
         references = {"copy": trained.reference, "errors": None, "adapter_off": AdapterOff(adapter_off)}
+        shutil.rmtree(self.folder / "run", ignore_errors=True)  # of the chunk before: a folder with a run is refused
         config = TrainingConfig(
             output_dir=self.folder / "run", max_train_steps=steps, train_batch_size=case.batch_size,
             max_grad_norm=MAX_GRAD_NORM, mixed_precision=case.precision,  # type: ignore[arg-type]

@@ -57,7 +57,16 @@ class MaskedByReference(torch.nn.Module):
         self.loss_fn = loss_fn
         loss_fn.options = dataclasses.replace(loss_fn.options, mask_threshold=0.0)
 
-    def forward(self, model_pred: Tensor, ref_pred: Tensor, target: Tensor, **levels: Tensor) -> PairLossOutput:
+    def forward(
+        self,
+        model_pred: Tensor,
+        ref_pred: Tensor,
+        target: Tensor,
+        timesteps: Tensor | None = None,
+        *,
+        sigmas: Tensor | None = None,
+    ) -> PairLossOutput:
+        levels: dict[str, Tensor | None] = {"timesteps": timesteps, "sigmas": sigmas}
         with torch.no_grad():
             ratio = self.loss_fn(ref_pred, ref_pred, target, **levels).log_ratio.exp()
             mask = torch.minimum(*ratio.chunk(2)) >= self.options.mask_threshold
@@ -74,7 +83,16 @@ class ChosenOnly(torch.nn.Module):
         self.schedule, self.options = loss_fn.schedule, loss_fn.options
         self.loss_fn = loss_fn
 
-    def forward(self, model_pred: Tensor, ref_pred: Tensor, target: Tensor, **levels: Tensor) -> PairLossOutput:
+    def forward(
+        self,
+        model_pred: Tensor,
+        ref_pred: Tensor,
+        target: Tensor,
+        timesteps: Tensor | None = None,
+        *,
+        sigmas: Tensor | None = None,
+    ) -> PairLossOutput:
+        levels: dict[str, Tensor | None] = {"timesteps": timesteps, "sigmas": sigmas}
         with torch.no_grad():
             out: PairLossOutput = self.loss_fn(model_pred, ref_pred, target, **levels)
         pairs = len(out.mask)
