@@ -240,7 +240,8 @@ def test_out_of_memory_says_what_to_lower(tmp_path: Path, own: bool) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n2 GiB")
         return noisy.new_empty(1 << 60)
 
-    message = r"step 1: out of memory on cpu; lower train_batch_size=4 \(and raise gradient_accumulation_steps=2 by as much\), or use gradient"
+    message = r"step 1: out of memory on cpu; lower train_batch_size=4 "
+    message += r"\(and raise gradient_accumulation_steps=2 by as much\), or use gradient"
     with pytest.raises(TrainingOutOfMemoryError, match=message) as caught:
         fit(tmp_path, predict=hungry, gradient_accumulation_steps=2)
     assert "\n" not in str(caught.value)

@@ -1,8 +1,8 @@
 """The training loop: preference pairs to an aligned policy.
 
-One policy forward serves chosen and rejected samples, which share noise and timestep; the reference runs without
-gradients, or not at all. The host waits for the device when a log line is due; with several processes it also
-waits, at the end of each step, until the device has begun the step's last pass.
+One forward of the policy serves chosen and rejected samples, which share noise and timestep; the reference runs without
+gradients, or not at all. The host waits for the device when a log line is due. With several processes it also waits, at
+the end of each step, until the device has begun the step's last pass.
 """
 
 from __future__ import annotations
@@ -215,9 +215,9 @@ class TrainingLoop:
                     raise TrainingInterruptedError(step + 1, self.saved, request.signal)
         finally:
             self.recorder.close()
-        average = self.updates.average.tensors() if self.updates.average is not None else None
+        ema = None if self.updates.average is None else self.updates.average.tensors()
         history, lines = self.recorder.history, self.recorder.validation
-        return TrainingResult(config.max_train_steps, history, config.metrics_path, self.saved, lines, average)
+        return TrainingResult(config.max_train_steps, history, config.metrics_path, self.saved, lines, ema)
 
     def _batches(self, first: int) -> Iterator[tuple[PairBatch, range]]:
         """This process's batches from step ``first`` on, with the pairs' positions in the run's stream."""
@@ -394,10 +394,7 @@ class TrainingLoop:
             restore=restore,
             accelerator=self.accelerator,
         )
-        # As many steps is a run that was stopped between its last step and what comes after.
-        if step > self.config.max_train_steps:
-            raise ValueError(
-                f"max_train_steps={self.config.max_train_steps}: the checkpoint has {step} already, expected at least "
-                "as many"
-            )
+        most = self.config.max_train_steps
+        if step > most:  # as many: a run that was stopped between its last step and what comes after
+            raise ValueError(f"max_train_steps={most}: the checkpoint has {step} already, expected at least as many")
         return step
