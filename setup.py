@@ -23,6 +23,7 @@ import json
 import os
 import platform
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -39,6 +40,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "sipo_kernels"
+# The library carries it, and the package, which needs no torch for that, compares it with the sources at hand.
+sources_digest = runpy.run_path(str(ROOT / PACKAGE / "build_info.py"))["sources_digest"]
 LIBRARY = "_native.dylib" if sys.platform == "darwin" else "_native.so"
 RECORD = "_build_info.json"
 
@@ -122,7 +125,8 @@ def cpu_part(command: list[str]) -> Part:
     isas = X86_ISAS if target.startswith(("x86_64", "amd64")) else {}
     flags = COMMON_FLAGS + shlex.split(os.environ.get("CXXFLAGS", ""))
     base = [*command, *flags]
-    units = [Unit("pair_loss", "csrc/cpu/pair_loss.cpp", base + (["-DSIPO_X86=1"] if isas else []))]
+    own = [f'-DSIPO_SOURCES="{sources_digest(ROOT)}"', *(["-DSIPO_X86=1"] if isas else [])]
+    units = [Unit("pair_loss", "csrc/cpu/pair_loss.cpp", base + own)]
     for isa in ("portable", *isas):
         own = [f"-DSIPO_ISA={isa}", *isas.get(isa, [])]
         units.append(Unit(f"pair_kernels_{isa}", "csrc/cpu/pair_kernels.cpp", base + own))

@@ -8,8 +8,9 @@
 
 namespace sipo {
 
-// The order of DTYPES in sipo_kernels/output.py; behind them, types that timesteps alone may have.
-enum Dtype : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kFloat64 = 3, kDtypes = 4, kInt64 = 4, kInt32 = 5 };
+// DTYPES of sipo_kernels/layout.py; behind them, types that timesteps alone may have.
+#define SIPO_DTYPES(X) X(kFloat32, "float32") X(kBfloat16, "bfloat16") X(kFloat16, "float16") X(kFloat64, "float64")
+enum Dtype : int { SIPO_DTYPES(SIPO_CONSTANT) kDtypes, kInt64 = kDtypes, kInt32 };
 
 namespace {
 

@@ -3,7 +3,6 @@
 #pragma once
 #include <cmath>
 
-
 #if defined(__CUDACC__)
 #define SIPO_HD __host__ __device__ inline
 #else
@@ -12,10 +11,14 @@
 
 namespace sipo {
 
-// The order of METHODS, RATIOS and LOSS_TYPES in sipo_kernels/options.py.
-enum Method : int { kDiffusionDpo = 0, kDpoCm = 1, kSipo = 2, kSdpo = 3 };
-enum Ratio : int { kPosterior = 0, kReference = 1 };
-enum LossType : int { kSigmoid = 0, kIpo = 1, kHinge = 2, kDmpo = 3 };
+// METHODS, RATIOS and LOSS_TYPES of sipo_kernels/options.py. Python compares the names when it loads the library.
+#define SIPO_METHODS(X) X(kDiffusionDpo, "diffusion_dpo") X(kDpoCm, "dpo_cm") X(kSipo, "sipo") X(kSdpo, "sdpo")
+#define SIPO_RATIOS(X) X(kPosterior, "posterior") X(kReference, "reference")
+#define SIPO_LOSS_TYPES(X) X(kSigmoid, "sigmoid") X(kIpo, "ipo") X(kHinge, "hinge") X(kDmpo, "dmpo")
+#define SIPO_CONSTANT(constant, name) constant,
+enum Method : int { SIPO_METHODS(SIPO_CONSTANT) };
+enum Ratio : int { SIPO_RATIOS(SIPO_CONSTANT) };
+enum LossType : int { SIPO_LOSS_TYPES(SIPO_CONSTANT) };
 
 struct Settings {
   double beta;
@@ -115,8 +118,8 @@ SIPO_HD bool all_finite(const Sample& chosen, const Sample& rejected, double log
              nothing(penalty) == 0;
 }
 
-// §4 to §6 of one pair of weighed samples, whose rewards and coefficients it sets. `elements` is D, the size of one sample; `share`
-// is that of the rejected sample's gradient, 1 where the chosen sample is not preserved.
+// §4 to §6 of one pair of weighed samples, whose rewards and coefficients it sets. `elements` is D, the size of one
+// sample; `share` is that of the rejected sample's gradient, 1 where the chosen sample is not preserved.
 SIPO_HD Pair judge(Sample& chosen, Sample& rejected, const Settings& s, double elements, double share) {
   Pair p;
   p.mask =

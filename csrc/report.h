@@ -5,17 +5,28 @@
 
 namespace sipo {
 
-// The order of SAMPLE_ROWS in sipo_kernels/output.py: results of each sample, [kSampleRows][S].
-enum SampleRow : int {
-  kModelErrorRow, kRefErrorRow, kErrorGapRow, kLogRatioRow, kWeightRow, kRewardRow, kCoefRow, kSampleRows
-};
-// The order of METRICS in sipo_kernels/output.py; behind them, the pairs that the means are over.
-enum Metric : int {
-  kLoss, kRewardsChosen, kRewardsRejected, kMargins, kAccuracies, kModelMse, kRefMse, kChosenGap, kRejectedGap,
-  kWeightMean, kClipFraction, kActiveFraction, kNonfinitePairs, kMetrics, kCounted = kMetrics, kFacts
-};
-// Rows of the sums by noise level: STATISTICS in sipo_kernels/output.py.
-constexpr int kStatistics = 18;
+// SAMPLE_ROWS, METRICS and STATISTICS of sipo_kernels/output.py. Python compares the names when it loads the library.
+#define SIPO_SAMPLE_ROWS(X) \
+  X(kModelErrorRow, "model_error") X(kRefErrorRow, "ref_error") X(kErrorGapRow, "error_gap") \
+  X(kLogRatioRow, "log_ratio") X(kWeightRow, "weight") X(kRewardRow, "reward") X(kCoefRow, "coef")
+#define SIPO_METRICS(X) \
+  X(kLoss, "loss") X(kRewardsChosen, "rewards/chosen") X(kRewardsRejected, "rewards/rejected") \
+  X(kMargins, "rewards/margins") X(kAccuracies, "rewards/accuracies") X(kModelMse, "model_mse") \
+  X(kRefMse, "ref_mse") X(kChosenGap, "chosen_gap") X(kRejectedGap, "rejected_gap") \
+  X(kWeightMean, "weight_mean") X(kClipFraction, "clip_fraction") X(kActiveFraction, "active_fraction") \
+  X(kNonfinitePairs, "nonfinite_pairs")
+#define SIPO_STATISTICS(X) \
+  X(kCount, "count") X(kNonfinite, "nonfinite") \
+  X(kModelErrorChosen, "model_error_chosen") X(kModelErrorRejected, "model_error_rejected") \
+  X(kRefErrorChosen, "ref_error_chosen") X(kRefErrorRejected, "ref_error_rejected") \
+  X(kLevelChosenGap, "chosen_gap") X(kLevelRejectedGap, "rejected_gap") X(kLevelRatio, "ratio") \
+  X(kLevelWeight, "weight") X(kLevelClipped, "clipped") X(kLevelActive, "active") X(kLevelLogits, "logits") \
+  X(kLogitsSq, "logits_sq") X(kLevelAccuracy, "accuracy") X(kLevelCoef, "coef") X(kCoefSq, "coef_sq") \
+  X(kGradSq, "grad_sq")
+enum SampleRow : int { SIPO_SAMPLE_ROWS(SIPO_CONSTANT) kSampleRows };
+// Behind the metrics, the pairs that the means are over.
+enum Metric : int { SIPO_METRICS(SIPO_CONSTANT) kMetrics, kCounted = kMetrics, kFacts };
+enum Statistic : int { SIPO_STATISTICS(SIPO_CONSTANT) kStatistics, kFirstSummed = kModelErrorChosen };
 
 SIPO_HD double correct(double logits) { return logits > 0 ? 1.0 : (logits == 0 ? 0.5 : 0.0); }  // a tie counts one half
 
@@ -73,21 +84,21 @@ SIPO_HD int level_bin(double timestep, int bins, double top) {
 SIPO_HD void pair_statistics(const Sample& chosen, const Sample& rejected, const Pair& p, const Settings& s,
                              double elements, double* rows) {
   const double unit = elements / (s.beta * s.loss_scale), k_w = chosen.coef * unit, k_l = rejected.coef * unit;
-  rows[2] = chosen.model_error, rows[3] = rejected.model_error;
-  rows[4] = chosen.ref_error, rows[5] = rejected.ref_error;
-  rows[6] = chosen.error_gap, rows[7] = rejected.error_gap;
-  rows[8] = 0.5 * (chosen.ratio + rejected.ratio);
-  rows[9] = 0.5 * (chosen.weight + rejected.weight);
-  rows[10] = 0.5 * (clipped(chosen, s) + clipped(rejected, s));
-  rows[11] = p.mask ? 1.0 : 0.0;
-  rows[12] = p.logits, rows[13] = p.logits * p.logits;
-  rows[14] = correct(p.logits);
-  rows[15] = k_w, rows[16] = k_w * k_w;
-  rows[17] = k_w * k_w * chosen.model_error + k_l * k_l * rejected.model_error;
+  rows[kModelErrorChosen] = chosen.model_error, rows[kModelErrorRejected] = rejected.model_error;
+  rows[kRefErrorChosen] = chosen.ref_error, rows[kRefErrorRejected] = rejected.ref_error;
+  rows[kLevelChosenGap] = chosen.error_gap, rows[kLevelRejectedGap] = rejected.error_gap;
+  rows[kLevelRatio] = 0.5 * (chosen.ratio + rejected.ratio);
+  rows[kLevelWeight] = 0.5 * (chosen.weight + rejected.weight);
+  rows[kLevelClipped] = 0.5 * (clipped(chosen, s) + clipped(rejected, s));
+  rows[kLevelActive] = p.mask ? 1.0 : 0.0;
+  rows[kLevelLogits] = p.logits, rows[kLogitsSq] = p.logits * p.logits;
+  rows[kLevelAccuracy] = correct(p.logits);
+  rows[kLevelCoef] = k_w, rows[kCoefSq] = k_w * k_w;
+  rows[kGradSq] = k_w * k_w * chosen.model_error + k_l * k_l * rejected.model_error;
   bool whole = true;
-  for (int i = 2; i < kStatistics; ++i) whole = whole && finite_float(rows[i]);
-  rows[0] = whole ? 1.0 : 0.0, rows[1] = whole ? 0.0 : 1.0;
-  for (int i = 2; i < kStatistics; ++i) rows[i] = whole ? rows[i] : 0.0;
+  for (int i = kFirstSummed; i < kStatistics; ++i) whole = whole && finite_float(rows[i]);
+  rows[kCount] = whole ? 1.0 : 0.0, rows[kNonfinite] = whole ? 0.0 : 1.0;
+  for (int i = kFirstSummed; i < kStatistics; ++i) rows[i] = whole ? rows[i] : 0.0;
 }
 
 }  // namespace sipo

@@ -5,6 +5,7 @@ Run as a script (``make setup`` does), it prints what was left out, and needs no
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,15 @@ def part(name: str) -> dict[str, Any]:
         chosen = "SIPO_" in found["reason"]
         found["remedy"] = "change that, then reinstall: pip install ." if chosen else _REMEDIES[wanted]
     return found
+
+
+def sources_digest(root: Path) -> str | None:
+    """Returns a digest of the C++ sources below ``root/csrc``, or None where there are none, as in a wheel."""
+    files = sorted(path for path in (root / "csrc").rglob("*") if path.suffix in (".h", ".cpp", ".cu"))
+    made = hashlib.sha256()
+    for path in files:
+        made.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return made.hexdigest() if files else None
 
 
 def main() -> None:

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from sipo_kernels import pair_loss
-from sipo_kernels.backends import native
+from sipo_kernels.backends import library, native
+from sipo_kernels.build_info import sources_digest
 from sipo_kernels.testing import make_batch, run
 
 pytestmark = pytest.mark.skipif(native.LIBRARY is None, reason=f"needs the native library: {native.REASON}")
@@ -135,13 +136,45 @@ def test_reasons_for_having_no_library(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "_build_info.json").write_text(json.dumps({"parts": {"cpu": {"reason": "no C++ compiler found"}}}))
     assert native._load() == (None, "there is no native library: no C++ compiler found")
     (tmp_path / "_native.so").write_bytes(b"not a library")
-    library, reason = native._load()
-    assert library is None and reason.startswith("_native.so does not load: ")
+    loaded, reason = native._load()
+    assert loaded is None and reason.startswith("_native.so does not load: ")
 
 
-def test_a_library_of_other_sources_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_with_other_arguments_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     class Longer(ctypes.Structure):
         _fields_ = [*native._Args._fields_, ("more", ctypes.c_int64)]
 
     monkeypatch.setattr(native, "_Args", Longer)
-    assert native._load() == (None, "_native.so was built from other sources (reinstall the package)")
+    reason = "the native library has other arguments than this version; rebuild: make setup"
+    assert native._load() == (None, reason)
+
+
+@pytest.mark.parametrize("name", ["METHODS", "RATIOS", "LOSS_TYPES", "SAMPLE_ROWS", "METRICS", "STATISTICS"])
+def test_a_library_older_than_two_swapped_names_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Structures of the same size: only the names tell."""
+    first, second, *rest = getattr(library, name)
+    monkeypatch.setattr(library, name, (second, first, *rest))
+    loaded, reason = native._load()
+    assert loaded is None and reason.startswith("the native library has other ")
+    assert reason.endswith("; rebuild: make setup")
+
+
+def test_a_library_of_two_swapped_fields_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Swapped(ctypes.Structure):
+        _fields_ = [native.CSettings._fields_[1], native.CSettings._fields_[0], *native.CSettings._fields_[2:]]
+
+    monkeypatch.setattr(native, "CSettings", Swapped)
+    assert native._load() == (None, "the native library has other settings than this version; rebuild: make setup")
+
+
+def test_a_library_older_than_the_sources_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "csrc").mkdir()
+    assert library.stale("anything", tmp_path) is None  # a wheel has no sources
+    (tmp_path / "csrc" / "a.h").write_text("int x;")
+    built_from = sources_digest(tmp_path)
+    assert built_from is not None and library.stale(built_from, tmp_path) is None
+    (tmp_path / "csrc" / "a.h").write_text("int y;")
+    reason = "the native library was built from other sources than csrc/ has now; rebuild: make setup"
+    assert library.stale(built_from, tmp_path) == reason
+    assert native.LIBRARY is not None
+    assert native.LIBRARY.sipo_sources().decode() == sources_digest(Path(native.__file__).parents[2])

@@ -19,6 +19,7 @@
 #endif
 
 #include "cpu/kernels.h"
+#include "describe.h"
 #include "pair_math.h"
 #include "report.h"
 
@@ -397,4 +398,27 @@ SIPO_API const char* sipo_isa(int index) {
   return nullptr;
 }
 
-SIPO_API int64_t sipo_args_size() { return sizeof(Args); }
+// What Python compares with its own definitions when it loads the library.
+SIPO_API const char* sipo_description() {
+  using Described = Args;
+  static const std::string made = [] {
+    std::string text = describe_names() + "arguments";
+    SIPO_FIELD(model) SIPO_FIELD(ref) SIPO_FIELD(target)
+    SIPO_FIELD(model_stride) SIPO_FIELD(ref_stride) SIPO_FIELD(target_stride) SIPO_FIELD(pairs) SIPO_FIELD(elements)
+    SIPO_FIELD(ratio_scale) SIPO_FIELD(error_weight) SIPO_FIELD(ref_error)
+    SIPO_FIELD(loss) SIPO_FIELD(samples) SIPO_FIELD(logits) SIPO_FIELD(numbers) SIPO_FIELD(coef) SIPO_FIELD(mask)
+    SIPO_FIELD(grad) SIPO_FIELD(metrics) SIPO_FIELD(levels) SIPO_FIELD(timesteps) SIPO_FIELD(top) SIPO_FIELD(upstream)
+    SIPO_FIELD(isa) SIPO_FIELD(settings) SIPO_FIELD(model_dtype) SIPO_FIELD(ref_dtype) SIPO_FIELD(target_dtype)
+    SIPO_FIELD(ratio_scale_dtype) SIPO_FIELD(error_weight_dtype) SIPO_FIELD(ref_error_dtype)
+    SIPO_FIELD(timesteps_dtype) SIPO_FIELD(bins) SIPO_FIELD(target_shared) SIPO_FIELD(wide_sums)
+    SIPO_FIELD(loss_per_pair) SIPO_FIELD(threads) SIPO_FIELD(own_threads)
+    return text + " =" + std::to_string(sizeof(Args)) + "\n";
+  }();
+  return made.c_str();
+}
+
+// Of the files below csrc/ that the library was made from; setup.py defines it.
+#if !defined(SIPO_SOURCES)
+#define SIPO_SOURCES ""
+#endif
+SIPO_API const char* sipo_sources() { return SIPO_SOURCES; }

@@ -16,6 +16,7 @@
 // Waiting needs every block to be on the chip at once: such a launch is a cooperative one, which fails rather than
 // hang. Sums have a fixed order, given by shape and device: same input, same bits.
 #include "cuda/settle.h"
+#include "describe.h"
 
 #define SIPO_API extern "C" __attribute__((visibility("default")))
 
@@ -304,4 +305,23 @@ SIPO_API int sipo_cuda_status(int device) {
 
 SIPO_API const char* sipo_cuda_error(int code) { return device::error_string(code); }
 
-SIPO_API int64_t sipo_cuda_args_size() { return sizeof(Args); }
+// What Python compares with its own definitions when it loads the library.
+SIPO_API const char* sipo_cuda_description() {
+  using Described = Args;
+  static const std::string made = [] {
+    std::string text = describe_names() + "threads " + std::to_string(kThreads) + ", blocks " +
+                       std::to_string(kBlocksPerSm) + ", scratch " + std::to_string(kScratchBytes) + "\narguments";
+    SIPO_FIELD(model) SIPO_FIELD(ref) SIPO_FIELD(target)
+    SIPO_FIELD(model_stride) SIPO_FIELD(ref_stride) SIPO_FIELD(target_stride) SIPO_FIELD(pairs) SIPO_FIELD(elements)
+    SIPO_FIELD(ratio_scale) SIPO_FIELD(error_weight) SIPO_FIELD(ref_error) SIPO_FIELD(timesteps) SIPO_FIELD(upstream)
+    SIPO_FIELD(loss) SIPO_FIELD(samples) SIPO_FIELD(logits) SIPO_FIELD(numbers) SIPO_FIELD(mask) SIPO_FIELD(grad)
+    SIPO_FIELD(metrics) SIPO_FIELD(levels) SIPO_FIELD(expected_at) SIPO_FIELD(remembered) SIPO_FIELD(coef)
+    SIPO_FIELD(workspace) SIPO_FIELD(stream) SIPO_FIELD(expected) SIPO_FIELD(top) SIPO_FIELD(settings)
+    SIPO_FIELD(group) SIPO_FIELD(tiles) SIPO_FIELD(blocks) SIPO_FIELD(parts) SIPO_FIELD(lead) SIPO_FIELD(hold)
+    SIPO_FIELD(shared_bytes) SIPO_FIELD(one_pass) SIPO_FIELD(keep) SIPO_FIELD(model_dtype) SIPO_FIELD(ref_dtype)
+    SIPO_FIELD(target_dtype) SIPO_FIELD(reader) SIPO_FIELD(double_terms) SIPO_FIELD(target_shared)
+    SIPO_FIELD(loss_per_pair) SIPO_FIELD(bins) SIPO_FIELD(mend) SIPO_FIELD(device)
+    return text + " =" + std::to_string(sizeof(Args)) + "\n";
+  }();
+  return made.c_str();
+}

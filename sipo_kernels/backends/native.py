@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sipo_kernels.backends import library as native_library
 from sipo_kernels.backends.interface import Stats, empty_stats, scaled_coef
 from sipo_kernels.inputs import Inputs
 from sipo_kernels.layout import DTYPES, accumulate_dtype, agree, dense_like, empty_grad, lies_as
@@ -98,14 +99,19 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         return None, f"there is no native library: {why}"
     try:
         library = ctypes.CDLL(str(path))
-        library.sipo_args_size.restype = ctypes.c_int64
-        library.sipo_isa.restype = ctypes.c_char_p
+        for name in ("sipo_description", "sipo_sources", "sipo_isa"):
+            getattr(library, name).restype = ctypes.c_char_p
         for name in ("sipo_pair_loss", "sipo_pair_grad"):
             getattr(library, name).argtypes = [ctypes.POINTER(_Args)]
-    except (OSError, AttributeError) as error:
+    except OSError as error:
         return None, f"{path.name} does not load: {error}"
-    if library.sipo_args_size() != ctypes.sizeof(_Args):
-        return None, f"{path.name} was built from other sources (reinstall the package)"
+    except AttributeError as error:
+        return None, f"{path.name} lacks a function of this version ({error}); {native_library.REBUILD}"
+    problem = native_library.difference(
+        library.sipo_description().decode(), native_library.description(CSettings, _Args)
+    ) or native_library.stale(library.sipo_sources().decode(), _HERE.parent)
+    if problem:
+        return None, problem
     return library, f"C++, {library.sipo_isa(0).decode()}"
 
 

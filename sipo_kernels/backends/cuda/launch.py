@@ -1,7 +1,7 @@
 """Calls csrc/cuda through the library that native.py loads: the pair loss on an NVIDIA GPU, gradient included.
 
 Nothing here waits for the device: the launches go to torch's current stream, and their workspace comes from torch's
-allocator. ``cuda_plan.py`` decides how a call is cut up.
+allocator. ``plan.py`` decides how a call is cut up.
 """
 
 from __future__ import annotations
@@ -15,8 +15,19 @@ import torch
 from torch import Tensor
 
 from sipo_kernels import build_info
+from sipo_kernels.backends import library as native_library
 from sipo_kernels.backends import native
-from sipo_kernels.backends.cuda.plan import ANY, BLOCKS_PER_SM, MIXED, VECTOR, Call, Gpu, make_plan
+from sipo_kernels.backends.cuda.plan import (
+    ANY,
+    BLOCKS_PER_SM,
+    MIXED,
+    SCRATCH_BYTES,
+    THREADS,
+    VECTOR,
+    Call,
+    Gpu,
+    make_plan,
+)
 from sipo_kernels.backends.interface import Stats, empty_stats
 from sipo_kernels.inputs import Inputs
 from sipo_kernels.layout import accumulate_dtype, agree, dense_like, empty_grad
@@ -76,8 +87,8 @@ def _load(library: ctypes.CDLL | None) -> tuple[ctypes.CDLL | None, str]:
     if library is None:
         return None, native.REASON
     try:
-        for name in ("sipo_cuda_args_size", "sipo_cuda_workspace_bytes"):
-            getattr(library, name).restype = ctypes.c_int64
+        library.sipo_cuda_description.restype = ctypes.c_char_p
+        library.sipo_cuda_workspace_bytes.restype = ctypes.c_int64
         library.sipo_cuda_workspace_bytes.argtypes = [ctypes.POINTER(_Args)]
         library.sipo_cuda_error.restype = ctypes.c_char_p
         for name in ("sipo_cuda_pair_loss", "sipo_cuda_pair_grad"):
@@ -85,8 +96,10 @@ def _load(library: ctypes.CDLL | None) -> tuple[ctypes.CDLL | None, str]:
     except AttributeError:
         why = build_info.part("cuda").get("reason") or "the package was built without it"
         return None, f"the native library has no CUDA part: {why}"
-    if library.sipo_cuda_args_size() != ctypes.sizeof(_Args):
-        return None, "the native library was built from other sources (reinstall the package)"
+    counts = f"threads {THREADS}, blocks {BLOCKS_PER_SM}, scratch {SCRATCH_BYTES}"
+    expected = native_library.description(native.CSettings, _Args, counts)
+    if problem := native_library.difference(library.sipo_cuda_description().decode(), expected):
+        return None, problem
     return library, "CUDA C++"
 
 
