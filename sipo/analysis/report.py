@@ -167,8 +167,8 @@ def run_page(run: RunLog, findings: Sequence[Finding]) -> Page:
         sections.append(("By noise level", remark, _by_level(run, head, tail)))
     else:
         remark = (
-            "This run has no timesteps.jsonl (it was made before there was one, or with training.timestep_statistics "
-            "off), so that nothing can be said by noise level."
+            "This run has no timesteps.jsonl (training.timestep_statistics was off), so there is nothing to show by "
+            "noise level."
         )
         sections.append(("By noise level", remark, ()))
     remark, samples = sample_pictures(run.folder, run.settings)
