@@ -1,4 +1,4 @@
-"""What a cache costs and saves, by arithmetic: of a run, of published models at full size, or of any other numbers."""
+"""Calculates what a cache costs and saves: for a run, for published models at full size, or for any other numbers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ FULL_SIZE = {
 
 @dataclass(frozen=True)
 class Cost:
-    """What is to be encoded for a cache, before any of it is.
+    """What encoding a cache will cost, before any of it is encoded.
 
     Attributes:
         pairs: to be encoded; ``None`` where the source does not say how many it has.
@@ -120,7 +120,7 @@ class Cost:
 
 
 def _size(number: int) -> str:
-    """Bytes in the unit that leaves three digits."""
+    """Formats bytes in the unit that leaves three digits."""
     value, units = float(number), ["B", "kB", "MB", "GB", "TB"]
     while value >= 999.5 and len(units) > 1:
         value, units = value / 1000, units[1:]
@@ -162,7 +162,7 @@ def describe_savings(
     stored_bytes: int = 2,
     gradient_checkpointing: bool = False,
 ) -> Savings:
-    """The arithmetic of latents, text embeddings and reference errors computed beforehand.
+    """Calculates what computing latents, text embeddings and reference errors beforehand costs and saves.
 
     Reference errors save time where training sees each draw more than once (``seen > pairs * draws``); what they
     save in memory does not depend on it.
@@ -190,7 +190,7 @@ def describe_savings(
 
 
 def savings_table(*, pairs: int, draws: int, seen: int) -> str:
-    """The full-size models as a table in Markdown: bytes in powers of ten, weights and stored numbers in 2 bytes.
+    """Formats the full-size models as a Markdown table: bytes in powers of ten, weights and stored numbers in 2 bytes.
 
     Args:
         pairs: in the cache.

@@ -74,12 +74,12 @@ def weight_hashes(
 
 
 def is_weights(name: str) -> bool:
-    """Whether a name of an identity or a fingerprint is that of a model's file."""
+    """Tells whether a key of a run's identity or a fingerprint names a file of a model."""
     return "/" in name
 
 
 def weights_change(name: str, was: str | None, now: str | None) -> str:
-    """What has become of a model's file, in words.
+    """Describes how a model's file has changed.
 
     Args:
         name: its path in the model's folder, with or without "model." or "reference." before it.
@@ -102,7 +102,7 @@ def _kept(cache: Path) -> dict[str, FileRecord]:
 
 
 def _record(path: Path) -> FileRecord:
-    """Of a configuration the content's hash, so that a model that was only saved again is the same."""
+    """Records a file; a configuration by its content, so that a model that was only saved again stays the same."""
     found = record_file(path)
     if found and path.name.endswith(CONFIG):
         with contextlib.suppress(OSError, ValueError):  # what is no JSON, loading the model says better

@@ -28,7 +28,7 @@ _STRIP = 1 << 22  # pixels that are converted at a time, so that an image is in 
 
 
 def read_image(source: Path | bytes, max_pixels: int) -> Media | None:
-    """An image, or ``None`` where the file is not an image but may be a clip."""
+    """Reads an image; gives ``None`` where the file is not an image but may be a clip."""
     from PIL import Image, UnidentifiedImageError
 
     formats = _prepare_pillow(max_pixels)
@@ -65,7 +65,7 @@ def _too_many(error: Exception, max_pixels: int) -> str:
 
 
 def _check_source(path: Path) -> None:
-    """Refuses what is no regular file, before anything opens it."""
+    """Refuses anything but a regular file, before anything opens it."""
     try:
         check_regular(path)
     except FileError as error:  # which names the file as well
@@ -129,7 +129,7 @@ def _decode_image(source: Path | bytes, formats: tuple[str, ...], max_pixels: in
 
 
 def _orientation(image: Any) -> Any:
-    """What turns an image upright, one of ``PIL.Image.Transpose``; ``None`` where it is, or EXIF is unreadable."""
+    """Finds the ``PIL.Image.Transpose`` that turns an image upright; ``None`` if it is, or if EXIF is unreadable."""
     from PIL import ExifTags, Image
 
     try:
@@ -169,7 +169,7 @@ def _pixels(image: Any, transparent: bool) -> tuple[Tensor, float]:
 
 
 def _brand(source: Path | bytes) -> bytes:
-    """The major brand of a file in MP4's container; empty for other files."""
+    """Reads the major brand of a file in MP4's container; empty for other files."""
     start = source[:12] if isinstance(source, bytes) else b""
     if isinstance(source, Path):
         with source.open("rb") as file:

@@ -1,4 +1,4 @@
-"""``sipo label``: preferences from a scorer instead of people, which Diffusion-DPO calls AI feedback."""
+"""Labels pairs with a scorer instead of people (``sipo label``); Diffusion-DPO calls this AI feedback."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Choice = Literal["best-worst", "all"]
 
 @dataclass
 class LabelSummary:
-    """What a labelling has done.
+    """The result of labelling a data set.
 
     Attributes:
         rows: rows of the source.
@@ -170,7 +170,7 @@ def run_label(
 
 
 def _check_output(source: Path, output: Path) -> None:
-    """Refuses now what could not be written in the end, when everything has been scored."""
+    """Refuses an output that could not be written, before anything is scored."""
     if output.exists() and source.exists() and output.samefile(source):
         raise FileExistsError(f"{output}: is the source, expected a new file")
     check_output(output, r'\{"prompt": .*"chosen_score": ', "pairs of `sipo label`")
@@ -203,7 +203,7 @@ def _rows(source: Path, summary: LabelSummary, skip: Callable[[int, str], None])
 
 
 def _candidates(value: dict[str, Any] | str) -> tuple[str, list[str]]:
-    """What is wrong with a line, or its candidates' names."""
+    """Gives what is wrong with a line, or its candidates' names."""
     if isinstance(value, str):
         return value, []
     prompt = value.get("prompt")
@@ -222,7 +222,7 @@ def _score(
     batch_size: int,
     skip: Callable[[int, str], None],
 ) -> Iterator[_Row]:
-    """The rows, in order, once all of their candidates are scored; a batch goes across rows."""
+    """Yields the rows in order, once all of their candidates are scored; a batch may span rows."""
 
     def try_read(item: tuple[_Row, Path]) -> Tensor | MediaError:
         try:

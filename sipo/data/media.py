@@ -123,7 +123,7 @@ def read_spaced(source: Path | bytes, count: int, *, max_pixels: int = MAX_PIXEL
 
 
 def nearest_size(height: int, width: int, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The size nearest in aspect ratio, and among equals in area; the first of equals."""
+    """Finds the size nearest in aspect ratio, then in area; the first of equals."""
 
     def distance(size: tuple[int, int]) -> tuple[float, float]:
         # Computed from integers, so that sizes of one ratio give exactly equal values.

@@ -1,4 +1,4 @@
-"""Rows of parquet files, row group by row group, from a disk or from a hub whose connection may break."""
+"""Reads rows of parquet files, one row group at a time, from disk or from a hub whose connection may break."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sipo.data.records import DataError, row_name
 from sipo.files import check_regular, one_line
 
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
-"""Seconds before each further attempt at a row group; then an error. They begin anew with each row that was read."""
+"""Seconds to wait before each retry of a row group. The count starts again with each row that was read."""
 
 _BATCH = 64  # rows that are converted at a time
 _FOR_GOOD = (400, 401, 403, 404, 410, 416)  # of HTTP: asking again is of no use
@@ -20,13 +20,13 @@ _HUB = "hf://"
 
 
 class ConnectionWarning(UserWarning):
-    """A connection to the hub has broken, and is tried again."""
+    """A connection to the hub broke and is retried."""
 
 
 def read_rows(
     files: Sequence[str | Path], columns: Sequence[str], needed: Sequence[str]
 ) -> Iterator[dict[str, Any] | str]:
-    """The rows of all files; for a row that cannot be read, what is wrong with it.
+    """Yields the rows of all files; for a row that cannot be read, what is wrong with it.
 
     A file of the hub is opened again where the connection breaks, and read on from the row group that was being read.
 
@@ -46,7 +46,7 @@ def read_rows(
 
 
 def rows_of(table: Any, columns: Sequence[str]) -> Iterator[dict[str, Any] | str]:
-    """The rows of a table of pyarrow; for one that cannot be converted, what is wrong with it."""
+    """Yields the rows of a pyarrow table; for a row that cannot be converted, what is wrong with it."""
     found = {name: table.column(name) for name in columns if name in table.schema.names}
     for index in range(table.num_rows):
         value: dict[str, Any] = {}
