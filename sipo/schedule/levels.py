@@ -7,6 +7,7 @@ magnitude, and only the difference between neighbouring levels counts.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -61,6 +62,45 @@ def vp_alphas_cumprod(
         root = table.sqrt()
         table = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
     return table
+
+
+def checked_alphas_cumprod(alphas_cumprod: Tensor | Sequence[float]) -> Tensor:
+    """Returns a given ᾱ of each level as a float64 tensor ``[T]`` on the CPU.
+
+    Raises:
+        ValueError: Not 1-D, empty, a value outside [0, 1] or larger than the one before.
+    """
+    # straight to float64: a list's numbers would else pass through torch's default type
+    table = torch.as_tensor(alphas_cumprod, dtype=torch.float64, device="cpu").detach()
+    if table.ndim != 1 or table.numel() == 0:
+        raise ValueError(f"alphas_cumprod has shape {list(table.shape)}: expected [T] with T >= 1")
+    most = torch.cat([table.new_ones(1), table[:-1]])
+    wrong = ~((table >= 0) & (table <= most))
+    if wrong.any():
+        i = int(wrong.nonzero()[0])
+        given, limit = table[i].item(), most[i].item()
+        raise ValueError(f"alphas_cumprod[{i}]={given!r}: expected a value in [0, {limit!r}], never rising")
+    return table
+
+
+def check_discrete(
+    num_train_timesteps: int,
+    shift: float,
+    shift_terminal: float | None,
+    invert_sigmas: bool,
+    alphas_cumprod: Tensor | None,
+) -> None:
+    """Raises ValueError for a discrete schedule with an option of a flow, or without a table of its length."""
+    options = {"shift": (shift, 1), "shift_terminal": (shift_terminal, None)}
+    for name, (value, default) in (options | {"invert_sigmas": (invert_sigmas, False)}).items():
+        if value != default:
+            raise ValueError(f"{name}={value!r}: expected it for a flow schedule alone")
+    if alphas_cumprod is None:
+        expected = f"expected the table [{num_train_timesteps}] of a discrete schedule"
+        raise ValueError(f"alphas_cumprod=None: {expected}")
+    if list(alphas_cumprod.shape) != [num_train_timesteps]:
+        shape = list(alphas_cumprod.shape)
+        raise ValueError(f"alphas_cumprod has shape {shape}: expected [{num_train_timesteps}]")
 
 
 def vp_tables(alphas_cumprod: Tensor, num_inference_steps: int, prediction_type: str) -> dict[str, Tensor]:

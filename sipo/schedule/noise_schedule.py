@@ -17,7 +17,9 @@ from sipo.schedule.draws import draw_levels
 from sipo.schedule.levels import (
     PREDICTIONS,
     check_count,
+    check_discrete,
     check_positive,
+    checked_alphas_cumprod,
     flow_ratio_scale,
     terminal_stretch,
     vp_alphas_cumprod,
@@ -33,8 +35,7 @@ DEFAULT_INFERENCE_STEPS = 50
 class NoiseSchedule:
     """α and σ of every noise level, and how far the sampler's next step goes from there.
 
-    Made by :meth:`from_scheduler`, :meth:`discrete`, :meth:`from_alphas_cumprod` or :meth:`flow`, and not
-    changed afterwards. Tables are float64.
+    Made by :meth:`from_scheduler`, :meth:`discrete`, :meth:`from_alphas_cumprod` or :meth:`flow`, and then fixed.
 
     Wherever a method takes noise levels, they are a 1-D tensor, given as one of two arguments:
 
@@ -44,15 +45,13 @@ class NoiseSchedule:
       floating-point type; with ``invert_sigmas``, ``(1 − σ) * num_train_timesteps``.
     - ``sigmas``, for a flow alone: σ in (0, 1] of any floating-point type, the share of noise.
 
-    The name of the argument decides what numbers mean, and never their size. Timesteps of a flow that are all below 1
-    are an error, because they are probably sigmas: no scheduler's timesteps are, and pure low noise teaches nothing.
+    The name of the argument decides what the numbers mean, never their size. Timesteps of a flow that are all below 1
+    are an error: no diffusers scheduler has such timesteps, so they are sigmas in all likelihood.
 
     A value out of range, or NaN, is a ValueError on the CPU. In compiled code, and in :meth:`ratio_scale` on CUDA, it
-    trips an assertion that needs no synchronisation (``torch._assert_async``): a RuntimeError with the same text from a
-    compiled function on the CPU, or under a mode such as ``FakeTensorMode``; on CUDA the text on stderr (outside
-    compiled code, integers have that of the table's look-up), and "device-side assert triggered" at the next
-    synchronisation. Where there is no assertion (``torch.jit.trace``, other devices, ROCm) such a σ becomes NaN in
-    ``ratio_scale`` and ``alpha_sigma``.
+    fails an assertion that needs no synchronisation (``torch._assert_async``): a RuntimeError with the same text on the
+    CPU; on CUDA "device-side assert triggered" at the next synchronisation, and the text on stderr. Where there is no
+    assertion (``torch.jit.trace``, other devices, ROCm), ``ratio_scale`` and ``alpha_sigma`` are NaN for such a σ.
 
     Attributes:
         kind: ``"discrete"`` (variance preserving, α² + σ² = 1) or ``"flow"`` (rectified flow, α = 1 − σ).
@@ -89,16 +88,7 @@ class NoiseSchedule:
         check_count("num_inference_steps", num_inference_steps, 1, most_steps)
         check_positive("shift", shift)
         if kind == "discrete":
-            options = {"shift": (shift, 1), "shift_terminal": (shift_terminal, None)}
-            for name, (value, default) in (options | {"invert_sigmas": (invert_sigmas, False)}).items():
-                if value != default:
-                    raise ValueError(f"{name}={value!r}: expected it for a flow schedule alone")
-            if alphas_cumprod is None:
-                expected = f"expected the table [{num_train_timesteps}] of a discrete schedule"
-                raise ValueError(f"alphas_cumprod=None: {expected}")
-            if list(alphas_cumprod.shape) != [num_train_timesteps]:
-                shape = list(alphas_cumprod.shape)
-                raise ValueError(f"alphas_cumprod has shape {shape}: expected [{num_train_timesteps}]")
+            check_discrete(num_train_timesteps, shift, shift_terminal, invert_sigmas, alphas_cumprod)
         elif alphas_cumprod is not None:
             raise ValueError("alphas_cumprod: expected none for a flow schedule")
         self.kind = kind
@@ -209,16 +199,7 @@ class NoiseSchedule:
         Raises:
             ValueError: Not 1-D, empty, a value outside [0, 1] or larger than the one before.
         """
-        # straight to float64: a list's numbers would else pass through torch's default type
-        table = torch.as_tensor(alphas_cumprod, dtype=torch.float64, device="cpu").detach()
-        if table.ndim != 1 or table.numel() == 0:
-            raise ValueError(f"alphas_cumprod has shape {list(table.shape)}: expected [T] with T >= 1")
-        most = torch.cat([table.new_ones(1), table[:-1]])
-        wrong = ~((table >= 0) & (table <= most))
-        if wrong.any():
-            i = int(wrong.nonzero()[0])
-            given, limit = table[i].item(), most[i].item()
-            raise ValueError(f"alphas_cumprod[{i}]={given!r}: expected a value in [0, {limit!r}], never rising")
+        table = checked_alphas_cumprod(alphas_cumprod)
         return cls(
             "discrete",
             prediction_type=prediction_type,
@@ -245,8 +226,8 @@ class NoiseSchedule:
     def ratio_scale(self, timesteps: Tensor | None = None, *, sigmas: Tensor | None = None) -> Tensor:
         """Computes ½ (SNR(t') − SNR(t)) · x0_factor of §3: minus the log ratio per unit of squared error.
 
-        A flow's last step is recognised within the rounding of the argument's own type: a u' no further above 0 than an
-        error of a few units in the last place of σ can carry it is 0.
+        A flow's last step is recognised within the rounding of the argument's type: a u' counts as 0 if an error of a
+        few units in the last place of σ can explain it.
 
         Args:
             timesteps: ``[N]``, see the class.
@@ -380,8 +361,7 @@ class NoiseSchedule:
         return f"NoiseSchedule({', '.join(fields)})"
 
     def _table(self, name: str, device: torch.device) -> Tensor:
-        # Kept per device, so that a call uploads nothing. torch.compile traces this as it stands and guards
-        # on the dictionary: a device first met in a compiled graph costs one recompilation at the call after.
+        # Kept by device, so that a call uploads nothing. A device first met in a compiled graph costs a recompilation.
         tables = self._device_tables.get(device)
         if tables is None:
             dtype = pair_dtype(device)
