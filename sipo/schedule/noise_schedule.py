@@ -78,8 +78,7 @@ class NoiseSchedule:
     ) -> None:
         """Prefer the named constructors; this one takes what they have worked out."""
         check_choice("kind", kind, tuple(PREDICTIONS))
-        # "flow" is short for it
-        spelt_out = "flow_prediction" if prediction_type == "flow" else prediction_type
+        spelt_out = "flow_prediction" if prediction_type == "flow" else prediction_type  # "flow" is short for it
         if spelt_out not in PREDICTIONS[kind]:
             expected = f"one of {', '.join(PREDICTIONS[kind])} for a {kind} schedule"
             raise ValueError(f"prediction_type={prediction_type!r}: expected {expected}")
@@ -267,8 +266,7 @@ class NoiseSchedule:
         """Returns x_t = α·x₀ + σ·ε, the network's input (EulerDiscrete's own ``add_noise`` is this over α).
 
         Args:
-            sample: x₀, ``[N, ...]``, any floating-point type.
-            noise: ε, shaped as ``sample``.
+            sample: x₀, ``[N, ...]``, any floating-point type; ``noise`` is ε, shaped likewise.
             timesteps: ``[N]``, see the class; moved to the device of ``sample``.
             sigmas: ``[N]``, in place of ``timesteps``.
 
