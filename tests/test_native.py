@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from sipo_kernels import pair_loss
+from sipo_kernels import backends, pair_loss
 from sipo_kernels.backends import library, native
 from sipo_kernels.build_info import sources_digest
 from sipo_kernels.testing import make_batch, run
@@ -178,3 +178,12 @@ def test_a_library_older_than_the_sources_is_refused(tmp_path: Path) -> None:
     assert library.stale(built_from, tmp_path) == reason
     assert native.LIBRARY is not None
     assert native.LIBRARY.sipo_sources().decode() == sources_digest(Path(native.__file__).parents[2])
+
+
+def test_status_of_a_refused_library_says_how_to_rebuild(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "LIBRARY", None)
+    monkeypatch.setattr(native, "REASON", f"the native library has other metrics; {library.REBUILD}")
+    found = backends.status("native", "cpu")
+    assert found == backends.BackendStatus(
+        "native", False, "the native library has other metrics", "rebuild: make setup"
+    )

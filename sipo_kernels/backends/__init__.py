@@ -14,6 +14,7 @@ import torch
 from sipo_kernels import build_info
 from sipo_kernels.backends import native
 from sipo_kernels.backends.cuda import launch as cuda
+from sipo_kernels.backends.library import REBUILD
 from sipo_kernels.options import check_choice
 
 BACKENDS = ("eager", "triton", "native", "cuda")
@@ -45,6 +46,13 @@ def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "True", "on")
 
 
+def _without_library(name: str, reason: str, part: str) -> BackendStatus:
+    """The status of a backend whose library is missing or was refused."""
+    if reason.endswith(f"; {REBUILD}"):
+        return BackendStatus(name, False, reason.removesuffix(f"; {REBUILD}"), REBUILD)
+    return BackendStatus(name, False, reason, build_info.part(part).get("remedy", _REINSTALL))
+
+
 def _cuda_status(device_type: str) -> BackendStatus:
     if cuda.EMULATED is not None and device_type == "cpu":
         return BackendStatus("cuda", True, "the kernels on the CPU, for tests", "")
@@ -58,7 +66,7 @@ def _cuda_status(device_type: str) -> BackendStatus:
         reason = "it needs an NVIDIA GPU and this torch was built without CUDA"
         return BackendStatus("cuda", False, reason, "install a CUDA build of torch, or use 'auto'")
     if cuda.LIBRARY is None:
-        return BackendStatus("cuda", False, cuda.REASON, build_info.part("cuda").get("remedy", _REINSTALL))
+        return _without_library("cuda", cuda.REASON, "cuda")
     if problem := cuda.problem(torch.cuda.current_device()):
         remedy = "rebuild for this GPU or update its driver: see SIPO_CUDA_ARCHS in setup.py; or use 'auto'"
         return BackendStatus("cuda", False, f"the driver says: {problem}", remedy)
@@ -74,7 +82,7 @@ def status(name: str, device_type: str) -> BackendStatus:
             reason = f"it is CPU code and the tensors are on {device_type}"
             return BackendStatus(name, False, reason, "use 'cuda', 'triton' or 'auto'")
         if native.LIBRARY is None:
-            return BackendStatus(name, False, native.REASON, build_info.part("cpu").get("remedy", _REINSTALL))
+            return _without_library(name, native.REASON, "cpu")
         return BackendStatus(name, True, native.REASON, "")
     if name == "cuda":
         return _cuda_status(device_type)

@@ -30,6 +30,25 @@ ACTIVE_FRACTION = tl.constexpr(METRICS.index("active_fraction"))
 NONFINITE_PAIRS = tl.constexpr(METRICS.index("nonfinite_pairs"))
 COUNTED = tl.constexpr(len(METRICS))
 METRIC_COLUMNS = tl.constexpr(16)
+# Rows of the sums by noise level.
+LEVEL_COUNT = tl.constexpr(STATISTICS.index("count"))
+LEVEL_NONFINITE = tl.constexpr(STATISTICS.index("nonfinite"))
+LEVEL_MODEL_ERROR_CHOSEN = tl.constexpr(STATISTICS.index("model_error_chosen"))
+LEVEL_MODEL_ERROR_REJECTED = tl.constexpr(STATISTICS.index("model_error_rejected"))
+LEVEL_REF_ERROR_CHOSEN = tl.constexpr(STATISTICS.index("ref_error_chosen"))
+LEVEL_REF_ERROR_REJECTED = tl.constexpr(STATISTICS.index("ref_error_rejected"))
+LEVEL_CHOSEN_GAP = tl.constexpr(STATISTICS.index("chosen_gap"))
+LEVEL_REJECTED_GAP = tl.constexpr(STATISTICS.index("rejected_gap"))
+LEVEL_RATIO = tl.constexpr(STATISTICS.index("ratio"))
+LEVEL_WEIGHT = tl.constexpr(STATISTICS.index("weight"))
+LEVEL_CLIPPED = tl.constexpr(STATISTICS.index("clipped"))
+LEVEL_ACTIVE = tl.constexpr(STATISTICS.index("active"))
+LEVEL_LOGITS = tl.constexpr(STATISTICS.index("logits"))
+LEVEL_LOGITS_SQ = tl.constexpr(STATISTICS.index("logits_sq"))
+LEVEL_ACCURACY = tl.constexpr(STATISTICS.index("accuracy"))
+LEVEL_COEF = tl.constexpr(STATISTICS.index("coef"))
+LEVEL_COEF_SQ = tl.constexpr(STATISTICS.index("coef_sq"))
+LEVEL_GRAD_SQ = tl.constexpr(STATISTICS.index("grad_sq"))
 STATISTIC_COUNT = tl.constexpr(len(STATISTICS))
 STATISTIC_COLUMNS = tl.constexpr(32)
 ROWS = tl.constexpr(8)  # pairs at a time: few, for a thread holds all numbers of the pairs whose columns it makes
@@ -140,22 +159,32 @@ def _statistics(records, pair, pairs, unit, clip_min, clip_max, METHOD: tl.const
     z = _load(records, PAIR_LOGITS, pair, pairs)
     active = _load(records, PAIR_ACTIVE, pair, pairs)
     k_w, k_l = unit * coef_w, unit * coef_l
-    column = tl.arange(0, STATISTIC_COLUMNS)[None, :]  # in the order of STATISTICS
+    column = tl.arange(0, STATISTIC_COLUMNS)[None, :]
     x = tl.full([ROWS, STATISTIC_COLUMNS], 0.0, tl.float64)
-    x = tl.where(column == 2, error_w, tl.where(column == 3, error_l, x))
-    x = tl.where(column == 4, ref_w, tl.where(column == 5, ref_l, x))
-    x = tl.where(column == 6, gap_w, tl.where(column == 7, gap_l, x))
-    x = tl.where(column == 8, 0.5 * (ratio_w + ratio_l), x)
-    x = tl.where(column == 9, 0.5 * (weight_w + weight_l), x)
-    x = tl.where(column == 10, _clipped(ratio_w, ratio_l, clip_min, clip_max, METHOD), x)
-    x = tl.where(column == 11, active, x)
-    x = tl.where(column == 12, z, tl.where(column == 13, z * z, tl.where(column == 14, _correct(z), x)))
-    x = tl.where(column == 15, k_w, tl.where(column == 16, k_w * k_w, x))
-    x = tl.where(column == 17, k_w * k_w * error_w + k_l * k_l * error_l, x)
+    x = tl.where(
+        column == LEVEL_MODEL_ERROR_CHOSEN, error_w, tl.where(column == LEVEL_MODEL_ERROR_REJECTED, error_l, x)
+    )
+    x = tl.where(column == LEVEL_REF_ERROR_CHOSEN, ref_w, tl.where(column == LEVEL_REF_ERROR_REJECTED, ref_l, x))
+    x = tl.where(column == LEVEL_CHOSEN_GAP, gap_w, tl.where(column == LEVEL_REJECTED_GAP, gap_l, x))
+    x = tl.where(column == LEVEL_RATIO, 0.5 * (ratio_w + ratio_l), x)
+    x = tl.where(column == LEVEL_WEIGHT, 0.5 * (weight_w + weight_l), x)
+    x = tl.where(column == LEVEL_CLIPPED, _clipped(ratio_w, ratio_l, clip_min, clip_max, METHOD), x)
+    x = tl.where(column == LEVEL_ACTIVE, active, x)
+    x = tl.where(
+        column == LEVEL_LOGITS,
+        z,
+        tl.where(column == LEVEL_LOGITS_SQ, z * z, tl.where(column == LEVEL_ACCURACY, _correct(z), x)),
+    )
+    x = tl.where(column == LEVEL_COEF, k_w, tl.where(column == LEVEL_COEF_SQ, k_w * k_w, x))
+    x = tl.where(column == LEVEL_GRAD_SQ, k_w * k_w * error_w + k_l * k_l * error_l, x)
     single = x.to(tl.float32)
     whole = (tl.sum(0.0 * single, 1) == 0)[:, None]
     single = tl.where(whole, single, 0.0)
-    return tl.where(column == 0, whole.to(tl.float32), tl.where(column == 1, 1.0 - whole.to(tl.float32), single))
+    return tl.where(
+        column == LEVEL_COUNT,
+        whole.to(tl.float32),
+        tl.where(column == LEVEL_NONFINITE, 1.0 - whole.to(tl.float32), single),
+    )
 
 
 @triton.jit
