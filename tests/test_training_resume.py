@@ -29,7 +29,9 @@ import sipo.recipe.train
 from sipo import NoiseSchedule, SIPOLoss
 from sipo.processes import OtherProcessError
 from sipo.training import CheckpointError, TrainingWarning, checkpoint, loop, storage, timesteps, train
+from sipo.training.log import check_logs, set_aside_logs
 from sipo.training.log_reader import read_metrics
+from sipo.training.run_folder import earlier_run
 from tests.small_family import in_processes, outcomes_in_processes
 from tests.training_cases import Pairs, fit, fresh_accelerate, loss, networks, predict, same, settings, untimed
 
@@ -670,7 +672,10 @@ def campaign(folder: str) -> None:
 def _child(folder: Path, place: str, count: int) -> None:
     code = 1
     try:
-        source = "latest" if storage.found(folder / "checkpoints") else None
+        found = earlier_run(settings(folder))
+        source = "latest" if found.checkpoints else None
+        if source is None and found.log is not None:  # killed before its first checkpoint: as `sipo train --resume`
+            set_aside_logs(check_logs(settings(folder)))
         if place not in ("time", "none"):
             _kill_at(place, count)
         with warnings.catch_warnings():
