@@ -13,9 +13,7 @@ from sipo_kernels.backends.interface import Stats
 from sipo_kernels.inputs import Inputs
 from sipo_kernels.layout import dense_sample_strides
 from sipo_kernels.options import Settings
-
-# Rows of Stats.samples: see contract.py.
-COEF = 5
+from sipo_kernels.output import COEF_ROW
 
 
 class Faulty:
@@ -59,7 +57,7 @@ class _Gradient(Faulty):
         stats = super().forward(inputs, settings, **options)
         if stats.grad.numel() == 0:
             return stats
-        return stats._replace(grad=self.spoil(stats.grad, inputs.model_pred, inputs.target, stats.samples[COEF]))
+        return stats._replace(grad=self.spoil(stats.grad, inputs.model_pred, inputs.target, stats.samples[COEF_ROW]))
 
     def gradient(self, model: Tensor, target: Tensor, coef: Tensor, upstream: Tensor) -> Tensor:
         return self.spoil(super().gradient(model, target, coef, upstream), model, target, coef)
@@ -75,9 +73,9 @@ class ScaledGradient(Faulty):
 
     def forward(self, inputs: Inputs, settings: Settings, **options: Any) -> Stats:
         stats = super().forward(inputs, settings, **options)
-        stats.samples[COEF] *= 1.001
+        stats.samples[COEF_ROW] *= 1.001
         if stats.grad.numel() and stats.numbers is not None:
-            coef, upstream = stats.samples[COEF], stats.numbers[-1].clone()
+            coef, upstream = stats.samples[COEF_ROW], stats.numbers[-1].clone()
             stats = stats._replace(grad=self.real.gradient(inputs.model_pred, inputs.target, coef, upstream))
         return stats
 
@@ -270,8 +268,8 @@ class WrongMetrics(Faulty):
     def forward(self, inputs: Inputs, settings: Settings, **options: Any) -> Stats:
         stats = super().forward(inputs, settings, **options)
         if stats.numbers is not None:
-            win, lose = METRICS.index("chosen_gap"), METRICS.index("rejected_gap")
-            stats.numbers[[win, lose]] = stats.numbers[[lose, win]]
+            chosen, rejected = METRICS.index("chosen_gap"), METRICS.index("rejected_gap")
+            stats.numbers[[chosen, rejected]] = stats.numbers[[rejected, chosen]]
         return stats
 
 
