@@ -487,11 +487,12 @@ def _op_samples(backend: str) -> list[tuple[Any, tuple[Any, ...]]]:
     last = make_batch((4, 2, 3, 5), device=DEVICE)
     nhwc = [t.detach().contiguous(memory_format=torch.channels_last) for t in last[:3]]
     tail = (3.0, "posterior", 0.1, 0.1, 0.9)
+    plain = ("sigmoid", 0.0, None)
     op, grad = torch.ops.sipo.pair_loss, torch.ops.sipo.pair_grad
     calls: list[tuple[Any, tuple[Any, ...]]] = [
-        (op, (model, ref, target, scale, weight, None, "sipo", *tail, "mean", False, "sigmoid", 0.0, None, backend)),
-        (op, (model, None, target, scale, None, scale, "dpo_cm", *tail, "none", True, "dmpo", 0.1, 0.5, backend)),
-        (op, (*nhwc, None, None, None, "diffusion_dpo", *tail, "sum", False, "hinge", 0.0, None, backend)),
+        (op, (model, ref, target, scale, weight, None, "sipo", *tail, "mean", "propagate", *plain, backend)),
+        (op, (model, None, target, scale, None, scale, "dpo_cm", *tail, "none", "skip", "dmpo", 0.1, 0.5, backend)),
+        (op, (*nhwc, None, None, None, "diffusion_dpo", *tail, "sum", "propagate", "hinge", 0.0, None, backend)),
         (grad, (model, target, torch.tensor([1.0, 0.0, -2.0, 0.5]), torch.tensor(3.0), backend)),
         (grad, (nhwc[0], nhwc[2][:2], torch.ones(4), torch.tensor([3.0, 0.0]), backend)),
     ]  # fmt: skip
