@@ -1,7 +1,7 @@
 """What a call returns, and docs/math.md §8 in plain torch: the metrics of a batch and its sums by noise level.
 
-The kernels write the same numbers along the way (``csrc/report.h``, ``backends/triton/report.py``). What is here serves
-outputs without them: of the plain-torch backend, of a compiled graph, of a loss that changes an output's fields.
+The kernels compute the same numbers in passing (``csrc/report.h``, ``backends/triton/batch_report.py``). This module
+serves outputs without them: of the plain-torch backend, of a compiled graph, of a loss that changes an output's fields.
 """
 
 from __future__ import annotations

@@ -5,9 +5,10 @@ every number of ``docs/math.md`` §2-5 and §8, one gradient coefficient per sam
 the gradient for the upstream gradient that is expected. The backward pass hands that gradient out, made again from the
 inputs where another upstream gradient came.
 
-Ordinary tensors go to the backend directly (:class:`DirectPairLoss`). Where something else must see what happens
-(torch.compile, fake tensors, tracing, subclasses) the same backend runs behind the operators ``sipo::pair_loss`` and
-``sipo::pair_grad`` (:class:`PairLoss`), which cost more to call than a small batch costs to compute.
+Ordinary tensors go to the backend directly (:class:`DirectPairLossFunction`). Where something else must see what
+happens (torch.compile, fake tensors, tracing, subclasses), the same backend runs behind the operators
+``sipo::pair_loss`` and ``sipo::pair_grad`` (:class:`PairLossFunction`), which cost more to call than a small batch
+costs to compute.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ def _refuse_higher_order(upstream: Tensor | None) -> None:
         )
 
 
-class PairLoss(torch.autograd.Function):
+class PairLossFunction(torch.autograd.Function):
     """By way of the operators: differentiable in ``model_pred``; returns the first four fields of :class:`Stats`.
 
     Forward and backward stay functional, as a compiled graph must be: the gradient is made in the backward pass.
@@ -142,7 +143,7 @@ class PairLoss(torch.autograd.Function):
         return torch.ops.sipo.pair_grad(model_pred, target, samples[COEF_ROW], upstream, ctx.backend), None, None, None
 
 
-class _Call:
+class _DirectCall:
     """A direct call on its way through autograd: what the forward works on and, after it, what came out."""
 
     __slots__ = ("backend", "expected", "fuse", "inputs", "rows", "settings", "stats", "totals")
@@ -172,14 +173,14 @@ class _Call:
         return module
 
 
-class DirectPairLoss(torch.autograd.Function):
-    """Past the dispatcher, for ordinary tensors: returns the loss, and leaves all results in the :class:`_Call`.
+class DirectPairLossFunction(torch.autograd.Function):
+    """Past the dispatcher, for ordinary tensors: returns the loss, and leaves all results in the :class:`_DirectCall`.
 
     Autograd is shown ``model_pred`` and the loss alone: each tensor more costs it microseconds.
     """
 
     @staticmethod
-    def forward(ctx: Any, model_pred: Tensor, call: _Call) -> Tensor:
+    def forward(ctx: Any, model_pred: Tensor, call: _DirectCall) -> Tensor:
         ctx.module, ctx.backend = call.run(), call.backend
         ctx.save_for_backward(model_pred, call.inputs.target, call.rows[COEF_ROW])
         ctx.set_materialize_grads(False)
@@ -293,15 +294,15 @@ def pair_loss(
         fuse = needs_grad and selected in backends.FUSED
         if expected_upstream is None:
             fuse, expected_upstream = fuse and model_pred.dtype != torch.float16, 1.0
-        call = _Call(inputs, settings, selected, fuse, expected_upstream, totals)
+        call = _DirectCall(inputs, settings, selected, fuse, expected_upstream, totals)
         if needs_grad:
-            loss = DirectPairLoss.apply(model_pred, call)
+            loss = DirectPairLossFunction.apply(model_pred, call)
         else:
             call.run()
             loss = call.stats.loss
         rows, (_, _, logits, mask, _, numbers) = call.rows, call.stats
     else:
-        loss, samples, logits, mask = PairLoss.apply(model_pred, inputs, settings, selected)
+        loss, samples, logits, mask = PairLossFunction.apply(model_pred, inputs, settings, selected)
         rows = samples.unbind()
     output = PairLossOutput(
         loss=loss,

@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, settings
 
 from sipo_kernels import backends
 from sipo_kernels.backends import native
+from sipo_kernels.backends.cuda import emulation
 from sipo_kernels.backends.cuda import launch as cuda
-from tests import emulation
 
 # A shell starts what runs in the background with Ctrl-C ignored, and what tests start inherits it; some send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

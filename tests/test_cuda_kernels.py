@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sipo_kernels import METHODS, METRICS, STATISTICS, Totals, pair_loss
+from sipo_kernels.backends.cuda import emulation
 from sipo_kernels.backends.cuda import launch as cuda
 from sipo_kernels.backends.cuda.plan import (
     ANY,
@@ -25,8 +26,8 @@ from sipo_kernels.backends.cuda.plan import (
     SCRATCH_BYTES,
     THREADS,
     VECTOR,
+    CudaPlan,
     Gpu,
-    Plan,
     make_plan,
 )
 from sipo_kernels.backends.interface import Stats
@@ -34,7 +35,6 @@ from sipo_kernels.inputs import Inputs
 from sipo_kernels.options import Settings
 from sipo_kernels.output import COEF_ROW, add_totals
 from sipo_kernels.testing import Batch, make_batch, run
-from tests import emulation
 from tests.conftest import emulate
 
 pytestmark = pytest.mark.skipif(
@@ -99,7 +99,7 @@ cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 shared_or_not = pytest.mark.parametrize("shared", [False, True], ids=["own target", "shared target"])
 
 
-def plan_of(batch: Batch) -> Plan:
+def plan_of(batch: Batch) -> CudaPlan:
     model, ref, target = batch[:3]
     assert cuda.EMULATED is not None
     return make_plan(cuda.EMULATED, cuda._call(model, ref, target, torch.empty_like(model)))
@@ -246,7 +246,7 @@ def test_every_element_once(case: Case, preserving: float | None, shared: bool, 
         assert (ref.kinds[STREAM] == 1).all()
 
 
-def _held(plan: Plan, shape: tuple[int, ...]) -> np.ndarray:
+def _held(plan: CudaPlan, shape: tuple[int, ...]) -> np.ndarray:
     """Of which elements shared memory holds d, from the plan alone."""
     pairs, elements = shape[0] // 2, int(np.prod(shape[1:]))
     held = np.zeros((shape[0], elements), bool)
@@ -473,7 +473,7 @@ def test_timesteps_are_read_where_they_lie(dtype: torch.dtype) -> None:
     place = torch.tensor([0.0, 3.0, 10.0, 7.0], dtype=F64)
     for timesteps in (place.to(dtype), place.repeat(2).to(dtype), place.to(dtype).repeat_interleave(3)[::3]):
         sums = running_sums(4)._replace(timesteps=timesteps)
-        args = cuda._Args()
+        args = cuda.CudaArgs()
         kept = cuda._add_to(args, sums)
         assert kept is not None and (kept is timesteps) == (dtype not in (torch.int16, torch.uint8))
         run(batch, "cuda", **OPTIONS, totals=sums)
@@ -514,9 +514,9 @@ def test_errors_of_the_device_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_arguments_are_mirrored_field_by_field() -> None:
     """By name and order; their sizes are compared when the library is loaded."""
     source = (emulation.ROOT / "csrc/cuda/call.h").read_text(encoding="utf-8")
-    body = re.sub(r"//.*", "", source.partition("struct Args {")[2].partition("};")[0])
+    body = re.sub(r"//.*", "", source.partition("struct CudaArgs {")[2].partition("};")[0])
     names = [name for line in body.split(";") for name in re.findall(r"(\w+)\s*(?:,|$)", line.strip())]
-    assert names == [name for name, *_ in cuda._Args._fields_]
+    assert names == [name for name, *_ in cuda.CudaArgs._fields_]
 
 
 def test_numbers_of_the_plan_are_those_of_the_source() -> None:
@@ -530,7 +530,7 @@ def test_the_emulator_finds_what_it_is_for(tmp_path: Any) -> None:
     binary = tmp_path / "selftest"
     command = emulation.compiler()
     assert command is not None
-    source = "tests/cuda_emulation/selftest.cpp"
+    source = "csrc/emulation/selftest.cpp"
     subprocess.run([command, "-std=c++17", "-O2", source, "-o", str(binary)], cwd=emulation.ROOT, check=True)
     done = subprocess.run([str(binary)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -19,9 +19,9 @@ from sipo_kernels.backends.cuda.plan import (
     SCRATCH_BYTES,
     THREADS,
     VECTOR,
-    Call,
+    CudaCall,
+    CudaPlan,
     Gpu,
-    Plan,
     make_plan,
     traffic,
 )
@@ -54,7 +54,7 @@ class Visits(NamedTuple):
     most_waiting: int  # most bytes that wait in the L2 cache at once, for each element of a tile
 
 
-def simulate(plan: Plan, call: Call) -> Visits:
+def simulate(plan: CudaPlan, call: CudaCall) -> Visits:
     """The schedule of csrc/cuda/pair_loss.cu, block by block and step by step, on counters instead of elements."""
     pairs = call.pairs
     policy, target = call.item_bytes
@@ -89,7 +89,7 @@ def simulate(plan: Plan, call: Call) -> Visits:
 
 @given(gpus, kinds, st.integers(1, 40), st.integers(1, 400_000), st.booleans())
 def test_every_tile_once(gpu: Gpu, kind: tuple[int, tuple[int, int]], pairs: int, elements: int, shared: bool) -> None:
-    call = Call(pairs, elements, kind[1], kind[0], shared)
+    call = CudaCall(pairs, elements, kind[1], kind[0], shared)
     plan = make_plan(gpu, call)
     assert plan.tile * plan.tiles >= elements > plan.tile * (plan.tiles - 1)
     assert (plan.groups - 1) * plan.group < pairs <= plan.groups * plan.group
@@ -101,7 +101,7 @@ def test_every_tile_once(gpu: Gpu, kind: tuple[int, tuple[int, int]], pairs: int
 def test_traffic_is_that_of_the_schedule(
     gpu: Gpu, kind: tuple[int, tuple[int, int]], pairs: int, elements: int, shared: bool
 ) -> None:
-    call = Call(pairs, elements, kind[1], kind[0], shared)
+    call = CudaCall(pairs, elements, kind[1], kind[0], shared)
     plan = make_plan(gpu, call)
     visits, found = simulate(plan, call), traffic(plan, call)
     policy, target = call.item_bytes
@@ -119,7 +119,7 @@ def test_traffic_is_that_of_the_schedule(
 @given(gpus, kinds, st.integers(1, 300), st.integers(1, 100_000))
 def test_parts_are_enough_and_distinct(gpu: Gpu, kind: tuple[int, tuple[int, int]], pairs: int, elements: int) -> None:
     """Each block's sum of a pair has a place of its own, none is missing, and owner() of the kernel finds them."""
-    plan = make_plan(gpu, Call(pairs, elements, kind[1], kind[0]))
+    plan = make_plan(gpu, CudaCall(pairs, elements, kind[1], kind[0]))
     for members in {plan.group, pairs - (plan.groups - 1) * plan.group}:
         runs = plan.runs(members)
         assert len(runs) <= plan.blocks and all(len(run) > 0 for run in runs)
@@ -139,7 +139,7 @@ sizes = st.integers(1, 2**33).flatmap(lambda n: st.sampled_from([n, n - n % 64 o
 def test_limits_of_the_hardware(
     gpu: Gpu, kind: tuple[int, tuple[int, int]], elements: int, pairs: int, shared: bool, with_grad: bool
 ) -> None:
-    call = Call(pairs, elements, kind[1], kind[0], shared, with_grad)
+    call = CudaCall(pairs, elements, kind[1], kind[0], shared, with_grad)
     plan = make_plan(gpu, call)
     per_sm = -(-plan.blocks // gpu.sms)
     assert plan.blocks >= 1 and per_sm <= 2, "all blocks on the chip at once"
@@ -166,7 +166,7 @@ def test_shared_memory_is_filled(item_bytes: tuple[int, int], slot: int) -> None
     """As many slots as fit, of 16 or 32 bytes a thread."""
     for gpu in GPUS.values():
         for shared in (False, True):
-            call = Call(1, 1 << 26, item_bytes, VECTOR, shared)
+            call = CudaCall(1, 1 << 26, item_bytes, VECTOR, shared)
             assert call.slot_bytes == THREADS * slot
             plan = make_plan(gpu, call)
             assert plan.blocks == 2 * gpu.sms
@@ -176,7 +176,7 @@ def test_shared_memory_is_filled(item_bytes: tuple[int, int], slot: int) -> None
 
 def test_a_sample_too_large_for_tile_numbers() -> None:
     with pytest.raises(ValueError, match=r"a sample has 1099511627776 elements: expected at most \d+"):
-        make_plan(GPUS["H100"], Call(1, 2**40, (2, 2), ANY))
+        make_plan(GPUS["H100"], CudaCall(1, 2**40, (2, 2), ANY))
 
 
 VIDEO = {
@@ -190,12 +190,12 @@ TARGETS = {"bfloat16": (2, False), "float32": (4, False), "float32, shared": (4,
 FLOORS = {"bfloat16": 8, "float32": 10, "float32, shared": 8}  # bytes for each element of the stacked tensors
 
 
-def training_call(target: str, elements: int) -> Call:
+def training_call(target: str, elements: int) -> CudaCall:
     item_bytes, shared = TARGETS[target]
-    return Call(16, elements, (2, item_bytes), VECTOR, shared)
+    return CudaCall(16, elements, (2, item_bytes), VECTOR, shared)
 
 
-def video(label: str, target: str) -> Call:
+def video(label: str, target: str) -> CudaCall:
     return training_call(target, int(np.prod(VIDEO[label])))
 
 

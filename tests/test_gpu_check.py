@@ -18,24 +18,24 @@ import pytest
 import torch
 
 from benchmarks.gpu_check import __main__ as command
-from benchmarks.gpu_check import device, faults, processes, sanitizer
+from benchmarks.gpu_check import child, child_processes, device, faults, sanitizer
 from benchmarks.gpu_check.all_checks import CHECKS, Context
+from benchmarks.gpu_check.child_processes import CheckOptions, Row
 from benchmarks.gpu_check.context import CheckFailed, NotRun, poisoned, same_bits
-from benchmarks.gpu_check.processes import Plan, Row
 from sipo_kernels import backends
 from sipo_kernels.backends import native
 from sipo_kernels.output import RESULTS
 
 BACKEND = "native" if native.LIBRARY is not None else "eager"
-QUICK = Plan("cpu", quick=True)
+QUICK = CheckOptions("cpu", quick=True)
 ON_A_CPU = [name for name, check in CHECKS.items() if not check.needs_gpu]
 ON_A_GPU = [name for name, check in CHECKS.items() if check.needs_gpu and check.faults]
 
 
 def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        processes.command(*arguments), cwd=processes.ROOT, env=processes.environment(QUICK), capture_output=True,
-        text=True, check=False,
+        child_processes.command(*arguments), cwd=child_processes.ROOT, env=child_processes.environment(QUICK),
+        capture_output=True, text=True, check=False,
     )  # fmt: skip
 
 
@@ -148,8 +148,8 @@ def test_imports_need_torch_and_triton_alone() -> None:
 
 def test_optimised_python_is_refused() -> None:
     done = subprocess.run(
-        [sys.executable, "-O", "-m", "benchmarks.gpu_check", "--device=cpu"], cwd=processes.ROOT,
-        env=processes.environment(QUICK), capture_output=True, text=True, check=False,
+        [sys.executable, "-O", "-m", "benchmarks.gpu_check", "--device=cpu"], cwd=child_processes.ROOT,
+        env=child_processes.environment(QUICK), capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 2 and "without -O" in done.stdout
 
@@ -158,7 +158,7 @@ def test_optimised_python_is_refused() -> None:
 
 
 def test_a_crash_ends_one_check() -> None:
-    rows = processes.run_checks(["golden", "kept graph"], BACKEND, Plan("cpu", True, fault="crashes"))
+    rows = child_processes.run_checks(["golden", "kept graph"], BACKEND, CheckOptions("cpu", True, fault="crashes"))
     assert [(row.check, row.outcome, row.reason) for row in rows] == [
         ("golden", "fail", "the process died: SIGSEGV"),
         ("kept graph", "fail", "the process died: SIGSEGV"),
@@ -166,26 +166,26 @@ def test_a_crash_ends_one_check() -> None:
 
 
 def test_a_hang_ends_one_check() -> None:
-    (row,) = processes.run_checks(["golden"], BACKEND, Plan("cpu", True, limit=1.0, fault="hangs"))
+    (row,) = child_processes.run_checks(["golden"], BACKEND, CheckOptions("cpu", True, limit=1.0, fault="hangs"))
     assert (row.outcome, row.reason) == ("fail", "took longer than 1 seconds")
 
 
 def test_a_process_that_does_not_start_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        processes, "command", lambda *_: [sys.executable, "-c", "print('no torch'); raise SystemExit(7)"]
+        child_processes, "command", lambda *_: [sys.executable, "-c", "print('no torch'); raise SystemExit(7)"]
     )
-    rows = processes.run_checks(["golden", "sizes"], BACKEND, QUICK)
+    rows = child_processes.run_checks(["golden", "sizes"], BACKEND, QUICK)
     assert [(row.check, row.outcome) for row in rows] == [("golden", "fail"), ("sizes", "fail")]
     assert rows[0].reason == "before the first check: the process ended with code 7" and rows[0].detail == ["no torch"]
 
 
 def test_out_of_time_is_a_failure() -> None:
-    rows = processes.run_checks(["golden"], BACKEND, Plan("cpu", deadline=0.0))
+    rows = child_processes.run_checks(["golden"], BACKEND, CheckOptions("cpu", deadline=0.0))
     assert [(row.outcome, row.reason) for row in rows] == [("fail", "out of time (--seconds)")]
 
 
 def test_a_check_that_compares_nothing_is_a_failure() -> None:
-    assert processes._attempt(lambda context: None, Context(BACKEND, "cpu"))[:2] == ("fail", "it compared nothing")
+    assert child._attempt(lambda context: None, Context(BACKEND, "cpu"))[:2] == ("fail", "it compared nothing")
 
 
 # ---- Building --------------------------------------------------------------------------------------------------------
@@ -401,4 +401,4 @@ def test_kernels_in_a_trace() -> None:
 def test_a_row_survives_its_file() -> None:
     row = Row("golden", "native", "pass", "", 3, 0.5, None, 1.0, ["x"])
     text = json.dumps({"start": "golden"}) + "\n" + json.dumps(row.__dict__) + '\n{"start": "sizes"}\n{"check": "siz'
-    assert processes._read(text) == ([row], "sizes")
+    assert child_processes._read(text) == ([row], "sizes")

@@ -142,9 +142,9 @@ def test_reasons_for_having_no_library(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_library_with_other_arguments_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     class Longer(ctypes.Structure):
-        _fields_ = [*native._Args._fields_, ("more", ctypes.c_int64)]
+        _fields_ = [*native.CpuArgs._fields_, ("more", ctypes.c_int64)]
 
-    monkeypatch.setattr(native, "_Args", Longer)
+    monkeypatch.setattr(native, "CpuArgs", Longer)
     reason = "the native library has other arguments than this version; rebuild: make setup"
     assert native._load() == (None, reason)
 

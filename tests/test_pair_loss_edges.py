@@ -13,10 +13,10 @@ from torch.autograd import forward_ad
 
 from sipo import NoiseSchedule, SIPOLoss
 from sipo_kernels import METHODS, METRICS, STATISTICS, Totals, backends, pair_loss, reference
+from sipo_kernels.backends.cuda import emulation
 from sipo_kernels.backends.cuda import launch as cuda
 from sipo_kernels.layout import pair_dtype
 from sipo_kernels.testing import make_batch, run, run_reference
-from tests import emulation
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 NAMES = ("model_pred", "ref_pred", "target", "ratio_scale", "error_weight")

@@ -32,7 +32,7 @@ from sipo_kernels.backends.interface import Stats
 from sipo_kernels.backends.triton import launch as triton_kernels
 from sipo_kernels.backends.triton import passes as triton_passes
 from sipo_kernels.backends.triton import plan as triton_plan
-from sipo_kernels.backends.triton.plan import Device
+from sipo_kernels.backends.triton.plan import DeviceSpec
 from sipo_kernels.inputs import Inputs
 from sipo_kernels.layout import SMALL_SAMPLE
 from sipo_kernels.options import METHODS, Settings
@@ -42,19 +42,19 @@ from sipo_kernels.testing import Batch, assert_within_budget, beta_for, make_bat
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 MB = 1 << 20
 DEVICES = {
-    "A100": Device(40 * MB, 108),
-    "L40S": Device(96 * MB, 142),
-    "H100": Device(50 * MB, 132),
-    "H200": Device(50 * MB, 132),
-    "B200": Device(126 * MB, 148),
-    "4 MB": Device(4 * MB, 40),
+    "A100": DeviceSpec(40 * MB, 108),
+    "L40S": DeviceSpec(96 * MB, 142),
+    "H100": DeviceSpec(50 * MB, 132),
+    "H200": DeviceSpec(50 * MB, 132),
+    "B200": DeviceSpec(126 * MB, 148),
+    "4 MB": DeviceSpec(4 * MB, 40),
     "interpreter": triton_plan.INTERPRETER,
 }
 
 # ---- The schedule ----------------------------------------------------------------------------------------------------
 
 
-def _schedule(plan: triton_plan.Plan, pairs: int) -> tuple[np.ndarray, np.ndarray]:
+def _schedule(plan: triton_plan.TritonPlan, pairs: int) -> tuple[np.ndarray, np.ndarray]:
     """Item reduced, and item written, in each step (−1: none), as ``pair_forward`` decodes them."""
     per_pair = 2 * plan.parts
     items = pairs * per_pair
@@ -77,7 +77,7 @@ element_types = st.sampled_from([(BF16, BF16), (BF16, F32), (F16, F32), (F32, F3
 
 @settings(max_examples=150)
 @given(batch=batches, types=element_types, shared=st.booleans(), device=st.sampled_from(list(DEVICES.values())))
-def test_schedule(batch: tuple[int, int], types: tuple[torch.dtype, ...], shared: bool, device: Device) -> None:
+def test_schedule(batch: tuple[int, int], types: tuple[torch.dtype, ...], shared: bool, device: DeviceSpec) -> None:
     """Of policy and target of these types."""
     pairs, elements = batch
     model, target = torch.empty(2, dtype=types[0]), torch.empty(1 if shared else 2, dtype=types[1])
@@ -197,7 +197,7 @@ def test_device_is_asked_once_and_can_be_overridden(monkeypatch: pytest.MonkeyPa
     tensor = torch.zeros(1, device=DEVICE)
     assert triton_plan.device_of(tensor) is triton_plan.device_of(tensor)
     monkeypatch.setattr(triton_plan, "DEVICE_OVERRIDE", DEVICES["H100"])
-    assert triton_plan.device_of(tensor) == Device(50 * MB, 132)
+    assert triton_plan.device_of(tensor) == DeviceSpec(50 * MB, 132)
 
 
 def test_tiles_are_sized_by_the_widest_input() -> None:
@@ -213,11 +213,11 @@ def test_tiles_are_sized_by_the_widest_input() -> None:
 
 # Small tiles, so that small tensors have many parts; devices whose caches hold pairs and a lead, nearly a pair, some of
 # it, and nothing.
-SMALL_DEVICES = [Device(1 << 20, 2), Device(1 << 15, 1), Device(6000, 1), Device(64, 1)]
+SMALL_DEVICES = [DeviceSpec(1 << 20, 2), DeviceSpec(1 << 15, 1), DeviceSpec(6000, 1), DeviceSpec(64, 1)]
 
 
 @pytest.fixture(params=SMALL_DEVICES, ids=str)
-def small_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Device:
+def small_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> DeviceSpec:
     monkeypatch.setattr(triton_plan, "TILE_BYTES", 512)
     monkeypatch.setattr(triton_plan, "DEVICE_OVERRIDE", request.param)
     return request.param
@@ -297,7 +297,7 @@ def test_fusing_changes_no_bit_of_odd_shapes(
     _assert_same_bits(*_both_ways(batch, method=method, loss_type="dmpo", safeguard=0.25))
 
 
-def test_fusing_changes_no_bit_of_other_layouts(small_device: Device, poisoned: None) -> None:
+def test_fusing_changes_no_bit_of_other_layouts(small_device: DeviceSpec, poisoned: None) -> None:
     batch = make_batch((6, 5, 7, 5), (BF16,) * 3, device=DEVICE)
     wide = torch.cat([batch.model_pred.detach(), batch.ref_pred], 1)
     innermost = batch.model_pred.detach().permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
@@ -310,7 +310,7 @@ def test_fusing_changes_no_bit_of_other_layouts(small_device: Device, poisoned: 
 
 
 @pytest.mark.parametrize("small_device", SMALL_DEVICES[1:3], indirect=True)
-def test_masked_and_broken_pairs_stay_alone(small_device: Device, poisoned: None) -> None:
+def test_masked_and_broken_pairs_stay_alone(small_device: DeviceSpec, poisoned: None) -> None:
     clean = make_batch((10, 3, 107), device=DEVICE)
     scale = clean.ratio_scale.clone()
     scale[[3, 8]] = math.inf  # pairs 3 masked by its chosen sample, as a terminal step is
@@ -506,7 +506,7 @@ def test_numbers_and_totals_are_those_of_the_fields(method: str, poisoned: None)
     assert got.metrics[0, METRICS.index("nonfinite_pairs")] == 2 * 2
 
 
-def test_the_order_of_programs_changes_no_sum(small_device: Device) -> None:
+def test_the_order_of_programs_changes_no_sum(small_device: DeviceSpec) -> None:
     """Running sums are the same wherever the schedule puts the pairs, with the gradient or without."""
     batch = make_batch((10, 3, 107), (BF16, BF16, F32), device=DEVICE)
     timesteps = torch.tensor([10, 990, 10, 400, 10])

@@ -3,7 +3,7 @@
 Builds the library for the present card where that is due, runs every check of every backend of the device in processes
 of their own, and ends with a table and ``benchmarks/results/gpu_check-DEVICE.json``. Exit code 0: everything that ran
 passed, and what did not run has a reason that is the machine's. 1: something failed, or there was no time for it.
-2: there is no GPU (``--device cpu`` rehearses the checks on a CPU: native, cuda on the tests' emulator, and Triton's
+2: there is no GPU (``--device cpu`` rehearses the checks on a CPU: native, cuda on the emulator, and Triton's
 interpreter).
 """
 
@@ -23,7 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_check.processes import ROOT, STOP, Plan, Row, child, environment, run_checks
+from benchmarks.gpu_check.child_processes import ROOT, STOP, CheckOptions, Row, environment, run_checks
 
 ALONE = ("large",)  # groups that want the machine, its memory above all, to themselves
 EXPECTED = {"cuda": ("cuda", "triton"), "cpu": ("native", "cuda", "triton")}
@@ -46,19 +46,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if device == "cuda" and not torch.cuda.is_available():
         print("gpu_check: --device cuda, but torch finds no GPU")
         return 2
-    os.environ.update(environment(Plan(device)))  # before anything imports Triton
+    os.environ.update(environment(CheckOptions(device)))  # before anything imports Triton
     os.environ.pop("SIPO_BACKEND", None)
     deadline = None if args.seconds is None else time.monotonic() + args.seconds
-    plan = Plan(device, args.quick, args.limit, deadline, args.fault)
+    options = CheckOptions(device, args.quick, args.limit, deadline, args.fault)
     if args.child:
-        return child(args.only, args.backend[0], plan, args.child)
+        from benchmarks.gpu_check.child import run_child
+
+        return run_child(args.only, args.backend[0], options, args.child)
     if args.sanitizer_cases:
         from benchmarks.gpu_check.sanitizer import run_small_cases
 
         return run_small_cases(args.backend, device)
     if args.self_test:
-        return _self_test(args.backend or _present(device)[:1], plan)
-    return _run(args, plan)
+        return _self_test(args.backend or _present(device)[:1], options)
+    return _run(args, options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -81,14 +83,14 @@ def _parser() -> argparse.ArgumentParser:
 # ---- One run ---------------------------------------------------------------------------------------------------------
 
 
-def _run(args: argparse.Namespace, plan: Plan) -> int:
+def _run(args: argparse.Namespace, options: CheckOptions) -> int:
     begin = time.perf_counter()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: STOP.set())
-    report = Report(plan, args.output, begin)
+    report = Report(options, args.output, begin)
     whole = not args.only and not args.list
-    if whole or plan.device == "cuda":
-        report.add([build(plan.device)])  # before anything loads the library
+    if whole or options.device == "cuda":
+        report.add([build(options.device)])  # before anything loads the library
     from benchmarks.gpu_check.all_checks import CHECKS, emulate_cuda
     from benchmarks.gpu_check.sanitizer import TOOLS, run_tool
     from sipo_kernels import backends
@@ -101,33 +103,33 @@ def _run(args: argparse.Namespace, plan: Plan) -> int:
     if whole:
         report.add([imports()])
     chosen = []
-    for backend in args.backend or EXPECTED[plan.device]:
-        no_emulator = emulate_cuda() if (backend, plan.device) == ("cuda", "cpu") else ""
-        status = backends.status(backend, plan.device) if backend in backends.BACKENDS else None
+    for backend in args.backend or EXPECTED[options.device]:
+        no_emulator = emulate_cuda() if (backend, options.device) == ("cuda", "cpu") else ""
+        status = backends.status(backend, options.device) if backend in backends.BACKENDS else None
         if status is not None and status.available:
             chosen.append(backend)
             continue
         why = no_emulator or (status.reason if status else "this checkout has no backend of that name")
         # A rehearsal takes what there is; a GPU run that leaves out a backend has not shown what it is for.
-        report.add([Row("every check", backend, "not run" if plan.device == "cpu" else "fail", why)])
+        report.add([Row("every check", backend, "not run" if options.device == "cpu" else "fail", why)])
 
     jobs: list[tuple[list[str], str, bool]] = []
     for group in dict.fromkeys(check.group for check in CHECKS.values()):
         wanted = [c for c in CHECKS.values() if c.group == group and (not args.only or c.name in args.only)]
-        ready = [c.name for c in wanted if plan.device != "cpu" or not c.needs_gpu]
+        ready = [c.name for c in wanted if options.device != "cpu" or not c.needs_gpu]
         for backend in chosen:
             report.add([Row(c.name, backend, "not run", "needs a GPU") for c in wanted if c.name not in ready])
             if ready:
                 jobs.append((ready, backend, group not in ALONE))
-    with ThreadPoolExecutor(max_workers=2 if plan.device == "cpu" else 6) as pool:
-        for found in pool.map(lambda job: run_checks(job[0], job[1], plan), [job for job in jobs if job[2]]):
+    with ThreadPoolExecutor(max_workers=2 if options.device == "cpu" else 6) as pool:
+        for found in pool.map(lambda job: run_checks(job[0], job[1], options), [job for job in jobs if job[2]]):
             report.add(found)
     for names, backend, parallel in jobs:
         if not parallel:
-            report.add(run_checks(names, backend, plan))
+            report.add(run_checks(names, backend, options))
     if whole and chosen:
         with ThreadPoolExecutor(max_workers=len(TOOLS)) as pool:
-            for row in pool.map(lambda tool: run_tool(tool, chosen, plan, args.limit), TOOLS):
+            for row in pool.map(lambda tool: run_tool(tool, chosen, options, args.limit), TOOLS):
                 report.add([row])
     if not chosen:
         report.add([Row("every check", "", "fail", "no backend could be checked")])
@@ -202,8 +204,8 @@ def _present(device: str) -> list[str]:
 class Report:
     """Prints rows as they come and keeps the results file whole at every moment."""
 
-    def __init__(self, plan: Plan, path: Path | None, begin: float) -> None:
-        self.plan, self.path, self.begin = plan, path, begin
+    def __init__(self, options: CheckOptions, path: Path | None, begin: float) -> None:
+        self.options, self.path, self.begin = options, path, begin
         self.rows: list[Row] = []
         self.machine: dict[str, Any] = {}
 
@@ -211,11 +213,11 @@ class Report:
         """Machine facts, once the library is built: the record names its backends."""
         from benchmarks.machine import machine
 
-        self.machine = {**machine(self.plan.device), "nvcc": _nvcc()}
+        self.machine = {**machine(self.options.device), "nvcc": _nvcc()}
         slug = re.sub("[^a-z0-9]+", "-", self.machine["device"].lower()).strip("-")
         if self.path is None:  # a rehearsal is no result
-            folder = ROOT / ("benchmarks/results" if self.plan.device == "cuda" else "out")
-            self.path = folder / f"gpu_check-{slug if self.plan.device == 'cuda' else 'rehearsal-on-cpu'}.json"
+            folder = ROOT / ("benchmarks/results" if self.options.device == "cuda" else "out")
+            self.path = folder / f"gpu_check-{slug if self.options.device == 'cuda' else 'rehearsal-on-cpu'}.json"
 
     def add(self, rows: list[Row]) -> None:
         for row in rows:
@@ -248,9 +250,9 @@ class Report:
             {
                 "kind": "gpu_check",
                 "machine": self.machine,
-                "rehearsal": self.plan.device == "cpu",
-                "quick": self.plan.quick,
-                "fault": self.plan.fault,
+                "rehearsal": self.options.device == "cpu",
+                "quick": self.options.quick,
+                "fault": self.options.fault,
                 "complete": complete,
                 "failed": sum(row.outcome == "fail" for row in self.rows),
                 "seconds": round(time.perf_counter() - self.begin, 1),
@@ -279,12 +281,12 @@ def _nvcc() -> str | None:
 # ---- The self-test ---------------------------------------------------------------------------------------------------
 
 
-def _self_test(names: Sequence[str], plan: Plan) -> int:
+def _self_test(names: Sequence[str], options: CheckOptions) -> int:
     """Every check with every fault that it names, and a crash that must end one check only."""
     from benchmarks.gpu_check import faults
     from benchmarks.gpu_check.all_checks import emulate_cuda
 
-    if plan.device == "cpu" and "cuda" in names:
+    if options.device == "cpu" and "cuda" in names:
         emulate_cuda()
 
     def show(row: faults.SelfTestRow) -> None:
@@ -292,9 +294,11 @@ def _self_test(names: Sequence[str], plan: Plan) -> int:
 
     good = bool(names)
     for backend in names:
-        print(f"self-test of {backend} on {plan.device}")
-        good = faults.self_test(backend, plan.device, show) and good
-        rows = run_checks(["golden", "kept graph"], backend, Plan(plan.device, True, plan.limit, fault="crashes"))
+        print(f"self-test of {backend} on {options.device}")
+        good = faults.self_test(backend, options.device, show) and good
+        rows = run_checks(
+            ["golden", "kept graph"], backend, CheckOptions(options.device, True, options.limit, fault="crashes")
+        )
         for row in rows:
             caught = row.outcome == "fail" and "SIGSEGV" in row.reason
             show(faults.SelfTestRow(row.check, "crashes", "caught" if caught else "missed", row.reason))

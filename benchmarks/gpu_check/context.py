@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
 import math
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,18 +20,6 @@ from torch import Tensor
 from sipo_kernels import METRICS, STATISTICS, PairLossOutput, Totals
 from sipo_kernels import testing as cases
 from sipo_kernels.layout import pair_dtype
-
-TESTS = Path(__file__).resolve().parents[2] / "tests"
-
-
-def from_tests(name: str) -> Any:
-    """A module of tests/ by its file: some packages install a `tests` of their own."""
-    spec = importlib.util.spec_from_file_location(f"sipo_tests_{name}", TESTS / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 Batch = cases.Batch
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu_check.child_processes import ROOT, CheckOptions, Row, command, environment, no_more
 from benchmarks.gpu_check.context import BF16, F16, F32, F64, Context, cases, check
-from benchmarks.gpu_check.processes import ROOT, Plan, Row, command, environment, no_more
 from sipo_kernels import METRICS, PairLossOutput
 from sipo_kernels.output import RESULTS
 
@@ -71,24 +71,24 @@ def find_tool() -> str | None:
     return shutil.which("compute-sanitizer") or shutil.which(USUAL)
 
 
-def run_tool(tool: str, backends: list[str], plan: Plan, limit: float) -> Row:
+def run_tool(tool: str, backends: list[str], options: CheckOptions, limit: float) -> Row:
     """The small cases of all ``backends`` under one tool."""
     name, where = f"compute-sanitizer {tool}", ", ".join(backends)
-    if plan.device == "cpu":
+    if options.device == "cpu":
         return Row(name, where, "not run", "needs a GPU")
     path = find_tool()
     if path is None:
         return Row(name, where, "not run", f"compute-sanitizer is neither on the search path nor {USUAL}")
-    if why := no_more(plan):
+    if why := no_more(options):
         return Row(name, where, "fail", why)
-    options = ["--tool", tool, "--target-processes", "application-only", "--error-exitcode", str(FINDINGS_EXIT_CODE)]
+    flags = ["--tool", tool, "--target-processes", "application-only", "--error-exitcode", str(FINDINGS_EXIT_CODE)]
     if tool == "memcheck":  # torch asks the driver for what it may not have, which is no error of anybody's
-        options += ["--report-api-errors", "no"]
-    ours = command("--sanitizer-cases", f"--device={plan.device}", *(f"--backend={b}" for b in backends))
+        flags += ["--report-api-errors", "no"]
+    ours = command("--sanitizer-cases", f"--device={options.device}", *(f"--backend={b}" for b in backends))
     begin = time.perf_counter()
     try:
         done = subprocess.run(
-            [path, *options, *ours], cwd=ROOT, env={**environment(plan), **UNCACHED}, timeout=limit,
+            [path, *flags, *ours], cwd=ROOT, env={**environment(options), **UNCACHED}, timeout=limit,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu_check.child_processes import ROOT
 from benchmarks.gpu_check.context import (
     BF16,
     DTYPES,
@@ -23,7 +24,6 @@ from benchmarks.gpu_check.context import (
     largest,
     poisoned,
 )
-from benchmarks.gpu_check.processes import ROOT
 from sipo_kernels import METHODS, Totals, pair_loss
 from sipo_kernels.layout import SMALL_SAMPLE
 from sipo_kernels.output import add_totals

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cstring>
 #include <memory>
+#include <string>
 #include <thread>
 #include <vector>
 #if defined(__linux__)
@@ -18,9 +19,8 @@
 #include <immintrin.h>
 #endif
 
+#include "cpu/call.h"
 #include "cpu/kernels.h"
-#include "describe.h"
-#include "pair_math.h"
 #include "report.h"
 
 #define SIPO_API extern "C" __attribute__((visibility("default")))
@@ -141,38 +141,6 @@ void advise_huge_pages(void* begin, int64_t bytes) {
 #endif
 }
 
-}  // namespace
-
-// Mirrored field by field in sipo_kernels/backends/native.py. Strides are between samples, in elements.
-struct Args {
-  const void *model, *ref, *target;  // ref: null if ref_error is given
-  int64_t model_stride, ref_stride, target_stride;
-  int64_t pairs, elements;
-  const void *ratio_scale, *error_weight, *ref_error;  // [S] or null
-  // Float or double; samples: [kSampleRows][S]; numbers: [kMetrics + 1].
-  void *loss, *samples, *logits, *numbers;
-  const void* coef;  // sipo_pair_grad: [S], float or double, the upstream gradient included
-  bool* mask;
-  void* grad;         // null: no gradient. Samples lie `elements` apart
-  float* metrics;     // Totals in sipo_kernels/output.py: [2][kMetrics] or null
-  float* levels;      // [kStatistics][bins] or null
-  const void* timesteps;  // [B], where there are levels
-  double top;
-  double upstream;  // that the gradient is made for
-  const char* isa;  // null: the widest
-  Settings settings;
-  int32_t model_dtype, ref_dtype, target_dtype;
-  int32_t ratio_scale_dtype, error_weight_dtype, ref_error_dtype, timesteps_dtype;
-  int32_t bins;
-  int32_t target_shared;  // target is [B, ...]
-  int32_t wide_sums;      // sum in double, whatever the types
-  int32_t loss_per_pair;
-  int32_t threads;
-  int32_t own_threads;  // not torch's: what happens anyway where torch's OpenMP runtime is not to be found
-};
-
-namespace {
-
 void put(void* array, int64_t i, double value, bool wide) {
   if (wide) static_cast<double*>(array)[i] = value;
   else static_cast<float*>(array)[i] = float(value);
@@ -208,7 +176,7 @@ struct Group {
 
 using Sums = double[3];  // of reduce, by chunk
 
-Sample read_sample(const Args& a, const Sums* partial, int64_t s, int64_t chunks) {
+Sample read_sample(const CpuArgs& a, const Sums* partial, int64_t s, int64_t chunks) {
   Sums sums = {0, 0, 0};
   for (int64_t c = 0; c < chunks; ++c)
     for (int k = 0; k < 3; ++k) sums[k] += partial[s * chunks + c][k];
@@ -222,12 +190,12 @@ Sample read_sample(const Args& a, const Sums* partial, int64_t s, int64_t chunks
   return x;
 }
 
-void write_sample(const Args& a, int64_t s, const Sample& x) {
+void write_sample(const CpuArgs& a, int64_t s, const Sample& x) {
   const double rows[kSampleRows] = {x.model_error, x.ref_error, x.error_gap, x.log_ratio, x.weight, x.reward, x.coef};
   for (int i = 0; i < kSampleRows; ++i) put(a.samples, i * 2 * a.pairs + s, rows[i], a.settings.double_stats);
 }
 
-void reduce_unit(const Args& a, const Kernels& k, int64_t pair, int64_t s, int64_t chunk, Sums& sums) {
+void reduce_unit(const CpuArgs& a, const Kernels& k, int64_t pair, int64_t s, int64_t chunk, Sums& sums) {
   const int64_t begin = chunk * kChunk, n = std::min(kChunk, a.elements - begin);
   const int64_t t = a.target_shared ? pair : s;
   const void* ref = a.ref ? at(a.ref, s * a.ref_stride + begin, a.ref_dtype) : nullptr;
@@ -238,7 +206,7 @@ void reduce_unit(const Args& a, const Kernels& k, int64_t pair, int64_t s, int64
 
 // §6, relatives: what this chunk of a pair adds to Σ d_w · d_l. Its chosen sample was read for its errors shortly
 // before.
-double inner_unit(const Args& a, const Kernels& k, int64_t pair, int64_t chunk) {
+double inner_unit(const CpuArgs& a, const Kernels& k, int64_t pair, int64_t chunk) {
   const int64_t begin = chunk * kChunk, n = std::min(kChunk, a.elements - begin), rejected = pair + a.pairs;
   return k.inner[a.model_dtype][a.target_dtype](
       at(a.model, pair * a.model_stride + begin, a.model_dtype),
@@ -247,7 +215,7 @@ double inner_unit(const Args& a, const Kernels& k, int64_t pair, int64_t chunk) 
       at(a.target, (a.target_shared ? pair : rejected) * a.target_stride + begin, a.target_dtype), n);
 }
 
-void grad_unit(const Args& a, const Kernels& k, int64_t pair, int64_t s, int64_t chunk, double coef, bool stream) {
+void grad_unit(const CpuArgs& a, const Kernels& k, int64_t pair, int64_t s, int64_t chunk, double coef, bool stream) {
   const int64_t begin = chunk * kChunk, n = std::min(kChunk, a.elements - begin);
   const int64_t t = a.target_shared ? pair : s;
   char* out = static_cast<char*>(a.grad) + (s * a.elements + begin) * kBytesOf[a.model_dtype];
@@ -263,7 +231,7 @@ void grad_unit(const Args& a, const Kernels& k, int64_t pair, int64_t s, int64_t
 // §8 of a whole batch: metrics, and what is added to running sums, pair after pair.
 class Report {
  public:
-  explicit Report(const Args& a) : a_(a) {}
+  explicit Report(const CpuArgs& a) : a_(a) {}
 
   void add(int64_t pair, const Sample& chosen, const Sample& rejected, const Pair& p) {
     double facts[kFacts];
@@ -287,11 +255,11 @@ class Report {
   }
 
  private:
-  const Args& a_;
+  const CpuArgs& a_;
   double sums_[kFacts] = {};
 };
 
-int thread_count(const Args& a) {
+int thread_count(const CpuArgs& a) {
   const int64_t useful = 2 * a.pairs * a.elements / kThreadWork;
   return int(std::max<int64_t>(1, std::min<int64_t>(a.threads, useful)));
 }
@@ -302,8 +270,8 @@ int thread_count(const Args& a) {
 using namespace sipo;
 
 // Forward, and the gradient if a.grad is not null. Returns 0, or 1 if the instruction set asked for does not run here.
-SIPO_API int sipo_pair_loss(const Args* args) {
-  const Args& a = *args;
+SIPO_API int sipo_pair_loss(const CpuArgs* args) {
+  const CpuArgs& a = *args;
   const Isa* isa = find_isa(a.isa);
   if (!isa) return 1;
   const Kernels& k = isa->kernels();
@@ -370,8 +338,8 @@ SIPO_API int sipo_pair_loss(const Args* args) {
 }
 
 // The gradient alone, for coefficients already known (`coef`, float or double as double_stats says).
-SIPO_API int sipo_pair_grad(const Args* args) {
-  const Args& a = *args;
+SIPO_API int sipo_pair_grad(const CpuArgs* args) {
+  const CpuArgs& a = *args;
   const Isa* isa = find_isa(a.isa);
   if (!isa) return 1;
   const Kernels& k = isa->kernels();
@@ -400,20 +368,7 @@ SIPO_API const char* sipo_isa(int index) {
 
 // What Python compares with its own definitions when it loads the library.
 SIPO_API const char* sipo_description() {
-  using Described = Args;
-  static const std::string made = [] {
-    std::string text = describe_names() + "arguments";
-    SIPO_FIELD(model) SIPO_FIELD(ref) SIPO_FIELD(target)
-    SIPO_FIELD(model_stride) SIPO_FIELD(ref_stride) SIPO_FIELD(target_stride) SIPO_FIELD(pairs) SIPO_FIELD(elements)
-    SIPO_FIELD(ratio_scale) SIPO_FIELD(error_weight) SIPO_FIELD(ref_error)
-    SIPO_FIELD(loss) SIPO_FIELD(samples) SIPO_FIELD(logits) SIPO_FIELD(numbers) SIPO_FIELD(coef) SIPO_FIELD(mask)
-    SIPO_FIELD(grad) SIPO_FIELD(metrics) SIPO_FIELD(levels) SIPO_FIELD(timesteps) SIPO_FIELD(top) SIPO_FIELD(upstream)
-    SIPO_FIELD(isa) SIPO_FIELD(settings) SIPO_FIELD(model_dtype) SIPO_FIELD(ref_dtype) SIPO_FIELD(target_dtype)
-    SIPO_FIELD(ratio_scale_dtype) SIPO_FIELD(error_weight_dtype) SIPO_FIELD(ref_error_dtype)
-    SIPO_FIELD(timesteps_dtype) SIPO_FIELD(bins) SIPO_FIELD(target_shared) SIPO_FIELD(wide_sums)
-    SIPO_FIELD(loss_per_pair) SIPO_FIELD(threads) SIPO_FIELD(own_threads)
-    return text + " =" + std::to_string(sizeof(Args)) + "\n";
-  }();
+  static const std::string made = describe_arguments();
   return made.c_str();
 }
 

@@ -16,7 +16,7 @@ struct Numbers {
 };
 
 // Mirrored field by field in sipo_kernels/backends/cuda/launch.py. Strides are between samples, in elements.
-struct Args {
+struct CudaArgs {
   const void *model, *ref, *target;  // ref: null if ref_error is given
   int64_t model_stride, ref_stride, target_stride;
   int64_t pairs, elements;
@@ -35,7 +35,7 @@ struct Args {
   void* stream;
   double expected, top;
   Settings settings;
-  int32_t group, tiles;  // pairs of a group, tiles of a pair: see cuda_plan.py
+  int32_t group, tiles;  // pairs of a group, tiles of a pair: see sipo_kernels/backends/cuda/plan.py
   int32_t blocks, parts, lead, hold, shared_bytes, one_pass;
   float keep;
   int32_t model_dtype, ref_dtype, target_dtype;
@@ -66,7 +66,7 @@ struct Workspace {
   uint32_t *ready, *arrived;  // groups whose coefficients are there; for each group, blocks that have reduced
   int64_t bytes = 0;
 
-  Workspace(const Args& a, int sums, int groups) {
+  Workspace(const CudaArgs& a, int sums, int groups) {
     const auto take = [&](auto*& part, int64_t count) {
       part = reinterpret_cast<std::remove_reference_t<decltype(part)>>(uintptr_t(a.workspace) + bytes);
       bytes += count * sizeof *part;
@@ -82,14 +82,14 @@ struct Workspace {
 };
 
 // What pair_kernel is given: a call, and what the host works out because the kernel has no registers to spare.
-struct Params : Args {
+struct Params : CudaArgs {
   bool preserving;
   int32_t sums, groups;  // sums of a pair
   double size;           // elements
   Workspace work;
 
-  explicit Params(const Args& a)
-      : Args(a),
+  explicit Params(const CudaArgs& a)
+      : CudaArgs(a),
         preserving(a.settings.safeguard >= 0),
         sums(preserving ? kSums : kSums - 1),
         groups(int32_t((a.pairs + a.group - 1) / a.group)),
@@ -101,7 +101,7 @@ struct Params : Args {
 struct Group {
   int32_t first_pair, pairs, tiles, blocks;
 
-  __device__ __forceinline__ Group(const Args& a, int32_t k) : first_pair(k * a.group) {
+  __device__ __forceinline__ Group(const CudaArgs& a, int32_t k) : first_pair(k * a.group) {
     const int32_t left = int32_t(a.pairs) - first_pair;
     pairs = left < a.group ? left : a.group;
     tiles = pairs * a.tiles;  // cuda_plan.py keeps it below 2^31

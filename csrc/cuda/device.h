@@ -1,6 +1,6 @@
 // Everything that only a CUDA device has, in one place, each a few lines: memory accesses with cache hints, ordered
 // accesses between blocks, shuffles, launches. Under SIPO_EMULATE the tests put their own in its place
-// (tests/cuda_emulation/emulate.h) and run the kernels on a CPU.
+// (csrc/emulation/emulate.h) and run the kernels on a CPU.
 #pragma once
 #include <cstddef>
 #include <cstdint>

@@ -11,19 +11,19 @@ namespace {
 template <class Reader> __device__ __forceinline__ int64_t element(int32_t tile) {
   return int64_t(tile) * kThreads * Reader::kVector + threadIdx.x * Reader::kStep;
 }
-__device__ __forceinline__ int64_t target_row(const Args& a, int64_t pair, int half) {
+__device__ __forceinline__ int64_t target_row(const CudaArgs& a, int64_t pair, int half) {
   return (a.target_shared ? pair : pair + half * a.pairs) * a.target_stride;
 }
 
 // The type that the gradient is computed in: double where model or target is, else float, whatever the reader.
-template <class Reader> __device__ __forceinline__ bool in_double(const Args& a) {
+template <class Reader> __device__ __forceinline__ bool in_double(const CudaArgs& a) {
   if constexpr (Reader::kTyped) return std::is_same_v<typename Reader::Wide, double>;
   return a.model_dtype == kFloat64 || a.target_dtype == kFloat64;
 }
 
 // d of one thread's elements.
 template <class Reader>
-__device__ __forceinline__ void difference(const Args& a, const typename Reader::Prediction& m,
+__device__ __forceinline__ void difference(const CudaArgs& a, const typename Reader::Prediction& m,
                                            const typename Reader::Target& t,
                                            typename Reader::Wide (&d)[Reader::kVector]) {
   typename Reader::Wide x[Reader::kVector], y[Reader::kVector];
@@ -36,7 +36,7 @@ __device__ __forceinline__ void difference(const Args& a, const typename Reader:
 // Of one thread's elements of a sample. A d in double, of types that float holds, rounds to what float arithmetic
 // makes.
 template <class Reader>
-__device__ __forceinline__ void write_gradient(const Args& a, typename Reader::Wide (&d)[Reader::kVector], double coef,
+__device__ __forceinline__ void write_gradient(const CudaArgs& a, typename Reader::Wide (&d)[Reader::kVector], double coef,
                                                int64_t sample, int64_t i, Policy policy) {
   const float c = float(coef);
 #pragma unroll
@@ -49,7 +49,7 @@ __device__ __forceinline__ void write_gradient(const Args& a, typename Reader::W
 
 // Of one thread's elements of a pair. slots: where shared memory holds their d, or -1.
 template <class Reader>
-__device__ __forceinline__ void gradient_tile(const Args& a, int64_t pair, int32_t tile, const double (&coef)[2],
+__device__ __forceinline__ void gradient_tile(const CudaArgs& a, int64_t pair, int32_t tile, const double (&coef)[2],
                                               const int32_t (&slots)[2], Policy out) {
   const int64_t i = element<Reader>(tile), left = a.elements - i;
   if (left <= 0) return;
@@ -77,7 +77,7 @@ __device__ __forceinline__ void gradient_tile(const Args& a, int64_t pair, int32
 }
 
 template <class Reader>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm) grad_kernel(const __grid_constant__ Args a) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm) grad_kernel(const __grid_constant__ CudaArgs a) {
   const double first = number(a.upstream, 0, 1.0);
   if (a.remembered && blockIdx.x == 0 && threadIdx.x == 0 && finite(first)) *a.remembered = first;
   const auto done = [&](double came) { return a.mend && came == get(a.numbers, kMetrics, a.settings.double_stats); };

@@ -35,7 +35,7 @@ template <class Reader, class Acc> struct Block {
     int32_t begin, end;
     int32_t held_from;  // the first that shared memory holds
 
-    __device__ __forceinline__ Run(const Args& a, int32_t k) : group(a, k) {
+    __device__ __forceinline__ Run(const CudaArgs& a, int32_t k) : group(a, k) {
       const int32_t block = blockIdx.x;
       begin = block < group.blocks ? group.first_tile(block) : group.tiles;
       end = block < group.blocks ? group.first_tile(block + 1) : group.tiles;
@@ -235,11 +235,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) pair_kernel(const __gr
 
 // ---- Host ------------------------------------------------------------------------------------------------------
 
-template <class Reader> int gradient_alone(const Args& a) {
+template <class Reader> int gradient_alone(const CudaArgs& a) {
   return device::launch(grad_kernel<Reader>, a.blocks, kThreads, 0, false, a.stream, a);
 }
 
-template <class Reader, class Acc> int pair_loss(const Args& args) {
+template <class Reader, class Acc> int pair_loss(const CudaArgs& args) {
   const auto kernel = pair_kernel<Reader, Acc>;
   Params a(args);
   int error = device::zero(a.work.ready, (1 + a.groups) * sizeof(uint32_t), a.stream);
@@ -259,14 +259,14 @@ template <class Reader, class Acc> int pair_loss(const Args& args) {
 }
 
 // Half precision is summed in float, and in double where few elements are; anything else in double.
-template <class Reader> int pair_loss(const Args& a) {
+template <class Reader> int pair_loss(const CudaArgs& a) {
   if constexpr (Reader::kHalf)
     if (!a.double_terms) return pair_loss<Reader, float>(a);
   return pair_loss<Reader, double>(a);
 }
 
 // run(reader), with the reader that the call names.
-template <class Run> int with_reader(const Args& a, Run run) {
+template <class Run> int with_reader(const CudaArgs& a, Run run) {
   if (a.reader == 1) return run(Mixed{});
   if (a.reader == 2) return run(Any{});
   switch (a.model_dtype) {
@@ -283,16 +283,16 @@ template <class Run> int with_reader(const Args& a, Run run) {
 using namespace sipo;
 
 // Forward, and the gradient if args->grad is not null. Returns 0 or CUDA's error code.
-SIPO_API int sipo_cuda_pair_loss(const Args* args) {
+SIPO_API int sipo_cuda_pair_loss(const CudaArgs* args) {
   const device::DeviceGuard guard(args->device);
   return with_reader(*args, [&](auto reader) { return pair_loss<decltype(reader)>(*args); });
 }
 
 // How much memory args->workspace must be, of a call that is otherwise filled in.
-SIPO_API int64_t sipo_cuda_workspace_bytes(const Args* args) { return Params(*args).work.bytes; }
+SIPO_API int64_t sipo_cuda_workspace_bytes(const CudaArgs* args) { return Params(*args).work.bytes; }
 
 // The gradient alone for `coef` times `upstream`, into args->grad. Returns 0 or CUDA's error code.
-SIPO_API int sipo_cuda_pair_grad(const Args* args) {
+SIPO_API int sipo_cuda_pair_grad(const CudaArgs* args) {
   const device::DeviceGuard guard(args->device);
   return with_reader(*args, [&](auto reader) { return gradient_alone<decltype(reader)>(*args); });
 }
@@ -307,7 +307,7 @@ SIPO_API const char* sipo_cuda_error(int code) { return device::error_string(cod
 
 // What Python compares with its own definitions when it loads the library.
 SIPO_API const char* sipo_cuda_description() {
-  using Described = Args;
+  using Described = CudaArgs;
   static const std::string made = [] {
     std::string text = describe_names() + "threads " + std::to_string(kThreads) + ", blocks " +
                        std::to_string(kBlocksPerSm) + ", scratch " + std::to_string(kScratchBytes) + "\narguments";
@@ -321,7 +321,7 @@ SIPO_API const char* sipo_cuda_description() {
     SIPO_FIELD(shared_bytes) SIPO_FIELD(one_pass) SIPO_FIELD(keep) SIPO_FIELD(model_dtype) SIPO_FIELD(ref_dtype)
     SIPO_FIELD(target_dtype) SIPO_FIELD(reader) SIPO_FIELD(double_terms) SIPO_FIELD(target_shared)
     SIPO_FIELD(loss_per_pair) SIPO_FIELD(bins) SIPO_FIELD(mend) SIPO_FIELD(device)
-    return text + " =" + std::to_string(sizeof(Args)) + "\n";
+    return text + " =" + std::to_string(sizeof(CudaArgs)) + "\n";
   }();
   return made.c_str();
 }

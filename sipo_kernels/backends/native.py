@@ -55,8 +55,8 @@ class CSettings(ctypes.Structure):
         )
 
 
-class _Args(ctypes.Structure):
-    """``sipo::Args`` of csrc/cpu/pair_loss.cpp, field by field."""
+class CpuArgs(ctypes.Structure):
+    """``sipo::CpuArgs`` of csrc/cpu/call.h, field by field."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("model", "ref", "target")),
@@ -102,13 +102,13 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         for name in ("sipo_description", "sipo_sources", "sipo_isa"):
             getattr(library, name).restype = ctypes.c_char_p
         for name in ("sipo_pair_loss", "sipo_pair_grad"):
-            getattr(library, name).argtypes = [ctypes.POINTER(_Args)]
+            getattr(library, name).argtypes = [ctypes.POINTER(CpuArgs)]
     except OSError as error:
         return None, f"{path.name} does not load: {error}"
     except AttributeError as error:
         return None, f"{path.name} lacks a function of this version ({error}); {native_library.REBUILD}"
     problem = native_library.difference(
-        library.sipo_description().decode(), native_library.description(CSettings, _Args)
+        library.sipo_description().decode(), native_library.description(CSettings, CpuArgs)
     ) or native_library.stale(library.sipo_sources().decode(), _HERE.parent)
     if problem:
         return None, problem
@@ -159,12 +159,12 @@ def _template(
     wide_sums: bool,
     double_stats: bool,
 ) -> bytes:
-    """:class:`_Args` with all that stays the same from one training step to the next; no pointers, no strides.
+    """:class:`CpuArgs` with all that stays the same from one training step to the next; no pointers, no strides.
 
     ``dtypes``: of model_pred, ref_pred, target, ratio_scale, error_weight and ref_error, as far as they matter.
     """
     model, ref, target, *numbers = map(CODE.__getitem__, dtypes)
-    args = _Args(
+    args = CpuArgs(
         pairs=samples // 2,
         elements=elements,
         model_dtype=model,
@@ -182,8 +182,8 @@ def _template(
     return bytes(args)
 
 
-def _args(template: bytes, model: Tensor, ref: Tensor | None, target: Tensor, grad: Tensor | None) -> _Args:
-    args = _Args.from_buffer_copy(template)
+def _args(template: bytes, model: Tensor, ref: Tensor | None, target: Tensor, grad: Tensor | None) -> CpuArgs:
+    args = CpuArgs.from_buffer_copy(template)
     args.model, args.model_stride = model.data_ptr(), model.stride(0)
     args.target, args.target_stride = target.data_ptr(), target.stride(0)
     if ref is not None:
@@ -196,7 +196,7 @@ def _args(template: bytes, model: Tensor, ref: Tensor | None, target: Tensor, gr
     return args
 
 
-def _run(name: str, args: _Args) -> None:
+def _run(name: str, args: CpuArgs) -> None:
     if getattr(LIBRARY, name)(ctypes.byref(args)):
         names = ", ".join(instruction_sets())
         raise RuntimeError(f"instruction set {ISA!r} does not run here: expected one of {names}")
@@ -242,7 +242,7 @@ def forward(
     return stats
 
 
-def _add_to(args: _Args, totals: Totals) -> Tensor | None:
+def _add_to(args: CpuArgs, totals: Totals) -> Tensor | None:
     """Has the call add to ``totals``; returns what must stay alive meanwhile."""
     args.metrics, args.levels = _pointer(totals.metrics), _pointer(totals.levels)
     if totals.levels is None or totals.timesteps is None:

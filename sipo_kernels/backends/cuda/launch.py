@@ -24,7 +24,7 @@ from sipo_kernels.backends.cuda.plan import (
     SCRATCH_BYTES,
     THREADS,
     VECTOR,
-    Call,
+    CudaCall,
     Gpu,
     make_plan,
 )
@@ -47,8 +47,8 @@ class _Numbers(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p), ("stride", ctypes.c_int64), ("dtype", ctypes.c_int64)]
 
 
-class _Args(ctypes.Structure):
-    """``sipo::Args`` of csrc/cuda/call.h, field by field."""
+class CudaArgs(ctypes.Structure):
+    """``sipo::CudaArgs`` of csrc/cuda/call.h, field by field."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("model", "ref", "target")),
@@ -89,15 +89,15 @@ def _load(library: ctypes.CDLL | None) -> tuple[ctypes.CDLL | None, str]:
     try:
         library.sipo_cuda_description.restype = ctypes.c_char_p
         library.sipo_cuda_workspace_bytes.restype = ctypes.c_int64
-        library.sipo_cuda_workspace_bytes.argtypes = [ctypes.POINTER(_Args)]
+        library.sipo_cuda_workspace_bytes.argtypes = [ctypes.POINTER(CudaArgs)]
         library.sipo_cuda_error.restype = ctypes.c_char_p
         for name in ("sipo_cuda_pair_loss", "sipo_cuda_pair_grad"):
-            getattr(library, name).argtypes = [ctypes.POINTER(_Args)]
+            getattr(library, name).argtypes = [ctypes.POINTER(CudaArgs)]
     except AttributeError:
         why = build_info.part("cuda").get("reason") or "the package was built without it"
         return None, f"the native library has no CUDA part: {why}"
     counts = f"threads {THREADS}, blocks {BLOCKS_PER_SM}, scratch {SCRATCH_BYTES}"
-    expected = native_library.description(native.CSettings, _Args, counts)
+    expected = native_library.description(native.CSettings, CudaArgs, counts)
     if problem := native_library.difference(library.sipo_cuda_description().decode(), expected):
         return None, problem
     return library, "CUDA C++"
@@ -160,10 +160,10 @@ def _reader(elements: int, model: Tensor, ref: Tensor | None, target: Tensor, gr
     return VECTOR if typed else MIXED
 
 
-def _call(model: Tensor, ref: Tensor | None, target: Tensor, grad: Tensor | None) -> Call:
+def _call(model: Tensor, ref: Tensor | None, target: Tensor, grad: Tensor | None) -> CudaCall:
     samples = model.shape[0]
     elements = model.numel() // samples
-    return Call(
+    return CudaCall(
         pairs=samples // 2,
         elements=elements,
         item_bytes=(model.element_size(), target.element_size()),
@@ -175,9 +175,9 @@ def _call(model: Tensor, ref: Tensor | None, target: Tensor, grad: Tensor | None
 
 @lru_cache(maxsize=256)
 def _template(
-    gpu: Gpu, call: Call, dtypes: tuple[torch.dtype, ...], double_terms: bool, settings: Settings | None
+    gpu: Gpu, call: CudaCall, dtypes: tuple[torch.dtype, ...], double_terms: bool, settings: Settings | None
 ) -> bytes:
-    """:class:`_Args` with all that stays the same from one training step to the next; no pointers, no strides.
+    """:class:`CudaArgs` with all that stays the same from one training step to the next; no pointers, no strides.
 
     Args:
         gpu: to plan for.
@@ -188,7 +188,7 @@ def _template(
     """
     plan = make_plan(gpu, call)
     model, ref, target = map(native.CODE.__getitem__, dtypes)
-    args = _Args(
+    args = CudaArgs(
         pairs=call.pairs,
         elements=call.elements,
         tiles=plan.tiles,
@@ -210,14 +210,14 @@ def _template(
 
 def _args(
     model: Tensor, ref: Tensor | None, target: Tensor, grad: Tensor | None, settings: Settings | None = None
-) -> _Args:
+) -> CudaArgs:
     """What forward and gradient have in common."""
     index = model.device.index or 0
     gpu = describe(index) if EMULATED is None else EMULATED
     call = _call(model, ref, target, grad)
     dtypes = (model.dtype, model.dtype if ref is None else ref.dtype, target.dtype)
     double_terms = accumulate_dtype(call.elements, target, model, ref) == torch.float64
-    args = _Args.from_buffer_copy(_template(gpu, call, dtypes, double_terms, settings))
+    args = CudaArgs.from_buffer_copy(_template(gpu, call, dtypes, double_terms, settings))
     args.model, args.model_stride = model.data_ptr(), model.stride(0)
     args.target, args.target_stride = target.data_ptr(), target.stride(0)
     if ref is not None:
@@ -233,7 +233,7 @@ def _numbers(tensor: Tensor) -> _Numbers:
     return _Numbers(tensor.data_ptr(), tensor.stride(0) if tensor.ndim else 0, native.CODE[tensor.dtype])
 
 
-def _run(name: str, args: _Args, device: torch.device) -> None:
+def _run(name: str, args: CudaArgs, device: torch.device) -> None:
     assert LIBRARY is not None  # backends.choose
     with _on(device):
         code = getattr(LIBRARY, name)(ctypes.byref(args))
@@ -276,7 +276,7 @@ def forward(
     return stats
 
 
-def _add_to(args: _Args, totals: Totals) -> Tensor | None:
+def _add_to(args: CudaArgs, totals: Totals) -> Tensor | None:
     """Has the call add to ``totals``; returns what must stay alive meanwhile."""
     if totals.metrics is not None:
         args.metrics = totals.metrics.data_ptr()

@@ -45,7 +45,7 @@ class Gpu(NamedTuple):
     cooperative: bool = True
 
 
-class Call(NamedTuple):
+class CudaCall(NamedTuple):
     """What the plan needs to know of a call.
 
     Attributes:
@@ -84,7 +84,7 @@ class Call(NamedTuple):
         return samples * policy + (samples // 2 if self.shared_target else samples) * target
 
 
-class Plan(NamedTuple):
+class CudaPlan(NamedTuple):
     """One call, planned.
 
     Attributes:
@@ -144,7 +144,7 @@ class Traffic(NamedTuple):
     waiting: int
 
 
-def slots(gpu: Gpu, call: Call) -> int:
+def slots(gpu: Gpu, call: CudaCall) -> int:
     """Sample tiles whose ``d`` fits into the shared memory of one block."""
     if call.reader != VECTOR:
         return 0
@@ -152,7 +152,7 @@ def slots(gpu: Gpu, call: Call) -> int:
     return max(0, (room - SCRATCH_BYTES) // call.slot_bytes)
 
 
-def make_plan(gpu: Gpu, call: Call) -> Plan:
+def make_plan(gpu: Gpu, call: CudaCall) -> CudaPlan:
     """Plans one call.
 
     Raises:
@@ -186,7 +186,7 @@ def make_plan(gpu: Gpu, call: Call) -> Plan:
     share = call.again(hold) / call.again(2 * longest)
     unheld = group * pair_bytes * max(0.0, 1 - share) + (step_bytes if lead else 0)
     keep = min(1.0, L2_SHARE * gpu.l2_bytes / unheld) if unheld else 1.0
-    return Plan(
+    return CudaPlan(
         tile=tile,
         tiles=tiles,
         group=group,
@@ -201,7 +201,7 @@ def make_plan(gpu: Gpu, call: Call) -> Plan:
     )
 
 
-def traffic(plan: Plan, call: Call) -> Traffic:
+def traffic(plan: CudaPlan, call: CudaCall) -> Traffic:
     """What the plan expects, of a call with a reference and a gradient."""
     tile_bytes = plan.tile * call.again(2)
     held = waiting = unheld_before = 0

@@ -1,7 +1,7 @@
 """The pair loss in Triton; in the interpreter on a machine without a GPU.
 
 What a backend offers (``forward``, ``gradient`` and ``mend``), each of them one launch of a kernel of
-``triton_passes.py``. All that the host decides is decided from shapes and types.
+``passes.py``. All that the host decides is decided from shapes and types.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from sipo_kernels.backends.interface import Stats, empty_stats
 from sipo_kernels.backends.triton import plan as triton_plan
+from sipo_kernels.backends.triton.batch_report import RECORD
 from sipo_kernels.backends.triton.passes import pair_backward, pair_forward
 from sipo_kernels.backends.triton.plan import WARPS
-from sipo_kernels.backends.triton.report import RECORD
 from sipo_kernels.inputs import Inputs
 from sipo_kernels.layout import accumulate_dtype, agree, dense_like, empty_grad, stats_dtype
 from sipo_kernels.options import LOSS_TYPES, METHODS, Settings

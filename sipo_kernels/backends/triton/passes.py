@@ -3,8 +3,8 @@
 A fixed grid of programs draws steps from a counter until none is left (``triton_plan.py``). A step reduces one item,
 a part of one sample, and then writes the gradient of an item some way back, whose policy and target are still in the L2
 cache: device memory is traversed once. The program that reduces the last item of a pair adds up the pair's partial sums
-in a fixed order and does its arithmetic (``triton_math.py``). The first program that finds no step left makes the
-batch's numbers (``triton_report.py``). Which program that is varies, what it computes does not: same input, same bits,
+in a fixed order and does its arithmetic (``math.py``). The first program that finds no step left makes the
+batch's numbers (``batch_report.py``). Which program that is varies, what it computes does not: same input, same bits,
 with the gradient or without.
 
 A gradient waits for its pair to be reduced, in this step or in earlier ones; the batch's numbers wait for all pairs.
@@ -20,6 +20,7 @@ compiler proves 16-byte alignment and every load and store of the main loops is 
 import triton
 import triton.language as tl
 
+from sipo_kernels.backends.triton.batch_report import report, store_record
 from sipo_kernels.backends.triton.math import (
     COEF_ROW,
     finish_pair,
@@ -31,7 +32,6 @@ from sipo_kernels.backends.triton.math import (
     upstream_coef,
     write_part,
 )
-from sipo_kernels.backends.triton.report import report, store_record
 from sipo_kernels.output import METRICS
 
 MADE_FOR = tl.constexpr(len(METRICS))  # where a batch's numbers hold the upstream gradient
@@ -67,7 +67,7 @@ def pair_forward(
     expected,  # [] float64, where EXPECTED_ON_DEVICE
     timesteps,  # [B] or longer, where LEVELS
     partial,  # [S, parts, 3], and with PRESERVING then [B, parts]
-    records,  # [RECORD, B] float64: see report.py
+    records,  # [RECORD, B] float64: see batch_report.py
     tickets,  # [2 + B] int32, zero: steps handed out; pairs done; of each pair, items reduced, plus 1 when it is done
     loss,  # [] or [B]
     samples,  # [SAMPLE_ROWS, S]

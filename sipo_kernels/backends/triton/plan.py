@@ -36,14 +36,14 @@ PROGRAMS_PER_PROCESSOR = 4
 L2_SHARE = 0.5
 
 
-class Device(NamedTuple):
+class DeviceSpec(NamedTuple):
     """What the schedule needs to know: bytes of L2 cache, and multiprocessors."""
 
     l2_bytes: int
     processors: int
 
 
-class Plan(NamedTuple):
+class TritonPlan(NamedTuple):
     """See the module's docstring.
 
     Attributes:
@@ -63,22 +63,22 @@ class Plan(NamedTuple):
 
 
 # The interpreter: small enough for every regime of the plan to occur in tests.
-INTERPRETER = Device(l2_bytes=1 << 18, processors=1)
+INTERPRETER = DeviceSpec(l2_bytes=1 << 18, processors=1)
 # A GPU that does not say (torch.xpu has no figure for the cache).
-UNKNOWN = Device(l2_bytes=16 << 20, processors=64)
+UNKNOWN = DeviceSpec(l2_bytes=16 << 20, processors=64)
 # Tests set it.
-DEVICE_OVERRIDE: Device | None = None
+DEVICE_OVERRIDE: DeviceSpec | None = None
 
 
 @lru_cache
-def _device(device: torch.device) -> Device:
+def _device(device: torch.device) -> DeviceSpec:
     if device.type == "cuda":  # and AMD's
         found = torch.cuda.get_device_properties(device)
-        return Device(found.L2_cache_size, found.multi_processor_count)
+        return DeviceSpec(found.L2_cache_size, found.multi_processor_count)
     return INTERPRETER if device.type == "cpu" else UNKNOWN
 
 
-def device_of(tensor: torch.Tensor) -> Device:
+def device_of(tensor: torch.Tensor) -> DeviceSpec:
     """The device of ``tensor``, asked once; ``DEVICE_OVERRIDE`` where that is set."""
     return DEVICE_OVERRIDE or _device(tensor.device)
 
@@ -102,7 +102,7 @@ def split(elements: int, block: int) -> tuple[int, int]:
 
 
 @lru_cache
-def plan(pairs: int, elements: int, block: int, kept_bytes: int, device: Device) -> Plan:
+def plan(pairs: int, elements: int, block: int, kept_bytes: int, device: DeviceSpec) -> TritonPlan:
     """The schedule of one batch.
 
     Args:
@@ -125,4 +125,4 @@ def plan(pairs: int, elements: int, block: int, kept_bytes: int, device: Device)
     lead = min(most, max(least, abs(room - per_pair)))
     # Kept at a time: the pair's own `keep`, and what the lead has reached of the next pair's last `keep` items.
     keep = max(0, min(per_pair, room, (room + per_pair - lead) // 2))
-    return Plan(parts, tiles, programs, min(per_pair + lead, items), keep)
+    return TritonPlan(parts, tiles, programs, min(per_pair + lead, items), keep)

@@ -1,7 +1,8 @@
-"""Builds csrc/cuda for the CPU, on the stand-in for CUDA in tests/cuda_emulation, and describes a small GPU for it.
+"""Builds the CUDA kernels for the CPU, against the emulator of CUDA in csrc/emulation, and describes a small GPU.
 
-What it shows: the kernels' arithmetic, and that the schedule of blocks, with its waiting, comes to an end and to the
-same numbers whatever order blocks and threads run in. What it cannot show: weak memory ordering, and speed.
+Tests and the rehearsal of ``benchmarks.gpu_check`` use it; it needs a checkout, because a wheel has no csrc/. It shows
+that the kernels' arithmetic is right, and that blocks which wait for one another all finish, with the same numbers in
+whatever order blocks and threads run. It cannot show effects of weak memory ordering, or speed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from sipo_kernels.backends.cuda.plan import Gpu
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 SOURCE = "csrc/cuda/pair_loss.cu"
 FLAGS = ["-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 
@@ -29,21 +30,21 @@ SMALL = Gpu(
 
 
 def compiler() -> str | None:
-    """The C++ compiler, or None where there is none."""
+    """Returns the C++ compiler, or ``None`` if there is none."""
     return next(filter(None, map(shutil.which, ("g++", "c++"))), None)
 
 
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL:
-    """The emulated kernels, built once for each state of the sources."""
-    sources = sorted([*(ROOT / "csrc").rglob("*.h"), *(ROOT / "tests/cuda_emulation").glob("*.h"), ROOT / SOURCE])
+    """Returns the library of emulated kernels, which is built once for each state of the sources."""
+    sources = sorted([*(ROOT / "csrc").rglob("*.h"), ROOT / SOURCE])
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources) + repr(FLAGS).encode()).hexdigest()
     built = Path(tempfile.gettempdir()) / f"sipo-emulated-{os.getuid()}-{digest[:16]}.so"
     if not built.exists():
         command = compiler()
         assert command is not None
         aside = built.with_suffix(f".{os.getpid()}")
-        include = ["-DSIPO_EMULATE", "-Icsrc", "-Itests/cuda_emulation", "-x", "c++", SOURCE, "-o", str(aside)]
+        include = ["-DSIPO_EMULATE", "-Icsrc", "-Icsrc/emulation", "-x", "c++", SOURCE, "-o", str(aside)]
         subprocess.run([command, *FLAGS, *include], cwd=ROOT, check=True)
         os.replace(aside, built)
     found = ctypes.CDLL(str(built))

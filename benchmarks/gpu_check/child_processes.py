@@ -1,12 +1,12 @@
 """Runs checks in processes of their own: a crash, a hang or an illegal address ends one check and not the run.
 
-The parent starts a child for the checks of one group and one backend. The child writes a line before and a line after
-each check; where it dies in between, that check has failed and the parent starts another child for the rest.
+The parent, in this file, starts a child (``child.py``) for the checks of one group and one backend. The child writes a
+line before and a line after each check. If it dies in between, that check has failed, and the parent starts another
+child for the rest.
 """
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import signal
@@ -15,16 +15,13 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 # Seconds that a child may take before its first check: torch, the driver and a busy machine.
 START_LIMIT = 180.0
-STICKY = 3
 # Set by a signal: children are ended, nothing more is started, and the report is still written.
 STOP = threading.Event()
 
@@ -57,7 +54,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Plan:
+class CheckOptions:
     """How the checks of one run are run.
 
     Attributes:
@@ -82,125 +79,53 @@ class Plan:
         ]
 
 
-# ---- The child -------------------------------------------------------------------------------------------------------
-
-
-def child(names: Sequence[str], backend: str, plan: Plan, report: Path) -> int:
-    """Runs checks one after the other and writes down each; the process's exit code."""
-    from benchmarks.gpu_check import faults
-    from benchmarks.gpu_check.all_checks import CHECKS, Context, emulate_cuda
-
-    if plan.device == "cpu" and backend == "cuda":
-        emulate_cuda()
-    with report.open("a", encoding="utf-8", buffering=1) as lines:
-        for name in names:
-            lines.write(json.dumps({"start": name}) + "\n")
-            context = Context(backend, plan.device, plan.quick)
-            begin = time.perf_counter()
-            if plan.fault:
-                with faults.injected(plan.fault):
-                    outcome, reason, detail = _attempt(CHECKS[name].run, context)
-            else:
-                outcome, reason, detail = _attempt(CHECKS[name].run, context)
-            sticky = _device_error() if context.on_gpu else None
-            if sticky and outcome == "pass":
-                outcome, reason = "fail", sticky
-            elif sticky:
-                reason += f"; the device is lost: {sticky}"
-            row = Row(
-                name, backend, outcome, reason, context.cases, context.worst, context.worst_half,
-                time.perf_counter() - begin, detail,
-            )  # fmt: skip
-            lines.write(json.dumps(asdict(row)) + "\n")
-            if sticky:  # every further call in this process would fail
-                return STICKY
-            gc.collect()
-    return 0
-
-
-def _attempt(run: Callable[[Any], None], context: Any) -> tuple[str, str, list[str]]:
-    from benchmarks.gpu_check.context import NotRun
-
-    try:
-        run(context)
-        if context.cases == 0:
-            return "fail", "it compared nothing", []
-    except NotRun as why:
-        return "not run", str(why), []
-    except AssertionError as broken:
-        return "fail", _line(str(broken) or "assertion"), traceback.format_exc().splitlines()[-12:]
-    except Exception as error:
-        return "fail", _line(f"{type(error).__name__}: {error}"), traceback.format_exc().splitlines()[-30:]
-    return "pass", "", []
-
-
-def _device_error() -> str | None:
-    """What the device complains about once it has done everything, or ``None``."""
-    import torch
-
-    try:
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-    except Exception as error:
-        return _line(f"{type(error).__name__}: {error}")
-    return None
-
-
-def _line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return (lines[0] if lines else "")[:400]
-
-
-# ---- The parent ------------------------------------------------------------------------------------------------------
-
-
 def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "benchmarks.gpu_check", *arguments]
 
 
-def environment(plan: Plan) -> dict[str, str]:
+def environment(options: CheckOptions) -> dict[str, str]:
     """A child's: this checkout first on the path, Triton interpreted on a CPU and compiled on a GPU."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    found = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "1" if plan.device == "cpu" else "0"}
+    found = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "1" if options.device == "cpu" else "0"}
     found.pop("SIPO_BACKEND", None)
     return found
 
 
-def no_more(plan: Plan) -> str:
+def no_more(options: CheckOptions) -> str:
     """Why nothing more may be started; empty if it may."""
     if STOP.is_set():
         return "interrupted"
-    return "out of time (--seconds)" if plan.deadline is not None and time.monotonic() > plan.deadline else ""
+    return "out of time (--seconds)" if options.deadline is not None and time.monotonic() > options.deadline else ""
 
 
-def run_checks(names: Sequence[str], backend: str, plan: Plan) -> list[Row]:
+def run_checks(names: Sequence[str], backend: str, options: CheckOptions) -> list[Row]:
     """The checks in children, one child after the other as long as they die; a row for every check."""
     rows: list[Row] = []
     remaining = list(names)
     while remaining:
-        if why := no_more(plan):
+        if why := no_more(options):
             return rows + [Row(name, backend, "fail", why) for name in remaining]
-        found = _one_child(remaining, backend, plan)
+        found = _one_child(remaining, backend, options)
         rows += found
         done = {row.check for row in found}
         remaining = [name for name in remaining if name not in done]
     return rows
 
 
-def _one_child(names: list[str], backend: str, plan: Plan) -> list[Row]:
+def _one_child(names: list[str], backend: str, options: CheckOptions) -> list[Row]:
     """At least one row: of each check that the child finished, and of the one that ended it."""
     with tempfile.TemporaryDirectory() as folder:
         report, log = Path(folder) / "report", Path(folder) / "log"
         report.touch()
-        arguments = [f"--child={report}", f"--backend={backend}", *plan.arguments(), *(f"--only={n}" for n in names)]
+        arguments = [f"--child={report}", f"--backend={backend}", *options.arguments(), *(f"--only={n}" for n in names)]
         with log.open("wb") as output:
             process = subprocess.Popen(
-                command(*arguments), cwd=ROOT, env=environment(plan), stdout=output, stderr=subprocess.STDOUT,
+                command(*arguments), cwd=ROOT, env=environment(options), stdout=output, stderr=subprocess.STDOUT,
                 start_new_session=True,  # so that what a child starts ends with it
             )  # fmt: skip
             begin = time.monotonic()
             try:
-                ended = _wait(process, report, plan.limit)
+                ended = _wait(process, report, options.limit)
             finally:
                 _end(process)
         seconds = time.monotonic() - begin
