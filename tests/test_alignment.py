@@ -266,7 +266,7 @@ def test_fine_tuning_ignores_rejected() -> None:
 def test_every_variant_makes_a_loss() -> None:
     model, ref, target, timesteps = batch()
     pairs = len(model) // 2
-    # rejected samples that err as their chosen samples do, and more: what the chosen sample-preserving rule is about
+    # rejected samples that err as their chosen samples do, and more: what the safeguard is about
     model = torch.cat([model[:pairs], target[pairs:] + 3 * (model - target)[:pairs]]).detach().requires_grad_(True)
     plain = gradient(make_loss(build_scheduler(), "diffusion_dpo", 20.0), model, ref, target, timesteps)
     for name in PARTS:

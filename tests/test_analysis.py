@@ -114,6 +114,7 @@ def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
                     output_dir=folder / name,
                     train_batch_size=BATCH,
                     learning_rate=rate,
+                    lr_scheduler="constant_with_warmup",
                     lr_warmup_steps=min(20, steps // 3),
                     logging_steps=5 if steps > 4 else 1,
                     progress=False,

@@ -123,7 +123,9 @@ def test_gradients_are_clipped_to_the_norm(tmp_path: Path) -> None:
 
 
 def test_the_learning_rate_warms_up(tmp_path: Path) -> None:
-    _, result = fit(tmp_path, max_train_steps=5, lr_warmup_steps=4, learning_rate=8e-3)
+    _, result = fit(
+        tmp_path, max_train_steps=5, lr_scheduler="constant_with_warmup", lr_warmup_steps=4, learning_rate=8e-3
+    )
     assert [line["learning_rate"] for line in result.history] == pytest.approx([2e-3, 4e-3, 6e-3, 8e-3, 8e-3])
 
 
@@ -296,7 +298,14 @@ def test_means_over_a_run_weigh_lines_by_their_steps() -> None:
         ({"adam_epsilon": 0.0}, "adam_epsilon=0.0: expected a finite number > 0"),
         ({"proportion_empty_prompts": -0.1}, "proportion_empty_prompts=-0.1: expected a number >= 0 and < 1"),
         ({"optimizer": "sgd"}, "optimizer='sgd': expected one of adamw, adamw8bit, paged_adamw8bit"),
-        ({"lr_scheduler": "step"}, "lr_scheduler='step': expected one of constant, cosine, linear"),
+        (
+            {"lr_scheduler": "step"},
+            "lr_scheduler='step': expected one of constant, constant_with_warmup, cosine, linear",
+        ),
+        (
+            {"lr_warmup_steps": 2},
+            "lr_warmup_steps=2: expected 0 with lr_scheduler='constant', .*'constant_with_warmup' has one",
+        ),
         ({"timestep_sampling": "some"}, "timestep_sampling='some': expected one of all, informative"),
         ({"report_to": True}, "report_to=True: expected a name or a list of names"),
         ({"report_to": ["wandb", 1]}, r"report_to=\['wandb', 1\]: expected a name or a list of names"),

@@ -23,7 +23,7 @@ __all__ = ["fresh_accelerate"]  # a fixture that every test here runs in
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
-        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("constant_with_warmup", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
         ("linear", [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]),
         ("cosine", [0.5, 1.0, 1.0, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2]),
     ],
@@ -36,7 +36,8 @@ def test_the_learning_rate_follows_its_schedule(tmp_path: Path, schedule: str, e
 def test_the_rate_is_defined_where_the_warm_up_takes_all_steps(tmp_path: Path) -> None:
     config = settings(tmp_path, max_train_steps=3, lr_warmup_steps=3, lr_scheduler="cosine")
     assert [rate_factor(config, step) for step in range(3)] == pytest.approx([1 / 3, 2 / 3, 1.0])
-    assert rate_factor(settings(tmp_path, max_train_steps=3, lr_warmup_steps=9), 2) == pytest.approx(1 / 3)
+    config = settings(tmp_path, max_train_steps=3, lr_warmup_steps=9, lr_scheduler="constant_with_warmup")
+    assert rate_factor(config, 2) == pytest.approx(1 / 3)
 
 
 def test_adamw_takes_its_settings(tmp_path: Path) -> None:

@@ -74,6 +74,7 @@ def run_cell(cell: Cell, *, steps: int | None = None, samples: int | None = None
         output_dir=folder,
         train_batch_size=task.batch_size,
         learning_rate=task.learning_rate,
+        lr_scheduler="constant_with_warmup",
         lr_warmup_steps=min(20, steps),
         timestep_distribution=task.distribution,
         seed=cell.seed,

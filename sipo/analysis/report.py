@@ -252,7 +252,7 @@ def _curves(run: RunLog) -> list[Picture]:
             "Pairs ranked right, and pairs that take part",
             figures.curves(
                 steps,
-                {"implicit accuracy": get("rewards/accuracies"), "active": get("active_fraction")},
+                {"reward accuracy": get("rewards/accuracies"), "active": get("active_fraction")},
                 "share of pairs",
                 level=(0.5, "chance"),
                 points=held_out("rewards/accuracies"),

@@ -35,13 +35,22 @@ def _train(options: argparse.Namespace) -> int:
 
     config = configuration.load(options.config, options.overrides)
     accelerator = make_accelerator(config.training)
-    if accelerator.is_main_process:
-        _print_config(config)
+
+    def print_config() -> None:
+        if accelerator.is_main_process:
+            _print_config(config)
+
     command = f"`{' '.join(['sipo train', str(options.config), *options.overrides, '--resume'])}`"
     if accelerator.num_processes > 1:  # how they were launched is not known here
         command = "the same command with --resume"
     try:
-        trained = run_training(config, resume=options.resume, overwrite=options.overwrite, accelerator=accelerator)
+        trained = run_training(
+            config,
+            resume=options.resume,
+            overwrite=options.overwrite,
+            accelerator=accelerator,
+            on_start=print_config,  # not before: a refusal is one line
+        )
     except TrainingAlarmError as alarm:
         message = f"{alarm.said}; {command} goes on from there" if alarm.checkpoint else str(alarm)
         raise CommandError(message) from alarm

@@ -134,6 +134,7 @@ def _run_demo(config: DemoConfig, progress: bool | None) -> dict[str, Any]:
             output_dir=config.output,
             train_batch_size=config.batch_size,
             learning_rate=config.learning_rate,
+            lr_scheduler="constant_with_warmup",
             lr_warmup_steps=min(20, config.steps),
             seed=config.seed,
             logging_steps=_LOG_EVERY,

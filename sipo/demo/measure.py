@@ -40,7 +40,7 @@ class DigitClassifier:
         self.accuracy = self._agreement(*held_out)
 
     def score(self, images: Tensor, classes: Tensor) -> SampleScores:
-        """SampleScores samples ``[N, 1, 8, 8]`` that were asked to show ``classes`` ``[N]``."""
+        """Scores samples ``[N, 1, 8, 8]`` that were asked to show ``classes`` ``[N]``."""
         return SampleScores(ink(images).mean().item(), self._agreement(images, classes))
 
     def read(self, images: Tensor) -> Tensor:

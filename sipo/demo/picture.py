@@ -106,7 +106,7 @@ def _title(figure: Figure, result: DemoResult) -> None:
         0.035,
         0.907,
         f"{NAMES.get(result.method, result.method)}, β = {result.beta:g}, {result.steps} steps on pairs of real 8×8 "
-        f"scans: of two scans of one digit, the one with more ink wins. SampleScores are over {len(result.classes)} "
+        f"scans: of two scans of one digit, the one with more ink wins. Scores are over {len(result.classes)} "
         "samples.",
         fontsize=11.5,
     )
@@ -180,7 +180,7 @@ def _loss(axes: Axes, result: DemoResult) -> None:
 
 def _fractions(axes: Axes, result: DemoResult) -> None:
     steps = pluck(result.history, "step")
-    axes.plot(steps, pluck(result.history, "rewards/accuracies"), color=AFTER, label="implicit accuracy")
+    axes.plot(steps, pluck(result.history, "rewards/accuracies"), color=AFTER, label="reward accuracy")
     axes.plot(steps, pluck(result.history, "active_fraction"), color=LIMIT, label="active pairs")
     axes.set_ylim(0, 1.05)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0%", "25%", "50%", "75%", "100%"])

@@ -43,15 +43,25 @@ _PATHS = (
 )
 
 
-# Names that users of other scripts may try, where neither words nor letters lead to ours.
-_FOREIGN = {
+# Keys that neither words nor letters lead from. Three are those of diffusers' and transformers' scripts (save_steps,
+# save_total_limit, resume_from_checkpoint); the others are short names that people try.
+_OTHER_NAMES = {
     "model.path": "model.pretrained_model_name_or_path",
     "data.path": "data.dataset_name",
     "data.batch_size": "training.train_batch_size",
     "loss.link": "loss.loss_type",
     "training.lr": "training.learning_rate",
+    "training.betas": "training.adam_beta1 and training.adam_beta2",
+    "training.clip": "training.max_grad_norm",
+    "training.caption_dropout": "training.proportion_empty_prompts",
+    "training.log_every": "training.logging_steps",
+    "training.save_every": "training.checkpointing_steps",
+    "training.save_steps": "training.checkpointing_steps",
+    "training.save_total_limit": "training.checkpoints_total_limit",
+    "training.keep_checkpoints": "training.checkpoints_total_limit",
     "training.trackers": "training.report_to",
     "training.tensorboard": "training.report_to",
+    "training.resume": "sipo train --resume",
     "training.resume_from_checkpoint": "sipo train --resume",
 }
 
@@ -169,6 +179,9 @@ def from_dict(tree: dict[str, Any]) -> Config:
         cause = first.get("ctx", {}).get("error")
         if cause is not None:  # our own check of a whole section, which names the value itself
             raise ConfigError(f"{place}.{one_line(cause, _LONGEST)}") from error
+        if first["type"] == "literal_error":
+            choices = first["ctx"]["expected"].replace("'", "").replace(" or ", ", ")
+            raise ConfigError(f"{place}={short(first['input'])}: expected one of {choices}") from error
         raise ConfigError(f"{place}={short(first['input'])}: {first['msg']}") from error
     except TypeError as error:  # TrainingConfig's own checks, which pydantic lets through
         raise ConfigError(f"training.{one_line(error, _LONGEST)}") from error
@@ -311,17 +324,21 @@ def _paths(section: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[str, ...
 
 
 def _nearest(key: tuple[str, ...]) -> str:
-    """The name that was probably meant: by a table, by whole words, by where it exists elsewhere, or by its letters."""
+    """Words for an error: the key that was probably meant, or all keys of the section.
+
+    A key of the same section may be merely similar. One of another section must be the same or nearly the same, except
+    where the name stands outside all sections.
+    """
     paths = list(_paths(Config))
     beside = [path for path in paths if path[:-1] == key[:-1]]
     elsewhere = [path for path in paths if path[-1] == key[-1]]
     meant = (
-        _FOREIGN.get(".".join(key[-2:]))
+        _OTHER_NAMES.get(".".join(key[-2:]))
         or _with_words(key[-1], beside)
         or next((".".join(path) for path in elsewhere), None)
-        or _alike(key[-1], beside)
-        or _with_words(key[-1], paths)
-        or _alike(key[-1], paths)
+        or _alike(key[-1], beside, 0.7)
+        or (_with_words(key[-1], paths) if len(key) == 1 else None)
+        or _alike(key[-1], paths, 0.85)
     )
     if meant:
         return f", did you mean {meant}?"
@@ -333,8 +350,9 @@ def _with_words(name: str, paths: list[tuple[str, ...]]) -> str | None:
     return next((".".join(path) for path in paths if f"_{name}_" in f"_{path[-1]}_"), None)
 
 
-def _alike(name: str, paths: list[tuple[str, ...]]) -> str | None:
-    close = difflib.get_close_matches(name, [path[-1] for path in paths], n=1, cutoff=0.6)
+def _alike(name: str, paths: list[tuple[str, ...]], least: float) -> str | None:
+    """The key whose letters are nearest to a name's, if the two are at least this similar (from 0 to 1)."""
+    close = difflib.get_close_matches(name, [path[-1] for path in paths], n=1, cutoff=least)
     return next((".".join(path) for path in paths if path[-1] in close), None)
 
 

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,12 @@ class TrainedRun:
 
 
 def run_training(
-    config: Config, *, resume: bool = False, overwrite: bool = False, accelerator: Accelerator | None = None
+    config: Config,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    accelerator: Accelerator | None = None,
+    on_start: Callable[[], None] | None = None,
 ) -> TrainedRun:
     """Runs ``sipo train``: prepares the data, trains, and saves the weights with their card.
 
@@ -63,6 +68,7 @@ def run_training(
         resume: go on from the newest sound checkpoint in ``training.output_dir``, or start where there is none yet.
         overwrite: remove the run that ``training.output_dir`` holds, once everything is ready to train.
         accelerator: made from the configuration if left out.
+        on_start: called on every process once the folder and the settings have been accepted.
 
     Returns:
         What the loop returned, and where the weights are.
@@ -85,6 +91,8 @@ def run_training(
         resuming = from_main(accelerator, lambda: _check_folder(training, resume, overwrite))
         run = open_run(config, accelerator)
         check_run(run, "train", resume=resuming)
+        if on_start is not None:
+            on_start()
         loss_fn = make_loss(run)
 
         cache, references, _ = prepare_data(run, refuse_changes=resuming, progress=training.progress)

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 MixedPrecision = Literal["no", "bf16", "fp16"]
 Optimizer = Literal["adamw", "adamw8bit", "paged_adamw8bit"]
-RateSchedule = Literal["constant", "cosine", "linear"]
+RateSchedule = Literal["constant", "constant_with_warmup", "cosine", "linear"]
 TimestepSampling = Literal["all", "informative"]
 Alarms = Literal["warn", "stop", "off"]
 
@@ -109,10 +109,10 @@ class TrainingConfig:
         adam_beta2: AdamW's decay of the second moment.
         adam_epsilon: AdamW's.
         adam_weight_decay: AdamW's.
-        lr_scheduler: the learning rate after the warm-up: "constant", or falling to 0 at the last step along half a
-            "cosine" or a "linear" ramp. The last two hang on ``max_train_steps``, which is then fixed for a resumed
-            run.
-        lr_warmup_steps: optimiser steps over which the learning rate rises linearly.
+        lr_scheduler: diffusers' names. "constant" has no warm-up; "constant_with_warmup" is constant after it. "cosine"
+            and "linear" fall to 0 at the last step after it: they depend on ``max_train_steps``, which a resumed run
+            must then keep.
+        lr_warmup_steps: optimiser steps over which the learning rate rises linearly; 0 with "constant".
         max_grad_norm: gradients are scaled down to this global norm; ``None`` leaves them alone.
         use_ema: keep an exponential moving average of the trained weights.
         ema_decay: the average's decay per step, once its own warm-up is over. Used with ``use_ema`` only.
@@ -216,6 +216,11 @@ class TrainingConfig:
         _check_choice("mixed_precision", self.mixed_precision, MixedPrecision)
         _check_choice("optimizer", self.optimizer, Optimizer)
         _check_choice("lr_scheduler", self.lr_scheduler, RateSchedule)
+        if self.lr_scheduler == "constant" and self.lr_warmup_steps:
+            raise ValueError(
+                f"lr_warmup_steps={self.lr_warmup_steps}: expected 0 with lr_scheduler='constant', which has no warm-up; "
+                "lr_scheduler='constant_with_warmup' has one"
+            )
         _check_choice("timestep_sampling", self.timestep_sampling, TimestepSampling)
         _check_choice("alarms", self.alarms, Alarms)
         if self.progress not in (True, False, None):
@@ -254,7 +259,7 @@ class TrainingConfig:
     def identity(self) -> dict[str, Any]:
         """The settings that a resumed run must share with the one it goes on from, as JSON values."""
         free = set(_FREE_ON_RESUME)
-        if self.lr_scheduler != "constant":
+        if not self.lr_scheduler.startswith("constant"):
             free.remove("max_train_steps")
         if self.timestep_sampling == "informative":
             free.remove("logging_steps")  # what is drawn changes when a log line is read

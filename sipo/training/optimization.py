@@ -55,7 +55,7 @@ def rate_factor(config: TrainingConfig, step: int) -> float:
     """Factor of the learning rate in optimiser step ``step``, counted from 0."""
     if step < config.lr_warmup_steps:
         return (step + 1) / config.lr_warmup_steps
-    if config.lr_scheduler == "constant":
+    if config.lr_scheduler.startswith("constant"):
         return 1.0
     done = (step - config.lr_warmup_steps) / max(1, config.max_train_steps - config.lr_warmup_steps)
     return (1 + math.cos(math.pi * done)) / 2 if config.lr_scheduler == "cosine" else 1 - done
