@@ -68,7 +68,7 @@ def locked(folder: str | Path, what: str, *, accelerator: Any = None) -> Iterato
     A thread that has the folder already goes on.
 
     Args:
-        folder: made if it is not there.
+        folder: created if it is missing.
         what: names the folder in the message: "training.output_dir='runs/a'".
         accelerator: of a run of several processes, all of which call this: the main one takes the lock for all.
 

@@ -117,7 +117,7 @@ def gather(
     plain: bool = True,
     weighted: bool = False,
 ) -> RunFacts:
-    """The facts of a run.
+    """Gathers the facts of a run.
 
     Args:
         lines: training lines of ``metrics.jsonl``, at least one.
@@ -187,7 +187,7 @@ def gather(
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A validation: what pairs that nothing was learnt from say.
+    """Results of one validation, on pairs held out from training.
 
     Attributes:
         step: of the run.
@@ -231,7 +231,7 @@ def held_out(validation: Sequence[dict[str, Any]]) -> HeldOut | None:
 
 
 def describe_held_out(validation: Sequence[dict[str, Any]]) -> str:
-    """The last validation in a line."""
+    """Describes the last validation in one line."""
     seen = held_out(validation)
     if seen is None:
         return "no pair is finite"
@@ -242,14 +242,14 @@ def describe_held_out(validation: Sequence[dict[str, Any]]) -> str:
 
 
 def accuracy_se(accuracy: float, pairs: int) -> float:
-    """Standard error of a share of pairs."""
+    """Returns the standard error of a share of pairs."""
     # One pair more of each kind: not even an accuracy of 1 is certain.
     smooth = (accuracy * pairs + 1) / (pairs + 2)
     return math.sqrt(smooth * (1 - smooth) / pairs)
 
 
 def beyond_chance(accuracy: float, pairs: int) -> bool:
-    """Whether pairs are ranked right more often than coin flips would rank them: the sign test, one-sided.
+    """Whether more pairs are ranked right than chance explains: the one-sided sign test.
 
     By the binomial distribution itself, so that coin flips pass in :data:`CHANCE` of cases at most, whatever the number
     of pairs and however near to 1 the accuracy. Two standard errors, or a Wilson interval, let through up to 3.8 % of
@@ -273,7 +273,7 @@ def beyond_chance(accuracy: float, pairs: int) -> bool:
 
 
 def pairs_to_tell(accuracy: float) -> int:
-    """So many pairs, about, are needed to tell an accuracy above one half from chance; two digits."""
+    """Estimates how many pairs tell an accuracy above one half from chance, to two digits."""
     apart = accuracy - 0.5
     # Two standard errors of chance, and the pair and a half by which whole pairs may fall short.
     pairs = ((1 + math.sqrt(1 + 6 * apart)) / (2 * apart)) ** 2
@@ -287,5 +287,5 @@ def is_plain(loss_type: str | None, label_smoothing: float | None) -> bool:
 
 
 def let_go(beta: float, ref: float) -> float:
-    """How far a pair's two errors have to be apart before the loss lets go of it, as a share of the reference's."""
+    """Returns how far apart a pair's two errors are when the loss lets go of it, as a share of the reference's."""
     return 2 * LET_GO / (beta * ref) if beta * ref > 0 else math.nan

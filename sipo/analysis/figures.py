@@ -83,7 +83,7 @@ def curves(
     log: bool = False,
     zero: bool = False,
 ) -> str:
-    """Curves over optimiser steps.
+    """Draws curves over optimiser steps.
 
     Args:
         steps: of the lines.
@@ -210,7 +210,7 @@ def by_level(
 
 
 def shares(line: dict[str, Any], named: Mapping[str, Sequence[float]], label: str) -> str:
-    """Shares of two things by noise level, as bars, one before the other."""
+    """Draws two shares by noise level as overlapping bars."""
 
     def paint(axes: Any) -> None:
         width = line["levels"] / line["bins"]
@@ -225,7 +225,7 @@ def shares(line: dict[str, Any], named: Mapping[str, Sequence[float]], label: st
 
 
 def centers(line: dict[str, Any]) -> list[float]:
-    """Middle of each bin, in the schedule's own levels: timesteps, or σ."""
+    """Returns the middle of each bin in the schedule's own levels: timesteps, or σ."""
     return [(i + 0.5) * line["levels"] / line["bins"] for i in range(line["bins"])]
 
 
@@ -237,5 +237,5 @@ def _levels(axes: Any, line: dict[str, Any]) -> None:
 
 
 def finite(values: Sequence[float | None]) -> list[float]:
-    """NaN for ``None``."""
+    """Returns NaN for ``None``."""
     return [math.nan if value is None else float(value) for value in values]

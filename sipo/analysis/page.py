@@ -131,12 +131,12 @@ class Page:
 
 
 def image(data: bytes, name: str) -> str:
-    """A PNG as part of a page, with what is read out in its place."""
+    """Embeds a PNG in a page, with its alternative text."""
     return f'<img alt="{_text(name)}" src="{_inline("image/png", data)}">'
 
 
 def video(data: bytes, name: str) -> str:
-    """An MP4 as part of a page."""
+    """Embeds an MP4 in a page."""
     return f'<video controls loop muted playsinline title="{_text(name)}" src="{_inline("video/mp4", data)}"></video>'
 
 
@@ -147,7 +147,7 @@ def looks(pictures: Sequence[tuple[str, str]]) -> str:
 
 
 def describe(findings: Sequence[Finding]) -> str:
-    """The same verdict for a terminal."""
+    """Formats the same verdict for a terminal."""
     lines = []
     for finding in findings:
         lines.append(f"{_TITLES[finding.severity].upper()}: {finding.sentence}")
@@ -172,7 +172,7 @@ def _text(value: object) -> str:
 
 
 def _prose(text: str) -> str:
-    """Text with names between backticks."""
+    """Converts text with names between backticks to HTML."""
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", _text(text))
 
 
@@ -185,7 +185,7 @@ def _inline(kind: str, data: bytes) -> str:
 
 
 def _value(value: object) -> str:
-    """A setting as a configuration has it."""
+    """Formats a setting as a configuration has it."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, (list, tuple)):

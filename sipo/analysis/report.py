@@ -148,7 +148,7 @@ def _read_metrics(path: Path) -> tuple[list[Line], list[Line]]:
 
 
 def run_page(run: RunLog, findings: Sequence[Finding]) -> Page:
-    """The page of a run."""
+    """Builds the page of a run."""
     steps = run.lines[-1]["step"]
     if run.pairs_per_step is None:
         about = f"{steps:,} steps; pairs per step are not known, so standard errors are too large"
@@ -179,7 +179,7 @@ def run_page(run: RunLog, findings: Sequence[Finding]) -> Page:
 
 
 def _seconds(lines: Sequence[Line]) -> float:
-    """Of training, those before each resume included: the clock of a line starts anew there."""
+    """Returns the seconds of training, including those before each resume, where the clock of a line restarts."""
     clock = [second for second in pluck(lines, "seconds") if not math.isnan(second)]
     return sum(now for now, after in pairwise([*clock, 0.0]) if after < now)
 
@@ -197,7 +197,7 @@ def ends(statistics: Sequence[Line]) -> tuple[Line, Line]:
 
 
 def regroup(line: Line, bins: int) -> Line:
-    """A line in fewer bins."""
+    """Merges the bins of a line into fewer bins."""
     width = line["bins"] // bins
     ranges = [range(i * width, (i + 1) * width) for i in range(bins)]
     wide = line | {"bins": bins}

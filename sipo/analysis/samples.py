@@ -36,7 +36,7 @@ def sample_pictures(folder: Path, settings: dict[str, Any]) -> tuple[str, list[P
 
 
 def _prompts(folder: Path, settings: dict[str, Any]) -> list[str]:
-    """In the order of the samples; a run from before they were written beside them has them in its configuration."""
+    """Returns the prompts in the order of the samples, from the configuration if they are not stored beside them."""
     path = folder / "samples" / "prompts.json"
     prompts = settings.get("samples.validation_prompts")
     try:

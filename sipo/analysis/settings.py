@@ -18,7 +18,7 @@ _NAMES = ("model.family", "loss.method", "loss.loss_type", "loss.ratio", "method
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """Flat settings of a run of ``sipo train``, or of the demo; none where neither has left any.
+    """Reads the flat settings of a run of ``sipo train`` or of the demo; empty if the folder has none.
 
     Raises:
         ValueError: a damaged file, or a value that is none of its key's; names the file.
@@ -45,7 +45,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def flat(tree: dict[str, Any], place: str = "") -> dict[str, Any]:
-    """A tree of settings as ``section.key``."""
+    """Flattens a tree of settings to ``section.key``."""
     found: dict[str, Any] = {}
     for name, value in tree.items():
         found |= flat(value, f"{place}{name}.") if isinstance(value, dict) else {f"{place}{name}": value}
@@ -53,7 +53,7 @@ def flat(tree: dict[str, Any], place: str = "") -> dict[str, Any]:
 
 
 def in_force(settings: dict[str, Any]) -> dict[str, Any]:
-    """Flat settings with the numbers that a default stands for."""
+    """Fills in the numbers that defaults stand for."""
     from sipo.families import get
     from sipo.schedule import DEFAULT_INFERENCE_STEPS
 
@@ -70,7 +70,7 @@ def in_force(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def loss_numbers(settings: dict[str, Any]) -> tuple[float | None, float | None]:
-    """β and the mask's threshold, where the settings say them or say what their defaults hang on."""
+    """Returns β and the mask's threshold, if the settings give them or determine their defaults."""
     from sipo.families import get
     from sipo_kernels import LossOptions
 

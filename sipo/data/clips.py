@@ -87,10 +87,10 @@ class Media:
 
 
 class Selection(Protocol):
-    """Which of a clip's frames are wanted.
+    """Selection of a clip's frames.
 
     Attributes:
-        picked: those taken so far: PyAV's frames, each of which the reader replaces by ``None`` once it has its pixels.
+        picked: the PyAV frames taken so far; the reader replaces each by ``None`` once it has its pixels.
         frames: how many there are to be.
         done: whether the rest need not be decoded.
     """
@@ -339,7 +339,7 @@ class _Shown:
         return colours if self.transform is None else self.transform(colours)
 
     def media(self, picked: list[Any], fps: float, length: int) -> Media:
-        """All that was selected."""
+        """Returns all selected frames."""
         self.take(picked)
         count = len(self.shares)
         transparent = sum(share / count for share in self.shares)

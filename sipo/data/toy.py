@@ -42,7 +42,7 @@ def make_toy_pairs(
     arguments give the same files, so that several processes may write them at once.
 
     Args:
-        folder: made if it is not there.
+        folder: created if it is missing.
         video: clips instead of images.
         pairs: how many.
         seed: of places and colours.

@@ -183,7 +183,7 @@ def save_lora(
     Args:
         family: the network's.
         network: wrapped or not, prepared by :func:`prepare_lora`.
-        folder: made if it is not there; the file appears in it whole or not at all.
+        folder: created if it is missing; the file is written completely or not at all.
         state: the network's tensors under its own names, where the network holds only a part of them (FSDP, ZeRO).
 
     Returns:

@@ -159,7 +159,7 @@ def load(
 
 @contextmanager
 def reading(folder: Path) -> Iterator[None]:
-    """Inside, a checkpoint's content is put to use: whatever that raises is one line about the checkpoint.
+    """Turns errors raised while a checkpoint's content is used into one line about the checkpoint.
 
     Raises:
         CheckpointError: in place of any error but its own, and those that say nothing of the checkpoint: of memory, of
@@ -180,7 +180,7 @@ def reading(folder: Path) -> Iterator[None]:
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
-    """What a checkpoint would become as a run's weights: its moving average where it has one, else the weights.
+    """Returns a checkpoint's weights for use: the moving average if it has one, otherwise the weights.
 
     Raises:
         CheckpointError: not a complete checkpoint.
@@ -330,7 +330,7 @@ def _check_groups(folder: Path, settings: dict[str, Any], optimizer: torch.optim
 
 
 def _kind(value: Any) -> str:
-    """What a setting is, as far as JSON keeps it."""
+    """Names the kind of a setting, as far as JSON keeps it."""
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(_kind, value))}]"
     number = isinstance(value, (int, float)) and not isinstance(value, bool)

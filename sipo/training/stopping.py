@@ -1,4 +1,4 @@
-"""A run that is asked to stop, and one that runs out of memory."""
+"""Handles requests to stop a run, and runs that are out of memory."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ def write(
 
 
 def clear(folder: Path) -> None:
-    """Removes what killed runs have left in a run's folder; for when no other run is writing there.
+    """Removes what killed runs left in a run's folder; no other run may be writing there.
 
     A checkpoint that was about to be replaced gets its name back.
     """
@@ -141,21 +141,21 @@ def _clear(root: Path) -> None:
 
 
 def found(root: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first, sound or not."""
+    """Lists the checkpoints in a folder, oldest first, sound or damaged."""
     if not root.is_dir():
         return []
     return sorted((path for path in root.glob("step-*") if _NAME.fullmatch(path.name)), key=step_of)
 
 
 def step_of(folder: Path) -> int:
-    """The step in a checkpoint's name."""
+    """Returns the step in a checkpoint's name."""
     match = _NAME.fullmatch(folder.name)
     assert match is not None
     return int(match[1])
 
 
 def choose(source: str | Path, root: Path, accelerator: Any) -> Path:
-    """The sound checkpoint to resume from; every process calls it, and one does the reading.
+    """Chooses the sound checkpoint to resume from; every process calls it, and one of them reads.
 
     Args:
         source: a checkpoint's folder, or "latest" for the newest sound one in ``root``.
@@ -191,7 +191,7 @@ def choose(source: str | Path, root: Path, accelerator: Any) -> Path:
 
 
 def damage(folder: Path) -> str:
-    """What is wrong with a checkpoint's files, "" if nothing is."""
+    """Describes what is wrong with a checkpoint's files; "" if nothing is."""
     try:
         files = read_state(folder)["files"]
         for name, entry in files.items():

@@ -1,4 +1,4 @@
-"""Noise levels that are worth a forward pass: those at which the mask lets pairs through (docs/math.md §4).
+"""Draws noise levels at which the mask lets pairs through (docs/math.md §4).
 
 The mask drops a pair whose smaller importance ratio is under a threshold, and whether it is under depends above all
 on the noise level. So the run keeps the mean of that ratio per bin of noise level, and draws no more timesteps from

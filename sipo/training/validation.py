@@ -1,4 +1,4 @@
-"""A look at held-out pairs, from which training cannot tell that anybody looked."""
+"""Validation on held-out pairs, which leaves the state of training unchanged."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def _weighed(metrics: dict[str, Tensor], pairs: int, *, skips: bool) -> Tensor:
 
 @contextmanager
 def _eval(network: nn.Module) -> Iterator[None]:
-    """Eval mode, and afterwards each module's own mode again."""
+    """Switches to eval mode, and restores each module's own mode afterwards."""
     training = [module for module in network.modules() if module.training]
     network.eval()
     try:

@@ -1,6 +1,6 @@
 """The two Triton kernels: loss and gradient in one launch, and the gradient alone.
 
-A fixed grid of programs draws steps from a counter until none is left (``triton_plan.py``). A step reduces one item,
+A fixed grid of programs draws steps from a counter until none is left (``plan.py``). A step reduces one item,
 a part of one sample, and then writes the gradient of an item some way back, whose policy and target are still in the L2
 cache: device memory is traversed once. The program that reduces the last item of a pair adds up the pair's partial sums
 in a fixed order and does its arithmetic (``math.py``). The first program that finds no step left makes the
