@@ -51,7 +51,7 @@ inline std::string describe_arguments() {
   SIPO_FIELD(ratio_scale_dtype) SIPO_FIELD(error_weight_dtype) SIPO_FIELD(ref_error_dtype)
   SIPO_FIELD(timesteps_dtype) SIPO_FIELD(bins) SIPO_FIELD(target_shared) SIPO_FIELD(wide_sums)
   SIPO_FIELD(loss_per_pair) SIPO_FIELD(threads) SIPO_FIELD(own_threads)
-  return text + " =" + std::to_string(sizeof(CpuArgs)) + "\n";
+  return text + " =" + decimal(sizeof(CpuArgs)) + "\n";
 }
 
 }  // namespace

@@ -309,8 +309,8 @@ SIPO_API const char* sipo_cuda_error(int code) { return device::error_string(cod
 SIPO_API const char* sipo_cuda_description() {
   using Described = CudaArgs;
   static const std::string made = [] {
-    std::string text = describe_names() + "threads " + std::to_string(kThreads) + ", blocks " +
-                       std::to_string(kBlocksPerSm) + ", scratch " + std::to_string(kScratchBytes) + "\narguments";
+    std::string text = describe_names() + "threads " + decimal(kThreads) + ", blocks " +
+                       decimal(kBlocksPerSm) + ", scratch " + decimal(kScratchBytes) + "\narguments";
     SIPO_FIELD(model) SIPO_FIELD(ref) SIPO_FIELD(target)
     SIPO_FIELD(model_stride) SIPO_FIELD(ref_stride) SIPO_FIELD(target_stride) SIPO_FIELD(pairs) SIPO_FIELD(elements)
     SIPO_FIELD(ratio_scale) SIPO_FIELD(error_weight) SIPO_FIELD(ref_error) SIPO_FIELD(timesteps) SIPO_FIELD(upstream)
@@ -321,7 +321,7 @@ SIPO_API const char* sipo_cuda_description() {
     SIPO_FIELD(shared_bytes) SIPO_FIELD(one_pass) SIPO_FIELD(keep) SIPO_FIELD(model_dtype) SIPO_FIELD(ref_dtype)
     SIPO_FIELD(target_dtype) SIPO_FIELD(reader) SIPO_FIELD(double_terms) SIPO_FIELD(target_shared)
     SIPO_FIELD(loss_per_pair) SIPO_FIELD(bins) SIPO_FIELD(mend) SIPO_FIELD(device)
-    return text + " =" + std::to_string(sizeof(CudaArgs)) + "\n";
+    return text + " =" + decimal(sizeof(CudaArgs)) + "\n";
   }();
   return made.c_str();
 }
