@@ -245,9 +245,9 @@ class _Lock:
                 raise LockedError(self._message(self._read()))
 
     def _times(self) -> tuple[int, int]:
-        """What changes when the holder touches the file, or goes. NFS asks its server only when a file is opened."""
+        """Time and inode of the lock file, which change when its holder renews it or ends; zeros if there is none."""
         try:
-            with self._path.open("rb") as file:
+            with self._path.open("rb") as file:  # opened, since NFS asks its server only then
                 found = os.fstat(file.fileno())
         except FileNotFoundError:
             return 0, 0
@@ -266,14 +266,14 @@ class _Lock:
             return False
 
     def _settled(self) -> dict[str, Any]:
-        """What the file says of a holder that may be about to write it."""
+        """Reads who holds the lock; waits briefly for a holder that is about to write it."""
         end = time.monotonic() + 2 * _SETTLED  # it may first wait that long for another one
         while not (holder := self._read()) and time.monotonic() < end:
             time.sleep(0.05)
         return holder
 
     def _read(self) -> dict[str, Any]:
-        """What the file says, asked anew; unlocks the file."""
+        """Reads who holds the lock, from the file itself; releases a lock of ours, as closing a file does."""
         try:
             with self._path.open("rb") as file:
                 return _holder(file.read(_BYTES))

@@ -67,6 +67,7 @@ class SIPOLoss(torch.nn.Module):
         options: LossOptions | None = None,
         **given: Unpack[OptionValues],
     ) -> None:
+        """Makes a loss for one noise schedule; :class:`SIPOLoss` describes the arguments and the errors raised."""
         super().__init__()
         self.options = make_options(options, given)
         check_choice("backend", backend, ("auto", *BACKENDS))

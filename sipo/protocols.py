@@ -17,7 +17,7 @@ class Schedule(Protocol):
 
     @property
     def prediction_type(self) -> str:
-        """What the network predicts; "epsilon" lets both halves of a pair share one target."""
+        """What the network predicts; "epsilon" lets both samples of a pair share one target."""
 
     def add_noise(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """``sample`` at the noise level of ``timesteps``."""
@@ -67,7 +67,7 @@ class PairDataset(Protocol):
     """A map-style data set of pairs.
 
     An item is ``{"chosen": tensor, "rejected": tensor}`` and, where the network is conditioned,
-    ``"condition": tensor or dictionary of tensors``, one for both halves. Items are stacked as torch's
+    ``"condition": tensor or dictionary of tensors``, one for both samples. Items are stacked as torch's
     ``default_collate`` does. Latents of half precision are cast to float32 on the device; a condition reaches
     :class:`Predict` in its own type. Further keys, each optional and the same in every item of a data set:
 

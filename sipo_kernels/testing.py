@@ -221,7 +221,7 @@ def golden_cases(folder: Path) -> list[GoldenCase]:
         options = dict(raw["loss"])
         if not options.pop("masked"):
             options["mask_threshold"] = 0.0
-        expected = {name.replace("reward_gap", "error_gap"): _tensor(value) for name, value in raw["expected"].items()}
+        expected = {name: _tensor(value) for name, value in raw["expected"].items()}
         expected["mask"] = expected["mask"].bool()
         cases.append(
             GoldenCase(

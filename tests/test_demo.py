@@ -67,7 +67,7 @@ def test_the_digits_are_scikit_learns_and_split_once(digits: tuple[Digits, Digit
     assert ink(fitted.images).mean().item() == pytest.approx(-0.39, abs=0.005)
 
 
-def test_pairs_are_of_one_class_and_the_inkier_wins(digits: tuple[Digits, Digits]) -> None:
+def test_pairs_are_of_one_class_and_the_inkier_is_chosen(digits: tuple[Digits, Digits]) -> None:
     images, labels = digits[0]
     pairs = InkPairs(digits[0], count=2000, seed=1)
     assert len(pairs) == 2000

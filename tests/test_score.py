@@ -144,8 +144,8 @@ def test_few_pairs_are_not_said_to_be_certain() -> None:
     summary = of_margins(1.0, 2.0, 3.0, 4.0).summary()
     assert summary["accuracy"] == 1.0 and summary["accuracy_se"] == pytest.approx((5 / 36 / 4) ** 0.5)
     text = of_margins(1.0, 2.0, 3.0, 4.0).describe()
-    assert "the chosen half is preferred in 100.0 ± 18.6 % of 4, no more often than chance explains" in text
-    assert "100.0 ± 18.6 % are decided at 2 standard errors, 100.0 ± 18.6 % of these 4 for the chosen half" in text
+    assert "the chosen sample is preferred in 100.0 ± 18.6 % of 4, no more often than chance explains" in text
+    assert "100.0 ± 18.6 % are decided at 2 standard errors, 100.0 ± 18.6 % of these 4 for the chosen sample" in text
     # 12 of 16 happen to coin flips in one case of 26, 13 of 16 in one of 94.
     for right, words in ((12, "no more often than chance explains"), (13, "more often than by chance")):
         scores = of_margins(*[1.0] * right, *[-1.0] * (16 - right))
@@ -271,7 +271,7 @@ def test_a_run_is_scored_by_the_weights_that_it_saved(
     prompts = {record.row: record.prompt for record in JsonlReader(trained / "cache-toy" / "pairs" / "pairs.jsonl")}
     assert all(line["prompt"] == prompts[line["row"] - 1] for line in lines)
     right = sum(line["margin"] > 0 for line in lines) / 4
-    assert f"the chosen half is preferred in {100 * right:.1f} ±" in told and str(run / "weights") in told
+    assert f"the chosen sample is preferred in {100 * right:.1f} ±" in told and str(run / "weights") in told
     assert " of 4, no more often than chance explains\n" in told and "pairs: held out of training\n" in told
     # The same numbers by hand: the network, its adapter from diffusers' own loader, and its own base.
     import diffusers

@@ -64,7 +64,7 @@ class PairScores:
         chosen_se: its standard error over draws.
         rejected_se: likewise.
         margin: ``chosen − rejected``: the mean over draws of the logit of ``diffusion_dpo``.
-        margin_se: its standard error, from the differences draw by draw: both halves see the same noise.
+        margin_se: its standard error, from the differences draw by draw: both samples see the same noise.
         beta: β.
         draws: of each pair.
     """
@@ -135,13 +135,13 @@ class PairScores:
         if whole:
             chance = "more often than by chance" if found["beyond_chance"] else "no more often than chance explains"
             share = _with_error(found, "accuracy", 100, ".1f")
-            lines.append(f"the chosen half is preferred in {share} % of {whole}, {chance}")
+            lines.append(f"the chosen sample is preferred in {share} % of {whole}, {chance}")
             lines.append(f"mean margin {_with_error(found, 'margin', 1, '.4g')} (chosen less rejected)")
             share = _with_error(found, "decided", 100, ".1f")
             decided = f"{share} % are decided at {DECIDED:g} standard errors"
             if found["decided_pairs"]:
                 share = _with_error(found, "decided_accuracy", 100, ".1f")
-                decided += f", {share} % of these {found['decided_pairs']} for the chosen half"
+                decided += f", {share} % of these {found['decided_pairs']} for the chosen sample"
             lines.append(decided)
         return "\n".join(lines)
 
@@ -164,9 +164,9 @@ def score_pairs(
     """Implicit rewards of every pair of a data set (docs/math.md §2, §5), each over ``draws`` draws.
 
     A pair's levels are stratified: two from each of ``draws / 2`` equally likely parts of the distribution, so that
-    fewer draws do than at random, and that each part says by itself how far its two are apart. Both halves of a pair
-    share level and noise. What a pair is given follows from the seed and its index alone; items that carry draws of
-    their own are scored at these all the same.
+    fewer draws do than at random, and that each part says by itself how far its two are apart. Both samples of a
+    pair share level and noise. The draws of a pair follow from the seed and its index alone, also where an item has
+    draws of its own.
 
     Args:
         policy: the network, on its device; run in evaluation mode, and put back as it was.
@@ -261,7 +261,7 @@ def _mean(values: Tensor) -> tuple[float | None, float | None]:
 
 
 def _share(values: Tensor) -> tuple[float | None, float | None]:
-    """Likewise of numbers from 0 to 1, whose error is not 0 where all are alike."""
+    """Mean and standard error of ``[N]`` numbers from 0 to 1; the error is not 0 even where all are equal."""
     if len(values) == 0:
         return None, None
     share = values.mean().item()

@@ -44,10 +44,10 @@ def precompute_pairs(
 ) -> CacheSummary:
     """Encodes every pair of a source, and every prompt once, into a cache; what is there and has not changed is kept.
 
-    A pair's latents depend on its row, the settings and the encoders alone: images are encoded with the pair's other
-    half and with nobody else, clips alone, as two would take twice the memory; and every random number (the
-    posterior's draw, a random crop, a flip, which both halves share) has the row for its seed. So it does not matter
-    how many processes there are, or how often they were interrupted.
+    A pair's latents depend on its row, the settings and the encoders alone: the two images of a pair are
+    encoded together, clips one by one, as two would take twice the memory; and every random number (the posterior's
+    draw, a random crop, a flip, which both samples share) is seeded by the row. So it does not matter how many
+    processes there are, or how often they were interrupted.
 
     A shard is compared with the rows that it is made of and with their files, by size, times and inode, and by content
     where the size alone is equal. One that differs is encoded anew as a whole: latents where a row, a side or a file

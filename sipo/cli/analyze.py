@@ -16,20 +16,20 @@ def add(commands: Any) -> None:
     """Adds the command to the parser's subcommands."""
     parser = commands.add_parser(
         "analyze",
-        help="is it learning? a report on a run, or on a configuration before its run",
+        help="report on a run, or on a configuration before its run",
         description="Writes one HTML page with curves, figures by noise level and a verdict, and prints the verdict. "
-        "Of a folder: the run in it. Of a YAML file: the model with its data before any training.",
+        "For a folder, the report is on the run in it; for a YAML file, on the model and the data before training.",
     )
     parser.add_argument("target", type=path, help="folder of a run, or YAML file")
-    add_overrides(parser, "laid over the file")
+    add_overrides(parser, "settings that replace those of the file")
     parser.add_argument(
         "--output",
         type=path,
         metavar="FILE",
-        help="page to write (default: report.html in the run's folder; of a YAML file, before.html there)",
+        help="page to write (default: report.html in the run's folder, or before.html for a YAML file)",
     )
-    parser.add_argument("--pairs", type=int, help="of a YAML file: pairs to look at (default 32)")
-    parser.add_argument("--levels", type=int, help="of a YAML file: noise levels (default 50)")
+    parser.add_argument("--pairs", type=int, help="number of pairs to measure, for a YAML file (default 32)")
+    parser.add_argument("--levels", type=int, help="number of noise levels, for a YAML file (default 50)")
     parser.set_defaults(run=_analyze)
 
 

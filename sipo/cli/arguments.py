@@ -56,8 +56,8 @@ def positive(text: str) -> float:
 
 def add_config(parser: argparse.ArgumentParser) -> None:
     """Adds a configuration file and the settings that override it."""
-    parser.add_argument("config", type=path, help="YAML file; see examples/")
-    add_overrides(parser, "laid over the file")
+    parser.add_argument("config", type=path, help="YAML file with the configuration; see examples/")
+    add_overrides(parser, "settings that replace those of the file")
 
 
 def add_overrides(parser: argparse.ArgumentParser, help: str) -> None:
@@ -67,5 +67,5 @@ def add_overrides(parser: argparse.ArgumentParser, help: str) -> None:
 
 def add_max_pixels(parser: argparse.ArgumentParser) -> None:
     """Adds the largest number of pixels that an image or a frame may have."""
-    text = "that an image or a frame may have (default: 120 million)"
+    text = "most pixels that an image or a frame may have (default: 120 million)"
     parser.add_argument("--max-pixels", type=at_least(1), default=argparse.SUPPRESS, help=text)

@@ -32,16 +32,19 @@ def add(commands: Any) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--output", type=path, default=DemoConfig.output, help="folder to write")
-    parser.add_argument("--method", choices=METHODS, default=DemoConfig.method, help="preference loss")
+    parser.add_argument("--method", choices=METHODS, default=DemoConfig.method, help="method of the loss")
     parser.add_argument(
-        "--beta", type=float, default=DemoConfig.beta, help="strength; None is the method's own for images"
+        "--beta",
+        type=float,
+        default=DemoConfig.beta,
+        help="strength of the loss; None takes the method's default for images",
     )
     parser.add_argument("--steps", type=int, default=DemoConfig.steps, help="optimiser steps")
     parser.add_argument("--batch-size", type=int, default=DemoConfig.batch_size, help="pairs per step")
-    parser.add_argument("--learning-rate", type=float, default=DemoConfig.learning_rate, help="of AdamW")
+    parser.add_argument("--learning-rate", type=float, default=DemoConfig.learning_rate, help="learning rate of AdamW")
     parser.add_argument("--samples", type=int, default=DemoConfig.samples, help="digits drawn before and after")
-    parser.add_argument("--seed", type=int, default=DemoConfig.seed, help="the same seed gives the same numbers")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=DemoConfig.device, help="where to run")
+    parser.add_argument("--seed", type=int, default=DemoConfig.seed, help="seed of the whole demo")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=DemoConfig.device, help="device to run on")
     parser.set_defaults(run=_demo)
 
 

@@ -31,7 +31,7 @@ _LISTED_PACKAGES = {
 
 def add(commands: Any) -> None:
     """Adds the command to the parser's subcommands."""
-    parser = commands.add_parser("doctor", help="what is installed, and which backends can run")
+    parser = commands.add_parser("doctor", help="list what is installed and which backends can run")
     parser.set_defaults(run=_doctor)
 
 

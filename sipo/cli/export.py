@@ -15,16 +15,20 @@ def add(commands: Any) -> None:
 
     parser = commands.add_parser(
         "export",
-        help="a run's LoRA as one file for diffusers, kohya's scripts or ComfyUI",
+        help="write a run's LoRA as one file for diffusers, kohya's scripts or ComfyUI",
         description="Writes the LoRA of a run of `sipo train`, or of one of its checkpoints, in the format that "
         "another tool reads, with its strength in the weights.",
     )
     parser.add_argument("target", type=path, metavar="RUN", help="folder of the run (training.output_dir)")
-    add_overrides(parser, "model.pretrained_model_name_or_path, if it has moved")
-    parser.add_argument("--format", choices=FORMATS, required=True, help="of the file")
-    parser.add_argument("--checkpoint", metavar="STEP", help='of a checkpoint, by step or "latest" (default: weights)')
-    parser.add_argument("--output", type=path, metavar="FILE", help="to write (default: named after the run, in it)")
-    parser.add_argument("--force", action="store_true", help="replace a file that is there")
+    add_overrides(parser, "model.pretrained_model_name_or_path=PATH, if the model has moved")
+    parser.add_argument("--format", choices=FORMATS, required=True, help="format of the file")
+    parser.add_argument(
+        "--checkpoint", metavar="STEP", help='export a checkpoint: a step or "latest" (default: weights)'
+    )
+    parser.add_argument(
+        "--output", type=path, metavar="FILE", help="file to write (default: in the run's folder, with its name)"
+    )
+    parser.add_argument("--force", action="store_true", help="replace an existing file")
     parser.set_defaults(run=_export)
 
 

@@ -13,14 +13,14 @@ def add(commands: Any) -> None:
     """Adds the command to the parser's subcommands."""
     parser = commands.add_parser(
         "precompute",
-        help="encode the pairs of a configuration, and what else it wants beforehand",
-        description="Writes latents, text embeddings and, where asked for, the reference's errors "
-        "into data.cache. What is there is checked and kept, so that it goes on where it was stopped; "
-        "what has changed since is encoded anew.",
+        help="encode the pairs of a configuration before training",
+        description="Writes latents, text embeddings and, with data.reference_errors, the errors of the reference to "
+        "data.cache. Files that exist are checked and kept, so an interrupted command continues where it stopped; "
+        "pairs that have changed are encoded again.",
     )
     add_config(parser)
     parser.add_argument(
-        "--verify", action="store_true", help="read every file again, also where size, times and inode are as they were"
+        "--verify", action="store_true", help="read every file again, even if its size, times and inode are unchanged"
     )
     parser.set_defaults(run=_precompute)
 

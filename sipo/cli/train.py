@@ -15,13 +15,13 @@ def add(commands: Any) -> None:
     """Adds the command to the parser's subcommands."""
     parser = commands.add_parser(
         "train",
-        help="align a model as a YAML file says",
-        description="Aligns a model on preference pairs: encodes them once, trains, and saves what diffusers loads. "
-        "`accelerate launch -m sipo train CONFIG` runs it on many processes.",
+        help="align a model as a configuration says",
+        description="Aligns a model on preference pairs: encodes them once, trains, and saves weights that "
+        "diffusers loads. `accelerate launch -m sipo train CONFIG` runs it on many processes.",
     )
     add_config(parser)
     earlier = parser.add_mutually_exclusive_group()
-    earlier.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
+    earlier.add_argument("--resume", action="store_true", help="continue from the newest checkpoint, if there is one")
     earlier.add_argument("--overwrite", action="store_true", help="replace the run that training.output_dir holds")
     parser.set_defaults(run=_train)
 

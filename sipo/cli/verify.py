@@ -13,12 +13,12 @@ def add(commands: Any) -> None:
     """Adds the command to the parser's subcommands."""
     parser = commands.add_parser(
         "verify",
-        help="is all that a run has written still as it was written?",
-        description="Reads a run's configuration, checkpoints, logs, prompts and weights, compares them with the "
-        "hashes that the run has written (of configuration, logs and prompts when it ended) and prints a line for "
-        "each. Exit status 1 where something is damaged. Nothing is changed.",
+        help="check that the files of a run are undamaged",
+        description="Compares the configuration, checkpoints, logs, prompts and weights of a run with the hashes that "
+        "it has written, and prints a line for each. The hashes of configuration, logs and prompts are written when "
+        "a run ends. The exit status is 1 if a file is damaged. No file is changed.",
     )
-    parser.add_argument("target", type=path, metavar="RUN", help="folder of a run, or of weights copied from one")
+    parser.add_argument("target", type=path, metavar="RUN", help="folder of a run, or a copy of its weights")
     parser.set_defaults(run=_verify)
 
 

@@ -1,1 +1,1 @@
-"""Preference pairs: reading, checking and labelling them, and what is computed of them once."""
+"""Preference data: reading, checking and labelling pairs."""

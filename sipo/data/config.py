@@ -19,26 +19,26 @@ class DataConfig:
     Attributes:
         dataset_name: JSONL file, folder of parquet files, hub id of a data set, or VideoDPO folder; "toy" for a small
             one.
-        format: of ``dataset_name``; "auto" looks.
-        dataset_split_name: of a data set with several.
+        format: format of ``dataset_name``; "auto" detects it.
+        dataset_split_name: split of a data set that has several.
         streaming: read a hub's data set row by row in place of downloading all of it first.
         cache: folder of latents, text embeddings and reference errors.
         sizes: heights and widths to train at, in pixels; a pair goes to the one nearest in shape.
-        frames: of a clip; 1 for images.
+        frames: frames of each clip; 1 for images.
         fps: frames per second that clips are read at; ``None`` takes each file's own.
         center_crop: cut what exceeds the size from both sides alike; ``False`` cuts at a random place (SDXL is told).
         random_flip: mirror half of the pairs, both images of a pair alike.
         latents: "sample" draws once from the VAE's posterior, "mode" takes its mean.
         enable_tiling: encode and decode in overlapping tiles: less memory, slightly different rounding.
-        vae_dtype: that the VAE encodes and decodes in; in half precision latents are 1 to 2 % off.
-        dtype: that latents and text embeddings are stored in.
+        vae_dtype: type that the VAE encodes and decodes in; in half precision latents are 1 to 2 % off.
+        dtype: type that latents and text embeddings are stored in.
         skip_bad: leave out pairs that cannot be used, and say how many; ``False`` stops at the first.
-        max_pixels: of an image or a frame; larger ones cannot be used. Decoding takes about 8 bytes for each.
+        max_pixels: most pixels that an image or a frame may have. Decoding takes about 8 bytes a pixel.
         max_pairs: use at most this many pairs, the first ones.
         held_out: pairs kept from training, for validation.
         draws: fixed (timestep, noise) draws for each pair; 0 draws anew each time, as training scripts do.
         reference_errors: compute the reference's error at each draw beforehand.
-        seed: of crops, flips, latents and draws.
+        seed: seed of crops, flips, latents and draws.
         shard_pairs: rows of the source whose pairs share one file of the cache.
         num_workers: threads that decode; ``None`` takes one per processor, 8 at most.
         queue_mb: megabytes of decoded pairs in memory at most, at 8 bits a colour and the size they are trained at; of

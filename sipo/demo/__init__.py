@@ -1,1 +1,1 @@
-"""The embedded main job: a small diffusion model of real handwritten digits, aligned to prefer ink."""
+"""The demo: a small diffusion model of real handwritten digits, aligned to prefer ink."""

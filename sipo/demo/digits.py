@@ -59,7 +59,7 @@ def ink(images: Tensor) -> Tensor:
 
 
 class InkPairs(Dataset[dict[str, Tensor]]):
-    """Preference pairs: of two different digits of one class, the one with more ink wins.
+    """Preference pairs: of two different digits of one class, the one with more ink is chosen.
 
     Args:
         digits: the images to pair up.

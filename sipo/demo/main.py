@@ -1,4 +1,4 @@
-"""The demo's main job: align a small model on real digits, sample before and after, and show what happened."""
+"""Runs the demo: aligns a small model on real digits, samples before and after, and writes the results."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ def _title(figure: Figure, result: DemoResult) -> None:
         0.035,
         0.907,
         f"{NAMES.get(result.method, result.method)}, β = {result.beta:g}, {result.steps} steps on pairs of real 8×8 "
-        f"scans: of two scans of one digit, the one with more ink wins. Scores are over {len(result.classes)} "
+        f"scans: of two scans of one digit, the one with more ink is chosen. Scores are over {len(result.classes)} "
         "samples.",
         fontsize=11.5,
     )

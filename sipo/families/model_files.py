@@ -65,18 +65,20 @@ def model_folder(path: str | Path, options: Mapping[str, Any], expected: str, in
     place = Path(path)
     if place.is_dir():
         if not (place / index).is_file():
-            raise FileNotFoundError(f"{path}: has no {index}, expected a folder with {a(expected)}")
+            raise FileNotFoundError(f"{path}: has no {index}, expected a folder with {with_article(expected)}")
         return place
     if place.is_file():
         if index != MODEL_INDEX:
-            raise ValueError(f"{path}: is a file, expected a folder with {a(expected)}")
+            raise ValueError(f"{path}: is a file, expected a folder with {with_article(expected)}")
         raise ValueError(
-            f"{path}: is a file, expected a folder with {a(expected)}; of a single-file checkpoint "
+            f"{path}: is a file, expected a folder with {with_article(expected)}; of a single-file checkpoint "
             f"`diffusers.{expected}.from_single_file(FILE).save_pretrained(FOLDER)` makes one"
         )
     if _only_a_path(path):
         kind = "file" if str(path).endswith(_SINGLE_FILES) else "folder"
-        raise FileNotFoundError(f"{path}: no such {kind}, expected a folder or hub id (owner/name) with {a(expected)}")
+        raise FileNotFoundError(
+            f"{path}: no such {kind}, expected a folder or hub id (owner/name) with {with_article(expected)}"
+        )
     key = _key(path, options)
     if key not in _found:
         _found[key] = _ask(str(path), options, expected, index)
@@ -148,13 +150,13 @@ def check_model(folder: Path, index: Mapping[str, Any], components: Sequence[str
         if is_module(library, class_name):
             check_weights(folder / name, class_name, variant)
         elif not (folder / name).is_dir():
-            raise FileNotFoundError(f"{folder / name}: no such folder, expected {a(class_name)}")
+            raise FileNotFoundError(f"{folder / name}: no such folder, expected {with_article(class_name)}")
         elif hasattr(kind, "vocab_files_names"):
             check_tokenizer(folder / name, class_name, kind.vocab_files_names)
 
 
-def a(name: str) -> str:
-    """A class's name with its article; "U", as in UNet, is spoken as "you"."""
+def with_article(name: str) -> str:
+    """Returns a class's name with its article: "an" before A, E, I and O, "a" before all else, as in "a UNet"."""
     return f"{'an' if name[:1] in 'AEIO' else 'a'} {name}"
 
 
@@ -217,7 +219,7 @@ def check_tokenizer(folder: Path, class_name: str, files: Mapping[str, str] | No
     names = {path.name for path in folder.iterdir()}
     if not any(each <= names for each in sets) and not any(name.endswith(".model") for name in names):
         wanted = " or ".join(" and ".join(sorted(each, reverse=True)) for each in sets)
-        raise FileNotFoundError(f"{folder}: has no vocabulary, expected {wanted} of {a(class_name)}")
+        raise FileNotFoundError(f"{folder}: has no vocabulary, expected {wanted} of {with_article(class_name)}")
 
 
 def check_vocabulary(folder: Path, tokenizer: Any, vocab_size: Any) -> None:
@@ -242,16 +244,16 @@ def check_vocabulary(folder: Path, tokenizer: Any, vocab_size: Any) -> None:
 def check_weights(folder: Path, class_name: str, variant: str | None) -> None:
     """Refuses a component as :func:`check_model` does, by every file that a library would take weights from."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder, expected {a(class_name)}")
+        raise FileNotFoundError(f"{folder}: no such folder, expected {with_article(class_name)}")
     if not (folder / CONFIG).is_file():
-        raise FileNotFoundError(f"{folder}: has no {CONFIG}, expected {a(class_name)}")
+        raise FileNotFoundError(f"{folder}: has no {CONFIG}, expected {with_article(class_name)}")
     config = read_object(folder / CONFIG)
     if kernel := _hub_kernel(config):
         raise FileError(f"{folder / CONFIG}: names {kernel!r}, code of the hub, which is not run here")
     named = config.get("transformers_weights")
     if named is not None or (folder / "adapter_config.json").exists():
         found = "adapter_config.json" if named is None else f"transformers_weights={named!r} in its {CONFIG}"
-        raise FileError(f"{folder}: has {found}, expected {a(class_name)} alone, without an adapter")
+        raise FileError(f"{folder}: has {found}, expected {with_article(class_name)} alone, without an adapter")
     names = [path.name for path in folder.iterdir()]
     for name in names:
         if ".safetensors.index." in name:
@@ -296,7 +298,7 @@ def _no_weights(folder: Path, class_name: str, names: Sequence[str]) -> str:
     variants = sorted({str(_variant(name)) for name in names if _WEIGHTS.fullmatch(name)})
     if variants:
         return f"{folder}: has weights of variant {', '.join(variants)} alone, expected model.variant to name it"
-    return f"{folder}: has no weights in safetensors, expected those of {a(class_name)}"
+    return f"{folder}: has no weights in safetensors, expected those of {with_article(class_name)}"
 
 
 def _variant(name: str) -> str | None:
@@ -347,13 +349,13 @@ def _ask(path: str, options: Mapping[str, Any], expected: str, index: str) -> _F
         else:
             names = [sibling.rfilename for sibling in info.siblings or []]
             if index not in names:
-                raise FileNotFoundError(f"{path}: has no {index} on the hub, expected {a(expected)}")
+                raise FileNotFoundError(f"{path}: has no {index} on the hub, expected {with_article(expected)}")
             folder = _download(path, revision, _SMALL, options)  # by the revision's name, which is kept for later
             return _Found(folder, folder.name, names)
     cached = try_to_load_from_cache(path, index, revision=revision, **place)
     if not isinstance(cached, str):
         raise FileNotFoundError(
-            f"{path}: no such folder, and no hub id that answers ({problem}), expected {a(expected)}"
+            f"{path}: no such folder, and no hub id that answers ({problem}), expected {with_article(expected)}"
         )
     return _Found(Path(cached).parent, None, [])
 

@@ -31,12 +31,12 @@ In the same study 0.84 was the most of the good runs.
 
 
 def stalled(active_fraction: float) -> bool:
-    """Whether the mask has in effect stopped training: hardly a pair takes part."""
+    """Whether the mask drops nearly every pair, which in effect stops training."""
     return active_fraction < LOW_ACTIVE_FRACTION
 
 
 def drifted(model_mse: float, ref_mse: float) -> bool:
-    """Whether the policy has left the data: its error has grown to a multiple of the reference's."""
+    """Whether the policy's error exceeds ``DRIFT`` times the reference's."""
     return model_mse > DRIFT * ref_mse
 
 

@@ -218,8 +218,8 @@ class TrainingConfig:
         _check_choice("lr_scheduler", self.lr_scheduler, RateSchedule)
         if self.lr_scheduler == "constant" and self.lr_warmup_steps:
             raise ValueError(
-                f"lr_warmup_steps={self.lr_warmup_steps}: expected 0 with lr_scheduler='constant', which has no warm-up; "
-                "lr_scheduler='constant_with_warmup' has one"
+                f"lr_warmup_steps={self.lr_warmup_steps}: expected 0 with lr_scheduler='constant', which has no "
+                "warm-up; lr_scheduler='constant_with_warmup' has one"
             )
         _check_choice("timestep_sampling", self.timestep_sampling, TimestepSampling)
         _check_choice("alarms", self.alarms, Alarms)
