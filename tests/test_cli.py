@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import importlib.metadata
+import re
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -244,3 +247,33 @@ def test_every_warning_of_ours_has_a_category_of_ours() -> None:
         "PromptWarning",
         "TrainingWarning",
     }
+
+
+def test_a_train_that_is_refused_prints_the_refusal_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("pydantic")
+    pytest.importorskip("accelerate")
+    (tmp_path / "metrics.jsonl").write_text("{}\n", encoding="utf-8")
+    toy = Path(__file__).parents[1] / "examples" / "toy" / "sd15.yaml"
+    paths = [f"training.output_dir={tmp_path}", f"data.cache={tmp_path / 'cache'}"]
+    assert cli.main(["train", str(toy), *paths, "training.report_to=none"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("sipo: error: training.output_dir=") and printed.err.count("\n") == 1
+
+
+def _options(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.Action]]:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from _options(command)
+        else:
+            yield parser.prog, action
+
+
+def test_the_help_of_an_option_is_a_whole_phrase() -> None:
+    options = list(_options(cli._parser()))
+    assert len(options) > 60
+    for command, action in options:
+        text = action.help or ""
+        fragment = re.match(r"(of|that|between|at|by|where|to) ", text)
+        assert len(text.split()) > 1 and fragment is None, f"{command} {action.dest}: {text!r}"

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +25,7 @@ from sipo.demo.digits import CLASSES, Digits, InkPairs, ink, load_digits
 from sipo.demo.main import DemoConfig, describe, run_demo
 from sipo.demo.measure import DigitClassifier, weight_by_timestep
 from sipo.demo.model import BASE, build_model, load_base, predict, sample
+from sipo.demo.picture import _title
 from sipo.files import FileError
 from sipo.training.log_reader import read_metrics, step_mean
 
@@ -247,6 +249,16 @@ def test_the_picture_is_drawn(outcome: Outcome) -> None:
         assert (pixels[rows, columns] < 128).float().mean().item() > 0.003
     sheets = [(pixels[230:560, columns] < 128).float().mean().item() for columns in (slice(60, 560), slice(600, 1110))]
     assert min(sheets) > 0.15
+
+
+def test_the_picture_says_what_is_chosen_and_what_the_scores_are_over() -> None:
+    from matplotlib.figure import Figure
+
+    figure, scores = Figure(), SimpleNamespace(ink=-0.25, agreement=0.96)
+    result = {"before_scores": scores, "after_scores": scores, "method": "sipo", "beta": 20.0, "steps": 3}
+    _title(figure, SimpleNamespace(**result, classes=[0] * 50))  # type: ignore[arg-type]
+    expected = "of two scans of one digit, the one with more ink is chosen. Scores are over 50 samples."
+    assert figure.texts[1].get_text().endswith(expected)
 
 
 def test_the_closing_lines_state_the_numbers(outcome: Outcome) -> None:

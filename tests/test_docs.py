@@ -22,6 +22,7 @@ from sipo.recipe.config import from_dict
 from sipo.training import TrainingConfig
 from sipo.training.optimization import rate_factor
 from tests.docs_pages import (
+    OTHERS,
     PAGES,
     ROOT,
     blocks,
@@ -95,9 +96,10 @@ def test_every_block_is_of_a_kind_that_is_run_or_read(page: str) -> None:
     assert hidden is None, f"{page}.md: {hidden[0] if hidden else ''!r} is in no block that is run"
 
 
-def test_every_page_is_in_the_index_and_short() -> None:
+def test_every_page_is_once_in_the_index_and_short() -> None:
+    listed = re.findall(r"^- \[[^]]*\]\((\w[\w-]*)\.md\)", page_text("README"), re.M)
+    assert sorted([*listed, "README"]) == sorted([*PAGES, *OTHERS])
     for page in PAGES:
-        assert len(re.findall(rf"^- \[[^]]*\]\({page}\.md\)", page_text("README"), re.M)) == 1, page
         assert 50 <= len(page_text(page).splitlines()) <= 170, page
         assert max(map(len, prose(page).splitlines())) <= 400, page
 
@@ -209,7 +211,7 @@ def test_defaults_beside_the_scripts_are_ours() -> None:
     lines = page_text("moving").partition("## Defaults")[2].splitlines()
     cells = [line.split("|") for line in lines if re.match(r"\| `(data|model|training)", line)]
     rows = {cell[1]: cell[4].strip() for cell in cells}
-    assert len(rows) == 11
+    assert len(rows) == 12
     for cell in cells:
         theirs = [value.strip() for value in cell[2:4]]
         assert theirs != [cell[4].strip()] * 2, f"{cell[1]}: no difference, so it needs no row"

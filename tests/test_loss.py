@@ -310,3 +310,7 @@ def test_convert_beta_errors(arguments: dict[str, Any], error: type[Exception], 
         convert_beta(**{"value": 1.0, "source": "sipo", "target": "paper", **arguments})
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_help_on_the_constructor_is_not_torchs() -> None:
+    assert "noise schedule" in (SIPOLoss.__init__.__doc__ or "")
