@@ -57,12 +57,12 @@ SIPO_HD double smaller(double a, double b) { return (a < b || a != a) ? a : b; }
 SIPO_HD bool finite(double x) { return x - x == 0; }
 SIPO_HD bool finite_float(double x) { return finite(float(x)); }
 
-struct Linked {
+struct LogitLoss {
   double loss, pull;  // ℓ(z) and −ℓ'(z)
 };
 
 // §5, §6: what the loss type makes of a logit. NaN stays NaN.
-SIPO_HD Linked apply_link(double z, const Settings& s) {
+SIPO_HD LogitLoss logit_loss(double z, const Settings& s) {
   if (s.loss_type == kIpo) return {(z - 0.5) * (z - 0.5), 1.0 - 2.0 * z};
   if (s.loss_type == kHinge) return {z < 1 ? 1.0 - z : (z >= 1 ? 0.0 : z), z < 1 ? 1.0 : (z >= 1 ? 0.0 : z)};
   if (s.loss_type == kDmpo) z = clip(z, -1e3, 1e3);  // σ is 0 or 1 beyond: no infinity shall meet that 0
@@ -118,7 +118,7 @@ SIPO_HD bool all_finite(const Sample& chosen, const Sample& rejected, double log
              nothing(penalty) == 0;
 }
 
-// §4 to §6 of one pair of weighed samples, whose rewards and coefficients it sets. `elements` is D, the size of one
+// §4 to §6 of one pair of weighed samples, whose coefficients it sets. `elements` is D, the size of one
 // sample; `share` is that of the rejected sample's gradient, 1 where the chosen sample is not preserved.
 SIPO_HD Pair judge(Sample& chosen, Sample& rejected, const Settings& s, double elements, double share) {
   Pair p;
@@ -127,20 +127,25 @@ SIPO_HD Pair judge(Sample& chosen, Sample& rejected, const Settings& s, double e
 
   const auto [a_w, a_l, b] = place(chosen, rejected, s);  // §5
   p.logits = -0.5 * s.beta * (a_w * chosen.error_gap - a_l * rejected.error_gap);
-  chosen.reward = -0.5 * s.beta * (a_w * chosen.error_gap);
-  rejected.reward = -0.5 * s.beta * (a_l * rejected.error_gap);
-  const Linked linked = apply_link(p.logits, s);
-  p.loss = b * (p.mask ? 1.0 : 0.0) * linked.loss;
-  p.finite = all_finite(chosen, rejected, p.logits, linked.loss, s);
+  const LogitLoss of_logit = logit_loss(p.logits, s);
+  p.loss = b * (p.mask ? 1.0 : 0.0) * of_logit.loss;
+  p.finite = all_finite(chosen, rejected, p.logits, of_logit.loss, s);
   if (s.skip_nonfinite && !p.finite) {
     p.mask = false;
     p.loss = 0.0;
   }
 
-  const double g = b * linked.pull * 0.5 * s.beta * s.loss_scale;  // §6
+  const double g = b * of_logit.pull * 0.5 * s.beta * s.loss_scale;  // §6
   chosen.coef = p.mask ? g * a_w * (2.0 / elements) : 0.0;
   rejected.coef = p.mask ? -g * share * a_l * (2.0 / elements) : 0.0;
   return p;
+}
+
+// §5: the terms of a pair's logit. Apart from judge, whose registers are short on a GPU.
+SIPO_HD void set_rewards(Sample& chosen, Sample& rejected, const Settings& s) {
+  const Placement p = place(chosen, rejected, s);
+  chosen.reward = -0.5 * s.beta * (p.a_w * chosen.error_gap);
+  rejected.reward = -0.5 * s.beta * (p.a_l * rejected.error_gap);
 }
 
 // §6: a coefficient for the upstream gradient that came or is expected. Both and their product are rounded as `coef` is
@@ -156,6 +161,7 @@ SIPO_HD Pair pair_math(Sample& chosen, Sample& rejected, const Settings& s, doub
                        double inner) {
   weigh(chosen, s, has_ratio);
   weigh(rejected, s, has_ratio);
+  set_rewards(chosen, rejected, s);
   return judge(chosen, rejected, s, elements, s.safeguard < 0 ? 1.0 : rejected_share(chosen, rejected, s, inner));
 }
 

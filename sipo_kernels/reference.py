@@ -258,7 +258,7 @@ def _evaluate(inputs: _CheckedInputs) -> ReferenceOutput:
         rejected_term = torch.where(torch.isfinite(rejected_term), let_through, rejected_term)
     logits = -0.5 * settings.beta * (chosen_term - rejected_term)
 
-    penalty = _link(inputs, logits)
+    penalty = _logit_loss(inputs, logits)
     of_pairs = [*model_error.chunk(2), *error_gap.chunk(2), *weight.chunk(2), logits, penalty]
     finite = torch.stack([torch.isfinite(value.detach().to(inputs.returned)) for value in of_pairs]).all(0)
     if settings.nonfinite == "raise" and not bool(finite.all()):
@@ -303,7 +303,7 @@ def _coefficient(inputs: _CheckedInputs, out: ReferenceOutput) -> Tensor:
     return torch.where(torch.cat([out.mask, out.mask]), coefficient, 0.0)
 
 
-def _link(inputs: _CheckedInputs, z: Tensor) -> Tensor:
+def _logit_loss(inputs: _CheckedInputs, z: Tensor) -> Tensor:
     """§5: ℓ(z), the loss of a logit."""
     # softplus(−z) = −log sigmoid(z); torch's softplus turns linear at 20, where it is off by 2e-9
     log_p, log_not_p = torch.nn.functional.logsigmoid(z), torch.nn.functional.logsigmoid(-z)

@@ -15,7 +15,7 @@ using InnerFn = double (*)(const void* m_w, const void* t_w, const void* m_l, co
 using GradFn = void (*)(const void* m, const void* t, void* g, int64_t n, double coef, bool stream);
 
 struct Kernels {
-  ReduceFn reduce[2][kDtypes][kDtypes][kDtypes];  // [wide][model][ref][target]; wide: sums in double, see contract.py
+  ReduceFn reduce[2][kDtypes][kDtypes][kDtypes];  // [wide][model][ref][target]; wide: sums in double, see layout.py
   InnerFn inner[kDtypes][kDtypes];             // [model][target]
   GradFn grad[kDtypes][kDtypes];               // [model][target]
 };

@@ -104,7 +104,7 @@ struct Group {
   __device__ __forceinline__ Group(const CudaArgs& a, int32_t k) : first_pair(k * a.group) {
     const int32_t left = int32_t(a.pairs) - first_pair;
     pairs = left < a.group ? left : a.group;
-    tiles = pairs * a.tiles;  // cuda_plan.py keeps it below 2^31
+    tiles = pairs * a.tiles;  // backends/cuda/plan.py keeps it below 2^31
     blocks = tiles < int32_t(gridDim.x) ? tiles : int32_t(gridDim.x);
   }
   __device__ __forceinline__ int32_t first_tile(int32_t block) const { return int64_t(tiles) * block / blocks; }

@@ -82,10 +82,8 @@ struct Settling {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int64_t row = i + half * a.pairs;
-      const double coef = half ? rejected.coef : chosen.coef, reward = half ? rejected.reward : chosen.reward;
-      put(a.samples, kRewardRow * 2 * a.pairs + row, reward, a.settings.double_stats);
+      const double coef = half ? rejected.coef : chosen.coef;
       put(a.samples, kCoefRow * 2 * a.pairs + row, coef, a.settings.double_stats);
-      a.work.samples[row].reward = reward;
       a.work.samples[row].coef = coef;
       a.work.coef[row] = upstream_coef(coef, upstream(), a.settings.double_stats);
     }
@@ -110,9 +108,12 @@ struct Settling {
 
   // Other blocks may have settled it.
   __device__ __forceinline__ void report_pair(int32_t i, int32_t of_rejected, int32_t bins) const {
-    const Sample chosen = device::load_shared_result(a.work.samples + i);
-    const Sample rejected = device::load_shared_result(a.work.samples + of_rejected);
+    Sample chosen = device::load_shared_result(a.work.samples + i);
+    Sample rejected = device::load_shared_result(a.work.samples + of_rejected);
     const Pair p = device::load_shared_result(a.work.pairs + i);
+    set_rewards(chosen, rejected, a.settings);
+    put(a.samples, kRewardRow * 2 * a.pairs + i, chosen.reward, a.settings.double_stats);
+    put(a.samples, kRewardRow * 2 * a.pairs + of_rejected, rejected.reward, a.settings.double_stats);
     PairReport& to = a.work.reports[i];
     pair_facts(chosen, rejected, p, a.settings, to.facts);
     if (!a.levels) return;

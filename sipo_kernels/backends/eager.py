@@ -50,7 +50,7 @@ def _errors(
     return model_error, (d_ref * d_ref).mean(-1, dtype=out), error_gap, alignment
 
 
-def _link(z: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+def _logit_loss(z: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
     """§5's ℓ(z) and §6's −ℓ'(z). A NaN stays one."""
     smoothing = settings.smoothing
     if settings.loss_type == "ipo":
@@ -125,7 +125,7 @@ def forward(
     weighted_gap = a * error_gap
     logits = -0.5 * settings.beta * (weighted_gap[0] - weighted_gap[1])
     reward = -0.5 * settings.beta * weighted_gap
-    penalty, pull = _link(logits, settings)
+    penalty, pull = _logit_loss(logits, settings)
     pair_loss = b * mask * penalty
     dtype = stats_dtype(model_pred, ref_pred, target)
     if settings.skip_nonfinite:  # in the type of the results, in which an overflow would be seen

@@ -175,7 +175,7 @@ def _sum_partials(partial, both, parts, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _apply_link(z, smoothing, log_label, log_other, LOSS_TYPE: tl.constexpr, SMOOTHED: tl.constexpr):
+def _logit_loss(z, smoothing, log_label, log_other, LOSS_TYPE: tl.constexpr, SMOOTHED: tl.constexpr):
     """§5's ℓ(z) and §6's −ℓ'(z). NaN stays NaN. The logarithms are those of 1 − ε and ε."""
     if LOSS_TYPE == IPO:
         return (z - 0.5) * (z - 0.5), 1.0 - 2.0 * z
@@ -287,7 +287,7 @@ def finish_pair(
         a *= tl.load(error_weight + both).to(tl.float64)
     z = -0.5 * beta * tl.sum(sign * a * gap, 0)
     reward = -0.5 * beta * (a * gap)
-    penalty, pull = _apply_link(z, smoothing, log_label, log_other, LOSS_TYPE, SMOOTHED)
+    penalty, pull = _logit_loss(z, smoothing, log_label, log_other, LOSS_TYPE, SMOOTHED)
     pair_loss = b * active.to(tl.float64) * penalty
     whole = _all_finite(error, gap, weight, z, penalty, logits.dtype.element_ty)
     if SKIP:
