@@ -262,7 +262,7 @@ def untrained_page(
     def one(name: str) -> dict[str, tuple[dict[str, Any], Sequence[float]]]:
         return {"": (line, finite(line[name]))}
 
-    errors = {half + "s": (line, finite(line[f"ref_error_{half}"])) for half in ("chosen", "rejected")}
+    errors = {name + "s": (line, finite(line[f"ref_error_{name}"])) for name in ("chosen", "rejected")}
     pictures = [
         Picture(
             "Importance ratio",

@@ -176,7 +176,7 @@ def _beta_low(f: RunFacts) -> Finding | None:
 
 
 def _pushing_rejected(f: RunFacts) -> Finding | None:
-    chosen = f.ref + f.chosen_gap  # the reference's error is about the same on both halves
+    chosen = f.ref + f.chosen_gap  # the reference's error is about the same for both samples
     if not collapsing(f.chosen_gap, f.rejected_gap, f.ref) or f.chosen_gap < SURE * f.chosen_gap_se:
         return None
     rejected = (

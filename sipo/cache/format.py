@@ -2,7 +2,7 @@
 
 A cache is a folder. A shard is a safetensors file with a JSON file of the same name beside it:
 
-    latents-00000.safetensors   <row>.chosen, <row>.rejected and <row>.own.<name> (both halves') of some of the pairs
+    latents-00000.safetensors   <row>.chosen, <row>.rejected and <row>.own.<name> (both samples') of some of the pairs
     text-00000.safetensors      <key>.<name> for the prompts that no earlier shard has; trailing rows of zeros left out
     unconditional.safetensors   <name> of what caption dropout puts in a prompt's place
     index.json                  what the content depends on, and the size, hash and content of every shard

@@ -44,7 +44,7 @@ class Cost:
         there: pairs that are encoded already.
         prompts: whose text is to be encoded, at most.
         exact: whether the source's rows have been read; else ties and faulty rows count as pairs.
-        pair_bytes: of both halves' latents, at the largest size and at the smallest.
+        pair_bytes: bytes of both samples' latents, at the largest size and at the smallest.
         prompt_bytes: of one prompt's embeddings, at most: what pads them is not stored.
     """
 

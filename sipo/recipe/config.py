@@ -43,18 +43,23 @@ _PATHS = (
 )
 
 
-# Keys that neither words nor letters lead from. Three are those of diffusers' and transformers' scripts (save_steps,
-# save_total_limit, resume_from_checkpoint); the others are short names that people try.
+# Keys that neither words nor letters lead from. Those of diffusers' and transformers' scripts are eval_steps,
+# save_steps, save_total_limit and resume_from_checkpoint; the others are short names that people try.
 _OTHER_NAMES = {
     "model.path": "model.pretrained_model_name_or_path",
     "data.path": "data.dataset_name",
     "data.batch_size": "training.train_batch_size",
     "loss.link": "loss.loss_type",
+    "loss.winner_preserving": "loss.safeguard",
     "training.lr": "training.learning_rate",
     "training.betas": "training.adam_beta1 and training.adam_beta2",
+    "training.eps": "training.adam_epsilon",
     "training.clip": "training.max_grad_norm",
     "training.caption_dropout": "training.proportion_empty_prompts",
     "training.log_every": "training.logging_steps",
+    "training.validate_every": "training.validation_steps",
+    "training.eval_steps": "training.validation_steps",
+    "training.checkpoint_every": "training.checkpointing_steps",
     "training.save_every": "training.checkpointing_steps",
     "training.save_steps": "training.checkpointing_steps",
     "training.save_total_limit": "training.checkpoints_total_limit",
@@ -336,7 +341,7 @@ def _nearest(key: tuple[str, ...]) -> str:
         _OTHER_NAMES.get(".".join(key[-2:]))
         or _with_words(key[-1], beside)
         or next((".".join(path) for path in elsewhere), None)
-        or _alike(key[-1], beside, 0.7)
+        or _alike(key[-1], beside, 0.75)
         or (_with_words(key[-1], paths) if len(key) == 1 else None)
         or _alike(key[-1], paths, 0.85)
     )
