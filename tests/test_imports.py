@@ -230,7 +230,7 @@ def test_no_two_classes_have_one_name() -> None:
             if isinstance(node, ast.ClassDef):
                 names[node.name].add(module)
     several = {name: modules for name, modules in names.items() if len(modules) > 1}
-    assert not {f"{n}: {', '.join(sorted(several[n]))}" for n in several.keys()}
+    assert not {f"{n}: {', '.join(sorted(several[n]))}" for n in several}
 
 
 def test_no_source_file_is_long() -> None:
