@@ -249,7 +249,7 @@ def test_a_class_has_the_article_that_it_is_spoken_with(model: Path) -> None:
     (model / "vae").mkdir()
     (model / "vae" / "config.json").write_text("{}")
     assert message_of(model, "vae").endswith("expected those of an AutoencoderKL")
-    assert model_files.a("UNet2DConditionModel") == "a UNet2DConditionModel"
+    assert model_files.with_article("UNet2DConditionModel") == "a UNet2DConditionModel"
 
 
 @pytest.mark.parametrize("length", [128, 384, 640, 896, 1152, 0x4B50])
