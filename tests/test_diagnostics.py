@@ -492,9 +492,12 @@ def test_the_command_line_says_it_in_one_line(
     # How several processes were launched is not known.
     two = SimpleNamespace(num_processes=2, is_main_process=True)
     monkeypatch.setattr("sipo.training.make_accelerator", lambda training: two)
-    monkeypatch.setattr(
-        "sipo.recipe.train.run_training", Mock(side_effect=TrainingInterruptedError(7, tmp_path, "SIGTERM"))
-    )
+
+    def interrupted(*_: Any, on_start: Any, **__: Any) -> None:
+        on_start()  # prints the configuration
+        raise TrainingInterruptedError(7, tmp_path, "SIGTERM")
+
+    monkeypatch.setattr("sipo.recipe.train.run_training", interrupted)
     assert cli.main(["train", str(example), place]) == 130
     end = "stopped after step 7; the same command with --resume goes on from there"
     assert capsys.readouterr().err == f"sipo: {end}\n"
