@@ -33,7 +33,7 @@ class Schedule(Protocol):
         distribution: str = "uniform",
         device: torch.device | str | None = None,
     ) -> Tensor:
-        """``n`` random timesteps."""
+        """Draws ``n`` noise levels: timesteps, or σ in (0, 1] where the schedule's ``kind`` is "flow"."""
 
 
 class PairLossResult(Protocol):
@@ -57,6 +57,8 @@ class PairLoss(Protocol):
     def __call__(self, model_pred: Tensor, ref_pred: Tensor, target: Tensor, timesteps: Tensor) -> PairLossResult:
         """Loss of ``[chosen; rejected]`` stacked along dimension 0.
 
+        The loop passes the noise levels by name: ``timesteps``, or ``sigmas`` where the schedule's ``kind`` is "flow".
+        ``target`` is ``[B, ...]`` where the schedule predicts "epsilon", which both samples share.
         Where items carry ``"ref_error"``, ``ref_pred`` is ``None`` and a keyword ``ref_error`` has them, ``[2B]``. A
         loss that has a keyword ``totals`` gets :class:`sipo_kernels.Totals` and adds its metrics and, where they are
         given, its sums by noise level to them; for others the loop does it from what they return.
@@ -73,7 +75,7 @@ class PairDataset(Protocol):
 
     - ``"own_condition"``: dictionary of tensors ``[2, ...]``, what differs between the samples, chosen first (SDXL's
       time ids).
-    - ``"noise"`` (shaped as ``"chosen"``, float32) and ``"timestep"`` (0-d, as the schedule has them), which come
+    - ``"noise"`` (shaped as ``"chosen"``, float32) and ``"timestep"`` (0-d; σ in (0, 1] for a flow), which come
       together: this item's fixed draw, in place of one from the run's stream.
     - ``"ref_error"``: ``[2]`` float64 with such a draw: the reference's errors there, chosen first; no reference
       network runs.
@@ -100,5 +102,6 @@ class Predict(Protocol):
     def __call__(self, module: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Any) -> Tensor:
         """Prediction for ``noisy`` ``[2B, ...]`` at ``timesteps`` ``[2B]``, ``condition`` stacked likewise.
 
-        ``noisy`` is float32 (float64 where the latents are), whatever type the network computes in.
+        ``noisy`` is float32 (float64 where the latents are), whatever type the network computes in. For a flow,
+        ``timesteps`` are σ in (0, 1]; a diffusers network takes 1,000 times that.
         """

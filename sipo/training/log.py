@@ -21,7 +21,6 @@ from sipo.training.statistics import scalars, statistics_fault
 from sipo.training.sums import remove_run_sums
 from sipo.training.trackers import finish_trackers, log_numbers, start_trackers
 
-_COUNTED = "nonfinite_pairs"
 _SHOWN = {"loss": "loss", "accuracy": "rewards/accuracies", "active": "active_fraction"}
 
 
