@@ -109,8 +109,8 @@ def inner_part(
     BLOCK: tl.constexpr,
     FOLD: tl.constexpr,
 ):
-    """§6, relatives: one part's share of Σ d_w · d_l. Its chosen sample is in the cache, its rejected sample will "
-    "be read once more."""
+    """§6, relatives: one part's share of Σ d_w · d_l. Its chosen sample is in the cache, its rejected sample will
+    be read once more."""
     total = tl.full([BLOCK // FOLD], 0.0, ACC)
     for tile in range(tiles):
         at = start + tile * BLOCK + tl.arange(0, BLOCK)
@@ -150,8 +150,10 @@ def finite(x):
 
 @triton.jit
 def _all_finite(error, gap, weight, z, penalty, DTYPE: tl.constexpr):
-    """Whether a pair's numbers are finite in the type that they are returned in. Vectors are [chosen, rejected "
-    "sample]."""
+    """Whether a pair's numbers are finite in the type that they are returned in.
+
+    Vectors are [chosen, rejected].
+    """
     samples = finite(error.to(DTYPE)) & finite(gap.to(DTYPE)) & finite(weight.to(DTYPE))
     return (tl.sum(samples.to(tl.int32), 0) == 2) & finite(z.to(DTYPE)) & finite(penalty.to(DTYPE))
 
@@ -245,8 +247,10 @@ def finish_pair(
     HAS_WEIGHT: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """§2-6 for one pair, in float64: stores its results, returns what §8 is made of. Vectors are [chosen, rejected "
-    "sample]."""
+    """§2-6 for one pair, in float64: stores its results, returns what §8 is made of.
+
+    Vectors are [chosen, rejected].
+    """
     half = tl.arange(0, 2)
     both = pair + half * pairs
     sign = 1.0 - 2.0 * half.to(tl.float64)
