@@ -1,7 +1,7 @@
 """The training loop that ``sipo.training`` is measured against: what a researcher writes by hand, and no more.
 
 Plain torch after the published Diffusion-DPO script: two networks, chosen and rejected samples stacked, the loss from
-means of squared differences. What that script does besides is left out, so that the loop is as quick as such a loop can
+means of squared differences. What that script does besides is left out, so that the loop is as fast as such a loop can
 be: no metrics, no logging, no ``.item()``, no images encoded again.
 """
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from sipo_kernels import backends, pair_loss
+from sipo_kernels import backends, build_info, pair_loss
 from sipo_kernels.backends import library, native
 from sipo_kernels.build_info import sources_digest
 from sipo_kernels.testing import make_batch, run
@@ -129,6 +129,7 @@ def test_an_instruction_set_that_does_not_run(monkeypatch: pytest.MonkeyPatch) -
 
 def test_reasons_for_having_no_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "_HERE", tmp_path)
+    monkeypatch.setattr(build_info, "RECORD", tmp_path / "_build_info.json")
     assert native._load() == (
         None,
         "there is no native library: the package was not built (from a checkout: python setup.py build_ext --inplace)",

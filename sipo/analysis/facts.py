@@ -287,5 +287,5 @@ def is_plain(loss_type: str | None, label_smoothing: float | None) -> bool:
 
 
 def let_go(beta: float, ref: float) -> float:
-    """Returns how far apart a pair's two errors are when the loss lets go of it, as a share of the reference's."""
+    """Returns how far apart a pair's two errors are when its gradient is a tenth, as a share of the reference's."""
     return 2 * LET_GO / (beta * ref) if beta * ref > 0 else math.nan

@@ -8,7 +8,7 @@ from sipo.analysis.facts import LN2, HeldOut, RunFacts, accuracy_se, pairs_to_te
 
 
 def lower_beta(f: RunFacts) -> tuple[str, ...]:
-    """Advises a β at which the loss lets go of a pair earlier."""
+    """Advises a β at which a pair's gradient falls to a tenth earlier."""
     if math.isnan(f.let_go):
         return ("a tenth of this beta",)
     return (

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import json
 import math
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sipo_kernels import build_info
 from sipo_kernels.backends import library as native_library
 from sipo_kernels.backends.interface import Stats, empty_stats, scaled_coef
 from sipo_kernels.inputs import Inputs
@@ -92,11 +92,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     """The library and a line about it, or ``None`` and the reason why there is none."""
     path = _HERE / ("_native.dylib" if sys.platform == "darwin" else "_native.so")
     if not path.exists():
-        try:  # what setup.py wrote down
-            why = json.loads((_HERE / "_build_info.json").read_text(encoding="utf-8"))["parts"]["cpu"]["reason"]
-        except (OSError, ValueError, KeyError, TypeError):
-            why = "the package was not built (from a checkout: python setup.py build_ext --inplace)"
-        return None, f"there is no native library: {why}"
+        return None, f"there is no native library: {build_info.part('cpu').get('reason')}"
     try:
         library = ctypes.CDLL(str(path))
         for name in ("sipo_description", "sipo_sources", "sipo_isa"):
