@@ -246,14 +246,14 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    check_tensors(path)
+    check_safetensors(path)
     try:
         return load_file(path)
     except (OSError, SafetensorError, MemoryError) as error:
         raise FileError(f"{path}: not a sound safetensors file ({_reason(error)})") from error
 
 
-def check_tensors(path: Path) -> None:
+def check_safetensors(path: Path) -> None:
     """Refuses a weight file whose header shows it to be damaged or something else; of the tensors, nothing is read.
 
     Errors as for :func:`load_tensors`.

@@ -29,20 +29,17 @@ class OtherProcessError(RuntimeError):
     """Another process of the run has failed; the message is its error's, and which it was."""
 
 
-def everywhere(accelerator: Any, work: Callable[[], _T]) -> _T:
-    """Runs ``work`` in every process, and goes on in all of them or in none.
+def from_all(accelerator: Any, work: Callable[[], _T]) -> list[_T]:
+    """Runs ``work`` in every process; returns all results, by process, or raises in all of them.
 
     Every process calls it. ``work`` must not wait for other processes.
-
-    Returns:
-        What this process's ``work`` returned.
 
     Raises:
         Exception: this process's own, once the others know of it.
         OtherProcessError: another's, where this one's ``work`` succeeded.
     """
     if accelerator is None or accelerator.num_processes == 1:
-        return work()
+        return [work()]
     failed: BaseException | None = None
     result: Any = None
     try:
@@ -50,35 +47,38 @@ def everywhere(accelerator: Any, work: Callable[[], _T]) -> _T:
     except Exception as error:
         failed = error
     try:
-        message = "" if failed is None else one_line(failed)
-        messages = gathered(accelerator, message)
+        everyone = gathered(accelerator, ("" if failed is None else one_line(failed), result))
     except Exception:
         if failed is not None:  # says more than that another process is gone, which may be for the same reason
             raise failed  # noqa: B904 - the other one is its context
         raise
     if failed is not None:
         raise failed
-    for rank, message in enumerate(messages):
+    for rank, (message, _) in enumerate(everyone):
         if message:
             raise OtherProcessError(f"process {rank}: {message}")
-    return result
+    return [each for _, each in everyone]
 
 
-def on_main(accelerator: Any, work: Callable[[], _T]) -> _T | None:
-    """Runs ``work`` in the main process alone; the others wait for it. Errors as for :func:`everywhere`.
+def everywhere(accelerator: Any, work: Callable[[], _T]) -> _T:
+    """Like :func:`from_all`, for results that stay in their process: returns this process's own."""
+    own: list[_T] = []
+    from_all(accelerator, lambda: own.append(work()))
+    return own[0]
 
-    Returns:
-        What ``work`` returned; ``None`` in the other processes.
-    """
+
+def on_main(accelerator: Any, work: Callable[[], object]) -> None:
+    """Runs ``work`` in the main process alone; the others wait for it. Errors as for :func:`from_all`."""
     main = accelerator is None or accelerator.is_main_process
-    return everywhere(accelerator, lambda: work() if main else None)
+    from_all(accelerator, lambda: work() and None if main else None)
 
 
 def from_main(accelerator: Any, work: Callable[[], _T]) -> _T:
-    """What ``work`` returns in the main process, in every process. Errors as for :func:`everywhere`."""
-    found: Any = gathered(accelerator, on_main(accelerator, work))[0]
-    result: _T = found
-    return result
+    """Returns, in every process, what ``work`` returns in the main process. Errors as for :func:`from_all`."""
+    main = accelerator is None or accelerator.is_main_process
+    result: Any = from_all(accelerator, lambda: work() if main else None)[0]
+    found: _T = result
+    return found
 
 
 def in_rounds(accelerator: Any, work: Generator[None, None, None]) -> None:
@@ -86,31 +86,31 @@ def in_rounds(accelerator: Any, work: Generator[None, None, None]) -> None:
 
     Every process calls it. Where ``work`` yields it may be interrupted, which should be every few seconds; how often
     it yields may differ between processes. So nobody computes for hours beside one that has failed, and who is ready
-    first does not wait for longer than a collective operation may take. Errors as for :func:`everywhere`.
+    first does not wait for longer than a collective operation may take. Errors as for :func:`from_all`.
     """
     done = False
 
-    def round_of_work() -> None:
+    def round_of_work() -> bool:
         nonlocal done
         until = time.monotonic() + ROUND_SECONDS
         while not done:
             done = next(work, True) is True
             if time.monotonic() >= until:
-                return
+                break
+        return done
 
     try:
-        while not all(gathered(accelerator, done)):
-            everywhere(accelerator, round_of_work)
+        while not all(from_all(accelerator, round_of_work)):
+            pass
     finally:
         work.close()
 
 
 def gathered(accelerator: Any, value: _T) -> list[_T]:
-    """Every process's value, in every process."""
+    """Returns the value of every process, in every process."""
     from accelerate.utils import gather_object
 
-    several = accelerator is not None and accelerator.num_processes > 1
-    found: list[_T] = gather_object([value]) if several else [value]
+    found: list[_T] = gather_object([value])
     return found
 
 

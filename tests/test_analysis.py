@@ -617,7 +617,7 @@ def test_a_model_before_training(toy: list[str], tmp_path: Path, capsys: pytest.
 
 
 def test_what_is_measured_before_training_is_the_loss_of_the_first_step(toy: list[str]) -> None:
-    run = open_run(configuration.load(example("sd15"), [*toy, "loss.mask_threshold=0.92"]))
+    run = open_run(configuration.load_config(example("sd15"), [*toy, "loss.mask_threshold=0.92"]))
     found = measure_run(run, pairs=6, levels=10)
     line = found.line
     assert line["count"] == [6] * 10 and line["levels"] == 1000 and line["logits_sq"] == [0.0] * 10

@@ -234,7 +234,7 @@ def test_a_run_that_stops_keeps_its_status_where_nobody_can_be_told(monkeypatch:
         training,
     )
     stopped = TrainingInterruptedError(3, Path("nowhere"), "SIGINT")
-    monkeypatch.setattr("sipo.recipe.config.load", lambda *_: config)
+    monkeypatch.setattr("sipo.recipe.config.load_config", lambda *_: config)
     monkeypatch.setattr("sipo.recipe.train.run_training", _raiser(stopped))
     with unread("stderr"):
         assert cli.main(["train", "config.yaml"]) == 130

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from sipo.recipe.config import ConfigError, from_dict, load, reference_kind
+from sipo.recipe.config import ConfigError, from_dict, load_config, reference_kind
 from sipo.recipe.train import _write_config
 
 ROOT = Path(__file__).parent.parent
@@ -42,7 +42,7 @@ def test_defaults_are_filled_in_and_written_out() -> None:
 def test_data_in_the_place_of_a_configuration_is_named(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text('{"prompt": "a"}\n')
     with pytest.raises(ConfigError, match="is data, expected a YAML configuration"):
-        load(tmp_path / name)
+        load_config(tmp_path / name)
 
 
 def test_what_is_kept_beside_a_run_has_its_letters_as_they_are(tmp_path: Path) -> None:
@@ -62,14 +62,16 @@ def test_off_and_no_are_words(tmp_path: Path) -> None:
         .replace("Y", "true")
     )
     path.write_text(text, encoding="utf-8")
-    config = load(path, ["training.mixed_precision=no", "data.skip_bad=True", "model.gradient_checkpointing=yes"])
+    config = load_config(
+        path, ["training.mixed_precision=no", "data.skip_bad=True", "model.gradient_checkpointing=yes"]
+    )
     assert config.training.alarms == "off" and config.training.mixed_precision == "no"
     assert config.data.enable_tiling is config.data.skip_bad is config.model.gradient_checkpointing is True
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: str(path.relative_to(ROOT / "examples")))
 def test_examples_are_configurations(path: Path) -> None:
-    config = load(path)
+    config = load_config(path)
     assert config.model.family in path.stem
     assert (config.model.pretrained_model_name_or_path == "toy") == (path.parent.name == "toy")
 
@@ -83,7 +85,9 @@ def test_every_family_has_its_examples() -> None:
 def test_overrides_lie_over_the_file(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(tree()))
-    config = load(path, ["training.learning_rate=1e-7", "model.lora.rank=8", "loss.beta=20", "data.sizes=[[64, 96]]"])
+    config = load_config(
+        path, ["training.learning_rate=1e-7", "model.lora.rank=8", "loss.beta=20", "data.sizes=[[64, 96]]"]
+    )
     assert config.training.learning_rate == 1e-7  # YAML 1.1 takes 1e-7 for a string
     assert config.model.lora.rank == 8 and config.loss.beta == 20.0 and config.data.sizes == [(64, 96)]
 
@@ -227,23 +231,23 @@ def test_a_missing_key_is_named() -> None:
 def test_files_that_are_no_configuration(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     with pytest.raises(ConfigError, match=r"run\.yaml: No such file or directory, expected a YAML file"):
-        load(path)
+        load_config(path)
     (tmp_path / "folder").mkdir()
     with pytest.raises(ConfigError, match=r"folder: is a folder, expected a file$"):
-        load(tmp_path / "folder")
+        load_config(tmp_path / "folder")
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(ConfigError, match=r"fifo: is a FIFO, expected a file$"):
-        load(tmp_path / "fifo")
+        load_config(tmp_path / "fifo")
     path.write_bytes(b"a: \xff")
     with pytest.raises(ConfigError, match=r"run\.yaml: not UTF-8 \(byte 3\)$"):
-        load(path)
+        load_config(path)
     path.write_text("a: [")
     with pytest.raises(ConfigError, match=r"run\.yaml: not YAML: while parsing .*, line 1$") as caught:
-        load(path)
+        load_config(path)
     assert "\n" not in str(caught.value)
     path.write_text("- 3")
     with pytest.raises(ConfigError, match="holds list, expected the sections model, data, training, loss, samples"):
-        load(path)
+        load_config(path)
     path.write_text(yaml.safe_dump(tree()))
     for override, message in (
         ("steps", "'steps': expected section.key=value"),
@@ -251,7 +255,7 @@ def test_files_that_are_no_configuration(tmp_path: Path) -> None:
         ("training.max_train_steps=[", r"'training.max_train_steps=\[': not YAML"),
     ):
         with pytest.raises(ConfigError, match=message):
-            load(path, [override])
+            load_config(path, [override])
 
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -304,7 +308,7 @@ def test_what_a_file_holds_is_refused_quickly_and_not_printed(tmp_path: Path, te
     path.write_text(text)
     started = time.monotonic()
     with pytest.raises(ConfigError) as caught:
-        load(path)
+        load_config(path)
     assert time.monotonic() - started < 10  # without bounds they take minutes, or all memory
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500 + len(str(path))
@@ -329,14 +333,14 @@ def test_long_values_are_not_printed_whole(tmp_path: Path, override: str, messag
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(tree()))
     with pytest.raises(ConfigError) as caught:
-        load(path, [override])
+        load_config(path, [override])
     assert message in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 1000
 
 
 def test_aliases_are_allowed(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(tree()) + "samples: {validation_prompts: [&a cat, *a, dog]}\n")
-    assert load(path).samples.validation_prompts == ["cat", "cat", "dog"]
+    assert load_config(path).samples.validation_prompts == ["cat", "cat", "dog"]
 
 
 def test_the_reference_follows_from_tuning_and_data() -> None:
@@ -376,9 +380,9 @@ def test_home_and_environment_are_filled_in_in_every_path(
         ("a~/b", "a~/b"),
     ):
         file.write_text(yaml.safe_dump(tree(**{section: {name: given}})))
-        assert path_of(load(file), section, name) == expected
+        assert path_of(load_config(file), section, name) == expected
         file.write_text(yaml.safe_dump(tree()))
-        config = load(file, [f"{section}.{name}={given}"])
+        config = load_config(file, [f"{section}.{name}={given}"])
         assert path_of(config, section, name) == expected
         assert path_of(from_dict(config.as_dict()), section, name) == expected  # as a run keeps it
     for given, message in (
@@ -387,7 +391,7 @@ def test_home_and_environment_are_filled_in_in_every_path(
         ("~nobody-of-this-name/a", "'~nobody-of-this-name/a': no home folder of that user is known"),
     ):
         with pytest.raises(ConfigError) as caught:
-            load(file, [f"{section}.{name}={given}"])
+            load_config(file, [f"{section}.{name}={given}"])
         assert str(caught.value) == f"{section}.{name}={message}"
 
 

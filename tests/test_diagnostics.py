@@ -292,12 +292,12 @@ def test_statistics_that_are_turned_on_when_a_run_is_resumed_begin_there(tmp_pat
 
 def test_a_checkpoint_of_another_format_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As one was before there were alarms of drift and collapse."""
-    save = checkpoint.save
+    save = checkpoint.save_checkpoint
 
     def former(*args: Any, **given: Any) -> Path:
         return save(*args, **(given | {"progress": {"low_active_lines": 2, "skipped": 0}}))
 
-    monkeypatch.setattr(checkpoint, "save", former)
+    monkeypatch.setattr(checkpoint, "save_checkpoint", former)
     fit(tmp_path, max_train_steps=2, checkpointing_steps=2)
     monkeypatch.undo()
     with pytest.raises(CheckpointError, match=r"step-00000002: does not fit this run \(state.json: progress"):

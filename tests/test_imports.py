@@ -168,7 +168,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
         "def note(): found.append(sorted({name.partition('.')[0] for name in sys.modules}))\n"
         "import torch; note()\n"
         "import sipo; note()\n"
-        f"import sipo.recipe.config as c; c.load({str(file)!r}); note()\n"
+        f"import sipo.recipe.config as c; c.load_config({str(file)!r}); note()\n"
         "print(json.dumps(found))\n"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from sipo.data.scorers import ScorerError, _Clip
 from sipo.families import get, model_files
-from sipo.files import FileError, check_tensors
+from sipo.files import FileError, check_safetensors
 from tests.family_cases import folder_of
 
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
@@ -263,10 +263,10 @@ def test_a_header_is_not_taken_for_a_pickle_by_its_length(length: int, tmp_path:
         if found == length:
             break
         filler += length - found
-    check_tensors(file)
+    check_safetensors(file)
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(FileError, match="not a sound safetensors file"):
-        check_tensors(file)
+        check_safetensors(file)
 
 
 def test_scorers_read_no_pickles(tmp_path: Path, loaded: Any) -> None:

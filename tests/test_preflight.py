@@ -213,7 +213,7 @@ def test_checkpointing_that_a_network_lacks_is_refused(tmp_path: Path, monkeypat
         f"model.pretrained_model_name_or_path={tmp_path / 'model'}",
         "model.gradient_checkpointing=true",
     ]
-    run = open_run(config.load(ROOT / "examples" / "toy" / "sd15.yaml", more))
+    run = open_run(config.load_config(ROOT / "examples" / "toy" / "sd15.yaml", more))
     check_run(run, "train")
     monkeypatch.setattr(diffusers.UNet2DConditionModel, "_supports_gradient_checkpointing", False)
     with pytest.raises(config.ConfigError, match=r"^model.gradient_checkpointing=True: expected False"):
@@ -222,7 +222,7 @@ def test_checkpointing_that_a_network_lacks_is_refused(tmp_path: Path, monkeypat
 
 def test_deepspeed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     more = [f"data.cache={tmp_path / 'cache'}", f"model.pretrained_model_name_or_path={folder_of('sd15')}"]
-    run = open_run(config.load(ROOT / "examples" / "toy" / "sd15.yaml", more))
+    run = open_run(config.load_config(ROOT / "examples" / "toy" / "sd15.yaml", more))
     monkeypatch.setattr(run.accelerator.state, "distributed_type", DistributedType.DEEPSPEED)
     message = r"^distributed_type='DEEPSPEED': expected one device, plain data parallelism or FSDP2$"
     with pytest.raises(config.ConfigError, match=message):

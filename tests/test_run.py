@@ -85,7 +85,7 @@ def test_a_run_leaves_what_it_says(trained: tuple[str, Path]) -> None:
     assert lines[0]["rewards/margins"] == pytest.approx(0, abs=1e-3)  # the policy still is the reference
     assert lines[-1]["model_mse"] != lines[-1]["ref_mse"]
     kept = config.from_dict(yaml.safe_load((run / "config.yaml").read_text()))
-    assert kept == config.load(example(name), options(folder, 4, TRACKED))
+    assert kept == config.load_config(example(name), options(folder, 4, TRACKED))
     card = (run / "weights" / "README.md").read_text()
     assert f"| β (`beta`) | {20 if get(name).video else 1000}:" in card and "| pairs | 28 |" in card
     assert cli.main(["verify", str(run)]) == 0 and not any("no hash" in item.note for item in verify_run(run))
@@ -103,7 +103,7 @@ def test_tensorboard_has_every_sample(trained: tuple[str, Path]) -> None:
     name, folder = trained
     events = accumulator.EventAccumulator(str(folder / "run" / "tensorboard"), size_guidance={"images": 0})
     events.Reload()
-    prompts = config.load(example(name)).samples.validation_prompts
+    prompts = config.load_config(example(name)).samples.validation_prompts
     assert events.Tags()["images"] == [f"samples/{number} {prompt}" for number, prompt in enumerate(prompts)]
     for tag in events.Tags()["images"]:
         assert [event.step for event in events.Images(tag)] == [0, 2, 4]
@@ -114,7 +114,7 @@ def test_weights_reload_in_the_pipeline_and_sample_the_same(trained: tuple[str, 
     import diffusers
 
     name, folder = trained
-    family, kept = get(name), config.load(example(name))
+    family, kept = get(name), config.load_config(example(name))
     pipeline = getattr(diffusers, family.pipeline_class).from_pretrained(folder / "cache-toy" / "model")
     pipeline.load_lora_weights(folder / "run" / "weights", weight_name="pytorch_lora_weights.safetensors")
     height, width = kept.data.sizes[0]
@@ -360,7 +360,8 @@ def test_what_the_scheduler_says_can_be_set(
     """For training and for the samples alike; a checkpoint of one is not resumed with another."""
     overrides = [f"model.{key}={value}" for key, value in settings.items()]
     before, after = (
-        open_run(config.load(example(name), [f"data.cache={tmp_path / 'cache'}", *more])) for more in ([], overrides)
+        open_run(config.load_config(example(name), [f"data.cache={tmp_path / 'cache'}", *more]))
+        for more in ([], overrides)
     )
     assert after.schedule.shift == settings.get("shift", 1.0)
     assert after.schedule.prediction_type == ("v_prediction" if name == "sd15" else "flow")

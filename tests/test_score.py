@@ -276,7 +276,7 @@ def test_a_run_is_scored_by_the_weights_that_it_saved(
     # The same numbers by hand: the network, its adapter from diffusers' own loader, and its own base.
     import diffusers
 
-    settings = config.load(run / "config.yaml")
+    settings = config.load_config(run / "config.yaml")
     opened = open_run(settings)
     held_out = datasets(opened, prepare_data(opened, progress=False).cache, None)[1]
     assert held_out is not None
@@ -385,7 +385,7 @@ def test_another_network_under_the_same_path_is_refused(
 
 
 def test_weights_that_were_saved_load_as_they_were(trained: Path, tmp_path: Path) -> None:
-    settings = config.load(trained / "run" / "config.yaml")
+    settings = config.load_config(trained / "run" / "config.yaml")
     family = get("sd15")
     for tuning in ("lora", "full"):
         model = dataclasses.replace(settings.model, tuning=tuning)

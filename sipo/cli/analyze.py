@@ -60,7 +60,7 @@ def _analyze_start(options: argparse.Namespace) -> int:
     from sipo.recipe import config as configuration
     from sipo.recipe.analyze_start import analyze_start
 
-    config = configuration.load(options.target, options.overrides)
+    config = configuration.load_config(options.target, options.overrides)
     pairs = PAIRS if options.pairs is None else options.pairs
     levels = LEVELS if options.levels is None else options.levels
     page, findings = analyze_start(config, options.output, pairs=pairs, levels=levels)

@@ -32,7 +32,7 @@ def _precompute(options: argparse.Namespace) -> int:
     from sipo.recipe.preflight import check_run
     from sipo.recipe.prepare_data import prepare_data
 
-    config = configuration.load(options.config, options.overrides)
+    config = configuration.load_config(options.config, options.overrides)
     run = open_run(config)
     check_run(run, "precompute")
     summary = prepare_data(run, repair=True, verify=options.verify, progress=config.training.progress).summary

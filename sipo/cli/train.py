@@ -33,7 +33,7 @@ def _train(options: argparse.Namespace) -> int:
     from sipo.recipe.train import run_training
     from sipo.training import TrainingAlarmError, TrainingInterruptedError, make_accelerator
 
-    config = configuration.load(options.config, options.overrides)
+    config = configuration.load_config(options.config, options.overrides)
     accelerator = make_accelerator(config.training)
 
     def print_config() -> None:

@@ -23,7 +23,7 @@ from sipo.families.model_files import (
     check_vocabulary,
     check_weights,
     fetch_weights,
-    model_folder,
+    find_model_folder,
 )
 from sipo.files import FileError, load_tensors
 
@@ -52,7 +52,7 @@ class _Clip:
             if processor is not None:
                 beside = Path(processor)
                 if not beside.is_dir():
-                    beside = model_folder(processor, {}, "CLIPProcessor", "preprocessor_config.json")
+                    beside = find_model_folder(processor, {}, "CLIPProcessor", "preprocessor_config.json")
             check_tokenizer(beside, "CLIPTokenizer")
             model: Any = CLIPModel.from_pretrained(folder, dtype=dtype, use_safetensors=True)
             self.tokenizer = AutoTokenizer.from_pretrained(beside, trust_remote_code=False)
@@ -92,7 +92,7 @@ class _Clip:
 
 def _checked(path: str) -> Path:
     """The folder of a CLIP model, on disk or from the hub, with weights in safetensors alone."""
-    folder = model_folder(path, {}, "CLIPModel", CONFIG)
+    folder = find_model_folder(path, {}, "CLIPModel", CONFIG)
     fetch_weights(path, {}, [""], None)
     check_weights(folder, "CLIPModel", None)
     return folder

@@ -115,7 +115,7 @@ def _noise_loss(model: Any, scheduler: Any, images: torch.Tensor, labels: torch.
     return torch.nn.functional.mse_loss(predicted, noise)
 
 
-def save(model: Any, output: Path) -> None:
+def save_model(model: Any, output: Path) -> None:
     """Writes the model and its noise schedule into folder ``output`` in diffusers format."""
     save_aside(model, output)
     save_aside(build_scheduler(), output / SCHEDULER_FOLDER)
@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.steps < 1:
         parser.error(f"--steps is {options.steps}, expected at least 1")
     model, loss = train_base_model(steps=options.steps, seed=options.seed)
-    save(model, options.output)
+    save_model(model, options.output)
     print(f"{options.output}: {model.num_parameters():,} parameters, held-out noise loss {loss:.4f}")
     return 0
 

@@ -20,7 +20,7 @@ from sipo.families.model_files import (
     fetch_weights,
     is_module,
     load_module,
-    model_folder,
+    find_model_folder,
 )
 from sipo.families.vae import check_latent_affine
 from sipo.files import FileError, one_line, read_object
@@ -244,7 +244,7 @@ class PipelineLoader(ABC):
 
     def _open(self, path: str | Path, options: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
         """The model's folder, and its ``model_index.json``."""
-        folder = model_folder(path, options, self.pipeline_class)
+        folder = find_model_folder(path, options, self.pipeline_class)
         index = read_object(folder / MODEL_INDEX)
         self._check_index(path, index)
         return folder, index

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sipo.families import lora_names
 from sipo.families.base import Family
-from sipo.files import check_tensors, one_line, parse_json, save_tensors
+from sipo.files import check_safetensors, one_line, parse_json, save_tensors
 
 FORMATS = ("diffusers", "kohya", "comfyui")
 _LAYER = re.compile(r"(.+)\.lora_([AB])\.weight")
@@ -168,7 +168,7 @@ def read_adapter(family: Family, file: Path) -> Adapter:
     if not file.is_file():
         raise FileNotFoundError(f"{file.parent}: no {file.name}, expected the weights of a run with LoRA tuning")
     start = f"{family.network}."
-    check_tensors(file)
+    check_safetensors(file)
     try:
         with safe_open(file, "pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping

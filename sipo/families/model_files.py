@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from sipo.files import FileError, check_regular, check_tensors, one_line, read_object
+from sipo.files import FileError, check_regular, check_safetensors, one_line, read_object
 
 MODEL_INDEX = "model_index.json"
 CONFIG = "config.json"
@@ -48,7 +48,7 @@ class _Found(NamedTuple):
 _found: dict[tuple[Any, ...], _Found] = {}  # the hub is asked once for each model
 
 
-def model_folder(path: str | Path, options: Mapping[str, Any], expected: str, index: str = MODEL_INDEX) -> Path:
+def find_model_folder(path: str | Path, options: Mapping[str, Any], expected: str, index: str = MODEL_INDEX) -> Path:
     """The folder of a model: ``path`` itself, or a hub id's in the local cache with all but its weights.
 
     Args:
@@ -89,7 +89,7 @@ def fetch_weights(path: str | Path, options: Mapping[str, Any], components: Iter
     """Downloads the weights of a hub model's components that are not in the cache, safetensors alone.
 
     Args:
-        path: as for :func:`model_folder`, which has been called with it.
+        path: as for :func:`find_model_folder`, which has been called with it.
         options: likewise.
         components: names of subfolders; "" is the folder itself.
         variant: of the weights.
@@ -123,7 +123,7 @@ def check_model(folder: Path, index: Mapping[str, Any], components: Sequence[str
     """Refuses components that hold anything but weights in safetensors, or that would run code of the folder.
 
     Args:
-        folder: of :func:`model_folder`.
+        folder: of :func:`find_model_folder`.
         index: the pipeline's, from library and class by component.
         components: those that will be loaded.
         variant: of the weights.
@@ -263,7 +263,7 @@ def check_weights(folder: Path, class_name: str, variant: str | None) -> None:
         raise FileNotFoundError(_no_weights(folder, class_name, names))
     for name in chosen:
         if name.endswith(".safetensors"):
-            check_tensors(folder / name)
+            check_safetensors(folder / name)
 
 
 def _hub_kernel(value: Any, key: str = "") -> str | None:
@@ -285,7 +285,7 @@ def _check_index(file: Path) -> None:
     for name in dict.fromkeys(map(str, weights.values())):
         if not name.endswith(".safetensors") or Path(name).name != name:
             raise FileError(f"{file}: names {name!r}, expected safetensors beside it: nothing is unpickled")
-        check_tensors(file.with_name(name))
+        check_safetensors(file.with_name(name))
 
 
 def _no_weights(folder: Path, class_name: str, names: Sequence[str]) -> str:

@@ -127,7 +127,7 @@ class Config:
         return plain
 
 
-def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Reads a YAML file and applies overrides ``section.key=value``, whose values are YAML too.
 
     Raises:

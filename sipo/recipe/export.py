@@ -58,7 +58,7 @@ def export_run(
     for override in overrides:
         if override.partition("=")[0] not in _PLACES:
             raise ConfigError(f"{override}: expected {', '.join(_PLACES[:-1])} or {_PLACES[-1]}, where the model is")
-    config = configuration.load(file, overrides)
+    config = configuration.load_config(file, overrides)
     check_config_sum(target)
     family = get(config.model.family)
     if config.model.tuning != "lora":

@@ -89,7 +89,7 @@ def score_run(
     file = target / "config.yaml" if target.is_dir() else target
     if target.is_dir() and not file.exists():
         raise ConfigError(f"{target}: no config.yaml, expected the folder of a run of `sipo train`")
-    config = configuration.load(file, overrides)
+    config = configuration.load_config(file, overrides)
     if target.is_dir():
         check_config_sum(target)
     place = target if target.is_dir() else config.training.folder

@@ -131,7 +131,7 @@ def run_training(
             _write_config(run)  # only now is it known to belong to the run in the folder
 
         number = len(pairs) // max(1, config.data.draws)
-        weights = save(run, network, result, loss_fn, pairs=number, origin=trained_on(run, cache))
+        weights = save_weights(run, network, result, loss_fn, pairs=number, origin=trained_on(run, cache))
         on_main(accelerator, lambda: write_run_sums(training.folder))
         return TrainedRun(result, weights)
 
@@ -224,7 +224,7 @@ def _write_config(run: RunContext) -> None:
     on_main(run.accelerator, write)
 
 
-def save(
+def save_weights(
     run: RunContext,
     network: nn.Module,
     result: TrainingResult,

@@ -92,7 +92,7 @@ def _verified(
 
 
 def _config(file: Path) -> str:
-    configuration.load(file)
+    configuration.load_config(file)
     return ""
 
 

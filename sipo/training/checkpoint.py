@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from sipo import seeds as randomness
 from sipo.cache.weights import is_weights, weights_change
-from sipo.files import check_tensors, load_tensors, one_line, save_tensors, short
+from sipo.files import check_safetensors, load_tensors, one_line, save_tensors, short
 from sipo.loss import SIPOLoss
 from sipo.processes import everywhere, is_collective, is_out_of_memory
 from sipo.protocols import PairDataset, PairLoss
@@ -35,12 +35,12 @@ from sipo.training.config import CheckpointError, TrainingConfig
 from sipo.training.optimization import Average
 from sipo.training.storage import found
 
-__all__ = ["found", "load", "run_identity", "save", "weights"]
+__all__ = ["found", "load_checkpoint", "run_identity", "save_checkpoint", "weights"]
 
 _MODEL, _OPTIMIZER, _AVERAGE = "model.safetensors", "optimizer.safetensors", "ema.safetensors"
 
 
-def save(
+def save_checkpoint(
     root: Path,
     *,
     step: int,
@@ -63,7 +63,7 @@ def save(
         optimizer: as accelerate prepared it.
         average: of the policy's weights.
         window: this process's sums since the last log line.
-        progress: further JSON values, handed on by :func:`load`.
+        progress: further JSON values, handed on by :func:`load_checkpoint`.
         keep: newest checkpoints to keep, 0 for all.
         accelerator: the run's.
 
@@ -95,7 +95,7 @@ def save(
     )
 
 
-def load(
+def load_checkpoint(
     source: str | Path,
     root: Path,
     *,
@@ -243,7 +243,7 @@ def _unflatten(tensors: dict[str, Tensor], settings: dict[str, Any]) -> dict[str
 
 
 def _check_state(state: dict[str, Any]) -> None:
-    """Refuses values of other types than :func:`save` writes; what is in them, those who use it check.
+    """Refuses values of other types than :func:`save_checkpoint` writes; what is in them, those who use it check.
 
     Raises:
         ValueError: with the value's name.
@@ -349,7 +349,7 @@ def _save_process(path: Path, window: dict[str, Tensor], device: torch.device) -
 
 def _load_process(path: Path, device: torch.device) -> dict[str, Tensor]:
     """Restores the generators and returns the window's tensors."""
-    check_tensors(path)
+    check_safetensors(path)
     with safe_open(path, framework="pt") as file:
         text = file.metadata()["host_rng"]
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping

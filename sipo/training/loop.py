@@ -364,7 +364,7 @@ class TrainingLoop:
 
     def _save(self, step: int) -> None:
         window, progress = self.measured.state()
-        self.saved = checkpoint.save(
+        self.saved = checkpoint.save_checkpoint(
             self.config.checkpoints,
             step=step,
             identity=self.identity,
@@ -384,7 +384,7 @@ class TrainingLoop:
             self.measured.restore(window, progress)
             self.watch.lines |= progress["alarms"]
 
-        step = checkpoint.load(
+        step = checkpoint.load_checkpoint(
             source,
             self.config.checkpoints,
             identity=self.identity,
