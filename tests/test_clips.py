@@ -17,10 +17,10 @@ from torch import Tensor
 
 from sipo.data.media import (
     MediaError,
-    fit,
     probe_media,
     read_media,
     read_spaced,
+    resize_and_crop,
     write_video,
 )
 from tests.data_sets import clip, cut_short, damage, encode_clip, noise
@@ -351,7 +351,7 @@ def test_pixels_that_are_not_square_are_scaled_to_display_size(tmp_path: Path, s
         for media in (read_media(path, 3), read_media(path, 2, 4.0), read_spaced(path, 2), probe_media(path)):
             assert media.pixels.shape[-2:] == shown and media.pixel_aspect == aspect
             assert rectangle(media.pixels) == pytest.approx((48, 48), abs=1.5)
-        assert fit(media.pixels, 40, 40).original_size == shown
+        assert resize_and_crop(media.pixels, 40, 40).original_size == shown
 
 
 def test_turned_pixels_that_are_not_square(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 from sipo import cli
 from sipo.data import check
 from sipo.data.check import NOTED, SKIPPED, check_pairs, run_check
-from sipo.data.load import BadPairError, load_pair, usable
+from sipo.data.load import BadPairError, load_pair
 from sipo.data.media import Media, write_image, write_video
 from sipo.data.readers import open_pairs
 from sipo.data.records import PairRecord
@@ -61,6 +61,15 @@ def videodpo(folder: Path) -> tuple[Path, Planted, int]:
     return builder.save(), builder.planted, 6
 
 
+def problem(record: PairRecord, **options: Any) -> str:
+    """Why training would skip a pair; empty if it would not."""
+    try:
+        load_pair(record, **options)
+    except BadPairError as error:
+        return str(error)
+    return ""
+
+
 @pytest.mark.parametrize("make", [images, clips, pickapic, videodpo])
 @pytest.mark.parametrize("workers", [1, 3])
 def test_every_planted_fault_is_found_in_its_row(
@@ -74,7 +83,7 @@ def test_every_planted_fault_is_found_in_its_row(
     # What is reported is what training skips, for the same reason.
     reported = {finding.row: finding.text for finding in report.findings if finding.kind in SKIPPED}
     for record in open_pairs(path):
-        assert usable(record, frames=frames) == reported.get(record.row, "")
+        assert problem(record, frames=frames) == reported.get(record.row, "")
 
 
 def test_the_planted_sets_have_every_kind(tmp_path: Path) -> None:
@@ -144,7 +153,7 @@ def test_the_limit_of_pixels_is_one_rule_for_all(tmp_path: Path, capsys: pytest.
     printed = capsys.readouterr().out
     assert f"       1  {SKIPPED['large']} (skipped)\n          row 4: rejected: " in printed and text in printed
     record = list(open_pairs(path))[3]
-    assert usable(record) == "" and text in usable(record, max_pixels=1535)
+    assert problem(record) == "" and text in problem(record, max_pixels=1535)
     with pytest.raises(BadPairError) as caught:
         load_pair(record, max_pixels=1535)
     assert caught.value.kind == "large"

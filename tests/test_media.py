@@ -19,11 +19,11 @@ from torch import Tensor
 from sipo.data.clips import BACKGROUND
 from sipo.data.media import (
     MediaError,
-    fit,
     nearest_size,
     probe_media,
     read_media,
     read_spaced,
+    resize_and_crop,
     write_image,
     write_image_grid,
     write_video,
@@ -201,14 +201,14 @@ def test_image_is_turned_upright(format: str, orientation: int) -> None:
     assert turned.shape == expected.shape
     assert (turned.float() - expected.float()).abs().max() <= (4 if format == "JPEG" else 0)  # rounded as Y'CbCr
     # SDXL is told the size that the image is shown at.
-    assert fit(turned, 16, 16).original_size == ((20, 30) if orientation < 5 else (30, 20))
+    assert resize_and_crop(turned, 16, 16).original_size == ((20, 30) if orientation < 5 else (30, 20))
 
 
 def test_sdxl_is_told_sizes_and_crops_of_the_upright_image() -> None:
     """20x30 is shown as 30x20 and covers 16x16 as 24x16, of which 4 rows go at the top and 4 at the bottom."""
     exif = Image.Exif()
     exif[0x0112] = 6
-    fitted = fit(read_media(encode(picture(), "PNG", exif=exif)).pixels, 16, 16)
+    fitted = resize_and_crop(read_media(encode(picture(), "PNG", exif=exif)).pixels, 16, 16)
     own = get("sdxl").own_condition(fitted.original_size, fitted.crop_top_left, (16, 16))
     assert own["time_ids"].tolist() == [30, 20, 4, 0, 16, 16]
 
@@ -490,20 +490,20 @@ def test_a_file_that_may_not_be_read_is_a_missing_file(tmp_path: Path, monkeypat
 
 def test_fit_at_the_same_size_changes_nothing() -> None:
     pixels = noise(2, 3, 16, 24)
-    fitted = fit(pixels, 16, 24)
+    fitted = resize_and_crop(pixels, 16, 24)
     assert torch.equal(fitted.pixels, pixels)
     assert (fitted.crop_top_left, fitted.original_size) == ((0, 0), (16, 24))
-    mirrored = fit(pixels, 16, 24, flip=True)
+    mirrored = resize_and_crop(pixels, 16, 24, flip=True)
     assert torch.equal(mirrored.pixels, fitted.pixels.flip(-1))
 
 
 def test_fit_crops_the_middle_without_distortion() -> None:
     """Covering 32x32 takes 16x24 to 32x48; 16 columns are over."""
     pixels = smooth(16, 24)
-    fitted = fit(pixels, 32, 32)
+    fitted = resize_and_crop(pixels, 32, 32)
     assert fitted.pixels.shape == (3, 32, 32) and fitted.pixels.dtype == torch.uint8
     assert (fitted.crop_top_left, fitted.original_size) == ((0, 8), (16, 24))
-    wide = fit(pixels, 32, 48).pixels
+    wide = resize_and_crop(pixels, 32, 48).pixels
     assert torch.equal(fitted.pixels, wide[..., 8:40])
     # Bicubic scaling keeps a gradient a gradient.
     expected = torch.linspace(30, 200, 24)
@@ -514,9 +514,9 @@ def test_fit_is_antialiased() -> None:
     """Stripes as narrow as a pixel become their mean, and no coarser stripes."""
     stripes = torch.zeros(3, 64, 66, dtype=torch.uint8)
     stripes[..., ::2] = 200
-    small = fit(stripes, 16, 16).pixels
+    small = resize_and_crop(stripes, 16, 16).pixels
     assert (small.int() - 100).abs().max() < 25
-    moving = fit(stripes.expand(4, 3, 64, 66), 16, 16).pixels
+    moving = resize_and_crop(stripes.expand(4, 3, 64, 66), 16, 16).pixels
     assert torch.equal(moving, small.expand(4, 3, 16, 16))
 
 
@@ -526,7 +526,7 @@ def test_fit_rounds_once() -> None:
     exact = torch.nn.functional.interpolate(
         pixels.double(), (16, 23), mode="bicubic", antialias=True, align_corners=False
     )
-    found = fit(pixels, 16, 16).pixels
+    found = resize_and_crop(pixels, 16, 16).pixels
     assert ((found - exact[..., 3:19].clamp(0, 255)).abs() < 0.5001).all()
 
 
@@ -534,8 +534,8 @@ def test_random_crops_follow_the_generator() -> None:
     pixels = noise(3, 3, 16, 40)
     seen = set()
     for seed in range(40):
-        fitted = fit(pixels, 16, 16, center_crop=False, generator=torch.Generator().manual_seed(seed))
-        again = fit(pixels, 16, 16, center_crop=False, generator=torch.Generator().manual_seed(seed))
+        fitted = resize_and_crop(pixels, 16, 16, center_crop=False, generator=torch.Generator().manual_seed(seed))
+        again = resize_and_crop(pixels, 16, 16, center_crop=False, generator=torch.Generator().manual_seed(seed))
         top, left = fitted.crop_top_left
         assert fitted.crop_top_left == again.crop_top_left and top == 0 and 0 <= left <= 24
         assert torch.equal(fitted.pixels, pixels[..., left : left + 16])
@@ -545,7 +545,7 @@ def test_random_crops_follow_the_generator() -> None:
 
 def test_flip_comes_before_the_crop() -> None:
     pixels = noise(4, 3, 16, 40)
-    fitted = fit(pixels, 16, 16, center_crop=False, flip=True, generator=torch.Generator().manual_seed(0))
+    fitted = resize_and_crop(pixels, 16, 16, center_crop=False, flip=True, generator=torch.Generator().manual_seed(0))
     left = fitted.crop_top_left[1]
     assert torch.equal(fitted.pixels, pixels.flip(-1)[..., left : left + 16])
 

@@ -42,12 +42,12 @@ def test_what_is_stored_is_what_the_family_makes_of_the_files(tmp_path: Path) ->
     assert "12 pairs, 4 prompts" in summary.describe()
     cache = open_cache(tmp_path)
     assert cache.rows.tolist() == list(range(12))
-    from sipo.data.media import fit, read_media
+    from sipo.data.media import read_media, resize_and_crop
 
     for index in (0, 7):
         record = Records.make().records[index]
         for half, source in enumerate((record.chosen, record.rejected)):
-            fitted = fit(read_media(source).pixels, 16, 24)
+            fitted = resize_and_crop(read_media(source).pixels, 16, 24)
             wanted = SmallFamily().encode_pixels(Pipeline(), fitted.pixels[None])[0]
             assert torch.equal(cache.pair(index)[half], wanted)
             own = SmallFamily().own_condition(fitted.original_size, fitted.crop_top_left, (16, 24))
@@ -222,7 +222,7 @@ def test_both_halves_are_flipped_and_cropped_alike(tmp_path: Path) -> None:
     reader = Records([PairRecord(row, "a", image, other) for row in range(40)])
     build(tmp_path, reader, random_flip=True, center_crop=False, latents="mode", sizes=[(16, 16)], shard_pairs=16)
     cache = open_cache(tmp_path)
-    from sipo.data.media import fit, read_media
+    from sipo.data.media import read_media, resize_and_crop
 
     lefts, flips = set(), 0
     for index in range(40):
@@ -232,7 +232,7 @@ def test_both_halves_are_flipped_and_cropped_alike(tmp_path: Path) -> None:
         left = int(own["time_ids"][0, 3])
         for stored, source in ((chosen, image), (rejected, other)):
             # 20x40 covers 16x16 as 16x32
-            whole = fit(read_media(source).pixels, 16, 32, flip=flip).pixels[:, :, left : left + 16]
+            whole = resize_and_crop(read_media(source).pixels, 16, 32, flip=flip).pixels[:, :, left : left + 16]
             assert torch.equal(stored, torch.nn.functional.avg_pool2d(as_floats(whole), 8))
         lefts.add(left)
         flips += flip
@@ -373,7 +373,7 @@ def test_real_families_from_files_to_reference_errors(tmp_path: Path, name: str)
     from sipo.cache.precompute import precompute_pairs
     from sipo.cache.precompute_errors import precompute_reference_errors
     from sipo.data.config import DataConfig
-    from sipo.data.media import fit, read_media
+    from sipo.data.media import read_media, resize_and_crop
     from sipo.data.readers import open_pairs
     from sipo.data.toy import make_toy_pairs
     from sipo.families import get
@@ -407,7 +407,7 @@ def test_real_families_from_files_to_reference_errors(tmp_path: Path, name: str)
     cached = CachedPairs(open_cache(tmp_path / "cache"))
     for index, record in enumerate(open_pairs(data)):
         item = cached[index]
-        pixels = fit(read_media(record.rejected, frames).pixels, 32, 32).pixels
+        pixels = resize_and_crop(read_media(record.rejected, frames).pixels, 32, 32).pixels
         assert torch.equal(item["chosen"], item["rejected"]) is False
         latents = family.encode_pixels(pipeline, pixels[None])[0]
         torch.testing.assert_close(item["rejected"], latents, rtol=1e-4, atol=1e-4)  # another batch size
@@ -429,7 +429,7 @@ def test_real_families_from_files_to_reference_errors(tmp_path: Path, name: str)
     item = drawn[7]
     condition = {key: tensor[None] for key, tensor in item["condition"].items()}
     condition |= {key: tensor[1:] for key, tensor in item.get("own_condition", {}).items()}
-    sample, noise, level = item["rejected"][None], item["noise"][None], item["timestep"][None]
+    sample, noise, level = item["rejected"][None], item["noise"][None], item["level"][None]
     with torch.no_grad():
         prediction = family.predict(
             network, schedule.add_noise(sample, noise, **level_argument(schedule, level)), level, condition
@@ -479,14 +479,15 @@ def encode_clips(folder: Path, records: list[PairRecord], **changes: Any) -> lis
 
 
 def test_clips_are_encoded_one_at_a_time_in_eight_bits_and_cut_as_they_are_decoded(tmp_path: Path) -> None:
-    from sipo.data.media import fit, read_media
+    from sipo.data.media import read_media, resize_and_crop
 
     records = clips(tmp_path)
     given = encode_clips(tmp_path / "cache", records)
     assert [(pixels.dtype, list(pixels.shape)) for pixels in given] == [(torch.uint8, [1, 9, 3, 16, 24])] * 2
     whole = [read_media(source, 9) for source in (records[0].chosen, records[0].rejected)]
     assert all(
-        torch.equal(pixels[0], fit(media.pixels, 16, 24).pixels) for pixels, media in zip(given, whole, strict=True)
+        torch.equal(pixels[0], resize_and_crop(media.pixels, 16, 24).pixels)
+        for pixels, media in zip(given, whole, strict=True)
     )
     seen = []
 

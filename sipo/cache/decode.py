@@ -14,7 +14,7 @@ from torch import Tensor
 from sipo.cache.changes import FileRecord, record_file, side_name
 from sipo.data.config import DataConfig
 from sipo.data.load import BadPairError, load_pair
-from sipo.data.media import fit, nearest_size
+from sipo.data.media import nearest_size, resize_and_crop
 from sipo.data.records import PairRecord
 from sipo.families.base import Condition, Family
 from sipo.seeds import RandomStream, derive_seed
@@ -100,7 +100,9 @@ class _PairFitter:
             self.size = nearest_size(pixels.shape[-2], pixels.shape[-1], self.settings.sizes)
         # A new generator for each image: frames of one size are cropped alike, in both samples.
         generator = torch.Generator().manual_seed(self.seed)
-        fitted = fit(pixels, *self.size, center_crop=self.settings.center_crop, flip=self.flip, generator=generator)
+        fitted = resize_and_crop(
+            pixels, *self.size, center_crop=self.settings.center_crop, flip=self.flip, generator=generator
+        )
         self.crops[fitted.original_size] = fitted.crop_top_left
         return fitted.pixels
 

@@ -111,17 +111,6 @@ def hashed(pixels: Tensor) -> Tensor:
     return torch.frombuffer(bytearray(state.digest()), dtype=torch.uint8)
 
 
-def usable(
-    record: PairRecord, *, frames: int | None = 1, fps: float | None = None, max_pixels: int = MAX_PIXELS
-) -> str:
-    """Says why training would skip a pair; empty if it would not. Arguments as for :func:`load_pair`."""
-    try:
-        load_pair(record, frames=frames, fps=fps, max_pixels=max_pixels)
-    except BadPairError as error:
-        return str(error)
-    return ""
-
-
 def file_digest(source: Path | bytes) -> bytes:
     """Hashes a side's file, or an encoded image's bytes, to 16 bytes."""
     digest = hashlib.blake2b(digest_size=16)

@@ -133,7 +133,7 @@ def nearest_size(height: int, width: int, sizes: Sequence[tuple[int, int]]) -> t
     return min(sizes, key=distance)
 
 
-def fit(
+def resize_and_crop(
     pixels: Tensor,
     height: int,
     width: int,
