@@ -119,7 +119,7 @@ SIPO_HD bool all_finite(const Sample& chosen, const Sample& rejected, double log
 }
 
 // §4 to §6 of one pair of weighed samples, whose coefficients it sets. `elements` is D, the size of one
-// sample; `share` is that of the rejected sample's gradient, 1 where the chosen sample is not preserved.
+// sample; `share` is that of the rejected sample's gradient, 1 without the safeguard.
 SIPO_HD Pair judge(Sample& chosen, Sample& rejected, const Settings& s, double elements, double share) {
   Pair p;
   p.mask =
@@ -156,7 +156,7 @@ SIPO_HD double upstream_coef(double coef, double upstream, bool wide) {
   return c == 0 ? 0.0f : c * float(upstream);
 }
 
-// §3 to §6 of one pair; `inner` is read where the chosen sample is preserved.
+// §3 to §6 of one pair; `inner` is read with the safeguard alone.
 SIPO_HD Pair pair_math(Sample& chosen, Sample& rejected, const Settings& s, double elements, bool has_ratio,
                        double inner) {
   weigh(chosen, s, has_ratio);

@@ -49,7 +49,7 @@ MIXES = {
 }
 SHARED = {"SHARED_TARGET": True}
 TOTALS = {"METRICS_TOO": True, "LEVELS": True, "EXPECTED_ON_DEVICE": True}
-RELATIVES = {"LOSS_TYPE": LOSS_TYPES.index("dmpo"), "SMOOTHED": True, "PRESERVING": True}
+RELATIVES = {"LOSS_TYPE": LOSS_TYPES.index("dmpo"), "SMOOTHED": True, "SAFEGUARDED": True}
 # What is compiled for each capability: name, variant, mix, constants other than those of a plain SIPO batch.
 COMPILED: list[tuple[str, str, str, dict[str, Any]]] = [
     *((f"{variant}-{mix}", variant, mix, {}) for mix in ("bf16", "fp32", "mixed") for variant in VARIANTS),
@@ -80,7 +80,7 @@ def compile_for(variant: str, mix: str, capability: int, **changes: Any) -> Any:
         "METHOD": METHODS.index("sipo"),
         "LOSS_TYPE": LOSS_TYPES.index("sigmoid"),
         "SMOOTHED": False,
-        "PRESERVING": False,
+        "SAFEGUARDED": False,
         "MASKS": True,
         "POSTERIOR": True,
         "SKIP": False,

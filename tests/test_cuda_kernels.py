@@ -113,9 +113,9 @@ def running_sums(pairs: int, bins: int = 5) -> Totals:
 # ---- The schedule ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("preserving", [None, 0.5])
+@pytest.mark.parametrize("safeguard", [None, 0.5])
 @pytest.mark.parametrize("label", CASES)
-def test_same_bits_in_every_order(label: str, preserving: float | None, emulated: ctypes.CDLL) -> None:
+def test_same_bits_in_every_order(label: str, safeguard: float | None, emulated: ctypes.CDLL) -> None:
     """Gradient, every number, and what is added to running sums."""
     case = CASES[label]
     batch = case.batch()
@@ -126,7 +126,7 @@ def test_same_bits_in_every_order(label: str, preserving: float | None, emulated
     for seed in range(12):
         emulated.sipo_emulate_configure(seed, 3, 0.2 * (seed % 3))
         sums = running_sums(pairs)
-        out, grad = run(batch, "cuda", **OPTIONS, safeguard=preserving, totals=sums)
+        out, grad = run(batch, "cuda", **OPTIONS, safeguard=safeguard, totals=sums)
         assert out.numbers is not None and sums.metrics is not None and sums.levels is not None
         found = [out.coef, out.logits, out.error_gap, out.model_error, grad, out.numbers, sums.metrics, sums.levels]
         first = first or found
@@ -220,16 +220,16 @@ def watch_forward(watched: Any, case: Case, batch: Batch, with_grad: bool, **opt
 
 
 @shared_or_not
-@pytest.mark.parametrize("preserving", [None, 0.5])
+@pytest.mark.parametrize("safeguard", [None, 0.5])
 @cases
-def test_every_element_once(case: Case, preserving: float | None, shared: bool, watched: Any) -> None:
+def test_every_element_once(case: Case, safeguard: float | None, shared: bool, watched: Any) -> None:
     """Read once from memory, once again from the cache unless shared memory holds d; the gradient written once.
 
     Each time by one access of the full width. The inner product of chosen and rejected sample is made of what is there
     already.
     """
     batch = case.batch(shared)
-    (model, ref, target, grad), _ = watch_forward(watched, case, batch, True, safeguard=preserving)
+    (model, ref, target, grad), _ = watch_forward(watched, case, batch, True, safeguard=safeguard)
     assert (ref.loads == 1).all() and (grad.stores == 1).all() and (grad.loads == 0).all()
     assert not any(w.stores.any() for w in (model, ref, target))
     held = _held(plan_of(batch), case.shape)

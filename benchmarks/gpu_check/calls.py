@@ -15,12 +15,11 @@ from benchmarks.gpu_check.context import (
     F32,
     F64,
     Context,
-    cases,
     check,
     poisoned,
     same_bits,
 )
-from sipo_kernels import PairLossOutput, backends, pair_loss
+from sipo_kernels import PairLossOutput, backends, pair_loss, testing
 from sipo_kernels.output import RESULTS
 
 Options = dict[str, Any]
@@ -108,7 +107,7 @@ def check_containment(ctx: Context) -> None:
                 ctx.require(bool((grad[[1, 4]] == 0).all()), f"{label}: skipped gradient")
             else:
                 reference_options = {k: v for k, v in options.items() if k != "upstream"}
-                truth = cases.run_reference(broken, **reference_options)
+                truth = testing.run_reference(broken, **reference_options)
                 for name in ("logits", "loss"):
                     got, expected = getattr(after, name).double(), getattr(truth, name)
                     close = torch.isclose(got, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
@@ -145,7 +144,7 @@ def check_upstream(ctx: Context) -> None:
         options: Options = {"beta": 3.0, "mask_threshold": 0.0}
         for value in (1.0, 0.25, 1 / 3, 65536.0, -2.0, 0.0):
             factor = torch.tensor(value, dtype=F32, device=ctx.device)
-            exact = cases.reference_grad(batch, method="sipo", grad_output=factor.double(), **options)
+            exact = testing.reference_grad(batch, method="sipo", grad_output=factor.double(), **options)
             _, grad = ctx.run(batch, upstream=factor, method="sipo", **options)
             ctx.gradient(grad, exact, f"upstream {value} {dtype}")
         each = torch.tensor([1.0, -3.0], device=ctx.device)
@@ -156,14 +155,14 @@ def check_upstream(ctx: Context) -> None:
             "strided": torch.stack([each, each], 1)[:, 0],
         }
         for what, upstream in kinds.items():
-            exact = cases.reference_grad(
+            exact = testing.reference_grad(
                 batch, method="sipo", reduction="none", grad_output=upstream.double(), **options
             )
             _, grad = ctx.run(batch, upstream=upstream, method="sipo", reduction="none", **options)
             ctx.gradient(grad, exact, f"upstream {what} {dtype}")
     faint = ctx.batch((2, 40_000), F16, scale=0.01)  # unscaled, every gradient is below float16's smallest number
     scale = torch.tensor(2.0**20, device=ctx.device)
-    exact = cases.reference_grad(faint, method="diffusion_dpo", beta=0.01, grad_output=scale.double())
+    exact = testing.reference_grad(faint, method="diffusion_dpo", beta=0.01, grad_output=scale.double())
     for expected in (None, ctx.cell(2.0**20), 1.0):
         _, grad = ctx.run(faint, upstream=scale, method="diffusion_dpo", beta=0.01, expected_upstream=expected)
         ctx.gradient(grad, exact, f"float16 through a loss scale, expected {expected}")
@@ -194,7 +193,7 @@ def check_expected(ctx: Context) -> None:
             label = f"{mix[0]}, {mix[2]} target{', shared' * shared}, {reduction}, upstream {each}"
             plain = backends.module(ctx.backend).gradient(batch.model_pred.detach(), batch.target, out.coef, upstream)
             if math.isfinite(each[0]):
-                exact = cases.reference_grad(batch, grad_output=upstream.double(), **options)
+                exact = testing.reference_grad(batch, grad_output=upstream.double(), **options)
                 ctx.gradient(plain, exact, label)
             for expected in (each[0], ctx.cell(each[0]), ctx.cell(-7.0), 1.0):
                 _, grad = ctx.run(batch, upstream=upstream, expected_upstream=expected, **options)
@@ -206,7 +205,7 @@ def check_expected(ctx: Context) -> None:
                 ctx.require(float(kept) == due, f"{label}: {float(kept):g} is remembered")
 
 
-def _like(batch: cases.Batch, reduction: str, each: list[float]) -> Tensor:
+def _like(batch: testing.Batch, reduction: str, each: list[float]) -> Tensor:
     """An upstream gradient as autograd brings it: in the loss's type, a scalar or one for each pair."""
     wide = F64 in (batch.model_pred.dtype, batch.ref_pred.dtype, batch.target.dtype)
     upstream = torch.tensor(each, dtype=F64 if wide else F32, device=batch.model_pred.device)
@@ -227,7 +226,7 @@ def check_accumulation(ctx: Context) -> None:
     for dtype in (F32, F64):
         batch = ctx.batch((8, 3, 13), dtype)
         options: Options = {"method": "sipo", "beta": 3.0, "mask_threshold": 0.0, "backend": ctx.backend}
-        exact = cases.reference_grad(batch, **{k: v for k, v in options.items() if k != "backend"})
+        exact = testing.reference_grad(batch, **{k: v for k, v in options.items() if k != "backend"})
         weight = torch.ones_like(batch.model_pred, requires_grad=True)
         remembered = ctx.cell(1.0)
         for rows in ([0, 1, 4, 5], [2, 3, 6, 7]):
@@ -248,7 +247,7 @@ def check_kept_graph(ctx: Context) -> None:
     for dtype in (F32, BF16):
         batch = ctx.batch((4, 3, 13), dtype)
         options: Options = {"method": "sipo", "beta": 3.0, "mask_threshold": 0.0}
-        exact = cases.reference_grad(batch, **options)
+        exact = testing.reference_grad(batch, **options)
         out = pair_loss(*batch[:3], ratio_scale=batch.ratio_scale, backend=ctx.backend, **options)
         (first,) = torch.autograd.grad(out.loss, batch.model_pred, retain_graph=True)
         ctx.gradient(first, exact, f"first backward {dtype}")
@@ -280,7 +279,7 @@ def check_repetition(ctx: Context) -> None:
                         busy @ busy
             sums = ctx.totals(timesteps)
             assert sums.metrics is not None and sums.levels is not None
-            out, grad = cases.run(
+            out, grad = testing.run(
                 batch, ctx.backend, upstream=upstream, expected_upstream=expected, totals=sums,
                 method="sipo", beta=30.0, mask_threshold=0.0,
             )  # fmt: skip
@@ -290,7 +289,9 @@ def check_repetition(ctx: Context) -> None:
             for name, got, due in zip(names, found, first, strict=True):
                 ctx.same(got, due, f"run {turn} {list(shape)}: {name}")
             (busy @ busy).sum()
-        exact = cases.reference_grad(batch, method="sipo", beta=30.0, mask_threshold=0.0, grad_output=upstream.double())
+        exact = testing.reference_grad(
+            batch, method="sipo", beta=30.0, mask_threshold=0.0, grad_output=upstream.double()
+        )
         ctx.gradient(first[0], exact, f"{list(shape)}: gradient")
 
 
@@ -312,7 +313,7 @@ def check_autocast(ctx: Context) -> None:
         ctx.require(pred.dtype == dtype and out.loss.dtype == F32, f"types under autocast: {pred.dtype}")
         out.loss.backward()
         inner = batch._replace(model_pred=_leaf(pred))
-        exact, truth = cases.reference_grad(inner, **options), cases.run_reference(inner, **options)
+        exact, truth = testing.reference_grad(inner, **options), testing.run_reference(inner, **options)
         assert pred.grad is not None and weight.grad is not None
         ctx.compare(inner, out, pred.grad, exact, truth, f"autocast {dtype}")
         ctx.require(bool(weight.grad.any()), "the network got a gradient")
@@ -346,8 +347,8 @@ def check_compile(ctx: Context) -> None:
         doubled = batch._replace(model_pred=_leaf(2 * batch.model_pred))  # exact, and so is halving the gradient
         options: Options = {"method": "sipo", "beta": 3.0, "mask_threshold": 0.0}
         summed = "mean" if reduction == "mean" else "sum"
-        exact = cases.reference_grad(doubled, reduction=summed, **options)
-        truth = cases.run_reference(doubled, reduction=summed, **options)
+        exact = testing.reference_grad(doubled, reduction=summed, **options)
+        truth = testing.run_reference(doubled, reduction=summed, **options)
         out = PairLossOutput(loss=loss.detach(), **rest)
         ctx.compare(doubled, out, grad / 2, exact, truth, f"compiled {dtype}")
         for name, value in metrics.items():

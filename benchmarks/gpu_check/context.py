@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sipo_kernels import METRICS, STATISTICS, PairLossOutput, Totals
-from sipo_kernels import testing as cases
+from sipo_kernels import METRICS, STATISTICS, PairLossOutput, Totals, testing
 from sipo_kernels.layout import pair_dtype
 
-Batch = cases.Batch
+Batch = testing.Batch
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 DTYPES = (F32, BF16, F16, F64)
@@ -62,9 +61,9 @@ class Context:
         return self.device != "cpu"
 
     def batch(self, shape: tuple[int, ...], *dtypes: torch.dtype, **options: Any) -> Batch:
-        """``cases.make_batch`` on this device; one dtype stands for all three."""
+        """``testing.make_batch`` on this device; one dtype stands for all three."""
         kinds = dtypes * 3 if len(dtypes) == 1 else dtypes or (F32, F32, F32)
-        return cases.make_batch(shape, kinds, device=self.device, **options)  # type: ignore[arg-type]
+        return testing.make_batch(shape, kinds, device=self.device, **options)  # type: ignore[arg-type]
 
     def cell(self, value: float) -> Tensor:
         """What ``expected_upstream`` may be, and the backward pass writes."""
@@ -79,7 +78,7 @@ class Context:
     def run(self, batch: Batch, **options: Any) -> tuple[PairLossOutput, Tensor]:
         """Forward and backward over poisoned memory."""
         with poisoned():
-            return cases.run(batch, self.backend, **options)
+            return testing.run(batch, self.backend, **options)
 
     def require(self, holds: bool | Tensor, what: str) -> None:
         """Counts a case; raises :class:`CheckFailed` with ``what`` unless it holds."""
@@ -115,18 +114,18 @@ class Context:
         Args:
             batch: the call's tensors; ``ref_pred`` and ``ratio_scale`` may be ``None`` with the options that allow it.
             what: names the case in a failure.
-            logit: as ``cases.beta_for``.
+            logit: as ``testing.beta_for``.
             options: of ``pair_loss``, and ``upstream``.
         """
         upstream = options.pop("upstream", None)
         beside = {name: options.pop(name) for name in ("expected_upstream", "totals") if name in options}
         options = {"method": "sipo", "mask_threshold": 0.0, **options}
         if "beta" not in options:
-            options["beta"] = cases.beta_for(batch, logit, **options)
+            options["beta"] = testing.beta_for(batch, logit, **options)
         label = f"{what} {list(batch.model_pred.shape)} {describe(options)}".strip()
         # `upstream` goes to the backend in the loss's own type, to the definition in float64.
-        exact = cases.reference_grad(batch, grad_output=None if upstream is None else upstream.double(), **options)
-        truth = cases.run_reference(batch, **options)
+        exact = testing.reference_grad(batch, grad_output=None if upstream is None else upstream.double(), **options)
+        truth = testing.run_reference(batch, **options)
         if upstream is None and bool(truth.mask.any()):
             self.require(bool(exact.any()), f"{label}: there is a gradient to compare")
         out, grad = self.run(batch, upstream=upstream, **options, **beside)
@@ -151,7 +150,7 @@ class Context:
         truth = truth._replace(log_ratio=torch.where(terminal, 0.0, truth.log_ratio))
         try:
             finite = dataclasses.replace(out, log_ratio=torch.where(terminal, 0.0, out.log_ratio))
-            cases.assert_within_budget(batch, finite, grad, exact, truth)
+            testing.assert_within_budget(batch, finite, grad, exact, truth)
         except AssertionError as error_text:
             raise CheckFailed(f"{label}: {str(error_text).strip() or 'log_ratio out of budget'}") from None
 

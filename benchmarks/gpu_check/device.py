@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.footprint import extra_memory_mb
-from benchmarks.gpu_check.context import BF16, F16, F32, CheckFailed, Context, NotRun, cases, check, poisoned
+from benchmarks.gpu_check.context import BF16, F16, F32, CheckFailed, Context, NotRun, check, poisoned
 from benchmarks.machine import memory_bytes
-from sipo_kernels import PairLossOutput, Totals, backends, pair_loss
+from sipo_kernels import PairLossOutput, Totals, backends, pair_loss, testing
 from sipo_kernels.output import RESULTS
 
 OPTIONS: dict[str, Any] = {"method": "sipo", "beta": 30.0, "mask_threshold": 0.0}
@@ -25,14 +25,14 @@ SLEEP_CYCLES = 400_000_000  # about 0.2 s at 2 GHz: far longer than Python needs
 
 
 def pass_of_training(
-    ctx: Context, batch: cases.Batch, upstream: Tensor, expected: Tensor | float | None
+    ctx: Context, batch: testing.Batch, upstream: Tensor, expected: Tensor | float | None
 ) -> tuple[Callable[[], tuple[PairLossOutput, Tensor]], Totals]:
     """Loss, gradient, metrics and statistics by noise level, as a training pass makes them; and the sums added to."""
     timesteps = torch.arange(batch.model_pred.shape[0] // 2) * 100 % 1000
     totals = ctx.totals(timesteps)
 
     def work() -> tuple[PairLossOutput, Tensor]:
-        out, grad = cases.run(
+        out, grad = testing.run(
             batch, ctx.backend, upstream=upstream, expected_upstream=expected, totals=totals, **OPTIONS
         )
         out.metrics()
@@ -184,17 +184,17 @@ def check_graph(ctx: Context) -> None:
                 ctx.same(totals.levels, plain_totals.levels, f"{label}: sums by noise level")
                 if ctx.backend in backends.FUSED:
                     ctx.require(float(expected) == float(upstream), f"{label}: {float(expected):g} is remembered")
-            exact = cases.reference_grad(fresh, grad_output=upstream.double(), **OPTIONS)
-            ctx.compare(fresh, out, grad, exact, cases.run_reference(fresh, **OPTIONS), f"replay on inputs {seed}")
+            exact = testing.reference_grad(fresh, grad_output=upstream.double(), **OPTIONS)
+            ctx.compare(fresh, out, grad, exact, testing.run_reference(fresh, **OPTIONS), f"replay on inputs {seed}")
 
 
 @check("two streams", "device", "another stream", needs_gpu=True)
 def check_streams(ctx: Context) -> None:
     """Two batches in two streams at once, each behind a delay of its own: the bits of one after the other."""
     batches = [ctx.batch((16, 4, 128, 128), BF16, seed=1), ctx.batch((6, 5, 1999), F32, seed=2)]
-    alone = [cases.run(batch, ctx.backend, **OPTIONS) for batch in batches]
+    alone = [testing.run(batch, ctx.backend, **OPTIONS) for batch in batches]
     for batch, (out, grad) in zip(batches, alone, strict=True):
-        exact, truth = cases.reference_grad(batch, **OPTIONS), cases.run_reference(batch, **OPTIONS)
+        exact, truth = testing.reference_grad(batch, **OPTIONS), testing.run_reference(batch, **OPTIONS)
         ctx.compare(batch, out, grad, exact, truth, "default stream")
     streams = [torch.cuda.Stream() for _ in batches]
     torch.cuda.synchronize()

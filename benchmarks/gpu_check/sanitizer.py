@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_check.child_processes import ROOT, CheckOptions, Row, command, environment, no_more
-from benchmarks.gpu_check.context import BF16, F16, F32, F64, Context, cases, check
-from sipo_kernels import METRICS, PairLossOutput
+from benchmarks.gpu_check.context import BF16, F16, F32, F64, Context, check
+from sipo_kernels import METRICS, PairLossOutput, testing
 from sipo_kernels.output import RESULTS
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
@@ -48,15 +48,15 @@ def small_cases(ctx: Context) -> None:
         model = made.model_pred.detach().to(ctx.device).requires_grad_()
         ref, target, scale = (t.to(ctx.device) for t in (made.ref_pred, made.target, made.ratio_scale))
         weight = None if made.error_weight is None else made.error_weight.to(ctx.device)
-        batch = cases.Batch(model, ref, target, scale, weight)
+        batch = testing.Batch(model, ref, target, scale, weight)
         on_cpu = torch.full((shape[0] // 2,) if settings.get("reduction") == "none" else (), 0.5)
         upstream = on_cpu.to(ctx.device, F64 if F64 in dtypes else F32)
-        exact = cases.reference_grad(made, grad_output=on_cpu.double(), **settings)
-        truth = cases.run_reference(made, **settings)
+        exact = testing.reference_grad(made, grad_output=on_cpu.double(), **settings)
+        truth = testing.run_reference(made, **settings)
         sums = ctx.totals(torch.arange(shape[0] // 2) * 300 % 1000)
         assert sums.metrics is not None and sums.levels is not None
         for expected in (1.0, 0.5):  # made again in the backward pass, and not
-            out, grad = cases.run(
+            out, grad = testing.run(
                 batch, ctx.backend, upstream=upstream, expected_upstream=expected, totals=sums, **settings
             )
             there = PairLossOutput(**{name: getattr(out, name).detach().cpu() for name in RESULTS})

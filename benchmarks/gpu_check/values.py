@@ -18,13 +18,12 @@ from benchmarks.gpu_check.context import (
     F64,
     CheckFailed,
     Context,
-    cases,
     check,
     describe,
     largest,
     poisoned,
 )
-from sipo_kernels import METHODS, Totals, pair_loss
+from sipo_kernels import METHODS, Totals, pair_loss, testing
 from sipo_kernels.layout import SMALL_SAMPLE
 from sipo_kernels.output import add_totals
 
@@ -88,12 +87,14 @@ def check_methods(ctx: Context) -> None:
         ctx.hold(batch if turn % 3 else batch._replace(error_weight=None), upstream=upstream, **options)
         if nonfinite == "skip" and (reduction == "mean" or not ctx.quick):
             out, grad = ctx.run(broken, upstream=upstream, beta=3.0, **options)
-            truth = cases.run_reference(broken, beta=3.0, **options)
-            ctx.gradient(grad, cases.reference_grad(broken, beta=3.0, **options), f"skip {describe(options)}: gradient")
+            truth = testing.run_reference(broken, beta=3.0, **options)
+            ctx.gradient(
+                grad, testing.reference_grad(broken, beta=3.0, **options), f"skip {describe(options)}: gradient"
+            )
             ctx.require(torch.equal(out.mask, truth.mask), f"skip {describe(options)}: mask")
             ctx.require(torch.allclose(out.loss.double(), truth.loss, rtol=1e-5), f"skip {describe(options)}: loss")
     try:
-        cases.run(broken, ctx.backend, method="sipo", beta=3.0, nonfinite="raise")
+        testing.run(broken, ctx.backend, method="sipo", beta=3.0, nonfinite="raise")
     except FloatingPointError as error_text:
         ctx.require("[1] of 3" in str(error_text), f"nonfinite='raise' names the pair: {error_text}")
     else:
@@ -108,7 +109,7 @@ def check_inputs(ctx: Context) -> None:
         ctx.hold(ctx.batch((6, 3, 37), dtype, weighted=True), "error_weight")
         ctx.hold(ctx.batch((6, 8, 64), dtype, shared_target=True, weighted=True), "shared and weighted")
         far = ctx.batch((6, 3, 37), dtype, distance=1.0)
-        errors = cases.run_reference(far, method="sipo", beta=1.0).ref_error
+        errors = testing.run_reference(far, method="sipo", beta=1.0).ref_error
         given: Any = far._replace(ref_pred=None)  # type: ignore[arg-type]
         ctx.hold(given, "ref_error", logit=5.0, ref_error=errors)
         ctx.hold(given, "ref_error in float32", logit=5.0, ref_error=errors.float(), method="dpo_cm")
@@ -144,7 +145,7 @@ def check_totals(ctx: Context) -> None:
                     batch.model_pred[4, 0, 0] = math.nan
             out, _ = ctx.run(batch, upstream=upstream, totals=got, **options)
             label = f"{describe(options)}{', a pair with NaN' * broken}"
-            truth = cases.run_reference(batch, **options).metrics()
+            truth = testing.run_reference(batch, **options).metrics()
             fields = dataclasses.replace(out, numbers=None)
             for name, value in out.metrics().items():
                 near = torch.isclose(value, fields.metrics()[name], rtol=2e-6, atol=1e-7, equal_nan=True)
@@ -194,8 +195,8 @@ def check_scales(ctx: Context) -> None:
     far = ctx.batch((4, 31), F64, distance=1.0)
     for beta in (1e4, 1e7):
         out, grad = ctx.run(far, method="diffusion_dpo", beta=beta)
-        truth = cases.run_reference(far, method="diffusion_dpo", beta=beta)
-        exact = cases.reference_grad(far, method="diffusion_dpo", beta=beta)
+        truth = testing.run_reference(far, method="diffusion_dpo", beta=beta)
+        exact = testing.reference_grad(far, method="diffusion_dpo", beta=beta)
         ctx.within(largest((out.loss - truth.loss).abs() / truth.loss), 1e-10, f"loss at beta={beta:g}")
         ctx.within((grad - exact).norm() / exact.norm(), 1e-10, f"gradient at beta={beta:g}")
 
@@ -203,10 +204,10 @@ def check_scales(ctx: Context) -> None:
 @check("golden", "sizes", "scaled gradient", "shifted logits")
 def check_golden(ctx: Context) -> None:
     """Independent float64 values of ``tests/golden``, to 1e-11."""
-    for case in cases.golden_cases(ROOT / "tests" / "golden"):
+    for case in testing.golden_cases(ROOT / "tests" / "golden"):
         model = case.model_pred.to(ctx.device).requires_grad_()
         tensors = (t.to(ctx.device) for t in (case.ref_pred, case.target, case.ratio_scale))
-        out, grad = ctx.run(cases.Batch(model, *tensors), **case.options)
+        out, grad = ctx.run(testing.Batch(model, *tensors), **case.options)
         for name in ("model_error", "ref_error", "error_gap", "log_ratio", "weight", "logits", "loss"):
             close = torch.isclose(getattr(out, name).cpu(), case.expected[name], rtol=1e-11, atol=1e-14)
             ctx.require(close.all(), f"{case.name}: {name}")

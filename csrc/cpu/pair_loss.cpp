@@ -285,8 +285,8 @@ SIPO_API int sipo_pair_loss(const CpuArgs* args) {
   const int64_t group = a.grad ? std::max<int64_t>(1, most * cache_bytes() / pair_bytes) : a.pairs;
 
   const std::unique_ptr<Sums[]> partial(new Sums[2 * a.pairs * chunks]);  // not zeroed: each is written before it is read
-  const bool preserving = a.settings.safeguard >= 0;
-  const std::unique_ptr<double[]> inner(preserving ? new double[a.pairs * chunks] : nullptr);
+  const bool safeguarded = a.settings.safeguard >= 0;
+  const std::unique_ptr<double[]> inner(safeguarded ? new double[a.pairs * chunks] : nullptr);
   Report report(a);  // of thread 0
   Barrier barrier;
   parallel(most, a.own_threads, [&](int thread, int threads) {
@@ -297,7 +297,7 @@ SIPO_API int sipo_pair_loss(const CpuArgs* args) {
       for (int64_t u = begin; u < end; ++u) {
         g.locate(u, a.pairs, &pair, &s, &chunk);
         reduce_unit(a, k, pair, s, chunk, partial[s * chunks + chunk]);
-        if (preserving && s != pair) inner[pair * chunks + chunk] = inner_unit(a, k, pair, chunk);
+        if (safeguarded && s != pair) inner[pair * chunks + chunk] = inner_unit(a, k, pair, chunk);
       }
       barrier.wait(threads);
       // Each thread does the arithmetic of the pairs it needs: cheaper than a second meeting. Thread 0 does all of
@@ -309,7 +309,7 @@ SIPO_API int sipo_pair_loss(const CpuArgs* args) {
         half[1] = read_sample(a, partial.get(), i + a.pairs, chunks);
         known = i;
         double product = 0;  // mean_D(d_w · d_l)
-        for (int64_t c = 0; preserving && c < chunks; ++c) product += inner[i * chunks + c] / double(a.elements);
+        for (int64_t c = 0; safeguarded && c < chunks; ++c) product += inner[i * chunks + c] / double(a.elements);
         return pair_math(half[0], half[1], a.settings, double(a.elements), a.ratio_scale != nullptr, product);
       };
       if (a.grad) {

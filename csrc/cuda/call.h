@@ -50,7 +50,7 @@ struct CudaArgs {
 
 namespace {
 
-// Sums of a pair: three for each sample, and the inner product where the chosen sample is preserved (§6, relatives).
+// Sums of a pair: three for each sample, and the inner product that the safeguard needs (§6, relatives).
 constexpr int kSums = 7;
 
 struct PairReport {  // §8 of one pair
@@ -83,15 +83,15 @@ struct Workspace {
 
 // What pair_kernel is given: a call, and what the host works out because the kernel has no registers to spare.
 struct Params : CudaArgs {
-  bool preserving;
+  bool safeguarded;
   int32_t sums, groups;  // sums of a pair
   double size;           // elements
   Workspace work;
 
   explicit Params(const CudaArgs& a)
       : CudaArgs(a),
-        preserving(a.settings.safeguard >= 0),
-        sums(preserving ? kSums : kSums - 1),
+        safeguarded(a.settings.safeguard >= 0),
+        sums(safeguarded ? kSums : kSums - 1),
         groups(int32_t((a.pairs + a.group - 1) / a.group)),
         size(double(a.elements)),
         work(a, sums, groups) {}

@@ -132,7 +132,7 @@ template <class Reader, class Acc> struct Block {
           terms[3 * half + 2] += (model - reference) * (d[half] + d_ref);
         }
       }
-      if (a.preserving) terms[6] += d[0] * d[1];  // §6, relatives
+      if (a.safeguarded) terms[6] += d[0] * d[1];  // §6, relatives
     }
   }
 

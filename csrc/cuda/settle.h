@@ -77,7 +77,7 @@ struct Settling {
     const Settings s = settings();
     const double n = device::opaque(a.size);
     double share = 1;  // of the rejected sample's gradient (§6, relatives)
-    if (a.preserving) share = rejected_share(chosen, rejected, s, device::load_shared_result(sums_of(i) + 6) / n);
+    if (a.safeguarded) share = rejected_share(chosen, rejected, s, device::load_shared_result(sums_of(i) + 6) / n);
     const Pair p = judge(chosen, rejected, s, n, share);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

@@ -58,8 +58,8 @@ def forward(
     plan = triton_plan.plan(pairs, elements, block, triton_plan.kept_bytes(model, goal), triton_plan.device_of(model))
     stats = empty_stats(inputs, settings, with_grad)
     filled = dense_like(model, stats.grad) if with_grad else stats.grad
-    preserving = settings.safeguard is not None
-    sums = 3 * samples + (pairs if preserving else 0)
+    safeguarded = settings.safeguard is not None
+    sums = 3 * samples + (pairs if safeguarded else 0)
     partial = torch.empty(sums * plan.parts, dtype=acc, device=device)
     records = torch.empty(RECORD * pairs, dtype=torch.float64, device=device)
     tickets = torch.zeros(2 + pairs, dtype=torch.int32, device=device)
@@ -109,13 +109,13 @@ def forward(
             settings.smoothing,
             math.log1p(-settings.smoothing),
             math.log(settings.smoothing) if settings.smoothing > 0 else -math.inf,
-            settings.safeguard if preserving else 0.0,
+            settings.safeguard if safeguarded else 0.0,
             top,
             0.0 if isinstance(expected, Tensor) else float(expected),
             METHOD=METHODS.index(settings.method),
             LOSS_TYPE=LOSS_TYPES.index(settings.loss_type),
             SMOOTHED=settings.smoothing > 0,
-            PRESERVING=preserving,
+            SAFEGUARDED=safeguarded,
             MASKS=settings.masks,
             POSTERIOR=settings.ratio == "posterior",
             SKIP=settings.skip_nonfinite,

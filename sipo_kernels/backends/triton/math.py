@@ -238,7 +238,7 @@ def finish_pair(
     METHOD: tl.constexpr,
     LOSS_TYPE: tl.constexpr,
     SMOOTHED: tl.constexpr,
-    PRESERVING: tl.constexpr,
+    SAFEGUARDED: tl.constexpr,
     MASKS: tl.constexpr,
     POSTERIOR: tl.constexpr,
     SKIP: tl.constexpr,
@@ -300,7 +300,7 @@ def finish_pair(
 
     # §6
     g = b * pull * (0.5 * beta * loss_scale) * (2.0 / n)
-    if PRESERVING:
+    if SAFEGUARDED:
         g *= _rejected_share(partial, a, error, safeguard, pair, pairs, parts, n, PARTS)
     coef = tl.where(active, sign * g * a, 0.0)
 

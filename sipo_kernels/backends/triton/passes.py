@@ -66,7 +66,7 @@ def pair_forward(
     ref_error,
     expected,  # [] float64, where EXPECTED_ON_DEVICE
     timesteps,  # [B] or longer, where LEVELS
-    partial,  # [S, parts, 3], and with PRESERVING then [B, parts]
+    partial,  # [S, parts, 3], and with SAFEGUARDED then [B, parts]
     records,  # [RECORD, B] float64: see batch_report.py
     tickets,  # [2 + B] int32, zero: steps handed out; pairs done; of each pair, items reduced, plus 1 when it is done
     loss,  # [] or [B]
@@ -102,7 +102,7 @@ def pair_forward(
     METHOD: tl.constexpr,
     LOSS_TYPE: tl.constexpr,
     SMOOTHED: tl.constexpr,
-    PRESERVING: tl.constexpr,
+    SAFEGUARDED: tl.constexpr,
     MASKS: tl.constexpr,
     POSTERIOR: tl.constexpr,
     SKIP: tl.constexpr,
@@ -150,7 +150,7 @@ def pair_forward(
             tl.store(sums, e)
             tl.store(sums + 1, f)
             tl.store(sums + 2, g)
-            if PRESERVING:  # noqa: SIM102 (known when compiling; the next one is not)
+            if SAFEGUARDED:  # noqa: SIM102 (known when compiling; the next one is not)
                 if item % 2 == 1:
                     m_chosen, t_chosen = row(model, pair, model_stride), row(target, pair, target_stride)
                     product = inner_part(m_chosen, t_chosen, m_row, t_row, start, tiles, elements, ACC, BLOCK, FOLD)
@@ -182,7 +182,7 @@ def pair_forward(
                     METHOD,
                     LOSS_TYPE,
                     SMOOTHED,
-                    PRESERVING,
+                    SAFEGUARDED,
                     MASKS,
                     POSTERIOR,
                     SKIP,
