@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 from benchmarks.step_network import PLAIN, make_network
 from sipo import NoiseSchedule
-from sipo.batch import level_argument
+from sipo.batch import PairBatch, noisy_pairs
 
 if TYPE_CHECKING:  # accelerate comes with it
     from sipo.protocols import Predict
@@ -134,6 +135,7 @@ def _cached(case: TrainingCase, device: str, folder: Path) -> Setup:
     from sipo import families
     from sipo.cache.finished import open_cache
     from sipo.cache.pairs import CachedPairs, DrawnPairs
+    from sipo.cache.index import pairs_fingerprint
     from sipo.cache.precompute import precompute_pairs
     from sipo.cache.precompute_errors import precompute_reference_errors
     from sipo.data.config import DataConfig
@@ -158,7 +160,7 @@ def _cached(case: TrainingCase, device: str, folder: Path) -> Setup:
         lambda: family.load_encoders(model),
         data.cache,
         settings=data,
-        model=ModelConfig(family=case.family, pretrained_model_name_or_path=str(model)),
+        fingerprint=pairs_fingerprint(ModelConfig(family=case.family, pretrained_model_name_or_path=str(model)), data),
         progress=None,
     )
     cache, schedule = open_cache(data.cache), family.load_schedule(model, INFERENCE_STEPS)
@@ -188,7 +190,7 @@ def _in_memory(case: TrainingCase, device: str) -> Setup:
     from sipo import families  # needs torch alone until something is loaded
 
     family = families.get(case.family)
-    if family.flow_timesteps is None:
+    if family.schedule_kind == "discrete":
         schedule = NoiseSchedule.discrete(num_inference_steps=INFERENCE_STEPS)
     else:
         schedule = NoiseSchedule.flow(shift=3.0, num_inference_steps=INFERENCE_STEPS)
@@ -208,8 +210,7 @@ def _in_memory(case: TrainingCase, device: str) -> Setup:
         chosen, rejected, noise = torch.randn(3, *case.sample)
         condition = {"prompt_embeds": torch.randn(case.text)}
         pairs.append({"chosen": chosen, "rejected": rejected, "condition": condition})
-        timestep = schedule.sample_timesteps(1)[0]
-        drawn.append({**pairs[-1], "noise": noise, "timestep": timestep})
+        drawn.append({**pairs[-1], "noise": noise, "level": schedule.sample_levels(1)[0]})
         error = _reference_error(drawn[-1], reference, predict, schedule, device, case.precision)
         with_errors.append({**drawn[-1], "ref_error": error})
     return Setup(case, name, base, predict, schedule, pairs, drawn, with_errors, targets)
@@ -220,15 +221,10 @@ def _reference_error(
     item: Any, network: nn.Module, predict: Predict, schedule: NoiseSchedule, device: str, precision: str
 ) -> Tensor:
     """``[2]`` float64 on the CPU: chosen sample's and rejected sample's mean squared error at the item's draw."""
-    samples = torch.stack([item["chosen"], item["rejected"]]).to(device)
-    noise = item["noise"].to(device).expand_as(samples)
-    timesteps = item["timestep"].to(device).repeat(2)
-    argument = level_argument(schedule, timesteps)
-    text = {name: tensor.to(device).expand(2, *tensor.shape) for name, tensor in item["condition"].items()}
+    pairs = noisy_pairs(PairBatch.of_items(default_collate([item])).to(torch.device(device)), schedule)
     with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
-        prediction = predict(network, schedule.add_noise(samples, noise, **argument), timesteps, text)
-    target = schedule.target(samples, noise, **argument)
-    return (prediction.double() - target.double()).square().flatten(1).mean(1).cpu()
+        prediction = predict(network, pairs.samples, pairs.timesteps, pairs.condition)
+    return (prediction.double() - pairs.target.double()).square().flatten(1).mean(1).cpu()
 
 
 def _plain(case: TrainingCase, device: str) -> nn.Module:

@@ -69,8 +69,12 @@ def everywhere(accelerator: Any, work: Callable[[], _T]) -> _T:
 
 def on_main(accelerator: Any, work: Callable[[], object]) -> None:
     """Runs ``work`` in the main process alone; the others wait for it. Errors as for :func:`from_all`."""
-    main = accelerator is None or accelerator.is_main_process
-    from_all(accelerator, lambda: work() and None if main else None)
+
+    def alone() -> None:
+        if accelerator is None or accelerator.is_main_process:
+            work()
+
+    from_all(accelerator, alone)
 
 
 def from_main(accelerator: Any, work: Callable[[], _T]) -> _T:

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from sipo.cache.precompute import precompute_pairs
-from sipo.cache.summary import CacheSummary
+from sipo.cache.index import pairs_fingerprint
+from sipo.cache.precompute import CacheSummary, precompute_pairs
 from sipo.data.config import DataConfig
 from sipo.data.records import PairRecord
 from sipo.families.base import Family
@@ -156,15 +156,15 @@ def build(
     """Runs :func:`precompute_pairs`; some of the changes are its own arguments."""
     names = ("check_hashes", "verify", "refuse_changes", "on_cost")
     own = {name: changes.pop(name) for name in names if name in changes}
-    pipeline = pipeline or Pipeline()
+    pipeline, encoded = pipeline or Pipeline(), settings(**changes)
     return precompute_pairs(
         Records.make() if reader is None else reader,
         SmallFamily(),
         lambda: pipeline,
         folder,
         **own,
-        settings=settings(**changes),
-        model=MODEL,
+        settings=encoded,
+        fingerprint=pairs_fingerprint(MODEL, encoded),
         accelerator=accelerator,
         progress=False,
     )

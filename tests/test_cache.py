@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from sipo.cache.fingerprint import fingerprint
 from sipo.cache.finished import open_cache
 from sipo.cache.format import (
     INDEX,
@@ -18,10 +17,13 @@ from sipo.cache.format import (
     DamagedError,
     ShardFolder,
     ShardReader,
+    pad,
     read_json,
+    text_key,
+    trim,
     write_json,
 )
-from sipo.cache.text import pad, text_key, trim
+from sipo.cache.index import pairs_fingerprint
 from tests.small_family import MODEL, Pipeline, Records, SmallFamily, build, files, settings
 
 
@@ -112,12 +114,12 @@ def test_a_header_that_is_damaged_is_an_error_of_the_cache(tmp_path: Path) -> No
 
 def test_another_fingerprint_is_an_error_with_both_values(tmp_path: Path) -> None:
     build(tmp_path)
-    assert len(open_cache(tmp_path, fingerprint(MODEL, settings()))) == 12
-    wanted = fingerprint(MODEL, settings(center_crop=False, seed=6))
+    assert len(open_cache(tmp_path, pairs_fingerprint(MODEL, settings()))) == 12
+    wanted = pairs_fingerprint(MODEL, settings(center_crop=False, seed=6))
     with pytest.raises(CacheError, match=r"made with data\.center_crop=true, expected this run's false"):
         open_cache(tmp_path, wanted)
     with pytest.raises(CacheError, match=r"made with data\.seed=5, expected this run's null"):
-        open_cache(tmp_path, {k: v for k, v in fingerprint(MODEL, settings()).items() if k != "data.seed"})
+        open_cache(tmp_path, {k: v for k, v in pairs_fingerprint(MODEL, settings()).items() if k != "data.seed"})
 
 
 def test_a_folder_without_a_finished_cache(tmp_path: Path) -> None:

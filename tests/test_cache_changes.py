@@ -1,4 +1,4 @@
-"""A cache and its pairs and weights: what has changed is encoded anew or refused, never used as it was."""
+"""A cache and its pairs and weights: what has changed is encoded again or refused, never used as it was."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import torch
 from sipo.cache import changes
 from sipo.cache.finished import open_cache
 from sipo.cache.format import INDEX, CacheError, DamagedError, write_json
-from sipo.cache.precompute import precompute_pairs
-from sipo.cache.summary import CacheSummary
+from sipo.cache.index import pairs_fingerprint
+from sipo.cache.precompute import CacheSummary, precompute_pairs
 from sipo.data.load import BadPairError
 from sipo.data.media import write_image
 from sipo.data.readers import JsonlReader, PickapicReader
@@ -115,7 +115,7 @@ ROWS: list[tuple[Change, list[str], str]] = [
 
 
 @pytest.mark.parametrize(("change", "wanted", "said"), ROWS)
-def test_rows_that_have_changed_are_encoded_anew_and_no_others(
+def test_rows_that_have_changed_are_encoded_again_and_no_others(
     data: Path, change: Change, wanted: list[str], said: str
 ) -> None:
     before, lines = written_at(data.parent.parent / "cache"), read(data)
@@ -124,7 +124,7 @@ def test_rows_that_have_changed_are_encoded_anew_and_no_others(
     summary = encode(data)
     assert summary.changes[0] == said and said in summary.news()[0]
     assert f"{summary.written} of {(len(lines) + 1) // 2} shards of latents and" in summary.news()[0]
-    assert f"and {sum(name[0] == 't' for name in wanted)} of text encoded anew" in summary.news()[0]
+    assert f"and {sum(name[0] == 't' for name in wanted)} of text encoded again" in summary.news()[0]
     assert changed(before, data.parent.parent / "cache") == wanted
     assert_as_new(data)
     before, pipeline = written_at(data.parent.parent / "cache"), Pipeline()
@@ -196,7 +196,7 @@ def shorten(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [swap_files, overwrite, shorten])
-def test_files_that_have_changed_are_encoded_anew(data: Path, change: Callable[[Path], None]) -> None:
+def test_files_that_have_changed_are_encoded_again(data: Path, change: Callable[[Path], None]) -> None:
     before = written_at(data.parent.parent / "cache")
     change(data.parent)
     with pytest.raises(CacheError, match=r"row 5: a/4\.bmp has other content"):
@@ -371,11 +371,11 @@ def test_pairs_that_cannot_be_encoded_again_are_not_thrown_away(data: Path) -> N
     for row in (2, 3):
         for side in "ab":
             (data.parent / side / f"{row}.bmp").unlink()
-    with pytest.raises(CacheError, match=r"^the pairs: none of the images or clips of rows 3 to 4 is there, expected"):
+    with pytest.raises(CacheError, match=r"^the pairs: none of the images or clips of rows 3 to 4 exists, expected"):
         encode(data, verify=True)
     swap(lines)
     write(data, lines)
-    message = "^the pairs: row 4: chosen is b/3.bmp, was a/3.bmp, since .* rows 3 to 4 is there to be encoded anew: exp"
+    message = "^the pairs: row 4: chosen is b/3.bmp, was a/3.bmp, since .* rows 3 to 4 exists any more: exp"
     for skip_bad in (False, True):
         with pytest.raises(CacheError, match=message):
             encode(data, skip_bad=skip_bad)
@@ -387,7 +387,7 @@ def test_pairs_that_cannot_be_encoded_again_are_not_thrown_away(data: Path) -> N
     assert not changed(before, cache) and (cache / INDEX).read_bytes() == kept
 
 
-def test_why_a_shard_is_encoded_anew_comes_before_what_it_lacks(data: Path) -> None:
+def test_why_a_shard_is_encoded_again_comes_before_what_it_lacks(data: Path) -> None:
     (data.parent / "a" / "2.bmp").unlink()
     lines = read(data)
     swap(lines)
@@ -397,7 +397,7 @@ def test_why_a_shard_is_encoded_anew_comes_before_what_it_lacks(data: Path) -> N
         encode(data)
 
 
-def test_a_run_whose_cache_another_run_encodes_anew_is_told(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_whose_cache_another_run_encodes_again_is_told(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sipo.cache.format._OPEN_SHARDS", 1)
     cache = open_cache(data.parent.parent / "cache")
     cache.pair(0)
@@ -408,7 +408,7 @@ def test_a_run_whose_cache_another_run_encodes_anew_is_told(data: Path, monkeypa
     write(data, lines)
     encode(data)
     for pair in (2, 0):
-        with pytest.raises(CacheError, match="encoded anew by another run since this one opened the cache"):
+        with pytest.raises(CacheError, match="encoded again by another run since this one opened the cache"):
             cache.pair(pair)
     path = data.parent.parent / "cache" / "latents-00002.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\x77")
@@ -416,7 +416,7 @@ def test_a_run_whose_cache_another_run_encodes_anew_is_told(data: Path, monkeypa
         open_cache(data.parent.parent / "cache").pair(4)
 
 
-def test_a_json_file_whose_content_is_damaged_is_written_anew(data: Path) -> None:
+def test_a_json_file_whose_content_is_damaged_is_written_again(data: Path) -> None:
     """Each of its values in turn: what is valid JSON and wrong is damage all the same."""
     cache = data.parent.parent / "cache"
     for path in sorted(cache.glob("*.json")):
@@ -455,7 +455,7 @@ def test_a_data_set_that_has_moved_is_taken_if_it_is_the_same(data: Path) -> Non
     assert encode(moved, dataset_name="elsewhere").written == 1
 
 
-def test_a_process_that_is_killed_while_it_encodes_anew_leaves_no_finished_cache(data: Path) -> None:
+def test_a_process_that_is_killed_while_it_encodes_again_leaves_no_finished_cache(data: Path) -> None:
     lines = read(data)
     swap(lines)
     lines[5]["chosen"], lines[5]["rejected"] = lines[5]["rejected"], lines[5]["chosen"]
@@ -544,7 +544,7 @@ def test_a_source_that_cannot_be_reached_is_told_before_encoders_are_loaded(
             lambda: loaded.append(1),
             tmp_path / "cache",
             settings=settings(),
-            model=MODEL,
+            fingerprint=pairs_fingerprint(MODEL, settings()),
             progress=False,
         )
     assert loaded == []
@@ -573,7 +573,7 @@ def test_a_hub_s_data_set_is_known_by_the_hashes_of_its_files(monkeypatch: pytes
 
 
 def test_a_higher_limit_of_pixels_lets_pairs_in(tmp_path: Path) -> None:
-    """The shard in which a pair was left out is encoded anew, and no other."""
+    """The shard in which a pair was left out is encoded again, and no other."""
     data = make_pairs(tmp_path / "data")
     for side in "ab":
         write_image(data.parent / side / "3.bmp", noise(ord(side), 3, 64, 64))

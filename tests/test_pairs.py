@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, default_collate
 
 import sipo.recipe.prepare_data
 from sipo import NoiseSchedule, SIPOLoss
-from sipo.batch import PairBatch, level_argument
+from sipo.batch import PairBatch, level_argument, network_timesteps
 from sipo.cache.finished import open_cache
 from sipo.cache.format import CacheError, DamagedError
 from sipo.cache.pairs import CachedPairs, DrawnPairs, split
@@ -123,7 +123,7 @@ def test_workers_give_the_same_items(tmp_path: Path, method: str) -> None:
     for one, other in zip(alone, batches(num_workers=2, multiprocessing_context=method), strict=True):
         assert same(one, other)
     assert alone[0]["chosen"].dtype == torch.bfloat16 and alone[0]["noise"].dtype == torch.float32
-    assert alone[0]["timestep"].shape == (5,)
+    assert alone[0]["level"].shape == (5,)
 
 
 # ---- Draws ----
@@ -150,10 +150,10 @@ def test_draws_depend_on_seed_row_and_number_alone(tmp_path: Path) -> None:
 def test_timesteps_are_the_schedules(tmp_path: Path) -> None:
     cached = pairs_in(tmp_path)
     drawn = DrawnPairs(cached, 40, DISCRETE, 0)
-    levels = torch.stack([drawn[i]["timestep"] for i in range(len(drawn))])
+    levels = torch.stack([drawn[i]["level"] for i in range(len(drawn))])
     assert levels.dtype == torch.int64 and levels.min() >= 0 and levels.max() < 1000
     assert abs(levels.double().mean().item() - 499.5) < 40
-    sigmas = [DrawnPairs(cached, 1, FLOW, 0, d)[0]["timestep"] for d in ("uniform", "shifted")]
+    sigmas = [DrawnPairs(cached, 1, FLOW, 0, d)[0]["level"] for d in ("uniform", "shifted")]
     assert sigmas[1].item() == pytest.approx(3 * sigmas[0].item() / (1 + 2 * sigmas[0].item()))
     with pytest.raises(ValueError, match="distribution"):
         DrawnPairs(cached, 1, DISCRETE, 0, "shifted")[0]
@@ -239,15 +239,15 @@ def reference_errors(cached: CachedPairs, schedule: NoiseSchedule = DISCRETE, **
 
 
 def forward(batch: dict[str, Any], schedule: NoiseSchedule, network: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-    """Prediction, target and timesteps of stacked pairs, as a training loop makes them."""
+    """Prediction, target and noise levels of stacked pairs, as a training loop makes them."""
     samples = torch.cat([batch["chosen"], batch["rejected"]])
-    noise, timesteps = (torch.cat([batch[name], batch[name]]) for name in ("noise", "timestep"))
+    noise, levels = (torch.cat([batch[name], batch[name]]) for name in ("noise", "level"))
     own = batch["own_condition"]["time_ids"]
     condition = {name: torch.cat([t, t]) for name, t in batch["condition"].items()}
     condition["time_ids"] = torch.cat([own[:, 0], own[:, 1]])
-    noisy = schedule.add_noise(samples, noise, **level_argument(schedule, timesteps))
-    prediction = SmallFamily().predict(network, noisy, timesteps, condition)
-    return prediction, schedule.target(samples, noise, **level_argument(schedule, timesteps)), timesteps
+    noisy = schedule.add_noise(samples, noise, **level_argument(schedule, levels))
+    prediction = SmallFamily().predict(network, noisy, network_timesteps(schedule, levels), condition)
+    return prediction, schedule.target(samples, noise, **level_argument(schedule, levels)), levels
 
 
 @pytest.fixture
@@ -476,11 +476,11 @@ def test_errors_of_latents_that_have_changed_are_not_used(tmp_path: Path) -> Non
     reader = Records.make()
     reader.records[5] = replace(reader.records[5], chosen=reader.records[3].chosen)
     build(tmp_path, reader)
-    assert_stale_and_computed_anew(tmp_path, r"errors-00001\.safetensors: computed from other pairs than those")
+    assert_stale_and_computed_again(tmp_path, r"errors-00001\.safetensors: computed from other pairs than those")
 
 
-def assert_stale_and_computed_anew(folder: Path, message: str) -> None:
-    """Errors of one shard are refused, and it alone is computed anew."""
+def assert_stale_and_computed_again(folder: Path, message: str) -> None:
+    """Errors of one shard are refused, and it alone is computed again."""
     changed = CachedPairs(open_cache(folder))
     with pytest.raises(DamagedError, match=message):
         open_reference_errors(changed.cache, DISCRETE, **arguments())
@@ -497,7 +497,7 @@ def test_errors_follow_the_prompt_where_no_file_of_tensors_has_changed(tmp_path:
     reader.records[2] = replace(reader.records[2], prompt=reader.records[3].prompt)  # of the same shard of text
     build(tmp_path, reader)
     assert {name: data for name, data in files(tmp_path).items() if name.endswith("safetensors")} == tensors
-    assert_stale_and_computed_anew(tmp_path, r"errors-00000\.safetensors: computed from other pairs")
+    assert_stale_and_computed_again(tmp_path, r"errors-00000\.safetensors: computed from other pairs")
 
 
 @pytest.mark.parametrize("rows", [8, 16])

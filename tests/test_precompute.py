@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 import torch
 
-from sipo.batch import level_argument
+from sipo.batch import level_argument, network_timesteps
 from sipo.cache.finished import open_cache
 from sipo.cache.format import CacheError
+from sipo.cache.index import pairs_fingerprint
 from sipo.data.load import BadPairError
 from sipo.data.records import PairRecord
 from sipo.families.vae import as_floats
@@ -150,7 +151,7 @@ def test_a_damaged_shard_is_rebuilt_and_no_other(tmp_path: Path, name: str, dama
     assert len(pipeline.prompts) == (1 if name.startswith("text") else 0)
 
 
-def test_a_damaged_index_is_written_anew_from_the_shards(tmp_path: Path) -> None:
+def test_a_damaged_index_is_written_again_from_the_shards(tmp_path: Path) -> None:
     build(tmp_path)
     whole = files(tmp_path)
     (tmp_path / "index.json").write_text("{")
@@ -302,7 +303,7 @@ def test_latents_that_are_not_finite_are_a_bad_pair(tmp_path: Path) -> None:
             lambda: pipeline,
             tmp_path,
             settings=wanted,
-            model=MODEL,
+            fingerprint=pairs_fingerprint(MODEL, wanted),
             progress=False,
         )
 
@@ -400,7 +401,7 @@ def test_real_families_from_files_to_reference_errors(tmp_path: Path, name: str)
         lambda: pipeline,
         tmp_path / "cache",
         settings=wanted,
-        model=model,
+        fingerprint=pairs_fingerprint(model, wanted),
         progress=False,
     )
     assert (summary.pairs, summary.skipped) == (5, {})
@@ -425,15 +426,14 @@ def test_real_families_from_files_to_reference_errors(tmp_path: Path, name: str)
     drawn = DrawnPairs(cached, 2, schedule, 3, "uniform", 0.5, references)
     errors = torch.stack([drawn[i]["ref_error"] for i in range(10)])
     assert errors.isfinite().all() and (errors > 0).all() and errors.unique().numel() == 20
-    # Drawn anew, one at a time and by hand.
+    # Drawn again, one at a time and by hand.
     item = drawn[7]
     condition = {key: tensor[None] for key, tensor in item["condition"].items()}
     condition |= {key: tensor[1:] for key, tensor in item.get("own_condition", {}).items()}
     sample, noise, level = item["rejected"][None], item["noise"][None], item["level"][None]
     with torch.no_grad():
-        prediction = family.predict(
-            network, schedule.add_noise(sample, noise, **level_argument(schedule, level)), level, condition
-        )
+        noisy = schedule.add_noise(sample, noise, **level_argument(schedule, level))
+        prediction = family.predict(network, noisy, network_timesteps(schedule, level), condition)
     error = (prediction - schedule.target(sample, noise, **level_argument(schedule, level))).double().square().mean()
     assert item["ref_error"][1].item() == pytest.approx(error.item(), rel=1e-5)
 
@@ -473,7 +473,10 @@ def encode_clips(folder: Path, records: list[PairRecord], **changes: Any) -> lis
     pipeline: Any = Pipeline()
     pipeline.given = []
     wanted = settings(frames=9, sizes=[(16, 24)], **changes)
-    precompute_pairs(Records(records), Clips(), lambda: pipeline, folder, settings=wanted, model=MODEL, progress=None)
+    marks = pairs_fingerprint(MODEL, wanted)
+    precompute_pairs(
+        Records(records), Clips(), lambda: pipeline, folder, settings=wanted, fingerprint=marks, progress=None
+    )
     given: list[torch.Tensor] = pipeline.given
     return given
 

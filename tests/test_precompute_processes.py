@@ -99,7 +99,7 @@ def test_processes_that_see_other_files_go_on_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lagging: int
 ) -> None:
     """On a network folder one of them may see a file's new times earlier than the others."""
-    from sipo.cache import precompute
+    from sipo.cache.existing import Existing
 
     @dataclass
     class Stated(Records):
@@ -108,9 +108,9 @@ def test_processes_that_see_other_files_go_on_together(
 
     build(tmp_path, Stated.make())
     before = files(tmp_path)
-    is_unchanged = precompute.is_unchanged
+    is_unchanged = Existing.is_unchanged
     me = threading.local()
-    monkeypatch.setattr(precompute, "is_unchanged", lambda *a: me.rank != lagging and is_unchanged(*a))
+    monkeypatch.setattr(Existing, "is_unchanged", lambda *a: me.rank != lagging and is_unchanged(*a))
 
     def run(accelerator: Accelerator) -> Any:
         me.rank = accelerator.process_index

@@ -77,7 +77,6 @@ def gathered(accelerator: FakeAccelerator, value: Any) -> list[Any]:
 @pytest.fixture(autouse=True)
 def threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "gathered", gathered)
-    monkeypatch.setattr(looks, "gathered", gathered)
     load, lock = RunContext.load_encoders, threading.Lock()  # transformers loads in one thread at a time
 
     def one_by_one(self: RunContext, *, text: bool = True) -> Any:
@@ -270,7 +269,7 @@ def test_a_process_that_is_gone_ends_the_others(tmp_path: Path, monkeypatch: pyt
     def gone(*_: Any) -> None:
         raise RuntimeError("[/a/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:431")
 
-    monkeypatch.setattr(looks, "gathered", gone)
+    monkeypatch.setattr(looks, "from_all", gone)
     with pytest.raises(RuntimeError, match="Connection closed by peer"):
         look(3, policy)
 

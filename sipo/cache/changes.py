@@ -16,8 +16,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sipo.data.records import row_name
-from sipo.data.rows import stamp
+from sipo.data.records import row_name, stamp
 from sipo.files import file_hash
 
 RowFacts = list[Any]

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from sipo.cache.decode import DecodedPair, PairDecoder, ahead, queue_length
 from sipo.cache.existing import Existing, stop
-from sipo.cache.format import LATENTS, TEXT, UNCONDITIONAL, shard_name
+from sipo.cache.format import LATENTS, TEXT, UNCONDITIONAL, shard_name, text_key, trim
 from sipo.cache.index import FILES_FACT, ROWS_FACT
 from sipo.cache.savings import Cost
 from sipo.cache.shard_sources import ShardSource, Tally, shard_sources
-from sipo.cache.text import text_key, trim
 from sipo.data.config import DataConfig
 from sipo.data.load import BadPairError
 from sipo.data.records import PairReader, PairRecord, row_name

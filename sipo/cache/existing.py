@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +12,14 @@ from sipo.cache.changes import (
     RowFacts,
     are_absent,
     compare_files,
+    files_digest,
     first_row_change,
     path_named,
     row_of,
+    stamps_of,
 )
-from sipo.cache.fingerprint import MAX_PAIRS, other_path
 from sipo.cache.format import (
+    FILES,
     LATENTS,
     TEXT,
     CacheError,
@@ -25,19 +27,21 @@ from sipo.cache.format import (
     Shard,
     ShardFolder,
     digest,
+    read_json,
     shard_name,
 )
-from sipo.cache.index import FILES_FACT, ROWS_FACT, indexed_shards
-from sipo.cache.shard_sources import ShardSource
+from sipo.cache.index import FILES_FACT, MAX_PAIRS, ROWS_FACT, PairsIndex, other_path, read_pairs_index
+from sipo.cache.shard_sources import ShardSource, prefix_of
 from sipo.data.config import DataConfig
 from sipo.data.load import BadPairError
-from sipo.data.records import row_name
+from sipo.data.records import PairReader, row_name
 
 
 class Existing:
-    """The shards that are there, compared with the records that they were made from.
+    """What a cache's folder holds, compared with the records that it was made from.
 
     Attributes:
+        index: of the cache, if it has one that can be read.
         finished: whether the cache was finished when it was opened.
         source: digest of what a shard's content depends on, apart from its pairs.
         changes: the first change in each shard that no longer agrees with the source.
@@ -48,42 +52,68 @@ class Existing:
     Args:
         folder: the cache's.
         settings: how pairs are encoded.
-        marks: the fingerprint.
-        index: of :func:`sipo.cache.index.read_known`.
+        fingerprint: what the content depends on.
         check_hashes, verify, refuse_changes: see :func:`sipo.cache.precompute.precompute_pairs`.
+
+    Raises:
+        CacheError: a cache of other settings, or of another format.
     """
 
     def __init__(
         self,
         folder: Path,
         settings: DataConfig,
-        marks: dict[str, Any],
-        index: dict[str, Any] | None,
+        fingerprint: dict[str, Any],
         *,
         check_hashes: bool,
         verify: bool,
         refuse_changes: bool,
     ) -> None:
-        self.folder = folder
         self.shards = ShardFolder(folder)
         self.settings = settings
-        self.marks = marks
+        self.fingerprint = fingerprint
         self.check_hashes = check_hashes
         self.verify = verify
         self.refuse_changes = refuse_changes
-        self.source = digest({key: value for key, value in marks.items() if key != MAX_PAIRS})
-        self.path = settings.dataset_name if index is None else index["path"]  # of the pairs that are there
-        self.finished = index is not None and index["complete"]
-        self.known = (
-            {shard.name: shard for shard in indexed_shards(index)} if index is not None and self.finished else {}
-        )
+        self.source = digest({key: value for key, value in fingerprint.items() if key != MAX_PAIRS})
+        self.index: PairsIndex | None = None
+        with contextlib.suppress(DamagedError):  # the shards' own files say what there is
+            self.index = read_pairs_index(folder, fingerprint)
+        self.finished = self.index is not None and self.index.complete
+        self.path = settings.dataset_name if self.index is None else self.index.path  # of the pairs that are encoded
+        self.known = {} if self.index is None else {shard.name: shard for shard in self.index.shards}
         self.changes: list[str] = []
         self.absent = 0
         self.begun = self.stale = not self.finished
 
+    def is_unchanged(self, reader: PairReader, state: Any) -> bool:
+        """Whether a finished cache agrees with its source as far as the source's state and files' stamps tell.
+
+        Raises:
+            BadPairError: it has left out pairs, which ``data.skip_bad=false`` no longer allows.
+        """
+        index = self.index
+        if index is None or not self.finished or self.check_hashes or self.verify or state is None:
+            return False
+        if index.state != state or index.path != self.settings.dataset_name:
+            return False
+        if any(self._is_limit_raised(shard) for shard in index.latents):
+            return False
+        files = read_files(self.shards.path)
+        if files is None:
+            return False
+        prefix = prefix_of(reader)
+        with ThreadPoolExecutor(8, "stat") as pool:
+            stamps = stamps_of([path_named(name, prefix) for name in files["names"]], pool)
+            if files_digest(stamps) != files["digest"]:
+                return False
+        for shard in index.latents:
+            self._stop_at_skipped(shard)
+        return True
+
     def begin(self) -> None:
         """Marks the cache as unfinished, before any of its content changes."""
-        self.shards.write_index(self.marks, {"path": self.path}, complete=False)
+        self.shards.write_index(self.fingerprint, {"path": self.path}, complete=False)
 
     def begin_change(self) -> None:
         """Marks a finished cache as unfinished while it changes, so that no run opens it meanwhile."""
@@ -114,7 +144,7 @@ class Existing:
         part.needs_text = facts.get("source") != self.source or facts.get("prompts") != part.new_keys
         name = shard_name(LATENTS, part.number)
         latents = self.there(name)
-        if latents is not None and is_limit_raised(latents.facts, self.settings):
+        if latents is not None and self._is_limit_raised(latents):
             part.change = f"{row_name(part.rows[0][0])} or one behind it: data.max_pixels allows for it now"
             self._changed(part.change)
             latents = None
@@ -126,7 +156,7 @@ class Existing:
         if same_source and not self.changes and not self._is_recut(facts["prompts"], part.new_keys):
             self._changed(f"{row_name(part.rows[0][0])} or one behind it: another prompt")  # of a pair that is left out
         if latents is not None and not part.needs_latents:
-            stop_at_skipped([latents.facts], self.settings)
+            self._stop_at_skipped(latents)
 
     def find_gone(self, parts: int) -> None:
         """Records a change if the source has become shorter.
@@ -159,11 +189,11 @@ class Existing:
             recut = self._is_recut(facts[ROWS_FACT], part.rows)
             if not recut:
                 self._changed(part.change)
-            if are_absent(facts[FILES_FACT], path_of, pool):  # encoded anew, every pair would be lost
+            if are_absent(facts[FILES_FACT], path_of, pool):  # encoded again, every pair would be lost
                 raise CacheError(
-                    f"{self.settings.dataset_name}: {part.change}, since {self.folder} was encoded, and none of the "
-                    f"images or clips of {_rows(facts[ROWS_FACT])} is there to be encoded anew: "
-                    "expected these files, or the row as it was"
+                    f"{self.settings.dataset_name}: {part.change}, since {self.shards.path} was encoded, and none of "
+                    f"the images or clips of {_rows(facts[ROWS_FACT])} exists any more: expected these files, or the "
+                    "row as it was"
                 )
             part.change = "" if recut else part.change
             return
@@ -174,7 +204,7 @@ class Existing:
             return
         if found.absent and self.verify:
             raise CacheError(
-                f"{self.settings.dataset_name}: none of the images or clips of {_rows(part.rows)} is there, "
+                f"{self.settings.dataset_name}: none of the images or clips of {_rows(part.rows)} exists, "
                 "expected them all to verify their content"
             )
         self.absent += found.absent
@@ -202,14 +232,27 @@ class Existing:
         common = min(len(before), len(now))
         return not self.finished and self.path == self.settings.dataset_name and before[:common] == now[:common]
 
+    def _is_limit_raised(self, shard: Shard) -> bool:
+        """Whether pairs were left out of a shard because of a ``data.max_pixels`` that is higher now."""
+        limit: int = shard.facts.get("max_pixels", self.settings.max_pixels)
+        return limit < self.settings.max_pixels
+
+    def _stop_at_skipped(self, shard: Shard) -> None:
+        """Raises for the first pair that was left out under ``data.skip_bad=true``, where it is false now."""
+        if not self.settings.skip_bad:
+            for row, kind, reason in shard.facts["skipped"]:
+                raise stop(row, kind, reason)
+
     def _changed(self, change: str) -> None:
         """Records a change for the report, or refuses it."""
         if self.path != self.settings.dataset_name:
-            raise other_path(self.folder, self.path, self.settings.dataset_name, f"whose pairs are others ({change})")
+            raise other_path(
+                self.shards.path, self.path, self.settings.dataset_name, f"whose pairs are others ({change})"
+            )
         if self.refuse_changes:
             raise CacheError(
-                f"{self.settings.dataset_name}: {change}, since {self.folder} was encoded: expected the data that "
-                "the run has been trained on; another training.output_dir starts anew with this"
+                f"{self.settings.dataset_name}: {change}, since {self.shards.path} was encoded: expected the data that "
+                "the run has been trained on; another training.output_dir starts over with this"
             )
         self.changes.append(change)
 
@@ -225,24 +268,18 @@ def stop(row: int, kind: str, reason: str, change: str = "") -> BadPairError:
         row: the pair's.
         kind: of the fault.
         reason: what is wrong with it.
-        change: why it is encoded anew, if it is.
+        change: why it is encoded again, if it is.
     """
-    before = f"the data has changed ({change}) and is encoded anew, but " if change else ""
+    before = f"the data has changed ({change}) and is encoded again, but " if change else ""
     remedy = (
         "(rows count from 1; data.skip_bad=true leaves such pairs out and counts them; `sipo data check` lists them)"
     )
     return BadPairError(kind, f"{before}{row_name(row)}: {reason} {remedy}")
 
 
-def is_limit_raised(shard: dict[str, Any], settings: DataConfig) -> bool:
-    """Whether pairs were left out of a shard because of a ``data.max_pixels`` that is higher now."""
-    limit: int = shard.get("max_pixels", settings.max_pixels)
-    return limit < settings.max_pixels
-
-
-def stop_at_skipped(shards: Iterable[dict[str, Any]], settings: DataConfig) -> None:
-    """Raises for pairs that were left out under ``data.skip_bad=true``, where it is false now."""
-    if not settings.skip_bad:
-        for shard in shards:
-            for row, kind, reason in shard["skipped"]:
-                raise stop(row, kind, reason)
+def read_files(folder: Path) -> dict[str, Any] | None:
+    """Reads the names and stamps of a source's files; ``None`` unless they are there and whole."""
+    try:
+        return read_json(folder / FILES)
+    except CacheError:
+        return None

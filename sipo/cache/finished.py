@@ -20,10 +20,9 @@ from sipo.cache.format import (
     ShardFolder,
     ShardReader,
     digest,
-    shard_from_entry,
+    pad,
 )
-from sipo.cache.index import read_pairs_index
-from sipo.cache.text import pad
+from sipo.cache.index import PairsIndex, read_pairs_index
 from sipo.families.network import Condition
 
 
@@ -44,17 +43,16 @@ class Cache:
         latents: the shards of latents, by number.
     """
 
-    def __init__(self, folder: Path, index: dict[str, Any], check_hashes: bool = True) -> None:
+    def __init__(self, folder: Path, index: PairsIndex, check_hashes: bool = True) -> None:
         self.folder = folder
-        self.fingerprint: dict[str, Any] = index["fingerprint"]
-        self.path: str = index["path"]
-        self.skipped: dict[str, int] = index["skipped"]
-        latents = [shard_from_entry(entry) for entry in index["latents"]]
-        text = [shard_from_entry(entry) for entry in index["text"]]
+        self.fingerprint = index.fingerprint
+        self.path = index.path
+        self.skipped = index.skipped
+        latents, text = index.latents, index.text
         # All of this is copied into every worker process: pairs in tensors, and no facts that nobody asks for again.
         self.latents = [replace(shard, facts={"own": shard.facts["own"]}) for shard in latents]
         self._reader = ShardReader(folder, [*self.latents, *(replace(shard, facts={}) for shard in text)], check_hashes)
-        self._text_shapes: dict[str, list[int]] = index["text_shapes"]
+        self._text_shapes = index.text_shapes
         self.prompt_keys = [key for shard in text for key in shard.facts["prompts"]]
         self._text_names = [shard.name for shard in text]
         self._text_shard_of = torch.tensor([n for n, shard in enumerate(text) for _ in shard.facts["prompts"]])
@@ -77,7 +75,7 @@ class Cache:
         """Reads both samples' latents as stored, and what each is told beside its prompt, ``[2, ...]`` by name."""
         shard, row = self.latents[int(self.shard_of[index])], int(self.rows[index])
         own = {name: self._reader.tensor(shard.name, f"{row}.own.{name}") for name in shard.facts["own"]}
-        chosen, rejected = (self._reader.tensor(shard.name, f"{row}.{half}") for half in ("chosen", "rejected"))
+        chosen, rejected = (self._reader.tensor(shard.name, f"{row}.{sample}") for sample in ("chosen", "rejected"))
         return chosen, rejected, own
 
     def text(self, index: int) -> Condition:
@@ -122,7 +120,7 @@ def open_cache(folder: str | Path, fingerprint: Mapping[str, Any] | None = None,
 
     Args:
         folder: the cache's.
-        fingerprint: what its content is expected to depend on (:func:`sipo.cache.fingerprint.fingerprint`);
+        fingerprint: what its content is expected to depend on (:func:`sipo.cache.index.pairs_fingerprint`);
             ``None`` takes it as it is.
         check_hashes: compare each shard's hash too, when a process first uses it.
 
@@ -133,7 +131,7 @@ def open_cache(folder: str | Path, fingerprint: Mapping[str, Any] | None = None,
     index = read_pairs_index(folder, fingerprint)
     if index is None:
         raise CacheError(f"{folder}: no cache there, expected {INDEX}; `sipo precompute` makes one")
-    if not index["complete"]:
+    if not index.complete:
         raise CacheError(f"{folder}: a cache that is not finished; `sipo precompute` goes on where it stopped")
     try:
         cache = Cache(folder, index, check_hashes)

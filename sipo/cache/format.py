@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -82,6 +83,16 @@ class Shard:
         """For JSON."""
         return {"file": self.file, "bytes": self.bytes, "sha256": self.sha256, **self.facts}
 
+    @classmethod
+    def from_dict(cls, entry: dict[str, Any]) -> Shard:
+        """Undoes :meth:`as_dict`.
+
+        Raises:
+            KeyError, TypeError, ValueError: not a shard's.
+        """
+        facts = {key: value for key, value in entry.items() if key not in ("file", "bytes", "sha256")}
+        return cls(str(entry["file"]).removesuffix(".safetensors"), int(entry["bytes"]), str(entry["sha256"]), facts)
+
 
 def shard_name(kind: str, number: int) -> str:
     """Names a shard: ``latents-00000``."""
@@ -127,7 +138,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if path.name == INDEX and value.get("format") != FORMAT and (sealed or hashed is None):
         raise CacheError(
             f"{path}: cache format {value.get('format')!r}, expected {FORMAT}: it was written by another version of "
-            "sipo; use another folder, or delete this one, and the pairs are encoded anew"
+            "sipo; use another folder, or delete this one, and the pairs are encoded again"
         )
     if not sealed:
         raise DamagedError(f"{path}: not as it was written (its SHA-256 is another); {REMEDY}")
@@ -171,10 +182,10 @@ class ShardFolder:
     def read(self, name: str) -> Shard | None:
         """Reads a shard's JSON file, not its tensors; ``None`` if there is none that can be read."""
         try:
-            shard = _as_shard(read_json(self.path / f"{name}.json"))
-        except CacheError:
+            shard = Shard.from_dict(read_json(self.path / f"{name}.json") or {})
+        except (CacheError, KeyError, TypeError):
             return None
-        return shard if shard is not None and shard.name == name else None  # not another shard's, renamed
+        return shard if shard.name == name else None  # not another shard's, renamed
 
     def read_intact(self, name: str) -> Shard | None:
         """Reads a shard's JSON file; ``None`` unless the file of tensors has the size and hash given there."""
@@ -297,7 +308,7 @@ class ShardReader:
             now = ShardFolder(self.folder).read(shard.name)
             if found is not None and now is not None and now.sha256 == found:
                 raise CacheError(
-                    f"{path}: encoded anew by another run since this one opened the cache, expected one data set to a "
+                    f"{path}: encoded again by another run since this one opened the cache, expected one data set to a "
                     "cache: give each its own data.cache"
                 )
             ShardFolder(self.folder).check_sizes([shard])
@@ -317,14 +328,21 @@ def _identity(path: Path) -> tuple[int, ...]:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def _as_shard(entry: dict[str, Any] | None) -> Shard | None:
-    try:
-        return None if entry is None else shard_from_entry(entry)
-    except (KeyError, TypeError):
-        return None
+def text_key(prompt: str) -> str:
+    """Gives the key of a prompt's embeddings: 128 bits of its SHA-256."""
+    return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
-def shard_from_entry(entry: dict[str, Any]) -> Shard:
-    """Undoes :meth:`Shard.as_dict`."""
-    facts = {key: value for key, value in entry.items() if key not in ("file", "bytes", "sha256")}
-    return Shard(str(entry["file"]).removesuffix(".safetensors"), int(entry["bytes"]), str(entry["sha256"]), facts)
+def trim(tensor: Tensor) -> Tensor:
+    """Removes the rows at the end of a sequence ``[L, ...]`` that are all zeros (+0); :func:`pad` undoes it."""
+    if tensor.ndim < 2 or not tensor.is_floating_point():
+        return tensor
+    filled = ((tensor != 0) | torch.signbit(tensor)).flatten(1).any(1).nonzero()
+    return tensor[: int(filled[-1]) + 1 if len(filled) else 0]
+
+
+def pad(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """Appends rows of zeros up to ``shape``."""
+    if tensor.ndim < 2 or tensor.shape[0] == shape[0]:
+        return tensor
+    return torch.cat([tensor, tensor.new_zeros(shape[0] - tensor.shape[0], *tensor.shape[1:])])

@@ -1,15 +1,15 @@
-"""The index of a cache of pairs: read and compared with what it should be, and written at the end."""
+"""The index of a cache of pairs: what its content depends on, and what it holds."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sipo.cache.changes import FileRecord, files_digest, path_named, stamps_of
-from sipo.cache.fingerprint import MAX_PAIRS, check_fingerprint
+from sipo.cache.changes import FileRecord, files_digest
 from sipo.cache.format import (
     FILES,
     INDEX,
@@ -19,23 +19,118 @@ from sipo.cache.format import (
     UNCONDITIONAL,
     CacheError,
     DamagedError,
+    OtherSettingsError,
     Shard,
     ShardFolder,
-    read_json,
-    shard_from_entry,
     shard_name,
     write_json,
 )
-from sipo.cache.shard_sources import prefix_of
-from sipo.data.records import PairReader
+from sipo.cache.weights import PLACE, is_weights, weights_change
+from sipo.data.config import DataConfig
+from sipo.families.config import ModelConfig
+
+MAX_PAIRS = "data.max_pairs"
+"""The key that an unfinished cache may change: no pair's content depends on it."""
 
 ROWS_FACT, FILES_FACT = "rows", "files"
 """Facts of a shard of latents that its own JSON file has, and the index leaves out."""
 
-_WHOLE = {"path", "state", "pairs", "records", "ties", "skipped", "text_shapes", "text", "latents"}  # in an index
+_OF_MODEL = ("family", "dtype")
+_OF_DATA = (
+    *("format", "dataset_split_name", "sizes", "frames", "fps", "center_crop", "random_flip", "latents"),
+    *("enable_tiling", "vae_dtype", "dtype", "max_pairs", "seed", "shard_pairs"),
+)
 
 
-def read_pairs_index(folder: Path, fingerprint: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+def pairs_fingerprint(model: ModelConfig, data: DataConfig, weights: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Lists what a cache's content depends on, apart from the pairs, as JSON values by the names of settings.
+
+    Where pairs and weights are stored is not part of it.
+
+    Args:
+        model: where the encoders come from.
+        data: how pairs are encoded.
+        weights: the encoders' files (:func:`sipo.cache.weights.weight_hashes`); without them the model's path, revision
+            and variant are used.
+    """
+    if weights is None:
+        weights = {name: getattr(model, name) for name in PLACE}
+    marks = {name: getattr(model, name) for name in _OF_MODEL} | dict(weights)
+    return {f"model.{name}": value for name, value in marks.items()} | {
+        f"data.{name}": getattr(data, name) for name in _OF_DATA
+    }
+
+
+def check_fingerprint(where: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Compares two fingerprints.
+
+    Raises:
+        OtherSettingsError: the first key, in the order of ``wanted``, that differs, with both values.
+    """
+    made, remedy = "encoded", "use another data.cache"
+    if any(key.startswith("reference.") for key in wanted):
+        made, remedy = "computed", "start another run"
+    wanted = json.loads(json.dumps(wanted))  # tuples become lists, as they did in the file
+    for key in [*wanted, *(key for key in found if key not in wanted)]:
+        if found.get(key) == wanted.get(key):
+            continue
+        if is_weights(key):
+            change = weights_change(key, found.get(key), wanted.get(key))
+            raise OtherSettingsError(f"{where}: {made} with other weights: {change}, or {remedy}")
+        raise OtherSettingsError(
+            f"{where}: made with {key}={json.dumps(found.get(key))}, expected this run's "
+            f"{json.dumps(wanted.get(key))}: use another folder, or the settings it was made with"
+        )
+
+
+def other_path(where: Path, found: Any, wanted: str, why: str) -> CacheError:
+    """Makes the error of a cache of another ``data.dataset_name``, whose pairs are other ones or cannot be compared."""
+    return CacheError(
+        f"{where}: made with data.dataset_name={json.dumps(found)}, this run has {json.dumps(wanted)}, {why}: use "
+        "another data.cache, or the path it was made with"
+    )
+
+
+@dataclass(frozen=True)
+class PairsIndex:
+    """What the index of a cache of pairs says.
+
+    Attributes:
+        fingerprint: what the content depends on (:func:`pairs_fingerprint`).
+        complete: whether the cache is finished; all that follows ``path`` is empty until it is.
+        path: ``data.dataset_name`` of the pairs.
+        state: what the source said of itself, by which it is known again; JSON.
+        pairs: that can be trained on.
+        records: rows of the source that were looked at.
+        ties: rows without a preference.
+        skipped: by reason, how many pairs were left out because they could not be used.
+        text_shapes: of a prompt's embeddings, by name.
+        text: shards of text, that of the empty prompt first.
+        latents: shards of latents, by number.
+    """
+
+    fingerprint: dict[str, Any]
+    complete: bool
+    path: str
+    state: Any = None
+    pairs: int = 0
+    records: int = 0
+    ties: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+    text_shapes: dict[str, list[int]] = field(default_factory=dict)
+    text: list[Shard] = field(default_factory=list)
+    latents: list[Shard] = field(default_factory=list)
+
+    @property
+    def shards(self) -> list[Shard]:
+        """All of them, latents first."""
+        return [*self.latents, *self.text]
+
+
+_CONTENT = ("state", "pairs", "records", "ties", "skipped", "text_shapes", "text", "latents")
+
+
+def read_pairs_index(folder: Path, fingerprint: Mapping[str, Any] | None = None) -> PairsIndex | None:
     """Reads a cache's index and compares it with what the content is expected to depend on; ``None`` if there is none.
 
     Raises:
@@ -45,93 +140,31 @@ def read_pairs_index(folder: Path, fingerprint: Mapping[str, Any] | None = None)
     index = ShardFolder(folder).read_index()
     if index is None:
         return None
+    complete = index["complete"]
     if fingerprint is not None:
         found = index["fingerprint"]
-        if not index["complete"] and MAX_PAIRS in fingerprint:
+        if not complete and MAX_PAIRS in fingerprint:
             found = found | {MAX_PAIRS: fingerprint[MAX_PAIRS]}
         check_fingerprint(folder, found, fingerprint)
-    missing = sorted((_WHOLE if index["complete"] else {"path"}) - index.keys())
-    if missing:
-        raise DamagedError(f"{folder / INDEX}: not a whole index, {missing[0]!r} is missing; {REMEDY}")
-    return index
-
-
-def read_known(folder: Path, marks: dict[str, Any]) -> dict[str, Any] | None:
-    """Reads the index of a folder, as far as it is whole; refuses a cache of other settings."""
     try:
-        index = read_pairs_index(folder, marks)
-        if index is not None and index["complete"]:
-            indexed_shards(index)
-    except (DamagedError, KeyError, TypeError):
-        return None  # the shards' own files say what there is
-    return index
-
-
-def indexed_shards(index: dict[str, Any]) -> list[Shard]:
-    """Lists the shards of a finished index, latents first."""
-    return [shard_from_entry(entry) for entry in (*index["latents"], *index["text"])]
-
-
-def _indexed(shard: Shard) -> dict[str, Any]:
-    """An entry of the index: without rows and files, which are large and needed only where something has changed."""
-    return {key: value for key, value in shard.as_dict().items() if key not in (ROWS_FACT, FILES_FACT)}
-
-
-def pairs_are_whole(folder: Path, fingerprint: Mapping[str, Any]) -> bool:
-    """Tells whether there is a finished cache of these settings, with every file of the size that it should have."""
-    try:
-        index = read_pairs_index(folder, fingerprint)
-        if index is None or not index["complete"]:
-            return False
-        ShardFolder(folder).check_sizes(indexed_shards(index))
-    except (CacheError, KeyError, TypeError):
-        return False
-    return True
-
-
-def is_unchanged(folder: Path, index: dict[str, Any], reader: PairReader, state: Any, path: str) -> bool:
-    """Tells whether neither rows nor files of a finished cache have changed, as far as stamps tell."""
-    if state is None or index["state"] != state or index["path"] != path:
-        return False
-    files = read_files(folder)
-    if files is None:
-        return False
-    prefix = prefix_of(reader)
-    with ThreadPoolExecutor(8, "stat") as pool:
-        return files_digest(stamps_of([path_named(name, prefix) for name in files["names"]], pool)) == files["digest"]
-
-
-def read_files(folder: Path) -> dict[str, Any] | None:
-    """Reads what :func:`_write_files` wrote; ``None`` unless it is there and whole."""
-    try:
-        return read_json(folder / FILES)
-    except CacheError:
-        return None
-
-
-def _write_files(folder: Path, latents: Iterable[Shard]) -> None:
-    """Writes what :func:`is_unchanged` reads."""
-    files: dict[str, FileRecord] = {}
-    for shard in latents:
-        for name, record in shard.facts[FILES_FACT].items():
-            files.setdefault(name, record)  # written to between two shards, it differs from what the first recorded
-    seen = files_digest(record[:-1] for record in files.values())
-    write_json(folder / FILES, {"digest": seen, "names": list(files)}, indent=None)
+        content = {name: index[name] for name in _CONTENT} if complete else {}
+        for name in content.keys() & {"text", "latents"}:
+            content[name] = [Shard.from_dict(entry) for entry in content[name]]
+        return PairsIndex(index["fingerprint"], complete, index["path"], **content)
+    except (KeyError, TypeError, ValueError) as error:
+        problem = f"not a whole index ({type(error).__name__}: {error})"
+        raise DamagedError(f"{folder / INDEX}: {problem}; {REMEDY}") from error
 
 
 def write_pairs_index(
-    shards: ShardFolder, fingerprint: Mapping[str, Any], path: str, state: Any, *, count: int, records: int, ties: int
+    shards: ShardFolder, fingerprint: dict[str, Any], path: str, state: Any, *, count: int, records: int, ties: int
 ) -> None:
-    """Writes the index of a cache whose shards are all there.
+    """Writes the index of a cache whose shards are all written; see :class:`PairsIndex`.
 
     Args:
         shards: the cache's.
-        fingerprint: what its content depends on.
-        path: ``data.dataset_name``.
-        state: the source's, by which :func:`is_unchanged` knows it again; JSON.
+        fingerprint, path, state, records, ties: as the index has them.
         count: shards of latents.
-        records: rows of the source that were looked at.
-        ties: rows without a preference.
 
     Raises:
         CacheError: a shard is missing, shapes of text embeddings differ, or there are no pairs.
@@ -158,8 +191,22 @@ def write_pairs_index(
         "skipped": dict(sorted(Counter(kind for _, kind, _ in skipped).items())),
         "text_shapes": shapes,
         "text": [shard.as_dict() for shard in text],
-        "latents": [_indexed(shard) for shard in latents],
+        # Without rows and files, which are large and needed only where something has changed.
+        "latents": [
+            {key: value for key, value in shard.as_dict().items() if key not in (ROWS_FACT, FILES_FACT)}
+            for shard in latents
+        ],
     }
     _write_files(shards.path, latents)  # before the index: until it is there, nothing relies on them
     shards.write_index(fingerprint, content, complete=True)
     shards.remove_beyond((LATENTS, TEXT), count)
+
+
+def _write_files(folder: Path, latents: Iterable[Shard]) -> None:
+    """Writes the names of the source's files and a digest of their stamps, by which a change is found at a start."""
+    files: dict[str, FileRecord] = {}
+    for shard in latents:
+        for name, record in shard.facts[FILES_FACT].items():
+            files.setdefault(name, record)  # written to between two shards, it differs from what the first recorded
+    seen = files_digest(record[:-1] for record in files.values())
+    write_json(folder / FILES, {"digest": seen, "names": list(files)}, indent=None)

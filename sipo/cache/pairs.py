@@ -77,18 +77,18 @@ class CachedPairs:
 
 
 class DrawnPairs:
-    """Each of ``N`` pairs at ``K`` fixed draws of timestep and noise: item ``j`` is pair ``j // K`` at draw ``j % K``.
+    """Each of ``N`` pairs at ``K`` fixed draws of noise and noise level: item ``j`` is pair ``j // K`` at draw ``j % K``.
 
-    An item has the keys of :class:`CachedPairs`, ``noise`` (float32), ``timestep`` and, with references, ``ref_error``
+    An item has the keys of :class:`CachedPairs`, ``noise`` (float32), ``level`` and, with references, ``ref_error``
     (``[2]`` float64). A draw is a function of the seed, the pair's row in the source and the draw's number: neither the
     number of draws, nor which other pairs there are, nor where and in what order they are read changes it.
 
     Args:
         cached: the pairs.
         draws: ``K``.
-        schedule: gives the timesteps.
+        schedule: draws the noise levels.
         seed: of all draws.
-        distribution: of the timesteps; the schedule knows which it has.
+        distribution: of the noise levels; the schedule knows which it has.
         proportion_empty_prompts: share of draws whose caption is dropped, in [0, 1].
         references: the reference's errors at the same draws.
 
@@ -139,7 +139,7 @@ class DrawnPairs:
         row = int(self.cached.cache.rows[self.cached.places[pair]])
         generator = self._generator(RandomStream.FIXED_NOISE, row, draw)
         item["noise"] = torch.randn(item["chosen"].shape, generator=generator, dtype=torch.float32)
-        item["timestep"] = self.schedule.sample_timesteps(
+        item["level"] = self.schedule.sample_levels(
             1, self._generator(RandomStream.FIXED_TIMESTEP, row, draw), distribution=self.distribution
         )[0]
         if (
@@ -148,12 +148,12 @@ class DrawnPairs:
         ):
             item["condition"] = self.cached.unconditional
         if self.references is not None:
-            errors, timesteps = self.references.at(int(self.cached.places[pair]))
-            if timesteps[draw] != item["timestep"]:
+            errors, levels = self.references.at(int(self.cached.places[pair]))
+            if levels[draw] != item["level"]:
                 # The same settings, and other numbers: a torch whose generators changed, or a schedule that did.
                 raise CacheError(
-                    f"{row_name(row)}: the reference's error was computed at timestep {timesteps[draw]}, expected this "
-                    f"run's {item['timestep']}; `sipo precompute` into another cache computes it anew"
+                    f"{row_name(row)}: the reference's error was computed at noise level {levels[draw]}, expected "
+                    f"this run's {item['level']}; `sipo precompute` into another cache computes it again"
                 )
             item["ref_error"] = errors[draw]
         return item

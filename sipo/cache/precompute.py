@@ -1,4 +1,4 @@
-"""Pairs to latents and text embeddings, once: decoded in threads, encoded on the device, written shard by shard."""
+"""Encodes pairs once: decoded in threads, encoded on the device, written shard by shard."""
 
 from __future__ import annotations
 
@@ -6,24 +6,81 @@ import contextlib
 import functools
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sipo.cache.encode import PairEncoder
-from sipo.cache.existing import Existing, is_limit_raised, stop_at_skipped
-from sipo.cache.fingerprint import fingerprint
-from sipo.cache.format import ShardFolder
-from sipo.cache.index import is_unchanged, read_files, read_known, write_pairs_index
+from sipo.cache.existing import Existing, read_files
+from sipo.cache.index import PairsIndex, read_pairs_index, write_pairs_index
 from sipo.cache.savings import Cost
-from sipo.cache.summary import CacheSummary
 from sipo.data.config import DataConfig
 from sipo.data.records import DataError, PairReader
 from sipo.families.base import Family
-from sipo.families.config import ModelConfig
 from sipo.files import remove_leftovers
 from sipo.locks import locked
-from sipo.processes import everywhere, from_main, gathered, in_rounds, on_main
+from sipo.processes import everywhere, from_all, from_main, in_rounds, on_main
+
+
+@dataclass(frozen=True)
+class CacheSummary:
+    """What a cache holds, and what a call of :func:`precompute_pairs` did to it.
+
+    Attributes:
+        pairs: that can be trained on.
+        records: rows of the source that were looked at.
+        ties: rows without a preference, which are no pairs to train on.
+        skipped: by reason, how many pairs were left out because they could not be used.
+        skipped_rows: their rows, with what is wrong with each.
+        prompts: distinct ones.
+        bytes: of all files of tensors.
+        seconds: that this call took.
+        written: shards of latents that this process encoded.
+        kept: shards of latents that were whole and up to date.
+        texts: shards of text that this process encoded.
+        absent: shards of latents none of whose images or clips exists any more, so that they could not be compared.
+        changes: the first change in each shard that no longer agrees with the source.
+    """
+
+    pairs: int
+    records: int
+    ties: int
+    skipped: dict[str, int]
+    skipped_rows: list[tuple[int, str]]
+    prompts: int
+    bytes: int
+    seconds: float
+    written: int
+    kept: int
+    texts: int = 0
+    absent: int = 0
+    changes: list[str] = field(default_factory=list)
+
+    def news(self) -> list[str]:
+        """Describes what has changed since the pairs were encoded, and what could not be compared, one line each."""
+        lines, shards = [], self.written + self.kept
+        if self.changes:
+            more = len(self.changes) - 1
+            others = f", and in {more} more shard{'s' * (more > 1)}" if more else ""
+            lines.append(
+                f"the data has changed ({self.changes[0]}{others}): "
+                f"{self.written} of {shards} shards of latents and {self.texts} of text encoded again, {self.kept} kept"
+            )
+        if self.absent:
+            lines.append(
+                f"{self.absent} of {shards} shards could not be checked: their images or clips are missing; the "
+                "encoded data is used unchanged"
+            )
+        return lines
+
+    def describe(self) -> str:
+        """Two lines for a terminal."""
+        return (
+            f"{self.pairs} pairs, {self.prompts} prompts, {self.bytes / 1e6:.1f} MB "
+            f"({self.written} shards written, {self.kept} kept, {self.seconds:.0f} s)\n"
+            f"rows: {self.records}, ties: {self.ties}, left out: {sum(self.skipped.values())}"
+        )
 
 
 def precompute_pairs(
@@ -33,8 +90,7 @@ def precompute_pairs(
     folder: str | Path,
     *,
     settings: DataConfig,
-    model: ModelConfig,
-    weights: Mapping[str, str] | None = None,
+    fingerprint: dict[str, Any],
     check_hashes: bool = True,
     verify: bool = False,
     refuse_changes: bool = False,
@@ -42,7 +98,7 @@ def precompute_pairs(
     on_cost: Callable[[Cost], None] | None = None,
     progress: bool | None = True,
 ) -> CacheSummary:
-    """Encodes every pair of a source, and every prompt once, into a cache; what is there and has not changed is kept.
+    """Encodes every pair of a source, and every prompt once, into a cache; keeps what has not changed.
 
     A pair's latents depend on its row, the settings and the encoders alone: the two images of a pair are
     encoded together, clips one by one, as two would take twice the memory; and every random number (the posterior's
@@ -50,7 +106,7 @@ def precompute_pairs(
     processes there are, or how often they were interrupted.
 
     A shard is compared with the rows that it is made of and with their files, by size, times and inode, and by content
-    where the size alone is equal. One that differs is encoded anew as a whole: latents where a row, a side or a file
+    where the size alone is equal. One that differs is encoded again as a whole: latents where a row, a side or a file
     has changed, text where a prompt has.
 
     Every process calls this, and reads the source from its start to find its own shards. A source that says by itself
@@ -64,11 +120,10 @@ def precompute_pairs(
             cache needs nothing.
         folder: the cache's; must be empty, absent, or a cache of the same settings.
         settings: see :class:`sipo.data.config.DataConfig`. ``max_pairs`` counts rows that are no ties.
-        model: what the encoders are loaded from, for the cache's fingerprint.
-        weights: their files, for the same.
-        check_hashes: read every shard that is there and compare its hash; else its size alone.
+        fingerprint: what the content depends on (:func:`sipo.cache.index.pairs_fingerprint`).
+        check_hashes: read every existing shard and compare its hash; else its size alone.
         verify: read every file of the source that a shard was made of, and compare contents.
-        refuse_changes: raise at the first change, before anything is encoded anew: for a run that goes on.
+        refuse_changes: raise at the first change, before anything is encoded again: for a run that goes on.
         accelerator: accelerate's, if there is one: shards are dealt out to its processes, who must see one folder.
         on_cost: told what is to be encoded, if anything is, before any pair of a cache that is not finished is; in the
             first process.
@@ -87,35 +142,17 @@ def precompute_pairs(
     started = time.monotonic()
     folder = Path(folder)
     load_pipeline = functools.cache(load_pipeline)
-    marks = fingerprint(model, settings, weights)
     rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    encoder: PairEncoder
 
-    def look() -> tuple[PairEncoder, CacheSummary | None]:
-        """Reads what is there; gives its summary if nothing has changed."""
-        index = read_known(folder, marks)
-        finished = index if index is not None and index["complete"] else None
-        state = None
-        try:
-            state = getattr(reader, "state", lambda: None)()
-        except DataError:
-            if finished is not None:
-                raise
-            # An unfinished cache needs only the rows, which may be local when the hub is not reachable. Where they
-            # are not, this says so before any encoder is loaded.
-            next(iter(reader), None)
+    def is_unchanged() -> bool:
+        """Opens the folder; compares it with the source as far as that needs no reading of either."""
+        nonlocal encoder
         how = {"check_hashes": check_hashes, "verify": verify, "refuse_changes": refuse_changes}
-        existing = Existing(folder, settings, marks, index, **how)
+        existing = Existing(folder, settings, fingerprint, **how)
         existing.stale |= world > 1  # others may have recorded new times
-        encoder = PairEncoder(family, load_pipeline, settings, existing, state)
-        if finished is None or check_hashes or verify:
-            return encoder, None
-        raised = any(is_limit_raised(shard, settings) for shard in finished["latents"])
-        if raised or not is_unchanged(folder, finished, reader, state, settings.dataset_name):
-            return encoder, None
-        stop_at_skipped(finished["latents"], settings)
-        return encoder, _summary(
-            finished, len(range(rank, len(finished["latents"]), world)), time.monotonic() - started
-        )
+        encoder = PairEncoder(family, load_pipeline, settings, existing, _state(reader, existing.finished))
+        return existing.is_unchanged(reader, encoder.state)
 
     def begin() -> None:
         if not encoder.existing.finished:
@@ -131,57 +168,75 @@ def precompute_pairs(
                 if cost.pairs != 0:
                     on_cost(cost)
 
-    encoder, unchanged = everywhere(accelerator, look)
-    if all(gathered(accelerator, unchanged is not None)) and unchanged is not None:
-        return unchanged
-    # A finished cache that nobody can write to may still be compared, and is then found to be as it was.
-    writable = from_main(accelerator, lambda: not folder.exists() or os.access(folder, os.W_OK))
-    what = f"data.cache={str(folder)!r}"
-    with locked(folder, what, accelerator=accelerator) if writable else contextlib.nullcontext():
-        encoder, unchanged = everywhere(accelerator, look)  # again: another run may have been at work meanwhile
-        if all(gathered(accelerator, unchanged is not None)) and unchanged is not None:
-            return unchanged
-        # Sizes are checked before anything is written, and no encoder is loaded where another run has the folder.
-        everywhere(accelerator, lambda: encoder.existing.finished or encoder.pipeline())
-        everywhere(accelerator, begin)
-        in_rounds(accelerator, encoder.encode_shards(reader, rank, world, progress))
-        on_main(accelerator, lambda: _finish(encoder))
-        index = everywhere(accelerator, ShardFolder(folder).read_index)
-    assert index is not None  # the first process has written it
-    return _summary(index, encoder.kept, time.monotonic() - started, encoder)
+    def summary() -> CacheSummary:
+        index = read_pairs_index(folder)
+        assert index is not None  # the first process has written it, or nothing had to be
+        kept = len(range(rank, len(index.latents), world)) if unchanged else encoder.kept
+        return _summary(encoder, index, kept, time.monotonic() - started)
+
+    unchanged = all(from_all(accelerator, is_unchanged))
+    if not unchanged:
+        # A finished cache that nobody can write to may still be compared, and is then found to be as it was.
+        writable = from_main(accelerator, lambda: not folder.exists() or os.access(folder, os.W_OK))
+        what = f"data.cache={str(folder)!r}"
+        with locked(folder, what, accelerator=accelerator) if writable else contextlib.nullcontext():
+            unchanged = all(from_all(accelerator, is_unchanged))  # again: another run may have been at work meanwhile
+            if not unchanged:
+                # Sizes are checked before anything is written, and no encoder is loaded where another run has the
+                # folder.
+                everywhere(accelerator, lambda: encoder.existing.finished or encoder.pipeline())
+                everywhere(accelerator, begin)
+                in_rounds(accelerator, encoder.encode_shards(reader, rank, world, progress))
+                on_main(accelerator, lambda: _finish(encoder))
+    return everywhere(accelerator, summary)
 
 
-def _summary(index: dict[str, Any], kept: int, seconds: float, encoder: PairEncoder | None = None) -> CacheSummary:
-    shards = [*index["latents"], *index["text"]]
+def _state(reader: PairReader, required: bool) -> Any:
+    """What the source says of itself, JSON; ``None`` if it has nothing to say.
+
+    Raises:
+        DataError: it cannot be read; also where its state is not ``required`` and its rows cannot be read either.
+    """
+    try:
+        return getattr(reader, "state", lambda: None)()
+    except DataError:
+        if required:
+            raise
+        # An unfinished cache needs only the rows, which may be local when the hub is not reachable. Where they
+        # are not, this says so before any encoder is loaded.
+        next(iter(reader), None)
+        return None
+
+
+def _summary(encoder: PairEncoder, index: PairsIndex, kept: int, seconds: float) -> CacheSummary:
     return CacheSummary(
-        pairs=index["pairs"],
-        records=index["records"],
-        ties=index["ties"],
-        skipped=index["skipped"],
-        skipped_rows=[(row, reason) for shard in index["latents"] for row, _, reason in shard["skipped"]],
-        prompts=sum(len(shard["prompts"]) for shard in index["text"]),
-        bytes=sum(shard["bytes"] for shard in shards),
-        written=0 if encoder is None else encoder.written,
-        kept=kept,
+        pairs=index.pairs,
+        records=index.records,
+        ties=index.ties,
+        skipped=index.skipped,
+        skipped_rows=[(row, reason) for shard in index.latents for row, _, reason in shard.facts["skipped"]],
+        prompts=sum(len(shard.facts["prompts"]) for shard in index.text),
+        bytes=sum(shard.bytes for shard in index.shards),
         seconds=seconds,
-        changes=[] if encoder is None else encoder.existing.changes,
-        texts=0 if encoder is None else encoder.texts,
-        absent=0 if encoder is None else encoder.existing.absent,
+        written=encoder.written,
+        kept=kept,
+        texts=encoder.texts,
+        absent=encoder.existing.absent,
+        changes=encoder.existing.changes,
     )
 
 
 def _finish(encoder: PairEncoder) -> None:
-    """Writes the index, once every shard is there, if it has changed."""
+    """Writes the index, once every shard is written, if it has changed."""
     existing, tally, settings = encoder.existing, encoder.tally, encoder.settings
-    found = existing.shards.read_index()
-    before = None if found is None else [found.get(name) for name in ("records", "ties", "path", "state")]
-    now = [tally.records, tally.ties, settings.dataset_name, encoder.state]
-    changed = existing.stale or existing.changes or read_files(existing.folder) is None
-    if not changed and found is not None and found["complete"] and before == now:
+    index = read_pairs_index(existing.shards.path)
+    changed = existing.stale or existing.changes or read_files(existing.shards.path) is None
+    now = (tally.records, tally.ties, settings.dataset_name, encoder.state)
+    if not changed and index and index.complete and (index.records, index.ties, index.path, index.state) == now:
         return
     write_pairs_index(
         existing.shards,
-        existing.marks,
+        existing.fingerprint,
         settings.dataset_name,
         encoder.state,
         count=tally.shards,

@@ -63,7 +63,7 @@ def precompute_reference_errors(
             for another.
         draws: for each pair.
         seed: of the draws.
-        distribution: of the timesteps.
+        distribution: of the noise levels.
         proportion_empty_prompts: share of draws without the caption, in [0, 1].
         batch_size: pairs in one forward pass, ``2 * batch_size`` samples.
         accelerator: accelerate's, if there is one: shards are dealt out to its processes.
@@ -73,7 +73,7 @@ def precompute_reference_errors(
 
     Raises:
         CacheError: the cache is damaged.
-        ValueError: a number out of its range, or an error that is not finite, with its row and timestep.
+        ValueError: a number out of its range, or an error that is not finite, with its row and noise level.
         OtherProcessError: whatever ended another process.
     """
     if batch_size < 1:
@@ -107,10 +107,10 @@ def precompute_reference_errors(
             drawn, mine, network, predict, schedule, batch_size, context, num_workers, progress if rank == 0 else None
         ):
             if found is not None:
-                number, errors, timesteps = found
-                _check_finite(cache, number, errors, timesteps)
+                number, errors, levels = found
+                _check_finite(cache, number, errors, levels)
                 facts = {"pairs": len(errors), "inputs": cache.shard_digest(number)}
-                shards.write(shard_name(ERRORS, number), {"errors": errors, "timesteps": timesteps}, facts)
+                shards.write(shard_name(ERRORS, number), {"errors": errors, "levels": levels}, facts)
             yield
 
     was_training = network.training
@@ -146,7 +146,7 @@ def _errors_of_shards(
     num_workers: int,
     progress: bool | None,
 ) -> Iterator[tuple[int, Tensor, Tensor] | None]:
-    """For each shard its number, errors ``[n, K, 2]`` and timesteps ``[n, K]``; ``None`` after each batch before."""
+    """For each shard its number, errors ``[n, K, 2]`` and noise levels ``[n, K]``; ``None`` after each batch before."""
     cache, device = drawn.cached.cache, next(network.parameters()).device
     batches = {number: list(_batches(cache, drawn.draws, number, batch_size)) for number in numbers}
     loader: DataLoader[Any] = DataLoader(
@@ -160,7 +160,7 @@ def _errors_of_shards(
     for number in track(numbers, "reference errors", "shards", progress):
         start, pairs = cache.shard_places(number).start * drawn.draws, len(cache.shard_places(number))
         errors = torch.empty(pairs * drawn.draws, 2, dtype=torch.float64)
-        timesteps: Tensor | None = None
+        levels: Tensor | None = None
         # Errors stay on the device until the shard is whole, so that the host is a batch ahead of it.
         found = []
         for batch in batches[number]:
@@ -168,15 +168,15 @@ def _errors_of_shards(
                 (batch, *_errors(PairBatch.of_items(next(items)).to(device), network, predict, schedule, context))
             )
             yield None
-        for batch, batch_errors, batch_timesteps in found:
-            if timesteps is None:
-                timesteps = torch.empty(len(errors), dtype=batch_timesteps.dtype)
+        for batch, batch_errors, batch_levels in found:
+            if levels is None:
+                levels = torch.empty(len(errors), dtype=batch_levels.dtype)
             places = torch.tensor(batch) - start
             errors[places] = batch_errors.to("cpu", torch.float64)
-            timesteps[places] = batch_timesteps.cpu()
-        if timesteps is None:  # every pair of the shard was left out
-            timesteps = torch.empty(0, dtype=torch.float32)
-        yield number, errors.view(pairs, drawn.draws, 2), timesteps.view(pairs, drawn.draws)
+            levels[places] = batch_levels.cpu()
+        if levels is None:  # every pair of the shard was left out
+            levels = torch.empty(0, dtype=torch.float32)
+        yield number, errors.view(pairs, drawn.draws, 2), levels.view(pairs, drawn.draws)
 
 
 def _batches(cache: Cache, draws: int, number: int, batch_size: int) -> Iterator[list[int]]:
@@ -197,24 +197,23 @@ def _errors(
     schedule: NoiseSchedule,
     context: Callable[[], AbstractContextManager[Any]],
 ) -> tuple[Tensor, Tensor]:
-    """``[B, 2]`` mean squared errors of ``B`` items with fixed draws (docs/math.md §2) and their timesteps ``[B]``."""
-    assert batch.noise is not None and batch.timesteps is not None
-    pairs = noisy_pairs(batch, batch.noise, batch.timesteps, schedule)
+    """``[B, 2]`` mean squared errors of ``B`` items with fixed draws (docs/math.md §2) and their noise levels ``[B]``."""
+    pairs = noisy_pairs(batch, schedule)
     with torch.no_grad(), context():
         prediction = predict(network, pairs.samples, pairs.timesteps, pairs.condition)
     wide = torch.float32 if prediction.device.type == "mps" else torch.float64
     # One sample at a time: a copy of a whole batch in float64 may be as large as the network.
     targets = itertools.cycle(pairs.target)  # both samples of a pair may share one
     errors = [(p.to(wide) - t.to(wide)).square().mean() for p, t in zip(prediction, targets, strict=False)]
-    return torch.stack(errors).view(2, -1).T, batch.timesteps
+    return torch.stack(errors).view(2, -1).T, pairs.levels[: len(batch)]
 
 
-def _check_finite(cache: Cache, number: int, errors: Tensor, timesteps: Tensor) -> None:
+def _check_finite(cache: Cache, number: int, errors: Tensor, levels: Tensor) -> None:
     wrong = (~errors.isfinite()).any(-1).nonzero()
     if len(wrong):
         pair, draw = wrong[0].tolist()
         row = int(cache.rows[cache.shard_places(number)[pair]])
         raise ValueError(
-            f"{row_name(row)}: the reference's errors at timestep {timesteps[pair, draw].item()} are "
+            f"{row_name(row)}: the reference's errors at noise level {levels[pair, draw].item()} are "
             f"{errors[pair, draw].tolist()}, expected finite numbers"
         )

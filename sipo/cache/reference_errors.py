@@ -5,7 +5,7 @@ beside the cache that they were computed from (precompute_errors.py):
 
     references/<16 digits>/index.json                what the numbers depend on, and the size and hash of every shard
     references/<16 digits>/errors-00000.safetensors  for the pairs of latents-00000, in their order:
-                                                     errors [n, K, 2] float64, chosen first, and timesteps [n, K]
+                                                     errors [n, K, 2] float64, chosen first, and levels [n, K]
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sipo.cache.fingerprint import check_fingerprint
 from sipo.cache.finished import Cache
-from sipo.cache.format import INDEX, CacheError, DamagedError, ShardFolder, ShardReader, digest, shard_from_entry
+from sipo.cache.format import INDEX, CacheError, DamagedError, Shard, ShardFolder, ShardReader, digest
+from sipo.cache.index import check_fingerprint
 from sipo.schedule import NoiseSchedule
 
 FOLDER = "references"
@@ -37,17 +37,17 @@ class ReferenceErrors:
     def __init__(self, cache: Cache, folder: Path, index: dict[str, Any], check_hashes: bool = True) -> None:
         self.folder = folder
         self.fingerprint: dict[str, Any] = index["fingerprint"]
-        self.shards = [shard_from_entry(entry) for entry in index["shards"]]
+        self.shards = [Shard.from_dict(entry) for entry in index["shards"]]
         self._reader = ShardReader(folder, self.shards, check_hashes)
         self._shard_of = cache.shard_of
         self._first = [cache.shard_places(number).start for number in range(len(self.shards))]
 
     def at(self, place: int) -> tuple[Tensor, Tensor]:
-        """For the pair at a place in the cache: errors ``[K, 2]`` float64 and the timesteps ``[K]`` they are for."""
+        """For the pair at a place in the cache: errors ``[K, 2]`` float64 and the noise levels ``[K]`` they are for."""
         number = int(self._shard_of[place])
         offset = place - self._first[number]
         name = self.shards[number].name
-        return self._reader.tensor(name, "errors")[offset], self._reader.tensor(name, "timesteps")[offset]
+        return self._reader.tensor(name, "errors")[offset], self._reader.tensor(name, "levels")[offset]
 
 
 def reference_fingerprint(

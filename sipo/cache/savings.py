@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-_ERROR_BYTES = 2 * 8 + 8  # of a draw: two float64 errors and a timestep
+_ERROR_BYTES = 2 * 8 + 8  # of a draw: two float64 errors and a noise level
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from sipo.cache.changes import FileRecord, RowFacts, side_name, stamps_of
-from sipo.cache.format import digest
-from sipo.cache.text import text_key
+from sipo.cache.format import digest, text_key
 from sipo.data.config import DataConfig
 from sipo.data.records import PairReader, PairRecord, row_name
 from sipo.families.network import Condition

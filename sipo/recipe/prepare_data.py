@@ -8,19 +8,17 @@ from typing import NamedTuple
 
 from accelerate import Accelerator
 
-from sipo.cache.fingerprint import fingerprint, other_path
 from sipo.cache.finished import Cache, open_cache
 from sipo.cache.format import CacheError, OtherSettingsError
-from sipo.cache.index import pairs_are_whole
-from sipo.cache.precompute import precompute_pairs
+from sipo.cache.index import other_path, pairs_fingerprint
+from sipo.cache.precompute import CacheSummary, precompute_pairs
 from sipo.cache.precompute_errors import precompute_reference_errors
 from sipo.cache.reference_errors import ReferenceErrors, open_reference_errors
 from sipo.cache.savings import Cost
-from sipo.cache.summary import CacheSummary
 from sipo.data.readers import open_pairs
 from sipo.data.records import DataError, PairReader
 from sipo.locks import locked
-from sipo.processes import everywhere, from_main, gathered, on_main
+from sipo.processes import everywhere, from_all, from_main, on_main
 from sipo.progress import say
 from sipo.recipe.build import RunContext, free_memory, frozen_reference
 from sipo.recipe.config import (
@@ -58,9 +56,9 @@ def prepare_data(
 
     Args:
         run: of :func:`open_run`.
-        repair: read every shard, also where the cache is finished, and write those anew that are damaged.
+        repair: read every shard, also where the cache is finished, and write those again that are damaged.
         verify: read every file of the source and of the model, also where size, times and inode are as they were.
-        refuse_changes: an error at the first change, before anything is encoded anew.
+        refuse_changes: an error at the first change, before anything is encoded again.
         progress: as in :mod:`sipo.progress`.
 
     Returns:
@@ -76,8 +74,16 @@ def prepare_data(
     weights = run.weights(network=False, verify=verify)
     if verify and config.data.reference_errors:
         run.weights(network=True, verify=True)
-    marks, summary = fingerprint(config.model, config.data, weights), None
-    whole = from_main(accelerator, lambda: pairs_are_whole(run.cache, marks))
+    fingerprint, summary = pairs_fingerprint(config.model, config.data, weights), None
+
+    def is_whole() -> bool:
+        """Whether there is a finished cache of these settings, with every file of the size that it should have."""
+        try:
+            return len(open_cache(run.cache, fingerprint)) > 0
+        except CacheError:
+            return False
+
+    whole = from_main(accelerator, is_whole)
     reader, missing = _open_source(run, ask=whole)
     if missing and (verify or not whole):
         raise DataError(missing)
@@ -89,8 +95,7 @@ def prepare_data(
             lambda: run.load_encoders().to(accelerator.device),
             run.cache,
             settings=config.data,
-            model=config.model,
-            weights=weights,
+            fingerprint=fingerprint,
             check_hashes=repair or not whole,
             verify=verify,
             refuse_changes=refuse_changes,
@@ -101,7 +106,7 @@ def prepare_data(
         summary = _of_all(summary, accelerator)
         said = summary.news()
     free_memory()
-    cache = everywhere(accelerator, lambda: open_cache(run.cache, marks))
+    cache = everywhere(accelerator, lambda: open_cache(run.cache, fingerprint))
     if cache.path != config.data.dataset_name:
         raise other_path(run.cache, cache.path, config.data.dataset_name, f"which cannot be read ({missing})")
     if cache.skipped:
@@ -150,23 +155,25 @@ def _open_source(run: RunContext, ask: bool) -> tuple[PairReader | None, str]:
     """
     data = run.config.data
 
-    def look() -> tuple[PairReader | None, str]:
+    readers: list[PairReader] = []
+
+    def missing() -> str:
         try:
             reader = open_pairs(run.data_path, data.format, data.dataset_split_name, data.streaming)
             if ask:
                 getattr(reader, "state", str)()
         except DataError as error:
-            return None, str(error)
-        return reader, ""
+            return str(error)
+        readers.append(reader)
+        return ""
 
-    reader, missing = everywhere(run.accelerator, look)
-    missing = next(filter(None, gathered(run.accelerator, missing)), "")
-    return (None, missing) if missing else (reader, "")
+    reason = next(filter(None, from_all(run.accelerator, missing)), "")
+    return (None, reason) if reason else (readers[0], "")
 
 
 def _of_all(summary: CacheSummary, accelerator: Accelerator) -> CacheSummary:
     """What all processes have done to the cache, each with shards of its own."""
-    everyone = gathered(accelerator, summary)
+    everyone = from_all(accelerator, lambda: summary)
     return dataclasses.replace(
         summary,
         written=sum(each.written for each in everyone),
@@ -183,19 +190,20 @@ def _references(
     """The reference's errors at every draw, computed where they are not there yet."""
     config, accelerator = run.config, run.accelerator
     which = run.references
+    found: ReferenceErrors | None = None
 
-    def there() -> ReferenceErrors | None:
+    def is_computed() -> bool:
+        nonlocal found
         try:
-            return open_reference_errors(cache, run.schedule, **which)
+            found = open_reference_errors(cache, run.schedule, **which)
         except OtherSettingsError as error:
-            if refuse_changes:  # those of the run are there, and this run's are others
+            if refuse_changes:  # the run's own exist, and are others than this run's
                 raise ConfigError(str(error)) from error
         except CacheError:
             pass
-        return None
+        return found is not None
 
-    found = None if repair else everywhere(accelerator, there)
-    if all(gathered(accelerator, found is not None)) and found is not None:
+    if not repair and all(from_all(accelerator, is_computed)) and found is not None:
         return found
     with locked(run.cache, f"data.cache={str(run.cache)!r}", accelerator=accelerator):
         network = round_whole(frozen_reference(run), accelerator).to(accelerator.device)

@@ -15,7 +15,7 @@ from sipo.data.media import write_image_grid, write_video
 from sipo.families.base import drop_text_encoders
 from sipo.families.network import Condition, inner_network
 from sipo.files import FileError, parse_json, read_text, write_aside
-from sipo.processes import OtherProcessError, everywhere, gathered, is_collective, on_main
+from sipo.processes import OtherProcessError, from_all, is_collective, on_main
 from sipo.recipe.build import RunContext, free_memory
 from sipo.training import TrainingWarning, is_sharded
 from sipo.training.stopping import asked_to_stop
@@ -50,7 +50,7 @@ class ValidationSamples:
         self.run = run
         self.folder = run.config.training.folder / SAMPLES
         self.pipeline: Any = None
-        self.prompts: list[Condition] = gathered(run.accelerator, everywhere(run.accelerator, self._load))[0]
+        self.prompts: list[Condition] = from_all(run.accelerator, self._load)[0]
 
     def _load(self) -> list[Condition]:
         """What this process needs of the pipeline; in the main process, the encoded prompts."""
@@ -82,8 +82,7 @@ class ValidationSamples:
         """
         accelerator = self.run.accelerator
         try:
-            drawn = everywhere(accelerator, lambda: self._draw(policy))
-            shares = gathered(accelerator, drawn)
+            shares = from_all(accelerator, lambda: self._draw(policy))
             on_main(accelerator, lambda: self._write(step, shares))
             return
         except Exception as error:
