@@ -15,8 +15,7 @@ from torch import Tensor
 
 from sipo.data.media import MAX_PIXELS, MediaError, check_request, read_spaced
 from sipo.data.readers import read_lines, write_jsonl
-from sipo.data.records import DataError, PairRecord, has_half, row_name
-from sipo.data.rows import check_data_file
+from sipo.data.records import DataError, PairRecord, check_data_file, has_half, row_name
 from sipo.data.scorers import AestheticScorer, ClipScorer, Scorer, ScorerError, load_function
 from sipo.files import check_output, short
 from sipo.progress import track
@@ -67,7 +66,7 @@ def label(
 
     Args:
         source: JSONL with ``prompt`` and ``candidates``, a list of two paths or more, in each line; or with ``prompt``,
-            ``chosen`` and ``rejected``, which are scored anew. Paths are relative to the file. Further keys are kept.
+            ``chosen`` and ``rejected``, which are scored again. Paths are relative to the file. Further keys are kept.
         output: the JSONL file to write. One of an earlier labelling is replaced, and no other file.
         scorer: see :mod:`sipo.data.scorers`.
         pairs: "best-worst": one pair for each prompt, of the highest score and the lowest. "all": each two candidates,

@@ -1,4 +1,4 @@
-"""Reads rows of parquet files, one row group at a time, from disk or from a hub whose connection may break."""
+"""Reads rows of parquet files one row group at a time, from disk or from the hub, whose connection may break."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from sipo.files import check_regular, one_line
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 """Seconds to wait before each retry of a row group. The count starts again with each row that was read."""
 
-_BATCH = 64  # rows that are converted at a time
-_FOR_GOOD = (400, 401, 403, 404, 410, 416)  # of HTTP: asking again is of no use
+_BATCH = 64  # rows converted at a time
+_PERMANENT = (400, 401, 403, 404, 410, 416)  # HTTP: a retry is of no use
 _HUB = "hf://"
 
 
@@ -28,15 +28,15 @@ def read_rows(
 ) -> Iterator[dict[str, Any] | str]:
     """Yields the rows of all files; for a row that cannot be read, what is wrong with it.
 
-    A file of the hub is opened again where the connection breaks, and read on from the row group that was being read.
+    If the connection to the hub breaks, a file is opened again and read on from the same row group.
 
     Args:
         files: paths, or ``hf://`` addresses.
-        columns: to read, where a file has them.
+        columns: columns to read, if a file has them.
         needed: those of them that every file must have.
 
     Raises:
-        DataError: a file that is not a parquet file, lacks a column, or cannot be read, also not in several attempts.
+        DataError: a file is not a parquet file, lacks a column, or cannot be read even after several attempts.
     """
     row = 0
     for file in files:
@@ -47,11 +47,11 @@ def read_rows(
 
 def rows_of(table: Any, columns: Sequence[str]) -> Iterator[dict[str, Any] | str]:
     """Yields the rows of a pyarrow table; for a row that cannot be converted, what is wrong with it."""
-    found = {name: table.column(name) for name in columns if name in table.schema.names}
+    present = {name: table.column(name) for name in columns if name in table.schema.names}
     for index in range(table.num_rows):
         value: dict[str, Any] = {}
         problem = ""
-        for name, column in found.items():
+        for name, column in present.items():
             try:
                 value[name] = column[index].as_py()
             except (ValueError, OverflowError, NotImplementedError) as error:  # text that is not UTF-8, dates
@@ -65,7 +65,7 @@ def _read_file(
     import pyarrow.parquet as pq
 
     remote = str(file).startswith(_HUB)
-    group = done = 0  # where to go on: row group, and rows of it that are through
+    group = done = 0  # where to continue: row group, and rows of it already yielded
     row, attempt = first_row, 0
     while True:
         try:
@@ -87,8 +87,8 @@ def _read_file(
             return
         except DataError:
             raise
-        except Exception as error:  # of pyarrow, of the hub's library, of those below it for HTTP, of the network
-            if not remote or _is_for_good(error) or attempt == len(WAITS):
+        except Exception as error:  # from pyarrow, the hub's library, its HTTP library or the network
+            if not remote or _is_permanent(error) or attempt == len(WAITS):
                 raise DataError(f"{file}: cannot be read from {row_name(row)} on: {_reason(error)}") from error
             text = f"{file}: {_reason(error)}; again in {WAITS[attempt]:g} s, from {row_name(row)} on"
             warnings.warn(text, ConnectionWarning, stacklevel=2)
@@ -105,14 +105,14 @@ def _open(file: str | Path) -> Any:
     return open(file, "rb")
 
 
-def _is_for_good(error: Exception) -> bool:
+def _is_permanent(error: Exception) -> bool:
     from pyarrow import ArrowInvalid  # not a parquet file, or a damaged one
 
     status = getattr(getattr(error, "response", None), "status_code", None)
-    return isinstance(error, (ArrowInvalid, FileNotFoundError, PermissionError)) or status in _FOR_GOOD
+    return isinstance(error, (ArrowInvalid, FileNotFoundError, PermissionError)) or status in _PERMANENT
 
 
 def _reason(error: Exception) -> str:
-    """Gives an error's message in one line of bounded length; its type if it has no message, as time-outs do."""
+    """Returns an error's message in one line of bounded length, or its type if it has none (time-outs)."""
     text = one_line(error)
     return text if len(text) < 300 else f"{type(error).__name__}: {text[:300]}"

@@ -1,8 +1,7 @@
-"""Readers of pairs: which of them reads a path, and the one of JSONL.
+"""Selects the reader for a path, and reads and writes JSONL.
 
-A row that cannot be used becomes a record with a ``problem``, never an exception and never another row's files: a
-reader drops nothing and moves nothing, so that row 7 is row 7 to whoever counts. No file is opened that is no regular
-one: a FIFO in its place would be waited for without end.
+A row that cannot be used becomes a record with a ``problem``, never an exception and never another row's files. A
+reader drops no row, so that row numbers agree everywhere. Only regular files are opened: a FIFO would block for ever.
 """
 
 from __future__ import annotations
@@ -17,18 +16,27 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sipo.data.pickapic import PickapicReader
-from sipo.data.records import DataError, PairReader, PairRecord, has_half, row_name
-from sipo.data.rows import bad_row, check_data_file, exists, is_finite_number, states
+from sipo.data.records import (
+    DataError,
+    PairReader,
+    PairRecord,
+    bad_row,
+    check_data_file,
+    has_half,
+    is_finite_number,
+    row_name,
+    states,
+)
 from sipo.data.videodpo import METADATA, PAIRS, VideoDpoReader
-from sipo.files import FileError, parse_json, short
+from sipo.files import FileError, parse_json, short, write_aside
 
 Format = Literal["auto", "jsonl", "pickapic", "videodpo"]
 
 _JSONL_SUFFIXES = (".jsonl", ".ndjson")
 _JSONL_NAME = "pairs.jsonl"
 _PAIR_KEYS = ("prompt", "chosen", "rejected", "chosen_score", "rejected_score")
-_LONGEST_LINE = 1 << 24  # bytes of a row of JSONL: what is longer is another kind of file
-_DEEPEST = 64  # levels of a row of JSONL
+_LONGEST_LINE = 1 << 24  # bytes of a row of JSONL; a longer line means another kind of file
+_DEEPEST = 64  # levels of nesting in a row of JSONL
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -37,19 +45,19 @@ def open_pairs(path: str | Path, format: Format = "auto", split: str = "train", 
 
     Args:
         path: a JSONL file or a folder with one; a parquet file, a folder of them or a hub id; a VideoDPO folder.
-        format: of ``path``; "auto" looks at names, and opens nothing to guess.
+        format: of ``path``; "auto" detects it from file names, without opening a file.
         split: of a data set with several. JSONL and VideoDPO have one, whatever its name.
-        streaming: read a hub's data set without downloading all of it first. Local files are never copied.
+        streaming: read a data set of the hub without downloading all of it first. Local files are never copied.
 
     Raises:
-        DataError: nothing there, or nothing that is known.
+        DataError: the path does not exist, or its format is not known.
     """
     if format == "auto":
         format = _detect(path)
     if format == "pickapic":
         return PickapicReader(str(path), split, streaming)
     place = Path(path)
-    if not exists(place):
+    if not os.path.exists(place):
         raise DataError(f"{path}: no such file or folder, expected {format} data")
     if not place.is_dir():
         check_data_file(place)
@@ -62,20 +70,20 @@ def open_pairs(path: str | Path, format: Format = "auto", split: str = "train", 
 
 def _detect(path: str | Path) -> Format:
     place = Path(path)
-    if not exists(place):
+    if not os.path.exists(place):
         if isinstance(path, str) and _HUB_ID.fullmatch(path) and not place.suffix:
             return "pickapic"
         raise DataError(f"{path}: no such file or folder, and no hub id (owner/name)")
     if place.is_dir():
-        found = [name for name in (METADATA, PAIRS) if (place / name).exists()]
-        if len(found) == 2:
+        lists = [name for name in (METADATA, PAIRS) if (place / name).exists()]
+        if len(lists) == 2:
             return "videodpo"
         if any(place.glob("*.jsonl")):
             return "jsonl"
         if any(place.rglob("*.parquet")):
             return "pickapic"
-        if found:
-            raise DataError(f"{path}: has {found[0]} alone, expected both {METADATA} and {PAIRS} (VideoDPO)")
+        if lists:
+            raise DataError(f"{path}: has {lists[0]} alone, expected both {METADATA} and {PAIRS} (VideoDPO)")
         raise DataError(f"{path}: expected a .jsonl file, parquet files, or {METADATA} and {PAIRS} in that folder")
     check_data_file(place)
     if place.suffix in _JSONL_SUFFIXES:
@@ -88,12 +96,12 @@ def _detect(path: str | Path) -> Format:
 
 
 def _jsonl_in(folder: Path) -> Path:
-    found = sorted(folder.glob("*.jsonl"))
-    if (folder / _JSONL_NAME) in found:
+    files = sorted(folder.glob("*.jsonl"))
+    if (folder / _JSONL_NAME) in files:
         return folder / _JSONL_NAME
-    if len(found) != 1:
-        raise DataError(f"{folder}: has {len(found)} .jsonl files, expected one, or {_JSONL_NAME}, or a file's name")
-    return found[0]
+    if len(files) != 1:
+        raise DataError(f"{folder}: has {len(files)} .jsonl files, expected one, or {_JSONL_NAME}, or a file's name")
+    return files[0]
 
 
 # ---- JSONL ----
@@ -101,10 +109,10 @@ def _jsonl_in(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class JsonlReader:
-    """One JSON object a line: ``prompt``, ``chosen``, ``rejected`` and, if there are any, both scores.
+    """Reads one JSON object a line: ``prompt``, ``chosen``, ``rejected`` and, if there are any, both scores.
 
-    Paths are relative to the file's folder. Equal scores are a tie. A record's row is its line's number less one;
-    empty lines are passed over. Further keys go to ``extra``.
+    Paths are relative to the file's folder. Equal scores are a tie. A record's row is its line number minus one; empty
+    lines are skipped. Further keys go to ``extra``.
     """
 
     path: Path
@@ -115,15 +123,14 @@ class JsonlReader:
         return self.path.parent
 
     def state(self) -> Any:
-        """Name, size, times and inode of the file."""
+        """Lists name, size, times and inode of the file."""
         return states(self.root, [self.path])
 
     def __iter__(self) -> Iterator[PairRecord]:
-        folder = self.root
         for row, value in read_lines(self.path):
-            yield self._record(row, value, folder)
+            yield self._record(row, value)
 
-    def _record(self, row: int, value: dict[str, Any] | str, folder: Path) -> PairRecord:
+    def _record(self, row: int, value: dict[str, Any] | str) -> PairRecord:
         if isinstance(value, str):
             return bad_row(row, value)
         extra = {key: item for key, item in value.items() if key not in _PAIR_KEYS}
@@ -131,7 +138,7 @@ class JsonlReader:
             if not isinstance(value.get(key), str):
                 return bad_row(row, f"{key}={short(value[key])}: expected text" if key in value else f"no key {key!r}")
             if has_half(value[key]):
-                return bad_row(row, f"{key}={short(value[key])}: holds half a character")  # which JSON lets through
+                return bad_row(row, f"{key}={short(value[key])}: holds half a character")  # JSON allows it
         for key in ("chosen", "rejected"):
             if not value[key]:
                 return bad_row(row, f"{key}='': expected a path", value["prompt"])
@@ -142,20 +149,13 @@ class JsonlReader:
         if better is not None and worse is not None and better < worse:
             problem = f"chosen_score={short(better)} is below rejected_score={short(worse)}"
             return bad_row(row, problem, value["prompt"])
-        return PairRecord(
-            row,
-            value["prompt"],
-            folder / value["chosen"],
-            folder / value["rejected"],
-            better,
-            worse,
-            tie=better is not None and better == worse,
-            extra=extra,
-        )
+        sides = (self.root / value["chosen"], self.root / value["rejected"])
+        tie = better is not None and better == worse
+        return PairRecord(row, value["prompt"], *sides, better, worse, tie, extra=extra)
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """The objects of a JSONL file with their rows; for a line that holds none, what is wrong with it.
+    """Yields rows and objects of a JSONL file; in place of an object, what is wrong with a line that holds none.
 
     Raises:
         DataError: the file cannot be opened.
@@ -182,18 +182,18 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
 
 
 def _parse_line(line: bytes) -> dict[str, Any] | str:
-    """A JSON object, or what is wrong with a line."""
+    """Returns the JSON object of a line, or what is wrong with it."""
     try:
-        # "utf-8-sig": a byte order mark before the first line is some editors' doing.
+        # "utf-8-sig": some editors write a byte order mark before the first line.
         value = parse_json(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         return f"not JSON: {error}"
     except FileError as error:
         cause = error.__cause__
-        if isinstance(cause, json.JSONDecodeError):  # whose own message calls each line the first
+        if isinstance(cause, json.JSONDecodeError):  # its own message calls every line the first
             return f"not JSON: {cause.msg}, character {cause.pos + 1}"
         return str(error)
-    if _is_deep(value):  # parsed here, it may still be too deep to be printed or written elsewhere
+    if _is_deep(value):  # what the parser accepts may still be too deep to be printed or written
         return f"nested too deeply, expected JSON of at most {_DEEPEST} levels"
     return value if isinstance(value, dict) else f"holds {short(value)}, expected a JSON object"
 
@@ -206,17 +206,12 @@ def _is_deep(value: Any) -> bool:
     return bool(level)
 
 
-def write_jsonl(records: Iterable[PairRecord], path: str | Path) -> int:
+def write_jsonl(records: Iterable[PairRecord], path: str | Path) -> None:
     """Writes pairs as :class:`JsonlReader` reads them, aside and renamed; paths become relative to the file.
 
-    Returns:
-        How many were written.
-
     Raises:
-        DataError: a record that is faulty, or whose image is in memory and has no path.
+        DataError: a record is faulty, or its image is in memory and has no path.
     """
-    from sipo.files import write_aside
-
     path = Path(path)
     lines = []
     for record in records:
@@ -234,4 +229,3 @@ def write_jsonl(records: Iterable[PairRecord], path: str | Path) -> int:
         lines.append((json.dumps(value | record.extra) if has_half(line) else line) + "\n")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_aside(path, "".join(lines))
-    return len(lines)

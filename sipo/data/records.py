@@ -1,14 +1,23 @@
-"""One preference pair as a reader yields it, before anything is decoded."""
+"""The pair records that readers yield before anything is decoded, and what all readers share."""
 
 from __future__ import annotations
 
+import math
+import os
 import re
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from sipo.files import FileError, check_regular
+
 _HALF = re.compile("[\ud800-\udfff]")
+
+
+class DataError(ValueError):
+    """A data set that cannot be read at all; the message is one line with the path and what was expected."""
 
 
 @dataclass(frozen=True)
@@ -16,19 +25,18 @@ class PairRecord:
     """One row of a data set of pairs.
 
     Attributes:
-        row: its place in the source, from 0; reports count from 1 (:func:`row_name`). Rows grow, and may leave gaps
+        row: index in the source, from 0; reports count from 1 (:func:`row_name`). Rows increase, and may have gaps
             (blank lines).
-        prompt: the caption both were made for.
-        chosen: the preferred image or clip: a file, or an encoded image's bytes.
+        prompt: the caption of both samples.
+        chosen: the preferred image or clip: a file, or the bytes of an encoded image.
         rejected: the other one.
-        chosen_score: what a person or a scorer gave it, where the source says. Higher is better.
+        chosen_score: the score from a person or a scorer, if the source has one. Higher is better.
         rejected_score: likewise.
-        tie: whether neither is preferred. A tie is no pair to train on; it is counted, and skipped as a pair
-            without a preference.
-        problem: what is wrong with the row itself (a label missing, an index that fits no file), where its
-            fields could not be filled.
-        problem_kind: with ``problem``: "index" where the row points at the wrong clip or at none, else "row".
-        extra: whatever else the source says of the row, untouched.
+        tie: whether neither is preferred. Ties are counted, and skipped as pairs without a preference.
+        problem: what is wrong with the row itself, such as a missing label or an index out of range; the other fields
+            may then be empty.
+        problem_kind: with ``problem``: "index" if the row refers to the wrong clip or to none, else "row".
+        extra: all other values of the row, unchanged.
     """
 
     row: int
@@ -46,25 +54,67 @@ class PairRecord:
 class PairReader(Protocol):
     """A source of pairs, read from the start each time.
 
-    It may have three further things. ``root``: the folder that paths are given in, so that a data set that moves as a
-    whole is known again. ``state()``: a JSON value that changes when a row or an image in memory changes, obtained
-    without reading rows; it raises a ``DataError`` where it cannot be told. ``count()``: how many rows there are, where
-    that is known without reading them, or ``None``.
+    It may have three further members. ``root``: the folder that paths are relative to, so that a data set that is moved
+    as a whole is recognised. ``state()``: a JSON value that changes when a row or an image in memory changes, obtained
+    without reading rows; raises a ``DataError`` if it cannot be determined. ``count()``: the number of rows if it is
+    known without reading them, else ``None``.
     """
 
     def __iter__(self) -> Iterator[PairRecord]:
-        """The rows in the source's order, ties and faulty rows included."""
+        """Yields the rows in the source's order, ties and faulty rows included."""
+
+
+def bad_row(row: int, problem: str, prompt: str = "", kind: Literal["row", "index"] = "row") -> PairRecord:
+    """Makes the record of a row that cannot be used."""
+    return PairRecord(row, prompt, b"", b"", problem=problem, problem_kind=kind)
 
 
 def row_name(row: int) -> str:
-    """A row as people are told of it: "row 1" is the first, as an editor numbers the lines of a file."""
+    """Names a row in messages: "row 1" is the first, as editors number the lines of a file."""
     return f"row {row + 1}"
 
 
 def has_half(text: str) -> bool:
-    """Whether a text holds half of a character beyond 16 bits, which JSON lets through and UTF-8 does not."""
+    """Tells whether a text has an unpaired surrogate, which JSON allows and UTF-8 does not."""
     return not text.isascii() and _HALF.search(text) is not None
 
 
-class DataError(ValueError):
-    """A data set that cannot be read at all, in one line that names the path and what was expected."""
+def is_finite_number(value: Any) -> bool:
+    """Tells whether a JSON value is a finite number."""
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer of more than 308 digits
+        return False
+
+
+def check_data_file(path: Path) -> None:
+    """Refuses anything but a regular file, before anything opens it.
+
+    Raises:
+        DataError: a folder, a FIFO, a socket or a device; or the path does not exist.
+    """
+    try:
+        check_regular(path)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}, expected a file") from error
+    except FileError as error:
+        raise DataError(str(error)) from error
+
+
+def states(folder: Path, paths: Iterable[Path]) -> list[list[Any]]:
+    """Lists files by their names in a folder, each with its :func:`stamp`."""
+    return [[path.relative_to(folder).as_posix(), *stamp(path)] for path in paths]
+
+
+def stamp(path: str | Path) -> list[int]:
+    """Reads a file's size in bytes, mtime and ctime in nanoseconds, and inode; empty if there is no file.
+
+    ctime changes even if a file is replaced and its mtime reset. Two files that were written within one tick of the
+    clock may have equal times, and their folders may be renamed: their inodes differ.
+    """
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):  # ValueError: a null byte in the name
+        return []
+    regular = stat.S_ISREG(status.st_mode)
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino] if regular else []
