@@ -7,6 +7,7 @@ gradient; nothing here is used by the package.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,32 +45,22 @@ def published(
     assert ref_error is not None  # one of the two is given
     ratio = torch.exp(-ratio_scale * model_error.detach())
     weight = ratio.clamp(0.9, 1.1)
-    ratio_w, ratio_l = ratio.chunk(2)
-    mask = (torch.minimum(ratio_w, ratio_l) >= 0.9).to(model_error.dtype)
-    gap_w, gap_l = (weight * (model_error - ref_error)).chunk(2)
-    return (mask * -F.logsigmoid(-0.5 * beta * (gap_w - gap_l))).mean()
+    mask = (torch.minimum(*ratio.chunk(2)) >= 0.9).to(model_error.dtype)
+    chosen_gap, rejected_gap = (weight * (model_error - ref_error)).chunk(2)
+    return (mask * -F.logsigmoid(-0.5 * beta * (chosen_gap - rejected_gap))).mean()
 
 
 def _mean_squares(pred: Tensor, target: Tensor) -> Tensor:
     """``[S]`` mean squared differences."""
-    if target.shape == pred.shape:
-        difference = pred - target
-    else:
-        difference = (pred.unflatten(0, (2, -1)) - target).flatten(0, 1)
+    shared = target.shape != pred.shape
+    difference = (pred.unflatten(0, (2, -1)) - target).flatten(0, 1) if shared else pred - target
     return difference.pow(2).mean(dim=list(range(1, pred.ndim)))
 
 
-def upcast(
-    model_pred: Tensor,
-    ref_pred: Tensor | None,
-    target: Tensor,
-    ratio_scale: Tensor,
-    beta: float,
-    ref_error: Tensor | None = None,
-) -> Tensor:
-    """:func:`published` after ``.float()`` on every input, as careful scripts do."""
+def upcast(model_pred: Tensor, ref_pred: Tensor | None, target: Tensor, *rest: Any) -> Tensor:
+    """:func:`published` after ``.float()`` on every prediction and the target, as careful scripts do."""
     ref = None if ref_pred is None else ref_pred.float()
-    return published(model_pred.float(), ref, target.float(), ratio_scale, beta, ref_error)
+    return published(model_pred.float(), ref, target.float(), *rest)
 
 
 def truth(batch: LossInputs) -> tuple[Tensor, Tensor]:
@@ -83,14 +74,6 @@ def truth(batch: LossInputs) -> tuple[Tensor, Tensor]:
     loss = published(model, ref, target, scale, BETA, ref_error)
     (grad,) = torch.autograd.grad(loss, model, upstream)
     return loss.detach(), grad
-
-
-def compiled_names(device: str, autotune: bool) -> list[str]:
-    """Names of torch.compile's variants; CUDA graphs are a GPU's."""
-    names = [COMPILED]
-    if autotune:
-        names += [AUTOTUNED] if device == "cpu" else [AUTOTUNED, AUTOTUNED_NO_GRAPHS]
-    return names
 
 
 def available(device: str) -> tuple[list[str], dict[str, str]]:
@@ -120,13 +103,15 @@ def implementations(batch: LossInputs, device: str, autotune: bool) -> dict[str,
         function = torch.compile(upcast, mode=mode, dynamic=False, fullgraph=True)
         return lambda: function(*tensors)
 
-    found: dict[str, Callable[[], Tensor]] = {
+    names = [COMPILED]
+    if autotune:  # CUDA graphs are a GPU's
+        names += [AUTOTUNED] if device == "cpu" else [AUTOTUNED, AUTOTUNED_NO_GRAPHS]
+    return {
         PUBLISHED: lambda: published(*tensors),
         UPCAST: lambda: upcast(*tensors),
+        **{name: compiled(_COMPILE_MODES[name]) for name in names},
+        **{OURS + name: ours(name, batch) for name in available(device)[0]},
     }
-    found.update({name: compiled(_COMPILE_MODES[name]) for name in compiled_names(device, autotune)})
-    found.update({OURS + name: ours(name, batch) for name in available(device)[0]})
-    return found
 
 
 def ours(backend: str, batch: LossInputs, expected: Tensor | None = None) -> Callable[[], Tensor]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.baselines import OURS
-from benchmarks.machine import BUSY_CORES, caption
+from benchmarks.machine import caption, disturbed
 
 KEY = ("label", "shape", "pairs", "dtype", "target", "shared_target", "ref_error", "upstream", "mode", "state")
 CPU_CACHE_MIB = 32.0
@@ -62,14 +62,10 @@ def key(entry: dict[str, Any]) -> str:
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Why the two files do not measure the same thing; empty if they do."""
-    found = []
-    if old["kind"] != new["kind"]:
-        found.append(f"kind: {old['kind']} and {new['kind']}")
-    for field in ("device", "device_type", "threads", "multiprocessors"):
-        before, now = old["machine"].get(field), new["machine"].get(field)
-        if before != now:
-            found.append(f"{field}: {before} and {now}")
-    return found
+    fields = ("device", "device_type", "threads", "multiprocessors")
+    pairs = [("kind", old["kind"], new["kind"])]
+    pairs += [(field, old["machine"].get(field), new["machine"].get(field)) for field in fields]
+    return [f"{field}: {before} and {now}" for field, before, now in pairs if before != now]
 
 
 def notes(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
@@ -79,22 +75,20 @@ def notes(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
         if before != now:
             yield f"{field} changed: {before} → {now}"
     for name, results in (("old", old), ("new", new)):
-        busy = [entry for entry in results["cases"] if (entry.get("others_cores") or 0) > BUSY_CORES]
-        if busy:
-            yield f"{name}: other processes were busy during {len(busy)} of {len(results['cases'])} entries"
+        if busy := disturbed(results["cases"]):
+            yield f"{name}: other processes were busy during {busy} of {len(results['cases'])} entries"
         if not results.get("complete", True):
             yield f"{name}: the run was cut off"
     before, now = ({key(entry) for entry in results["cases"]} for results in (old, new))
-    if before - now:
-        yield f"only in old, not compared: {len(before - now)} entries, e.g. {min(before - now)}"
-    if now - before:
-        yield f"only in new, not compared: {len(now - before)} entries, e.g. {min(now - before)}"
+    for name, alone in (("old", before - now), ("new", now - before)):
+        if alone:
+            yield f"only in {name}, not compared: {len(alone)} entries, e.g. {min(alone)}"
 
 
 def copy_bandwidth(results: dict[str, Any]) -> float | None:
     """The run's median copy bandwidth, GB/s."""
-    found = results.get("copy_bandwidth_gb_s")
-    return found.get("median") if isinstance(found, dict) else found
+    median: float | None = results.get("copy_bandwidth_gb_s", {}).get("median")
+    return median
 
 
 def changes(old: dict[str, Any], new: dict[str, Any], percent: float) -> list[Change]:
@@ -103,7 +97,7 @@ def changes(old: dict[str, Any], new: dict[str, Any], percent: float) -> list[Ch
     rates = copy_bandwidth(old), copy_bandwidth(new)
     machine = new["machine"]
     cache = 2**20 * (machine.get("l2_mib") or machine.get("cpu_cache_mib") or CPU_CACHE_MIB)
-    found = []
+    compared = []
     for entry in new["cases"]:
         earlier = before.get(key(entry))
         if earlier is None:
@@ -117,18 +111,16 @@ def changes(old: dict[str, Any], new: dict[str, Any], percent: float) -> list[Ch
                 bound = large and (new["kind"] != "step" or time.startswith("loss alone"))
                 scale = rates[1] / rates[0] if bound and rates[0] and rates[1] else 1.0
                 if time in then:
-                    found.append(_change(key(entry), name, time, then[time], now, scale, percent))
-    return found
+                    compared.append(_change(key(entry), name, time, then[time], now, scale, percent))
+    return compared
 
 
 def times(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """What is compared, by name: wall and device time; the loss alone's in a step file, host time in a host file."""
-    direct = result.get("direct_ms") or {}
-    found = {"wall": result.get("wall_ms"), "device": result.get("device_ms")}
-    if not found["wall"]:
-        found["host"] = result.get("host_ms")
-    found.update({"loss alone, wall": direct.get("wall_ms"), "loss alone, device": direct.get("device_ms")})
-    return {name: time for name, time in found.items() if time}
+    wall, direct = result.get("wall_ms"), result.get("direct_ms") or {}
+    named = {"wall": wall, "device": result.get("device_ms"), "host": None if wall else result.get("host_ms")}
+    named.update({"loss alone, wall": direct.get("wall_ms"), "loss alone, device": direct.get("device_ms")})
+    return {name: time for name, time in named.items() if time}
 
 
 def _change(
@@ -155,10 +147,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     old, new = (json.loads(path.read_text(encoding="utf-8")) for path in (args.old, args.new))
 
-    unlike = differences(old, new)
-    for line in unlike:
+    unequal = differences(old, new)
+    for line in unequal:
         print(f"not the same {line}", file=sys.stderr)
-    if unlike and (not args.force or old["kind"] != new["kind"]):
+    if unequal and (not args.force or old["kind"] != new["kind"]):
         print("these files cannot be compared (--force: different devices all the same)", file=sys.stderr)
         return 2
     print(f"old: {caption(old['machine'])}\nnew: {caption(new['machine'])}")
@@ -168,21 +160,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     for note in notes(old, new):
         print(f"note: {note}")
 
-    found = changes(old, new, args.percent)
-    if not found:
+    compared = changes(old, new, args.percent)
+    if not compared:
         print("the files have no case in common", file=sys.stderr)
         return 2
-    shown = [change for change in found if change.verdict or args.unchanged]
+    shown = [change for change in compared if change.verdict or args.unchanged]
     for change in sorted(shown, key=lambda change: -change.ratio):
         print(
             f"{change.verdict:8} {change.ratio:6.2f}x  {change.old:9.3f} → {change.new:9.3f} ms  "
             f"{change.time:6}  {change.implementation:24}  {change.case}"
         )
     everything = args.everything or new["kind"] == "host"  # there, all is ours
-    slower = [c for c in found if c.verdict == "slower" and (everything or c.implementation.startswith(OURS))]
-    faster = sum(change.verdict == "faster" for change in found)
-    unchanged = sum(not change.verdict for change in found)
-    print(f"{len(found)} times compared: {unchanged} unchanged, {faster} faster, {len(slower)} regressions")
+    slower = [c for c in compared if c.verdict == "slower" and (everything or c.implementation.startswith(OURS))]
+    faster = sum(change.verdict == "faster" for change in compared)
+    unchanged = sum(not change.verdict for change in compared)
+    print(f"{len(compared)} times compared: {unchanged} unchanged, {faster} faster, {len(slower)} regressions")
     return 1 if slower else 0
 
 

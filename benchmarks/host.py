@@ -2,17 +2,15 @@
 
 Microseconds until a call returns, on batches so small that the rest is overhead: ``pair_loss`` forward and backward for
 one SD1.5 pair; and the loss of a training pass (with metrics and statistics by noise level, and the backward for an
-upstream gradient of 1/8) with its parts by themselves. Loops of many calls take turns in an order drawn anew each turn,
+upstream gradient of 1/8) with its parts by themselves. Loops of many calls take turns in an order drawn again each turn,
 nothing is cleared between them, and the results file has median and quartiles over the loops, for one call. Timings are
 results, never assertions.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +18,7 @@ import torch
 from benchmarks import baselines, timing
 from benchmarks.cases import BETA, SHAPES, TARGET, TRAINED, UPSTREAM, Case, LossInputs, make_inputs
 from benchmarks.machine import OthersLoad
-from benchmarks.suite import announce, default_output, make_before
+from benchmarks.suite import default_output, make_before, make_parser, new_results, run_cases
 from sipo import NoiseSchedule, SIPOLoss
 from sipo.training.statistics import TimestepStatistics
 from sipo_kernels import METRICS, backends, pair_loss
@@ -106,38 +104,12 @@ def measure_case(case: Case, device: str, seconds: float) -> dict[str, Any]:
     return entry
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measures and writes the results file; returns its content."""
-    device = args.device
-    results: dict[str, Any] = {
-        "kind": "host",
-        "machine": timing.machine(device),
-        "auto": baselines.OURS + backends.choose("auto", torch.device(device)),
-        "options": {"seconds": args.seconds, "loop": LOOP},
-        "complete": False,
-        "cases": [],
-        "skipped": [],
-    }
-    announce(device, results["machine"])
-    output = args.output or default_output("host", device, partial=args.quick)
-    for case in CASES:
-        results["cases"].append(measure_case(case, device, args.seconds / (20 if args.quick else 1)))
-        timing.write(results, output)
-    results["complete"] = True
-    timing.write(results, output)
-    print(f"\n{len(results['cases'])} entries: {output}")
-    return results
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.host", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default=timing.default_device(), help="default %(default)s"
-    )
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="for each batch (default %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="a twentieth of the time, to see that it works")
-    parser.add_argument("--output", type=Path, help="results file (default benchmarks/results/host-<device>.json)")
-    run(parser.parse_args(argv))
+    args = make_parser("host", __doc__, {"cpu": SECONDS, "cuda": SECONDS}).parse_args(argv)
+    seconds = args.seconds if args.seconds is not None else SECONDS / (20 if args.quick else 1)
+    results = new_results("host", args.device, seconds=seconds, loop=LOOP)
+    output = args.output or default_output("host", args.device, partial=args.quick)
+    run_cases(results, CASES, output, lambda case: (measure_case(case, args.device, seconds), {}))
 
 
 if __name__ == "__main__":

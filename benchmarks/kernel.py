@@ -21,14 +21,14 @@ from typing import Any
 from benchmarks import baselines
 from benchmarks.cases import BOTH, Case, is_headline, kernel_cases, select, table_cases
 from benchmarks.kernel_summary import STATES, print_summary, summarize, table
-from benchmarks.suite import Suite, add_options, announce, default_output
+from benchmarks.suite import Suite, make_parser
 
 BUDGET = {"cuda": 470.0, "cpu": 570.0}
 SECONDS = {"cuda": 0.6, "cpu": 1.2}
 HEADLINE = 3.0  # times as long: their ratios are quoted
 CPU_INPUT_BYTES = 256 << 20
 CPU_MANY_PAIRS = ("SD1.5", "SDXL")
-# Plain torch that is written to be read takes many times as long as plain torch, and as long to timing.
+# The eager backend is written to be read: it takes many times as long as plain torch.
 CPU_EAGER_ELEMENTS = 1 << 22
 QUICK = r"^(SD1.5, 1 pair|SDXL, 4 pairs), bfloat16, (float32 target, )?upstream"
 
@@ -70,20 +70,7 @@ def autotuned(choice: str, device: str) -> Callable[[Case], bool]:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measures what the options ask for; returns the results file's content."""
     device = args.device
-    output = args.output or default_output("kernel", device, partial=bool(args.quick or args.only))
-    seconds = args.seconds if args.seconds is not None else SECONDS[device] / (3 if args.quick else 1)
-    budget = BUDGET[device] if args.budget is None else args.budget
-    suite = Suite(
-        "kernel",
-        device,
-        output,
-        seconds=seconds,
-        budget=budget,
-        only=args.only,
-        quick=args.quick,
-        autotune=args.autotune,
-    )
-    announce(device, suite.results["machine"], suite.copy)
+    suite = Suite.of_options("kernel", args, SECONDS, BUDGET, autotune=args.autotune)
     eager = baselines.OURS + "eager"
     if device == "cpu" and not args.all and suite.results["auto"] != eager:
         why = f"not measured from {CPU_EAGER_ELEMENTS} elements on, on a CPU by default (--all)"
@@ -107,14 +94,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     results = suite.finish()
     print_losses(results)
     print_summary(results)
-    print(f"\n{len(results['cases'])} entries, {len(results['skipped'])} left out, {suite.spent():.0f} s: {output}")
     return results
 
 
 def print_losses(results: dict[str, Any]) -> None:
     """The cases in which something else is faster than what users of ours get, by the medians of wall time."""
     print("\nWhere another implementation is faster than ours (wall time):")
-    auto, none = results["auto"], True
+    auto, fastest = results["auto"], True
     for entry in results["cases"]:
         walls = {name: result["wall_ms"]["median"] for name, result in entry["results"].items()}
         others = {name: wall for name, wall in walls.items() if not name.startswith(baselines.OURS)}
@@ -124,14 +110,13 @@ def print_losses(results: dict[str, Any]) -> None:
         if others[best] < walls[auto]:
             case = f"{Case.of(entry).name}, {entry['state']}"
             print(f"  {case}: {best} {others[best]:.3f} ms, {auto} {walls[auto]:.3f} ms")
-            none = False
-    if none:
+            fastest = False
+    if fastest:
         print("  none of the cases measured")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernel", description=__doc__.splitlines()[0])
-    add_options(parser, "kernel", SECONDS, BUDGET)
+    parser = make_parser("kernel", __doc__, SECONDS, BUDGET)
     parser.add_argument("--all", action="store_true", help="also what a CPU run leaves out by default")
     parser.add_argument(
         "--autotune",

@@ -34,7 +34,7 @@ def summarize(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def _of_group(results: dict[str, Any], cases: Sequence[Case], state: str) -> dict[str, Any]:
-    found: dict[str, dict[str, float]] = {"compile": {}, "torch": {}}
+    by_rival: dict[str, dict[str, float]] = {"compile": {}, "torch": {}}
     missing = []
     entries = {Case.of(entry): entry for entry in results["cases"] if entry["state"] == state}
     for case in cases:
@@ -45,10 +45,10 @@ def _of_group(results: dict[str, Any], cases: Sequence[Case], state: str) -> dic
             continue
         for rival, name in (("compile", COMPILED), ("torch", UPCAST)):
             if name in timed:
-                found[rival][case.name] = timed[name]["wall_ms"]["median"] / ours["wall_ms"]["median"]
-    ratios = list(found["compile"].values())
+                by_rival[rival][case.name] = timed[name]["wall_ms"]["median"] / ours["wall_ms"]["median"]
+    ratios = list(by_rival["compile"].values())
     return {
-        **found,
+        **by_rival,
         "geometric_mean": statistics.geometric_mean(ratios) if ratios else None,
         "smallest": min(ratios, default=None),
         "missing": missing,
@@ -63,10 +63,10 @@ def table(results: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for case in dict.fromkeys(case for group in headline_cases().values() for case in group):
-        found = [entries.get((case, state), {}) for state in STATES]
+        measured = [entries.get((case, state), {}) for state in STATES]
         names = (COMPILED, results["auto"], UPCAST)
         compiled, ours, plain = (
-            [timed[name]["wall_ms"]["median"] if name in timed else None for timed in found] for name in names
+            [timed[name]["wall_ms"]["median"] if name in timed else None for timed in measured] for name in names
         )
         if ours[0] is None:
             continue
@@ -100,13 +100,14 @@ def print_summary(results: dict[str, Any]) -> None:
     """The same as text."""
     print(f"\n{results['auto']}: times as fast as torch.compile (and as plain torch), forward + backward, wall time")
     for group, states in summarize(results).items():
-        for state, found in states.items():
-            print(f"{group}, {state}:" if found["compile"] else f"{group}, {state}: not measured")
-            for name, ratio in found["compile"].items():
-                torch = f" ({found['torch'][name]:.2f})" if name in found["torch"] else ""
+        for state, numbers in states.items():
+            ratios, plain, missing = (numbers[name] for name in ("compile", "torch", "missing"))
+            print(f"{group}, {state}:{'' if ratios else ' not measured'}")
+            for name, ratio in ratios.items():
+                torch = f" ({plain[name]:.2f})" if name in plain else ""
                 print(f"  {ratio:6.2f}{torch:10}  {name}{'   SLOWER' if ratio < 1 else ''}")
-            if found["compile"]:
-                print(f"  {found['geometric_mean']:6.2f} geometric mean of {len(found['compile'])}, ", end="")
-                print(f"smallest {found['smallest']:.2f}")
-            if found["compile"] and found["missing"]:
-                print(f"  not measured: {len(found['missing'])}, e.g. {found['missing'][0]}")
+            if ratios:
+                print(f"  {numbers['geometric_mean']:6.2f} geometric mean of {len(ratios)}, ", end="")
+                print(f"smallest {numbers['smallest']:.2f}")
+                if missing:
+                    print(f"  not measured: {len(missing)}, e.g. {missing[0]}")

@@ -6,8 +6,10 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,6 @@ import torch
 ROOT = Path(__file__).parent.parent
 # Cores busy with other processes from which on a measurement is marked as disturbed.
 BUSY_CORES = 0.1
-_FALLBACK_CACHE = 32 << 20
 
 
 def default_device() -> str:
@@ -28,12 +29,12 @@ def cache_bytes(device: str) -> int:
     """Size of the last cache before memory: a GPU's L2, a CPU's largest (32 MiB where the system does not say)."""
     if torch.device(device).type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
-    sizes = [int(text[:-1]) << 10 for text in (_read(p) for p in _cache_files()) if text.endswith("K")]
-    return max(sizes, default=_FALLBACK_CACHE)
+    files = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    return max((int(text[:-1]) << 10 for text in map(_read, files) if text.endswith("K")), default=32 << 20)
 
 
-def machine(device: str) -> dict[str, Any]:
-    """Description of the machine that goes into every results file.
+def describe(device: str) -> dict[str, Any]:
+    """Describes the machine, for every results file.
 
     Args:
         device: ``"cuda"`` or ``"cpu"``.
@@ -42,7 +43,7 @@ def machine(device: str) -> dict[str, Any]:
         JSON-ready fields. ``device`` names what was measured; GPU fields are present for ``"cuda"`` only. ``clocks``
         is what nvidia-smi reads at this moment: the card is measured as it is found.
     """
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "device": processor(),
         "device_type": torch.device(device).type,
         "cpu": processor(),
@@ -61,7 +62,7 @@ def machine(device: str) -> dict[str, Any]:
     }
     if torch.device(device).type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        found.update(
+        facts.update(
             device=properties.name,
             capability=f"{properties.major}.{properties.minor}",
             multiprocessors=properties.multi_processor_count,
@@ -71,7 +72,7 @@ def machine(device: str) -> dict[str, Any]:
             driver=_nvidia_smi("driver_version"),
             clocks=_nvidia_smi("clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"),
         )
-    return found
+    return facts
 
 
 def caption(info: dict[str, Any]) -> str:
@@ -89,10 +90,13 @@ def memory_bytes(device: str) -> int:
     """Memory that can be had now: free on a GPU, available on a CPU (0 where the system does not say)."""
     if torch.device(device).type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    for line in _read(Path("/proc/meminfo")).splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) << 10
-    return 0
+    available = re.search(r"^MemAvailable: *(\d+)", _read(Path("/proc/meminfo")), re.MULTILINE)
+    return int(available[1]) << 10 if available else 0
+
+
+def disturbed(entries: Sequence[Mapping[str, Any]]) -> int:
+    """How many entries of a results file were measured while other processes were busy."""
+    return sum((entry.get("others_cores") or 0) > BUSY_CORES for entry in entries)
 
 
 class OthersLoad:
@@ -126,10 +130,8 @@ class OthersLoad:
 
 def processor() -> str:
     """The CPU's model name."""
-    for line in _read(Path("/proc/cpuinfo")).splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    names = re.findall(r"^model name\s*: (.*)", _read(Path("/proc/cpuinfo")), re.MULTILINE)
+    return names[0].strip() if names else platform.processor() or platform.machine()
 
 
 def commit() -> str:
@@ -170,19 +172,12 @@ def _nvidia_smi(fields: str) -> str | None:
     try:
         done = subprocess.run(
             ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=20,
-        )
+            capture_output=True, text=True, check=False, timeout=20,
+        )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
         return None
     lines = done.stdout.strip().splitlines()
     return lines[0] if done.returncode == 0 and lines else None
-
-
-def _cache_files() -> list[Path]:
-    return sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"))
 
 
 def _read(path: Path) -> str:

@@ -6,7 +6,7 @@ that second reading for one pair that was just read (policy and target summed ag
 reads), and plain writes of the gradient's bytes to memory that is in use and to new memory. Forward, re-reading and
 write together are the least that the call could take with these parts as they are; what is left above is the kernel's.
 
-Beside each part stand the bytes that it has to move, and its page faults: memory that an allocator maps anew costs one
+Beside each part stand the bytes that it has to move, and its page faults: memory that an allocator maps again costs one
 on the first write to each page.
 """
 
@@ -27,7 +27,7 @@ from benchmarks import baselines, timing
 from benchmarks.baselines import COMPILED
 from benchmarks.cases import BETA, DTYPES, FORWARD, SHAPES, TARGET, TRAINED, UPSTREAM, Case, LossInputs, make_inputs
 from benchmarks.machine import OthersLoad
-from benchmarks.suite import default_output, make_before, make_calls
+from benchmarks.suite import default_output, make_before, make_calls, new_results, run_cases
 from sipo_kernels import pair_loss
 
 SECONDS = 6.0
@@ -97,8 +97,8 @@ def page_faults(calls: Mapping[str, Call], before: Call, runs: int = FAULT_RUNS)
     return {name: timing.summary(values) for name, values in found.items()}
 
 
-def measure_parts(case: Case, seconds: float, copy: timing.CopyBandwidth) -> dict[str, Any]:
-    """One entry of the results file."""
+def measure_parts(case: Case, seconds: float, copy: timing.CopyBandwidth) -> tuple[dict[str, Any], dict[str, str]]:
+    """One entry of the results file, and the parts that failed: name → why."""
     batch = make_inputs(case, "cpu")
     calls, before = calls_of(case, batch), make_before(batch)
     failed = timing.warm_up(calls, device="cpu", before=before)
@@ -119,38 +119,26 @@ def measure_parts(case: Case, seconds: float, copy: timing.CopyBandwidth) -> dic
         print(f"  {name:46}{medians[name]:8.3f} ms [{low:.3f}, {high:.3f}] {rate}", end="")
         print(f" {faults[name]['median']:8.0f} page faults", flush=True)
     print(f"  {'forward, re-reading of all pairs, write in use':46}{least:8.3f} ms")
-    return {
-        **case.fields(),
-        "state": "in turn",
-        "elements": case.elements,
-        "floor_bytes": case.floor_bytes,
-        "others_cores": load.cores(),
-        "results": results,
-        "least_ms": least,
-        "failed": failed,
-    }
+    entry = {**case.fields(), "state": "in turn", "elements": case.elements, "floor_bytes": case.floor_bytes}
+    return {**entry, "others_cores": load.cores(), "results": results, "least_ms": least}, failed
 
 
 def run(cases: Sequence[Case], seconds: float, output: Path) -> dict[str, Any]:
     """Measures and returns the results file's content."""
-    results: dict[str, Any] = {
-        "kind": "parts",
-        "machine": timing.machine("cpu"),
-        "options": {"seconds": seconds},
-        "complete": False,
-        "cases": [],
-    }
-    print(timing.caption(results["machine"]))
     copy = timing.CopyBandwidth("cpu")
-    for case in cases:
-        results["cases"].append(measure_parts(case, seconds, copy))
-    results["copy_bandwidth_gb_s"] = copy.summary()
+    results = new_results("parts", "cpu", seconds=seconds)
+
+    def measure(case: Case) -> tuple[dict[str, Any], dict[str, str]]:
+        entry, failed = measure_parts(case, seconds, copy)
+        results["copy_bandwidth_gb_s"] = copy.summary()
+        for other in (*results["cases"], entry):
+            other["floor_ms"] = other["floor_bytes"] / copy.median / 1e6
+        return entry, failed
+
+    run_cases(results, cases, output, measure)
     print(f"\nat the copy bandwidth of {copy.median:.1f} GB/s:")
-    for case, entry in zip(cases, results["cases"], strict=True):
-        entry["floor_ms"] = entry["floor_bytes"] / copy.median / 1e6
-        print(f"  {entry['floor_ms']:8.3f} ms  {case.name}")
-    results["complete"] = True
-    timing.write(results, output)
+    for entry in results["cases"]:
+        print(f"  {entry['floor_ms']:8.3f} ms  {Case.of(entry).name}")
     return results
 
 
@@ -168,17 +156,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for each case (default %(default)s)")
     parser.add_argument("--output", type=Path, help="results file")
     args = parser.parse_args(argv)
-    cases = [
-        Case(
-            args.label, SHAPES[args.label], pairs, args.dtype, target,
-            upstream=upstream, shared_target=args.shared_target, ref_error=args.ref_error,
-        )
-        for pairs, target, upstream in product(args.pairs, args.target, args.upstream)
-    ]  # fmt: skip
-    usual = [
-        Case(LABEL, SHAPES[LABEL], pairs, TRAINED, target, upstream=upstream)
-        for pairs, target, upstream in product(PAIRS, TARGETS, UPSTREAMS)
-    ]
+
+    def cases_of(label: str, dtype: str, pairs: Any, targets: Any, upstreams: Any, **fields: bool) -> list[Case]:
+        kinds = product(pairs, targets, upstreams)
+        return [Case(label, SHAPES[label], n, dtype, target, upstream=u, **fields) for n, target, u in kinds]
+
+    fields = {"shared_target": args.shared_target, "ref_error": args.ref_error}
+    cases = cases_of(args.label, args.dtype, args.pairs, args.target, args.upstream, **fields)
+    usual = cases_of(LABEL, TRAINED, PAIRS, TARGETS, UPSTREAMS)
     run(cases, args.seconds, args.output or default_output("parts", "cpu", partial=cases != usual))
 
 

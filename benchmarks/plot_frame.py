@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from benchmarks.baselines import AUTOTUNED, AUTOTUNED_NO_GRAPHS, COMPILED, PUBLISHED, UPCAST
 from benchmarks.cases import Case, count
 from benchmarks.compare import key as entry_key
-from benchmarks.machine import BUSY_CORES, caption
+from benchmarks.machine import caption, disturbed
 
 # Okabe and Ito's palette, told apart by the colour-blind; markers tell the same a second time.
 STYLES = {
@@ -44,15 +44,11 @@ def load(paths: Sequence[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
     merged: dict[tuple[str, str], tuple[str, dict[str, Any]]] = {}
     for path in paths:
         results = json.loads(path.read_text(encoding="utf-8"))
-        key = results["kind"], results["machine"]["device"]
-        if key in merged:
-            whole = merged[key][1]
+        _, whole = merged.setdefault((results["kind"], results["machine"]["device"]), (path.stem, results))
+        if whole is not results:
             entries = {entry_key(entry): entry for entry in whole["cases"] + results["cases"]}
             whole["cases"] = list(entries.values())
-            whole["skipped"] += results["skipped"]
             whole["complete"] = whole.get("complete", True) and results.get("complete", True)
-        else:
-            merged[key] = path.stem, results
     yield from merged.values()
 
 
@@ -121,8 +117,7 @@ def save(
         columns: of the legend.
     """
     lines = [caption(results["machine"])] + ([extra] if extra else [])
-    busy = sum((entry.get("others_cores") or 0) > BUSY_CORES for entry in results["cases"])
-    if busy:
+    if busy := disturbed(results["cases"]):
         lines.append(f"Other processes were busy on this machine during {busy} of {len(results['cases'])} entries.")
     if not results.get("complete", True):
         lines.append("The run was cut off: what is missing here was not measured.")
@@ -137,14 +132,9 @@ def save(
     figure.text(0.5, 1 - MARGIN / height, title, ha="center", va="top", fontsize=12)
     if rows:
         figure.legend(
-            handles=handles,
-            loc="upper center",
-            bbox_to_anchor=(0.5, 1 - TITLE / height),
-            ncols=columns,
-            frameon=False,
-            fontsize=8.5,
-            borderaxespad=0,
-        )
+            handles=handles, loc="upper center", bbox_to_anchor=(0.5, 1 - TITLE / height), ncols=columns,
+            frameon=False, fontsize=8.5, borderaxespad=0,
+        )  # fmt: skip
     figure.text(0.01, MARGIN / height, "\n".join(lines), ha="left", va="bottom", fontsize=8, color="#444444")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

@@ -58,14 +58,14 @@ def ratios(entry: Entry, auto: str) -> dict[str, tuple[float, bool]]:
     By the medians of wall time; below 1 ours is slower. It does not show where the quartiles overlap.
     """
     walls = {name: result["wall_ms"] for name, result in entry["results"].items()}
-    found = {}
+    against = {}
     for rival, (_, names, _) in RIVALS.items():
-        there = [walls[name] for name in names if name in walls]
-        if there and auto in walls:
-            best, ours = min(there, key=lambda wall: float(wall["median"])), walls[auto]
-            apart = best["quartiles"][0] > ours["quartiles"][1] or ours["quartiles"][0] > best["quartiles"][1]
-            found[rival] = best["median"] / ours["median"], apart
-    return found
+        measured = [walls[name] for name in names if name in walls]
+        if measured and auto in walls:
+            best, ours = min(measured, key=lambda wall: float(wall["median"])), walls[auto]
+            shows = best["quartiles"][0] > ours["quartiles"][1] or ours["quartiles"][0] > best["quartiles"][1]
+            against[rival] = best["median"] / ours["median"], shows
+    return against
 
 
 def plot_headline(results: dict[str, Any], path: Path) -> Path | None:
@@ -101,14 +101,14 @@ def plot_speedup(results: dict[str, Any], dtype: str, state: str, path: Path) ->
 def _speedups(
     results: dict[str, Any], panels: dict[str, dict[str, Entry]], rows: list[str], path: Path, title: str
 ) -> Path | None:
-    """Panels of bars: title → label of a row → entry. ``rows`` from top to bottom, as far as anything is there."""
+    """Panels of bars: title → label of a row → entry. ``rows`` from top to bottom, without those that have no entry."""
     auto = results["auto"]
     panels = {name: entries for name, entries in panels.items() if entries}
-    everything = [ratios(entry, auto) for entries in panels.values() for entry in entries.values()]
-    found = [ratio for rivals in everything for ratio, _ in rivals.values()]
-    if not found:
+    every = [ratios(entry, auto) for entries in panels.values() for entry in entries.values()]
+    numbers = [ratio for rivals in every for ratio, _ in rivals.values()]
+    if not numbers:
         return None
-    shown = [rival for rival in RIVALS if any(rival in rivals for rivals in everything)]
+    shown = [rival for rival in RIVALS if any(rival in rivals for rivals in every)]
     rows = [label for label in reversed(rows) if any(label in entries for entries in panels.values())]
     width, height = 5.0 * len(panels) + 0.065 * max(map(len, rows)), (0.14 + 0.15 * len(shown)) * len(rows) + 0.9
     figure, axes = plt.subplots(
@@ -121,7 +121,7 @@ def _speedups(
         ax.set_title(name, fontsize=10)
         ax.set_xlabel("times as fast (wall time, medians)")
         tidy(ax, "x")
-    left, right = min(0.6, 0.8 * min(found)), max(3.0, 1.9 * max(found))
+    left, right = min(0.6, 0.8 * min(numbers)), max(3.0, 1.9 * max(numbers))
     ticks = [tick for tick in TICKS if left < tick < right]
     axes[0][0].set(xscale="log", xlim=(left, right), ylim=(-0.6, len(rows) - 0.4), yticks=range(len(rows)))
     axes[0][0].set_yticklabels(rows, fontsize=8.5)
@@ -134,16 +134,16 @@ def _speedups(
     return save(figure, results, path, title, handles, extra, 2)
 
 
-def _speedup_bars(ax: Axes, row: int, found: dict[str, tuple[float, bool]], shown: list[str]) -> None:
+def _speedup_bars(ax: Axes, row: int, against: dict[str, tuple[float, bool]], shown: list[str]) -> None:
     height = 0.84 / len(shown)
     for position, rival in enumerate(shown):
-        if rival not in found:
+        if rival not in against:
             continue
-        ratio, apart = found[rival]
+        ratio, shows = against[rival]
         y, lost = row + 0.42 - (position + 0.5) * height, ratio < 1
-        look = {"hatch": "//////", "edgecolor": LOSS} if lost else {"edgecolor": "white", "linewidth": 0.4}
-        ax.barh(y, ratio - 1, height, left=1, color=paler(RIVALS[rival][2], 0.0 if apart else 0.6), **look)
-        text = "" if apart else "≈"
+        edge = {"hatch": "//////", "edgecolor": LOSS} if lost else {"edgecolor": "white", "linewidth": 0.4}
+        ax.barh(y, ratio - 1, height, left=1, color=paler(RIVALS[rival][2], 0.0 if shows else 0.6), **edge)
+        text = "" if shows else "≈"
         text += f"{ratio:.2f}×" if ratio < 2 else f"{ratio:.1f}×" if ratio < 10 else f"{ratio:.0f}×"
         ax.annotate(
             f"{text} (slower)" if lost else text, (max(ratio, 1), y), (3, 0), textcoords="offset points", va="center",
@@ -175,7 +175,7 @@ def plot_bandwidth(results: dict[str, Any], state: str, path: Path) -> Path | No
                     ax.scatter(x, y, s=26, marker=marker, facecolor=face, edgecolor=color, linewidth=1.1, alpha=0.9)
         ax.axhline(copy_of(results), color="black", linewidth=1, linestyle="--")
         ax.annotate(
-            f"copy: {copy_of(results):,.3g} GB/s" if copy_of(results) < 100 else f"copy: {copy_of(results):,.0f} GB/s",
+            f"copy: {copy_of(results):,{'.3g' if copy_of(results) < 100 else '.0f'}} GB/s",
             (0.02, copy_of(results)), (0, 3), textcoords="offset points", xycoords=("axes fraction", "data"),
             fontsize=8.5,
         )  # fmt: skip
@@ -206,21 +206,15 @@ def plot_memory(results: dict[str, Any], path: Path) -> Path | None:
     """Memory beyond the inputs at the peak of one call, against the gradient's own: training's types, largest first."""
     training = {"dtype": TRAINED, "target": TARGET, "ref_error": False, "upstream": UPSTREAM, "mode": BOTH}
     entries = sorted(pick(results, state="cold", **training), key=lambda entry: -int(entry["elements"]))
-    measured = [
-        name
-        for name in implementations(entries)
-        if any((entry["results"].get(name) or {}).get("extra_mb") is not None for entry in entries)
-    ]
+    extras = {name: [entry["results"].get(name, {}).get("extra_mb") for entry in entries]
+              for name in implementations(entries)}  # fmt: skip
+    measured = [name for name, values in extras.items() if any(value is not None for value in values)]
     if not measured:
         return None
     figure, ax = plt.subplots(figsize=(10.6, 0.4 * len(entries) + 0.8), layout="constrained")
     for name in measured:
         color, marker = style(name)
-        points = [
-            (entry["results"][name]["extra_mb"], row)
-            for row, entry in enumerate(entries)
-            if name in entry["results"] and entry["results"][name]["extra_mb"]
-        ]
+        points = [(value, row) for row, value in enumerate(extras[name]) if value]  # 0 has no place on the axis
         if points:
             x, y = zip(*points, strict=True)
             ax.scatter(x, y, s=46, marker=marker, color=color, zorder=3, alpha=0.9)
@@ -257,16 +251,16 @@ def plot_sweep(results: dict[str, Any], dtype: str, path: Path) -> Path | None:
         entries = sorted(pick(results, dtype=dtype, state=state), key=lambda entry: int(entry["elements"]))
         for name in names:
             color, marker = style(name)
-            found = [(entry["elements"], entry["results"][name]) for entry in entries if name in entry["results"]]
-            if not found:
+            timed = [(entry["elements"], entry["results"][name]) for entry in entries if name in entry["results"]]
+            if not timed:
                 continue
-            sizes = [size for size, _ in found]
-            walls = [result["wall_ms"]["median"] for _, result in found]
-            low, high = zip(*(result["wall_ms"]["quartiles"] for _, result in found), strict=True)
+            sizes = [size for size, _ in timed]
+            walls = [result["wall_ms"]["median"] for _, result in timed]
+            low, high = zip(*(result["wall_ms"]["quartiles"] for _, result in timed), strict=True)
             least.append(min(walls))
             top.plot(sizes, walls, color=color, marker=marker, markersize=4, linewidth=1.3)
             top.fill_between(sizes, low, high, color=color, alpha=0.18, linewidth=0)
-            share = [100 * result["of_copy"] for _, result in found]
+            share = [100 * result["of_copy"] for _, result in timed]
             bottom.plot(sizes, share, color=color, marker=marker, markersize=4, linewidth=1.3)
         sizes = [entry["elements"] for entry in entries]
         top.plot(sizes, [entry["floor_ms"] for entry in entries], "k--", linewidth=1)

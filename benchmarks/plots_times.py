@@ -9,15 +9,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from benchmarks.cases import Case
-from benchmarks.plot_frame import (
-    Entry,
-    implementations,
-    paler,
-    place,
-    save,
-    style,
-    tidy,
-)
+from benchmarks.plot_frame import Entry, implementations, paler, place, save, style, tidy
 
 
 def plot_times(results: dict[str, Any], entries: list[Entry], title: str, path: Path) -> Path | None:
@@ -50,16 +42,10 @@ def plot_times(results: dict[str, Any], entries: list[Entry], title: str, path: 
 def _time_bars(ax: Axes, row: int, name: str, result: dict[str, Any], kinds: list[str]) -> None:
     height = 0.84 / len(kinds)
     for position, kind in enumerate(kinds):
-        time = result.get(kind)
-        if not time:
-            continue
-        y = row + 0.42 - (position + 0.5) * height
-        low, high = time["quartiles"]
-        ax.barh(y, time["median"], height * 0.94, color=paler(style(name)[0], (0.0, 0.45, 0.72)[position]))
-        ax.plot([low, high], [y, y], color="black", linewidth=1)
-        text = f"{time['median']:.3g}" + (f" {kind[:-3]}" if len(kinds) > 1 else "")
-        at = max(high, time["median"]), y
-        ax.annotate(text, at, (4, 0), textcoords="offset points", va="center", fontsize=7.5)
+        if time := result.get(kind):
+            text = f"{time['median']:.3g}" + (f" {kind[:-3]}" if len(kinds) > 1 else "")
+            color = paler(style(name)[0], (0.0, 0.45, 0.72)[position])
+            _bar(ax, row + 0.42 - (position + 0.5) * height, color, time, text, height * 0.94)
 
 
 def plot_step(results: dict[str, Any], path: Path) -> Path | None:
@@ -76,12 +62,12 @@ def plot_step(results: dict[str, Any], path: Path) -> Path | None:
         names = list(reversed(implementations([entry])))
         for row, name in enumerate(names):
             result = entry["results"][name]
-            _bar(left, row, name, result["wall_ms"], f"{result['wall_ms']['median']:.4g}")
+            color = style(name)[0]
+            _bar(left, row, color, result["wall_ms"], f"{result['wall_ms']['median']:.4g}")
             direct = result.get("direct_ms") or {}
-            time = direct.get("device_ms") or direct.get("wall_ms")
-            if time:
+            if time := direct.get("device_ms") or direct.get("wall_ms"):
                 share = time["median"] / result["wall_ms"]["median"]
-                _bar(right, row, name, time, f"{time['median']:.3g}, {100 * share:.2g} % of the step")
+                _bar(right, row, color, time, f"{time['median']:.3g}, {100 * share:.2g} % of the step")
         left.set(yticks=range(len(names)), yticklabels=names, ylim=(-0.6, len(names) - 0.4))
         left.tick_params(axis="y", labelsize=8.5)
         left.set_title(f"{place(entry)}, {entry['dtype']}: the step", fontsize=9.5, loc="left")
@@ -97,9 +83,10 @@ def plot_step(results: dict[str, Any], path: Path) -> Path | None:
     return save(figure, results, path, "What the loss costs in a training step", extra=extra)
 
 
-def _bar(ax: Axes, row: int, name: str, time: dict[str, Any], text: str) -> None:
+def _bar(ax: Axes, y: float, color: Any, time: dict[str, Any], text: str, height: float = 0.66) -> None:
+    """A bar up to the median, a line from quartile to quartile, and a label."""
     low, high = time["quartiles"]
-    ax.barh(row, time["median"], 0.66, color=style(name)[0])
-    ax.plot([low, high], [row, row], color="black", linewidth=1)
-    at = max(high, time["median"]), row
+    ax.barh(y, time["median"], height, color=color)
+    ax.plot([low, high], [y, y], color="black", linewidth=1)
+    at = max(high, time["median"]), y
     ax.annotate(text, at, (4, 0), textcoords="offset points", va="center", fontsize=7.5)

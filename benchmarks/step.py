@@ -13,12 +13,9 @@ The results file has the layout of ``benchmarks.suite``, with ``"kind": "step"``
 
 from __future__ import annotations
 
-import argparse
 import functools
-import gc
 import random
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +29,7 @@ from benchmarks.footprint import extra_memory_mb
 from benchmarks.machine import OthersLoad
 from benchmarks.step_cases import CASES, TINY, StepCase
 from benchmarks.step_network import make_network
-from benchmarks.suite import MAX_ERROR, announce, default_output
+from benchmarks.suite import MAX_ERROR, default_output, make_parser, new_results, run_cases
 from sipo_kernels import backends
 from sipo_kernels.layout import pair_dtype
 
@@ -211,52 +208,24 @@ def print_entry(entry: dict[str, Any]) -> None:
 
 def run(cases: Sequence[StepCase], device: str, seconds: float, output: Path) -> dict[str, Any]:
     """Measures ``cases``, ``seconds`` of timing each; writes the file after each and returns its content."""
-    begin = time.perf_counter()
     copy = timing.CopyBandwidth(device)
     copy.measure("start", 15)
-    results: dict[str, Any] = {
-        "kind": "step",
-        "machine": timing.machine(device),
-        "auto": baselines.OURS + backends.choose("auto", torch.device(device)),
-        "options": {"seconds": seconds},
-        "complete": False,
-        "copy_bandwidth_gb_s": copy.summary(),
-        "cases": [],
-        "skipped": [],
-    }
-    announce(device, results["machine"], copy)
-    for case in cases:
-        try:
-            entry, failed = measure_case(case, device, seconds, copy.measure("between", 3))
-        except torch.OutOfMemoryError as error:
-            entry, failed = None, {"": f"out of memory: {str(error).splitlines()[0][:200]}"}
-        gc.collect()
-        if device == "cuda":
-            torch.cuda.empty_cache()
-        if entry is not None:
-            print_entry(entry)
-            results["cases"].append(entry)
-        for name, why in failed.items():
-            print(f"{case.label}: {name or 'every loss'} is left out: {why}")
-            results["skipped"].append({**case.fields(), "implementation": name, "reason": why})
-        timing.write(results, output)
-    copy.measure("end", 15)
-    results.update(copy_bandwidth_gb_s=copy.summary(), complete=True)
-    timing.write(results, output)
-    print(f"\n{len(results['cases'])} entries, {time.perf_counter() - begin:.0f} s: {output}")
-    return results
+    results = new_results("step", device, copy, seconds=seconds)
+
+    def measure(case: StepCase) -> tuple[dict[str, Any], dict[str, str]]:
+        entry, failed = measure_case(case, device, seconds, copy.measure("between", 3))
+        print_entry(entry)
+        results["copy_bandwidth_gb_s"] = copy.summary()
+        return entry, failed
+
+    return run_cases(results, cases, output, measure)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=timing.default_device())
-    parser.add_argument("--seconds", type=float, help="of timing for each case (default 60)")
-    parser.add_argument("--quick", action="store_true", help="a tiny network, to see that it works")
-    parser.add_argument("--output", type=Path, help="results file (default benchmarks/results/step-<device>.json)")
-    args = parser.parse_args(argv)
+    args = make_parser("step", __doc__, SECONDS).parse_args(argv)
     cases = [TINY] if args.quick else CASES[args.device]
     seconds = args.seconds if args.seconds is not None else (5.0 if args.quick else SECONDS[args.device])
-    run(cases, args.device, seconds, args.output or default_output("step", args.device))
+    run(cases, args.device, seconds, args.output or default_output("step", args.device, partial=args.quick))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Runs cases and keeps their results: checks each implementation, times it, writes the file after every case.
 
-A results file (``kind`` "kernel" or "sweep"; "step" files share the layout)::
+A results file (``kind`` "kernel" or "sweep"; the other benchmarks share the layout)::
 
     {"kind", "machine": {...}, "auto": the implementation users get, "options": {...}, "complete": bool,
      "copy_bandwidth_gb_s": {"median", "quartiles", "runs", "moments": {"start": ..., "between": ..., "end": ...}},
@@ -24,18 +24,17 @@ import argparse
 import functools
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import baselines, timing
+from benchmarks import baselines, machine, timing
 from benchmarks.baselines import AUTOTUNED, PUBLISHED
 from benchmarks.cases import BOTH, Case, LossInputs, make_inputs
 from benchmarks.footprint import count_launches, extra_memory_mb
-from benchmarks.machine import BUSY_CORES, ROOT, OthersLoad
 from sipo_kernels import backends
 
 MAX_ERROR = 0.05  # of a gradient, relative, and of a loss: rounding is far below, a wrong formula far above
@@ -46,7 +45,7 @@ ALWAYS_COLD = 4
 
 
 class Suite:
-    """One run of one kind of benchmark on one device."""
+    """One run of the kernel or sweep benchmark on one device."""
 
     def __init__(self, kind: str, device: str, output: Path, *, seconds: float, budget: float, **options: Any) -> None:
         self.device, self.output, self.seconds, self.budget = device, output, seconds, budget
@@ -54,18 +53,20 @@ class Suite:
         self.too_slow: dict[str, tuple[int, str]] = {}  # implementation → from how many elements on, and why
         self.copy = timing.CopyBandwidth(device)
         self.copy.measure("start", 15)
-        self.results: dict[str, Any] = {
-            "kind": kind,
-            "machine": timing.machine(device),
-            "auto": baselines.OURS + backends.choose("auto", torch.device(device)),
-            "options": {"seconds": seconds, "budget": budget, **options},
-            "complete": False,
-            "copy_bandwidth_gb_s": {},
-            "cases": [],
-            "skipped": [],
-        }
+        self.results = new_results(kind, device, self.copy, seconds=seconds, budget=budget, **options)
         for name, why in baselines.available(device)[1].items():
             self.skip(None, why, implementation=name)
+
+    @classmethod
+    def of_options(
+        cls, kind: str, args: argparse.Namespace, seconds: Mapping[str, float], budget: Mapping[str, float],
+        **options: Any,
+    ) -> Suite:  # fmt: skip
+        """The run that the options of the command line ask for; ``seconds`` and ``budget`` are the defaults."""
+        output = args.output or default_output(kind, args.device, partial=bool(args.quick or args.only))
+        limit = budget[args.device] if args.budget is None else args.budget
+        each = args.seconds if args.seconds is not None else seconds[args.device] / (3 if args.quick else 1)
+        return cls(kind, args.device, output, seconds=each, budget=limit, only=args.only, quick=args.quick, **options)
 
     def skip(self, case: Case | None, reason: str, **where: str) -> None:
         """Lists what was left out, and why."""
@@ -81,13 +82,15 @@ class Suite:
     def finish(self) -> dict[str, Any]:
         """Measures the copy a last time and writes the whole file."""
         self.copy.measure("end", 15)
-        self.results["machine"]["clocks_at_end"] = timing.machine(self.device).get("clocks")
+        self.results["machine"]["clocks_at_end"] = machine.describe(self.device).get("clocks")
         self.results["complete"] = True
         self.save()
         cases = self.results["cases"]
-        busy = sum((entry["others_cores"] or 0) > BUSY_CORES for entry in cases)
+        busy = machine.disturbed(cases)
         if busy:
             print(f"\nother processes were busy during {busy} of {len(cases)} entries: measure again, alone")
+        skipped = len(self.results["skipped"])
+        print(f"\n{len(cases)} entries, {skipped} left out, {self.spent():.0f} s: {self.output}")
         return self.results
 
     def spent(self) -> float:
@@ -104,7 +107,7 @@ class Suite:
         """Measures ``cases`` in their order until the budget is spent; returns those measured.
 
         Args:
-            cases: what to timing.
+            cases: what to time.
             states: of the caches.
             autotune: which cases torch.compile also gets max-autotune for.
             longer: how many times :attr:`seconds` a case is timed.
@@ -155,13 +158,13 @@ class Suite:
             return
 
         copy_gb_s = self.copy.measure("between", 3)
-        large = "cold" in states and case.input_bytes > ALWAYS_COLD * timing.cache_bytes(self.device)
+        large = "cold" in states and case.input_bytes > ALWAYS_COLD * machine.cache_bytes(self.device)
         entries = []
         for state in states:
             if large and state != "cold":
                 self.skip(case, f"inputs exceed the caches {ALWAYS_COLD} times: every call is cold", state=state)
                 continue
-            load = OthersLoad()
+            load = machine.OthersLoad()
             times = timing.time_alternately(
                 calls, seconds=seconds / len(states), device=self.device, before=before, state=state
             )
@@ -192,15 +195,15 @@ class Suite:
             begin = time.perf_counter()
             value = float(call())
             seconds = time.perf_counter() - begin
-            found: dict[str, Any] = {"loss_error": None, "grad_error": None}
+            error: dict[str, Any] = {"loss_error": None, "grad_error": None}
             if loss is not None:
-                found["loss_error"] = abs(value - float(loss))
+                error["loss_error"] = abs(value - float(loss))
             if grad is not None and case.mode == BOTH:
                 made = batch.model_pred.grad
                 assert made is not None
-                found["grad_error"] = float((made.double() - grad).norm() / grad.norm())
-            fine = all(error <= MAX_ERROR for error in found.values() if error is not None)  # NaN is not
-            errors[name] = {**found, "fine": fine, "seconds": seconds}
+                error["grad_error"] = float((made.double() - grad).norm() / grad.norm())
+            fine = all(number <= MAX_ERROR for number in error.values() if number is not None)  # NaN is not
+            errors[name] = {**error, "fine": fine, "seconds": seconds}
         before()
         return errors
 
@@ -265,9 +268,9 @@ def lacks_memory(case: Case, device: str) -> str | None:
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
-    need, there = case.input_bytes + 24 * case.elements, timing.memory_bytes(device)
-    if 0 < 0.85 * there < need:
-        return f"needs about {need / 1e9:.1f} GB of memory, and {there / 1e9:.1f} GB are free"
+    need, free = case.input_bytes + 24 * case.elements, machine.memory_bytes(device)
+    if 0 < 0.85 * free < need:
+        return f"needs about {need / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
     return None
 
 
@@ -296,36 +299,81 @@ def default_output(kind: str, device: str, partial: bool = False) -> Path:
     What measures only some cases must not take the place of what measured all.
     """
     name = "cpu" if device == "cpu" else torch.cuda.get_device_name(device).lower().replace(" ", "-").replace("/", "-")
-    return (ROOT / "out" / "bench" if partial else timing.RESULTS) / f"{kind}-{name}.json"
+    return (machine.ROOT / "out" / "bench" if partial else timing.RESULTS) / f"{kind}-{name}.json"
 
 
-def add_options(
-    parser: argparse.ArgumentParser, kind: str, seconds: dict[str, float], budget: dict[str, float]
-) -> None:
-    """The options that all suites have; ``seconds`` and ``budget`` are the defaults by device."""
+def make_parser(
+    kind: str, doc: str | None, seconds: Mapping[str, float], budget: Mapping[str, float] | None = None
+) -> argparse.ArgumentParser:
+    """The parser of a benchmark with the options that all have; ``seconds`` and ``budget`` are defaults by device."""
 
-    def by_device(numbers: dict[str, float]) -> str:
+    def by_device(numbers: Mapping[str, float]) -> str:
         return ", ".join(f"{number:g} on {device}" for device, number in numbers.items())
 
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{kind}", description=(doc or "").splitlines()[0])
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default=timing.default_device(), help="default %(default)s"
+        "--device", choices=("cpu", "cuda"), default=machine.default_device(), help="default %(default)s"
     )
     parser.add_argument("--seconds", type=float, help=f"time for each case (default {by_device(seconds)})")
-    parser.add_argument("--budget", type=float, help=f"seconds for the whole run (default {by_device(budget)})")
-    parser.add_argument("--quick", action="store_true", help="a few small cases, to see that it works")
-    parser.add_argument("--only", metavar="REGEX", help="cases whose name matches, e.g. 'Wan.*bfloat16, forward$'")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        help=f"results file (default benchmarks/results/{kind}-<device>.json; out/bench with --quick or --only)",
-    )
+    parser.add_argument("--quick", action="store_true", help="a few small cases, or a short time, to see that it works")
+    if budget is not None:
+        parser.add_argument("--budget", type=float, help=f"seconds for the whole run (default {by_device(budget)})")
+        parser.add_argument("--only", metavar="REGEX", help="cases whose name matches, e.g. 'Wan.*bfloat16, forward$'")
+    place = f"benchmarks/results/{kind}-<device>.json; out/bench for a part of the cases"
+    parser.add_argument("--output", type=Path, help=f"results file (default {place})")
+    return parser
 
 
-def announce(device: str, info: dict[str, Any], copy: timing.CopyBandwidth | None = None) -> None:
-    """Says what is measured, first of all whether that is a GPU."""
+def new_results(kind: str, device: str, copy: timing.CopyBandwidth | None = None, **options: Any) -> dict[str, Any]:
+    """A results file's content before any case, after saying what is measured, first of all whether that is a GPU."""
+    results = {
+        "kind": kind,
+        "machine": machine.describe(device),
+        "auto": baselines.OURS + backends.choose("auto", torch.device(device)),
+        "options": options,
+        "complete": False,
+        "copy_bandwidth_gb_s": copy.summary() if copy else {},
+        "cases": [],
+        "skipped": [],
+    }
     if device == "cpu":
         print("no GPU is measured: these are the CPU backends")
-    print(timing.caption(info), flush=True)
+    print(machine.caption(results["machine"]), flush=True)
     if copy is not None:
         low, high = copy.summary()["quartiles"]
         print(f"copy bandwidth {copy.median:.1f} GB/s [{low:.1f}, {high:.1f}]", flush=True)
+    return results
+
+
+def run_cases(
+    results: dict[str, Any], cases: Sequence[Any], output: Path,
+    measure: Callable[[Any], tuple[dict[str, Any], dict[str, str]]],
+) -> dict[str, Any]:  # fmt: skip
+    """Measures one case after another, and writes the results file after each.
+
+    Args:
+        results: of :func:`new_results`; filled in and returned.
+        cases: each has a ``label``.
+        output: the results file.
+        measure: a case → its entry, and what was left out of it: name → why.
+    """
+    begin = time.perf_counter()
+    for case in cases:
+        try:
+            entry, failed = measure(case)
+            results["cases"].append(entry)
+        except torch.OutOfMemoryError as error:
+            failed = {"": f"out of memory: {str(error).splitlines()[0][:200]}"}
+        except ImportError as error:
+            failed = {"": str(error)}
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        for name, why in failed.items():
+            print(f"{case.label}: {name or 'the whole case'} is left out: {why}", flush=True)
+            results["skipped"].append({"label": case.label, "implementation": name, "reason": why})
+        timing.write(results, output)
+    results["complete"] = True
+    timing.write(results, output)
+    print(f"\n{len(results['cases'])} entries, {time.perf_counter() - begin:.0f} s: {output}")
+    return results

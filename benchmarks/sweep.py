@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.cases import DTYPES, TRAINED, select, sweep_cases
-from benchmarks.suite import Suite, add_options, announce, default_output
+from benchmarks.suite import Suite, make_parser
 
 BUDGET = {"cuda": 240.0, "cpu": 240.0}
 SECONDS = {"cuda": 0.8, "cpu": 2.0}
@@ -23,22 +23,14 @@ STATES = ("cold", "warm")
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measures what the options ask for; returns the results file's content."""
-    device = args.device
-    output = args.output or default_output("sweep", device, partial=bool(args.quick or args.only))
-    seconds = args.seconds if args.seconds is not None else SECONDS[device] / (3 if args.quick else 1)
-    budget = BUDGET[device] if args.budget is None else args.budget
-    suite = Suite("sweep", device, output, seconds=seconds, budget=budget, only=args.only, quick=args.quick)
-    announce(device, suite.results["machine"], suite.copy)
-    high = args.high or (QUICK_HIGH if args.quick else HIGH[device])
+    suite = Suite.of_options("sweep", args, SECONDS, BUDGET)
+    high = args.high or (QUICK_HIGH if args.quick else HIGH[args.device])
     suite.run(select(sweep_cases(args.low, high, tuple(args.dtypes)), args.only), STATES)
-    results = suite.finish()
-    print(f"\n{len(results['cases'])} entries, {len(results['skipped'])} left out, {suite.spent():.0f} s: {output}")
-    return results
+    return suite.finish()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.sweep", description=__doc__.splitlines()[0])
-    add_options(parser, "sweep", SECONDS, BUDGET)
+    parser = make_parser("sweep", __doc__, SECONDS, BUDGET)
     parser.add_argument("--low", type=int, default=LOW, help="smallest power of two (default %(default)s)")
     parser.add_argument("--high", type=int, help=f"largest (default {HIGH['cuda']} on a GPU, {HIGH['cpu']} on a CPU)")
     parser.add_argument(

@@ -2,7 +2,7 @@
 
 Every suite uses it the same way::
 
-    info, copy = machine(device), CopyBandwidth(device)
+    copy = CopyBandwidth(device)
     copy.measure("start")
     warm_up(calls, device=device, before=before)
     times = time_alternately(calls, seconds=2, device=device, before=before, state="cold")
@@ -22,8 +22,8 @@ Cache states, each a pass of its own:
 - ``"in turn"``: nothing between calls; another implementation has just run on the same inputs.
 - ``"warm"``: the same implementation has just run on the same inputs.
 
-Implementations take turns in an order drawn anew each turn: a slow moment of the machine meets them all, and none
-always follows the same other.
+Implementations take turns, and the order is drawn again for each turn: a slow moment of the machine affects all of
+them, and none always follows the same other one.
 """
 
 from __future__ import annotations
@@ -43,24 +43,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import cache_bytes, caption, default_device, machine, memory_bytes
-
-__all__ = [
-    "STATES",
-    "CopyBandwidth",
-    "Times",
-    "cache_bytes",
-    "caption",
-    "copy_bandwidth",
-    "default_device",
-    "machine",
-    "memory_bytes",
-    "summary",
-    "sync",
-    "time_alternately",
-    "warm_up",
-    "write",
-]
+from benchmarks import machine
 
 RESULTS = Path(__file__).parent / "results"
 STATES = ("cold", "in turn", "warm")
@@ -84,14 +67,9 @@ class Times:
 
     def summary(self) -> dict[str, Any]:
         """``{"wall_ms", "host_ms", "device_ms"}``, each as :func:`summary` or ``None`` where there is no GPU."""
-        found: dict[str, Any] = {
-            "wall_ms": summary(self.wall_ms),
-            "host_ms": summary(self.host_ms) if self.host_ms else None,
-            "device_ms": summary(self.device_ms) if self.device_ms else None,
-        }
-        if self.with_gaps:
-            found["device_ms_with_host_gaps"] = self.with_gaps
-        return found
+        times = {"wall_ms": self.wall_ms, "host_ms": self.host_ms, "device_ms": self.device_ms}
+        gaps = {"device_ms_with_host_gaps": self.with_gaps} if self.with_gaps else {}
+        return {name: summary(values) if values else None for name, values in times.items()} | gaps
 
 
 def summary(values: list[float]) -> dict[str, Any]:
@@ -152,7 +130,7 @@ def time_alternately(
     device_times: bool = True,
     seed: int = 0,
 ) -> dict[str, Times]:
-    """Times implementations in turns, in an order drawn anew each turn. Call :func:`warm_up` first.
+    """Times implementations in turns, in an order drawn again for each turn. Call :func:`warm_up` first.
 
     Args:
         calls: name → function of no arguments that does the work once.
@@ -304,7 +282,7 @@ def _flusher(device: str) -> Call:
 
     The read comes last, so that the timed call finds clean lines and is not charged for writing ours back.
     """
-    buffer = torch.zeros(4 * max(cache_bytes(device), 1 << 20) // 4, device=device)
+    buffer = torch.zeros(4 * max(machine.cache_bytes(device), 1 << 20) // 4, device=device)
 
     def flush() -> None:
         buffer.neg_()
@@ -319,9 +297,9 @@ class CopyBandwidth:
     def __init__(self, device: str) -> None:
         self.device = device
         on_gpu = torch.device(device).type == "cuda"
-        size = max((1 << 30) if on_gpu else (128 << 20), 8 * cache_bytes(device))
-        if size > memory_bytes(device) // 4 > 0:
-            size = memory_bytes(device) // 4
+        size = max((1 << 30) if on_gpu else (128 << 20), 8 * machine.cache_bytes(device))
+        if size > machine.memory_bytes(device) // 4 > 0:
+            size = machine.memory_bytes(device) // 4
         self._source = torch.ones(size // 4, device=device)
         self._target = torch.empty_like(self._source)
         self._rates: dict[str, list[float]] = {}
@@ -357,13 +335,6 @@ class CopyBandwidth:
             "moments": {moment: summary(rates) for moment, rates in self._rates.items()},
             "copied_mib": self._source.nbytes / 2**20,
         }
-
-
-def copy_bandwidth(device: str, runs: int = 15) -> dict[str, Any]:
-    """:meth:`CopyBandwidth.summary` of ``runs`` copies made now; its ``"median"`` is in GB/s."""
-    copy = CopyBandwidth(device)
-    copy.measure("start", runs)
-    return copy.summary()
 
 
 def write(results: dict[str, Any], path: Path) -> None:

@@ -3,7 +3,7 @@
 A step is everything from one update of the weights to the next: loading the batch, noise, forward passes, loss,
 backward, clipping, AdamW and, in ours, metrics and log lines (one in ten steps; no progress bar, no TensorBoard). The
 hand-written loop (``training_baseline.py``) has the published loss and no log at all. All of them train the same
-networks with the same AdamW on the same pairs, in chunks of some steps, in an order drawn anew each round. ``ratio`` is
+networks with the same AdamW on the same pairs, in chunks of some steps, in an order drawn again each round. ``ratio`` is
 the mean step of a chunk over the mean step of the hand-written loop's chunk in the same round: log lines count, and a
 slow moment of the machine meets both.
 
@@ -14,10 +14,8 @@ loop's on the same draws. Timings are results, never assertions.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import gc
-import itertools
 import random
 import tempfile
 import time
@@ -30,14 +28,13 @@ import torch
 from benchmarks import timing
 from benchmarks.footprint import extra_memory_mb
 from benchmarks.machine import OthersLoad
-from benchmarks.suite import default_output
+from benchmarks.suite import default_output, make_parser, new_results, run_cases
 from benchmarks.training_implementations import COUNTED, HAND, HAND_LORA, SKIPPED, Bench, Clock
 from benchmarks.training_memory import growth, print_growth
 from benchmarks.training_setup import TrainingCase, make_setup
 
 MIN_ROUNDS = 2
 SECONDS = {"cpu": 75.0, "cuda": 60.0}
-
 
 _WAN_WIDTH = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "text_dim": 1536}
 CASES = {
@@ -126,19 +123,17 @@ def _rounds(
     for call in calls.values():  # what is made once: AdamW's moments, buffers, modules
         call(SKIPPED)
     clock.steps()
-    found: dict[str, list[tuple[list[float], list[float]]]] = {name: [] for name in calls}
-    begin = time.perf_counter()
-    for done in itertools.count():
-        spent = time.perf_counter() - begin
-        # Another round only where it will end in time.
-        if not calls or (done >= MIN_ROUNDS and spent * (done + 1) / done > seconds):
-            return found
+    rounds: dict[str, list[tuple[list[float], list[float]]]] = {name: [] for name in calls}
+    begin, done = time.perf_counter(), 0
+    # Another round only where it will end in time.
+    while calls and (done < MIN_ROUNDS or (time.perf_counter() - begin) * (done + 1) / done <= seconds):
         draw.shuffle(order)
         for name in order:
-            gc.collect()  # nobody pays for another's litter
+            gc.collect()  # one implementation's garbage is not collected at another's expense
             calls[name](chunk)
-            found[name].append(clock.steps())
-    raise AssertionError  # for the type checker: count has no end
+            rounds[name].append(clock.steps())
+        done += 1
+    return rounds
 
 
 def print_entry(entry: dict[str, Any]) -> None:
@@ -164,59 +159,28 @@ def print_entry(entry: dict[str, Any]) -> None:
 
 def run(cases: Sequence[TrainingCase], device: str, seconds: float, steps: int, output: Path) -> dict[str, Any]:
     """Measures memory over ``steps`` steps, then ``cases`` for ``seconds`` each; returns the file's content."""
-    begin = time.perf_counter()
-    results: dict[str, Any] = {
-        "kind": "training",
-        "machine": timing.machine(device),
-        "options": {"seconds": seconds, "steps": steps, "chunk": {"skipped": SKIPPED, "counted": COUNTED}},
-        "complete": False,
-        "memory": None,
-        "cases": [],
-        "skipped": [],
-    }
-    print(timing.caption(results["machine"]), flush=True)
-
-    def skip(case: str, name: str, why: str) -> None:
-        print(f"{case}: {name or 'every implementation'} is left out: {why}", flush=True)
-        results["skipped"].append({"label": case, "implementation": name, "reason": why})
-
+    chunk = {"skipped": SKIPPED, "counted": COUNTED}
+    results = new_results("training", device, seconds=seconds, steps=steps, chunk=chunk) | {"memory": None}
     if steps:
         results["memory"], why = growth(steps, device)
         if results["memory"] is None:
-            skip("memory", "", why)
+            print(f"memory is left out: {why}", flush=True)
+            results["skipped"].append({"label": "memory", "implementation": "", "reason": why})
         else:
             print_growth(results["memory"])
-        timing.write(results, output)
-    for case in cases:
-        entry: dict[str, Any] | None = None
-        failed: dict[str, str] = {}
+
+    def measure(case: TrainingCase) -> tuple[dict[str, Any], dict[str, str]]:
         with tempfile.TemporaryDirectory() as folder:
-            try:
-                entry, failed = measure_case(case, device, seconds, Path(folder))
-            except torch.OutOfMemoryError as error:
-                failed = {"": f"out of memory: {str(error).splitlines()[0][:200]}"}
-            except ImportError as error:
-                failed = {"": str(error)}
-        gc.collect()
-        if entry is not None:
-            print_entry(entry)
-            results["cases"].append(entry)
-        for name, why in failed.items():
-            skip(case.label, name, why)
-        timing.write(results, output)
-    results["complete"] = True
-    timing.write(results, output)
-    print(f"\n{len(results['cases'])} entries, {time.perf_counter() - begin:.0f} s: {output}")
-    return results
+            entry, failed = measure_case(case, device, seconds, Path(folder))
+        print_entry(entry)
+        return entry, failed
+
+    return run_cases(results, cases, output, measure)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=timing.default_device())
-    parser.add_argument("--seconds", type=float, help="of timing for each case (default 120, on a GPU 60)")
+    parser = make_parser("training", __doc__, SECONDS)
     parser.add_argument("--steps", type=int, help="of the memory run (default 2000); 0 leaves it out")
-    parser.add_argument("--quick", action="store_true", help="tiny networks and 100 steps, to see that it works")
-    parser.add_argument("--output", type=Path, help="results file (default benchmarks/results/training-<device>.json)")
     args = parser.parse_args(argv)
     seconds = args.seconds if args.seconds is not None else (4.0 if args.quick else SECONDS[args.device])
     steps = args.steps if args.steps is not None else (100 if args.quick else 2000)

@@ -7,14 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks import (
-    baselines,
-    cases,
-    compare,
-    kernel_summary,
-    machine,
-    suite,
-)
+from benchmarks import baselines, cases, compare, kernel_summary, machine, suite
 
 
 def summary(median: float) -> dict[str, Any]:
@@ -43,7 +36,7 @@ def made_up(kind: str = "kernel", device_type: str = "cpu", copy_gb_s: float = 2
             suite.derive(entries[-1], copy_gb_s)
     return {
         "kind": kind,
-        "machine": {**machine.machine("cpu"), "device_type": device_type, "cpu_cache_mib": 32.0},
+        "machine": {**machine.describe("cpu"), "device_type": device_type, "cpu_cache_mib": 32.0},
         "auto": "sipo native",
         "complete": True,
         "copy_bandwidth_gb_s": {**summary(copy_gb_s), "moments": {}},

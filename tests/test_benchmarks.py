@@ -52,8 +52,8 @@ def small_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     flusher, threads = timing._flusher, torch.get_num_threads()
     flusher.cache_clear()
     torch.set_num_threads(1)
-    monkeypatch.setattr(timing, "cache_bytes", lambda device: 1 << 18)
-    monkeypatch.setattr(timing, "memory_bytes", lambda device: 1 << 24)
+    monkeypatch.setattr(machine, "cache_bytes", lambda device: 1 << 18)
+    monkeypatch.setattr(machine, "memory_bytes", lambda device: 1 << 24)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     yield
     flusher.cache_clear()
@@ -274,8 +274,8 @@ def test_a_bare_checkout_is_enough(tmp_path: Path) -> None:
     code = f"""
 import sys
 sys.modules.update(dict.fromkeys(("matplotlib", "pytest", "pytest_benchmark", "diffusers")))
-from benchmarks import compare, host, kernel, parts, sweep, timing
-timing.memory_bytes = lambda device: 1 << 24
+from benchmarks import compare, host, kernel, machine, parts, sweep
+machine.memory_bytes = lambda device: 1 << 24
 kernel.main(["--device", "cpu", "--budget", "0", "--output", {str(path)!r}])
 sys.exit(compare.main([{str(path)!r}, {str(path)!r}]))
 """
@@ -475,7 +475,7 @@ def test_launches_are_the_kernels_copies_and_fills_of_a_trace() -> None:
 
 
 def test_the_machine_is_described_and_others_load_is_seen() -> None:
-    info = machine.machine("cpu")
+    info = machine.describe("cpu")
     assert info["device"] == info["cpu"]
     assert info["torch"] == torch.__version__
     assert info["device"] in machine.caption(info)
@@ -555,7 +555,8 @@ def test_a_gpu_run_counts_launches_at_its_end(gpu: FakeDevice, tmp_path: Path, m
     bandwidth, inputs = timing.CopyBandwidth, suite.make_inputs
     monkeypatch.setattr(timing, "CopyBandwidth", lambda device: bandwidth("cpu"))
     monkeypatch.setattr(timing, "_flusher", lambda device: lambda: None)
-    monkeypatch.setattr(timing, "machine", lambda device: {**machine.machine("cpu"), "device_type": "cuda"})
+    described = {**machine.describe("cpu"), "device_type": "cuda"}
+    monkeypatch.setattr(machine, "describe", lambda device: described)
     monkeypatch.setattr(suite, "make_inputs", lambda case, device: inputs(case, "cpu"))
     calls = suite.make_calls
     monkeypatch.setattr(

@@ -9,13 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import (
-    baselines,
-    cases,
-    kernel,
-    kernel_summary,
-    timing,
-)
+from benchmarks import baselines, cases, kernel, kernel_summary, timing
 from benchmarks.cases import Case
 from tests.benchmark_results import made_up, run_compare, slow_down, summary
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import baselines, step, step_cases, step_network, timing
+from benchmarks import baselines, machine, step, step_cases, step_network, timing
 from sipo_kernels import backends
 
 OURS = baselines.OURS + backends.choose("auto", torch.device("cpu"))
@@ -22,8 +22,8 @@ OURS = baselines.OURS + backends.choose("auto", torch.device("cpu"))
 def small_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Compilation takes longer than everything else here, and is torch's; flushing real caches is next."""
     timing._flusher.cache_clear()
-    monkeypatch.setattr(timing, "cache_bytes", lambda device: 1 << 18)
-    monkeypatch.setattr(timing, "memory_bytes", lambda device: 1 << 24)
+    monkeypatch.setattr(machine, "cache_bytes", lambda device: 1 << 18)
+    monkeypatch.setattr(machine, "memory_bytes", lambda device: 1 << 24)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     yield
     timing._flusher.cache_clear()

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
+from benchmarks import machine
 from benchmarks.alignment.cells import Cell
 from benchmarks.alignment.experiment import measure_base, run_cell
-from benchmarks.machine import commit, default_device, machine
 from sipo.files import write_aside
 
 
@@ -29,7 +29,7 @@ def load(path: Path) -> dict[str, Any]:
         ValueError: a file of something else.
     """
     if not path.exists():
-        return {"kind": "alignment", "machine": machine(default_device()), "bases": {}, "cells": []}
+        return {"kind": "alignment", "machine": machine.describe(machine.default_device()), "bases": {}, "cells": []}
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -65,14 +65,14 @@ def run_grid(
         samples: likewise.
     """
     results = load(path)
-    results["machine"] = machine(default_device())
+    results["machine"] = machine.describe(machine.default_device())
     done = {cell_of(record) for record in results["cells"]}
     left = [cell for cell in cells if cell not in done]
     print(f"{len(cells)} cells, {len(cells) - len(left)} done already, {len(left)} to run", flush=True)
     started = time.perf_counter()
     for number, (cell, record, base) in enumerate(_finished(left, workers, steps, samples), 1):
         results["bases"][cell.task] = base
-        results["cells"].append({**record, "commit": commit()})
+        results["cells"].append({**record, "commit": machine.commit()})
         save(path, results)
         ahead = (time.perf_counter() - started) / number * (len(left) - number)
         print(f"{number}/{len(left)} {describe(record)}; {ahead / 60:.0f} min left", flush=True)

@@ -211,9 +211,9 @@ class Report:
 
     def describe(self) -> None:
         """Machine facts, once the library is built: the record names its backends."""
-        from benchmarks.machine import machine
+        from benchmarks.machine import describe
 
-        self.machine = {**machine(self.options.device), "nvcc": _nvcc()}
+        self.machine = {**describe(self.options.device), "nvcc": _nvcc()}
         slug = re.sub("[^a-z0-9]+", "-", self.machine["device"].lower()).strip("-")
         if self.path is None:  # a rehearsal is no result
             folder = ROOT / ("benchmarks/results" if self.options.device == "cuda" else "out")
