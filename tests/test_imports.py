@@ -23,7 +23,7 @@ MOST_LINES = 400
 # A module may import those of its own layer and of the layers above its line.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("sipo_kernels",),
-    ("sipo.files", "sipo.locks", "sipo.processes", "sipo.progress", "sipo.seeds", "sipo.yaml_files"),
+    ("sipo.fields", "sipo.files", "sipo.locks", "sipo.processes", "sipo.progress", "sipo.seeds", "sipo.yaml_files"),
     ("sipo.schedule",),
     ("sipo", "sipo.batch", "sipo.loss", "sipo.protocols"),
     ("sipo.families",),

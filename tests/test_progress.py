@@ -76,7 +76,7 @@ def test_a_run_into_a_file_prints_a_plain_line_for_each_log_line(
 def test_a_run_that_is_to_print_nothing_prints_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fit(tmp_path, max_train_steps=3, progress=None)
     assert capsys.readouterr() == ("", "")
-    with pytest.raises(TypeError, match="progress='bar': expected true, false or null"):
+    with pytest.raises(TypeError, match="progress='bar': expected True, False or None"):
         fit(tmp_path, progress="bar")
 
 

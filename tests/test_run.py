@@ -259,11 +259,13 @@ def test_a_run_that_ended_before_its_first_checkpoint_starts_over_and_keeps_its_
 def test_overwrite_replaces_a_run_and_nothing_else(
     shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = ["training.validation_steps=0", "samples.validation_prompts=[]"]
+    plain = ["training.validation_steps=0", "samples.validation_prompts=[]", "training.report_to=tensorboard"]
     command = ["train", str(example("sd15")), *options(tmp_path, 2, *plain, cache=shared)]
     run = tmp_path / "run"
     assert cli.main(command) == 0
     others = {"report.html": "mine", "metrics.1.jsonl": "of an earlier one", "samples/mine.png": "mine"}
+    events = {name for name in contents(run) if name.startswith("tensorboard/events")}
+    assert events
     (run / "samples").mkdir()
     for name, text in others.items():
         (run / name).write_text(text)
@@ -287,12 +289,13 @@ def test_overwrite_replaces_a_run_and_nothing_else(
     assert contents(run) == kept
     capsys.readouterr()
     assert cli.main([*command, "training.max_train_steps=1", "--overwrite"]) == 0
-    removed = "checkpoints, metrics.jsonl, timesteps.jsonl, samples, weights"
+    removed = "checkpoints, metrics.jsonl, timesteps.jsonl, samples, weights, tensorboard"
     assert f"{run}: --overwrite removed the run that was here ({removed})" in capsys.readouterr().err
     assert steps_of(tmp_path) == [1]
     now = contents(run)
     assert {name: now[name].decode() for name in others} == others
     assert {name.split("/")[1] for name in now if name.startswith("checkpoints/")} == {"step-00000001"}
+    assert not events & now.keys() and any(name.startswith("tensorboard/events") for name in now)
     assert "samples/step-00000002.png" not in now and not (run / "checkpoints" / "step-00000009").exists()
     assert yaml.safe_load(now["config.yaml"])["training"]["max_train_steps"] == 1
 
@@ -479,17 +482,34 @@ def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(shared: Path, tmp_path: 
     assert (tmp_path / "run" / "checkpoints" / f"step-{done:08d}" / "state.json").is_file()
 
 
+def train_in_two(*arguments: str) -> str:
+    """Runs ``sipo train`` in two processes; returns what they print on standard error."""
+    # accelerate's own launcher starts several processes on a CPU by mpirun alone; torch's sets the same variables.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "sipo"]
+    command = [sys.executable, *launch, "train", str(example("sd15")), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    return done.stderr
+
+
+def test_two_processes_overwrite_a_run_once(shared: Path, tmp_path: Path) -> None:
+    arguments = ["training.validation_steps=0", "samples.validation_prompts=[]", "training.report_to=none"]
+    train("sd15", *options(tmp_path, 2, *arguments, cache=shared))
+    run = tmp_path / "run"
+    error = train_in_two(*options(tmp_path, 1, *arguments, cache=shared), "--overwrite")
+    removed = "checkpoints, metrics.jsonl, timesteps.jsonl, weights"
+    assert error.count(f"{run}: --overwrite removed the run that was here ({removed})") == 1
+    assert steps_of(tmp_path) == [1]
+    assert {name.split("/")[1] for name in contents(run) if name.startswith("checkpoints/")} == {"step-00000001"}
+    assert cli.main(["verify", str(run)]) == 0
+
+
 def test_two_processes_are_one_with_twice_the_batch(shared: Path, tmp_path: Path) -> None:
     """The same losses, and the same weights to rounding."""
     arguments = ["samples.validation_prompts=[]", "training.max_grad_norm=null"]
     train("sd15", *options(tmp_path / "one", 4, *arguments, "training.train_batch_size=4", cache=shared))
-    # accelerate's own launcher starts several processes on a CPU by mpirun alone; torch's sets the same variables.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "sipo"]
-    command = [sys.executable, *launch, "train", str(example("sd15"))]
-    command += options(tmp_path / "two", 4, *arguments, "training.train_batch_size=2", cache=shared)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    train_in_two(*options(tmp_path / "two", 4, *arguments, "training.train_batch_size=2", cache=shared))
     for kind in ("training", "validation"):
         one, two = (read_metrics(tmp_path / place / "run" / "metrics.jsonl", kind) for place in ("one", "two"))
         assert [line["step"] for line in one] == [line["step"] for line in two] != []

@@ -24,7 +24,7 @@ from sipo.training import (
 )
 from sipo.training.log_reader import read_metrics, step_mean
 from sipo.training.measurements import MetricWindow
-from sipo.training.stream import StreamSampler, pair_noise, step_timesteps
+from sipo.training.stream import StreamSampler, pair_noise, step_levels
 from tests.training_cases import (
     Broken,
     Pairs,
@@ -77,7 +77,7 @@ def test_one_step_is_that_of_plain_autograd(tmp_path: Path) -> None:
     samples = torch.stack([item[half] for half in ("chosen", "rejected") for item in items])
     classes = torch.stack([item["condition"]["class"] for item in items]).repeat(2)
     noise = pair_noise(samples[:5], range(5), seed, torch.Generator()).repeat(2, 1, 1, 1)
-    timesteps = step_timesteps(schedule, 5, 0, seed, "uniform").repeat(2)
+    timesteps = step_levels(schedule, 5, 0, seed, "uniform").repeat(2)
     noisy = schedule.add_noise(samples, noise, timesteps)
     out = loss()(by_hand(noisy, timesteps, classes), reference(noisy, timesteps, classes).detach(), noise, timesteps)
     out.loss.backward()
@@ -291,7 +291,7 @@ def test_means_over_a_run_weigh_lines_by_their_steps() -> None:
         ({"learning_rate": math.nan}, "learning_rate=nan: expected a finite number > 0"),
         ({"adam_weight_decay": -1}, "adam_weight_decay=-1: expected a finite number >= 0"),
         ({"max_grad_norm": 0}, "max_grad_norm=0: expected a finite number > 0"),
-        ({"max_grad_norm": "1"}, "max_grad_norm='1': expected a number"),
+        ({"max_grad_norm": "1"}, "max_grad_norm='1': expected a number or None"),
         ({"ema_decay": 1.0}, "ema_decay=1.0: expected a number >= 0 and < 1"),
         ({"adam_beta1": 1.5}, "adam_beta1=1.5: expected a number >= 0 and < 1"),
         ({"adam_beta2": "0.9"}, "adam_beta2='0.9': expected a number"),
@@ -307,18 +307,22 @@ def test_means_over_a_run_weigh_lines_by_their_steps() -> None:
             "lr_warmup_steps=2: expected 0 with lr_scheduler='constant', .*'constant_with_warmup' has one",
         ),
         ({"timestep_sampling": "some"}, "timestep_sampling='some': expected one of all, informative"),
-        ({"report_to": True}, "report_to=True: expected a name or a list of names"),
-        ({"report_to": ["wandb", 1]}, r"report_to=\['wandb', 1\]: expected a name or a list of names"),
+        ({"report_to": True}, "report_to=True: expected a string or a list of strings"),
+        ({"report_to": ["wandb", 1]}, r"report_to=\['wandb', 1\]: expected a string or a list of strings"),
         ({"ddp_timeout": 0}, "ddp_timeout=0: expected at least 1"),
         ({"ddp_timeout": 10**15}, "ddp_timeout=1000000000000000: expected at most 1000000000 seconds"),
         ({"mixed_precision": "fp8"}, "mixed_precision='fp8': expected one of no, bf16, fp16"),
         ({"logging_steps": True}, "logging_steps=True: expected an integer"),
+        ({"use_ema": "no"}, "use_ema='no': expected True or False"),
+        ({"skip_inactive": 1}, "skip_inactive=1: expected True or False"),
+        ({"timestep_distribution": None}, "timestep_distribution=None: expected a string"),
+        ({"checkpoints_total_limit": -1}, "checkpoints_total_limit=-1: expected at least 0"),
     ],
 )
 def test_a_setting_out_of_range_is_named(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=f"^{message}$"):
         settings(tmp_path, **options)
-    with pytest.raises(TypeError, match=r"^output_dir=3: expected a path$"):
+    with pytest.raises(TypeError, match=r"^output_dir=3: expected a string or a path$"):
         TrainingConfig(max_train_steps=1, output_dir=3)  # type: ignore[arg-type]
 
 

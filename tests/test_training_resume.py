@@ -464,7 +464,7 @@ def test_a_run_without_checkpoints_is_not_replaced_either(left: str, tmp_path: P
     if left == "weights":
         (tmp_path / "metrics.jsonl").unlink()
         (tmp_path / "weights").mkdir()
-    with pytest.raises(ValueError, match=rf"holds a run already \({left}\), expected resume_from or another"):
+    with pytest.raises(ValueError, match=rf"holds a run already \({left}\), expected another output_dir$"):
         fit(tmp_path, checkpointing_steps=0)
     assert left == "weights" or (tmp_path / "metrics.jsonl").read_bytes() == log
 

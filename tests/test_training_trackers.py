@@ -17,8 +17,15 @@ from accelerate.tracking import GeneralTracker, TensorBoardTracker
 from PIL import Image
 
 from sipo.data.media import write_video
-from sipo.training import TrainingWarning, train
-from sipo.training.trackers import log_clips, log_images, running_trackers
+from sipo.training import TrainingConfig, TrainingWarning, train
+from sipo.training.trackers import (
+    check_trackers,
+    finish_trackers,
+    log_clips,
+    log_images,
+    running_trackers,
+    start_trackers,
+)
 from tests.training_cases import Pairs, fit, loss, networks, predict, settings
 
 
@@ -77,6 +84,14 @@ def test_a_tracker_of_the_callers_sees_every_number_and_stays_open(tmp_path: Pat
 def test_none_is_no_tracker(tmp_path: Path, report_to: Any) -> None:
     fit(tmp_path, report_to=report_to)
     assert not (tmp_path / "tensorboard").exists()
+
+
+def test_all_are_those_that_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("accelerate.tracking._available_trackers", ["tensorboard", "aim"])
+    for given in ("all", ["all"]):
+        assert check_trackers(TrainingConfig(1, "o", report_to=given)) == ["tensorboard", "aim"]
+    with pytest.raises(ValueError, match=r"report_to='all': expected one of aim, .*, or .all. or .none. alone"):
+        check_trackers(TrainingConfig(1, "o", report_to=["all", "wandb"]))
 
 
 def test_tensorboard_is_left_out_where_it_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,6 +163,19 @@ def test_tensorboard_has_images_and_clips(tmp_path: Path) -> None:
             # Frames that are alike are one in a GIF, for as long as all of them.
             assert gif.format == "GIF" and gif.info["duration"] * getattr(gif, "n_frames", 1) == 4 * 125
             assert abs(int(np.asarray(gif.convert("RGB")).mean()) - grey) <= 3
+
+
+@pytest.mark.parametrize(("first", "kept"), [(0, []), (3, [0])])
+def test_events_that_a_run_writes_again_are_no_longer_shown(tmp_path: Path, first: int, kept: list[int]) -> None:
+    """All of them where a run starts, and those after the checkpoint where it is resumed."""
+    pytest.importorskip("tensorboard")
+    accelerator, config = Accelerator(cpu=True), settings(tmp_path, report_to="tensorboard")
+    with running_trackers(accelerator, config):
+        log_images(accelerator, 0, images(1))
+        log_images(accelerator, 4, images(1))
+    finish_trackers(accelerator, start_trackers(accelerator, config, first))
+    shown = [e for tag in events_in(tmp_path).Tags()["images"] for e in events_in(tmp_path).Images(tag)]
+    assert [event.step for event in shown] == kept
 
 
 def test_wandb_has_captions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

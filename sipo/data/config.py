@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 from sipo.data.clips import MAX_PIXELS
 from sipo.families.config import Dtype
-
-_LEAST = {"frames": 1, "draws": 0, "held_out": 0, "shard_pairs": 1, "max_pixels": 1, "num_workers": 1, "queue_mb": 1}
+from sipo.fields import AtLeast0, AtLeast1, Positive, check_fields
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class DataConfig:
         max_pixels: most pixels that an image or a frame may have. Decoding takes about 8 bytes a pixel.
         max_pairs: use at most this many pairs, the first ones.
         held_out: pairs kept from training, for validation.
-        draws: fixed (timestep, noise) draws for each pair; 0 draws anew each time, as training scripts do.
+        draws: fixed (timestep, noise) draws for each pair; 0 draws again each time, as training scripts do.
         reference_errors: compute the reference's error at each draw beforehand.
         seed: seed of crops, flips, latents and draws.
         shard_pairs: rows of the source whose pairs share one file of the cache.
@@ -51,8 +49,8 @@ class DataConfig:
     dataset_split_name: str = "train"
     streaming: bool = False
     sizes: list[tuple[int, int]] = field(default_factory=lambda: [(512, 512)])
-    frames: int = 1
-    fps: float | None = None
+    frames: AtLeast1 = 1
+    fps: Positive | None = None
     center_crop: bool = True
     random_flip: bool = False
     latents: Literal["sample", "mode"] = "sample"
@@ -60,24 +58,19 @@ class DataConfig:
     vae_dtype: Dtype = "float32"
     dtype: Dtype = "bfloat16"
     skip_bad: bool = False
-    max_pixels: int = MAX_PIXELS
+    max_pixels: AtLeast1 = MAX_PIXELS
     max_pairs: int | None = None
-    held_out: int = 0
-    draws: int = 0
+    held_out: AtLeast0 = 0
+    draws: AtLeast0 = 0
     reference_errors: bool = False
     seed: int = 0
-    shard_pairs: int = 64
-    num_workers: int | None = None
-    queue_mb: int = 1024
+    shard_pairs: AtLeast1 = 64
+    num_workers: AtLeast1 | None = None
+    queue_mb: AtLeast1 = 1024
 
     def __post_init__(self) -> None:
-        for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name}={value}: expected at least {least}")
+        check_fields(self)
         if self.reference_errors and self.draws < 1:
             raise ValueError(f"draws={self.draws}: expected at least 1, for the reference's errors to belong to")
-        if self.fps is not None and not 0 < self.fps < math.inf:
-            raise ValueError(f"fps={self.fps:g}: expected a finite number > 0")
         if not self.sizes or any(side < 1 for size in self.sizes for side in size):
             raise ValueError(f"sizes={self.sizes}: expected at least one [height, width] in pixels")

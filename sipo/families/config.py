@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
+
+from sipo.fields import AtLeast1, Positive, Share, check_fields
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 """Names of the types that weights and latents are held in."""
@@ -21,15 +22,13 @@ class LoraConfig:
         target_modules: names of modules to adapt; ``None`` takes the family's.
     """
 
-    rank: int = 16
-    alpha: float | None = None
-    dropout: float = 0.0
+    rank: AtLeast1 = 16
+    alpha: Positive | None = None
+    dropout: Share = 0.0
     target_modules: list[str] | None = None
 
     def __post_init__(self) -> None:
-        from sipo.families.lora_files import check_lora
-
-        check_lora(self.rank, self.alpha, self.dropout)
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -70,10 +69,9 @@ class ModelConfig:
     reference_offload: bool = False
     gradient_checkpointing: bool = False
     prediction_type: Literal["epsilon", "v_prediction", "sample", "flow_prediction"] | None = None
-    shift: float | None = None
+    shift: Positive | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.reference == "adapter_off" and self.tuning != "lora":
             raise ValueError("reference='adapter_off': expected model.tuning='lora', which has adapters")
-        if self.shift is not None and not 0 < self.shift < math.inf:
-            raise ValueError(f"shift={self.shift}: expected a finite number > 0")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import typing
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ import torch
 
 from sipo.data.config import DataConfig
 from sipo.families.config import ModelConfig
+from sipo.fields import AtLeast1, NotNegative, check_fields
 from sipo.files import FileError, expand, one_line, short
 from sipo.training.config import TrainingConfig
 from sipo.yaml_files import parse_yaml, read_yaml
@@ -84,11 +84,12 @@ class LossConfig(LossOptions):
         backend: "auto", or one of ``sipo_kernels.backends.BACKENDS``.
     """
 
-    num_inference_steps: int | None = None
+    num_inference_steps: AtLeast1 | None = None
     backend: str = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_fields(self)
         check_choice("backend", self.backend, ("auto", *BACKENDS))
         if self.reduction == "none":
             raise ValueError("reduction='none': expected 'mean' or 'sum', since training needs one number")
@@ -107,8 +108,11 @@ class SampleConfig:
 
     validation_prompts: list[str] = field(default_factory=list)
     seed: int = 0
-    num_inference_steps: int = 50
-    guidance_scale: float | None = None
+    num_inference_steps: AtLeast1 = 50
+    guidance_scale: NotNegative | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -188,8 +192,6 @@ def from_dict(tree: dict[str, Any]) -> Config:
             choices = first["ctx"]["expected"].replace("'", "").replace(" or ", ", ")
             raise ConfigError(f"{place}={short(first['input'])}: expected one of {choices}") from error
         raise ConfigError(f"{place}={short(first['input'])}: {first['msg']}") from error
-    except TypeError as error:  # TrainingConfig's own checks, which pydantic lets through
-        raise ConfigError(f"training.{one_line(error, _LONGEST)}") from error
     _check(config)
     return config
 
@@ -220,23 +222,11 @@ def _integers(value: Any, name: str) -> Iterator[tuple[str, int]]:
 
 
 def _check(config: Config) -> None:
-    """Checks what no section shows by itself, and the ranges of ``samples``."""
-    model, data, samples = config.model, config.data, config.samples
-    if model.reference == "errors" and data.draws < 1:
-        raise ConfigError(f"data.draws={data.draws}: expected at least 1, for the reference's errors to belong to")
-    if model.reference == "errors" and not data.reference_errors:
-        raise ConfigError("data.reference_errors=False: expected True with model.reference='errors'")
-    if samples.num_inference_steps < 1:
-        raise ConfigError(f"samples.num_inference_steps={samples.num_inference_steps}: expected at least 1")
-    guidance = samples.guidance_scale
-    if guidance is not None and not 0 <= guidance < math.inf:
-        raise ConfigError(f"samples.guidance_scale={guidance:g}: expected a finite number of at least 0")
-    _check_half_types(config)
-
-
-def _check_half_types(config: Config) -> None:
-    """bfloat16 and float16 do not meet in one operator, and a pair's errors are compared in one type."""
+    """Checks what no section shows by itself."""
     model, precision = config.model, config.training.mixed_precision
+    if model.reference == "errors" and not config.data.reference_errors:
+        raise ConfigError("data.reference_errors=False: expected True with model.reference='errors'")
+    # bfloat16 and float16 do not meet in one operator, and a pair's errors are compared in one type.
     used = {f"model.dtype={model.dtype!r}": policy_dtype(config)}
     if reference_kind(config) != "adapter_off":
         used[f"model.reference_dtype={model.reference_dtype!r}"] = reference_dtype(config)

@@ -50,7 +50,7 @@ def save_checkpoint(
     average: Average | None,
     window: dict[str, Tensor],
     progress: dict[str, Any],
-    keep: int,
+    keep: int | None,
     accelerator: Any,
 ) -> Path:
     """Writes a checkpoint; every process calls it.
@@ -64,7 +64,7 @@ def save_checkpoint(
         average: of the policy's weights.
         window: this process's sums since the last log line.
         progress: further JSON values, handed on by :func:`load_checkpoint`.
-        keep: newest checkpoints to keep, 0 for all.
+        keep: newest checkpoints to keep; ``None`` or 0 for all.
         accelerator: the run's.
 
     Returns:
@@ -285,7 +285,7 @@ def _check_identity(folder: Path, saved: dict[str, Any], wanted: dict[str, Any])
         if name == "data":
             raise CheckpointError(
                 f"{folder}: the data has changed since this checkpoint ({was}; now {now}): expected the data that the "
-                "run has been trained on; another training.output_dir starts anew with this"
+                "run has been trained on; another training.output_dir starts over with this"
             )
         if is_weights(name):
             raise CheckpointError(f"{folder}: trained from other weights: {weights_change(name, was, now)}")

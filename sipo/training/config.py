@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
+
+from sipo.fields import Allowed, AtLeast0, AtLeast1, NotNegative, Positive, Share, check_fields
 
 MixedPrecision = Literal["no", "bf16", "fp16"]
 Optimizer = Literal["adamw", "adamw8bit", "paged_adamw8bit"]
@@ -16,7 +17,8 @@ RateSchedule = Literal["constant", "constant_with_warmup", "cosine", "linear"]
 TimestepSampling = Literal["all", "informative"]
 Alarms = Literal["warn", "stop", "off"]
 
-_LONGEST_TIMEOUT = 10**9  # seconds; datetime's own limit is 86,400 times as much
+# Of seconds; datetime's own limit is 86,400 times as much.
+Timeout = Annotated[AtLeast1, Allowed(lambda value: value <= 10**9, "at most 1000000000 seconds")]
 
 _FREE_ON_RESUME = frozenset(
     {
@@ -118,7 +120,7 @@ class TrainingConfig:
         ema_decay: the average's decay per step, once its own warm-up is over. Used with ``use_ema`` only.
         mixed_precision: "no", "bf16" or "fp16". Prefer bf16: fp16 needs a loss scaler, and torch's reads the
             device once a step.
-        timestep_distribution: passed to the schedule's ``sample_timesteps``, which knows which it has.
+        timestep_distribution: passed to the schedule's ``sample_levels``, which knows which it has.
         timestep_sampling: "all", or "informative": noise levels at which the mask drops pairs on average are drawn
             no more, but for a small share that notices when they recover (see ``sipo.training.timesteps``).
         proportion_empty_prompts: share of pairs that are trained without their caption, with the data set's
@@ -130,7 +132,7 @@ class TrainingConfig:
         validation_steps: optimiser steps between validations, and one after the last step; 0 for none.
         checkpointing_steps: optimiser steps between checkpoints; 0 writes none. With any, the last step gets one too.
             Each is checked by size and hash before it is used, and the one before it stands in for a damaged one.
-        checkpoints_total_limit: newest checkpoints to keep; 0 keeps all.
+        checkpoints_total_limit: newest checkpoints to keep; ``None`` or 0 keeps all.
         max_nonfinite_steps: stop with :class:`TrainingDivergedError` when this many steps in a row had a
             non-finite gradient. Counted on the device and read with the log, so a run stops at the first log
             line after.
@@ -144,102 +146,60 @@ class TrainingConfig:
             alike, by the name that transformers has for it. Not used where the caller passes in an accelerator.
         progress: ``True`` draws a bar where standard error is a terminal, and prints a line there for each log line
             where it is none; ``False`` prints the lines in any case, and ``None`` nothing.
-        report_to: trackers by accelerate's names ("tensorboard", "wandb", ...), or one name; "none" or an empty list
-            for none. "tensorboard" is used where it is installed; any other must be installed.
+        report_to: trackers by accelerate's names ("tensorboard", "wandb", ...), or one name. "all" stands for those
+            that are installed, "none" or an empty list for none. "tensorboard" is used where it is installed; any other
+            must be installed.
 
     Raises:
         TypeError: a value of the wrong type.
         ValueError: a value out of range.
     """
 
-    max_train_steps: int
+    max_train_steps: AtLeast1
     output_dir: str | Path
-    train_batch_size: int = 8
-    gradient_accumulation_steps: int = 1
+    train_batch_size: AtLeast1 = 8
+    gradient_accumulation_steps: AtLeast1 = 1
     optimizer: Optimizer = "adamw"
-    learning_rate: float = 1e-5
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_epsilon: float = 1e-8
-    adam_weight_decay: float = 1e-2
+    learning_rate: Positive = 1e-5
+    adam_beta1: Share = 0.9
+    adam_beta2: Share = 0.999
+    adam_epsilon: Positive = 1e-8
+    adam_weight_decay: NotNegative = 1e-2
     lr_scheduler: RateSchedule = "constant"
-    lr_warmup_steps: int = 0
-    max_grad_norm: float | None = 1.0
+    lr_warmup_steps: AtLeast0 = 0
+    max_grad_norm: Positive | None = 1.0
     use_ema: bool = False
-    ema_decay: float = 0.9999
+    ema_decay: Share = 0.9999
     mixed_precision: MixedPrecision = "no"
     timestep_distribution: str = "uniform"
     timestep_sampling: TimestepSampling = "all"
-    proportion_empty_prompts: float = 0.0
+    proportion_empty_prompts: Share = 0.0
     skip_inactive: bool = False
-    seed: int = 0
-    logging_steps: int = 10
-    validation_steps: int = 0
-    checkpointing_steps: int = 500
-    checkpoints_total_limit: int = 2
-    max_nonfinite_steps: int = 20
+    seed: AtLeast0 = 0
+    logging_steps: AtLeast1 = 10
+    validation_steps: AtLeast0 = 0
+    checkpointing_steps: AtLeast0 = 500
+    checkpoints_total_limit: AtLeast0 | None = 2
+    max_nonfinite_steps: AtLeast1 = 20
     timestep_statistics: bool = True
     alarms: Alarms = "warn"
-    dataloader_num_workers: int = 0
-    ddp_timeout: int = 1800
+    dataloader_num_workers: AtLeast0 = 0
+    ddp_timeout: Timeout = 1800
     progress: bool | None = True
     report_to: str | tuple[str, ...] = ("tensorboard",)
 
     def __post_init__(self) -> None:
-        for name in (
-            "max_train_steps",
-            "train_batch_size",
-            "gradient_accumulation_steps",
-            "logging_steps",
-            "max_nonfinite_steps",
-            "ddp_timeout",
-        ):
-            _check_integer(name, getattr(self, name), 1)
-        for name in (
-            "lr_warmup_steps",
-            "validation_steps",
-            "checkpointing_steps",
-            "checkpoints_total_limit",
-            "dataloader_num_workers",
-            "seed",
-        ):
-            _check_integer(name, getattr(self, name), 0)
-        if self.ddp_timeout > _LONGEST_TIMEOUT:
-            raise ValueError(f"ddp_timeout={self.ddp_timeout}: expected at most {_LONGEST_TIMEOUT} seconds")
-        for name in ("learning_rate", "adam_epsilon"):
-            _check_number(name, getattr(self, name), zero=False)
-        _check_number("adam_weight_decay", self.adam_weight_decay, zero=True)
-        if self.max_grad_norm is not None:
-            _check_number("max_grad_norm", self.max_grad_norm, zero=False)
-        for name in ("proportion_empty_prompts", "adam_beta1", "adam_beta2", "ema_decay"):
-            _check_share(name, getattr(self, name))
-        _check_choice("mixed_precision", self.mixed_precision, MixedPrecision)
-        _check_choice("optimizer", self.optimizer, Optimizer)
-        _check_choice("lr_scheduler", self.lr_scheduler, RateSchedule)
+        check_fields(self)
         if self.lr_scheduler == "constant" and self.lr_warmup_steps:
             raise ValueError(
                 f"lr_warmup_steps={self.lr_warmup_steps}: expected 0 with lr_scheduler='constant', which has no "
                 "warm-up; lr_scheduler='constant_with_warmup' has one"
             )
-        _check_choice("timestep_sampling", self.timestep_sampling, TimestepSampling)
-        _check_choice("alarms", self.alarms, Alarms)
-        if self.progress not in (True, False, None):
-            raise TypeError(f"progress={self.progress!r}: expected true, false or null")
-        if not isinstance(self.report_to, (str, tuple, list)) or not all(isinstance(n, str) for n in self.report_to):
-            raise TypeError(f"report_to={self.report_to!r}: expected a name or a list of names")
-        if not isinstance(self.output_dir, (str, Path)):
-            raise TypeError(f"output_dir={self.output_dir!r}: expected a path")
 
     @property
     def folder(self) -> Path:
         """``output_dir`` as a path."""
         return Path(self.output_dir)
-
-    @property
-    def trackers(self) -> tuple[str, ...]:
-        """Names of the trackers that the run reports to."""
-        names = (self.report_to,) if isinstance(self.report_to, str) else tuple(self.report_to)
-        return () if names == ("none",) else names
 
     @property
     def checkpoints(self) -> Path:
@@ -272,29 +232,3 @@ class TrainingConfig:
 
 def _how_to_resume(checkpoint: Path) -> str:
     return f"resume with resume_from={str(checkpoint)!r}"
-
-
-def _check_integer(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={value!r}: expected an integer")
-    if value < least:
-        raise ValueError(f"{name}={value}: expected at least {least}")
-
-
-def _check_number(name: str, value: object, *, zero: bool) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}={value!r}: expected a number")
-    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
-        raise ValueError(f"{name}={value!r}: expected a finite number {'>=' if zero else '>'} 0")
-
-
-def _check_share(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}={value!r}: expected a number")
-    if not 0 <= value < 1:
-        raise ValueError(f"{name}={value!r}: expected a number >= 0 and < 1")
-
-
-def _check_choice(name: str, value: object, choices: Any) -> None:
-    if value not in get_args(choices):
-        raise ValueError(f"{name}={value!r}: expected one of {', '.join(get_args(choices))}")

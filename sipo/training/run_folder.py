@@ -10,6 +10,7 @@ from sipo.training import storage
 from sipo.training.config import TrainingConfig
 from sipo.training.log import check_logs
 from sipo.training.sums import PROMPTS, remove_run_sums
+from sipo.training.trackers import TENSORBOARD
 
 WEIGHTS = "weights"
 """Folder in ``training.output_dir`` that ``sipo train`` writes the trained weights to when a run ends."""
@@ -50,21 +51,22 @@ def earlier_run(config: TrainingConfig) -> EarlierRun:
 
 
 def remove_run(config: TrainingConfig) -> list[str]:
-    """Removes what a run has written to ``config.folder``: checkpoints, log, statistics, samples and trained weights.
+    """Removes what a run has written to ``config.folder``, TensorBoard's events included.
 
-    Other files stay: reports, exported weights, trackers' files, and the renamed logs of runs before that one.
+    Other files stay: reports, exported weights, and the renamed logs of runs before that one.
 
     Returns:
         Names of what was removed, in the order in which a run writes it.
     """
     folder, removed = config.folder, []
-    samples = (folder / PROMPTS).parent
+    samples, events = (folder / PROMPTS).parent, folder / TENSORBOARD
     groups = {
         "checkpoints": storage.found(config.checkpoints),
         "metrics.jsonl": [config.metrics_path],
         "timesteps.jsonl": [config.statistics_path],
         samples.name: [folder / PROMPTS, *sorted(samples.glob("step-*.png")), *sorted(samples.glob("step-*.mp4"))],
         WEIGHTS: [folder / WEIGHTS],
+        TENSORBOARD: list(events.glob("events.out.tfevents.*")),
     }
     remove_run_sums(folder)
     for name, paths in groups.items():
@@ -72,7 +74,7 @@ def remove_run(config: TrainingConfig) -> list[str]:
         for path in paths:
             remove(path)
         removed += [name] if paths else []
-    for parent in (config.checkpoints, samples):
+    for parent in (config.checkpoints, samples, events):
         if parent.is_dir() and not any(parent.iterdir()):
             parent.rmdir()
     return removed

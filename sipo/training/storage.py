@@ -53,7 +53,7 @@ def write(
     shared: Mapping[str, dict[str, Tensor]],
     own: Callable[[Path], None],
     state: dict[str, Any],
-    keep: int,
+    keep: int | None,
     accelerator: Any,
 ) -> Path:
     """Writes a checkpoint; every process calls it.
@@ -64,7 +64,7 @@ def write(
         shared: tensors by file; the main process's are written.
         own: writes this process's own files into the folder it is given.
         state: JSON values; the main process's are written.
-        keep: newest checkpoints to keep, 0 for all.
+        keep: newest checkpoints to keep; ``None`` or 0 for all.
         accelerator: the run's.
 
     Returns:

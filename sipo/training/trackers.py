@@ -15,49 +15,55 @@ from typing import Any
 from sipo.files import one_line
 from sipo.training.config import TrainingConfig, TrainingWarning
 
+TENSORBOARD = "tensorboard"
+"""Name of the tracker, and of the folder of its events in that of the run."""
+
 _LONGEST = 60  # characters of a prompt in a tag of TensorBoard
 
 
 def check_trackers(config: TrainingConfig) -> list[str]:
-    """Refuses trackers that cannot be started. Errors as for :func:`start_trackers`.
-
-    Returns:
-        Names of those that are installed.
-    """
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-
-    available = [str(name) for name in get_available_trackers()]
-    for name in config.trackers:
-        if name not in LOGGER_TYPE_TO_CLASS:
-            raise ValueError(f"report_to={name!r}: expected one of {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
-        if name not in available and name != "tensorboard":
-            raise ImportError(f"report_to={name!r}: not installed, expected `pip install {name}`")
-    return available
-
-
-def start_trackers(accelerator: Any, config: TrainingConfig, first_step: int) -> list[Any]:
-    """Starts the trackers that a configuration asks for, beside those that the accelerator has; returns them.
-
-    TensorBoard's events go to ``tensorboard/`` in the run's folder; where a run is resumed, those after its checkpoint
-    are purged.
-
-    Args:
-        accelerator: the run's.
-        config: the run's.
-        first_step: the step the run starts after, 0 for a new run.
+    """Returns the names of the trackers to start: those of ``config.report_to`` that are installed.
 
     Raises:
         ValueError: a tracker that accelerate does not know.
         ImportError: a tracker that is not installed.
     """
-    available = check_trackers(config)
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    available = [str(name) for name in get_available_trackers()]
+    names = (config.report_to,) if isinstance(config.report_to, str) else tuple(config.report_to)
+    if names in ((), ("none",), ("all",)):
+        return available if "all" in names else []
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
+            raise ValueError(f'report_to={name!r}: expected one of {known}, or "all" or "none" alone')
+        if name not in available and name != TENSORBOARD:
+            raise ImportError(f"report_to={name!r}: not installed, expected `pip install {name}`")
+    return [name for name in names if name in available]
+
+
+def start_trackers(accelerator: Any, config: TrainingConfig, first_step: int) -> list[Any]:
+    """Starts the trackers that a configuration asks for, beside those that the accelerator has; returns them.
+
+    TensorBoard's events go to ``tensorboard/`` in the run's folder. TensorBoard no longer shows those that are there
+    already: after the checkpoint where a run is resumed, and all of them where it starts. Errors as for
+    :func:`check_trackers`.
+
+    Args:
+        accelerator: the run's.
+        config: the run's.
+        first_step: the step the run starts after, 0 for a new run.
+    """
+    names = check_trackers(config)
     running = list(accelerator.trackers)
     wanted = [] if running else list(accelerator.log_with)  # the caller's, not yet started
-    wanted += [name for name in config.trackers if name in available and name not in wanted]
+    wanted += [name for name in names if name not in wanted]
     if not accelerator.logging_dir:
         accelerator.project_configuration.logging_dir = str(config.folder)
     options = {
-        "tensorboard": {"purge_step": first_step + 1},
+        # Step 0 has the samples from before training, which a resumed run keeps and one that starts draws again.
+        TENSORBOARD: {"purge_step": first_step + 1 if first_step else 0},
         "wandb": {"name": config.folder.name, "dir": str(config.folder)},
     }
     started: list[Any] = []
@@ -66,7 +72,7 @@ def start_trackers(accelerator: Any, config: TrainingConfig, first_step: int) ->
             continue
         # init_trackers starts whatever the accelerator holds, running or not: one at a time, then.
         accelerator.log_with, accelerator.trackers = [tracker], []
-        accelerator.init_trackers("tensorboard" if str(tracker) == "tensorboard" else "sipo", init_kwargs=options)
+        accelerator.init_trackers(TENSORBOARD if str(tracker) == TENSORBOARD else "sipo", init_kwargs=options)
         started += accelerator.trackers
     accelerator.log_with, accelerator.trackers = [], running + started
     return started
@@ -80,7 +86,7 @@ def finish_trackers(accelerator: Any, started: Sequence[Any]) -> None:
 
 @contextmanager
 def running_trackers(accelerator: Any, config: TrainingConfig) -> Iterator[None]:
-    """Trackers run inside, for samples from before the first step. Errors as for :func:`start_trackers`."""
+    """Trackers run inside, for samples from before the first step. Errors as for :func:`check_trackers`."""
     started = start_trackers(accelerator, config, 0)
     try:
         yield
@@ -109,7 +115,7 @@ def log_images(accelerator: Any, step: int, images: Sequence[tuple[str, Any]]) -
     """
 
     def log(tracker: Any) -> None:
-        if tracker.name == "tensorboard":
+        if tracker.name == TENSORBOARD:
             named = {_tag(number, prompt): image[None] for number, (prompt, image) in enumerate(images)}
             tracker.log_images(named, step=step, dataformats="NHWC")
         elif tracker.name == "wandb":
@@ -134,7 +140,7 @@ def log_clips(accelerator: Any, step: int, clips: Sequence[tuple[str, Path]]) ->
     """
 
     def log(tracker: Any) -> None:
-        if tracker.name == "tensorboard":
+        if tracker.name == TENSORBOARD:
             for number, (prompt, path) in enumerate(clips):
                 _add_gif(tracker.writer, _tag(number, prompt), path, step)
         elif tracker.name == "wandb":
