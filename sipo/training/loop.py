@@ -139,8 +139,8 @@ def train(
         # The main process decides: on a network folder others may still see what it has removed.
         earlier = from_main(accelerator, lambda: earlier_run(config))
         if resume_from is None and earlier:
-            held = f"output_dir={str(config.output_dir)!r} holds a run already ({earlier})"
-            raise ValueError(f"{held}, expected resume_from or another output_dir")
+            ways = "resume_from or another output_dir" if earlier.checkpoints else "another output_dir"
+            raise ValueError(f"output_dir={str(config.output_dir)!r} holds a run already ({earlier}), expected {ways}")
         if config.validation_steps and validation is None and on_validation is None:
             raise ValueError(f"validation_steps={config.validation_steps}: expected pairs to validate on, or a hook")
         if validation is not None and len(validation) == 0:
