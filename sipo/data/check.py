@@ -19,10 +19,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from sipo.data.load import BadPairError, by, file_digest, hashed, load_pair
+from sipo.data.load import BadPairError, file_digest, format_size, hashed, load_pair
 from sipo.data.media import MAX_PIXELS, Media, check_request, nearest_size
 from sipo.data.readers import Format, open_pairs
 from sipo.data.records import PairReader, PairRecord, row_name
+from sipo.files import check_output, write_aside
 from sipo.progress import track
 
 SKIPPED = {
@@ -39,7 +40,7 @@ SKIPPED = {
     "shape": "pairs of two shapes or frame rates",
     "identical": "chosen and rejected alike",
 }
-"""Kinds of findings that training skips, or stops at, with what they are called."""
+"""Kinds of findings that training skips, or stops at, with their names in reports."""
 
 NOTED = {
     "duplicate": "duplicates",
@@ -58,7 +59,7 @@ NOTED = {
 
 @dataclass(frozen=True)
 class PairFinding:
-    """One remark about one row, which counts from 0; ``kind`` is a key of :data:`SKIPPED` or :data:`NOTED`."""
+    """A finding in one row, counted from 0; ``kind`` is a key of :data:`SKIPPED` or :data:`NOTED`."""
 
     row: int
     kind: str
@@ -70,10 +71,10 @@ class CheckReport:
     """The findings of a check.
 
     Attributes:
-        pairs: rows that were looked at.
+        pairs: rows that were checked.
         skipped: how many of them training would skip.
         findings: in the order of their rows.
-        sizes: pairs that go to each size, where sizes were given.
+        sizes: number of pairs for each size, if sizes were given.
     """
 
     pairs: int = 0
@@ -83,11 +84,11 @@ class CheckReport:
 
     def counts(self) -> dict[str, int]:
         """Counts the findings of every kind, zeros included."""
-        found = Counter(finding.kind for finding in self.findings)
-        return {kind: found[kind] for kind in (*SKIPPED, *NOTED)}
+        numbers = Counter(finding.kind for finding in self.findings)
+        return {kind: numbers[kind] for kind in (*SKIPPED, *NOTED)}
 
     def as_dict(self) -> dict[str, Any]:
-        """Gives the report as JSON values, with rows counted from 1."""
+        """Returns the report as JSON values, with rows counted from 1."""
         return {
             "pairs": self.pairs,
             "skipped": self.skipped,
@@ -97,20 +98,20 @@ class CheckReport:
         }
 
     def describe(self, rows: int = 5) -> str:
-        """Formats a table, and the first ``rows`` rows of each kind, counted from 1."""
+        """Returns a table, with the first ``rows`` rows of each kind, counted from 1."""
         lines = [f"{self.pairs} pairs, of which training would skip {self.skipped}"]
         if self.findings:
             lines[0] += "; rows count from 1, as lines do in an editor"
         for title, names in (("skipped", SKIPPED), ("not skipped", NOTED)):
             for kind, name in names.items():
-                found = [finding for finding in self.findings if finding.kind == kind]
-                if not found:
+                findings = [finding for finding in self.findings if finding.kind == kind]
+                if not findings:
                     continue
-                lines.append(f"{len(found):>8}  {name} ({title})")
-                lines += [f"{'':>10}{row_name(finding.row)}: {finding.text}" for finding in found[:rows]]
-                if len(found) > rows:
-                    lines.append(f"{'':>10}and {len(found) - rows} more")
-        lines += [f"{n:>8}  pairs at {by(size)}" for size, n in sorted(self.sizes.items())]
+                lines.append(f"{len(findings):>8}  {name} ({title})")
+                lines += [f"{'':>10}{row_name(finding.row)}: {finding.text}" for finding in findings[:rows]]
+                if len(findings) > rows:
+                    lines.append(f"{'':>10}and {len(findings) - rows} more")
+        lines += [f"{n:>8}  pairs at {format_size(size)}" for size, n in sorted(self.sizes.items())]
         return "\n".join(lines)
 
 
@@ -127,28 +128,29 @@ def check_pairs(
 ) -> CheckReport:
     """Reads and decodes every pair.
 
-    A duplicate has the prompt and both files' contents of an earlier row; a contradiction has the files the other way
-    round. A file that an earlier row has under another prompt is listed as well: at most one of them was made for it.
+    A duplicate has the prompt and both files' contents of an earlier row; a contradiction has these files swapped. A
+    file that an earlier row has under another prompt is listed as well: it was made for at most one of them.
 
-    An index shift shows in VideoDPO's lists by their captions. Other sources have file names alone, and a shift is
-    suspected only where these contradict themselves: chosen and rejected are numbered alike in all but a few rows
-    (a tenth), or in all but one stretch of rows with one and the same offset. At least ten rows must be so numbered.
-    That names count from 1, or leave numbers out, is no evidence: rows that somebody filtered look the same.
+    In VideoDPO's lists, captions reveal an index shift. Other sources have only file names, and a shift is suspected
+    only if these are inconsistent: chosen and rejected have the same number in all but a few rows (a tenth), or in all
+    but one stretch of rows with a single offset. At least ten rows must be so numbered. Names that count from 1 or
+    leave out numbers are no evidence: filtered rows look the same.
 
     Args:
-        reader: of :func:`sipo.data.readers.open_pairs`.
-        frames: as for :func:`load_pair`.
-        fps: likewise.
+        reader: as :func:`sipo.data.readers.open_pairs` returns it.
+        frames, fps: as for :func:`load_pair`.
         sizes: heights and widths to train at; pairs are counted by them, and smaller ones listed.
-        limit: look at no more than the first so many rows.
+        limit: check at most this many rows, from the first.
         max_pixels: of an image or a frame; larger ones are skipped.
-        workers: threads that decode; ``None`` takes one for each core, four at most. Twice as many pairs are in memory.
+        workers: threads that decode; ``None`` takes one per core, four at most. Twice as many pairs are in memory.
         progress: as in :mod:`sipo.progress`.
 
     Raises:
-        ValueError: ``frames``, ``fps``, ``limit`` or ``max_pixels`` make no sense.
+        ValueError: ``frames``, ``fps``, ``limit`` or ``max_pixels`` is out of range.
     """
-    _check_options(frames, fps, limit, max_pixels)
+    check_request(frames, fps, max_pixels)
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit}: expected at least 1")
     report = CheckReport()
     notes = _Notes()
     examine = partial(_examine, frames=frames, fps=fps, sizes=sizes, max_pixels=max_pixels)
@@ -171,47 +173,32 @@ def run_check(
     path: str | Path,
     format: Format = "auto",
     split: str = "train",
-    frames: int | None = None,
-    fps: float | None = None,
-    limit: int | None = None,
     *,
-    sizes: Sequence[tuple[int, int]] | None = None,
-    max_pixels: int = MAX_PIXELS,
     streaming: bool = False,
     json_file: str | Path | None = None,
     rows: int = 5,
     progress: bool | None = True,
+    **options: Any,
 ) -> int:
-    """``sipo data check PATH``: prints the report, writes it to ``json_file`` if asked to.
+    """Runs ``sipo data check PATH``: prints the report, and writes it to ``json_file`` if there is one.
+
+    ``options`` are those of :func:`check_pairs`, which may raise a ValueError for them.
 
     Returns:
-        Exit status: 0 where training would skip nothing, else 1.
+        Exit status: 0 if training would skip nothing, else 1.
 
     Raises:
         DataError: the data set cannot be read at all.
-        OSError: a ``json_file`` that is something else.
-        ValueError: ``frames``, ``fps``, ``limit``, ``max_pixels`` or ``rows`` make no sense.
+        OSError: ``json_file`` exists and is not such a report.
     """
-    from sipo.files import check_output, write_aside
-
-    _check_options(frames, fps, limit, max_pixels)
-    if rows < 0:
-        raise ValueError(f"rows={rows}: expected at least 0")
     if json_file is not None:
         check_output(Path(json_file), r'\{\n "pairs": ', "a report of `sipo data check`")
     reader = open_pairs(path, format, split, streaming)
-    what = {"frames": frames, "fps": fps, "sizes": sizes, "limit": limit, "max_pixels": max_pixels}
-    report = check_pairs(reader, **what, progress=progress)  # type: ignore[arg-type]
+    report = check_pairs(reader, progress=progress, **options)
     if json_file is not None:
         write_aside(Path(json_file), json.dumps(report.as_dict(), indent=1) + "\n")
     print(report.describe(rows))
     return 1 if report.skipped else 0
-
-
-def _check_options(frames: int | None, fps: float | None, limit: int | None, max_pixels: int) -> None:
-    check_request(frames, fps, max_pixels)
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit={limit}: expected at least 1")
 
 
 # ---- One row ----
@@ -232,9 +219,9 @@ def _examine(
     sizes: Sequence[tuple[int, int]] | None,
     max_pixels: int,
 ) -> _Examined:
-    """Findings about one row alone."""
+    """Loads one pair and collects the findings that need no other row."""
     try:
-        # Sizes and whether both are alike is all that is asked for: no clip need be in memory.
+        # Hashes suffice to compare both samples: no clip need be in memory.
         transform = None if frames is None else hashed
         chosen, rejected = load_pair(record, frames=frames, fps=fps, max_pixels=max_pixels, transform=transform)
         digests = (file_digest(record.chosen), file_digest(record.rejected))
@@ -243,31 +230,30 @@ def _examine(
     notes = []
     shapes = [chosen.size, rejected.size]
     if shapes[0] != shapes[1]:
-        notes.append(("resolution", f"chosen is {by(shapes[0])} and rejected {by(shapes[1])}"))
+        notes.append(("resolution", f"chosen is {format_size(shapes[0])} and rejected {format_size(shapes[1])}"))
     if chosen.length != rejected.length:
         notes.append(("length", f"chosen has {chosen.length} frames and rejected {rejected.length}"))
     size = nearest_size(*shapes[0], sizes) if sizes else None
     if size is not None and any(height < size[0] or width < size[1] for height, width in shapes):
-        smaller = min(shapes)
-        notes.append(("enlarged", f"{by(smaller)} is enlarged to {by(size)}"))
+        notes.append(("enlarged", f"{format_size(min(shapes))} is enlarged to {format_size(size)}"))
     notes += _notes_on_files({"chosen": chosen, "rejected": rejected})
     return _Examined(None, tuple(notes), digests, size)
 
 
 def _notes_on_files(sides: dict[str, Media]) -> Iterator[tuple[str, str]]:
-    """Notes on transparency, pixel aspect ratios and interlacing, for files that have any of these."""
-    found: dict[str, list[str]] = {}
+    """Lists transparency, pixel aspect ratios other than 1 and interlacing."""
+    texts: dict[str, list[str]] = {}
     for name, side in sides.items():
         if side.transparent:
-            found.setdefault("alpha", []).append(f"{_percent(side.transparent)} of {name} is transparent")
+            texts.setdefault("alpha", []).append(f"{_percent(side.transparent)} of {name} is transparent")
         if side.pixel_aspect != 1:
             ratio = f"{side.pixel_aspect.numerator}:{side.pixel_aspect.denominator}"
-            done = "taken as square" if side.fps is None else f"scaled to {by(side.size)}"
-            found.setdefault("pixels", []).append(f"{name} has pixels of {ratio}, {done}")
+            done = "taken as square" if side.fps is None else f"scaled to {format_size(side.size)}"
+            texts.setdefault("pixels", []).append(f"{name} has pixels of {ratio}, {done}")
         if side.interlaced:
             text = f"{name} is interlaced: each frame mixes lines from two points in time"
-            found.setdefault("interlaced", []).append(text)
-    return ((kind, "; ".join(texts)) for kind, texts in found.items())
+            texts.setdefault("interlaced", []).append(text)
+    return ((kind, "; ".join(parts)) for kind, parts in texts.items())
 
 
 def _examine_all(
@@ -276,22 +262,21 @@ def _examine_all(
     workers: int | None,
     progress: bool | None,
 ) -> Iterator[tuple[PairRecord, _Examined]]:
-    """In the records' order. In threads: Pillow, FFmpeg and hashlib release the interpreter's lock."""
+    """Examines records in order, in threads: Pillow, FFmpeg and hashlib release the interpreter's lock."""
     workers = workers or min(4, os.cpu_count() or 1)
     waiting: deque[tuple[PairRecord, Future[_Examined]]] = deque()
-    records = track(records, "checking", "pairs", progress)
     with ThreadPoolExecutor(workers) as pool:
-        for record in records:
+        for record in track(records, "checking", "pairs", progress):
             waiting.append((record, pool.submit(examine, record)))
             if len(waiting) > 2 * workers:
-                done, future = waiting.popleft()
-                yield done, future.result()
-        for done, future in waiting:
-            yield done, future.result()
+                record, future = waiting.popleft()
+                yield record, future.result()
+        for record, future in waiting:
+            yield record, future.result()
 
 
 def _percent(share: float) -> str:
-    """Never 0% or 100% of a share between them."""
+    """Formats a share above 0; less than 1 is never shown as 100%, nor anything as 0%."""
     if share < 0.01:
         return "less than 1%"
     return "more than 99%" if 0.99 < share < 1 else f"{share:.0%}"
@@ -301,7 +286,7 @@ def _percent(share: float) -> str:
 
 
 class _Notes:
-    """Findings about rows compared with others. A few hundred bytes a row: less than 1 GB for a million."""
+    """Findings from comparing rows. Takes a few hundred bytes a row: less than 1 GB for a million."""
 
     def __init__(self) -> None:
         self._pairs: dict[bytes, int] = {}
@@ -309,7 +294,7 @@ class _Notes:
         self._numbers: dict[tuple[str, int], list[tuple[int, int, int]]] = {}
 
     def add(self, record: PairRecord, digests: tuple[bytes, bytes]) -> Iterator[tuple[str, str]]:
-        """Adds a usable row; yields what it has in common with earlier rows."""
+        """Adds a row; yields what it has in common with earlier rows."""
         prompt = hashlib.blake2b(record.prompt.encode(), digest_size=16).digest()
         chosen, rejected = digests
         same, swapped = prompt + chosen + rejected, prompt + rejected + chosen
@@ -330,8 +315,8 @@ class _Notes:
                     self._numbers.setdefault(("#".join(parts[0][::2]), place), []).append(numbers)
 
     def shifts(self) -> list[PairFinding]:
-        """Suspected index shifts, see :func:`check_pairs`."""
-        found: dict[int, PairFinding] = {}
+        """Lists suspected index shifts, see :func:`check_pairs`."""
+        suspected: dict[int, PairFinding] = {}
         for rows in self._numbers.values():
             unequal = [(row, chosen, rejected) for row, chosen, rejected in rows if chosen != rejected]
             # A number that hardly changes from row to row is a version or a seed, not an index.
@@ -339,15 +324,15 @@ class _Notes:
                 continue
             if len(unequal) > len(rows) / 10 and not _one_stretch([b - a for _, a, b in rows]):
                 continue
+            agree = len(rows) - len(unequal)
             for row, chosen, rejected in unequal:
-                agree = len(rows) - len(unequal)
                 text = f"chosen is number {chosen} and rejected {rejected}, in {agree} rows they agree"
-                found.setdefault(row, PairFinding(row, "shift", text))
-        return list(found.values())
+                suspected.setdefault(row, PairFinding(row, "shift", text))
+        return list(suspected.values())
 
 
 def _one_stretch(offsets: Sequence[int]) -> bool:
-    """Whether all offsets are 0 but for one unbroken stretch, at most half of them, of another."""
+    """Tells whether all offsets are 0 except one unbroken stretch, at most half of them, with one other offset."""
     places = [place for place, offset in enumerate(offsets) if offset]
     unbroken = places[-1] - places[0] + 1 == len(places)
     return unbroken and len({offsets[place] for place in places}) == 1 and len(places) <= len(offsets) / 2

@@ -1,4 +1,4 @@
-"""Labels pairs with a scorer instead of people (``sipo label``); Diffusion-DPO calls this AI feedback."""
+"""Makes pairs from a scorer's preferences (``sipo label``); Diffusion-DPO calls this AI feedback."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import combinations, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,10 +28,10 @@ class LabelSummary:
     """The result of labelling a data set.
 
     Attributes:
-        rows: rows of the source.
-        pairs: pairs written.
-        below_margin: pairs left out because their scores are equal, or nearer than the margin.
-        skipped: rows left out, each with the reason; they count from 1.
+        rows: number of rows in the source.
+        pairs: number of pairs written.
+        below_margin: number of pairs left out because their scores are equal or differ by less than the margin.
+        skipped: rows left out, counted from 1, each with the reason.
     """
 
     rows: int = 0
@@ -40,7 +40,7 @@ class LabelSummary:
     skipped: list[str] = field(default_factory=list)
 
     def describe(self, rows: int = 5) -> str:
-        """The counts, and the first ``rows`` rows that were left out."""
+        """Returns the counts, and the first ``rows`` rows that were left out."""
         lines = [f"{self.pairs} pairs of {self.rows} rows, {self.below_margin} left out below the margin"]
         if self.skipped:
             lines.append(f"{len(self.skipped)} rows skipped; they count from 1, as lines do in an editor")
@@ -67,23 +67,23 @@ def label(
     Args:
         source: JSONL with ``prompt`` and ``candidates``, a list of two paths or more, in each line; or with ``prompt``,
             ``chosen`` and ``rejected``, which are scored again. Paths are relative to the file. Further keys are kept.
-        output: the JSONL file to write. One of an earlier labelling is replaced, and no other file.
+        output: the JSONL file to write. The output of an earlier labelling is replaced, any other file is not.
         scorer: see :mod:`sipo.data.scorers`.
-        pairs: "best-worst": one pair for each prompt, of the highest score and the lowest. "all": each two candidates,
-            the better one chosen.
-        min_margin: pairs whose scores differ by less are left out; those whose scores are equal always are.
-        frames: that a clip is scored by, evenly spaced.
-        batch_size: candidates that the scorer gets at once.
+        pairs: "best-worst": one pair for each prompt, of the highest and the lowest score. "all": a pair of every two
+            candidates.
+        min_margin: pairs whose scores differ by less are left out, as are all pairs of equal scores.
+        frames: number of evenly spaced frames by which a clip is scored.
+        batch_size: number of candidates in one call of the scorer.
         max_pixels: of a candidate or a frame of it; larger ones cannot be scored.
-        skip_bad: leave out rows that cannot be scored, and say which; ``False`` stops at the first.
+        skip_bad: leave out rows that cannot be scored, and list them; ``False`` stops at the first.
         progress: as in :mod:`sipo.progress`.
-        skip_option: what an error calls ``skip_bad``.
+        skip_option: name of ``skip_bad`` in errors.
 
     Raises:
         DataError: the source, or without ``skip_bad`` one of its rows, cannot be used.
-        FileError: a FIFO, a socket or a device as ``output``.
+        FileError: ``output`` is a FIFO, a socket or a device.
         OSError: ``output`` cannot be written, or is the source or another file that would be lost.
-        ScorerError: the scorer returned something else than finite numbers, one for each image.
+        ScorerError: the scorer did not return one finite number for each image.
     """
     if pairs not in ("best-worst", "all"):
         raise ValueError(f"pairs={pairs!r}: expected 'best-worst' or 'all'")
@@ -101,12 +101,13 @@ def label(
             raise DataError(f"{row_name(row)}: {problem} (rows count from 1; {skip_option} leaves such rows out)")
         summary.skipped.append(f"{row_name(row)}: {problem}")
 
-    rows: Iterable[_Row] = _rows(Path(source), summary, skip)
-    rows = track(rows, "labelling", "rows", progress)
+    def read(path: Path) -> Tensor | MediaError:
+        try:
+            return read_spaced(path, frames, max_pixels=max_pixels).pixels
+        except MediaError as error:
+            return error
 
-    def read(path: Path) -> Tensor:
-        return read_spaced(path, frames, max_pixels=max_pixels).pixels
-
+    rows = track(_rows(Path(source), summary, skip), "labelling", "rows", progress)
     scored = _score(rows, scorer, read, batch_size, skip)
     write_jsonl((pair for row in scored for pair in _pairs(row, pairs, min_margin, summary)), output)
     return summary
@@ -122,21 +123,18 @@ def run_label(
     processor: str | None = None,
     activation: Literal["none", "relu"] = "none",
     device: str = "cpu",
-    pairs: Choice = "best-worst",
-    min_margin: float = 0.0,
-    frames: int = 8,
-    batch_size: int = 16,
-    max_pixels: int = MAX_PIXELS,
-    skip_bad: bool = False,
     progress: bool | None = True,
+    **options: Any,
 ) -> int:
-    """``sipo label SOURCE OUTPUT``: with ``clip``, ``clip`` and ``aesthetic``, or ``function``; prints the summary.
+    """Runs ``sipo label SOURCE OUTPUT`` with one scorer: ``clip``, ``clip`` and ``aesthetic``, or ``function``.
+
+    Prints the summary; ``options`` are those of :func:`label`.
 
     Returns:
         Exit status 0.
 
     Raises:
-        ValueError: as :func:`label`, or no scorer is named, or two are. Source and output are looked at first.
+        ValueError: as :func:`label`; or not exactly one scorer is named. Source and output are checked first.
     """
     scorer: Scorer
     if (clip is None) == (function is None):
@@ -151,25 +149,12 @@ def run_label(
         scorer = AestheticScorer(str(clip), aesthetic, processor=processor, activation=activation, device=device)
     else:
         scorer = ClipScorer(str(clip), processor=processor, device=device)
-    summary = label(
-        source,
-        output,
-        scorer,
-        pairs=pairs,
-        min_margin=min_margin,
-        frames=frames,
-        batch_size=batch_size,
-        max_pixels=max_pixels,
-        skip_bad=skip_bad,
-        progress=progress,
-        skip_option="--skip-bad",
-    )
-    print(summary.describe())
+    print(label(source, output, scorer, progress=progress, skip_option="--skip-bad", **options).describe())
     return 0
 
 
 def _check_output(source: Path, output: Path) -> None:
-    """Refuses an output that could not be written, before anything is scored."""
+    """Refuses an output that cannot be written, before anything is scored."""
     if output.exists() and source.exists() and output.samefile(source):
         raise FileExistsError(f"{output}: is the source, expected a new file")
     check_output(output, r'\{"prompt": .*"chosen_score": ', "pairs of `sipo label`")
@@ -189,46 +174,30 @@ class _Row:
 
 
 def _rows(source: Path, summary: LabelSummary, skip: Callable[[int, str], None]) -> Iterator[_Row]:
+    known = ("prompt", "candidates", "chosen", "rejected", "chosen_score", "rejected_score")
     for row, value in read_lines(source):
         summary.rows += 1
-        problem, names = _candidates(value)
-        if problem:
-            skip(row, problem)
+        if isinstance(value, str):
+            skip(row, value)
             continue
-        assert isinstance(value, dict)
-        known = ("prompt", "candidates", "chosen", "rejected", "chosen_score", "rejected_score")
-        extra = {key: item for key, item in value.items() if key not in known}
-        yield _Row(row, value["prompt"], [source.parent / name for name in names], extra)
-
-
-def _candidates(value: dict[str, Any] | str) -> tuple[str, list[str]]:
-    """Gives what is wrong with a line, or its candidates' names."""
-    if isinstance(value, str):
-        return value, []
-    prompt = value.get("prompt")
-    if not isinstance(prompt, str) or not prompt.strip() or has_half(prompt):
-        return f"prompt={short(prompt)}: expected text", []
-    names = value.get("candidates", [value.get("chosen"), value.get("rejected")])
-    if not isinstance(names, list) or len(names) < 2 or not all(isinstance(name, str) and name for name in names):
-        return "expected 'candidates', a list of two paths or more, or 'chosen' and 'rejected'", []
-    return "", names
+        prompt, names = value.get("prompt"), value.get("candidates", [value.get("chosen"), value.get("rejected")])
+        if not isinstance(prompt, str) or not prompt.strip() or has_half(prompt):
+            skip(row, f"prompt={short(prompt)}: expected text")
+        elif not isinstance(names, list) or len(names) < 2 or not all(isinstance(each, str) and each for each in names):
+            skip(row, "expected 'candidates', a list of two paths or more, or 'chosen' and 'rejected'")
+        else:
+            extra = {key: item for key, item in value.items() if key not in known}
+            yield _Row(row, prompt, [source.parent / name for name in names], extra)
 
 
 def _score(
     rows: Iterable[_Row],
     scorer: Scorer,
-    read: Callable[[Path], Tensor],
+    read: Callable[[Path], Tensor | MediaError],
     batch_size: int,
     skip: Callable[[int, str], None],
 ) -> Iterator[_Row]:
     """Yields the rows in order, once all of their candidates are scored; a batch may span rows."""
-
-    def try_read(item: tuple[_Row, Path]) -> Tensor | MediaError:
-        try:
-            return read(item[1])
-        except MediaError as error:
-            return error
-
     waiting: list[_Row] = []
 
     def candidates() -> Iterator[tuple[_Row, Path]]:
@@ -236,11 +205,11 @@ def _score(
             waiting.append(row)
             yield from ((row, path) for path in row.candidates)
 
-    every = candidates()
+    remaining = candidates()
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        while batch := list(islice(every, batch_size)):
+        while batch := list(islice(remaining, batch_size)):
             good: list[tuple[_Row, Tensor]] = []
-            for (row, _), pixels in zip(batch, pool.map(try_read, batch), strict=True):
+            for (row, _), pixels in zip(batch, pool.map(read, [path for _, path in batch]), strict=True):
                 if isinstance(pixels, Tensor):
                     good.append((row, pixels))
                 elif not row.problem:
@@ -250,7 +219,7 @@ def _score(
                 scores = _numbers(scorer([pixels for _, pixels in good], [row.prompt for row, _ in good]), len(good))
                 for (row, _), score in zip(good, scores, strict=True):
                     row.scores.append(score)
-            # A row whose last candidates are in the next batch waits for them; one with a problem waits for nothing.
+            # A row waits for candidates in the next batch, unless it has a problem.
             while waiting and (waiting[0].problem or len(waiting[0].scores) == len(waiting[0].candidates)):
                 row = waiting.pop(0)
                 if not row.problem:
@@ -271,24 +240,13 @@ def _numbers(scores: Any, count: int) -> list[float]:
 
 
 def _pairs(row: _Row, pairs: Choice, min_margin: float, summary: LabelSummary) -> Iterator[PairRecord]:
-    """Best first; among equal scores the first candidate counts as the better one, and is left out by the margin."""
-    order = sorted(range(len(row.scores)), key=lambda place: -row.scores[place])
-    if pairs == "best-worst":
-        chosen = [(order[0], order[-1])]
-    else:
-        chosen = [(order[i], order[j]) for i in range(len(order)) for j in range(i + 1, len(order))]
-    for best, worst in chosen:
+    """Yields a row's pairs, best candidates first; pairs of equal scores are left out."""
+    order = sorted(range(len(row.scores)), key=lambda index: -row.scores[index])
+    for best, worst in [(order[0], order[-1])] if pairs == "best-worst" else combinations(order, 2):
         margin = row.scores[best] - row.scores[worst]
         if margin <= 0.0 or margin < min_margin:
             summary.below_margin += 1
             continue
         summary.pairs += 1
-        yield PairRecord(
-            row.row,
-            row.prompt,
-            row.candidates[best],
-            row.candidates[worst],
-            row.scores[best],
-            row.scores[worst],
-            extra=row.extra,
-        )
+        samples, scores = [row.candidates[best], row.candidates[worst]], [row.scores[best], row.scores[worst]]
+        yield PairRecord(row.row, row.prompt, *samples, *scores, extra=row.extra)

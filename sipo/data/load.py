@@ -68,7 +68,10 @@ def load_pair(
     if (chosen.fps is None) != (rejected.fps is None):
         raise BadPairError("medium", "one is an image and the other a clip")
     if abs(math.log(sizes[0][0] * sizes[1][1] / (sizes[0][1] * sizes[1][0]))) > math.log1p(RATIO_TOLERANCE):
-        raise BadPairError("shape", f"chosen is {by(sizes[0])} and rejected {by(sizes[1])}, expected one aspect ratio")
+        raise BadPairError(
+            "shape",
+            f"chosen is {format_size(sizes[0])} and rejected {format_size(sizes[1])}, expected one aspect ratio",
+        )
     if fps is None and chosen.fps and rejected.fps and abs(chosen.fps / rejected.fps - 1.0) > _RATE_TOLERANCE:
         raise BadPairError("shape", f"chosen has {chosen.fps:g} frames per second and rejected {rejected.fps:g}")
     alike = chosen.length == rejected.length and torch.equal(chosen.pixels, rejected.pixels)
@@ -126,6 +129,6 @@ def file_digest(source: Path | bytes) -> bytes:
     return digest.digest()
 
 
-def by(size: tuple[int, ...]) -> str:
-    """Writes a size for a message: ``480x720``."""
+def format_size(size: tuple[int, ...]) -> str:
+    """Formats a size for a message: ``480x720``."""
     return f"{size[0]}x{size[1]}"
