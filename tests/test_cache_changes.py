@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from sipo.cache import changes
+from sipo.cache import source
 from sipo.cache.finished import open_cache
 from sipo.cache.format import INDEX, CacheError, DamagedError, write_json
 from sipo.cache.index import pairs_fingerprint
@@ -221,13 +221,13 @@ def test_files_of_one_time_that_change_places_are_told_apart(tmp_path: Path) -> 
 
 def test_folders_that_change_places_are_told_apart_by_inodes(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files written in one tick of the clock have equal times, and renaming their folder leaves these alone."""
-    real = changes.stamp
-    monkeypatch.setattr(changes, "stamp", lambda path: real(path) and [real(path)[0], 1, 1, *real(path)[3:]])
+    real = source.stamp
+    monkeypatch.setattr(source, "stamp", lambda path: real(path) and [real(path)[0], 1, 1, *real(path)[3:]])
     data.touch()
     assert encode(data).kept == 3
     before, folder = written_at(data.parent.parent / "cache"), data.parent
-    for source, target in (("a", "c"), ("b", "a"), ("c", "b")):
-        (folder / source).rename(folder / target)
+    for name, target in (("a", "c"), ("b", "a"), ("c", "b")):
+        (folder / name).rename(folder / target)
     assert encode(data).written == 3
     assert_as_new(data)
     before = written_at(folder.parent / "cache")
@@ -244,8 +244,8 @@ def test_new_times_alone_encode_nothing_and_are_read_once(data: Path, monkeypatc
     shutil.rmtree(data.parent)
     data.parent.with_name("copy").rename(data.parent)
     read_files = []
-    hashed = changes.file_hash
-    monkeypatch.setattr(changes, "file_hash", lambda path: read_files.append(path) or hashed(path))
+    hashed = source.file_hash
+    monkeypatch.setattr(source, "file_hash", lambda path: read_files.append(path) or hashed(path))
     pipeline = Pipeline()
     assert not encode(data, pipeline).news() and len(read_files) == 12
     assert encode(data, pipeline).kept == 3 and len(read_files) == 12
@@ -267,8 +267,8 @@ def test_rows_are_not_read_where_nothing_has_changed(data: Path, monkeypatch: py
 
 
 def test_verify_finds_what_sizes_and_times_do_not_show(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = changes.stamp
-    monkeypatch.setattr(changes, "stamp", lambda path: [*real(path)[:2], 0, 0])  # some file systems keep no other time
+    real = source.stamp
+    monkeypatch.setattr(source, "stamp", lambda path: [*real(path)[:2], 0, 0])  # some file systems keep no other time
     encode(data)
     path = data.parent / "a" / "0.bmp"
     times = path.stat()
@@ -356,7 +356,7 @@ def test_files_that_are_gone(data: Path) -> None:
         encode(data)
     assert encode(data, skip_bad=True).skipped == {"missing": 1}
     write_image(data.parent / "a" / "2.bmp", noise(4, 3, 32, 32))
-    assert encode(data).changes == ["row 3: a/2.bmp is there now"]
+    assert encode(data).changes == ["row 3: a/2.bmp exists now"]
     for number in (4, 5):
         for side, folder in enumerate("ab"):
             write_image(data.parent / folder / f"{number}.bmp", noise(2 * number + side, 3, 32, 32))

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sipo import cli
-from sipo.cache import changes
+from sipo.cache import source
 from sipo.cache.finished import open_cache
 from sipo.cache.format import INDEX, read_json, write_json
 from sipo.cache.weights import weight_hashes
@@ -260,11 +260,11 @@ def test_a_configuration_is_known_by_what_it_says_of_the_model(place: Place) -> 
 
 
 def test_weights_are_read_once_and_again_to_verify(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, real, hashed = place.folder / "model", changes.stamp, changes.file_hash
+    model, real, hashed = place.folder / "model", source.stamp, source.file_hash
     monkeypatch.setattr("sipo.cache.weights.stamp", lambda path: [*real(path)[:2], 0, 0])
-    monkeypatch.setattr(changes, "stamp", lambda path: [*real(path)[:2], 0, 0])
+    monkeypatch.setattr(source, "stamp", lambda path: [*real(path)[:2], 0, 0])
     reads: list[Path] = []
-    monkeypatch.setattr(changes, "file_hash", lambda path: reads.append(path) or hashed(path))
+    monkeypatch.setattr(source, "file_hash", lambda path: reads.append(path) or hashed(path))
 
     def marks(**options: Any) -> dict[str, str]:
         return weight_hashes(get("sd15"), str(model), ModelConfig("sd15", ""), place.cache, network=True, **options)

@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from sipo.cache.changes import FileRecord, record_file, side_name
+from sipo.cache.source import FileRecord, record_file, side_name
 from sipo.data.config import DataConfig
 from sipo.data.load import BadPairError, load_pair
 from sipo.data.media import nearest_size, resize_and_crop
@@ -54,7 +54,7 @@ class PairDecoder:
 
         Args:
             record: the pair.
-            prefix: what the names of files leave out (:func:`sipo.cache.shard_sources.prefix_of`).
+            prefix: what the names of files leave out (:func:`sipo.cache.source.prefix_of`).
         """
         files = {
             side_name(source, prefix): record_file(source)

@@ -17,7 +17,7 @@ from sipo.cache.existing import Existing, stop
 from sipo.cache.format import LATENTS, TEXT, UNCONDITIONAL, shard_name, text_key, trim
 from sipo.cache.index import FILES_FACT, ROWS_FACT
 from sipo.cache.savings import Cost
-from sipo.cache.shard_sources import ShardSource, Tally, shard_sources
+from sipo.cache.source import ShardSource, Tally, shard_sources
 from sipo.data.config import DataConfig
 from sipo.data.load import BadPairError
 from sipo.data.records import PairReader, PairRecord, row_name
@@ -78,7 +78,7 @@ class PairEncoder:
 
     def encode_unconditional(self) -> None:
         """Writes what caption dropout puts in a prompt's place."""
-        shard = self.existing.there(UNCONDITIONAL)
+        shard = self.existing.find(UNCONDITIONAL)
         if shard is None or shard.facts.get("source") != self.existing.source:
             condition = self.family.encode_unconditional(self.pipeline())
             self._write_text(UNCONDITIONAL, {"": condition}, {"source": self.existing.source, "prompts": []})
@@ -143,7 +143,7 @@ class PairEncoder:
             if source.number % world != rank:
                 yield None
                 continue
-            self.existing.look(source, pool)
+            self.existing.compare(source, pool)
             yield None
             if not source.needs_latents:
                 self.kept += 1

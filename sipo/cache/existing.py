@@ -8,16 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sipo.cache.changes import (
-    RowFacts,
-    are_absent,
-    compare_files,
-    files_digest,
-    first_row_change,
-    path_named,
-    row_of,
-    stamps_of,
-)
 from sipo.cache.format import (
     FILES,
     LATENTS,
@@ -31,7 +21,18 @@ from sipo.cache.format import (
     shard_name,
 )
 from sipo.cache.index import FILES_FACT, MAX_PAIRS, ROWS_FACT, PairsIndex, other_path, read_pairs_index
-from sipo.cache.shard_sources import ShardSource, prefix_of
+from sipo.cache.source import (
+    RowFacts,
+    ShardSource,
+    are_absent,
+    compare_files,
+    files_digest,
+    first_row_change,
+    path_named,
+    prefix_of,
+    row_of,
+    stamps_of,
+)
 from sipo.data.config import DataConfig
 from sipo.data.load import BadPairError
 from sipo.data.records import PairReader, row_name
@@ -121,8 +122,8 @@ class Existing:
             self.begin()
         self.begun = self.stale = True
 
-    def there(self, name: str) -> Shard | None:
-        """Finds a shard that is there and whole, by the finished index or its own JSON file."""
+    def find(self, name: str) -> Shard | None:
+        """Finds a whole shard, by the finished index or its own JSON file."""
         if self.check_hashes:
             found = self.shards.read_intact(name)
             known = self.known.get(name)
@@ -136,20 +137,20 @@ class Existing:
             return None
         return shard
 
-    def look(self, part: ShardSource, pool: ThreadPoolExecutor) -> None:
+    def compare(self, part: ShardSource, pool: ThreadPoolExecutor) -> None:
         """Checks whether the shards of these records exist, are whole, and still agree with the source."""
-        part.look(self.source, pool)
-        text = self.there(shard_name(TEXT, part.number))
+        part.describe(self.source, pool)
+        text = self.find(shard_name(TEXT, part.number))
         facts = {} if text is None else text.facts
         part.needs_text = facts.get("source") != self.source or facts.get("prompts") != part.new_keys
         name = shard_name(LATENTS, part.number)
-        latents = self.there(name)
+        latents = self.find(name)
         if latents is not None and self._is_limit_raised(latents):
             part.change = f"{row_name(part.rows[0][0])} or one behind it: data.max_pixels allows for it now"
             self._changed(part.change)
             latents = None
         if latents is None or not (latents.facts.get("seen") == part.seen and not self.verify):
-            self._compare(part, latents, pool)
+            self._compare_latents(part, latents, pool)
         else:
             part.needs_latents = False
         same_source = part.needs_text and facts.get("source") == self.source
@@ -169,7 +170,7 @@ class Existing:
             row = min(row for row, *_ in [*gone.facts["pairs"], *gone.facts["skipped"]])
             self._changed(f"{row_name(row)}: no longer a pair")
 
-    def _compare(self, part: ShardSource, shard: Shard | None, pool: ThreadPoolExecutor) -> None:
+    def _compare_latents(self, part: ShardSource, shard: Shard | None, pool: ThreadPoolExecutor) -> None:
         """Compares records with the rows and files of their shard of latents; records new stamps and prompts."""
         name = shard_name(LATENTS, part.number)
         shard = None if shard is None else self.shards.read(name)  # the index has neither rows nor files

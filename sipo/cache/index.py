@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sipo.cache.changes import FileRecord, files_digest
 from sipo.cache.format import (
     FILES,
     INDEX,
@@ -25,6 +24,7 @@ from sipo.cache.format import (
     shard_name,
     write_json,
 )
+from sipo.cache.source import FileRecord, files_digest
 from sipo.cache.weights import PLACE, is_weights, weights_change
 from sipo.data.config import DataConfig
 from sipo.families.config import ModelConfig

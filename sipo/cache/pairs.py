@@ -77,7 +77,7 @@ class CachedPairs:
 
 
 class DrawnPairs:
-    """Each of ``N`` pairs at ``K`` fixed draws of noise and noise level: item ``j`` is pair ``j // K`` at draw ``j % K``.
+    """Each of ``N`` pairs at ``K`` fixed draws of noise and level: item ``j`` is pair ``j // K`` at draw ``j % K``.
 
     An item has the keys of :class:`CachedPairs`, ``noise`` (float32), ``level`` and, with references, ``ref_error``
     (``[2]`` float64). A draw is a function of the seed, the pair's row in the source and the draw's number: neither the

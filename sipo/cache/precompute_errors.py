@@ -197,7 +197,7 @@ def _errors(
     schedule: NoiseSchedule,
     context: Callable[[], AbstractContextManager[Any]],
 ) -> tuple[Tensor, Tensor]:
-    """``[B, 2]`` mean squared errors of ``B`` items with fixed draws (docs/math.md §2) and their noise levels ``[B]``."""
+    """``[B, 2]`` mean squared errors of items with fixed draws (docs/math.md §2), and their noise levels ``[B]``."""
     pairs = noisy_pairs(batch, schedule)
     with torch.no_grad(), context():
         prediction = predict(network, pairs.samples, pairs.timesteps, pairs.condition)

@@ -11,8 +11,8 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from sipo.cache.changes import FileRecord, record_file, stamp
 from sipo.cache.format import CacheError, digest, read_json, write_json
+from sipo.cache.source import FileRecord, record_file, stamp
 from sipo.families.base import Family
 from sipo.families.config import ModelConfig
 from sipo.families.model_files import CONFIG, MODEL_INDEX, weight_files

@@ -1,4 +1,4 @@
-"""Tells whether rows, files and weights are still those that a cache was made from.
+"""The source of a cache's pairs: its rows, divided among shards, and its files; and whether either has changed.
 
 A file is known by its size, times and inode, and by its content (SHA-256) where only the size is as it was: a copy or a
 clone has other times and inodes, and the same content. Content that changes while all of these stay is found where
@@ -12,11 +12,17 @@ import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
+from dataclasses import dataclass, field
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sipo.data.records import row_name, stamp
+from torch import Tensor
+
+from sipo.cache.format import digest, text_key
+from sipo.data.config import DataConfig
+from sipo.data.records import PairReader, PairRecord, row_name, stamp
+from sipo.families.network import Condition
 from sipo.files import file_hash
 
 RowFacts = list[Any]
@@ -95,16 +101,16 @@ def compare_files(
         verify: read all of them.
     """
     stamps = dict(zip(records, stamps_of([path_of(name) for name in records], executor), strict=True))
-    there = [name for name, record in records.items() if record]
+    recorded = [name for name, record in records.items() if record]
     if _absent(records, stamps):
         return Comparison("", "", dict(records), absent=True)
     for name, record in records.items():
         now = stamps[name]
         if bool(now) != bool(record):
-            return Comparison("is there now" if now else "is not there any more", name, {}, absent=False)
+            return Comparison("exists now" if now else "no longer exists", name, {}, absent=False)
         if now and now[0] != record[0]:
             return Comparison(f"has other content ({now[0]} bytes, {record[0]} before)", name, {}, absent=False)
-    doubtful = [name for name in there if verify or stamps[name] != records[name][:-1]]
+    doubtful = [name for name in recorded if verify or stamps[name] != records[name][:-1]]
     files = dict(records)
     for name, now in zip(doubtful, executor.map(record_file, map(path_of, doubtful)), strict=True):
         if not now or now[-1] != records[name][-1]:
@@ -144,3 +150,106 @@ def first_row_change(before: Iterable[RowFacts], after: Iterable[RowFacts]) -> s
 def row_of(rows: Iterable[RowFacts], name: str) -> int:
     """Finds the first row that has a file."""
     return next((int(row[0]) for row in rows if name in row[1:3]), -1)
+
+
+@dataclass
+class Tally:
+    """Counts of what was read from the source; the same in every process."""
+
+    records: int = 0
+    ties: int = 0
+    shards: int = 0
+
+
+@dataclass
+class ShardSource:
+    """The records that one shard is made from, and the prompts that no earlier shard has.
+
+    Attributes:
+        number: of the shard.
+        prefix: the source's folder with a slash at its end, which the names of its files leave out.
+        records: of the shard's pairs; removed once they wait to be encoded.
+        keys: of their prompts.
+        prompts: that no earlier shard has.
+        rows: what latents depend on beside the files' content.
+        seen: digest of settings, rows, prompts and of the files' stamps.
+        pairs: what has been encoded: row, key, latents, and what each half is told.
+        skipped: row, kind and reason of pairs that cannot be used.
+        files: records of the files that have been read.
+        change: the first change since it was encoded, in words; empty where there is none.
+    """
+
+    number: int
+    prefix: str
+    records: list[PairRecord] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
+    rows: list[RowFacts] = field(default_factory=list)
+    seen: str = ""
+    pairs: list[tuple[int, str, Tensor, Condition]] = field(default_factory=list)
+    skipped: list[tuple[int, str, str]] = field(default_factory=list)
+    files: dict[str, FileRecord] = field(default_factory=dict)
+    change: str = ""
+    needs_latents: bool = True
+    needs_text: bool = True
+
+    def describe(self, settings: str, executor: Executor) -> None:
+        """Fills in ``rows`` and ``seen``.
+
+        Args:
+            settings: digest of what else the content depends on.
+            executor: asks for the files' stamps.
+        """
+        paths: dict[str, Path] = {}
+        for record in self.records:
+            names = []
+            for source in (record.chosen, record.rejected):
+                names.append(side_name(source, self.prefix))
+                if isinstance(source, Path):
+                    paths[names[-1]] = source
+            self.rows.append([record.row, *names, record.problem, bool(record.prompt.strip())])
+        stamps = list(stamps_of(list(paths.values()), executor))
+        self.seen = digest([settings, self.rows, self.keys, stamps])
+
+    @property
+    def new_keys(self) -> list[str]:
+        """Keys of ``prompts``."""
+        return [text_key(prompt) for prompt in self.prompts]
+
+
+def prefix_of(reader: PairReader) -> str:
+    """Gives what the names of a source's files leave out: its folder with a slash at its end, or nothing."""
+    root: Path | None = getattr(reader, "root", None)
+    return "" if root is None else f"{root.as_posix().rstrip('/')}/"
+
+
+def shard_sources(reader: PairReader, settings: DataConfig, tally: Tally) -> Iterator[ShardSource]:
+    """Divides the source into shards by row number, so that one row more or less changes its own shard alone."""
+    seen: set[str] = set()
+    prefix = prefix_of(reader)
+    part = ShardSource(0, prefix)
+    candidates, last = 0, -1
+    for record in reader:
+        if settings.max_pairs is not None and candidates == settings.max_pairs:
+            break
+        if record.row <= last:  # its latents are stored under it
+            raise ValueError(f"{row_name(record.row)} after {row_name(last)}: expected a source whose rows grow")
+        last = record.row
+        tally.records += 1
+        if record.tie:
+            tally.ties += 1
+            continue
+        candidates += 1
+        if part.records and record.row // settings.shard_pairs != part.records[0].row // settings.shard_pairs:
+            tally.shards += 1
+            yield part
+            part = ShardSource(tally.shards, prefix)
+        key = text_key(record.prompt)
+        part.records.append(record)
+        part.keys.append(key)
+        if not record.problem and key not in seen:
+            seen.add(key)
+            part.prompts.append(record.prompt)
+    if part.records:
+        tally.shards += 1
+        yield part
