@@ -75,20 +75,21 @@ def hand_written(
         condition = {name: torch.cat([t, t]).to(device, non_blocking=True) for name, t in batch["condition"].items()}
         for name, own in batch.get("own_condition", {}).items():  # SDXL's time ids
             condition[name] = torch.cat([own[:, 0], own[:, 1]]).to(device, non_blocking=True)
-        noise, timesteps = _draw(batch, latents, levels)
+        noise, level = _draw(batch, latents, levels)
         shape = (-1, *[1] * (latents.ndim - 1))
         if levels is None:
-            sigma = timesteps.view(shape)
+            sigma, timesteps = level.view(shape), level * 1000
             noisy, target = (1 - sigma) * latents + sigma * noise, noise - latents
         else:
-            alpha, sigma = (level[timesteps].view(shape) for level in levels)
+            timesteps = level
+            alpha, sigma = (table[timesteps].view(shape) for table in levels)
             noisy = alpha * latents + sigma * noise
             target = alpha * noise - sigma * latents if velocity else noise
         with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
             model_pred = predict(policy, noisy, timesteps, condition)
             with torch.no_grad():
                 ref_pred = predict(reference, noisy, timesteps, condition)
-        loss(model_pred, ref_pred, target, timesteps).backward()
+        loss(model_pred, ref_pred, target, level).backward()
         torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad()
@@ -100,14 +101,14 @@ def _endless(loader: DataLoader[Any]) -> Iterator[Any]:
 
 
 def _draw(batch: dict[str, Any], latents: Tensor, levels: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-    """Noise and timesteps, which the halves of a pair share; the items' own where they have them."""
+    """Noise and noise levels, which both samples of a pair share; the items' own where they have them."""
     half, device = len(latents) // 2, latents.device
     if "noise" in batch:
-        noise, timesteps = batch["noise"].to(device), batch["timestep"].to(device)
+        noise, level = batch["noise"].to(device), batch["level"].to(device)
     else:
         noise = torch.randn_like(latents[:half])
         if levels is None:
-            timesteps = 1 - torch.rand(half, device=device)
+            level = 1 - torch.rand(half, device=device)
         else:
-            timesteps = torch.randint(len(levels[0]), (half,), device=device)
-    return torch.cat([noise, noise]), torch.cat([timesteps, timesteps])
+            level = torch.randint(len(levels[0]), (half,), device=device)
+    return torch.cat([noise, noise]), torch.cat([level, level])

@@ -79,7 +79,7 @@ class Clock:
             self.events[-1].record()
 
     def steps(self) -> tuple[list[float], list[float]]:
-        """Milliseconds of each counted step, on the device (on a CPU the host's) and on the host; starts anew."""
+        """Milliseconds of each counted step, on the device (on a CPU the host's) and on the host; starts again."""
         host = [1e3 * (end - begin) for begin, end in itertools.pairwise(self.host)]
         device = host
         if self.on_gpu:
@@ -174,7 +174,7 @@ class Bench:
 
     def gradient(self, way: Implementation) -> Tensor:
         """The clipped gradient ``[P]`` of one step on fixed draws; weights stay as they are."""
-        items = sorted(range(len(self.setup.drawn)), key=lambda i: -float(self.setup.drawn[i]["timestep"]))
+        items = sorted(range(len(self.setup.drawn)), key=lambda i: -float(self.setup.drawn[i]["level"]))
         source = self.setup.with_errors if way.reference == "errors" else self.setup.drawn
         # The noisiest: there SIPO's mask lets pairs through.
         pairs = [source[i] for i in items[: self.setup.case.batch_size]]
@@ -234,7 +234,7 @@ class Bench:
     def _plain_loss(self, way: Implementation) -> Any:
         beta, schedule = BETA[self.setup.case.family], self.setup.schedule
         if way.method == "diffusion_dpo":
-            return lambda model, ref, target, timesteps: diffusion_dpo(model, ref, target, beta)
-        return lambda model, ref, target, timesteps: baselines.upcast(
-            model, ref, target, schedule.ratio_scale(**level_argument(schedule, timesteps)).float(), beta
+            return lambda model, ref, target, levels: diffusion_dpo(model, ref, target, beta)
+        return lambda model, ref, target, levels: baselines.upcast(
+            model, ref, target, schedule.ratio_scale(**level_argument(schedule, levels)).float(), beta
         )

@@ -5,7 +5,7 @@ Training, reference errors, scoring and the demo all noise and stack pairs here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 from typing import Any
 
@@ -19,11 +19,15 @@ class BatchMode(Enum):
     """Where the random numbers and the reference's errors of a pass come from."""
 
     FRESH_DRAWS = "fresh draws"
-    """Noise and timesteps are drawn for this pass."""
+    """Noise and noise levels are drawn for this pass."""
     FIXED_DRAWS = "fixed draws"
-    """The items carry their own noise and timesteps."""
+    """The items carry their own noise and noise level."""
     REFERENCE_ERRORS = "reference errors"
     """The items also carry the reference's errors at these draws, so no reference network runs."""
+
+
+_DRAWN = {"noise": "noise", "level": "levels", "ref_error": "ref_error"}  # keys of items, and the fields they fill
+_NEEDED = {BatchMode.FRESH_DRAWS: 0, BatchMode.FIXED_DRAWS: 2, BatchMode.REFERENCE_ERRORS: 3}  # so many of them
 
 
 @dataclass(frozen=True)
@@ -37,8 +41,11 @@ class PairBatch:
         own_condition: what differs between them: tensors ``[B, 2, ...]`` by name, chosen first; or ``None``.
         mode: where random numbers and reference errors come from; it decides which of the next three are set.
         noise: shaped as ``chosen``; ``None`` with fresh draws.
-        timesteps: ``[B]``; ``None`` with fresh draws.
+        levels: noise levels ``[B]``: timestep indices, or σ of a flow; ``None`` with fresh draws.
         ref_error: ``[B, 2]`` float64, chosen first; ``None`` without reference errors.
+
+    Raises:
+        ValueError: tensors that do not fit the mode, or shapes that do not fit each other. No value is read.
     """
 
     chosen: Tensor
@@ -47,43 +54,52 @@ class PairBatch:
     own_condition: dict[str, Tensor] | None = None
     mode: BatchMode = BatchMode.FRESH_DRAWS
     noise: Tensor | None = None
-    timesteps: Tensor | None = None
+    levels: Tensor | None = None
     ref_error: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        given = [key for key, name in _DRAWN.items() if getattr(self, name) is not None]
+        needed, none = list(_DRAWN)[: _NEEDED[self.mode]], f"none of {', '.join(_DRAWN)}"
+        if given != needed:
+            have, wanted = (", ".join(names) or none for names in (given, needed))
+            raise ValueError(f"items with {self.mode.value} have {have}: expected {wanted}")
+        if self.own_condition and not isinstance(self.condition, (dict, type(None))):
+            kind = type(self.condition).__name__
+            raise ValueError(f"items have 'own_condition' beside a condition that is a {kind}: expected a dictionary")
+        shape, pairs = list(self.chosen.shape), len(self.chosen)
+        for name, expected in {"rejected": shape, "noise": shape, "levels": [pairs], "ref_error": [pairs, 2]}.items():
+            _check_shape(name, getattr(self, name), expected)
+        for name, start in {"condition": [pairs], "own_condition": [pairs, 2]}.items():
+            value = getattr(self, name)
+            for key, tensor in value.items() if isinstance(value, dict) else [("", value)]:
+                _check_shape(f"{name}[{key!r}]" if key else name, tensor, start, more=True)
 
     @classmethod
     def of_items(cls, items: dict[str, Any]) -> PairBatch:
         """Builds a batch from what ``default_collate`` makes of items (:class:`sipo.protocols.PairDataset`).
 
         Raises:
-            ValueError: keys that are missing or do not go together.
+            ValueError: keys that are missing or do not go together; shapes that do not.
         """
         for name in ("chosen", "rejected"):
             if name not in items:
                 raise ValueError(f"an item has the keys {', '.join(items)}: expected {name!r} among them")
-        if ("noise" in items) != ("timestep" in items):
-            raise ValueError("items have one of 'noise' and 'timestep': expected both, or none for draws of the run")
-        if "ref_error" in items and "noise" not in items:
-            raise ValueError("items have 'ref_error' without 'noise' and 'timestep': expected the draw that it is for")
-        condition = items.get("condition")
-        if "own_condition" in items and not isinstance(condition, (dict, type(None))):
-            kind = type(condition).__name__
-            raise ValueError(f"items have 'own_condition' beside a condition that is a {kind}: expected a dictionary")
-        mode = BatchMode.FRESH_DRAWS
-        if "noise" in items:
-            mode = BatchMode.REFERENCE_ERRORS if "ref_error" in items else BatchMode.FIXED_DRAWS
+        mode = BatchMode.FIXED_DRAWS if "noise" in items or "level" in items else BatchMode.FRESH_DRAWS
         return cls(
             items["chosen"],
             items["rejected"],
-            condition,
+            items.get("condition"),
             items.get("own_condition"),
-            mode,
-            items.get("noise"),
-            items.get("timestep"),
-            items.get("ref_error"),
+            BatchMode.REFERENCE_ERRORS if "ref_error" in items else mode,
+            **{name: items.get(key) for key, name in _DRAWN.items()},
         )
 
     def __len__(self) -> int:
         return len(self.chosen)
+
+    def with_draws(self, noise: Tensor, levels: Tensor) -> PairBatch:
+        """The pairs at fixed draws: ``noise`` shaped as ``chosen``, and ``levels`` ``[B]``."""
+        return replace(self, mode=BatchMode.FIXED_DRAWS, noise=noise, levels=levels)
 
     def to(self, device: torch.device) -> PairBatch:
         """The batch on ``device``; copies do not wait. Latents of half precision become float32 there.
@@ -91,16 +107,8 @@ class PairBatch:
         They are cast after the copy, so that data loader workers and the bus carry no more bytes than a cache has.
         Noisy samples and targets then keep what half precision would round away.
         """
-        return PairBatch(
-            _widened(to_device(self.chosen, device)),
-            _widened(to_device(self.rejected, device)),
-            to_device(self.condition, device),
-            to_device(self.own_condition, device),
-            self.mode,
-            to_device(self.noise, device),
-            to_device(self.timesteps, device),
-            to_device(self.ref_error, device),
-        )
+        moved = {field.name: to_device(getattr(self, field.name), device) for field in fields(self)}
+        return PairBatch(**moved | {name: _widened(moved[name]) for name in ("chosen", "rejected")})
 
 
 @dataclass(frozen=True)
@@ -109,43 +117,59 @@ class NoisyPairs:
 
     Attributes:
         samples: at their noise levels, ``[2B, ...]``.
-        timesteps: ``[2B]``.
+        levels: noise levels ``[2B]``, as the schedule draws them.
+        timesteps: what the network is told of them, ``[2B]``; see :func:`network_timesteps`.
         condition: stacked likewise.
         target: ``[2B, ...]``, or ``[B, ...]`` where both samples of a pair share it.
     """
 
     samples: Tensor
+    levels: Tensor
     timesteps: Tensor
     condition: Any
     target: Tensor
 
 
-def noisy_pairs(batch: PairBatch, noise: Tensor, timesteps: Tensor, schedule: Schedule) -> NoisyPairs:
-    """Noises and stacks pairs; both samples of a pair get the same noise and timestep (docs/math.md §1).
+def noisy_pairs(batch: PairBatch, schedule: Schedule) -> NoisyPairs:
+    """Noises and stacks pairs; both samples of a pair get the same noise and noise level (docs/math.md §1).
 
     Args:
-        batch: on the device that the network runs on.
-        noise: shaped as ``batch.chosen``, on the same device.
-        timesteps: ``[B]``, on the same device, as the schedule draws them: σ for a flow.
+        batch: with draws, on the device that the network runs on.
         schedule: gives noisy samples and the target.
+
+    Raises:
+        ValueError: a batch with fresh draws, which are still to be made.
     """
+    if batch.noise is None or batch.levels is None:
+        raise ValueError("a batch with fresh draws has no noise: expected PairBatch.with_draws first")
     samples = torch.cat([batch.chosen, batch.rejected])
-    both_noise, both_timesteps = _twice(noise), _twice(timesteps)
+    noise, levels = _twice(batch.noise), _twice(batch.levels)
     if schedule.prediction_type == "epsilon":
         # The target is the noise, which both share: half the memory, and half the reads in the loss.
-        target = schedule.target(batch.chosen, noise, **level_argument(schedule, timesteps))
+        target = schedule.target(batch.chosen, batch.noise, **level_argument(schedule, batch.levels))
     else:
-        target = schedule.target(samples, both_noise, **level_argument(schedule, both_timesteps))
-    noisy = schedule.add_noise(samples, both_noise, **level_argument(schedule, both_timesteps))
-    return NoisyPairs(noisy, both_timesteps, _stacked_condition(batch), target)
+        target = schedule.target(samples, noise, **level_argument(schedule, levels))
+    noisy = schedule.add_noise(samples, noise, **level_argument(schedule, levels))
+    return NoisyPairs(noisy, levels, network_timesteps(schedule, levels), _stacked_condition(batch), target)
 
 
-def level_argument(schedule: Schedule, drawn: Tensor) -> dict[str, Tensor]:
-    """Returns noise levels, as ``sample_timesteps`` draws them, by the name of the argument that takes them.
+def level_argument(schedule: Schedule, levels: Tensor) -> dict[str, Tensor]:
+    """Returns noise levels, as ``sample_levels`` draws them, by the name of the argument that takes them.
 
     That is ``sigmas`` for a schedule whose ``kind`` is ``"flow"``, and its loss; ``timesteps`` for any other.
     """
-    return {"sigmas" if getattr(schedule, "kind", None) == "flow" else "timesteps": drawn}
+    return {"sigmas" if getattr(schedule, "kind", None) == "flow" else "timesteps": levels}
+
+
+def network_timesteps(schedule: Any, levels: Tensor) -> Tensor:
+    """Returns noise levels, as ``sample_levels`` draws them, in the units that diffusers' networks are told them in.
+
+    Indices stay as they are. σ of a flow becomes ``σ * num_train_timesteps``, 0 to 1000 for most models, or with
+    ``invert_sigmas`` ``(1 − σ) * num_train_timesteps``.
+    """
+    if getattr(schedule, "kind", None) != "flow":
+        return levels
+    return (1 - levels if getattr(schedule, "invert_sigmas", False) else levels) * schedule.num_train_timesteps
 
 
 def to_device(value: Any, device: torch.device) -> Any:
@@ -177,3 +201,10 @@ def _twice(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _twice(item) for key, item in value.items()}
     return value
+
+
+def _check_shape(name: str, value: Any, expected: list[int], more: bool = False) -> None:
+    """Refuses a tensor of another shape; with ``more``, dimensions may follow."""
+    if isinstance(value, Tensor) and list(value.shape[: len(expected)] if more else value.shape) != expected:
+        dots = ", ..." if more else ""
+        raise ValueError(f"{name} has shape {list(value.shape)}: expected [{', '.join(map(str, expected))}{dots}]")

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 
 class Schedule(Protocol):
-    """A noise schedule; :class:`sipo.NoiseSchedule` is one. ``B`` samples of any shape, one timestep each.
+    """A noise schedule; :class:`sipo.NoiseSchedule` is one. ``B`` samples of any shape, one noise level each.
 
-    One that has an attribute ``kind`` of ``"flow"`` gets what it draws as ``sigmas=`` in place of ``timesteps``, and so
-    does its loss.
+    A noise level is a timestep index or, for a schedule with an attribute ``kind`` of ``"flow"``, σ in (0, 1]. Such a
+    schedule and its loss get noise levels as ``sigmas=`` in place of ``timesteps``. It also has
+    ``num_train_timesteps``: its network is given ``σ * num_train_timesteps`` (see :class:`Predict`).
     """
 
     @property
@@ -25,7 +26,7 @@ class Schedule(Protocol):
     def target(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What the network should predict. For "epsilon" that is ``noise``, whatever ``sample`` holds."""
 
-    def sample_timesteps(
+    def sample_levels(
         self,
         n: int,
         generator: torch.Generator | None = None,
@@ -33,7 +34,7 @@ class Schedule(Protocol):
         distribution: str = "uniform",
         device: torch.device | str | None = None,
     ) -> Tensor:
-        """Draws ``n`` noise levels: timesteps, or σ in (0, 1] where the schedule's ``kind`` is "flow"."""
+        """Draws ``n`` noise levels, ``[n]``."""
 
 
 class PairLossResult(Protocol):
@@ -57,10 +58,16 @@ class PairLoss(Protocol):
     def __call__(self, model_pred: Tensor, ref_pred: Tensor, target: Tensor, timesteps: Tensor) -> PairLossResult:
         """Loss of ``[chosen; rejected]`` stacked along dimension 0.
 
-        The loop passes the noise levels by name: ``timesteps``, or ``sigmas`` where the schedule's ``kind`` is "flow".
-        ``target`` is ``[B, ...]`` where the schedule predicts "epsilon", which both samples share.
-        Where items carry ``"ref_error"``, ``ref_pred`` is ``None`` and a keyword ``ref_error`` has them, ``[2B]``. A
-        loss that has a keyword ``totals`` gets :class:`sipo_kernels.Totals` and adds its metrics and, where they are
+        Args:
+            model_pred: the policy's prediction, ``[2B, ...]``.
+            ref_pred: the reference's, shaped likewise; ``None`` where items carry ``"ref_error"``. The loss then gets
+                these errors as a keyword ``ref_error``, ``[2B]`` float64.
+            target: ``[2B, ...]``, or ``[B, ...]`` shared by both samples of a pair where the schedule's
+                ``prediction_type`` is "epsilon".
+            timesteps: ``[2B]``, passed by name. The loss of a schedule whose ``kind`` is "flow" is called with
+                ``sigmas=``, σ in (0, 1], in place of it.
+
+        A loss that has a keyword ``totals`` gets :class:`sipo_kernels.Totals` and adds its metrics and, where they are
         given, its sums by noise level to them; for others the loop does it from what they return.
         """
 
@@ -75,8 +82,8 @@ class PairDataset(Protocol):
 
     - ``"own_condition"``: dictionary of tensors ``[2, ...]``, what differs between the samples, chosen first (SDXL's
       time ids).
-    - ``"noise"`` (shaped as ``"chosen"``, float32) and ``"timestep"`` (0-d; σ in (0, 1] for a flow), which come
-      together: this item's fixed draw, in place of one from the run's stream.
+    - ``"noise"`` (shaped as ``"chosen"``, float32) and ``"level"`` (0-d: a timestep index, or σ in (0, 1] of a
+      flow), which come together: this item's fixed draw, in place of one from the run's stream.
     - ``"ref_error"``: ``[2]`` float64 with such a draw: the reference's errors there, chosen first; no reference
       network runs.
 
@@ -102,6 +109,7 @@ class Predict(Protocol):
     def __call__(self, module: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Any) -> Tensor:
         """Prediction for ``noisy`` ``[2B, ...]`` at ``timesteps`` ``[2B]``, ``condition`` stacked likewise.
 
-        ``noisy`` is float32 (float64 where the latents are), whatever type the network computes in. For a flow,
-        ``timesteps`` are σ in (0, 1]; a diffusers network takes 1,000 times that.
+        ``noisy`` is float32 (float64 where the latents are), whatever type the network computes in. ``timesteps`` are
+        what diffusers' networks take: indices, or for a flow ``σ * num_train_timesteps`` as floats, 0 to 1000 for most
+        (:func:`sipo.batch.network_timesteps`).
         """

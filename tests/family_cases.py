@@ -11,6 +11,7 @@ import diffusers
 import torch
 from torch import Tensor
 
+from sipo.batch import network_timesteps
 from sipo.families import Condition, Family, get
 from sipo.families.toy import build_toy
 
@@ -64,7 +65,8 @@ def network_input(toy: str, n: int = 2) -> tuple[Tensor, Tensor, Condition]:
     family = family_of(toy)
     latents = family.encode_pixels(encoders_of(toy), pixels_of(family, n))
     generator = torch.Generator().manual_seed(1)
-    timesteps = family.load_schedule(folder_of(toy)).sample_timesteps(n, generator)
+    schedule = family.load_schedule(folder_of(toy))
+    timesteps = network_timesteps(schedule, schedule.sample_levels(n, generator))
     noisy = latents + torch.randn(latents.shape, generator=generator)
     return noisy, timesteps, stacked(family, family.encode_text(encoders_of(toy), PROMPTS[:n]))
 

@@ -35,7 +35,7 @@ from benchmarks.alignment.moving_digits import (
 )
 from benchmarks.alignment.tasks import frechet_distance
 from sipo import NoiseSchedule, SIPOLoss
-from sipo.batch import level_argument
+from sipo.batch import PairBatch, level_argument, noisy_pairs
 from sipo.demo.digits import CLASSES, load_digits
 
 # On 200 held-out clips; the shipped weights have 0.127 and 0.195.
@@ -240,18 +240,18 @@ def test_a_pair_step_moves_the_model_towards_the_chosen(base: tuple[str, Any, An
     policy, reference = (load_base(kind)[0] for _ in range(2))
     loss_fn = SIPOLoss(NoiseSchedule.from_scheduler(scheduler, 20), method="diffusion_dpo", beta=100.0)
     schedule, call = loss_fn.schedule, predict(kind)
-    clips, labels = load_moving(kind)[0].clips[:16], load_moving(kind)[0].labels[:8].repeat(2)
+    clips, labels = load_moving(kind)[0].clips, load_moving(kind)[0].labels[:8]
     generator = torch.Generator().manual_seed(0)
-    timesteps = schedule.sample_timesteps(8, generator).repeat(2)
-    noise = torch.randn(8, *CLIP_SHAPE[kind], generator=generator).repeat(2, 1, 1, 1, 1)
-    argument = level_argument(schedule, timesteps)
-    noisy, target = schedule.add_noise(clips, noise, **argument), schedule.target(clips, noise, **argument)
+    levels = schedule.sample_levels(8, generator)
+    noise = torch.randn(8, *CLIP_SHAPE[kind], generator=generator)
+    pairs = noisy_pairs(PairBatch(clips[:8], clips[8:16], labels).with_draws(noise, levels), schedule)
+    inputs, argument = (pairs.samples, pairs.timesteps, pairs.condition), level_argument(schedule, pairs.levels)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-4)
     losses = []
     for _ in range(4):
         with torch.no_grad():
-            expected = call(reference, noisy, timesteps, labels)
-        loss = loss_fn(call(policy, noisy, timesteps, labels), expected, target, **argument).loss
+            expected = call(reference, *inputs)
+        loss = loss_fn(call(policy, *inputs), expected, pairs.target, **argument).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from sipo import SIPOLoss
-from sipo.batch import level_argument
+from sipo.batch import PairBatch, level_argument, noisy_pairs
 from sipo.data.config import DataConfig
 from sipo.families import FAMILIES, get
 from sipo.families.config import LoraConfig, ModelConfig
@@ -182,16 +182,16 @@ def test_a_step_of_the_loss_moves_the_policy_and_not_the_reference(toy: str) -> 
         prepare_lora(network, rank=4, target_modules=family.lora_targets)
     latents, _, condition = network_input(toy)  # a chosen sample and a rejected sample
     generator = torch.Generator().manual_seed(2)
-    noise = torch.randn(latents[:1].shape, generator=generator).expand_as(latents)
-    timesteps = schedule.sample_timesteps(1, generator).repeat(2)
-    argument = level_argument(schedule, timesteps)
-    noisy, target = schedule.add_noise(latents, noise, **argument), schedule.target(latents, noise, **argument)
+    noise = torch.randn(latents[:1].shape, generator=generator)
+    batch = PairBatch(latents[:1], latents[1:]).with_draws(noise, schedule.sample_levels(1, generator))
+    pairs = noisy_pairs(batch, schedule)
+    inputs, levels = (pairs.samples, pairs.timesteps, condition), level_argument(schedule, pairs.levels)
     optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-2)
     losses, references = [], []
     for _ in range(4):
         with torch.no_grad(), adapter_off(network):
-            references.append(family.predict(network, noisy, timesteps, condition))
-        out = loss_fn(family.predict(network, noisy, timesteps, condition), references[-1], target, **argument)
+            references.append(family.predict(network, *inputs))
+        out = loss_fn(family.predict(network, *inputs), references[-1], pairs.target, **levels)
         losses.append(out.loss.item())
         optimizer.zero_grad()
         out.loss.backward()

@@ -416,7 +416,7 @@ def test_an_error_of_one_process_ends_the_others(tmp_path: Path) -> None:
         return reference_errors(cached, accelerator=accelerator, network=network, predict=Overflows().predict)
 
     first, second = outcomes_in_processes(2, run)
-    assert isinstance(second, ValueError) and "the reference's errors at timestep" in str(second)
+    assert isinstance(second, ValueError) and "the reference's errors at noise level" in str(second)
     assert isinstance(first, OtherProcessError) and str(first) == f"process 1: {second}"
 
 
@@ -570,7 +570,7 @@ def test_errors_of_another_schedule_are_not_used(tmp_path: Path) -> None:
     # The sampler's steps are the loss's business: errors do not depend on them.
     fewer = NoiseSchedule.discrete(num_inference_steps=20)
     assert open_reference_errors(cached.cache, fewer, **arguments()).folder == references.folder
-    with pytest.raises(CacheError, match="row 1: the reference's error was computed at timestep"):
+    with pytest.raises(CacheError, match="row 1: the reference's error was computed at noise level"):
         DrawnPairs(cached, 3, DISCRETE, 9, references=references)[0]
 
 
@@ -580,7 +580,7 @@ def test_an_error_that_is_not_finite_stops_with_its_row(tmp_path: Path) -> None:
     def predict(module: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Any) -> Tensor:
         return torch.full_like(noisy, torch.nan)
 
-    with pytest.raises(ValueError, match=r"row 1: the reference's errors at timestep \d+ are \[nan, nan\]"):
+    with pytest.raises(ValueError, match=r"row 1: the reference's errors at noise level \d+ are \[nan, nan\]"):
         reference_errors(cached, predict=predict)
 
 

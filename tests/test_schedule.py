@@ -125,7 +125,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 def test_discrete_timesteps_are_those_of_randint() -> None:
     schedule = NoiseSchedule.discrete(num_train_timesteps=7, num_inference_steps=7)
-    drawn = schedule.sample_timesteps(5000, seeded())
+    drawn = schedule.sample_levels(5000, seeded())
     assert drawn.dtype == torch.int64
     assert torch.equal(drawn, torch.randint(0, 7, (5000,), generator=seeded()))
     counts = drawn.bincount(minlength=7)
@@ -136,11 +136,11 @@ def test_discrete_timesteps_are_those_of_randint() -> None:
 def test_flow_timesteps_have_their_distribution(distribution: str) -> None:
     n = 20000
     schedule = NoiseSchedule.flow(shift=3.0)
-    drawn = schedule.sample_timesteps(n, seeded(), distribution=distribution)
+    drawn = schedule.sample_levels(n, seeded(), distribution=distribution)
     assert drawn.dtype == torch.float32 and drawn.shape == (n,)
     assert drawn.min() > 0 and drawn.max() <= 1
-    assert torch.equal(drawn, schedule.sample_timesteps(n, seeded(), distribution=distribution))
-    assert not torch.equal(drawn, schedule.sample_timesteps(n, seeded(1), distribution=distribution))
+    assert torch.equal(drawn, schedule.sample_levels(n, seeded(), distribution=distribution))
+    assert not torch.equal(drawn, schedule.sample_levels(n, seeded(1), distribution=distribution))
     sigma = drawn.double().sort().values
     if distribution.startswith("shifted"):
         sigma = sigma / (3 - 2 * sigma)
@@ -164,7 +164,7 @@ def other_default_dtype(request: pytest.FixtureRequest) -> Iterator[None]:
 def test_nothing_follows_torchs_default_type() -> None:
     """bfloat16 has 256 distinct sigmas."""
     for distribution in ("uniform", "logit_normal", "shifted", "shifted_logit_normal"):
-        drawn = NoiseSchedule.flow(3.0).sample_timesteps(4000, seeded(), distribution=distribution)
+        drawn = NoiseSchedule.flow(3.0).sample_levels(4000, seeded(), distribution=distribution)
         assert drawn.dtype == torch.float32 and len(drawn.unique()) > 3900
     for schedule, t in (schedule_and_timesteps(kind) for kind in ("discrete", "flow")):
         t = t if schedule.kind == "discrete" else t.float()
@@ -177,25 +177,25 @@ def test_nothing_follows_torchs_default_type() -> None:
 def test_largest_draw_is_one_and_not_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "rand", lambda *size, **kwargs: torch.zeros(*size))
     for distribution in ("uniform", "shifted"):
-        assert NoiseSchedule.flow(1.15).sample_timesteps(2, distribution=distribution).tolist() == [1.0, 1.0]
+        assert NoiseSchedule.flow(1.15).sample_levels(2, distribution=distribution).tolist() == [1.0, 1.0]
 
 
 def test_shift_of_one_leaves_the_draws_alone() -> None:
     schedule = NoiseSchedule.flow()
     for name in ("uniform", "logit_normal"):
         shifted = "shifted" if name == "uniform" else "shifted_logit_normal"
-        plain = schedule.sample_timesteps(100, seeded(), distribution=name)
-        close(schedule.sample_timesteps(100, seeded(), distribution=shifted), plain, rtol=1e-6)
+        plain = schedule.sample_levels(100, seeded(), distribution=name)
+        close(schedule.sample_levels(100, seeded(), distribution=shifted), plain, rtol=1e-6)
 
 
 def test_timesteps_go_where_they_are_wanted() -> None:
     schedule = NoiseSchedule.flow()
-    assert schedule.sample_timesteps(3, device="meta").device.type == "meta"
-    assert schedule.sample_timesteps(3, seeded(), device="meta").device.type == "meta"
+    assert schedule.sample_levels(3, device="meta").device.type == "meta"
+    assert schedule.sample_levels(3, seeded(), device="meta").device.type == "meta"
     torch.manual_seed(5)
-    first = schedule.sample_timesteps(3)
+    first = schedule.sample_levels(3)
     torch.manual_seed(5)
-    assert torch.equal(schedule.sample_timesteps(3), first)
+    assert torch.equal(schedule.sample_levels(3), first)
 
 
 @pytest.mark.parametrize(
@@ -611,14 +611,14 @@ ERRORS: list[tuple[Any, type, str]] = [
     (lambda: DISCRETE.target(X.long(), X, T([1, 2])), TypeError, "sample is a torch.int64"),
     (lambda: DISCRETE.target(X, None, T([1, 2])), TypeError, "noise is a NoneType"),
     (lambda: DISCRETE.add_noise(X, X, [1, 2]), TypeError, "timesteps is a list"),
-    (lambda: DISCRETE.sample_timesteps(0), ValueError, "n=0: expected an integer >= 1"),
+    (lambda: DISCRETE.sample_levels(0), ValueError, "n=0: expected an integer >= 1"),
     (
-        lambda: DISCRETE.sample_timesteps(2, distribution="shifted"),
+        lambda: DISCRETE.sample_levels(2, distribution="shifted"),
         ValueError,
         "distribution='shifted': expected one of uniform",
     ),
     (
-        lambda: FLOW.sample_timesteps(2, distribution="mode"),
+        lambda: FLOW.sample_levels(2, distribution="mode"),
         ValueError,
         "distribution='mode': expected one of uniform, logit_normal",
     ),

@@ -198,7 +198,7 @@ class Fixed(Pairs):
         self.groups = [list(range(0, count, 2)), list(range(1, count, 2))]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        fixed = {"noise": torch.zeros(1, 4, 4), "timestep": torch.tensor(7), "ref_error": torch.ones(2).double()}
+        fixed = {"noise": torch.zeros(1, 4, 4), "level": torch.tensor(7), "ref_error": torch.ones(2).double()}
         return super().__getitem__(index) | fixed
 
 

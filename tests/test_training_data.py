@@ -163,10 +163,10 @@ class Drawn(Pairs):
         item = super().__getitem__(index)
         generator = torch.Generator().manual_seed(index)
         item["noise"] = torch.randn(item["chosen"].shape, generator=generator)
-        item["timestep"] = torch.randint(1000, (), generator=generator)
+        item["level"] = torch.randint(1000, (), generator=generator)
         if self.reference is not None:
             both = torch.stack([item["chosen"], item["rejected"]])
-            level = item["timestep"].repeat(2)
+            level = item["level"].repeat(2)
             noise = item["noise"].expand_as(both)
             noisy = loss().schedule.add_noise(both, noise, level)
             with torch.no_grad():
@@ -210,7 +210,7 @@ def test_fixed_draws_are_used_and_no_others(tmp_path: Path) -> None:
     fit(tmp_path, data=data, max_train_steps=1, predict=spy)
     items = [data[i] for i in data.seen[:4]]
     noisy, timesteps = seen[0]
-    assert timesteps.tolist() == 2 * [item["timestep"].item() for item in items]
+    assert timesteps.tolist() == 2 * [item["level"].item() for item in items]
     chosen = loss().schedule.add_noise(
         torch.stack([i["chosen"] for i in items]), torch.stack([i["noise"] for i in items]), timesteps[:4]
     )
@@ -220,8 +220,12 @@ def test_fixed_draws_are_used_and_no_others(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "options", "message"),
     [
-        (Drawn(extra=("noise",)), {}, "items have one of 'noise' and 'timestep': expected both"),
-        (Drawn(Network(), extra=("noise", "timestep")), {}, "'ref_error' without 'noise' and 'timestep'"),
+        (Drawn(extra=("noise",)), {}, "items with fixed draws have level: expected noise, level"),
+        (
+            Drawn(Network(), extra=("noise", "level")),
+            {},
+            "items with reference errors have ref_error: expected noise, level, ref_error",
+        ),
         (Drawn(Network()), {}, "items have 'ref_error' and a reference was given"),
         (Drawn(), {"reference": None}, "reference=None: expected 'ref_error' in the items"),
         (Drawn(extra=("rejected",)), {}, "an item has the keys chosen, .*: expected 'rejected' among them"),

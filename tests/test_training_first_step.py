@@ -61,7 +61,7 @@ class Drawn(Pairs):
         self.errors = torch.stack([(p - self.noise).double().square().mean((1, 2, 3)) for p in found], 1) * factor
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        own = {"noise": self.noise[index], "timestep": self.timesteps[index], "ref_error": self.errors[index]}
+        own = {"noise": self.noise[index], "level": self.timesteps[index], "ref_error": self.errors[index]}
         return super().__getitem__(index) | own
 
 

@@ -123,7 +123,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
 
 def predict_flow(module: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Any) -> Tensor:
     """With a timestep that weighs so much that its rounding shows."""
-    return predict(module, noisy, 5000 * timesteps, condition)
+    return predict(module, noisy, 5 * timesteps, condition)
 
 
 def run(folder: Path, accelerator: Accelerator, **options: Any) -> tuple[nn.Module, Any]:

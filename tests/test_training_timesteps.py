@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sipo import NoiseSchedule, SIPOLoss
 from sipo.training import timesteps
-from sipo.training.stream import step_timesteps
+from sipo.training.stream import step_levels
 from sipo.training.timesteps import BINS, EXPLORATION, LEAST_PAIRS, MEMORY, InformativeTimesteps
 from tests.training_cases import Pairs, fit, fresh_accelerate, loss, same, untimed
 
@@ -88,7 +88,7 @@ def test_a_running_mean_forgets() -> None:
 
 def test_with_nothing_known_draws_are_those_of_all() -> None:
     statistics = informative()
-    assert torch.equal(statistics.sample(64, 3), step_timesteps(statistics.schedule, 64, 3, 0, "uniform"))
+    assert torch.equal(statistics.sample(64, 3), step_levels(statistics.schedule, 64, 3, 0, "uniform"))
     assert statistics.share == 1.0
 
 
@@ -123,7 +123,7 @@ def test_few_pairs_leave_a_bin_in_and_all_bins_are_never_left_out() -> None:
     assert statistics.share == pytest.approx(0.99)
     low_until(statistics, BINS)
     assert statistics.share == 1.0
-    assert torch.equal(statistics.sample(8, 0), step_timesteps(statistics.schedule, 8, 0, 0, "uniform"))
+    assert torch.equal(statistics.sample(8, 0), step_levels(statistics.schedule, 8, 0, 0, "uniform"))
     low_until(statistics, BINS - 1)  # one level in a hundred: some pairs find none in their draws, and keep the first
     drawn = statistics.sample(2000, 0)
     assert 0.2 < (drawn >= 990).float().mean().item() < 0.4
@@ -149,7 +149,7 @@ def test_sampling_follows_the_distribution_of_a_flow() -> None:
     statistics = InformativeTimesteps(SIPOLoss(NoiseSchedule.flow(shift=3.0), beta=1.0), CPU, 0, "shifted_logit_normal")
     low_until(statistics, 50)
     drawn = torch.cat([statistics.sample(1000, step) for step in range(20)])
-    plain = torch.cat([step_timesteps(statistics.schedule, 1000, s, 1, "shifted_logit_normal") for s in range(20)])
+    plain = torch.cat([step_levels(statistics.schedule, 1000, s, 1, "shifted_logit_normal") for s in range(20)])
     assert drawn.dtype == plain.dtype == torch.float32
     expected = plain[plain >= 0.5]
     assert drawn[drawn >= 0.5].mean().item() == pytest.approx(expected.mean().item(), abs=0.006)
@@ -181,7 +181,7 @@ def test_informative_timesteps_need_a_mask_levels_and_draws_of_the_run(tmp_path:
     class Fixed(Pairs):
         def __getitem__(self, index: int) -> dict[str, Any]:
             item = super().__getitem__(index)
-            return item | {"noise": torch.zeros_like(item["chosen"]), "timestep": torch.tensor(3)}
+            return item | {"noise": torch.zeros_like(item["chosen"]), "level": torch.tensor(3)}
 
     with pytest.raises(ValueError, match="informative': the items have draws of their own, expected 'all'"):
         fit(tmp_path, data=Fixed(), loss_fn=loss(mask_threshold=0.9), timestep_sampling="informative")

@@ -21,7 +21,7 @@ from sipo.seeds import RandomStream, derive_seed
 from sipo.training import TrainingInterruptedError, storage
 from sipo.training.forward import PairForward
 from sipo.training.log_reader import read_metrics, step_mean
-from sipo.training.stream import pair_noise, step_timesteps
+from sipo.training.stream import pair_noise, step_levels
 from sipo.training.validation import Validation
 from sipo_kernels import METRICS
 from tests.training_cases import Pairs, fit, fresh_accelerate, loss, networks, predict, same, settings, untimed
@@ -148,7 +148,7 @@ def test_validation_is_the_loss_of_every_pair_once(tmp_path: Path) -> None:
     assert held_out.seen == 2 * list(range(10))  # batches of 4, 4 and 2
 
     schedule = NoiseSchedule.discrete()
-    timesteps = step_timesteps(schedule, 10, 0, derive_seed(0, RandomStream.VALIDATION, 0), "uniform")
+    timesteps = step_levels(schedule, 10, 0, derive_seed(0, RandomStream.VALIDATION, 0), "uniform")
     items = [held_out[i] for i in range(10)]
     samples = torch.stack([item[half] for half in ("chosen", "rejected") for item in items])
     noise = pair_noise(samples[:10], range(10), derive_seed(0, RandomStream.VALIDATION, 1), torch.Generator())

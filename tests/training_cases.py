@@ -102,7 +102,7 @@ class PlainSchedule:
     def target(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         return noise
 
-    def sample_timesteps(self, n: int, generator: Any = None, *, distribution: str = "uniform", device: Any = None):  # type: ignore[no-untyped-def]
+    def sample_levels(self, n: int, generator: Any = None, *, distribution: str = "uniform", device: Any = None):  # type: ignore[no-untyped-def]
         return torch.randint(1000, (n,), generator=generator)
 
 

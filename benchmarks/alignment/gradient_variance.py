@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 from benchmarks.alignment.tasks import RewardPairs, Task
-from sipo.batch import level_argument
+from sipo.batch import PairBatch, level_argument, noisy_pairs
 
 BATCHES = 8
 """Small batches at each level, of :data:`PAIRS` pairs."""
@@ -57,19 +58,14 @@ def gradient_spread(
         active: dict[str, list[float]] = {name: [] for name in losses}
         for _ in range(BATCHES):
             items = [pairs[int(i)] for i in torch.randint(len(pairs), (PAIRS,), generator=generator)]
-            samples = torch.stack([item[half] for half in ("chosen", "rejected") for item in items])
-            noise = torch.randn(samples[:PAIRS].shape, generator=generator).repeat(2, *[1] * (samples.ndim - 1))
-            samples, noise = samples.to(device), noise.to(device)
-            classes = torch.stack([item["condition"] for item in items]).repeat(2).to(device)
-            both = level.to(device).repeat(2 * PAIRS)
-            argument = level_argument(schedule, both)
-            noisy = schedule.add_noise(samples, noise, **argument)
-            target = schedule.target(samples, noise, **argument)
+            batch = PairBatch.of_items(default_collate(items))
+            noise = torch.randn(batch.chosen.shape, generator=generator)
+            noisy = noisy_pairs(batch.with_draws(noise, level.repeat(PAIRS)).to(device), schedule)
             with torch.no_grad():
-                ref_pred = task.predict(reference, noisy, both, classes)
-            model_pred = task.predict(policy, noisy, both, classes)
+                ref_pred = task.predict(reference, noisy.samples, noisy.timesteps, noisy.condition)
+            model_pred = task.predict(policy, noisy.samples, noisy.timesteps, noisy.condition)
             for name, loss_fn in losses.items():
-                out = loss_fn(model_pred, ref_pred, target, **argument)
+                out = loss_fn(model_pred, ref_pred, noisy.target, **level_argument(schedule, noisy.levels))
                 grads = torch.autograd.grad(out.loss / loss_fn.options.beta, parameters, retain_graph=True)
                 gradients[name].append(torch.cat([g.flatten() for g in grads]).double())
                 active[name].append(out.mask.double().mean().item())

@@ -63,7 +63,7 @@ class MovingData:
 
 @functools.cache
 def load_moving(kind: str) -> tuple[MovingData, MovingData]:
-    """The clips to learn from (4,311) and those held out (1,080), three of each digit; made anew, always the same.
+    """The clips to learn from (4,311) and those held out (1,080), three of each digit; made again, always the same.
 
     The held-out clips are of the digits that the demo holds out, with motions of their own.
 
@@ -237,7 +237,7 @@ def load_base(kind: str) -> tuple[Any, Any]:
 
 
 def predict(kind: str) -> Predict:
-    """How the loop calls a network of this kind; ``condition`` holds digits ``[N]``, timesteps are the schedule's."""
+    """How the loop calls a network of this kind; ``condition`` holds digits ``[N]``."""
     family = FAMILIES[_checked(kind)]
 
     def call(module: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Any) -> Tensor:
@@ -272,16 +272,15 @@ def sample(model: Any, scheduler: Any, classes: Tensor, seed: int, steps: int = 
     kind = next(kind for kind in KINDS if FAMILIES[kind].network_class == type(model).__name__)
     call = predict(kind)
     sampler = type(scheduler).from_config(scheduler.config)
-    flow = FAMILIES[kind].flow_timesteps
-    if flow is None:
+    if FAMILIES[kind].schedule_kind == "discrete":
         sampler.set_timesteps(steps)
     else:  # left to itself, the scheduler shifts its grid twice; this is the grid of docs/math.md §3
         sampler.set_timesteps(sigmas=[1.0 - i / steps for i in range(steps)])
     clips = torch.randn(len(classes), *CLIP_SHAPE[kind], generator=torch.Generator().manual_seed(seed)).to(model.device)
     classes = classes.to(model.device)
     for timestep in sampler.timesteps:
-        level = (timestep / flow if flow else timestep).expand(len(classes)).to(model.device)
-        clips = sampler.step(call(model, clips, level, classes), timestep, clips, return_dict=False)[0]
+        timesteps = timestep.expand(len(classes)).to(model.device)
+        clips = sampler.step(call(model, clips, timesteps, classes), timestep, clips, return_dict=False)[0]
     return clips.clamp(-1.0, 1.0).cpu()
 
 

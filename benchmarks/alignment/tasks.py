@@ -68,7 +68,7 @@ class Task:
         batch_size: pairs of a step.
         learning_rate: of AdamW, for every method and β.
         samples: drawn to measure a model.
-        distribution: of timesteps, as the base model was trained and the schedule's ``sample_timesteps`` takes it.
+        distribution: of noise levels, as the base model was trained and the schedule's ``sample_levels`` takes it.
     """
 
     name: str

@@ -33,13 +33,13 @@ from benchmarks.alignment.moving_digits import (
     smoothness,
 )
 from sipo import NoiseSchedule
-from sipo.batch import level_argument
+from sipo.batch import level_argument, network_timesteps
 from sipo.demo.digits import CLASSES
 from sipo.demo.model import save_aside
 from sipo.demo.train_base import fit
 
 DISTRIBUTION = {"cogvideox": "uniform", "wan": "shifted"}
-"""Of the timesteps drawn, by kind, as :meth:`sipo.NoiseSchedule.sample_timesteps` names them."""
+"""Of the noise levels drawn, by kind, as :meth:`sipo.NoiseSchedule.sample_levels` names them."""
 
 STEPS = {"cogvideox": 3500, "wan": 6000}
 """Optimiser steps, by kind: after 3,500 the flow's samples are not as readable yet as the other's."""
@@ -53,7 +53,7 @@ def train(kind: str, steps: int, batch_size: int = 32, learning_rate: float = 2e
         steps: optimiser steps.
         batch_size: clips per step.
         learning_rate: AdamW's peak.
-        seed: of initialisation, data order, noise and timesteps.
+        seed: of initialisation, data order, noise and noise levels.
 
     Returns:
         The averaged network, in evaluation mode.
@@ -72,7 +72,7 @@ def train(kind: str, steps: int, batch_size: int = 32, learning_rate: float = 2e
 
 @torch.no_grad()
 def held_out_loss(kind: str, model: Any, held_out: MovingData, seed: int = 0) -> float:
-    """The training loss on other clips, with one draw of noise and timestep for each."""
+    """The training loss on other clips, with one draw of noise and noise level for each."""
     schedule = NoiseSchedule.from_scheduler(build_scheduler(kind))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -84,9 +84,10 @@ def held_out_loss(kind: str, model: Any, held_out: MovingData, seed: int = 0) ->
 
 def _loss(kind: str, model: Any, schedule: NoiseSchedule, clips: Tensor, labels: Tensor) -> Tensor:
     noise = torch.randn_like(clips)
-    timesteps = schedule.sample_timesteps(len(clips), distribution=DISTRIBUTION[kind])
-    argument = level_argument(schedule, timesteps)
-    predicted = predict(kind)(model, schedule.add_noise(clips, noise, **argument), timesteps, labels)
+    levels = schedule.sample_levels(len(clips), distribution=DISTRIBUTION[kind])
+    argument = level_argument(schedule, levels)
+    noisy = schedule.add_noise(clips, noise, **argument)
+    predicted = predict(kind)(model, noisy, network_timesteps(schedule, levels), labels)
     return torch.nn.functional.mse_loss(predicted, schedule.target(clips, noise, **argument))
 
 

@@ -29,7 +29,7 @@ DECIDED = 2.0
 """A pair counts as decided when its margin is so many standard errors from 0."""
 
 _POOL = 1 << 16  # noise levels that stand for their distribution
-_FIXED = ("noise", "timestep", "ref_error")  # of an item with a draw of its own, in whose place ours come
+_FIXED = ("noise", "level", "ref_error")  # of an item with a draw of its own, in whose place ours come
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def score_pairs(
         draws: an even number.
         seed: of levels and noise.
         batch_size: pairs in one forward pass, ``2 * batch_size`` samples.
-        distribution: of the levels, as ``schedule.sample_timesteps`` takes it; training's.
+        distribution: of the levels, as ``schedule.sample_levels`` takes it; training's.
         accelerator: for mixed precision and wrapped networks; none for networks as they are.
         progress: as in :mod:`sipo.progress`.
 
@@ -239,7 +239,7 @@ def _stratified(schedule: NoiseSchedule, pairs: int, draws: int, seed: int, dist
     # A large sample sorted and cut stands for the quantiles of any distribution that the schedule has.
     strata = draws // 2
     size = max(_POOL // strata, 64)
-    pool = schedule.sample_timesteps(size * strata, generator, distribution=distribution).sort().values
+    pool = schedule.sample_levels(size * strata, generator, distribution=distribution).sort().values
     picks = torch.empty(strata, 2, pairs, dtype=torch.int64)
     for pair in range(pairs):
         generator.manual_seed(derive_seed(seed, RandomStream.SCORE_PICKS, pair))

@@ -24,14 +24,14 @@ from sipo.families.network import evaluating
 from sipo.protocols import PairDataset
 from sipo.training.forward import PairForward
 from sipo.training.statistics import NoiseBins, TimestepStatistics
-from sipo.training.stream import step_timesteps
+from sipo.training.stream import step_levels
 
 PAIRS, LEVELS = 32, 50
 
 SHORT = 0.001
 """A β that lets go of a pair when its errors differ by less than this share of the reference's hardly lets it move."""
 
-_DRAWN = 1 << 16  # timesteps that say how often each level comes in training
+_DRAWN = 1 << 16  # draws that say how often each level comes in training
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class UntrainedFacts:
 
     Attributes:
         line: statistics as :mod:`sipo.training.statistics` writes them, over an even grid.
-        drawn: share of training's timesteps in each bin.
+        drawn: share of training's draws in each bin.
         highest: the highest noise level at which the mask dropped a pair; ``None`` where it dropped none.
         beta: the loss's.
         threshold: of the mask; 0 for a method without one.
@@ -55,7 +55,7 @@ class UntrainedFacts:
     plain: bool = True
 
     def mean(self, name: str) -> float:
-        """Mean over the timesteps of training, not over the grid."""
+        """Mean over the noise levels of training, not over the grid."""
         found = [(d, v) for d, v in zip(self.drawn, finite(self.line[name]), strict=True) if not math.isnan(v)]
         total = sum(d for d, _ in found)
         return math.fsum(d * v for d, v in found) / total if total else math.nan
@@ -83,8 +83,8 @@ def measure_untrained(
         pairs: number of pairs to measure, taken from the start of ``dataset``.
         levels: number of noise levels, spaced evenly over the schedule.
         batch_size: pairs in one forward pass.
-        seed: of the noise and of the timesteps that training would draw.
-        distribution: of the timesteps in training.
+        seed: of the noise and of the noise levels that training would draw.
+        distribution: of the noise levels in training.
     """
     loss_fn: Any = forward.loss_fn
     device = forward.device
@@ -99,15 +99,17 @@ def measure_untrained(
     with torch.no_grad(), evaluating(policy.modules()):
         for rows, batch in _batches(dataset, measured, batch_size):
             for level in range(bins.bins):
-                timesteps = _within(bins, level, rows, count)
+                noise_levels = _within(bins, level, rows, count)
                 positions = [row * bins.bins + level for row in rows]
-                output, on_device = forward(policy, batch, positions, timesteps, seed=seed, totals=statistics.totals())
+                output, on_device = forward(
+                    policy, batch, positions, noise_levels, seed=seed, totals=statistics.totals()
+                )
                 out = ~output.mask & output.logits.isfinite()  # type: ignore[attr-defined]
                 highest = torch.maximum(highest, torch.where(out, on_device, 0).max())
                 dropped |= out.any()
     line = statistics.take(0, statistics.window.flatten().tolist())
     assert line is not None
-    drawn = step_timesteps(loss_fn.schedule, _DRAWN, 0, seed, distribution)
+    drawn = step_levels(loss_fn.schedule, _DRAWN, 0, seed, distribution)
     return UntrainedFacts(
         line=line,
         drawn=(torch.bincount(bins(drawn), minlength=bins.bins) / _DRAWN).tolist(),

@@ -76,12 +76,12 @@ def weight_by_timestep(
     means = []
     for timestep in timesteps.tolist():
         levels = torch.full((len(items),), timestep, device=policy.device)
-        noisy = noisy_pairs(batch, noise, levels, loss_fn.schedule)
+        noisy = noisy_pairs(batch.with_draws(noise, levels), loss_fn.schedule)
         prediction = predict(policy, noisy.samples, noisy.timesteps, noisy.condition)
         base = (
             prediction if policy is reference else predict(reference, noisy.samples, noisy.timesteps, noisy.condition)
         )
-        level = level_argument(loss_fn.schedule, noisy.timesteps)
+        level = level_argument(loss_fn.schedule, noisy.levels)
         log_ratio = loss_fn(prediction, base, noisy.target, **level).log_ratio
         means.append(log_ratio.double().exp().mean())
     return torch.stack(means).cpu()

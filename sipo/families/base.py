@@ -190,7 +190,7 @@ class Family(PipelineLoader):
         Args:
             module: the network, called as a module.
             noisy: ``[N, *latent_layout]``.
-            timesteps: ``[N]`` as :class:`sipo.NoiseSchedule` has them: indices, or σ in (0, 1] for a flow.
+            timesteps: ``[N]``, indices or σ · 1000 of a flow, as the pipeline passes them.
             condition: tensors ``[N, ...]`` under the names of :meth:`encode_text` and :meth:`own_condition`.
 
         Returns:
@@ -199,9 +199,6 @@ class Family(PipelineLoader):
         Raises:
             ValueError: a tensor of the condition is missing.
         """
-
-    def _network_timesteps(self, timesteps: Tensor) -> Tensor:
-        return timesteps if self.flow_timesteps is None else timesteps * self.flow_timesteps
 
     # ---- Sampling ----
 

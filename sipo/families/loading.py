@@ -49,8 +49,7 @@ class PipelineLoader(ABC):
         network_class: diffusers' class of what is trained.
         network: the pipeline's component that is trained, "unet" or "transformer".
         video: whether a sample has frames.
-        flow_timesteps: for a flow, what σ is multiplied by to be the network's timestep; ``None`` for a
-            discrete schedule, whose indices are the network's timesteps.
+        schedule_kind: "discrete" or "flow", as :class:`sipo.NoiseSchedule` has it.
     """
 
     name: ClassVar[str]
@@ -58,7 +57,7 @@ class PipelineLoader(ABC):
     network_class: ClassVar[str]
     network: ClassVar[str]
     video: ClassVar[bool] = False
-    flow_timesteps: ClassVar[int | None] = None
+    schedule_kind: ClassVar[str] = "discrete"
     _without: ClassVar[tuple[str, ...]] = ()  # components that are left out beside the network
 
     def load_network(self, path: str | Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
@@ -214,14 +213,13 @@ class PipelineLoader(ABC):
                     f"{path}: its {class_name} has shift {schedule.shift:.4g} at {list(sizes[0])} and "
                     f"{other.shift:.4g} at {list(size)}: expected sizes with one shift, or a shift for all of them"
                 )
-        if schedule.invert_sigmas:  # families tell the network the share of noise
+        if schedule.invert_sigmas:  # no network of these families is told the share of data
             raise ValueError(f"{path}: its {class_name} has invert_sigmas=True, expected a model without it")
-        kind = "discrete" if self.flow_timesteps is None else "flow"
-        if schedule.kind != kind:
-            raise ValueError(f"{path}: its {class_name} is a {schedule.kind} schedule, expected a {kind} one")
-        if self.flow_timesteps not in (None, schedule.num_train_timesteps):
-            found = schedule.num_train_timesteps
-            raise ValueError(f"{path}: its {class_name} has {found} timesteps, expected {self.flow_timesteps}")
+        if schedule.kind != self.schedule_kind:
+            expected = f"expected a {self.schedule_kind} one"
+            raise ValueError(f"{path}: its {class_name} is a {schedule.kind} schedule, {expected}")
+        if schedule.kind == "flow" and schedule.num_train_timesteps != 1000:
+            raise ValueError(f"{path}: its {class_name} has {schedule.num_train_timesteps} timesteps, expected 1000")
         return schedule
 
     def load_scheduler(self, path: str | Path, **options: Any) -> Any:

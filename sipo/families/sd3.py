@@ -22,7 +22,7 @@ class StableDiffusion3(Family):
     network = "transformer"
     guidance = 4.5
     side_multiple = 16
-    flow_timesteps = 1000
+    schedule_kind = "flow"
     text_options: ClassVar[Mapping[str, Any]] = {"prompt_2": None, "prompt_3": None, "max_sequence_length": 256}
 
     def image_seq_len(self, height: int, width: int) -> int:
@@ -48,7 +48,7 @@ class StableDiffusion3(Family):
         dtype = network_dtype(inner_network(module))
         prediction: Tensor = module(
             hidden_states=noisy.to(dtype),
-            timestep=self._network_timesteps(timesteps),
+            timestep=timesteps,
             encoder_hidden_states=text.to(dtype),
             pooled_projections=pooled.to(dtype),
             return_dict=False,

@@ -25,7 +25,7 @@ class Wan(Family):
     guidance = 5.0
     side_multiple = 16
     frame_stride = 4
-    flow_timesteps = 1000
+    schedule_kind = "flow"
     text_options: ClassVar[Mapping[str, Any]] = {"max_sequence_length": 512}
 
     def _check_index(self, path: str | Path, index: Mapping[str, Any]) -> None:
@@ -49,7 +49,7 @@ class Wan(Family):
         dtype = network_dtype(inner_network(module))
         prediction: Tensor = module(
             hidden_states=noisy.to(dtype),
-            timestep=self._network_timesteps(timesteps),
+            timestep=timesteps,
             encoder_hidden_states=text.to(dtype),
             return_dict=False,
         )[0]

@@ -92,7 +92,7 @@ def _check_backend(run: RunContext) -> None:
 
 def _check_distribution(run: RunContext) -> None:
     try:
-        run.schedule.sample_timesteps(1, distribution=run.config.training.timestep_distribution)
+        run.schedule.sample_levels(1, distribution=run.config.training.timestep_distribution)
     except ValueError as error:
         raise ConfigError(f"training.timestep_{error}") from error
 

@@ -23,7 +23,7 @@ def draw_levels(
     distribution: str,
     device: torch.device | str | None,
 ) -> Tensor:
-    """Draws for :meth:`sipo.NoiseSchedule.sample_timesteps`, which describes the arguments, result and errors."""
+    """Draws for :meth:`sipo.NoiseSchedule.sample_levels`, which describes the arguments, result and errors."""
     check_count("n", n, 1)
     check_choice("distribution", distribution, _DISTRIBUTIONS[kind])
     drawn_on = torch.device(device or "cpu") if generator is None else generator.device

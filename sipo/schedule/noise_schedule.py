@@ -296,7 +296,7 @@ class NoiseSchedule:
             return (-flow if self.invert_sigmas else flow).to(sample.dtype)
         return (alpha * noise.to(work) - sigma * sample.to(work)).to(sample.dtype)
 
-    def sample_timesteps(
+    def sample_levels(
         self,
         n: int,
         generator: torch.Generator | None = None,

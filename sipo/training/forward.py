@@ -27,7 +27,7 @@ class AdapterOff:
     Attributes:
         switch: called with the policy, unwrapped; inside the context that it returns, the policy computes what it did
             before training, dropout off. ``sipo.families.tuning.adapter_off`` is one. A context with a true attribute
-            ``reusable`` is made once and entered at each pass; another kind is made anew for each.
+            ``reusable`` is made once and entered at each pass; another kind is made again for each.
     """
 
     switch: Callable[[nn.Module], AbstractContextManager[Any]]
@@ -85,40 +85,43 @@ class PairForward:
         policy: nn.Module,
         batch: PairBatch,
         positions: Sequence[int],
-        timesteps: Tensor,
+        levels: Tensor,
         *,
         seed: int,
         totals: Totals | None = None,
     ) -> tuple[PairLossResult, Tensor]:
-        """The loss, and the timesteps ``[B]`` on the device that it is for.
+        """The loss, and the noise levels ``[B]`` that it is for, on the device.
 
         Args:
             policy: the network, wrapped as it is trained.
             batch: the pairs, on the host.
             positions: the pairs' places in the stream, for their noise. Used for fresh draws only, as are the next
                 two.
-            timesteps: ``[B]``.
+            levels: noise levels ``[B]``, as the schedule draws them.
             seed: of the noise.
-            totals: for a loss that takes them; the timesteps are filled in.
+            totals: for a loss that takes them; the noise levels are filled in.
+
+        Raises:
+            ValueError: a batch with reference errors beside a reference, or without either.
         """
-        self._check(batch)
+        if batch.mode is BatchMode.REFERENCE_ERRORS and self.reference is not None:
+            raise ValueError("items have 'ref_error' and a reference was given: expected one of them")
+        if batch.mode is not BatchMode.REFERENCE_ERRORS and self.reference is None:
+            raise ValueError("reference=None: expected 'ref_error' in the items, or a reference")
         batch = batch.to(self.device)
         if batch.mode is BatchMode.FRESH_DRAWS:
             noise = pair_noise(batch.chosen, positions, seed, self.generator)
-            levels = to_device(timesteps, self.device)
-        else:
-            assert batch.noise is not None and batch.timesteps is not None
-            noise, levels = batch.noise, batch.timesteps
-        pairs = noisy_pairs(batch, noise, levels, self.schedule)
+            batch = batch.with_draws(noise, to_device(levels, self.device))
+        pairs = noisy_pairs(batch, self.schedule)
+        levels = pairs.levels[: len(batch)]
 
         # These arguments are for losses alone that take them.
         loss: Any = self.loss_fn
         options: dict[str, Any] = {} if totals is None else {"totals": totals._replace(timesteps=levels)}
-        options |= level_argument(self.schedule, pairs.timesteps)
-        if self.reference is None:
+        options |= level_argument(self.schedule, pairs.levels)
+        if batch.ref_error is not None:  # and no reference
             with self.autocast():
                 model_pred = self.predict(policy, pairs.samples, pairs.timesteps, pairs.condition)
-            assert batch.ref_error is not None
             ref_error = batch.ref_error.transpose(0, 1).reshape(-1)
             output = loss(model_pred, None, pairs.target, ref_error=ref_error, **options)
             if self.first is not None:
@@ -156,13 +159,6 @@ class PairForward:
                     tensor.data = host
         else:
             yield self.reference  # type: ignore[misc]
-
-    def _check(self, batch: PairBatch) -> None:
-        """Refuses a batch whose mode does not go with the reference."""
-        if batch.mode is BatchMode.REFERENCE_ERRORS and self.reference is not None:
-            raise ValueError("items have 'ref_error' and a reference was given: expected one of them")
-        if batch.mode is not BatchMode.REFERENCE_ERRORS and self.reference is None:
-            raise ValueError("reference=None: expected 'ref_error' in the items, or a reference")
 
 
 def _to_host(module: nn.Module, pin: bool) -> list[tuple[Tensor, Tensor]]:

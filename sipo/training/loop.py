@@ -1,6 +1,6 @@
 """The training loop: preference pairs to an aligned policy.
 
-One forward of the policy serves chosen and rejected samples, which share noise and timestep; the reference runs without
+One forward of the policy serves chosen and rejected samples, which share noise and noise level; the reference runs without
 gradients, or not at all. The host waits for the device when a log line is due. With several processes it also waits, at
 the end of each step, until the device has begun the step's last pass.
 """
@@ -42,7 +42,7 @@ from sipo.training.preparation import check_setup, make_accelerator, prepare
 from sipo.training.run_folder import earlier_run
 from sipo.training.sharding import reshard, unwrapped
 from sipo.training.stopping import StopAgreement, StopRequest, memory_advice, release_signals
-from sipo.training.stream import StreamSampler, drop_captions, step_timesteps
+from sipo.training.stream import StreamSampler, drop_captions, step_levels
 from sipo.training.validation import OnValidation, Validation
 
 
@@ -238,7 +238,7 @@ class TrainingLoop:
             num_workers=config.dataloader_num_workers,
             pin_memory=self.device.type == "cuda",
             worker_init_fn=release_signals,
-            # The loader draws a seed from it whenever it starts, and a resumed run starts it anew.
+            # The loader draws a seed from it whenever it starts, and a resumed run starts it again.
             generator=torch.Generator().manual_seed(derive_seed(config.seed, RandomStream.WORKERS, first)),
         )
         for items, number in zip(loader, sampler.passes, strict=True):
@@ -251,11 +251,11 @@ class TrainingLoop:
         config = self.config
         rate = self.updates.set_rate(step)
         self.forward.first = FirstStep(self.accelerator) if step == 0 else None
-        for number, timesteps in enumerate(self._timesteps(step)):
+        for number, levels in enumerate(self._levels(step)):
             if number == config.gradient_accumulation_steps - 1:
                 self.agreement.ask()
             with self.accelerator.accumulate(self.policy):
-                self._pass(*next(batches), timesteps)
+                self._pass(*next(batches), levels)
         if self.forward.first is not None:
             self.start = check_start(self.forward.first, config, self.mismatch)
             self.forward.first = None
@@ -263,17 +263,17 @@ class TrainingLoop:
         self.backwards = 0
         return rate
 
-    def _timesteps(self, step: int) -> list[Tensor]:
-        """This process's timesteps of each pass of an optimiser step."""
+    def _levels(self, step: int) -> list[Tensor]:
+        """This process's noise levels of each pass of an optimiser step."""
         config, world = self.config, self.accelerator.num_processes
         n = config.train_batch_size * config.gradient_accumulation_steps * world
         if self.measured.informative is not None:
-            timesteps = self.measured.informative.sample(n, step)
+            levels = self.measured.informative.sample(n, step)
         else:
-            timesteps = step_timesteps(self.forward.schedule, n, step, config.seed, config.timestep_distribution)
-        return list(timesteps.split(config.train_batch_size)[self.accelerator.process_index :: world])
+            levels = step_levels(self.forward.schedule, n, step, config.seed, config.timestep_distribution)
+        return list(levels.split(config.train_batch_size)[self.accelerator.process_index :: world])
 
-    def _pass(self, batch: PairBatch, positions: range, timesteps: Tensor) -> None:
+    def _pass(self, batch: PairBatch, positions: range, levels: Tensor) -> None:
         """Forward and backward of ``B`` pairs."""
         config = self.config
         if batch.mode is not BatchMode.FRESH_DRAWS:
@@ -283,7 +283,7 @@ class TrainingLoop:
             empty = self.dataset.unconditional  # type: ignore[attr-defined]
             drop_captions(batch.condition, empty, positions, config.seed, config.proportion_empty_prompts)
         totals = self.measured.totals()
-        output, levels = self.forward(self.policy, batch, positions, timesteps, seed=config.seed, totals=totals)
+        output, levels = self.forward(self.policy, batch, positions, levels, seed=config.seed, totals=totals)
         if not config.skip_inactive or self._active(output):
             self.accelerator.backward(output.loss)
             self.backwards += 1

@@ -63,26 +63,26 @@ class Measurements:
         self.skipped = 0
 
     def totals(self) -> Totals | None:
-        """Where the loss adds a pass's numbers, but for the timesteps; ``None`` for a loss that does not add them."""
+        """Where the loss adds a pass's numbers, but for the noise levels; ``None`` for a loss that does not add them."""
         if not self._loss_adds:
             return None
         metrics = self._window.totals
         return Totals(metrics) if self._statistics is None else self._statistics.totals(metrics)
 
-    def add(self, output: PairLossResult, timesteps: Tensor, shape: Sequence[int]) -> None:
+    def add(self, output: PairLossResult, levels: Tensor, shape: Sequence[int]) -> None:
         """Adds what the loss has not added itself of a pass.
 
         Args:
             output: the loss's.
-            timesteps: ``[B]`` on the device.
+            levels: ``[B]`` on the device.
             shape: of the chosen samples, ``[B, ...]``.
         """
         if self.informative is not None:
-            self.informative.add(timesteps, output)
+            self.informative.add(levels, output)
         if self._loss_adds:
             return
         if self._statistics is not None:
-            self._statistics.add(timesteps, output, shape)
+            self._statistics.add(levels, output, shape)
         self._window.add(output.metrics())
 
     def add_step(self, grad_norm: Tensor) -> Tensor:
@@ -185,7 +185,7 @@ class MetricWindow:
         return finite
 
     def read(self, accelerator: Any, extra: Tensor | None = None) -> tuple[dict[str, Any], int, list[float]]:
-        """Averages over all processes and starts anew: the one device read of a log line.
+        """Averages over all processes and starts again: the one device read of a log line.
 
         Args:
             accelerator: the run's.

@@ -51,9 +51,9 @@ class NoiseBins(NamedTuple):
         steps = int(schedule.num_train_timesteps)
         return cls(kind, steps if kind == "discrete" else 1, min(most, steps))
 
-    def __call__(self, timesteps: Tensor) -> Tensor:
-        """Bin of each timestep, int64."""
-        return level_bins(timesteps, self.bins, self.levels)
+    def __call__(self, levels: Tensor) -> Tensor:
+        """Returns the bin of each noise level, int64."""
+        return level_bins(levels, self.bins, self.levels)
 
 
 class TimestepStatistics:
@@ -80,7 +80,7 @@ class TimestepStatistics:
         return None if bins is None else cls(loss_fn, bins, device)
 
     def totals(self, metrics: Tensor | None = None) -> Totals:
-        """What a loss that takes ``totals`` adds a pass to, all but the pass's timesteps.
+        """What a loss that takes ``totals`` adds a pass to, all but the pass's noise levels.
 
         Args:
             metrics: of :class:`sipo_kernels.Totals`, to be added to along with the window.
@@ -88,16 +88,16 @@ class TimestepStatistics:
         return Totals(metrics, self.window, top=float(self.bins.levels))
 
     @torch.no_grad()
-    def add(self, timesteps: Tensor, output: Any, shape: Sequence[int]) -> None:
+    def add(self, levels: Tensor, output: Any, shape: Sequence[int]) -> None:
         """Adds one pass of ``B`` pairs, for a loss that does not take ``totals``.
 
         Args:
-            timesteps: ``[B]`` on the device.
+            levels: ``[B]`` on the device.
             output: as :class:`sipo_kernels.PairLossOutput`; one without its fields adds nothing.
             shape: of the chosen samples, ``[B, ...]``.
         """
         if all(hasattr(output, name) for name in _FIELDS):
-            add_levels(self.window, self.bins(timesteps), output, self._coef_unit(shape))
+            add_levels(self.window, self.bins(levels), output, self._coef_unit(shape))
 
     def _coef_unit(self, shape: Sequence[int]) -> float:
         """Returns D·B/β, which turns the chosen sample's coefficient (docs/math.md §6) into ``a·c·b·mask·σ(−z)``."""

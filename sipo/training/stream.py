@@ -2,7 +2,7 @@
 
 A run reads an endless stream of pairs, a fresh permutation of the data set each epoch. Position ``p`` of the
 stream decides everything about a pair: which one it is, its noise, whether it keeps its caption, and (with the
-others of its step) its timestep. Nothing depends on what was drawn before, so resuming is arithmetic, and the split
+others of its step) its noise level. Nothing depends on what was drawn before, so resuming is arithmetic, and the split
 of a step into processes and accumulated passes changes no random number.
 
 Where pairs differ in shape, they come in groups, and a forward pass of all processes takes pairs of one group. Each
@@ -153,10 +153,10 @@ def pair_noise(like: Tensor, positions: Sequence[int], seed: int, generator: tor
     return noise
 
 
-def step_timesteps(schedule: Schedule, n: int, step: int, seed: int, distribution: str) -> Tensor:
-    """Timesteps of all ``n`` pairs of an optimiser step, for every process and pass; ``[n]`` on the CPU."""
+def step_levels(schedule: Schedule, n: int, step: int, seed: int, distribution: str) -> Tensor:
+    """Draws the noise levels of all ``n`` pairs of an optimiser step, for every process and pass; ``[n]`` on the CPU."""
     generator = torch.Generator().manual_seed(derive_seed(seed, RandomStream.TIMESTEPS, step))
-    return schedule.sample_timesteps(n, generator, distribution=distribution)
+    return schedule.sample_levels(n, generator, distribution=distribution)
 
 
 def drop_captions(condition: Any, unconditional: Any, positions: Sequence[int], seed: int, probability: float) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from sipo.protocols import PairLoss
 from sipo.seeds import RandomStream, derive_seed
 from sipo.training.statistics import NoiseBins
-from sipo.training.stream import step_timesteps
+from sipo.training.stream import step_levels
 from sipo_kernels import LossOptions
 
 BINS = 100
@@ -47,7 +47,7 @@ class InformativeTimesteps:
         loss_fn: of a method that masks.
         device: where the sums live.
         seed: of the draws.
-        distribution: as the schedule's ``sample_timesteps`` takes it.
+        distribution: as the schedule's ``sample_levels`` takes it.
 
     Raises:
         ValueError: the loss has no mask, or its schedule no range of noise levels.
@@ -79,24 +79,24 @@ class InformativeTimesteps:
         """Timesteps of all ``n`` pairs of an optimiser step; ``[n]`` on the CPU."""
         left_out = torch.tensor(self._left_out())
         if not left_out.any():
-            return step_timesteps(self.schedule, n, step, self.seed, self.distribution)
+            return step_levels(self.schedule, n, step, self.seed, self.distribution)
         generator = torch.Generator().manual_seed(derive_seed(self.seed, RandomStream.TIMESTEPS, step))
-        drawn = self.schedule.sample_timesteps(_ROUNDS * n, generator, distribution=self.distribution)
+        drawn = self.schedule.sample_levels(_ROUNDS * n, generator, distribution=self.distribution)
         drawn = drawn.view(_ROUNDS, n)
         taken = ~left_out[self.bin_of(drawn)]
         taken[0] |= torch.rand(n, generator=generator, dtype=torch.float32) < EXPLORATION
         first = taken.int().argmax(dim=0, keepdim=True)  # 0 where none is taken
         return drawn.gather(0, first)[0]
 
-    def add(self, timesteps: Tensor, output: Any) -> None:
+    def add(self, levels: Tensor, output: Any) -> None:
         """Takes one pass's ratios, without waiting for the device.
 
         Args:
-            timesteps: ``[B]`` on the device.
+            levels: ``[B]`` on the device.
             output: has ``log_ratio`` ``[2B]``, as :class:`sipo_kernels.PairLossOutput`.
         """
         ratio = torch.minimum(*output.log_ratio.detach().float().chunk(2)).exp()
-        hits = (self.numbers == self.bin_of(timesteps)) & torch.isfinite(ratio)
+        hits = (self.numbers == self.bin_of(levels)) & torch.isfinite(ratio)
         self.window += torch.stack([torch.where(hits, ratio, 0.0).sum(dim=1), hits.sum(dim=1)])
 
     def absorb(self, window: list[float]) -> None:

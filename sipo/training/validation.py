@@ -23,7 +23,7 @@ from sipo.training.config import TrainingConfig
 from sipo.training.forward import PairForward
 from sipo.training.sharding import is_compiled, reshard, unwrapped
 from sipo.training.stopping import release_signals
-from sipo.training.stream import step_timesteps
+from sipo.training.stream import step_levels
 from sipo_kernels import pair_loss
 
 OnValidation = Callable[[int, nn.Module], None]
@@ -39,7 +39,7 @@ _OVER_ALL = ("loss", "active_fraction", "no_preference_loss")
 
 
 class Validation:
-    """The loss and its metrics on held-out pairs, each with one draw of noise and timestep that stays the same.
+    """The loss and its metrics on held-out pairs, each with one draw of noise and noise level that stays the same.
 
     Items with draws of their own keep those. Every pair counts alike, whatever its batch and process. A pair with a NaN
     or an infinity is left out and counted, also where training lets it through (``nonfinite="propagate"``): one would
@@ -66,12 +66,12 @@ class Validation:
         self.forward = _measuring(forward)
         self.config = config
         self.accelerator = accelerator
-        self.timesteps = torch.empty(0, dtype=torch.float32)
+        self.levels = torch.empty(0, dtype=torch.float32)
         self.batches: list[list[int]] = []
         if dataset is not None:
             seed = derive_seed(config.seed, RandomStream.VALIDATION, 0)
             distribution = config.timestep_distribution
-            self.timesteps = step_timesteps(forward.schedule, len(dataset), 0, seed, distribution)
+            self.levels = step_levels(forward.schedule, len(dataset), 0, seed, distribution)
             groups = getattr(dataset, "groups", None) or [range(len(dataset))]
             size = config.train_batch_size
             self.batches = [list(group[i : i + size]) for group in groups for i in range(0, len(group), size)]
@@ -113,7 +113,7 @@ class Validation:
         seed = derive_seed(self.config.seed, RandomStream.VALIDATION, 1)
         for number, batch in enumerate(loader):
             rows = own[number] if number < len(own) else self.batches[0]
-            output, _ = self.forward(network, PairBatch.of_items(batch), rows, self.timesteps[rows], seed=seed)
+            output, _ = self.forward(network, PairBatch.of_items(batch), rows, self.levels[rows], seed=seed)
             metrics = output.metrics() | _no_preference(self.forward.loss_fn, output)
             names = list(metrics)
             counted = _weighed(metrics, len(rows), skips=getattr(output, "skip_nonfinite", False))
