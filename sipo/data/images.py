@@ -1,7 +1,6 @@
-"""Decodes images, completely or not at all, and as an image viewer shows them.
+"""Decodes images as an image viewer shows them; a damaged or incomplete image is an error.
 
-A damaged image is an error, and no part of it is filled in. Orientation and transparency are applied, density and
-colour profiles are not.
+Orientation and transparency are applied, density and colour profiles are not.
 """
 
 from __future__ import annotations
@@ -16,19 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sipo.data.clips import Media, MediaError, check_pixels, on_background
+from sipo.data.clips import Media, MediaError, check_pixels, first_bytes, on_background
 from sipo.files import FileError, check_regular
 
-# A list of formats, so that none of Pillow's rarer decoders is used (one of which starts another program).
+# Excludes Pillow's rarer decoders, one of which starts another program.
 _IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-# Brands of still images in MP4's container, which FFmpeg takes for clips of one frame.
+# Major brands of still images in MP4 containers, which FFmpeg takes for clips of one frame.
 _STILL_BRANDS = (b"avif", b"heic", b"heix", b"heim", b"heis", b"mif1")
 _DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
-_STRIP = 1 << 22  # pixels that are converted at a time, so that an image is in memory about twice and no more
+_STRIP = 1 << 22  # pixels converted at a time, so that an image takes memory only about twice
 
 
 def read_image(source: Path | bytes, max_pixels: int) -> Media | None:
-    """Reads an image; gives ``None`` where the file is not an image but may be a clip."""
+    """Reads an image; returns ``None`` if the file is not an image but may be a clip."""
     from PIL import Image, UnidentifiedImageError
 
     formats = _prepare_pillow(max_pixels)
@@ -39,15 +38,18 @@ def read_image(source: Path | bytes, max_pixels: int) -> Media | None:
     except MediaError:
         raise
     except UnidentifiedImageError:
-        brand = _brand(source)
+        start = first_bytes(source, 12)
+        brand = start[8:] if start[4:8] == b"ftyp" else b""
         if brand not in _STILL_BRANDS:
             return None
         problem = f"is AVIF or HEIC, expected {', '.join(formats[:-1])} or {formats[-1]}"
         if brand == b"avif" and "AVIF" in formats:
             problem = "cannot be decoded: AVIF that is damaged or cut short"
         raise MediaError("undecodable", source, problem) from None
-    except Image.DecompressionBombError as error:  # of more than twice as many
-        raise MediaError("large", source, _too_many(error, max_pixels)) from error
+    except Image.DecompressionBombError as error:  # more than twice as many pixels
+        number = re.search(r"\d+", str(error))  # Pillow does not tell height and width
+        has = f"{number[0]} pixels" if number else f"more than {max_pixels} pixels"
+        raise MediaError("large", source, f"has {has}, expected at most {max_pixels} (max_pixels)") from error
     except Exception as error:  # Pillow's decoders raise all kinds of errors on damaged files
         if isinstance(error, OSError) and error.errno is not None:  # from the file system, not from Pillow
             raise MediaError("missing", source, f"cannot be read: {error.strerror}") from error
@@ -57,35 +59,27 @@ def read_image(source: Path | bytes, max_pixels: int) -> Media | None:
         raise MediaError("undecodable", source, f"cannot be decoded: {reason}") from error
 
 
-def _too_many(error: Exception, max_pixels: int) -> str:
-    """As :func:`sipo.data.clips.check_pixels` says it, but that Pillow tells the number of pixels alone."""
-    number = re.search(r"\d+", str(error))
-    has = f"{number[0]} pixels" if number else f"more than {max_pixels} pixels"
-    return f"has {has}, expected at most {max_pixels} (max_pixels)"
-
-
 def _check_source(path: Path) -> None:
     """Refuses anything but a regular file, before anything opens it."""
     try:
         check_regular(path)
-    except FileError as error:  # which names the file as well
-        raise MediaError("missing", path, str(error).removeprefix(f"{path}: ")) from error
-    except FileNotFoundError as error:
-        raise MediaError("missing", path, "no such file") from error
-    except OSError as error:
-        raise MediaError("missing", path, f"cannot be read: {error.strerror}") from error
-    except ValueError as error:  # a name that no file can have, with a null byte or half a character
-        raise MediaError("missing", path, "no such file") from error
+    except (OSError, ValueError) as error:
+        problem = "no such file"  # also for names that no file can have, with a null byte or an unpaired surrogate
+        if isinstance(error, FileError):
+            problem = str(error).removeprefix(f"{path}: ")
+        elif isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            problem = f"cannot be read: {error.strerror}"
+        raise MediaError("missing", path, problem) from error
 
 
 def _prepare_pillow(max_pixels: int) -> tuple[str, ...]:
-    """Sets Pillow's limits, which are the process's own and may be another package's; returns the formats to open."""
+    """Sets Pillow's limits, which the process shares with other packages; returns the formats to open."""
     from PIL import Image, ImageFile, PngImagePlugin
 
-    ImageFile.LOAD_TRUNCATED_IMAGES = False  # the missing part of a damaged image would be grey
-    if Image.MAX_IMAGE_PIXELS is not None:  # we look at the size before anything is decoded: no warning below our limit
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # otherwise missing parts are filled with grey
+    if Image.MAX_IMAGE_PIXELS is not None:  # our own limit applies before decoding: no warning below it
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
-    # Image generators write all of their settings into one chunk. 64 MB bound the text of an image as before.
+    # Image generators write all of their settings into one chunk. The limit for all text stays at 64 MB.
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
     try:
         from PIL import AvifImagePlugin  # since Pillow 11.3
@@ -95,7 +89,7 @@ def _prepare_pillow(max_pixels: int) -> tuple[str, ...]:
 
 
 def _decode_image(source: Path | bytes, formats: tuple[str, ...], max_pixels: int) -> Media | None:
-    """See :func:`read_image`; raises whatever Pillow does."""
+    """Reads an image like :func:`read_image`, with the errors that Pillow raises."""
     from PIL import Image
 
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats) as image:
@@ -104,12 +98,8 @@ def _decode_image(source: Path | bytes, formats: tuple[str, ...], max_pixels: in
             if image.format in ("GIF", "AVIF"):
                 return None
             if image.format != "MPO":  # its first image is the photograph
-                raise MediaError(
-                    "medium",
-                    source,
-                    f"holds {getattr(image, 'n_frames', 2)} images in one {image.format} file, "
-                    "expected one image, or a clip as GIF or video",
-                )
+                problem = f"holds {getattr(image, 'n_frames', 2)} images in one {image.format} file"
+                raise MediaError("medium", source, f"{problem}, expected one image, or a clip as GIF or video")
         aspect = _pixel_aspect(image)
         if image.format == "PNG":
             _scale_transparent_colour(image)
@@ -120,7 +110,7 @@ def _decode_image(source: Path | bytes, formats: tuple[str, ...], max_pixels: in
     upright = image if method is None else image.transpose(method)
     del image
     transparent = upright.has_transparency_data
-    if transparent and upright.mode == "1":  # older Pillow keeps no transparency of such an image
+    if transparent and upright.mode == "1":  # older Pillow drops the transparency of such an image
         key = upright.info["transparency"]
         upright = upright.convert("L")
         upright.info["transparency"] = 255 if key else 0
@@ -129,12 +119,12 @@ def _decode_image(source: Path | bytes, formats: tuple[str, ...], max_pixels: in
 
 
 def _orientation(image: Any) -> Any:
-    """Finds the ``PIL.Image.Transpose`` that turns an image upright; ``None`` if it is, or if EXIF is unreadable."""
+    """Finds the ``PIL.Image.Transpose`` that turns an image upright; ``None`` if it is or EXIF is unreadable."""
     from PIL import ExifTags, Image
 
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # too short, or no EXIF at all: viewers show such an image as it is
+    except Exception:  # too short, or not EXIF: viewers show such an image unchanged
         return None
     turns = Image.Transpose
     # Numbered from 1, which is upright.
@@ -152,7 +142,7 @@ def _orientation(image: Any) -> Any:
 
 
 def _pixels(image: Any, transparent: bool) -> tuple[Tensor, float]:
-    """uint8 ``[3, H, W]`` on the background, and the share of transparent pixels."""
+    """Returns uint8 ``[3, H, W]`` on the background, and the share of transparent pixels."""
     pixels = torch.empty(3, image.height, image.width, dtype=torch.uint8)
     rows = max(1, _STRIP // image.width)
     hidden = 0.0
@@ -168,17 +158,8 @@ def _pixels(image: Any, transparent: bool) -> tuple[Tensor, float]:
     return pixels, hidden / image.height
 
 
-def _brand(source: Path | bytes) -> bytes:
-    """Reads the major brand of a file in MP4's container; empty for other files."""
-    start = source[:12] if isinstance(source, bytes) else b""
-    if isinstance(source, Path):
-        with source.open("rb") as file:
-            start = file.read(12)
-    return start[8:] if start[4:8] == b"ftyp" else b""
-
-
 def _scale_transparent_colour(image: Any) -> None:
-    """Scales a PNG's transparent colour to 8 bits, as Pillow does with the pixels, but not with this colour."""
+    """Scales a PNG's transparent colour to 8 bits: Pillow scales only the pixels."""
     key, stored = image.info.get("transparency"), image.tile[0][3]
     if key is None:
         return
@@ -188,7 +169,7 @@ def _scale_transparent_colour(image: Any) -> None:
 
 
 def _pixel_aspect(image: Any) -> Fraction:
-    """Width over height of a pixel, from an image's densities; 1 where they differ by less than 2 % (rounding)."""
+    """Returns width over height of a pixel, from an image's densities; 1 if they differ by less than 2 % (rounding)."""
     # A JPEG or PNG without a unit has no "dpi", but a ratio.
     density = image.info.get("dpi") or image.info.get("jfif_density") or image.info.get("aspect") or (1, 1)
     try:

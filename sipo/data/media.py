@@ -1,7 +1,7 @@
-"""Images and clips: reads them completely or not at all and as they are shown, fits them to a size, writes them.
+"""Reads images and clips as they are shown, resizes them, and writes them.
 
-A file that is cut short or damaged is an error that names it. Missing parts are never filled in, neither a damaged
-image with grey nor a short clip with repeated frames.
+A damaged or incomplete file is an error that names it. Missing parts are never filled in, neither a damaged image with
+grey nor a short clip with repeated frames.
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ from sipo.data.clips import MAX_PIXELS, AtRate, First, Media, MediaError, Number
 from sipo.data.images import read_image
 from sipo.files import aside
 
+_GAP = 2  # pixels between the images of a grid
+
 
 @dataclass(frozen=True)
 class Fitted:
-    """Pixels at a size for the VAE.
+    """Pixels that were resized and cropped for the VAE.
 
     Attributes:
-        pixels: uint8, shaped as what was fitted, at the new height and width.
+        pixels: uint8, with the new height and width; the other dimensions are unchanged.
         crop_top_left: (top, left) of the crop, in pixels of the resized (and mirrored) image.
-        original_size: (height, width) before that: of the upright image, in square pixels.
+        original_size: (height, width) of the upright image before resizing, in square pixels.
     """
 
     pixels: Tensor
@@ -53,22 +55,22 @@ def read_media(
     Both are read as they are shown. An image is turned by its EXIF orientation; a clip is turned or mirrored by its
     display matrix, and scaled to square pixels by its sample aspect ratio (the shorter side is enlarged). Transparent
     pixels are composited over :data:`sipo.data.clips.BACKGROUND`. An image's density and colour profile are not
-    applied, EXIF data that cannot be read are passed over, and no clip is deinterlaced.
+    applied, unreadable EXIF data are ignored, and no clip is deinterlaced.
 
-    A clip's frame ``k`` is the one nearest to the time ``k / fps`` after its first, of two equally near ones the
-    earlier. The whole file is read, also after the last frame that is needed, to detect one that is cut short.
+    A clip's frame ``k`` is the one nearest to the time ``k / fps`` after its first; of two equally near ones it is the
+    earlier. The whole file is read, even after the last frame that is needed, to detect one that is cut short.
 
     Args:
         source: a file, or an encoded image or clip.
-        frames: how many; 1 asks for an image, more for a clip.
+        frames: number of frames; 1 reads an image, more read a clip.
         fps: frames per second; ``None`` takes the clip's own, frame by frame.
         max_pixels: of an image or a frame; larger ones are refused before anything is decoded.
-        transform: makes of an image, or of each frame as soon as it is decoded, what is kept of it: both uint8, the
-            former ``[3, H, W]``. So a clip is never in memory at the size that it is stored in.
+        transform: applied to an image, or to each frame as soon as it is decoded, so that a clip is never in memory at
+            its stored size. Takes uint8 ``[3, H, W]`` and returns uint8.
 
     Raises:
-        MediaError: see there. A clip is never padded and no frame is taken twice.
-        ValueError: ``frames``, ``fps`` or ``max_pixels`` make no sense.
+        MediaError: the file cannot be used. A clip is never padded, and no frame is used twice.
+        ValueError: ``frames``, ``fps`` or ``max_pixels`` is out of range.
     """
     check_request(frames, fps, max_pixels)
     image = read_image(source, max_pixels)
@@ -77,13 +79,13 @@ def read_media(
             raise MediaError("medium", source, f"is an image, expected a clip of {frames} frames")
         return image if transform is None else replace(image, pixels=transform(image.pixels))
     if frames == 1:
-        read_clip(source, First(1, decode_all=True), max_pixels)  # an error if it is no clip either
+        read_clip(source, First(1, decode_all=True), max_pixels)  # raises if it is not a clip either
         raise MediaError("medium", source, "is a clip, expected an image")
     return read_clip(source, First(frames) if fps is None else AtRate(frames, fps), max_pixels, transform)
 
 
 def check_request(frames: int | None, fps: float | None, max_pixels: int = MAX_PIXELS) -> None:
-    """Refuses numbers of frames, rates and limits that nothing can be read with; ``None`` is allowed for the first two.
+    """Refuses numbers of frames, rates and limits that are out of range; the first two may be ``None``.
 
     Raises:
         ValueError: ``frames`` or ``max_pixels`` below 1, or ``fps`` that is not a finite number > 0.
@@ -97,7 +99,7 @@ def check_request(frames: int | None, fps: float | None, max_pixels: int = MAX_P
 
 
 def probe_media(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Media:
-    """Decodes all of an image or a clip, and keeps only the first frame of a clip, ``[1, 3, H, W]``.
+    """Decodes a whole image or clip, and keeps only the first frame of a clip, ``[1, 3, H, W]``.
 
     Raises:
         MediaError: missing, undecodable or too large.
@@ -106,7 +108,7 @@ def probe_media(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Media:
 
 
 def read_spaced(source: Path | bytes, count: int, *, max_pixels: int = MAX_PIXELS) -> Media:
-    """Decodes an image, or ``count`` frames from the middles of equal parts of a clip; all, where it has fewer.
+    """Decodes an image, or ``count`` frames from the middles of equal parts of a clip; all frames if it has fewer.
 
     Raises:
         MediaError: missing, undecodable or too large.
@@ -123,7 +125,7 @@ def read_spaced(source: Path | bytes, count: int, *, max_pixels: int = MAX_PIXEL
 
 
 def nearest_size(height: int, width: int, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """Finds the size nearest in aspect ratio, then in area; the first of equals."""
+    """Finds the size nearest in aspect ratio, then in area; the first of several equally near."""
 
     def distance(size: tuple[int, int]) -> tuple[float, float]:
         # Computed from integers, so that sizes of one ratio give exactly equal values.
@@ -142,14 +144,13 @@ def resize_and_crop(
     flip: bool = False,
     generator: torch.Generator | None = None,
 ) -> Fitted:
-    """Scales to the smallest size that covers the target (bicubic, antialiased, rounded), and crops the rest.
+    """Resizes to the smallest size that covers the target (bicubic, antialiased, rounded), and crops to the target.
 
     Args:
-        pixels: uint8, ``[3, H, W]`` or ``[F, 3, H, W]``; all frames alike.
-        height: wanted, in pixels.
-        width: wanted, in pixels.
+        pixels: uint8, ``[3, H, W]`` or ``[F, 3, H, W]``; all frames are cropped alike.
+        height, width: the target, in pixels.
         center_crop: crop around the center; else at a random place. At most one side is larger than the target.
-        flip: mirror left and right, before cropping.
+        flip: swap left and right, before cropping.
         generator: for a random crop; on the CPU.
     """
     original = (pixels.shape[-2], pixels.shape[-1])
@@ -165,7 +166,7 @@ def resize_and_crop(
     if covering == original:
         return Fitted(values[..., cut[0], cut[1]].contiguous(), (top, left), original)
     fitted = torch.empty(*values.shape[:-2], height, width, dtype=torch.uint8)
-    # One colour of one frame at a time, which takes less memory as floats, and half the time.
+    # One colour of one frame at a time: less memory for floats, and half the time.
     for source, target in zip(values.flatten(0, -3), fitted.flatten(0, -3), strict=True):
         plane = source.to(torch.float32)[None, None]
         plane = F.interpolate(plane, covering, mode="bicubic", antialias=True, align_corners=False)[0, 0]
@@ -187,28 +188,19 @@ def write_image(path: str | Path, pixels: Tensor) -> None:
         image.save(place)
 
 
-def write_image_grid(path: str | Path, images: Tensor, columns: int | None = None, gap: int = 2) -> None:
-    """Writes ``[N, 3, H, W]`` uint8 as one image, row by row, with white between.
-
-    Args:
-        path: its ending gives the format.
-        images: at least one.
-        columns: images side by side; ``None`` makes the grid about square.
-        gap: pixels between two.
-    """
+def write_image_grid(path: str | Path, images: Tensor) -> None:
+    """Writes ``[N, 3, H, W]`` uint8, N at least 1, as one about square image, row by row, with white gaps."""
     _check_pixels(images, 4)
     count, _, height, width = images.shape
-    columns = min(count, columns or math.ceil(math.sqrt(count)))
-    rows = math.ceil(count / columns)
-    grid = torch.full((3, rows * (height + gap) - gap, columns * (width + gap) - gap), 255, dtype=torch.uint8)
-    for index, image in enumerate(images):
-        top, left = (index // columns) * (height + gap), (index % columns) * (width + gap)
+    size, corners = _grid(count, height, width)
+    grid = torch.full((3, size[1], size[0]), 255, dtype=torch.uint8)
+    for image, (left, top) in zip(images, corners, strict=True):
         grid[:, top : top + height, left : left + width] = image
     write_image(path, grid)
 
 
-def split_image_grid(path: str | Path, count: int, height: int, width: int, gap: int = 2) -> list[Any]:
-    """The ``count`` images, as Pillow has them, of a file that :func:`write_image_grid` has written about square.
+def split_image_grid(path: str | Path, count: int, height: int, width: int) -> list[Any]:
+    """Reads the ``count`` images in a file of :func:`write_image_grid`, as Pillow images.
 
     Raises:
         OSError, ValueError: not readable, or not of the size that so many images have.
@@ -217,26 +209,25 @@ def split_image_grid(path: str | Path, count: int, height: int, width: int, gap:
 
     if count < 1:
         raise ValueError(f"{path}: expected at least 1 image in it")
-    columns = math.ceil(math.sqrt(count))
-    rows = math.ceil(count / columns)
-    expected = columns * (width + gap) - gap, rows * (height + gap) - gap
+    expected, corners = _grid(count, height, width)
     with Image.open(path) as grid:
         if grid.size != expected:
             raise ValueError(f"{path}: {grid.width}x{grid.height} pixels, expected {expected[0]}x{expected[1]}")
-        corners = [((i % columns) * (width + gap), (i // columns) * (height + gap)) for i in range(count)]
         return [grid.crop((left, top, left + width, top + height)) for left, top in corners]
 
 
-def write_video(path: str | Path, frames: Tensor, fps: float, crf: int = 18) -> None:
+def _grid(count: int, height: int, width: int) -> tuple[tuple[int, int], list[tuple[int, int]]]:
+    """Lays out a grid of images: its (width, height), and (left, top) of each image."""
+    columns = math.ceil(math.sqrt(count))
+    across, down = width + _GAP, height + _GAP
+    corners = [((index % columns) * across, (index // columns) * down) for index in range(count)]
+    return (columns * across - _GAP, math.ceil(count / columns) * down - _GAP), corners
+
+
+def write_video(path: str | Path, frames: Tensor, fps: float) -> None:
     """Writes ``[F, 3, H, W]`` uint8 as H.264 in the container of the path's ending, aside and renamed.
 
-    The same frames give the same bytes (with the same FFmpeg): one thread, no date.
-
-    Args:
-        path: ends in ``.mp4`` or another container's name.
-        frames: of even height and width, which 4:2:0 colour needs.
-        fps: frames per second.
-        crf: x264's quality, lower is better.
+    Height and width are even, as 4:2:0 colour needs. The same frames give the same bytes (with the same FFmpeg).
     """
     import av
 
@@ -249,9 +240,9 @@ def write_video(path: str | Path, frames: Tensor, fps: float, crf: int = 18) -> 
     with aside(path) as place, av.open(f"file:{place}", "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        # One thread, and no "macroblock tree": otherwise frames differ from run to run.
         stream.codec_context.thread_count = 1
-        # Without x264's "macroblock tree", with which small frames differ from run to run.
-        stream.options = {"crf": str(crf), "x264-params": "mbtree=0"}
+        stream.options = {"crf": "18", "x264-params": "mbtree=0"}
         for pixels in frames.permute(0, 2, 3, 1).contiguous().cpu().numpy():
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             container.mux(stream.encode(frame))
