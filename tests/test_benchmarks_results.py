@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
-from benchmarks import baselines, cases, kernel, kernel_summary, timing
+from benchmarks import baselines, cases, host, kernel, kernel_summary, parts, timing
 from benchmarks.cases import Case
+from benchmarks.training_implementations import HAND, HAND_LORA
 from tests.benchmark_results import made_up, run_compare, slow_down, summary
 
 ROOT = Path(__file__).parent.parent
+FROZEN, ERRORS, LORA = "ours, SIPO, frozen copy", "ours, SIPO, reference errors", "ours, LoRA, SIPO, adapter off"
 
 
 def test_compare_flags_a_regression_and_not_noise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,7 +175,62 @@ def test_a_step_file_is_drawn_and_compared(tmp_path: Path) -> None:
     assert (tmp_path / "step.png").stat().st_size > 20_000
 
 
+def committed(name: str) -> dict[str, Any]:
+    results: dict[str, Any] = json.loads((timing.RESULTS / name).read_text(encoding="utf-8"))
+    return results
+
+
+def median(entry: dict[str, Any], name: str, time: str = "wall_ms") -> float:
+    return float(entry["results"][name][time]["median"])
+
+
 def test_the_readme_quotes_the_committed_file() -> None:
-    results = json.loads((timing.RESULTS / "kernel-cpu.json").read_text(encoding="utf-8"))
+    results = committed("kernel-cpu.json")
     assert results["complete"] and not any(part["missing"] for part in results["summary"]["table"].values())
     assert kernel_summary.table(results) in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_pages_quote_the_other_committed_files() -> None:
+    readme, errors_page = (
+        (ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/reference-errors.md")
+    )
+    quotes, entries = [], committed("training-cpu.json")["cases"]
+    for entry in entries:
+        name, results = entry["label"].split(",")[0], entry["results"]
+        hand, copied, errors, lora = (results[key] for key in (HAND, FROZEN, ERRORS, LORA))
+        cells = [f"{result['ratio']['median']:.2f}, {result['peak_mb']:.0f} MB" for result in (copied, errors, lora)]
+        row = [f"{median(entry, HAND, 'step_ms'):.0f} ms, {hand['peak_mb']:.0f} MB", *cells]
+        assert f"| {name} | {' | '.join(row)} |" in readme.replace("**", "")
+        ratio = f"{errors['ratio']['median']:.2f}{' of it' if entry is entries[0] else ''}"
+        assert f"| {name} | {ratio} | {errors['peak_mb']:.1f} of {hand['peak_mb']:.1f} MB |" in errors_page
+    peaks = [f"{entry['results'][HAND_LORA]['peak_mb']:.0f}" for entry in entries]
+    quotes.append(f"({', '.join(peaks[:-1])} and {peaks[-1]} MB)")
+    one_pair, _, tiny = committed("host-cpu.json")["cases"]
+    quotes.append(f"takes {1e3 * median(one_pair, host.LOSS, 'host_ms'):.0f} µs in Python for one SD1.5 pair")
+    quotes.append(f"together take {1e3 * median(tiny, host.PASS, 'host_ms'):.0f} µs")
+    (entry,) = committed("step-cpu.json")["cases"]
+    names = (baselines.OURS + "native", baselines.UPCAST, baselines.COMPILED)
+    ours, plain, compiled = (entry["results"][name]["direct_ms"]["wall_ms"]["median"] for name in names)
+    quotes.append(
+        f"of {median(entry, names[0]):.0f} ms for a {entry['parameters'] / 1e6:.1f} M-parameter Wan transformer"
+    )
+    quotes.append(f"ours takes {ours:.1f} ms right after the networks")
+    quotes.append(f"plain torch {plain:.1f} and torch.compile {compiled:.1f}")
+    entry = committed("parts-cpu.json")["cases"][0]
+    forward, again, write = (median(entry, name) for name in (parts.FORWARD_PART, parts.AGAIN, parts.USED))
+    quotes.append(f"forward takes {forward:.2f} ms, reading policy and target again {again:.2f}")
+    quotes.append(f"a write of the gradient's size {write:.2f}: {entry['least_ms']:.2f} ms of the")
+    quotes.append(f"{median(entry, parts.CALL):.2f} that the call takes")
+    quotes.append(f"where torch.compile takes {median(entry, parts.COMPILE):.2f}")
+    table = committed("kernel-cpu.json")["summary"]["table"].values()
+    mean, smallest = ([f"{part[key]:.2f}×" for part in table] for key in ("geometric_mean", "smallest"))
+    quotes.append(f"mean is {mean[0]} cold and {mean[1]} in turn, the smallest {' and '.join(smallest)}.")
+    demo = committed("demo.json")
+    before, after = demo["before"], demo["after"]
+    quotes.append(f"as measured here in {demo['seconds']['total']} seconds")
+    quotes.append(f"goes from {before['ink']:.2f} to {after['ink']:+.2f}")
+    quotes.append(f"({demo['judge_accuracy']:.1%} right".replace("%", " %"))
+    quotes.append(f"{before['agreement']:.1%} of the samples".replace("%", " %"))
+    quotes.append(f"before, {after['agreement']:.1%} after; {demo['active_fraction']:.1%} of the".replace("%", " %"))
+    text = " ".join(readme.split())
+    assert [quote for quote in quotes if quote not in text] == []
