@@ -283,16 +283,16 @@ def test_scorers_read_no_pickles(tmp_path: Path, loaded: Any) -> None:
         if index is not None:
             (folder / "model.safetensors.index.json").write_text(json.dumps(index))
         with pytest.raises(ScorerError, match=r"pickle|nothing is unpickled") as caught:
-            _Clip(str(folder), None, "cpu", torch.float32)
+            _Clip(str(folder), None, "cpu")
         assert "\n" not in str(caught.value)
     shutil.rmtree(folder)
     clip.save_pretrained(folder)
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "CLIPTokenizer"}')
     with pytest.raises(ScorerError, match="has no vocabulary, expected tokenizer"):
-        _Clip(str(folder), None, "cpu", torch.float32)
+        _Clip(str(folder), None, "cpu")
     for device in ("nonsense", "cuda:77"):
         with pytest.raises(ScorerError, match=f"^device='{device}': .*, expected another$"):
-            _Clip(str(folder), None, device, torch.float32)
+            _Clip(str(folder), None, device)
 
 
 # ---- Paths that lead nowhere, and hubs ----

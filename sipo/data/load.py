@@ -1,4 +1,4 @@
-"""Loads a pair, and decides whether it can be trained on."""
+"""Loads a pair, and decides whether it can be used in training."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from sipo.data.media import MAX_PIXELS, Media, MediaError, probe_media, read_med
 from sipo.data.records import PairRecord
 
 RATIO_TOLERANCE = 0.02
-"""Aspect ratios that differ by less count as equal: sizes are rounded to the multiples that a model requires."""
+"""Relative difference up to which aspect ratios count as equal: sizes are rounded to multiples that models require."""
 
 _RATE_TOLERANCE = 0.01
 
 
 class BadPairError(ValueError):
-    """A pair that cannot be trained on, in one line.
+    """A pair that cannot be used in training; the message is one line.
 
     Attributes:
         kind: a key of :data:`sipo.data.check.SKIPPED`.
@@ -39,23 +39,23 @@ def load_pair(
     max_pixels: int = MAX_PIXELS,
     transform: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Media, Media]:
-    """Decodes both sides of a pair that can be trained on.
+    """Decodes both samples of a pair.
 
     Args:
-        record: of a reader.
-        frames: of a clip; 1 for images; ``None`` takes whatever the files hold, decodes all of it, and keeps no more
-            than the first frame.
+        record: from a reader.
+        frames: number of frames of a clip; 1 for images; ``None`` accepts both, decodes whole files, and keeps only
+            first frames.
         fps: rate that clips are read at; ``None`` takes each file's own.
         max_pixels: of an image or a frame.
-        transform: of both sides' images or frames, the chosen one's first (:func:`sipo.data.media.read_media`); not
-            without ``frames``.
+        transform: as for :func:`sipo.data.media.read_media`, applied to the chosen sample first; not without
+            ``frames``.
 
     Returns:
-        The chosen one and the rejected one. They may differ in resolution, not in aspect ratio.
+        The chosen sample and the rejected one. They may differ in resolution, not in aspect ratio.
 
     Raises:
-        BadPairError: faulty row, tie, empty caption, missing or undecodable file, clip too short, two shapes, two frame
-            rates (without ``fps``), the same picture twice.
+        BadPairError: faulty row, tie, empty caption, missing or undecodable file, clip too short, different aspect
+            ratios or (without ``fps``) frame rates, or twice the same picture.
     """
     if record.problem:
         raise BadPairError(record.problem_kind, record.problem)
@@ -63,7 +63,7 @@ def load_pair(
         raise BadPairError("tie", "neither is preferred")
     if not record.prompt.strip():
         raise BadPairError("caption", "the caption is empty")
-    chosen, rejected = _read_sides(record, frames, fps, max_pixels, transform)
+    chosen, rejected = _read_samples(record, frames, fps, max_pixels, transform)
     sizes = [chosen.size, rejected.size]
     if (chosen.fps is None) != (rejected.fps is None):
         raise BadPairError("medium", "one is an image and the other a clip")
@@ -76,10 +76,10 @@ def load_pair(
         raise BadPairError("shape", f"chosen has {chosen.fps:g} frames per second and rejected {rejected.fps:g}")
     alike = chosen.length == rejected.length and torch.equal(chosen.pixels, rejected.pixels)
     if alike and frames is None and chosen.fps is not None:
-        # First frames may well be alike (an image that both clips start from), and no other was kept.
+        # Both clips may start from one image, and only first frames were kept.
         alike = file_digest(record.chosen) == file_digest(record.rejected)
-    elif alike and transform is not None:  # what it has left of them is alike: the files may still differ
-        one, other = _read_sides(record, frames, fps, max_pixels, hashed)
+    elif alike and transform is not None:  # the samples may differ where the transform makes them equal
+        one, other = _read_samples(record, frames, fps, max_pixels, hashed)
         alike = torch.equal(one.pixels, other.pixels)
     if alike:
         shown = ", with transparent pixels shown on white" if chosen.transparent or rejected.transparent else ""
@@ -87,35 +87,34 @@ def load_pair(
     return chosen, rejected
 
 
-def _read_sides(
+def _read_samples(
     record: PairRecord,
     frames: int | None,
     fps: float | None,
     max_pixels: int,
     transform: Callable[[Tensor], Tensor] | None,
 ) -> list[Media]:
-    limit = {"max_pixels": max_pixels}
-    sides = []
+    samples = []
     for name, source in (("chosen", record.chosen), ("rejected", record.rejected)):
         try:
             if frames is None:
-                sides.append(probe_media(source, **limit))
+                samples.append(probe_media(source, max_pixels=max_pixels))
             else:
-                sides.append(read_media(source, frames, fps, transform=transform, **limit))
+                samples.append(read_media(source, frames, fps, max_pixels=max_pixels, transform=transform))
         except MediaError as error:
             raise BadPairError(error.kind, f"{name}: {error}") from error
-    return sides
+    return samples
 
 
 def hashed(pixels: Tensor) -> Tensor:
-    """Hashes shape and levels of an image or a frame to ``[32]`` uint8, which is compared in its place."""
+    """Hashes shape and pixels of an image or a frame to ``[32]`` uint8, as a ``transform`` for comparison."""
     state = hashlib.sha256(repr(tuple(pixels.shape)).encode())
     state.update(pixels.contiguous().numpy().tobytes())
     return torch.frombuffer(bytearray(state.digest()), dtype=torch.uint8)
 
 
 def file_digest(source: Path | bytes) -> bytes:
-    """Hashes a side's file, or an encoded image's bytes, to 16 bytes."""
+    """Hashes a file, or an encoded image's bytes, to 16 bytes."""
     digest = hashlib.blake2b(digest_size=16)
     if isinstance(source, bytes):
         digest.update(source)
@@ -124,7 +123,7 @@ def file_digest(source: Path | bytes) -> bytes:
         with source.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
-    except OSError as error:  # decoded a moment ago, and gone now
+    except OSError as error:  # the file was decoded a moment ago, but was removed since
         raise BadPairError("missing", f"{source}: cannot be read: {error.strerror}") from error
     return digest.digest()
 

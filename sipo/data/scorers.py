@@ -1,7 +1,7 @@
 """Scorers of images and clips: CLIP models, aesthetic heads on them, and any Python function.
 
-A scorer is a function ``scores(images, prompts)``: as many numbers as images, higher is better. An image is uint8
-``[3, H, W]``, a clip a few evenly spaced frames of it, ``[F, 3, H, W]``.
+A scorer is a function ``scores(images, prompts)`` that returns one number for each image; higher is better. An image
+is uint8 ``[3, H, W]``; of a clip it gets a few evenly spaced frames, ``[F, 3, H, W]``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -31,30 +31,32 @@ Scorer = Callable[[list[Tensor], list[str]], Sequence[float]]
 
 
 class ScorerError(ValueError):
-    """A scorer that cannot be loaded, or that returns something else than a number for each image."""
+    """A scorer that cannot be loaded, or that does not return a number for each image."""
 
 
 class _Clip:
-    """A CLIP model of transformers with its processor; embeddings have length 1."""
+    """A CLIP model of transformers in float32 with its processor; embeddings have length 1."""
 
-    def __init__(self, path: str, processor: str | None, device: str, dtype: torch.dtype) -> None:
-        # Pillow's way of resizing, as the models were trained with, whether torchvision is installed or not.
+    def __init__(self, path: str, processor: str | None, device: str) -> None:
+        # Resizes with Pillow, as in the models' training, even if torchvision is installed.
         from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
         try:
             torch.empty(0, dtype=torch.float32, device=device)
-        except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled for it
+        except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
             raise ScorerError(f"device={device!r}: {str(error).splitlines()[0]}, expected another") from error
         try:
-            # From safetensors alone, and no code of the folder: nothing is unpickled.
-            folder = _checked(path)
+            # Weights come only from safetensors, and no code from the folder is run: nothing is unpickled.
+            folder = find_model_folder(path, {}, "CLIPModel", CONFIG)
+            fetch_weights(path, {}, [""], None)
+            check_weights(folder, "CLIPModel", None)
             beside = folder
             if processor is not None:
                 beside = Path(processor)
                 if not beside.is_dir():
                     beside = find_model_folder(processor, {}, "CLIPProcessor", "preprocessor_config.json")
             check_tokenizer(beside, "CLIPTokenizer")
-            model: Any = CLIPModel.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+            model: Any = CLIPModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
             self.tokenizer = AutoTokenizer.from_pretrained(beside, trust_remote_code=False)
             check_vocabulary(beside, self.tokenizer, model.config.text_config.vocab_size)
             self.images = CLIPImageProcessorPil.from_pretrained(beside)
@@ -62,21 +64,20 @@ class _Clip:
             raise ScorerError(f"{path}: no CLIP model with its processor: {' '.join(str(error).split())}") from error
         self.model = model.to(device).eval()
         self.device = device
-        self.dtype = dtype
         self.scale = float(self.model.logit_scale.detach().exp())
 
     @torch.inference_mode()
     def embed_images(self, images: Sequence[Tensor]) -> list[Tensor]:
-        """For each image or clip ``[frames, D]`` float32, one frame for an image."""
+        """Embeds images and clips: ``[frames, D]`` float32 for each, one frame for an image."""
         clips = [image if image.ndim == 4 else image[None] for image in images]
         frames = [frame.permute(1, 2, 0).numpy() for clip in clips for frame in clip]
         pixels = self.images(images=frames, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
-        features = self.model.get_image_features(pixel_values=pixels.to(self.device, self.dtype)).pooler_output
+        features = self.model.get_image_features(pixel_values=pixels.to(self.device)).pooler_output
         return list(_unit(features).split([len(clip) for clip in clips]))
 
     @torch.inference_mode()
     def embed_text(self, prompts: Sequence[str]) -> Tensor:
-        """``[N, D]`` float32."""
+        """Embeds prompts: ``[N, D]`` float32."""
         tokens = self.tokenizer(
             list(prompts),
             padding=True,
@@ -90,33 +91,22 @@ class _Clip:
         return _unit(features)
 
 
-def _checked(path: str) -> Path:
-    """The folder of a CLIP model, on disk or from the hub, with weights in safetensors alone."""
-    folder = find_model_folder(path, {}, "CLIPModel", CONFIG)
-    fetch_weights(path, {}, [""], None)
-    check_weights(folder, "CLIPModel", None)
-    return folder
-
-
 class ClipScorer:
-    """A CLIP model that was trained to score (PickScore, HPSv2, or CLIP itself): ``exp(logit_scale) * cos``.
+    """Scores by a CLIP model trained for this (PickScore, HPSv2, or CLIP itself): ``exp(logit_scale) * cos``.
 
-    A clip's score is the mean of its frames'.
+    A clip's score is the mean over its frames.
 
     Args:
         path: a folder or hub id with a ``CLIPModel`` of transformers in safetensors.
-        processor: another one to take tokenizer and image processor from, where the first has none.
-        device: that it runs on.
-        dtype: of the model.
+        processor: folder or hub id of tokenizer and image processor, if ``path`` has none.
+        device: device of the model.
 
     Raises:
-        ScorerError: nothing of the kind there.
+        ScorerError: no such model, or it cannot be loaded.
     """
 
-    def __init__(
-        self, path: str, *, processor: str | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32
-    ) -> None:
-        self._clip = _Clip(path, processor, device, dtype)
+    def __init__(self, path: str, *, processor: str | None = None, device: str = "cpu") -> None:
+        self._clip = _Clip(path, processor, device)
 
     def __call__(self, images: list[Tensor], prompts: list[str]) -> list[float]:
         texts = self._clip.embed_text(prompts)
@@ -125,20 +115,17 @@ class ClipScorer:
 
 
 class AestheticScorer:
-    """Linear layers on a CLIP model's image embeddings, as LAION's aesthetic predictors are; prompts play no part.
+    """Scores by linear layers on a CLIP model's image embeddings, as LAION's aesthetic predictors; ignores prompts.
 
-    A clip's score is the mean of its frames'.
+    A clip's score is the mean over its frames.
 
     Args:
-        clip: as for :class:`ClipScorer`.
-        head: safetensors file with the layers' ``weight`` and ``bias``, numbered in their order.
-        processor: as for :class:`ClipScorer`.
-        activation: between the layers. LAION's have none, but for the one with "relu" in its name.
-        device: that both run on.
-        dtype: of the CLIP model; the head is float32.
+        clip, processor, device: as for :class:`ClipScorer`.
+        head: safetensors file with the layers' ``weight`` and ``bias``, numbered in order.
+        activation: between the layers. LAION's predictors have none, except the one with "relu" in its name.
 
     Raises:
-        ScorerError: nothing of the kind there, or layers that do not fit.
+        ScorerError: no such model or file, or layers of the wrong shape.
     """
 
     def __init__(
@@ -149,11 +136,10 @@ class AestheticScorer:
         processor: str | None = None,
         activation: Literal["none", "relu"] = "none",
         device: str = "cpu",
-        dtype: torch.dtype = torch.float32,
     ) -> None:
         if activation not in ("none", "relu"):
             raise ValueError(f"activation={activation!r}: expected 'none' or 'relu'")
-        self._clip = _Clip(clip, processor, device, dtype)
+        self._clip = _Clip(clip, processor, device)
         self._layers = _load_head(Path(head), self._clip.model.config.projection_dim, device)
         self._activation = activation
 
@@ -192,7 +178,7 @@ def _load_head(path: Path, width: int, device: str) -> list[tuple[Tensor, Tensor
 
 
 def load_function(name: str) -> Scorer:
-    """A Python function by ``module:function``; modules of the working directory are found as well.
+    """Imports a Python function named ``module:function``; modules in the working directory are found too.
 
     Raises:
         ScorerError: no such module or function.
@@ -203,15 +189,14 @@ def load_function(name: str) -> Scorer:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
-        found: Any = importlib.import_module(module_name)
+        function: Any = importlib.import_module(module_name)
         for part in function_name.split("."):
-            found = getattr(found, part)
+            function = getattr(function, part)
     except (ImportError, AttributeError) as error:
         raise ScorerError(f"scorer {name!r}: {error}") from error
-    if not callable(found):
-        raise ScorerError(f"scorer {name!r}: is {type(found).__name__}, expected a function")
-    scorer: Scorer = found
-    return scorer
+    if not callable(function):
+        raise ScorerError(f"scorer {name!r}: is {type(function).__name__}, expected a function")
+    return cast(Scorer, function)
 
 
 def _unit(features: Tensor) -> Tensor:

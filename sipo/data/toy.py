@@ -1,4 +1,4 @@
-"""A small data set of pairs whose preference is visible: saturated colours are preferred to washed-out ones."""
+"""Makes a small data set whose preference is visible: saturated colours are preferred to washed-out ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sipo.data.readers import write_jsonl
 from sipo.data.records import PairRecord
 
 FPS = 8.0
-"""Of the clips."""
+"""Frames per second of the clips."""
 
 _COLOURS = {
     "red": (0.9, 0.1, 0.1),
@@ -23,7 +23,7 @@ _COLOURS = {
     "cyan": (0.1, 0.8, 0.9),
 }
 _SHAPES = ("disc", "square")
-_WASHED_OUT = 0.35  # of the saturation that is left in the rejected one
+_WASHED_OUT = 0.35  # share of the saturation that the rejected sample keeps
 
 
 def make_toy_pairs(
@@ -38,20 +38,19 @@ def make_toy_pairs(
 ) -> Path:
     """Writes PNG images, or MP4 clips at 8 frames per second, and a JSONL file that pairs them.
 
-    Both of a pair show one shape in one place (in clips it moves), the rejected one with little of its colour. The same
-    arguments give the same files, so that several processes may write them at once.
+    Both samples of a pair show the same shape in the same place (in clips it moves), the rejected one with little
+    colour. The same arguments give the same files, so that several processes may write them at once.
 
     Args:
         folder: created if it is missing.
-        video: clips instead of images.
-        pairs: how many.
+        video: whether to make clips instead of images.
+        pairs: number of pairs.
         seed: of places and colours.
-        height: in pixels; even for clips.
-        width: likewise.
-        frames: of a clip.
+        height, width: in pixels; even for clips.
+        frames: number of frames of a clip.
 
     Returns:
-        The JSONL file.
+        The path of the JSONL file.
     """
     folder = Path(folder)
     generator = torch.Generator().manual_seed(seed)
@@ -77,14 +76,9 @@ def make_toy_pairs(
 
 
 def _clip(
-    shape: str,
-    colour: tuple[float, float, float],
-    frames: int,
-    height: int,
-    width: int,
-    generator: torch.Generator,
+    shape: str, colour: tuple[float, float, float], frames: int, height: int, width: int, generator: torch.Generator
 ) -> Tensor:
-    """``[frames, 3, height, width]`` in [0, 1]: the shape on a slightly uneven dark ground."""
+    """Draws ``[frames, 3, height, width]`` in [0, 1]: the shape on a slightly uneven dark background."""
     top, left, size = torch.rand(3, generator=generator, dtype=torch.float32).tolist()
     radius = (0.18 + 0.12 * size) * min(height, width)
     y = torch.arange(height, dtype=torch.float32)[:, None] + 0.5 - (radius + top * (height - 2 * radius))
