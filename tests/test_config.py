@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,8 +13,10 @@ from typing import Any
 import pytest
 import yaml
 
-from sipo.recipe.config import ConfigError, from_dict, load_config, reference_kind
+from sipo.recipe.config import ConfigError, from_dict, load_config
+from sipo.recipe.key_hints import _OTHER_NAMES
 from sipo.recipe.train import _write_config
+from tests.docs_pages import flat
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").rglob("*.yaml"))
@@ -125,6 +128,13 @@ def test_overrides_lie_over_the_file(tmp_path: Path) -> None:
         ({"training": {"eps": 1}}, "training.eps: no such key, did you mean training.adam_epsilon?"),
         ({"training": {"lr_decay": 1}}, "training.lr_decay: no such key, expected one of max_train_steps, "),
         ({"loss": {"winner_preserving": 1}}, "no such key, did you mean loss.safeguard?"),
+        (
+            {"training": {"use_8bit_adam": True}},
+            "use_8bit_adam: no such key, did you mean training.optimizer=adamw8bit?",
+        ),
+        ({"loss": {"beta_dpo": 5000}}, "loss.beta_dpo: no such key, did you mean loss.beta?"),
+        ({"data": {"resolution": 512}}, "data.resolution: no such key, did you mean data.sizes?"),
+        ({"num_train_epochs": {}}, "num_train_epochs: no such key, did you mean training.max_train_steps?"),
         ({"training": {"resume": True}}, "training.resume: no such key, did you mean sipo train --resume?"),
         ({"training": {"dtype": "a"}}, "training.dtype: no such key, did you mean model.dtype?"),
         ({"loss": {"optimizr": 1}}, "loss.optimizr: no such key, did you mean training.optimizer?"),
@@ -214,6 +224,21 @@ def test_mistakes_are_named_in_one_line(sections: dict[str, Any], message: str) 
 )
 def test_half_precision_types_that_do_not_meet(model: dict[str, Any], precision: str) -> None:
     assert from_dict(tree(model=model, training={"mixed_precision": precision})).training.mixed_precision == precision
+
+
+def test_names_of_other_scripts_lead_to_keys_that_exist_from_every_section() -> None:
+    known = flat(from_dict(tree()).as_dict(), sections=True)
+    names = {key.rpartition(".")[2] for key in known}
+    for meant, others in _OTHER_NAMES.items():
+        for key in re.findall(r"\b(?:model|data|training|loss|samples)\.[a-z_.0-9]+", meant):
+            assert key in known
+        for other in others.split():
+            section, _, name = other.rpartition(".")
+            assert name not in names, f"{name} is a key"
+            for place in [section] if section else ["model", "data", "training", "loss", "samples"]:
+                with pytest.raises(ConfigError) as caught:
+                    from_dict(tree(**{place: {name: 1}}))
+                assert str(caught.value) == f"{place}.{name}: no such key, did you mean {meant}?"
 
 
 def test_a_missing_key_is_named() -> None:
@@ -344,11 +369,11 @@ def test_aliases_are_allowed(tmp_path: Path) -> None:
 
 
 def test_the_reference_follows_from_tuning_and_data() -> None:
-    assert reference_kind(from_dict(tree())) == "adapter_off"
-    assert reference_kind(from_dict(tree(model={"tuning": "full"}))) == "copy"
+    assert from_dict(tree()).reference_kind == "adapter_off"
+    assert from_dict(tree(model={"tuning": "full"})).reference_kind == "copy"
     errors = {"draws": 2, "reference_errors": True}
-    assert reference_kind(from_dict(tree(data=errors))) == "errors"
-    assert reference_kind(from_dict(tree(data=errors, model={"reference": "copy"}))) == "copy"
+    assert from_dict(tree(data=errors)).reference_kind == "errors"
+    assert from_dict(tree(data=errors, model={"reference": "copy"})).reference_kind == "copy"
 
 
 # ---- Paths ----

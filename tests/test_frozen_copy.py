@@ -20,7 +20,7 @@ from sipo.data.config import DataConfig
 from sipo.families.config import ModelConfig
 from sipo.families.tuning import freeze, frozen_copy
 from sipo.recipe.build import RunContext, build, frozen_reference, open_run
-from sipo.recipe.config import Config, policy_dtype
+from sipo.recipe.config import Config
 from sipo.training import TrainingWarning
 from sipo.training.config import TrainingConfig
 from sipo.training.log_reader import read_metrics
@@ -190,7 +190,7 @@ def test_a_reference_that_can_agree_does(model: dict[str, Any], precision: str, 
         one, other = predictions("sd15", precision, policy, reference)
         assert torch.equal(one, other)
         # Errors of one are those of another: in which type it is held is no mark of it.
-        assert run.references["reference"]["dtype"] == policy_dtype(run.config)
+        assert run.references["reference"]["dtype"] == run.config.policy_dtype
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from sipo.cache.savings import FULL_SIZE, ModelSize, describe_savings, savings_t
 from sipo.data.config import DataConfig
 from sipo.families.config import ModelConfig
 from sipo.processes import OtherProcessError
-from sipo.recipe.config import Config, reference_marks
+from sipo.recipe.config import Config
 from sipo.training.config import TrainingConfig
 from sipo.training.forward import PairForward
 from tests.small_family import (
@@ -546,7 +546,7 @@ def test_a_reference_is_marked_by_how_it_is_loaded_and_run() -> None:
     model = ModelConfig(family="sdxl", pretrained_model_name_or_path="a", revision="b", dtype="bfloat16")
     training = TrainingConfig(max_train_steps=1, output_dir="out", mixed_precision="bf16")
     config = Config(model=model, data=DataConfig(dataset_name="a", cache="b"), training=training)
-    assert reference_marks(config) == {
+    assert config.reference_marks() == {
         "family": "sdxl",
         "pretrained_model_name_or_path": "a",
         "revision": "b",
@@ -558,8 +558,8 @@ def test_a_reference_is_marked_by_how_it_is_loaded_and_run() -> None:
     full = {None: "float32", "float32": "float32", "bfloat16": "float32", "float16": "float16"}
     for dtype, expected in full.items():
         other = replace(config, model=replace(model, tuning="full", reference_dtype=dtype))
-        assert reference_marks(other)["dtype"] == expected
-    assert reference_marks(config, torch.bfloat16)["dtype"] == "bfloat16, norms too"
+        assert other.reference_marks()["dtype"] == expected
+    assert config.reference_marks(torch.bfloat16)["dtype"] == "bfloat16, norms too"
 
 
 def test_errors_of_another_schedule_are_not_used(tmp_path: Path) -> None:

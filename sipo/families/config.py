@@ -75,3 +75,8 @@ class ModelConfig:
         check_fields(self)
         if self.reference == "adapter_off" and self.tuning != "lora":
             raise ValueError("reference='adapter_off': expected model.tuning='lora', which has adapters")
+
+    @property
+    def hub_options(self) -> dict[str, str]:
+        """Options of every ``from_pretrained``."""
+        return {key: value for key in ("revision", "variant") if (value := getattr(self, key)) is not None}

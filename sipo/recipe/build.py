@@ -18,23 +18,13 @@ from sipo.cache.reference_errors import ReferenceErrors
 from sipo.cache.weights import PLACE, weight_hashes
 from sipo.data.toy import make_toy_pairs
 from sipo.families import Family, get
-from sipo.families.config import ModelConfig
 from sipo.families.toy import build_toy
 from sipo.families.tuning import adapter_off, freeze, frozen_copy, prepare_full, prepare_lora
 from sipo.files import aside, remove_leftovers
 from sipo.loss import SIPOLoss
 from sipo.processes import everywhere, from_main
 from sipo.protocols import PairDataset
-from sipo.recipe.config import (
-    TOY,
-    Config,
-    ConfigError,
-    differing_types,
-    policy_dtype,
-    reference_dtype,
-    reference_kind,
-    reference_marks,
-)
+from sipo.recipe.config import TOY, Config, ConfigError
 from sipo.schedule import DEFAULT_INFERENCE_STEPS, NoiseSchedule
 from sipo.schedule.diffusers_schedulers import SettingError, setting_changes, with_settings
 from sipo.training import AdapterOff, ReferenceModel, TrainingWarning, make_accelerator
@@ -80,7 +70,7 @@ class RunContext:
     @property
     def references(self) -> dict[str, Any]:
         """What says which reference errors these are, for the functions of ``sipo.cache.reference_errors``."""
-        marks = reference_marks(self.config, whole_dtype(self.accelerator))
+        marks = self.config.reference_marks(whole_dtype(self.accelerator))
         marks = {key: value for key, value in marks.items() if key not in PLACE} | self.weights(network=True)
         return {"reference": marks, **self.draws}
 
@@ -94,14 +84,14 @@ class RunContext:
 
     def scheduler_changes(self) -> dict[str, Any]:
         """Options of the model's scheduler that the configuration sets otherwise."""
-        scheduler = self.family.load_scheduler(self.model_path, **hub_options(self.config.model))
+        scheduler = self.family.load_scheduler(self.model_path, **self.config.model.hub_options)
         return setting_changes(scheduler, self.config.model.prediction_type, self.config.model.shift)
 
     def load_encoders(self, *, text: bool = True) -> Any:
         """The pipeline without its network, on the CPU; without ``text``, without its text encoders as well."""
         model, data = self.config.model, self.config.data
         types = {"dtype": getattr(torch, model.dtype), "vae_dtype": getattr(torch, data.vae_dtype)}
-        options: dict[str, Any] = types | hub_options(model)
+        options: dict[str, Any] = types | model.hub_options
         pipeline = self.family.load_encoders(self.model_path, text=text, **options)
         settings = self.config.model.prediction_type, self.config.model.shift
         pipeline.scheduler = with_settings(pipeline.scheduler, *settings)  # samples are drawn with it
@@ -126,12 +116,11 @@ def open_run(config: Config, accelerator: Accelerator | None = None) -> RunConte
         raise ConfigError(f"data.frames={data.frames}: expected 1, {family.name} makes images")
     if accelerator is None:
         accelerator = make_accelerator(config.training)
-    types = differing_types(config)
-    if types is not None and reference_kind(config) != "adapter_off" and accelerator.is_main_process:
-        warnings.warn(types, TrainingWarning, stacklevel=2)
+    if config.differing_start is not None and accelerator.is_main_process:
+        warnings.warn(config.differing_start, TrainingWarning, stacklevel=2)
     model_path, data_path = from_main(accelerator, lambda: _places(config, family))
     steps = config.loss.num_inference_steps or DEFAULT_INFERENCE_STEPS
-    settings: dict[str, Any] = {"prediction_type": model.prediction_type, "shift": model.shift, **hub_options(model)}
+    settings: dict[str, Any] = {"prediction_type": model.prediction_type, "shift": model.shift, **model.hub_options}
     sampled = bool(config.samples.validation_prompts)
 
     def load_schedule() -> NoiseSchedule:
@@ -177,7 +166,7 @@ def datasets(
         raise ConfigError(f"data.{error}") from error
     if not config.data.draws:
         return training, held_out if len(held_out) else None
-    if reference_kind(config) != "errors":  # computed or not, a network is the reference
+    if config.reference_kind != "errors":  # computed or not, a network is the reference
         references = None
     options: dict[str, Any] = {**run.draws, "references": references}
     drawn = [
@@ -190,10 +179,10 @@ def datasets(
 def build(run: RunContext) -> tuple[nn.Module, ReferenceModel]:
     """The network with what of it is trained, and the reference."""
     config, family = run.config, run.family
-    model, kind = config.model, reference_kind(config)
+    model, kind = config.model, config.reference_kind
     lora = model.tuning == "lora"
     torch.manual_seed(config.training.seed)  # LoRA's first factors are drawn
-    network = _load_network(run, policy_dtype(config))
+    network = _load_network(run, config.policy_dtype)
     reference = frozen_reference(run, network) if kind == "copy" else None
     checkpointing = model.gradient_checkpointing
     if not lora:
@@ -220,8 +209,8 @@ def frozen_reference(run: RunContext, network: nn.Module | None = None) -> nn.Mo
         run: of :func:`open_run`.
         network: the policy's, before adapters are put into it; loaded if left out.
     """
-    ours, theirs = policy_dtype(run.config), reference_dtype(run.config)
-    if differing_types(run.config) is not None:  # it cannot predict the same: at least it is what diffusers makes of it
+    ours, theirs = run.config.policy_dtype, run.config.reference_dtype
+    if run.config.differing_types is not None:  # it cannot predict the same: at least it is what diffusers makes of it
         return freeze(_load_network(run, theirs))
     if network is None and theirs == ours:
         return freeze(_load_network(run, ours))
@@ -230,7 +219,7 @@ def frozen_reference(run: RunContext, network: nn.Module | None = None) -> nn.Mo
 
 
 def _load_network(run: RunContext, dtype: str) -> nn.Module:
-    return run.family.load_network(run.model_path, dtype=getattr(torch, dtype), **hub_options(run.config.model))
+    return run.family.load_network(run.model_path, dtype=getattr(torch, dtype), **run.config.model.hub_options)
 
 
 def make_loss(run: RunContext) -> SIPOLoss:
@@ -241,11 +230,6 @@ def make_loss(run: RunContext) -> SIPOLoss:
 def loss_beta(run: RunContext, loss_fn: SIPOLoss) -> float:
     """The loss's β: the configured one, or the method's own for the family's images or videos."""
     return loss_fn.options.beta_for(5 if run.family.video else 4)
-
-
-def hub_options(model: ModelConfig) -> dict[str, str]:
-    """Options of every ``from_pretrained``."""
-    return {key: value for key in ("revision", "variant") if (value := getattr(model, key)) is not None}
 
 
 def _made(folder: Path, make: Any) -> Any:

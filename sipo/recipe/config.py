@@ -7,7 +7,6 @@ Names that do not exist are errors that say the nearest one that does. Needs pyd
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import typing
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from sipo.data.config import DataConfig
 from sipo.families.config import ModelConfig
 from sipo.fields import AtLeast1, NotNegative, check_fields
 from sipo.files import FileError, expand, one_line, short
+from sipo.recipe.key_hints import probable_key
 from sipo.training.config import TrainingConfig
 from sipo.yaml_files import parse_yaml, read_yaml
 from sipo_kernels.backends import BACKENDS
@@ -41,34 +41,6 @@ _PATHS = (
     ("data", "cache"),
     ("training", "output_dir"),
 )
-
-
-# Keys that neither words nor letters lead from. Those of diffusers' and transformers' scripts are eval_steps,
-# save_steps, save_total_limit and resume_from_checkpoint; the others are short names that people try.
-_OTHER_NAMES = {
-    "model.path": "model.pretrained_model_name_or_path",
-    "data.path": "data.dataset_name",
-    "data.batch_size": "training.train_batch_size",
-    "loss.link": "loss.loss_type",
-    "loss.winner_preserving": "loss.safeguard",
-    "training.lr": "training.learning_rate",
-    "training.betas": "training.adam_beta1 and training.adam_beta2",
-    "training.eps": "training.adam_epsilon",
-    "training.clip": "training.max_grad_norm",
-    "training.caption_dropout": "training.proportion_empty_prompts",
-    "training.log_every": "training.logging_steps",
-    "training.validate_every": "training.validation_steps",
-    "training.eval_steps": "training.validation_steps",
-    "training.checkpoint_every": "training.checkpointing_steps",
-    "training.save_every": "training.checkpointing_steps",
-    "training.save_steps": "training.checkpointing_steps",
-    "training.save_total_limit": "training.checkpoints_total_limit",
-    "training.keep_checkpoints": "training.checkpoints_total_limit",
-    "training.trackers": "training.report_to",
-    "training.tensorboard": "training.report_to",
-    "training.resume": "sipo train --resume",
-    "training.resume_from_checkpoint": "sipo train --resume",
-}
 
 
 class ConfigError(ValueError):
@@ -130,6 +102,64 @@ class Config:
         plain: dict[str, Any] = _plain(dataclasses.asdict(self))
         return plain
 
+    @property
+    def reference_kind(self) -> str:
+        """``model.reference`` with "auto" resolved: "adapter_off", "copy" or "errors"."""
+        if self.model.reference != "auto":
+            return self.model.reference
+        if self.data.reference_errors:
+            return "errors"
+        return "adapter_off" if self.model.tuning == "lora" else "copy"
+
+    @property
+    def policy_dtype(self) -> str:
+        """The type of the weights that policy and reference start from."""
+        return self.model.dtype if self.model.tuning == "lora" else "float32"
+
+    @property
+    def reference_dtype(self) -> str:
+        """``model.reference_dtype``, or the smallest type in which the reference predicts as the policy does."""
+        if self.model.reference_dtype is not None:
+            return self.model.reference_dtype
+        return self.policy_dtype if self.model.tuning == "lora" else _COMPUTED[self.training.mixed_precision]
+
+    @property
+    def differing_types(self) -> str | None:
+        """Why the types alone make a frozen reference predict other than the policy before training; ``None`` if not.
+
+        Weights in float32 may be held in the type that autocast rounds them to; any other difference shows.
+        """
+        ours, theirs, precision = self.policy_dtype, self.reference_dtype, self.training.mixed_precision
+        same = [ours, _COMPUTED[precision]] if ours == "float32" else [ours]
+        if theirs in same:
+            return None
+        return (
+            f"model.reference_dtype={theirs!r}: the policy's weights are {ours} and training.mixed_precision is "
+            f"{precision!r}, so the two differ before training by what one of them rounds; expected "
+            f"{' or '.join(dict.fromkeys(same))}"
+        )
+
+    @property
+    def differing_start(self) -> str | None:
+        """Why the run's reference predicts other than the policy before training; ``None`` if it does not."""
+        return None if self.reference_kind == "adapter_off" else self.differing_types
+
+    def reference_marks(self, whole: torch.dtype | None = None) -> dict[str, Any]:
+        """What says which network the reference is and how it runs: ``reference`` of sipo.cache.reference_errors.
+
+        Args:
+            whole: see :func:`sipo.training.sharding.whole_dtype`.
+        """
+        marks = {
+            name: getattr(self.model, name)
+            for name in ("family", "pretrained_model_name_or_path", "revision", "variant")
+        }
+        # One that predicts as the policy does has the policy's type: the storage type does not change the errors.
+        dtype = self.policy_dtype if self.differing_types is None else self.reference_dtype
+        if whole is not None:
+            dtype = f"{str(whole).removeprefix('torch.')}, norms too"
+        return marks | {"dtype": dtype, "mixed_precision": self.training.mixed_precision}
+
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Reads a YAML file and applies overrides ``section.key=value``, whose values are YAML too.
@@ -174,7 +204,11 @@ def from_dict(tree: dict[str, Any]) -> Config:
 
     tree = _with_paths(tree)
     for key in _unknown(tree, Config, ()):
-        raise ConfigError(f"{one_line('.'.join(key), _LONGEST)}: no such key{_nearest(key)}")
+        paths = list(_paths(Config))
+        meant = probable_key(key, paths)
+        beside = [path[-1] for path in paths if path[:-1] == key[:-1]]
+        hint = f"did you mean {meant}?" if meant else f"expected one of {', '.join(beside or _names(Config))}"
+        raise ConfigError(f"{one_line('.'.join(key), _LONGEST)}: no such key, {hint}")
     for name, value in _integers(tree, ""):
         if not -_LARGEST <= value < _LARGEST:
             raise ConfigError(f"{name}={short(value)}: expected an integer of 64 bits")
@@ -227,67 +261,13 @@ def _check(config: Config) -> None:
     if model.reference == "errors" and not config.data.reference_errors:
         raise ConfigError("data.reference_errors=False: expected True with model.reference='errors'")
     # bfloat16 and float16 do not meet in one operator, and a pair's errors are compared in one type.
-    used = {f"model.dtype={model.dtype!r}": policy_dtype(config)}
-    if reference_kind(config) != "adapter_off":
-        used[f"model.reference_dtype={model.reference_dtype!r}"] = reference_dtype(config)
+    used = {f"model.dtype={model.dtype!r}": config.policy_dtype}
+    if config.reference_kind != "adapter_off":
+        used[f"model.reference_dtype={model.reference_dtype!r}"] = config.reference_dtype
     used[f"training.mixed_precision={precision!r}"] = _COMPUTED[precision]
     halves = {dtype: name for name, dtype in reversed(used.items()) if dtype != "float32"}  # the first of each type
     if len(halves) > 1:
         raise ConfigError(f"{' with '.join(reversed(halves.values()))}: expected no two half-precision types in a run")
-
-
-def reference_kind(config: Config) -> str:
-    """``model.reference`` with "auto" resolved: "adapter_off", "copy" or "errors"."""
-    if config.model.reference != "auto":
-        return config.model.reference
-    if config.data.reference_errors:
-        return "errors"
-    return "adapter_off" if config.model.tuning == "lora" else "copy"
-
-
-def policy_dtype(config: Config) -> str:
-    """The type of the weights that policy and reference start from."""
-    return config.model.dtype if config.model.tuning == "lora" else "float32"
-
-
-def reference_dtype(config: Config) -> str:
-    """``model.reference_dtype`` with ``None`` resolved: the smallest type in which it predicts as the policy does."""
-    if config.model.reference_dtype is not None:
-        return config.model.reference_dtype
-    return policy_dtype(config) if config.model.tuning == "lora" else _COMPUTED[config.training.mixed_precision]
-
-
-def differing_types(config: Config) -> str | None:
-    """Why the types alone make a frozen reference predict other than the policy before training; ``None`` if not.
-
-    Weights in float32 may be held in the type that autocast rounds them to; any other difference shows.
-    """
-    ours, theirs, precision = policy_dtype(config), reference_dtype(config), config.training.mixed_precision
-    same = [ours, _COMPUTED[precision]] if ours == "float32" else [ours]
-    if theirs in same:
-        return None
-    return (
-        f"model.reference_dtype={theirs!r}: the policy's weights are {ours} and training.mixed_precision is "
-        f"{precision!r}, so the two differ before training by what one of them rounds; expected "
-        f"{' or '.join(dict.fromkeys(same))}"
-    )
-
-
-def reference_marks(config: Config, whole: torch.dtype | None = None) -> dict[str, Any]:
-    """What says which network the reference is and how it runs: ``reference`` of sipo.cache.reference_errors.
-
-    Args:
-        config: the run's.
-        whole: see :func:`sipo.training.sharding.whole_dtype`.
-    """
-    marks = {
-        name: getattr(config.model, name) for name in ("family", "pretrained_model_name_or_path", "revision", "variant")
-    }
-    # One that predicts as the policy does has the policy's type: the storage type does not change the errors.
-    dtype = policy_dtype(config) if differing_types(config) is None else reference_dtype(config)
-    if whole is not None:
-        dtype = f"{str(whole).removeprefix('torch.')}, norms too"
-    return marks | {"dtype": dtype, "mixed_precision": config.training.mixed_precision}
 
 
 def _names(section: Any) -> list[str]:
@@ -316,39 +296,6 @@ def _paths(section: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[str, ...
         yield (*place, name)
         if name in nested:
             yield from _paths(nested[name], (*place, name))
-
-
-def _nearest(key: tuple[str, ...]) -> str:
-    """Words for an error: the key that was probably meant, or all keys of the section.
-
-    A key of the same section may be merely similar. One of another section must be the same or nearly the same, except
-    where the name stands outside all sections.
-    """
-    paths = list(_paths(Config))
-    beside = [path for path in paths if path[:-1] == key[:-1]]
-    elsewhere = [path for path in paths if path[-1] == key[-1]]
-    meant = (
-        _OTHER_NAMES.get(".".join(key[-2:]))
-        or _with_words(key[-1], beside)
-        or next((".".join(path) for path in elsewhere), None)
-        or _alike(key[-1], beside, 0.75)
-        or (_with_words(key[-1], paths) if len(key) == 1 else None)
-        or _alike(key[-1], paths, 0.85)
-    )
-    if meant:
-        return f", did you mean {meant}?"
-    return f", expected one of {', '.join(path[-1] for path in beside or [(n,) for n in _names(Config)])}"
-
-
-def _with_words(name: str, paths: list[tuple[str, ...]]) -> str | None:
-    """The first key that has all words of a name, in their order: ``batch_size`` is in ``train_batch_size``."""
-    return next((".".join(path) for path in paths if f"_{name}_" in f"_{path[-1]}_"), None)
-
-
-def _alike(name: str, paths: list[tuple[str, ...]], least: float) -> str | None:
-    """The key whose letters are nearest to a name's, if the two are at least this similar (from 0 to 1)."""
-    close = difflib.get_close_matches(name, [path[-1] for path in paths], n=1, cutoff=least)
-    return next((".".join(path) for path in paths if path[-1] in close), None)
 
 
 def _plain(value: Any) -> Any:

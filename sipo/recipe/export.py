@@ -10,7 +10,7 @@ from sipo.families import Family, get
 from sipo.families.lora_files import Adapter, check_format, needs_network_config, read_adapter, write_adapter
 from sipo.families.tuning import ADAPTER
 from sipo.recipe import config as configuration
-from sipo.recipe.build import hub_options, model_folder
+from sipo.recipe.build import model_folder
 from sipo.recipe.config import Config, ConfigError
 from sipo.training import checkpoint, storage
 from sipo.training.config import CheckpointError
@@ -140,7 +140,7 @@ def _network_config(family: Family, config: Config) -> dict[str, Any]:
     """The configuration of the run's network, from which SDXL's blocks are numbered."""
     path = model_folder(config)
     try:
-        return family.network_config(path, **hub_options(config.model))
+        return family.network_config(path, **config.model.hub_options)
     except (OSError, ValueError) as error:
         reason = f"cannot read the configuration of its {family.network}, by which its blocks are numbered"
         raise FileNotFoundError(

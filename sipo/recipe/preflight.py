@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from sipo.families.tuning import check_targets
 from sipo.processes import everywhere
-from sipo.recipe.build import RunContext, hub_options, make_loss
+from sipo.recipe.build import RunContext, make_loss
 from sipo.recipe.config import ConfigError
 from sipo.schedule.diffusers_schedulers import with_settings
 from sipo.training import TrainingConfig, TrainingWarning
@@ -102,7 +102,7 @@ def _check_sampler(run: RunContext) -> None:
     samples, model = run.config.samples, run.config.model
     if not samples.validation_prompts:
         return
-    own = run.family.load_scheduler(run.model_path, **hub_options(model))
+    own = run.family.load_scheduler(run.model_path, **model.hub_options)
     scheduler = with_settings(own, model.prediction_type, model.shift)
     most = getattr(scheduler.config, "num_train_timesteps", None)
     if run.schedule.kind == "discrete" and most is not None and samples.num_inference_steps > most:
@@ -124,7 +124,7 @@ def _check_network(run: RunContext) -> None:
     """Sizes, LoRA's targets and checkpointing, by the network's configuration: no weights are read."""
     config, family = run.config, run.family
     model, data = config.model, config.data
-    network: Any = family.empty_network(run.model_path, **hub_options(model))
+    network: Any = family.empty_network(run.model_path, **model.hub_options)
     for height, width in data.sizes:
         try:
             family.check_size(None, height, width, data.frames)
@@ -144,7 +144,7 @@ def _check_network(run: RunContext) -> None:
 
 def _check_files(run: RunContext, work: Work) -> None:
     """Weights are there, in safetensors; those of a hub are downloaded, of the network only where it is needed."""
-    options = hub_options(run.config.model)
+    options = run.config.model.hub_options
     run.family.fetch(run.model_path, network=False, **options)
     if work != "precompute" or run.config.data.reference_errors or Path(run.model_path).is_dir():
         run.family.fetch(run.model_path, network=True, **options)

@@ -24,7 +24,7 @@ from sipo.processes import from_main, on_main
 from sipo.progress import say
 from sipo.recipe.build import RunContext, build, datasets, make_loss, open_run
 from sipo.recipe.card import model_card
-from sipo.recipe.config import Config, ConfigError, differing_types, reference_kind
+from sipo.recipe.config import Config, ConfigError
 from sipo.recipe.preflight import check_run
 from sipo.recipe.prepare_data import prepare_data
 from sipo.recipe.sampling import ValidationSamples
@@ -192,10 +192,9 @@ def _naming_sections() -> Iterator[None]:
 
 def _mismatch(config: Config, network: nn.Module) -> Mismatch:
     """What to do where policy and reference differ at the start: an error, unless their types or dropout explain it."""
-    types = reference_kind(config) != "adapter_off" and differing_types(config) is not None
     # An adapter's own dropout changes nothing at first, as its second factor is 0.
     dropout = any(isinstance(m, nn.Dropout) and m.p > 0 and "lora_" not in n for n, m in network.named_modules())
-    return "warn" if types or dropout else "raise"
+    return "warn" if config.differing_start or dropout else "raise"
 
 
 def _identity(run: RunContext, data: str) -> dict[str, Any]:
@@ -204,11 +203,10 @@ def _identity(run: RunContext, data: str) -> dict[str, Any]:
     free = ("gradient_checkpointing", "reference_offload", *PLACE)
     model = {f"model.{name}": value for name, value in config.as_dict()["model"].items() if name not in free}
     # In which type the reference is held makes no other run of one that predicts as the policy does.
-    same = reference_kind(config) == "adapter_off" or differing_types(config) is None
-    model["model.reference_dtype"] = "as the policy's" if same else config.model.reference_dtype
+    model["model.reference_dtype"] = config.model.reference_dtype if config.differing_start else "as the policy's"
     weights = {f"model.{name}": value for name, value in run.weights(network=True).items()}
     draws = {f"data.{name}": getattr(config.data, name) for name in ("draws", "held_out", "seed")}
-    return {**model, **weights, **draws, "model.reference": reference_kind(config), "data": data}
+    return {**model, **weights, **draws, "model.reference": config.reference_kind, "data": data}
 
 
 def _write_config(run: RunContext) -> None:
