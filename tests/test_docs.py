@@ -18,7 +18,7 @@ import yaml
 from sipo.cache.savings import FULL_SIZE
 from sipo.data.readers import JsonlReader
 from sipo.families import get
-from sipo.recipe.config import from_dict
+from sipo.recipe.config import ConfigError, from_dict
 from sipo.training import TrainingConfig
 from sipo.training.optimization import rate_factor
 from tests.docs_pages import (
@@ -201,6 +201,24 @@ def test_every_flag_of_the_scripts_has_its_row_or_is_a_key() -> None:
         assert named[0] == named[1] and named[0] in without
 
 
+def test_flags_whose_row_names_a_key_lead_to_it() -> None:
+    """The error for a flag in place of a key names what the flag's row does."""
+    known = known_keys()
+    names, led = {key.rpartition(".")[2] for key in known}, []
+    for line in page_text("moving").splitlines():
+        if line.startswith("| `--"):
+            flags, _, here = line.split("|")[1:4]
+            spans_of_row = {span.partition(":")[0] for span in re.findall(r"`([^`]+)`", here)}
+            named = spans_of_row & (known | {"HF_DATASETS_CACHE", "sipo label", "--resume"})
+            for flag in re.findall(r"`--(\w+)`", flags) if named else ():
+                if flag not in names:
+                    with pytest.raises(ConfigError) as caught:
+                        from_dict(LEAST | {flag: 1})
+                    assert any(key in str(caught.value) for key in named), caught.value
+                    led.append(flag)
+    assert len(led) == 19
+
+
 def row_of(flag: str) -> str:
     """A row of docs/moving.md."""
     return next(line for line in page_text("moving").splitlines() if line.startswith(f"| `--{flag}`"))
@@ -346,7 +364,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, clip_folder: Path) -> Pa
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_runs(page: str, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workspace)
-    shutil.rmtree("runs", ignore_errors=True)  # each page begins anew; what was encoded stays
+    shutil.rmtree("runs", ignore_errors=True)  # each page begins again; what was encoded stays
     output, language = "", ""
     for block in blocks(page):
         where = f"{page}.md:{block.line}"

@@ -6,8 +6,8 @@ import difflib
 from collections.abc import Sequence
 
 # Our keys, and their counterparts: in the training scripts of diffusers and Diffusion-DPO, in TRL's DPOConfig with
-# transformers' TrainingArguments, and short names that people try. Names whose letters or words lead to the key from any
-# section are left out. One with a section is meant in that section only.
+# transformers' TrainingArguments, and short names that people try. Names whose letters or words lead
+# to the key from any section are left out. One with a section is meant in that section only.
 _OTHER_NAMES = {
     "model.family": "sdxl",
     "model.pretrained_model_name_or_path": (
