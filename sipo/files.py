@@ -1,4 +1,4 @@
-"""Reading and writing files: written aside and renamed, read with errors that name the file."""
+"""Reads files with errors that name them, and writes files aside and renames them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import stat
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,14 +18,14 @@ from typing import Any
 from torch import Tensor
 
 LFS_POINTER = b"version https://git-lfs"
-"""How a file begins that stands for another, which Git LFS has not fetched."""
+"""First bytes of a file that stands for another one, which Git LFS has not fetched."""
 
 _ASIDE, _OLD = ".tmp", "old"
-_LETTERS = 50  # of a name, which may have 255 bytes in all, and a letter four of them
-_count = itertools.count()  # of places aside: threads may write one name, or names that begin alike
+_LETTERS = 50  # most letters of a name that are kept: a name may have 255 bytes, and a letter four of them
+_count = itertools.count()  # temporary folders: threads may write files of one name, or of names that begin alike
 
-_REFUSED = (errno.EPERM, errno.EACCES, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF)
-"""How file systems without modes, or without folders that can be synced (SMB, FUSE), answer."""
+# Errors from file systems without modes, or without folders that can be synced (SMB, FUSE).
+_UNSUPPORTED = (errno.EPERM, errno.EACCES, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF)
 
 
 class FileError(ValueError):
@@ -34,16 +33,16 @@ class FileError(ValueError):
 
 
 def expand(path: str) -> str:
-    """A path with ``~`` and environment variables (``$NAME``, ``${NAME}``) filled in, as a shell does.
+    """Expands ``~`` and environment variables (``$NAME``, ``${NAME}``) in a path, as a shell does.
 
     A path that exists as written is left unchanged, as is a ``$`` with no name after it.
 
     Raises:
-        ValueError: a variable that is not set, or no such user.
+        ValueError: a variable is not set, or a user does not exist.
     """
 
-    def value(found: re.Match[str]) -> str:
-        name = found[1] or found[2]
+    def value(match: re.Match[str]) -> str:
+        name = match[1] or match[2]
         if name not in os.environ:
             raise ValueError(f"{path!r}: the environment variable {name} is not set")
         return os.environ[name]
@@ -59,21 +58,21 @@ def expand(path: str) -> str:
 
 
 def check_regular(path: Path) -> os.stat_result:
-    """Refuses anything but a regular file: opening a FIFO would wait for ever, and a device may have no end.
+    """Refuses anything but a regular file, and returns its status: a FIFO would block, and a device may have no end.
 
     Raises:
         FileNotFoundError: it does not exist.
-        FileError: a folder, FIFO, socket or device.
+        FileError: it is a folder, FIFO, socket or device.
     """
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode):
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
         kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
-        raise FileError(f"{path}: is {kinds.get(stat.S_IFMT(found.st_mode), 'a device')}, expected a file")
-    return found
+        raise FileError(f"{path}: is {kinds.get(stat.S_IFMT(status.st_mode), 'a device')}, expected a file")
+    return status
 
 
 def read_bytes(path: Path) -> bytes:
-    """A regular file's content.
+    """Reads a regular file.
 
     Raises:
         FileNotFoundError: it does not exist.
@@ -89,7 +88,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_text(path: Path) -> str:
-    """A regular file's content in UTF-8. Errors as for :func:`read_bytes`."""
+    """Reads a regular file as UTF-8. Errors as for :func:`read_bytes`."""
     try:
         return read_bytes(path).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -97,7 +96,7 @@ def read_text(path: Path) -> str:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object that a file holds. Errors as for :func:`read_bytes`."""
+    """Reads a file that holds a JSON object. Errors as for :func:`read_bytes`."""
     value = parse_json(read_text(path), path)
     if not isinstance(value, dict):
         raise FileError(f"{path}: holds {type(value).__name__}, expected a JSON object")
@@ -105,14 +104,10 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def parse_json(text: str, where: object = "") -> Any:
-    """A JSON value, or an error of one line, whatever the text does to the parser.
-
-    Args:
-        text: to parse.
-        where: named in the error; nothing, where the caller names it.
+    """Parses JSON; every failure of the parser is an error of one line, which begins with ``where`` if given.
 
     Raises:
-        FileError: it is no JSON, is nested too deeply, or holds a number of thousands of digits.
+        FileError: the text is not JSON, is nested too deeply, or has a number of thousands of digits.
     """
     before = f"{where}: " if where else ""
     try:
@@ -125,26 +120,28 @@ def parse_json(text: str, where: object = "") -> Any:
 
 @contextmanager
 def aside(path: Path, *, durable: bool = False) -> Iterator[Path]:
-    """Where to write a file or a folder that then takes ``path``'s place, whole or not at all.
+    """Yields a temporary path; the file or folder written there then replaces ``path``, completely or not at all.
 
-    The place has ``path``'s own name, so that libraries which look at the suffix may write it, in a folder of this
-    process's own, so that what they write beside it goes when that folder goes. Files get the mode that the umask says.
-    What a killed process leaves behind, :func:`remove_leftovers` removes.
+    It has the same name as ``path``, for libraries that read the suffix, and a temporary folder of its own, which is
+    removed with everything else in it. Files get the mode that the umask gives. If the process is killed,
+    :func:`remove_leftovers` removes the folder later.
 
     Args:
-        path: to be written or replaced; its folder exists.
-        durable: wait until content and names are on disk, so that a power cut leaves the former one or this one.
+        path: file or folder to write or replace; its parent exists.
+        durable: wait until content and names are on disk, so that a power cut leaves either the old or the new one.
 
     Raises:
         OSError: it cannot be written; names ``path``.
     """
     folder = path.with_name(f".{path.name[:_LETTERS]}.{next(_count)}.{os.getpid()}{_ASIDE}")
-    _clear(folder)  # of a killed process that had this one's number
+    _clear(folder)  # left by a killed process with the same id
     try:
         folder.mkdir()
         place = folder / path.name
         yield place
-        mode = default_mode(folder)
+        # safetensors writes files with mode 0600, which nobody else can read. The folder's mode shows the umask, which
+        # itself can only be read by setting it, in a race with other threads.
+        mode = stat.S_IMODE(folder.stat().st_mode) & 0o666
         for file in [place] if place.is_file() else sorted(place.rglob("*")):
             if file.is_file() and not file.is_symlink():
                 _set_mode(file, mode)
@@ -157,31 +154,29 @@ def aside(path: Path, *, durable: bool = False) -> Iterator[Path]:
         if durable:
             sync(path.parent)
     except OSError as error:
-        inner = error.filename is None or str(error.filename).startswith(str(folder))
         # On a full disk Python names no file; other errors name the temporary path.
-        if error.errno is not None and inner:
+        if error.errno is not None and (error.filename is None or str(error.filename).startswith(str(folder))):
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     except Exception as error:
         if type(error).__name__ != "SafetensorError":
             raise
-        raise OSError(f"{path}: cannot be written ({_reason(error)})") from error  # what the file system says, too
+        raise OSError(f"{path}: cannot be written ({_reason(error)})") from error  # includes file system errors
     finally:
         _clear(folder)
 
 
 def check_output(path: Path, begins: str, what: str) -> None:
-    """Makes the folder of a file that :func:`write_aside` is to write after long work.
+    """Checks, before long work, that :func:`write_aside` can write its output, and makes the folder.
 
     Args:
-        path: the file.
-        begins: regular expression of how an earlier output of the same kind begins; that is replaced, and no other
-            file.
-        what: the kind, for the message.
+        path: the output file.
+        begins: regular expression for the first bytes of an earlier output; no other file may be replaced.
+        what: kind of output, for the message.
 
     Raises:
-        OSError: no file can be written there, or one of another kind would be lost.
-        FileError: a FIFO, a socket or a device is there.
+        OSError: the file cannot be written, or another kind of file would be lost.
+        FileError: ``path`` is a FIFO, a socket or a device.
     """
     if path.is_dir():
         raise IsADirectoryError(f"{path}: is a folder, expected a file to write")
@@ -195,13 +190,7 @@ def check_output(path: Path, begins: str, what: str) -> None:
 
 
 def write_aside(path: Path, content: str | bytes, *, durable: bool = False) -> None:
-    """Writes a file aside and renames it (:func:`aside`), so that nobody ever reads half of it.
-
-    Args:
-        path: of the file; its folder exists.
-        content: text is written in UTF-8.
-        durable: as for :func:`aside`.
-    """
+    """Writes a file aside and renames it (:func:`aside`), so that nobody reads an incomplete one; text is in UTF-8."""
     with aside(path, durable=durable) as place:
         place.write_bytes(content.encode() if isinstance(content, str) else content)
 
@@ -209,13 +198,9 @@ def write_aside(path: Path, content: str | bytes, *, durable: bool = False) -> N
 def save_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, *, durable: bool = False
 ) -> None:
-    """Writes a safetensors file aside and renames it: the same content gives the same bytes.
+    """Writes a safetensors file with :func:`aside`: the same content gives the same bytes.
 
-    Args:
-        path: of the file; its folder exists.
-        tensors: contiguous, on any device, sharing no memory.
-        metadata: of the file.
-        durable: as for :func:`aside`.
+    Tensors are contiguous, on any device, and share no memory.
 
     Raises:
         OSError: it cannot be written; names the file.
@@ -229,7 +214,7 @@ def save_tensors(
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what killed processes have left of :func:`aside` in a folder, and in nothing below it."""
+    """Removes the temporary folders of :func:`aside` that killed processes left in a folder, not those below it."""
     for path in folder.glob(f".*{_ASIDE}"):
         number = path.name.removesuffix(_ASIDE).rpartition(".")[2]
         if number.isdecimal() and not _runs(int(number)):
@@ -237,11 +222,11 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU.
+    """Reads a safetensors file into tensors on the CPU.
 
     Raises:
         FileNotFoundError: it does not exist.
-        FileError: no safetensors file, or a damaged one.
+        FileError: it is not a safetensors file, or is damaged.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -254,7 +239,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def check_safetensors(path: Path) -> None:
-    """Refuses a weight file whose header shows it to be damaged or something else; of the tensors, nothing is read.
+    """Refuses a weight file that is damaged or not safetensors, by its header: no tensor is read.
 
     Errors as for :func:`load_tensors`.
     """
@@ -264,7 +249,7 @@ def check_safetensors(path: Path) -> None:
     with path.open("rb") as file:
         begin = file.read(64)
     reason = f"{size} bytes, cut short or damaged"
-    # The length of a header may look like anything, so that what a file is otherwise is only asked where it is none.
+    # The header's length may have any bytes, so other kinds of files are recognised only if there is no header.
     if begin[8:9] == b"{" and int.from_bytes(begin[:8], "little") <= size - 8:
         try:
             with safe_open(path, "pt"):
@@ -279,7 +264,7 @@ def check_safetensors(path: Path) -> None:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a regular file, in hexadecimal."""
+    """Computes the SHA-256 of a regular file, in hexadecimal."""
     check_regular(path)
     state = hashlib.sha256()
     with path.open("rb") as file:
@@ -288,23 +273,10 @@ def file_hash(path: Path) -> str:
     return state.hexdigest()
 
 
-def default_mode(folder: Path) -> int:
-    """The mode that a new file gets in a folder, by the umask: safetensors' own is 0600, which no colleague can read.
-
-    The umask can only be asked for by setting it, which would race with other threads.
-    """
-    probe = folder / f".mode.{os.getpid()}.{threading.get_ident()}"
-    try:
-        probe.touch()
-        return stat.S_IMODE(probe.stat().st_mode)
-    finally:
-        probe.unlink(missing_ok=True)
-
-
 def sync(path: Path) -> None:
     """Waits until a file's content, or the names in a folder, are on disk.
 
-    Some file systems refuse this for folders, which is no error: there is nothing else to wait for.
+    Some file systems cannot sync folders, which is not an error.
 
     Raises:
         OSError: it cannot be written; names ``path``.
@@ -316,13 +288,13 @@ def sync(path: Path) -> None:
         finally:
             os.close(handle)
     except OSError as error:
-        if error.errno in _REFUSED and path.is_dir():
+        if error.errno in _UNSUPPORTED and path.is_dir():
             return
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def sync_all(path: Path) -> None:
-    """Waits until a file, or a folder with all files and names below it, is on disk."""
+    """Waits until a file, or a folder with everything below it, is on disk."""
     for below in sorted(path.rglob("*")) if path.is_dir() else ():
         if below.is_dir() or below.is_file():
             sync(below)
@@ -330,7 +302,7 @@ def sync_all(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Removes a file or a folder with all that is in it; nothing there is as well."""
+    """Removes a file, or a folder with everything in it, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -338,18 +310,18 @@ def remove(path: Path) -> None:
 
 
 def _set_mode(file: Path, mode: int) -> None:
-    """Sets a file's mode where it is another, and the file system has modes."""
+    """Sets a file's mode if it differs and the file system has modes."""
     if stat.S_IMODE(file.stat().st_mode) == mode:
         return
     try:
         os.chmod(file, mode)
     except OSError as error:
-        if error.errno not in _REFUSED:
+        if error.errno not in _UNSUPPORTED:
             raise
 
 
 def _clear(folder: Path) -> None:
-    """Removes a folder of :func:`aside`, and puts back what was moved into it if nothing has taken its place."""
+    """Removes a temporary folder, and restores what :func:`aside` moved into it if nothing has replaced that."""
     for path in folder.glob(f"{_OLD}/*"):
         if not (folder.parent / path.name).exists():
             os.replace(path, folder.parent / path.name)
@@ -357,7 +329,7 @@ def _clear(folder: Path) -> None:
 
 
 def _runs(number: int) -> bool:
-    """Whether a process of that number runs on this machine; true where it cannot be known."""
+    """Tells whether a process with that id runs on this machine; true if this cannot be determined."""
     try:
         os.kill(number, 0)
     except (ProcessLookupError, OverflowError):
@@ -368,7 +340,7 @@ def _runs(number: int) -> bool:
 
 
 def _sort_metadata(path: Path) -> None:
-    """Sorts a safetensors file's metadata in place: the library writes them in an order of each process's own."""
+    """Sorts a safetensors file's metadata in place: the library writes them in an order that varies by process."""
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
@@ -380,7 +352,7 @@ def _sort_metadata(path: Path) -> None:
 
 
 def short(value: object, limit: int = 60) -> str:
-    """A value as a message shows it: ``limit`` characters of its ``repr``, however large it is."""
+    """Formats a value for a message: at most ``limit`` characters of its ``repr``."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # an integer of thousands of digits, which YAML reads in hexadecimal
@@ -389,11 +361,11 @@ def short(value: object, limit: int = 60) -> str:
 
 
 def one_line(message: BaseException | str, limit: int | None = None) -> str:
-    """A message in one line, cut to ``limit`` characters; the type of an error that has none."""
+    """Returns a message in one line of at most ``limit`` characters; the type of an error that has none."""
     line = " ".join(str(message).split()) or type(message).__name__
     return line if limit is None or len(line) <= limit else f"{line[:limit]}…"
 
 
 def _reason(error: BaseException) -> str:
-    """The same without the file that an error of the system names."""
+    """Returns an error's message in one line, without the file that a system error names."""
     return error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
