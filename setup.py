@@ -1,19 +1,19 @@
-"""Builds csrc/ into `sipo_kernels/_native.so`: the CPU part where a C++ compiler is found, the CUDA part with nvcc.
+"""Builds csrc/ into `sipo_kernels/_native.so`: the CPU part if there is a C++ compiler, the CUDA part if there is nvcc.
 
 The library has a plain C interface and is loaded through ctypes: building it needs neither torch nor Python's
-headers, and one wheel serves every Python version. What cannot be built is left out, the installation goes on without
-it, and `sipo_kernels/_build_info.json` keeps the reason for `sipo doctor`. That file also says what was built:
+headers, and one wheel serves every Python version. What cannot be built is left out, and the installation continues
+without it. `sipo_kernels/_build_info.json` records what was built and why the rest was not:
 
     {"library": file name or null,
-     "digest": what the library was made from; null if a compilation failed, which the next build tries again,
+     "digest": of all that the library depends on; null if a compilation failed, which the next build tries again,
      "parts": {"cpu": {"built": true, "reason": null, "compiler": str, "flags": [str], "isas": [str]},
                "cuda": {"built": true, "reason": null, "compiler": str, "flags": [str], "archs": [str]}}}
 
-A part that was left out has `"built": false` and a reason, and no more.
+A part that was left out has only `"built": false` and a reason.
 
-Environment: CXX, CXXFLAGS and LDFLAGS as usual; CUDACXX, CUDA_HOME or CUDA_PATH say where nvcc is, and
-SIPO_CUDA_ARCHS="80;90a" for which GPUs it compiles ("none": the CUDA part is left out); SIPO_SKIP_NATIVE=1 leaves the
-library out.
+Environment variables: CXX, CXXFLAGS and LDFLAGS as usual; CUDACXX, CUDA_HOME or CUDA_PATH to say where nvcc is;
+SIPO_CUDA_ARCHS="80;90a" to compile for these GPUs only ("none" leaves out the CUDA part); SIPO_SKIP_NATIVE=1 to leave
+out the library.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from setuptools import Extension, setup
@@ -40,38 +41,36 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "sipo_kernels"
-# The library carries it, and the package, which needs no torch for that, compares it with the sources at hand.
-sources_digest = runpy.run_path(str(ROOT / PACKAGE / "build_info.py"))["sources_digest"]
+# An import would need torch.
+build_info = SimpleNamespace(**runpy.run_path(str(ROOT / PACKAGE / "build_info.py")))
 LIBRARY = "_native.dylib" if sys.platform == "darwin" else "_native.so"
 RECORD = "_build_info.json"
 
 COMMON_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-pthread", "-Icsrc"]
-# One translation unit for each instruction set; the dispatcher picks among them when the library is loaded.
+# One translation unit for each instruction set; csrc/cpu/pair_loss.cpp chooses one at run time.
 X86_ISAS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
 }
-# A symbol that no unit defines shall fail the build and not the user's first call.
+# An undefined symbol fails the build, not the user's first call.
 LINK_FLAGS = ["-shared", "-pthread"] + (["-ldl", "-Wl,-z,defs"] if sys.platform.startswith("linux") else [])
 
 CUDA_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", "-Icsrc"]
-CUDA_FLAGS += ["-Xfatbin=-compress-all", "--threads=0"]  # a quarter of the size; the architectures side by side
-# The CUDA runtime goes in with its symbols hidden: the library then loads where there is no CUDA, and shares nothing
-# but the driver with torch, which brings a runtime of its own and perhaps of another version.
+CUDA_FLAGS += ["-Xfatbin=-compress-all", "--threads=0"]  # a quarter of the size; architectures compiled in parallel
+# The CUDA runtime is linked statically and its symbols are hidden. The library then loads without CUDA, and shares only
+# the driver with torch, which brings its own runtime, perhaps of another version.
 CUDA_LINK_FLAGS = ["-lcudart_static", "-lrt", "-ldl", "-Wl,--exclude-libs,ALL"]
-CUDA_ARCHS = ("80", "86", "89", "90a", "100", "120")  # those of them that the toolkit has
+CUDA_ARCHS = ("80", "86", "89", "90a", "100", "120")  # as far as the toolkit supports them
 OLDEST_CUDA_ARCH = 80  # bfloat16 conversions
 USUAL_NVCC = "/usr/local/cuda/bin/nvcc"
 
-BACKENDS = {"cpu": "native CPU", "cuda": "CUDA"}  # each part's, in what the build prints
-
 
 class LeftOutError(Exception):
-    """Why a part of the library is not built, in one line."""
+    """The reason, in one line, why a part of the library is not built."""
 
 
 class Unit(NamedTuple):
-    """One object file: a source below csrc/, and the compiler with all flags."""
+    """One object file: its source below csrc/, and the compiler's command with all flags."""
 
     name: str
     source: str
@@ -79,7 +78,7 @@ class Unit(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What compiles and links one part of the library, and what the record says of it beyond that."""
+    """One part of the library: how it is compiled and linked, and further details for the record."""
 
     compiler: str
     flags: list[str]
@@ -92,7 +91,7 @@ class Part(NamedTuple):
 
 
 def run(command: Sequence[str], what: str, show: bool = True) -> str:
-    """Runs a compiler in the source tree and returns all that it printed; a failure is a LeftOutError."""
+    """Runs a compiler in the source tree and returns its output; raises LeftOutError if it fails."""
     try:
         english = {**os.environ, "LC_ALL": "C"}
         done = subprocess.run(command, cwd=ROOT, env=english, capture_output=True, text=True)
@@ -108,7 +107,7 @@ def run(command: Sequence[str], what: str, show: bool = True) -> str:
 
 
 def find_compiler() -> list[str]:
-    """The C++ compiler's command, from CXX or the usual names."""
+    """Returns the C++ compiler's command: CXX, or the first of the usual names that is found."""
     named = shlex.split(os.environ.get("CXX", ""))
     if named:
         return named
@@ -119,13 +118,13 @@ def find_compiler() -> list[str]:
 
 
 def cpu_part(command: list[str]) -> Part:
-    """csrc/cpu: one unit for each instruction set that the compiler's target may have, and the dispatcher."""
+    """Returns the CPU part: one unit for each instruction set that the target may have, and pair_loss.cpp."""
     compiler = run([*command, "--version"], "asking for the compiler's version").splitlines()[0]
     target = run([*command, "-dumpmachine"], "asking for the compiler's target").strip()
     isas = X86_ISAS if target.startswith(("x86_64", "amd64")) else {}
     flags = COMMON_FLAGS + shlex.split(os.environ.get("CXXFLAGS", ""))
     base = [*command, *flags]
-    own = [f'-DSIPO_SOURCES="{sources_digest(ROOT)}"', *(["-DSIPO_X86=1"] if isas else [])]
+    own = [f'-DSIPO_SOURCES="{build_info.sources_digest(ROOT)}"', *(["-DSIPO_X86=1"] if isas else [])]
     units = [Unit("pair_loss", "csrc/cpu/pair_loss.cpp", base + own)]
     for isa in ("portable", *isas):
         own = [f"-DSIPO_ISA={isa}", *isas.get(isa, [])]
@@ -135,7 +134,7 @@ def cpu_part(command: list[str]) -> Part:
 
 
 def find_nvcc() -> list[str]:
-    """nvcc's command, from CUDACXX, CUDA_HOME, CUDA_PATH, the search path or the usual place."""
+    """Returns nvcc's command, from CUDACXX, CUDA_HOME, CUDA_PATH, the search path or the usual place."""
     named = shlex.split(os.environ.get("CUDACXX", ""))
     if named:
         return named
@@ -148,13 +147,13 @@ def find_nvcc() -> list[str]:
 
 
 def cuda_archs(nvcc: list[str]) -> list[str]:
-    """For which GPUs to compile, oldest first: all of CUDA_ARCHS that the toolkit has, or what SIPO_CUDA_ARCHS says."""
+    """Returns the architectures to compile for, oldest first: SIPO_CUDA_ARCHS, or all of CUDA_ARCHS that nvcc knows."""
 
     def age(arch: str) -> tuple[int, str]:
         return int(arch.rstrip("abcdef")), arch
 
     listed = re.findall(r"\bsm_(\d+[a-z]?)\b", run([*nvcc, "--list-gpu-code"], "asking nvcc for its architectures"))
-    # sm_90a, sm_90 with the instructions that no other architecture has, is not always in the list.
+    # nvcc does not always list sm_90a, which is sm_90 with the instructions that no later architecture has.
     known = {arch for arch in [*listed, *(["90a"] if "90" in listed else [])] if age(arch)[0] >= OLDEST_CUDA_ARCH}
     allowed = sorted(known, key=age)
     wanted = re.split(r"[;,\s]+", os.environ.get("SIPO_CUDA_ARCHS", "").strip(";, \t\n"))
@@ -169,10 +168,10 @@ def cuda_archs(nvcc: list[str]) -> list[str]:
 
 
 def cuda_part(cxx: list[str]) -> Part:
-    """csrc/cuda, one unit for each source, with machine code for each architecture and PTX for what comes after.
+    """Returns the CUDA part: one unit for each source, with machine code for each architecture and PTX for later ones.
 
     Args:
-        cxx: the C++ compiler's command, nvcc's host compiler where the two agree.
+        cxx: The C++ compiler's command; nvcc's host compiler if nvcc accepts it.
     """
     chosen = os.environ.get("SIPO_CUDA_ARCHS", "").strip()
     if chosen in ("0", "none"):
@@ -182,22 +181,22 @@ def cuda_part(cxx: list[str]) -> Part:
     compiler = next((line for line in version if "release" in line), version[-1] if version else "")
     archs = cuda_archs(nvcc)
     flags = [*CUDA_FLAGS, *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs)]
-    # PTX of compute_90a would run on sm_90a alone.
+    # PTX of compute_90a would run on sm_90a only.
     newest = archs[-1].rstrip("abcdef")
     flags.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
-    try:  # A launcher such as ccache would stand before the compiler. nvcc refuses what is too new for it.
-        host = ["-ccbin", cxx[-1]]
+    host = ["-ccbin", cxx[-1]]  # without a launcher such as ccache
+    try:
         run([*nvcc, *host, "-E", "-x", "cu", os.devnull], "trying the host compiler", show=False)
         flags += host
     except LeftOutError:
-        pass  # nvcc's own choice then
+        pass  # It is too new for nvcc, which then chooses another.
     sources = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
     if not sources:
         raise LeftOutError("there is no source csrc/cuda/*.cu")
     units = [Unit(f"cuda_{Path(source).stem}", source, [*nvcc, *flags]) for source in sources]
-    # Where its runtime lies, nvcc tells when asked what it would do.
-    would_do = run([*nvcc, "-dryrun", "-x", "cu", os.devnull], "asking nvcc for its libraries", show=False)
-    libraries = "".join(re.findall(r"^#\$ LIBRARIES=(.*)$", would_do, re.MULTILINE))
+    # A dry run prints where nvcc's runtime is.
+    dry_run = run([*nvcc, "-dryrun", "-x", "cu", os.devnull], "asking nvcc for its libraries", show=False)
+    libraries = "".join(re.findall(r"^#\$ LIBRARIES=(.*)$", dry_run, re.MULTILINE))
     folders = [word for word in shlex.split(libraries) if word.startswith("-L")]
     return Part(compiler, flags, {"archs": archs}, units, [*folders, *CUDA_LINK_FLAGS])
 
@@ -207,7 +206,7 @@ def without_cpu(reason: str) -> str:
 
 
 def find_parts() -> tuple[dict[str, Part], dict[str, str]]:
-    """The parts that can be tried, CPU first, and why others cannot."""
+    """Returns the parts that can be tried, CPU first, and why the others cannot."""
     parts: dict[str, Part] = {}
     left_out: dict[str, str] = {}
     try:
@@ -234,7 +233,7 @@ def compile_unit(unit: Unit, folder: str) -> str:
 
 
 def link(parts: Sequence[Part], objects: Sequence[str], target: Path) -> None:
-    """Links aside and renames: a running process may have the old library mapped."""
+    """Links to another name and renames: a running process may have the old library mapped."""
     aside = target.with_name(f".{target.name}.{os.getpid()}")
     flags = [flag for part in parts for flag in part.link_flags]
     try:
@@ -245,10 +244,10 @@ def link(parts: Sequence[Part], objects: Sequence[str], target: Path) -> None:
 
 
 def build(parts: dict[str, Part], library: Path) -> dict[str, str]:
-    """Compiles all units side by side and links the parts that compiled; returns why others did not."""
+    """Compiles all units in parallel and links the parts that compiled; returns why the others did not."""
     failed: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-        # CUDA, which takes the longest, first.
+        # CUDA first: it takes the longest.
         jobs = {
             name: [pool.submit(compile_unit, unit, folder) for unit in part.units]
             for name, part in reversed(parts.items())
@@ -259,7 +258,7 @@ def build(parts: dict[str, Part], library: Path) -> dict[str, str]:
                 objects[name] = [job.result() for job in jobs[name]]
             except LeftOutError as why:
                 failed[name] = str(why)
-        while "cpu" in objects:  # What does not link is left out, the last part first.
+        while "cpu" in objects:  # If they do not link, the last part is left out.
             try:
                 link([parts[name] for name in objects], [file for files in objects.values() for file in files], library)
                 break
@@ -273,29 +272,13 @@ def build(parts: dict[str, Part], library: Path) -> dict[str, str]:
 
 
 def digest(parts: dict[str, Part], left_out: dict[str, str]) -> str:
-    """Changes with every source, header, flag and compiler version, and with what is left out and why."""
+    """Returns a digest of flags, compilers' versions, sources (in a flag of the CPU part), and what is left out."""
     nvcc_reads = [os.environ.get(name) for name in ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")]
-    made_from = hashlib.sha256(repr((parts, left_out, nvcc_reads)).encode())
-    for path in native_sources():
-        made_from.update(path.encode() + b"\0" + (ROOT / path).read_bytes())
-    return made_from.hexdigest()
-
-
-def native_sources() -> list[str]:
-    """Every file below csrc/, relative to the source tree, in a fixed order."""
-    return sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*") if path.is_file())
-
-
-def recorded_digest(record: Path) -> str | None:
-    """What an earlier build wrote down, or None where there is no readable record."""
-    try:
-        return json.loads(record.read_text(encoding="utf-8"))["digest"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    return hashlib.sha256(repr((parts, left_out, nvcc_reads)).encode()).hexdigest()
 
 
 class BuildNative(build_ext):
-    """Builds the shared library in place of setuptools' way of building an extension module."""
+    """Builds the shared library instead of an extension module."""
 
     def run(self) -> None:
         folder = ROOT / PACKAGE if self.inplace else Path(self.build_lib, PACKAGE)
@@ -303,50 +286,47 @@ class BuildNative(build_ext):
         library, record = folder / LIBRARY, folder / RECORD
         parts, left_out = find_parts()
         made_from = digest(parts, left_out) if parts else None
-        current = library.exists() and made_from is not None and recorded_digest(record) == made_from
-        if self.force or not current:
+        current = made_from is not None and build_info.read_record(record).get("digest") == made_from
+        if self.force or not current or not build_info.fits(library, ROOT):
             failed = build(parts, library)
             left_out |= failed
             if "cpu" in left_out:
-                library.unlink(missing_ok=True)  # one that an earlier build left would not fit the sources
+                library.unlink(missing_ok=True)  # An earlier build's library would not fit the sources.
             info = {
                 "library": None if "cpu" in left_out else LIBRARY,
                 "digest": None if failed else made_from,
                 "parts": {
                     name: {"built": False, "reason": left_out[name]} if name in left_out else parts[name].record()
-                    for name in BACKENDS
+                    for name in build_info.BACKENDS
                 },
             }
             record.write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
         for name, reason in left_out.items():
-            print(f"sipo: the {BACKENDS[name]} backend is left out: {reason}", file=sys.stderr)
+            print(f"sipo: the {build_info.BACKENDS[name]} backend is left out: {reason}", file=sys.stderr)
 
     def get_source_files(self) -> list[str]:
-        return native_sources()
+        return sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*") if path.is_file())
 
     def get_outputs(self) -> list[str]:
-        return [path for path in self._in_build_lib() if os.path.exists(path)]
+        return self._existing(Path(self.build_lib, PACKAGE))
 
     def get_output_mapping(self) -> dict[str, str]:
-        if not self.inplace:
-            return {}
-        in_place = [ROOT / PACKAGE / os.path.basename(path) for path in self._in_build_lib()]
-        pairs = zip(self._in_build_lib(), in_place, strict=True)
-        return {path: str(there) for path, there in pairs if there.exists()}
+        in_place = self._existing(ROOT / PACKAGE) if self.inplace else []
+        return {os.path.join(self.build_lib, PACKAGE, os.path.basename(path)): path for path in in_place}
 
-    def _in_build_lib(self) -> list[str]:
-        return [os.path.join(self.build_lib, PACKAGE, name) for name in (LIBRARY, RECORD)]
+    def _existing(self, folder: Path) -> list[str]:
+        return [str(folder / name) for name in (LIBRARY, RECORD) if (folder / name).exists()]
 
 
 class PlatformWheel(bdist_wheel):
-    """Tags a wheel by the platform when it holds the library, and by nothing when it does not."""
+    """Builds a wheel that is tagged for the platform if it contains the library, and for any platform if not."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        # bdist_wheel asks when the build is over; it writes `root_is_pure` to the metadata later.
+        # bdist_wheel calls this after the build, and writes `root_is_pure` to the metadata later.
         library = Path(self.get_finalized_command("build_ext").build_lib, PACKAGE, LIBRARY)
         self.root_is_pure = not library.exists()
         _, _, plat = super().get_tag()
-        # A universal Python still compiles for one architecture.
+        # A universal2 Python still compiles for one architecture.
         return "py3", "none", plat.replace("universal2", platform.machine())
 
 

@@ -8,9 +8,12 @@
 
 namespace sipo {
 
-// DTYPES of sipo_kernels/layout.py; behind them, types that timesteps alone may have.
-#define SIPO_DTYPES(X) X(kFloat32, "float32") X(kBfloat16, "bfloat16") X(kFloat16, "float16") X(kFloat64, "float64")
-enum Dtype : int { SIPO_DTYPES(SIPO_CONSTANT) kDtypes, kInt64 = kDtypes, kInt32 };
+// ELEMENT_TYPES of sipo_kernels/backends/library.py. Only timesteps may be integers.
+#define SIPO_DTYPES(X) \
+  X(kFloat32, "float32") X(kBfloat16, "bfloat16") X(kFloat16, "float16") X(kFloat64, "float64") \
+  X(kInt64, "int64") X(kInt32, "int32")
+enum Dtype : int { SIPO_DTYPES(SIPO_CONSTANT) };
+constexpr int kDtypes = kInt64;  // number of types that samples can have
 
 namespace {
 

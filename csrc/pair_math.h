@@ -20,18 +20,20 @@ enum Method : int { SIPO_METHODS(SIPO_CONSTANT) };
 enum Ratio : int { SIPO_RATIOS(SIPO_CONSTANT) };
 enum LossType : int { SIPO_LOSS_TYPES(SIPO_CONSTANT) };
 
-struct Settings {
-  double beta;
-  double clip_min, clip_max;  // 1 − clip_low, 1 + clip_high
-  double mask_threshold;      // 0: no mask
-  double loss_scale;          // 1/B for the mean, else 1
-  double smoothing;           // ε of the loss type
-  double log_label, log_other;  // log(1 − ε), log ε
-  double safeguard;   // μ; negative: off
-  int method, ratio, loss_type;
-  int skip_nonfinite;
-  int double_stats;  // whether results are returned as double, else as float
-};
+// A structure that Python fills in is made from the list of its fields, X(type, name), which describe.h reads too.
+#define SIPO_DECLARE(type, name) type name;
+
+#define SIPO_SETTINGS(X) \
+  X(double, beta) \
+  X(double, clip_min) /* 1 − clip_low */ X(double, clip_max) /* 1 + clip_high */ \
+  X(double, mask_threshold) /* 0: no mask */ \
+  X(double, loss_scale) /* 1/B for the mean, else 1 */ \
+  X(double, smoothing) /* ε of the loss type */ \
+  X(double, log_label) /* log(1 − ε) */ X(double, log_other) /* log ε */ \
+  X(double, safeguard) /* μ; negative: off */ \
+  X(int, method) X(int, ratio) X(int, loss_type) X(int, skip_nonfinite) \
+  X(int, double_stats) /* whether results are returned as double, else as float */
+struct Settings { SIPO_SETTINGS(SIPO_DECLARE) };
 
 struct Sample {  // in: errors, scale and weight of one sample; out: the rest
   double model_error, ref_error, error_gap;

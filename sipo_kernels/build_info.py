@@ -1,24 +1,33 @@
 """What setup.py built and what it left out, from the record that it wrote beside the library.
 
-Run as a script (``make setup`` does), it prints what was left out, and needs no torch to do so.
+The Makefile runs this file as a script, which needs no torch: it prints what was left out, and fails if the library
+does not fit the sources.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 RECORD = Path(__file__).with_name("_build_info.json")
-_REMEDIES = {
-    "cpu": "install a C++ compiler, then reinstall: pip install .",
-    "cuda": "install the CUDA toolkit, then reinstall: pip install .",
-}
+BACKENDS = {"cpu": "native CPU", "cuda": "CUDA"}  # the backend that each part of the library is for
+REINSTALL = "reinstall: pip install ."
+_MISSING = {"cpu": "a C++ compiler", "cuda": "the CUDA toolkit"}
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Returns what setup.py wrote to ``path``, or an empty dictionary where there is nothing readable."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def part(name: str) -> dict[str, Any]:
-    """What the build recorded of one part of the native library.
+    """Returns what the build recorded of one part of the native library.
 
     Args:
         name: ``"cpu"`` or ``"cuda"``.
@@ -28,34 +37,43 @@ def part(name: str) -> dict[str, Any]:
         ``reason`` and ``remedy``, a line each.
     """
     try:
-        parts = json.loads(RECORD.read_text(encoding="utf-8"))["parts"]
+        parts = read_record(RECORD)["parts"]
         found: dict[str, Any] = {"built": False, "reason": "the build knew of no such part", **parts.get(name, {})}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError):
         reason = "the package was not built (from a checkout: python setup.py build_ext --inplace)"
-        return {"built": False, "reason": reason, "remedy": "reinstall: pip install ."}
+        return {"built": False, "reason": reason, "remedy": REINSTALL}
     if not found["built"]:
-        # Without the CPU part there is no library for the others to be in.
-        wanted = name if name == "cpu" or part("cpu")["built"] else "cpu"
-        # An environment variable of setup.py's: the user's own choice, or a mistake in it.
-        chosen = "SIPO_" in found["reason"]
-        found["remedy"] = "change that, then reinstall: pip install ." if chosen else _REMEDIES[wanted]
+        # The CUDA part is in the same library as the CPU part, and is never built alone.
+        missing = _MISSING["cuda" if name == "cuda" and part("cpu")["built"] else "cpu"]
+        # The reason names an environment variable of setup.py: the user's own choice, or a mistake in it.
+        change = "change that" if "SIPO_" in found["reason"] else f"install {missing}"
+        found["remedy"] = f"{change}, then {REINSTALL}"
     return found
 
 
 def sources_digest(root: Path) -> str | None:
-    """Returns a digest of the C++ sources below ``root/csrc``, or None where there are none, as in a wheel."""
+    """Returns a digest of the C++ sources of the library below ``root/csrc``, or None where there are none."""
     files = sorted(path for path in (root / "csrc").rglob("*") if path.suffix in (".h", ".cpp", ".cu"))
-    made = hashlib.sha256()
+    digest = hashlib.sha256()
     for path in files:
-        made.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return made.hexdigest() if files else None
+        if path.parent.name != "emulation":  # for tests, and no part of the library
+            digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest() if files else None
+
+
+def fits(library: Path, root: Path) -> bool:
+    """Returns whether ``library`` exists and was made from the sources below ``root``."""
+    return library.exists() and str(sources_digest(root)).encode() in library.read_bytes()
 
 
 def main() -> None:
-    for name, backend in (("cpu", "native CPU"), ("cuda", "CUDA")):
-        found = part(name)
-        if not found["built"]:
+    """Prints the parts that were left out; exits with an error if the library does not fit the sources."""
+    for name, backend in BACKENDS.items():
+        if not (found := part(name))["built"]:
             print(f"sipo: the {backend} backend is left out: {found['reason']}")
+    library = read_record(RECORD).get("library", "none was ever built")
+    if library is not None and not fits(RECORD.with_name(library), RECORD.parents[1]):
+        sys.exit("sipo: the native library does not fit the sources in csrc/")
 
 
 if __name__ == "__main__":

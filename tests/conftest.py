@@ -61,6 +61,5 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 def emulate(monkeypatch: pytest.MonkeyPatch, gpu: cuda.Gpu = emulation.SMALL) -> None:
     """Lets backend ``cuda`` run on the CPU, as a GPU of that description would."""
-    library, _ = cuda._load(emulation.library())
-    monkeypatch.setattr(cuda, "LIBRARY", library)
+    monkeypatch.setattr(cuda, "LIBRARY", cuda._load(emulation.library()).library)
     monkeypatch.setattr(cuda, "EMULATED", gpu)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import math
-import re
 import subprocess
 import warnings
 from collections.abc import Iterator
@@ -17,14 +16,12 @@ import torch
 from torch import Tensor
 
 from sipo_kernels import METHODS, METRICS, STATISTICS, Totals, pair_loss
+from sipo_kernels.backends import library as description
 from sipo_kernels.backends.cuda import emulation
 from sipo_kernels.backends.cuda import launch as cuda
 from sipo_kernels.backends.cuda.plan import (
     ANY,
-    BLOCKS_PER_SM,
     MIXED,
-    SCRATCH_BYTES,
-    THREADS,
     VECTOR,
     CudaPlan,
     Gpu,
@@ -511,18 +508,42 @@ def test_errors_of_the_device_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     run(batch, "cuda", **OPTIONS)
 
 
-def test_arguments_are_mirrored_field_by_field() -> None:
-    """By name and order; their sizes are compared when the library is loaded."""
-    source = (emulation.ROOT / "csrc/cuda/call.h").read_text(encoding="utf-8")
-    body = re.sub(r"//.*", "", source.partition("struct CudaArgs {")[2].partition("};")[0])
-    names = [name for line in body.split(";") for name in re.findall(r"(\w+)\s*(?:,|$)", line.strip())]
-    assert names == [name for name, *_ in cuda.CudaArgs._fields_]
+class _OtherNumbers(ctypes.Structure):
+    """Fields of the same sizes in another order."""
+
+    _fields_ = [cuda._Numbers._fields_[0], *cuda._Numbers._fields_[:0:-1]]
 
 
-def test_numbers_of_the_plan_are_those_of_the_source() -> None:
-    source = (emulation.ROOT / "csrc/cuda/readers.h").read_text(encoding="utf-8")
-    assert f"kThreads = {THREADS}, kBlocksPerSm = {BLOCKS_PER_SM};" in source
-    assert f"kScratchBytes = {SCRATCH_BYTES};" in source
+class _OtherArguments(ctypes.Structure):
+    """An integer of the same size in place of a floating-point number."""
+
+    _fields_ = [(name, ctypes.c_int32 if name == "keep" else kind) for name, kind in cuda.CudaArgs._fields_]
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "value", "line"),
+    [
+        (cuda, "THREADS", 256, "constants"),
+        (cuda, "BLOCKS_PER_SM", 1, "constants"),
+        (cuda, "SCRATCH_BYTES", 512, "constants"),
+        (cuda, "VECTOR", ANY, "constants"),
+        (cuda, "MIXED", ANY, "constants"),
+        (cuda, "ELEMENTS", {MIXED: 8, ANY: 1}, "constants"),
+        (cuda, "_Numbers", _OtherNumbers, "numbers"),
+        (cuda, "CudaArgs", _OtherArguments, "arguments"),
+        (description, "LOSS_TYPES", ("ipo", "sigmoid", "hinge", "dmpo"), "loss types"),
+        (description, "ELEMENT_TYPES", (*description.ELEMENT_TYPES[:4], torch.int32, torch.int64), "element types"),
+    ],
+)
+def test_a_cuda_part_that_differs_is_refused(
+    monkeypatch: pytest.MonkeyPatch, module: Any, name: str, value: Any, line: str
+) -> None:
+    """Nothing on which Python and the kernels must agree differs without being noticed."""
+    assert cuda._load(emulation.library()).remedy == ""
+    monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(cuda.native_library, "ROOT", emulation.ROOT)
+    reason = f"the native library has other {line} than this version"
+    assert cuda._load(emulation.library()) == (None, reason, "rebuild: make setup")
 
 
 def test_the_emulator_finds_what_it_is_for(tmp_path: Any) -> None:

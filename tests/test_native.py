@@ -5,6 +5,9 @@ from __future__ import annotations
 import ctypes
 import itertools
 import json
+import re
+import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,8 @@ from sipo_kernels.testing import make_batch, run
 pytestmark = pytest.mark.skipif(native.LIBRARY is None, reason=f"needs the native library: {native.REASON}")
 
 
+REBUILD = "rebuild: make setup"
+LIBRARY = "_native.dylib" if sys.platform == "darwin" else "_native.so"
 SIPO: dict[str, Any] = {"method": "sipo", "beta": 3.0, "mask_threshold": 0.0}
 
 
@@ -128,63 +133,127 @@ def test_an_instruction_set_that_does_not_run(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_reasons_for_having_no_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_HERE", tmp_path)
-    monkeypatch.setattr(build_info, "RECORD", tmp_path / "_build_info.json")
-    assert native._load() == (
-        None,
-        "there is no native library: the package was not built (from a checkout: python setup.py build_ext --inplace)",
-    )
-    (tmp_path / "_build_info.json").write_text(json.dumps({"parts": {"cpu": {"reason": "no C++ compiler found"}}}))
-    assert native._load() == (None, "there is no native library: no C++ compiler found")
-    (tmp_path / "_native.so").write_bytes(b"not a library")
-    loaded, reason = native._load()
-    assert loaded is None and reason.startswith("_native.so does not load: ")
+    """A library that was never built has no remedy of its own; one that cannot be used is to be built again."""
+    monkeypatch.setattr(native, "_FOLDER", tmp_path)
+    record = tmp_path / "_build_info.json"
+    monkeypatch.setattr(build_info, "RECORD", record)
+    not_built = "the package was not built (from a checkout: python setup.py build_ext --inplace)"
+    assert native._load() == (None, f"there is no native library: {not_built}", "")
+    record.write_text(json.dumps({"parts": {"cpu": {"reason": "no C++ compiler found"}}}))
+    assert native._load() == (None, "there is no native library: no C++ compiler found", "")
+    record.write_text(json.dumps({"parts": {"cpu": {"built": True, "reason": None}}}))
+    assert native._load() == (None, f"{LIBRARY} was built but does not exist", REBUILD)
+    (tmp_path / LIBRARY).write_bytes(b"not a library")
+    loaded, reason, remedy = native._load()
+    assert loaded is None and reason.startswith(f"{LIBRARY} does not load: ") and remedy == REBUILD
 
 
-def test_a_library_with_other_arguments_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Longer(ctypes.Structure):
-        _fields_ = [*native.CpuArgs._fields_, ("more", ctypes.c_int64)]
-
-    monkeypatch.setattr(native, "CpuArgs", Longer)
-    reason = "the native library has other arguments than this version; rebuild: make setup"
-    assert native._load() == (None, reason)
+def _with_fields(fields: list[Any]) -> type[ctypes.Structure]:
+    return type("Changed", (ctypes.Structure,), {"_fields_": fields})
 
 
-@pytest.mark.parametrize("name", ["METHODS", "RATIOS", "LOSS_TYPES", "SAMPLE_ROWS", "METRICS", "STATISTICS"])
-def test_a_library_older_than_two_swapped_names_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+SETTINGS, ARGUMENTS = native.CSettings._fields_, native.CpuArgs._fields_
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "line"),
+    [
+        ("CpuArgs", [*ARGUMENTS, ("more", ctypes.c_int64)], "arguments"),
+        ("CSettings", [SETTINGS[1], SETTINGS[0], *SETTINGS[2:]], "settings"),
+        ("CSettings", [(SETTINGS[0][0], ctypes.c_int64), *SETTINGS[1:]], "settings"),  # of the same size
+        ("CSettings", [*SETTINGS, ("in_the_padding", ctypes.c_int)], "settings"),
+    ],
+)
+def test_a_library_with_other_fields_is_refused(
+    name: str, fields: list[Any], line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert ctypes.sizeof(_with_fields([*SETTINGS, ("in_the_padding", ctypes.c_int)])) == ctypes.sizeof(native.CSettings)
+    monkeypatch.setattr(native, name, _with_fields(fields))
+    assert native._load() == (None, f"the native library has other {line} than this version", REBUILD)
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("METHODS", "methods"),
+        ("RATIOS", "ratios"),
+        ("LOSS_TYPES", "loss types"),
+        ("SAMPLE_ROWS", "sample rows"),
+        ("METRICS", "metrics"),
+        ("STATISTICS", "statistics"),
+        ("ELEMENT_TYPES", "element types"),
+    ],
+)
+def test_a_library_older_than_two_swapped_names_is_refused(
+    name: str, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Structures of the same size: only the names tell."""
-    first, second, *rest = getattr(library, name)
-    monkeypatch.setattr(library, name, (second, first, *rest))
-    loaded, reason = native._load()
-    assert loaded is None and reason.startswith("the native library has other ")
-    assert reason.endswith("; rebuild: make setup")
+    *rest, first, second = getattr(library, name)
+    monkeypatch.setattr(library, name, (*rest, second, first))
+    assert native._load() == (None, f"the native library has other {line} than this version", REBUILD)
 
 
-def test_a_library_of_two_swapped_fields_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Swapped(ctypes.Structure):
-        _fields_ = [native.CSettings._fields_[1], native.CSettings._fields_[0], *native.CSettings._fields_[2:]]
+def test_a_refusal_names_all_that_differs() -> None:
+    built, expected = "methods: a,\nloss types: b,\nmetrics: c,\n", "methods: b,\nloss types: b,\nmetrics: d,\n"
+    assert library.difference(built, expected) == "the native library has other methods and metrics than this version"
+    assert library.difference(built, "methods: a,\n") == "the native library has other contents than this version"
+    assert library.difference(built, built) is None
 
-    monkeypatch.setattr(native, "CSettings", Swapped)
-    assert native._load() == (None, "the native library has other settings than this version; rebuild: make setup")
 
-
-def test_a_library_older_than_the_sources_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "csrc").mkdir()
-    assert library.stale("anything", tmp_path) is None  # a wheel has no sources
-    (tmp_path / "csrc" / "a.h").write_text("int x;")
-    built_from = sources_digest(tmp_path)
-    assert built_from is not None and library.stale(built_from, tmp_path) is None
-    (tmp_path / "csrc" / "a.h").write_text("int y;")
-    reason = "the native library was built from other sources than csrc/ has now; rebuild: make setup"
-    assert library.stale(built_from, tmp_path) == reason
+def test_a_library_older_than_the_sources_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert native.LIBRARY is not None
-    assert native.LIBRARY.sipo_sources().decode() == sources_digest(Path(native.__file__).parents[2])
+    assert native.LIBRARY.sipo_sources().decode() == sources_digest(library.ROOT)
+    monkeypatch.setattr(library, "ROOT", tmp_path)
+    (tmp_path / "csrc" / "emulation").mkdir(parents=True)
+    assert native._load().library is not None  # a wheel has no sources
+    assert library.refused("it differs").remedy == "reinstall: pip install ."
+    source = tmp_path / "csrc" / "a.h"
+    source.write_text("int x;")
+    built_from = sources_digest(tmp_path)
+    assert built_from is not None and library.stale(built_from) is None
+    source.with_name("emulation").joinpath("b.h").write_text("int z;")  # which only tests compile
+    assert library.stale(built_from) is None
+    source.write_text("int y;")
+    assert library.stale(built_from) is not None
+    reason = "the native library was built from other sources than csrc/ has now"
+    assert native._load() == (None, reason, REBUILD)
 
 
-def test_status_of_a_refused_library_says_how_to_rebuild(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "LIBRARY", None)
-    monkeypatch.setattr(native, "REASON", f"the native library has other metrics; {library.REBUILD}")
-    found = backends.status("native", "cpu")
-    assert found == backends.BackendStatus(
-        "native", False, "the native library has other metrics", "rebuild: make setup"
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    backends._warn_once.cache_clear()
+    monkeypatch.delenv("SIPO_BACKEND", raising=False)
+    for name, value in library.refused("the native library has other metrics than this version")._asdict().items():
+        monkeypatch.setattr(native, name.upper(), value)
+
+
+def test_status_of_a_refused_library_says_how_to_rebuild(refused: None) -> None:
+    assert backends.status("native", "cpu") == backends.BackendStatus(
+        "native", False, "the native library has other metrics than this version", REBUILD
     )
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_auto_warns_once_of_a_refused_library(refused: None, compiled: bool) -> None:
+    """In a graph that must be whole as well."""
+    torch._dynamo.reset()
+    batch = make_batch((4, 7))
+
+    def call(model: torch.Tensor) -> torch.Tensor:
+        return pair_loss(model, batch.ref_pred, batch.target, method="diffusion_dpo", beta=1.0).loss
+
+    step = torch.compile(call, fullgraph=True, backend="eager") if compiled else call
+    words = "the native backend is not used: the native library has other metrics than this version"
+    with pytest.warns(RuntimeWarning, match=re.escape(f"{words} ({REBUILD})")):
+        step(batch.model_pred)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        torch._dynamo.reset()
+        step(batch.model_pred)
+
+
+def test_auto_says_nothing_of_a_library_that_was_never_built(refused: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "REMEDY", "")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        assert backends.choose("auto", torch.device("cpu")) == "eager"

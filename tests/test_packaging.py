@@ -11,6 +11,7 @@ import subprocess
 import sys
 import sysconfig
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -260,8 +261,9 @@ case "$1" in
 esac
 echo "$@" >> "$FAKE_LOG"
 case "$*" in *"$FAKE_FAIL"*) [ -z "$FAKE_FAIL" ] || { echo "x.cpp:1:2: error: as asked" >&2; exit 1; };; esac
+made="$* $(cat $(echo "$*" | grep -o '/[^ ]*[.]o ') /dev/null)"  # the digest of the sources is in the arguments
 while [ "$1" != "-o" ]; do shift; done
-echo made > "$2"
+echo "$made" > "$2"
 """
 
 
@@ -279,6 +281,7 @@ case "$*" in *"$FAKE_NVCC_FAIL"*) [ -z "$FAKE_NVCC_FAIL" ] || {
 while [ "$1" != "-o" ]; do shift; done
 echo made > "$2"
 """
+BUILD = (sys.executable, "setup.py", "-q", "build_ext", "--inplace")
 CODES = "75 80 86 87 88 89 90 100 103 120 121"
 
 
@@ -306,7 +309,9 @@ class FakeBuild:
         fake = {"CUDA_HOME": str(self.nvcc.parents[1]), "FAKE_CUDA": "13.0", "FAKE_CODES": CODES}
         return self(**{**fake, "SIPO_CUDA_ARCHS": "", **env})  # type: ignore[arg-type]
 
-    def __call__(self, target: str = "x86_64-linux-gnu", fail: str = "", **env: str) -> list[str]:
+    def __call__(
+        self, target: str = "x86_64-linux-gnu", fail: str = "", command: Sequence[str] = BUILD, **env: str
+    ) -> list[str]:
         """Builds, without CUDA unless `env` changes that, and returns the compiler's calls."""
         self.log.write_text("")
         fake = {
@@ -316,15 +321,7 @@ class FakeBuild:
             "FAKE_LOG": str(self.log),
             "SIPO_CUDA_ARCHS": "none",
         }
-        done = run(
-            sys.executable,
-            "setup.py",
-            "-q",
-            "build_ext",
-            "--inplace",
-            cwd=self.tree,
-            env=clean_env(**{**fake, **env}),
-        )
+        done = run(*command, cwd=self.tree, env=clean_env(**{**fake, **env}))
         self.said = done.stderr.splitlines()
         self.record = json.loads((self.tree / RECORD).read_text(encoding="utf-8"))
         self.built = (self.tree / LIBRARY).exists()
@@ -367,6 +364,60 @@ def test_build_again_only_when_something_changed(build: FakeBuild) -> None:
     assert len(build(CXXFLAGS="-O2")) == 5
     (build.tree / LIBRARY).unlink()
     assert len(build(CXXFLAGS="-O2")) == 5
+    (build.tree / "csrc" / "emulation" / "emulate.h").write_text("// not part of the library\n")
+    assert build(CXXFLAGS="-O2") == []
+
+
+def other_library(build: FakeBuild) -> bytes:
+    """Builds from sources that are changed back afterwards, and returns that library."""
+    header = build.tree / "csrc" / "pair_math.h"
+    sources = header.read_text()
+    header.write_text(sources + "// changed\n")
+    build()
+    header.write_text(sources)
+    return (build.tree / LIBRARY).read_bytes()
+
+
+def test_build_again_when_the_library_was_exchanged(build: FakeBuild) -> None:
+    other = other_library(build)
+    assert len(build()) == 5 and build() == []
+    (build.tree / LIBRARY).write_bytes(other)
+    assert len(build()) == 5
+    assert (build.tree / LIBRARY).read_bytes() != other
+
+
+FAKE_PYTHON = """#!/bin/sh
+case "$2" in pip) shift $#; set -- setup.py -q build_ext --inplace;; esac
+exec {python} "$@"
+"""
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_setup_mends_a_library_that_was_deleted_or_exchanged(build: FakeBuild) -> None:
+    """Whatever the times of the files say: the stamp of the installation is newer than all of them."""
+    other = other_library(build)
+    for name in ("Makefile", "constraints.txt"):
+        shutil.copyfile(ROOT / name, build.tree / name)
+    python = build.tree / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(FAKE_PYTHON.format(python=sys.executable))
+    python.chmod(0o755)
+    library = build.tree / LIBRARY
+
+    def make() -> int:
+        return len(build(command=["make", "setup"]))
+
+    assert make() == 5 and make() == 0
+    library.unlink()
+    assert make() == 5 and make() == 0
+    library.write_bytes(other)
+    os.utime(library, (0, 0))
+    assert make() == 5 and make() == 0
+    (build.tree / RECORD).unlink()
+    assert make() == 5 and make() == 0
+    with (build.tree / "csrc" / "pair_math.h").open("a") as header:
+        header.write("// changed\n")
+    assert make() == 5 and make() == 0
 
 
 @pytest.mark.parametrize(
@@ -562,6 +613,9 @@ def test_the_record_prints_what_was_left_out(build: FakeBuild) -> None:
     assert shown == "sipo: the CUDA backend is left out: SIPO_CUDA_ARCHS=none was set\n"
     build.cuda()
     assert run(sys.executable, "-I", script, cwd=build.tree).stdout == ""
+    (build.tree / LIBRARY).write_text("another library")
+    done = subprocess.run([sys.executable, "-I", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "sipo: the native library does not fit the sources in csrc/\n")
 
 
 # --- what the source tree imports and names -----------------------------------------------------------------

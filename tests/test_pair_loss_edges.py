@@ -229,7 +229,7 @@ def test_the_look_at_the_driver_is_not_traced(monkeypatch: pytest.MonkeyPatch) -
     """Choosing the backend asks the library by ctypes, which Dynamo cannot follow: on a GPU no whole graph came out."""
     torch._dynamo.reset()
     cuda._problem.cache_clear()
-    monkeypatch.setattr(cuda, "LIBRARY", cuda._load(emulation.library())[0])
+    monkeypatch.setattr(cuda, "LIBRARY", cuda._load(emulation.library()).library)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
 

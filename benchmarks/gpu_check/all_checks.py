@@ -19,7 +19,7 @@ def emulate_cuda() -> str:
     try:
         if emulation.compiler() is None:
             return "there is no C++ compiler for the emulator"
-        cuda.LIBRARY, cuda.REASON = cuda._load(emulation.library())
+        cuda.LIBRARY, cuda.REASON, cuda.REMEDY = cuda._load(emulation.library())
     except (OSError, AttributeError, subprocess.CalledProcessError) as error:
         return f"the emulator does not build: {error}"
     cuda.EMULATED = emulation.SMALL

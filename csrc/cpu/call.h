@@ -1,59 +1,36 @@
-// The arguments of a call of the CPU part, and the list of their fields that is compared when the library is loaded.
+// The arguments of a call of the CPU part.
 #pragma once
-
 #include <cstdint>
-#include <string>
 
-#include "describe.h"
 #include "pair_math.h"
 
 namespace sipo {
 
-// Mirrored field by field in sipo_kernels/backends/native.py. Strides are between samples, in elements.
-struct CpuArgs {
-  const void *model, *ref, *target;  // ref: null if ref_error is given
-  int64_t model_stride, ref_stride, target_stride;
-  int64_t pairs, elements;
-  const void *ratio_scale, *error_weight, *ref_error;  // [S] or null
-  // Float or double; samples: [kSampleRows][S]; numbers: [kMetrics + 1].
-  void *loss, *samples, *logits, *numbers;
-  const void* coef;  // sipo_pair_grad: [S], float or double, the upstream gradient included
-  bool* mask;
-  void* grad;         // null: no gradient. Samples lie `elements` apart
-  float* metrics;     // Totals in sipo_kernels/output.py: [2][kMetrics] or null
-  float* levels;      // [kStatistics][bins] or null
-  const void* timesteps;  // [B], where there are levels
-  double top;
-  double upstream;  // that the gradient is made for
-  const char* isa;  // null: the widest
-  Settings settings;
-  int32_t model_dtype, ref_dtype, target_dtype;
-  int32_t ratio_scale_dtype, error_weight_dtype, ref_error_dtype, timesteps_dtype;
-  int32_t bins;
-  int32_t target_shared;  // target is [B, ...]
-  int32_t wide_sums;      // sum in double, whatever the types
-  int32_t loss_per_pair;
-  int32_t threads;
-  int32_t own_threads;  // not torch's: what happens anyway where torch's OpenMP runtime is not to be found
-};
-
-namespace {
-
-inline std::string describe_arguments() {
-  using Described = CpuArgs;
-  std::string text = describe_names() + "arguments";
-  SIPO_FIELD(model) SIPO_FIELD(ref) SIPO_FIELD(target)
-  SIPO_FIELD(model_stride) SIPO_FIELD(ref_stride) SIPO_FIELD(target_stride) SIPO_FIELD(pairs) SIPO_FIELD(elements)
-  SIPO_FIELD(ratio_scale) SIPO_FIELD(error_weight) SIPO_FIELD(ref_error)
-  SIPO_FIELD(loss) SIPO_FIELD(samples) SIPO_FIELD(logits) SIPO_FIELD(numbers) SIPO_FIELD(coef) SIPO_FIELD(mask)
-  SIPO_FIELD(grad) SIPO_FIELD(metrics) SIPO_FIELD(levels) SIPO_FIELD(timesteps) SIPO_FIELD(top) SIPO_FIELD(upstream)
-  SIPO_FIELD(isa) SIPO_FIELD(settings) SIPO_FIELD(model_dtype) SIPO_FIELD(ref_dtype) SIPO_FIELD(target_dtype)
-  SIPO_FIELD(ratio_scale_dtype) SIPO_FIELD(error_weight_dtype) SIPO_FIELD(ref_error_dtype)
-  SIPO_FIELD(timesteps_dtype) SIPO_FIELD(bins) SIPO_FIELD(target_shared) SIPO_FIELD(wide_sums)
-  SIPO_FIELD(loss_per_pair) SIPO_FIELD(threads) SIPO_FIELD(own_threads)
-  return text + " =" + decimal(sizeof(CpuArgs)) + "\n";
-}
-
-}  // namespace
+// The fields of CpuArgs in sipo_kernels/backends/native.py. Strides are between samples, in elements.
+#define SIPO_CPU_ARGS(X) \
+  X(const void*, model) X(const void*, ref) /* null if ref_error is given */ X(const void*, target) \
+  X(int64_t, model_stride) X(int64_t, ref_stride) X(int64_t, target_stride) \
+  X(int64_t, pairs) X(int64_t, elements) \
+  X(const void*, ratio_scale) X(const void*, error_weight) X(const void*, ref_error) /* each [S] or null */ \
+  /* Results, float or double. */ \
+  X(void*, loss) X(void*, samples) /* [kSampleRows][S] */ X(void*, logits) X(void*, numbers) /* [kMetrics + 1] */ \
+  X(const void*, coef) /* sipo_pair_grad: [S], float or double, the upstream gradient included */ \
+  X(bool*, mask) \
+  X(void*, grad) /* null: no gradient. Samples lie `elements` apart */ \
+  X(float*, metrics) /* Totals in sipo_kernels/output.py: [2][kMetrics] or null */ \
+  X(float*, levels) /* [kStatistics][bins] or null */ \
+  X(const void*, timesteps) /* [B], where there are levels */ \
+  X(double, top) X(double, upstream) /* for which the gradient is made */ \
+  X(const char*, isa) /* null: the widest */ \
+  X(Settings, settings) \
+  X(int32_t, model_dtype) X(int32_t, ref_dtype) X(int32_t, target_dtype) \
+  X(int32_t, ratio_scale_dtype) X(int32_t, error_weight_dtype) X(int32_t, ref_error_dtype) X(int32_t, timesteps_dtype) \
+  X(int32_t, bins) \
+  X(int32_t, target_shared) /* target is [B, ...] */ \
+  X(int32_t, wide_sums) /* sum in double, whatever the types */ \
+  X(int32_t, loss_per_pair) \
+  X(int32_t, threads) \
+  X(int32_t, own_threads) /* not torch's, which is what happens anyway where its OpenMP runtime is not found */
+struct CpuArgs { SIPO_CPU_ARGS(SIPO_DECLARE) };
 
 }  // namespace sipo

@@ -21,7 +21,7 @@
 
 #include "cpu/call.h"
 #include "cpu/kernels.h"
-#include "report.h"
+#include "describe.h"
 
 #define SIPO_API extern "C" __attribute__((visibility("default")))
 
@@ -368,12 +368,9 @@ SIPO_API const char* sipo_isa(int index) {
 
 // What Python compares with its own definitions when it loads the library.
 SIPO_API const char* sipo_description() {
-  static const std::string made = describe_arguments();
-  return made.c_str();
+  static const std::string text = describe_shared() + SIPO_DESCRIBE("arguments", CpuArgs, SIPO_CPU_ARGS);
+  return text.c_str();
 }
 
-// Of the files below csrc/ that the library was made from; setup.py defines it.
-#if !defined(SIPO_SOURCES)
-#define SIPO_SOURCES ""
-#endif
+// The digest of the sources that the library was made from; setup.py defines it.
 SIPO_API const char* sipo_sources() { return SIPO_SOURCES; }

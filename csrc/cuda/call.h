@@ -8,45 +8,43 @@
 
 namespace sipo {
 
-// A number for each sample, of any type: element i lies i · stride further.
-struct Numbers {
-  const void* data;  // or null
-  int64_t stride;
-  int64_t dtype;
-};
+// A number for each sample, of any type: element i lies i · stride elements further on. `data` may be null.
+#define SIPO_NUMBERS(X) X(const void*, data) X(int64_t, stride) X(int64_t, dtype)
+struct Numbers { SIPO_NUMBERS(SIPO_DECLARE) };
 
-// Mirrored field by field in sipo_kernels/backends/cuda/launch.py. Strides are between samples, in elements.
-struct CudaArgs {
-  const void *model, *ref, *target;  // ref: null if ref_error is given
-  int64_t model_stride, ref_stride, target_stride;
-  int64_t pairs, elements;
-  Numbers ratio_scale, error_weight, ref_error;
-  Numbers timesteps;  // of pairs, where there are levels; integers too
-  Numbers upstream;   // sipo_cuda_pair_grad: of pairs, with stride 0 if there is one for all; none: 1
-  // Float or double; samples: [kSampleRows][S]; numbers: [kMetrics + 1].
-  void *loss, *samples, *logits, *numbers;
-  bool* mask;
-  void* grad;                 // null: no gradient. Samples lie `elements` apart
-  float *metrics, *levels;    // Totals in sipo_kernels/output.py: [2][kMetrics], [kStatistics][bins], or null
-  const double* expected_at;  // where the expected upstream gradient is to be read; null: it is `expected`
-  double* remembered;         // where the upstream gradient that came is to be kept, or null
-  const void* coef;           // sipo_cuda_pair_grad: [S]
-  void* workspace;
-  void* stream;
-  double expected, top;
-  Settings settings;
-  int32_t group, tiles;  // pairs of a group, tiles of a pair: see sipo_kernels/backends/cuda/plan.py
-  int32_t blocks, parts, lead, hold, shared_bytes, one_pass;
-  float keep;
-  int32_t model_dtype, ref_dtype, target_dtype;
-  int32_t reader;         // 0: Vector, 1: Mixed, 2: Any
-  int32_t double_terms;   // half precision read by Vector is summed in double
-  int32_t target_shared;  // target is [B, ...]
-  int32_t loss_per_pair;
-  int32_t bins;
-  int32_t mend;  // sipo_cuda_pair_grad: leave alone what was made for the upstream gradient that came (numbers' last)
-  int32_t device;
-};
+// The fields of CudaArgs in sipo_kernels/backends/cuda/launch.py. Strides are between samples, in elements.
+#define SIPO_CUDA_ARGS(X) \
+  X(const void*, model) X(const void*, ref) /* null if ref_error is given */ X(const void*, target) \
+  X(int64_t, model_stride) X(int64_t, ref_stride) X(int64_t, target_stride) \
+  X(int64_t, pairs) X(int64_t, elements) \
+  X(Numbers, ratio_scale) X(Numbers, error_weight) X(Numbers, ref_error) \
+  X(Numbers, timesteps) /* of pairs, where there are levels; integers too */ \
+  X(Numbers, upstream) /* sipo_cuda_pair_grad: of pairs, with stride 0 if there is one for all; none: 1 */ \
+  /* Results, float or double. */ \
+  X(void*, loss) X(void*, samples) /* [kSampleRows][S] */ X(void*, logits) X(void*, numbers) /* [kMetrics + 1] */ \
+  X(bool*, mask) \
+  X(void*, grad) /* null: no gradient. Samples lie `elements` apart */ \
+  X(float*, metrics) /* Totals in sipo_kernels/output.py: [2][kMetrics] or null */ \
+  X(float*, levels) /* [kStatistics][bins] or null */ \
+  X(const double*, expected_at) /* where to read the expected upstream gradient; null: it is `expected` */ \
+  X(double*, remembered) /* where to store the upstream gradient that came, or null */ \
+  X(const void*, coef) /* sipo_cuda_pair_grad: [S] */ \
+  X(void*, workspace) X(void*, stream) \
+  X(double, expected) X(double, top) \
+  X(Settings, settings) \
+  /* The plan: see sipo_kernels/backends/cuda/plan.py. */ \
+  X(int32_t, group) /* pairs */ X(int32_t, tiles) /* of a pair */ \
+  X(int32_t, blocks) X(int32_t, parts) X(int32_t, lead) X(int32_t, hold) X(int32_t, shared_bytes) X(int32_t, one_pass) \
+  X(float, keep) \
+  X(int32_t, model_dtype) X(int32_t, ref_dtype) X(int32_t, target_dtype) \
+  X(int32_t, reader) \
+  X(int32_t, double_terms) /* half precision read by Vector is summed in double */ \
+  X(int32_t, target_shared) /* target is [B, ...] */ \
+  X(int32_t, loss_per_pair) \
+  X(int32_t, bins) \
+  X(int32_t, mend) /* sipo_cuda_pair_grad: leave alone what was made for the upstream gradient that came */ \
+  X(int32_t, device)
+struct CudaArgs { SIPO_CUDA_ARGS(SIPO_DECLARE) };
 
 namespace {
 

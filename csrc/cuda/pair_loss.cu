@@ -267,8 +267,8 @@ template <class Reader> int pair_loss(const CudaArgs& a) {
 
 // run(reader), with the reader that the call names.
 template <class Run> int with_reader(const CudaArgs& a, Run run) {
-  if (a.reader == 1) return run(Mixed{});
-  if (a.reader == 2) return run(Any{});
+  if (a.reader == kMixedReader) return run(Mixed{});
+  if (a.reader == kAnyReader) return run(Any{});
   switch (a.model_dtype) {
     case kBfloat16: return a.target_dtype == kFloat32 ? run(Vector<bf16, float>{}) : run(Vector<bf16, bf16>{});
     case kFloat16: return a.target_dtype == kFloat32 ? run(Vector<fp16, float>{}) : run(Vector<fp16, fp16>{});
@@ -307,21 +307,11 @@ SIPO_API const char* sipo_cuda_error(int code) { return device::error_string(cod
 
 // What Python compares with its own definitions when it loads the library.
 SIPO_API const char* sipo_cuda_description() {
-  using Described = CudaArgs;
-  static const std::string made = [] {
-    std::string text = describe_names() + "threads " + decimal(kThreads) + ", blocks " +
-                       decimal(kBlocksPerSm) + ", scratch " + decimal(kScratchBytes) + "\narguments";
-    SIPO_FIELD(model) SIPO_FIELD(ref) SIPO_FIELD(target)
-    SIPO_FIELD(model_stride) SIPO_FIELD(ref_stride) SIPO_FIELD(target_stride) SIPO_FIELD(pairs) SIPO_FIELD(elements)
-    SIPO_FIELD(ratio_scale) SIPO_FIELD(error_weight) SIPO_FIELD(ref_error) SIPO_FIELD(timesteps) SIPO_FIELD(upstream)
-    SIPO_FIELD(loss) SIPO_FIELD(samples) SIPO_FIELD(logits) SIPO_FIELD(numbers) SIPO_FIELD(mask) SIPO_FIELD(grad)
-    SIPO_FIELD(metrics) SIPO_FIELD(levels) SIPO_FIELD(expected_at) SIPO_FIELD(remembered) SIPO_FIELD(coef)
-    SIPO_FIELD(workspace) SIPO_FIELD(stream) SIPO_FIELD(expected) SIPO_FIELD(top) SIPO_FIELD(settings)
-    SIPO_FIELD(group) SIPO_FIELD(tiles) SIPO_FIELD(blocks) SIPO_FIELD(parts) SIPO_FIELD(lead) SIPO_FIELD(hold)
-    SIPO_FIELD(shared_bytes) SIPO_FIELD(one_pass) SIPO_FIELD(keep) SIPO_FIELD(model_dtype) SIPO_FIELD(ref_dtype)
-    SIPO_FIELD(target_dtype) SIPO_FIELD(reader) SIPO_FIELD(double_terms) SIPO_FIELD(target_shared)
-    SIPO_FIELD(loss_per_pair) SIPO_FIELD(bins) SIPO_FIELD(mend) SIPO_FIELD(device)
-    return text + " =" + decimal(sizeof(CudaArgs)) + "\n";
-  }();
-  return made.c_str();
+  static const std::string text =
+      describe_shared("constants: threads " + decimal(kThreads) + ", blocks " + decimal(kBlocksPerSm) + ", scratch " +
+                      decimal(kScratchBytes) + ", vector " + decimal(kVectorReader) + ", mixed " + decimal(kMixedReader) +
+                      " by " + decimal(Mixed::kVector) + ", any " + decimal(kAnyReader) + " by " +
+                      decimal(Any::kVector) + "\n") +
+      SIPO_DESCRIBE("numbers", Numbers, SIPO_NUMBERS) + SIPO_DESCRIBE("arguments", CudaArgs, SIPO_CUDA_ARGS);
+  return text.c_str();
 }

@@ -15,6 +15,7 @@
 namespace sipo {
 
 constexpr int kThreads = 320, kBlocksPerSm = 2;  // 96 registers for each thread
+enum ReaderCode : int { kVectorReader, kMixedReader, kAnyReader };  // of sipo_kernels/backends/cuda/plan.py
 
 namespace {
 

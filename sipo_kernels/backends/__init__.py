@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
 import sys
+import warnings
 from types import ModuleType
 from typing import NamedTuple
 
@@ -14,7 +16,6 @@ import torch
 from sipo_kernels import build_info
 from sipo_kernels.backends import native
 from sipo_kernels.backends.cuda import launch as cuda
-from sipo_kernels.backends.library import REBUILD
 from sipo_kernels.options import check_choice
 
 BACKENDS = ("eager", "triton", "native", "cuda")
@@ -29,7 +30,6 @@ _MODULES = {
     "native": "sipo_kernels.backends.native",
     "cuda": "sipo_kernels.backends.cuda.launch",
 }
-_REINSTALL = "reinstall: pip install ."
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -46,13 +46,6 @@ def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "True", "on")
 
 
-def _without_library(name: str, reason: str, part: str) -> BackendStatus:
-    """The status of a backend whose library is missing or was refused."""
-    if reason.endswith(f"; {REBUILD}"):
-        return BackendStatus(name, False, reason.removesuffix(f"; {REBUILD}"), REBUILD)
-    return BackendStatus(name, False, reason, build_info.part(part).get("remedy", _REINSTALL))
-
-
 def _cuda_status(device_type: str) -> BackendStatus:
     if cuda.EMULATED is not None and device_type == "cpu":
         return BackendStatus("cuda", True, "the kernels on the CPU, for tests", "")
@@ -66,7 +59,8 @@ def _cuda_status(device_type: str) -> BackendStatus:
         reason = "it needs an NVIDIA GPU and this torch was built without CUDA"
         return BackendStatus("cuda", False, reason, "install a CUDA build of torch, or use 'auto'")
     if cuda.LIBRARY is None:
-        return _without_library("cuda", cuda.REASON, "cuda")
+        remedy = cuda.REMEDY or build_info.part("cuda").get("remedy", build_info.REINSTALL)
+        return BackendStatus("cuda", False, cuda.REASON, remedy)
     if problem := cuda.problem(torch.cuda.current_device()):
         remedy = "rebuild for this GPU or update its driver: see SIPO_CUDA_ARCHS in setup.py; or use 'auto'"
         return BackendStatus("cuda", False, f"the driver says: {problem}", remedy)
@@ -82,7 +76,8 @@ def status(name: str, device_type: str) -> BackendStatus:
             reason = f"it is CPU code and the tensors are on {device_type}"
             return BackendStatus(name, False, reason, "use 'cuda', 'triton' or 'auto'")
         if native.LIBRARY is None:
-            return _without_library(name, native.REASON, "cpu")
+            remedy = native.REMEDY or build_info.part("cpu").get("remedy", build_info.REINSTALL)
+            return BackendStatus(name, False, native.REASON, remedy)
         return BackendStatus(name, True, native.REASON, "")
     if name == "cuda":
         return _cuda_status(device_type)
@@ -106,8 +101,22 @@ def report() -> list[tuple[str, BackendStatus]]:
     return [(device, status(name, device)) for device in devices for name in BACKENDS]
 
 
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+def _warn(message: str) -> None:
+    _warn_once(message)
+
+
+_warn._dynamo_marked_constant = True  # type: ignore[attr-defined]  # called at compile time instead of traced
+
+
 def choose(backend: str, device: torch.device) -> str:
     """Resolves ``"auto"`` (or ``SIPO_BACKEND``) to a backend that can run on ``device``.
+
+    Warns once if it passes over a compiled library that was refused.
 
     Raises:
         ValueError: no backend of that name.
@@ -121,8 +130,10 @@ def choose(backend: str, device: torch.device) -> str:
         check_choice(source, backend, _CHOICES)
     if backend == "auto":
         for name in _ON_CPU if device.type == "cpu" else _ON_GPU:
-            if status(name, device.type).available:
+            if (found := status(name, device.type)).available:
                 return name
+            if found.remedy and found.remedy in (native.REMEDY, cuda.REMEDY):
+                _warn(f"the {name} backend is not used: {found.reason} ({found.remedy})")
     found = status(backend, device.type)
     if not found.available:
         raise RuntimeError(f"{source}={backend!r} cannot run: {found.reason} ({found.remedy})")

@@ -1,34 +1,61 @@
-"""What Python and the compiled library must agree on, and the check that they do.
+"""Describes what Python and the compiled library must agree on, and checks that they do.
 
-``csrc/describe.h`` makes the same text from the enumerations and structures of C++.
+``csrc/describe.h`` makes the same text from the enumerations, structures and constants of C++.
 """
 
 from __future__ import annotations
 
 import ctypes
 from pathlib import Path
+from typing import NamedTuple
 
-from sipo_kernels.build_info import sources_digest
+import torch
+
+from sipo_kernels.build_info import REINSTALL, sources_digest
 from sipo_kernels.layout import DTYPES
 from sipo_kernels.options import LOSS_TYPES, METHODS, RATIOS
 from sipo_kernels.output import METRICS, SAMPLE_ROWS, STATISTICS
 
-REBUILD = "rebuild: make setup"
+# In the order of their codes. Only timesteps may be integers.
+ELEMENT_TYPES = (*DTYPES, torch.int64, torch.int32)
+ROOT = Path(__file__).resolve().parents[2]
+_KINDS = {"P": "p", "z": "p", "d": "f", "f": "f"}
+
+
+class Loaded(NamedTuple):
+    """The library or a part of it, or the reason why it cannot be used.
+
+    Attributes:
+        library: None if it cannot be used.
+        reason: How it runs, or why not, in one line.
+        remedy: What to do about a library that was refused; empty if it was not.
+    """
+
+    library: ctypes.CDLL | None
+    reason: str
+    remedy: str = ""
+
+
+def refused(reason: str) -> Loaded:
+    """Returns that the library is refused, with the remedy: a wheel has no sources to rebuild it from."""
+    return Loaded(None, reason, "rebuild: make setup" if sources_digest(ROOT) else REINSTALL)
 
 
 def _fields(structure: type[ctypes.Structure]) -> str:
-    described = [(field[0], getattr(structure, field[0])) for field in structure._fields_]
-    placed = [f"{name}@{field.offset}:{field.size}" for name, field in described]
-    return " ".join([*placed, f"={ctypes.sizeof(structure)}"])
+    text = ""
+    for name, kind, *_ in structure._fields_:
+        place = getattr(structure, name)
+        code = "s" if issubclass(kind, ctypes.Structure) else _KINDS.get(str(kind._type_), "i")
+        text += f" {name}@{place.offset}:{code}{place.size}"
+    return f"{text} ={ctypes.sizeof(structure)}"
 
 
-def description(settings: type[ctypes.Structure], arguments: type[ctypes.Structure], counts: str = "") -> str:
+def description(constants: str = "", **structures: type[ctypes.Structure]) -> str:
     """Returns the text that a library built from sources of this version has.
 
     Args:
-        settings: Structure of the settings of a call.
-        arguments: Structure of all arguments.
-        counts: A line about thread counts, for the CUDA part.
+        constants: Constants of the CUDA part, in one line.
+        structures: Every structure of the interface, under the name that the text has for it.
     """
     lists = {
         "methods": METHODS,
@@ -37,10 +64,11 @@ def description(settings: type[ctypes.Structure], arguments: type[ctypes.Structu
         "sample rows": SAMPLE_ROWS,
         "metrics": METRICS,
         "statistics": STATISTICS,
-        "element types": [str(dtype).removeprefix("torch.") for dtype in DTYPES],
+        "element types": [str(dtype).removeprefix("torch.") for dtype in ELEMENT_TYPES],
     }
-    lines = [f"{name} {''.join(value + ',' for value in values)}" for name, values in lists.items()]
-    lines += [f"settings {_fields(settings)}", *([counts] if counts else []), f"arguments {_fields(arguments)}"]
+    lines = [f"{name}: {''.join(value + ',' for value in values)}" for name, values in lists.items()]
+    lines += [f"constants: {constants}"] if constants else []
+    lines += [f"{name}:{_fields(structure)}" for name, structure in structures.items()]
     return "".join(line + "\n" for line in lines)
 
 
@@ -49,15 +77,12 @@ def difference(built: str, expected: str) -> str | None:
     if built == expected:
         return None
     theirs = built.splitlines()
-    for line in expected.splitlines():
-        if line not in theirs:
-            return f"the native library has other {line.split(' ')[0]} than this version; {REBUILD}"
-    return f"the native library has another layout than this version; {REBUILD}"
+    other = [line.partition(":")[0] for line in expected.splitlines() if line not in theirs]
+    return f"the native library has other {' and '.join(other) or 'contents'} than this version"
 
 
-def stale(built_from: str, root: Path) -> str | None:
-    """Returns why a library is older than the sources below ``root``, or None; without sources nothing is compared."""
-    at_hand = sources_digest(root)
-    if at_hand is None or at_hand == built_from:
+def stale(built_from: str) -> str | None:
+    """Returns why a library is older than the sources of a checkout, or None; a wheel has none to compare."""
+    if sources_digest(ROOT) in (None, built_from):
         return None
-    return f"the native library was built from other sources than csrc/ has now; {REBUILD}"
+    return "the native library was built from other sources than csrc/ has now"

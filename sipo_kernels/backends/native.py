@@ -18,11 +18,11 @@ from sipo_kernels import build_info
 from sipo_kernels.backends import library as native_library
 from sipo_kernels.backends.interface import Stats, empty_stats, scaled_coef
 from sipo_kernels.inputs import Inputs
-from sipo_kernels.layout import DTYPES, accumulate_dtype, agree, dense_like, empty_grad, lies_as
+from sipo_kernels.layout import accumulate_dtype, agree, dense_like, empty_grad, lies_as
 from sipo_kernels.options import LOSS_TYPES, METHODS, RATIOS, Settings
 from sipo_kernels.output import Totals
 
-_HERE = Path(__file__).parent.parent  # setup.py puts the library into the package's top folder
+_FOLDER = Path(build_info.__file__).parent  # where setup.py puts the library
 
 
 class CSettings(ctypes.Structure):
@@ -88,11 +88,13 @@ class CpuArgs(ctypes.Structure):
     ]
 
 
-def _load() -> tuple[ctypes.CDLL | None, str]:
-    """The library and a line about it, or ``None`` and the reason why there is none."""
-    path = _HERE / ("_native.dylib" if sys.platform == "darwin" else "_native.so")
+def _load() -> native_library.Loaded:
+    """Loads the library, or says why it cannot be used."""
+    path = _FOLDER / ("_native.dylib" if sys.platform == "darwin" else "_native.so")
     if not path.exists():
-        return None, f"there is no native library: {build_info.part('cpu').get('reason')}"
+        if reason := build_info.part("cpu")["reason"]:
+            return native_library.Loaded(None, f"there is no native library: {reason}")
+        return native_library.refused(f"{path.name} was built but does not exist")
     try:
         library = ctypes.CDLL(str(path))
         for name in ("sipo_description", "sipo_sources", "sipo_isa"):
@@ -100,18 +102,17 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         for name in ("sipo_pair_loss", "sipo_pair_grad"):
             getattr(library, name).argtypes = [ctypes.POINTER(CpuArgs)]
     except OSError as error:
-        return None, f"{path.name} does not load: {error}"
+        return native_library.refused(f"{path.name} does not load: {error}")
     except AttributeError as error:
-        return None, f"{path.name} lacks a function of this version ({error}); {native_library.REBUILD}"
-    problem = native_library.difference(
-        library.sipo_description().decode(), native_library.description(CSettings, CpuArgs)
-    ) or native_library.stale(library.sipo_sources().decode(), _HERE.parent)
-    if problem:
-        return None, problem
-    return library, f"C++, {library.sipo_isa(0).decode()}"
+        return native_library.refused(f"{path.name} lacks a function of this version ({error})")
+    expected = native_library.description(settings=CSettings, arguments=CpuArgs)
+    problem = native_library.difference(library.sipo_description().decode(), expected)
+    if problem := problem or native_library.stale(library.sipo_sources().decode()):
+        return native_library.refused(problem)
+    return native_library.Loaded(library, f"C++, {library.sipo_isa(0).decode()}")
 
 
-LIBRARY, REASON = _load()
+LIBRARY, REASON, REMEDY = _load()
 
 # The instruction set to use, of instruction_sets(); None for the widest. Tests set it.
 ISA: str | None = None
@@ -133,8 +134,8 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-# Of csrc/elements.h: whole numbers are timesteps alone, None is a tensor that is not there.
-CODE: dict[torch.dtype | None, int] = {dtype: i for i, dtype in enumerate((*DTYPES, torch.int64, torch.int32))}
+# Codes of csrc/elements.h; None is a tensor that is not given.
+CODE: dict[torch.dtype | None, int] = {dtype: i for i, dtype in enumerate(native_library.ELEMENT_TYPES)}
 CODE[None] = 0
 
 

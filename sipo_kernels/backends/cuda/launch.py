@@ -20,6 +20,7 @@ from sipo_kernels.backends import native
 from sipo_kernels.backends.cuda.plan import (
     ANY,
     BLOCKS_PER_SM,
+    ELEMENTS,
     MIXED,
     SCRATCH_BYTES,
     THREADS,
@@ -82,10 +83,10 @@ class CudaArgs(ctypes.Structure):
     ]
 
 
-def _load(library: ctypes.CDLL | None) -> tuple[ctypes.CDLL | None, str]:
-    """The library if it has the CUDA part, and a line about it, or ``None`` and the reason."""
+def _load(library: ctypes.CDLL | None) -> native_library.Loaded:
+    """Prepares the CUDA part of ``library``, or says why it cannot be used."""
     if library is None:
-        return None, native.REASON
+        return native_library.Loaded(None, native.REASON, native.REMEDY)
     try:
         library.sipo_cuda_description.restype = ctypes.c_char_p
         library.sipo_cuda_workspace_bytes.restype = ctypes.c_int64
@@ -95,15 +96,20 @@ def _load(library: ctypes.CDLL | None) -> tuple[ctypes.CDLL | None, str]:
             getattr(library, name).argtypes = [ctypes.POINTER(CudaArgs)]
     except AttributeError:
         why = build_info.part("cuda").get("reason") or "the package was built without it"
-        return None, f"the native library has no CUDA part: {why}"
-    counts = f"threads {THREADS}, blocks {BLOCKS_PER_SM}, scratch {SCRATCH_BYTES}"
-    expected = native_library.description(native.CSettings, CudaArgs, counts)
+        return native_library.Loaded(None, f"the native library has no CUDA part: {why}")
+    expected = native_library.description(
+        f"threads {THREADS}, blocks {BLOCKS_PER_SM}, scratch {SCRATCH_BYTES}, vector {VECTOR}, "
+        f"mixed {MIXED} by {ELEMENTS[MIXED]}, any {ANY} by {ELEMENTS[ANY]}",
+        settings=native.CSettings,
+        numbers=_Numbers,
+        arguments=CudaArgs,
+    )
     if problem := native_library.difference(library.sipo_cuda_description().decode(), expected):
-        return None, problem
-    return library, "CUDA C++"
+        return native_library.refused(problem)
+    return native_library.Loaded(library, "CUDA C++")
 
 
-LIBRARY, REASON = _load(native.LIBRARY)
+LIBRARY, REASON, REMEDY = _load(native.LIBRARY)
 
 # A GPU to plan for where there is none: tests set it, with a LIBRARY that runs the kernels on the CPU.
 EMULATED: Gpu | None = None

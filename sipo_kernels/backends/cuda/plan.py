@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-# Of csrc/cuda/readers.h.
+# Of csrc/cuda/readers.h, as are the readers below; launch.py compares them when it loads the library.
 THREADS = 320
 BLOCKS_PER_SM = 2
 SCRATCH_BYTES = 1024
@@ -23,8 +23,9 @@ L2_SHARE = 0.6
 # microseconds of memory traffic on the GPUs of today, longer than the arithmetic of a group takes.
 LEAD = 1
 
-# How a kernel reads its tensors: csrc/cuda/readers.h.
+# How a kernel reads its tensors: 16 bytes at a time, or so many elements.
 VECTOR, MIXED, ANY = range(3)
+ELEMENTS = {MIXED: 4, ANY: 1}
 
 
 class Gpu(NamedTuple):
@@ -67,7 +68,7 @@ class CudaCall(NamedTuple):
     @property
     def vector(self) -> int:
         """Elements of a sample that a thread handles at a time."""
-        return {VECTOR: 16 // self.item_bytes[0], MIXED: 4, ANY: 1}[self.reader]
+        return ELEMENTS.get(self.reader, 16 // self.item_bytes[0])
 
     @property
     def slot_bytes(self) -> int:
