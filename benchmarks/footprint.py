@@ -41,27 +41,24 @@ def extra_memory_mb(call: Call, *, device: str, before: Call | None = None) -> f
     return peak / 1e6
 
 
-def count_launches(call: Call, *, device: str, before: Call | None = None) -> int | None:
-    """Kernels, copies and fills that one call gives the GPU, by torch's profiler; ``None`` on a CPU.
+def launched(call: Call) -> list[str]:
+    """Names of the kernels, copies and fills that one call gives the GPU, by torch's profiler.
 
     Profile last: what the profiler loads may slow down launches from then on.
     """
-    if torch.device(device).type != "cuda":
-        return None
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     for _ in range(2):  # the first profile of a process may miss what ran while the tools were being loaded
-        if before is not None:
-            before()
-        sync(device)
+        torch.cuda.synchronize()
         with torch.profiler.profile(activities=activities) as profile:
             call()
-            sync(device)
+            torch.cuda.synchronize()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(path))
         return launches_in(json.loads(path.read_text(encoding="utf-8")))
 
 
-def launches_in(trace: dict[str, Any]) -> int:
-    """Device activities in a Chrome trace of torch's profiler."""
-    return sum(event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset") for event in trace["traceEvents"])
+def launches_in(trace: dict[str, Any]) -> list[str]:
+    """Names of the kernels, copies and fills in a Chrome trace of torch's profiler."""
+    kinds = ("kernel", "gpu_memcpy", "gpu_memset")
+    return [event["name"] for event in trace["traceEvents"] if event.get("cat") in kinds]

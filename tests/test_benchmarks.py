@@ -470,8 +470,9 @@ def test_summary_is_median_and_quartiles() -> None:
 
 def test_launches_are_the_kernels_copies_and_fills_of_a_trace() -> None:
     names = ("kernel", "gpu_memset", "cuda_runtime", "kernel", "gpu_user_annotation", "gpu_memcpy")
-    assert footprint.launches_in({"traceEvents": [{"cat": name} for name in names] + [{"ph": "M"}]}) == 4
-    assert footprint.count_launches(lambda: None, device="cpu") is None
+    events = [{"cat": kind, "name": f"{kind} {place}"} for place, kind in enumerate(names)]
+    found = footprint.launches_in({"traceEvents": [*events, {"ph": "M", "name": "process_name"}]})
+    assert found == ["kernel 0", "gpu_memset 1", "kernel 3", "gpu_memcpy 5"]
 
 
 def test_the_machine_is_described_and_others_load_is_seen() -> None:
@@ -566,7 +567,7 @@ def test_a_gpu_run_counts_launches_at_its_end(gpu: FakeDevice, tmp_path: Path, m
     )
     monkeypatch.setattr(suite, "lacks_memory", lambda case, device: None)
     monkeypatch.setattr(suite, "extra_memory_mb", lambda call, device, before: 1.5)
-    monkeypatch.setattr(suite, "count_launches", lambda call, device, before: 7)
+    monkeypatch.setattr(suite, "launched", lambda call: ["kernel"] * 7)
     monkeypatch.setattr(suite.backends, "choose", lambda backend, device: "eager")
     monkeypatch.setattr(baselines, "available", lambda device: (["eager"], {"sipo cuda": "not built"}))
     small_cases(monkeypatch, small=(4, 8, 8))

@@ -386,14 +386,7 @@ def test_a_gpus_checks_catch_what_the_stand_in_can_show(stand_in: _StandIn) -> N
         dry("launches")
 
 
-def test_kernels_in_a_trace() -> None:
-    events = [
-        {"cat": "kernel", "name": "pair_forward"},
-        {"cat": "gpu_memset", "name": "Memset (Device)"},
-        {"cat": "cpu_op", "name": "aten::empty"},
-        {"ph": "M", "name": "process_name"},
-    ]
-    assert device.launches_in({"traceEvents": events}) == ["pair_forward", "Memset (Device)"]
+def test_kernels_are_told_by_their_names() -> None:
     assert device.is_ours("pair_forward") and device.is_ours("void sipo::(anonymous namespace)::pair_loss<float>()")
     assert not device.is_ours("void at::native::vectorized_elementwise_kernel<4>()")
 

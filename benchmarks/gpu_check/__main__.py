@@ -1,4 +1,4 @@
-"""Is every backend right on this GPU? ``python -m benchmarks.gpu_check``, from a checkout with PYTHONPATH=.
+"""Checks every backend on this GPU: ``python -m benchmarks.gpu_check``, from a checkout with PYTHONPATH=.
 
 Builds the library for the present card where that is due, runs every check of every backend of the device in processes
 of their own, and ends with a table and ``benchmarks/results/gpu_check-DEVICE.json``. Exit code 0: everything that ran
@@ -122,8 +122,8 @@ def _run(args: argparse.Namespace, options: CheckOptions) -> int:
             if ready:
                 jobs.append((ready, backend, group not in ALONE))
     with ThreadPoolExecutor(max_workers=2 if options.device == "cpu" else 6) as pool:
-        for found in pool.map(lambda job: run_checks(job[0], job[1], options), [job for job in jobs if job[2]]):
-            report.add(found)
+        for rows in pool.map(lambda job: run_checks(job[0], job[1], options), [job for job in jobs if job[2]]):
+            report.add(rows)
     for names, backend, parallel in jobs:
         if not parallel:
             report.add(run_checks(names, backend, options))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import time
@@ -34,10 +35,7 @@ def run_child(names: Sequence[str], backend: str, options: CheckOptions, report:
             lines.write(json.dumps({"start": name}) + "\n")
             context = Context(backend, options.device, options.quick)
             begin = time.perf_counter()
-            if options.fault:
-                with faults.injected(options.fault):
-                    outcome, reason, detail = _attempt(CHECKS[name].run, context)
-            else:
+            with faults.injected(options.fault) if options.fault else contextlib.nullcontext():
                 outcome, reason, detail = _attempt(CHECKS[name].run, context)
             sticky = _device_error() if context.on_gpu else None
             if sticky and outcome == "pass":

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.footprint import extra_memory_mb
+from benchmarks.footprint import extra_memory_mb, launched
 from benchmarks.gpu_check.context import BF16, F16, F32, CheckFailed, Context, NotRun, check, poisoned
 from benchmarks.machine import memory_bytes
 from sipo_kernels import PairLossOutput, Totals, backends, pair_loss, testing
@@ -62,25 +59,6 @@ def check_memory(ctx: Context) -> None:
 def is_ours(kernel: str) -> bool:
     """Whether a kernel of this name is the package's: Triton's ``pair_*``, or CUDA C++ in namespace ``sipo``."""
     return kernel.startswith("pair_") or "sipo" in kernel
-
-
-def launched(work: Callable[[], Any]) -> list[str]:
-    """Names of the kernels, copies and fills that ``work`` launches, from the profiler."""
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    for _ in range(2):  # the first profile of a process may miss what ran while its tools were being loaded
-        with torch.profiler.profile(activities=activities) as profile:
-            work()
-            torch.cuda.synchronize()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(trace))
-        return launches_in(json.loads(trace.read_text(encoding="utf-8")))
-
-
-def launches_in(trace: dict[str, Any]) -> list[str]:
-    """Names of the kernels, copies and fills in a Chrome trace of torch's profiler."""
-    kinds = ("kernel", "gpu_memcpy", "gpu_memset")
-    return [event["name"] for event in trace["traceEvents"] if event.get("cat") in kinds]
 
 
 def judge_launches(ctx: Context, names: list[str], what: str) -> None:

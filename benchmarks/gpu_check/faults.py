@@ -1,7 +1,7 @@
 """Backends that are wrong on purpose, and the self-test: every check must catch the faults that it names.
 
-A fault (``wrong_results.py``, ``wrong_use.py``) wraps a backend's module where ``pair_loss.py`` looks it up, so that
-everything above it runs as it is.
+A fault (a class of ``wrong_results.py`` or ``wrong_use.py``) wraps a backend's module where ``pair_loss.py`` looks it
+up, so that everything above it runs as it is.
 """
 
 from __future__ import annotations
@@ -11,55 +11,10 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from benchmarks.gpu_check import wrong_results as results
-from benchmarks.gpu_check import wrong_use as use
+from benchmarks.gpu_check import wrong_use  # noqa: F401 # fills FAULTS
 from benchmarks.gpu_check.context import CHECKS, Context, NotRun
+from benchmarks.gpu_check.wrong_results import FAULTS, OF_FUSED
 from sipo_kernels import backends
-
-FAULTS: dict[str, type[results.Faulty]] = {
-    "scaled gradient": results.ScaledGradient,
-    "unwritten element": results.UnwrittenElement,
-    "gradient in storage order": results.StorageOrder,
-    "wandering gradient": results.WanderingGradient,
-    "masked pairs leak": results.MaskedPairsLeak,
-    "NaN leaks": results.NanLeaks,
-    "gradient handed out twice": results.TwiceHandedOut,
-    "upstream ignored": results.UpstreamIgnored,
-    "expectation ignored": results.ExpectationIgnored,
-    "mend skipped": results.MendSkipped,
-    "mend scales": results.MendScales,
-    "mend mixes pairs": results.MendsOnePair,
-    "mend beside": results.MendsBeside,
-    "nothing remembered": results.NothingRemembered,
-    "infinity remembered": results.InfinityRemembered,
-    "shifted logits": results.ShiftedLogits,
-    "wandering logits": results.WanderingLogits,
-    "wrong metrics": results.WrongMetrics,
-    "totals not added": results.TotalsNotAdded,
-    "totals twice": results.TotalsTwice,
-    "neighbour's bin": results.NeighboursBin,
-    "wandering totals": results.WanderingTotals,
-    "skip ignored": results.SkipIgnored,
-    "mask ignored": results.MaskIgnored,
-    "allocates a copy": use.AllocatesACopy,
-    "launches again": use.LaunchesAgain,
-    "sums in torch": use.SumsInTorch,
-    "reads on the host": use.ReadsOnTheHost,
-    "compares on the host": use.ComparesOnTheHost,
-    "waits for the device": use.WaitsForTheDevice,
-    "frozen inputs": use.FrozenInputs,
-    "frozen expectation": use.FrozenExpectation,
-    "another stream": use.AnotherStream,
-    # For the processes around the checks, and named by none of them.
-    "crashes": use.Crashes,
-    "hangs": use.Hangs,
-}
-# What plain torch cannot have: it makes no gradient beforehand, and §8 is none of its business.
-OF_FUSED = frozenset((
-    "expectation ignored", "mend skipped", "mend scales", "mend mixes pairs", "mend beside", "nothing remembered",
-    "infinity remembered", "wrong metrics", "totals not added", "totals twice", "neighbour's bin", "wandering totals",
-    "sums in torch", "compares on the host", "frozen expectation",
-))  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -15,31 +15,37 @@ from sipo_kernels.layout import dense_sample_strides
 from sipo_kernels.options import Settings
 from sipo_kernels.output import COEF_ROW
 
+FAULTS: dict[str, type[Faulty]] = {}
+# Faults that plain torch cannot have: it makes no gradient in the forward pass, nor metrics and sums in a kernel.
+OF_FUSED: set[str] = set()
+
 
 class Faulty:
-    """A backend's module with one thing wrong; by itself, nothing is."""
+    """A backend's module with one fault; subclasses name theirs, this class has none."""
+
+    def __init_subclass__(cls, fault: str = "", fused: bool = False) -> None:
+        if fault:
+            FAULTS[fault] = cls
+        if fused:
+            OF_FUSED.add(fault)
 
     def __init__(self, module: Any) -> None:
         self.real = module
 
     def forward(self, inputs: Inputs, settings: Settings, **options: Any) -> Stats:
         """``options``: with_grad, expected and totals, as far as they are given."""
-        return self.real.forward(inputs, settings, **options)
+        return self.changed(self.real.forward(inputs, settings, **options), inputs)
+
+    def changed(self, stats: Stats, inputs: Inputs) -> Stats:
+        """What the forward pass returns, with the fault."""
+        return stats
 
     def gradient(self, model: Tensor, target: Tensor, coef: Tensor, upstream: Tensor) -> Tensor:
         return self.real.gradient(model, target, coef, upstream)
 
-    def mend(
-        self,
-        grad: Tensor,
-        model: Tensor,
-        target: Tensor,
-        coef: Tensor,
-        upstream: Tensor,
-        numbers: Tensor,
-        remembered: Tensor | None = None,
-    ) -> Tensor:
-        return self.real.mend(grad, model, target, coef, upstream, numbers, remembered)
+    def mend(self, grad: Tensor, model: Tensor, target: Tensor, *rest: Any) -> Tensor:
+        """``rest``: coef, upstream, numbers and what is remembered."""
+        return self.real.mend(grad, model, target, *rest)
 
 
 def made_for(numbers: Tensor, upstream: Tensor) -> bool:
@@ -53,8 +59,7 @@ class _Gradient(Faulty):
     def spoil(self, grad: Tensor, model: Tensor, target: Tensor, coef: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def forward(self, inputs: Inputs, settings: Settings, **options: Any) -> Stats:
-        stats = super().forward(inputs, settings, **options)
+    def changed(self, stats: Stats, inputs: Inputs) -> Stats:
         if stats.grad.numel() == 0:
             return stats
         return stats._replace(grad=self.spoil(stats.grad, inputs.model_pred, inputs.target, stats.samples[COEF_ROW]))
@@ -64,15 +69,14 @@ class _Gradient(Faulty):
 
     def mend(self, grad: Tensor, model: Tensor, target: Tensor, *rest: Any) -> Tensor:
         coef, upstream, numbers = rest[:3]
-        found = super().mend(grad, model, target, *rest)
-        return found if made_for(numbers, upstream) else self.spoil(found, model, target, coef)
+        mended = super().mend(grad, model, target, *rest)
+        return mended if made_for(numbers, upstream) else self.spoil(mended, model, target, coef)
 
 
-class ScaledGradient(Faulty):
+class ScaledGradient(Faulty, fault="scaled gradient"):
     """A thousandth too large, before it is rounded."""
 
-    def forward(self, inputs: Inputs, settings: Settings, **options: Any) -> Stats:
-        stats = super().forward(inputs, settings, **options)
+    def changed(self, stats: Stats, inputs: Inputs) -> Stats:
         stats.samples[COEF_ROW] *= 1.001
         if stats.grad.numel() and stats.numbers is not None:
             coef, upstream = stats.samples[COEF_ROW], stats.numbers[-1].clone()
@@ -80,30 +84,27 @@ class ScaledGradient(Faulty):
         return stats
 
 
-class UnwrittenElement(_Gradient):
+class UnwrittenElement(_Gradient, fault="unwritten element"):
     """The last element holds what the memory held."""
 
     def spoil(self, grad: Tensor, model: Tensor, target: Tensor, coef: Tensor) -> Tensor:
-        found = torch.empty_like(grad)
-        last = found.flatten()[-1].clone()
-        found.copy_(grad)
-        found[(-1,) * found.ndim] = last
-        return found
+        unwritten = torch.empty_like(grad)
+        grad[(-1,) * grad.ndim] = unwritten.flatten()[-1]
+        return grad
 
 
-class StorageOrder(_Gradient):
+class StorageOrder(_Gradient, fault="gradient in storage order"):
     """Values in the order of indices, where the layout's own order is due."""
 
     def spoil(self, grad: Tensor, model: Tensor, target: Tensor, coef: Tensor) -> Tensor:
         if dense_sample_strides(grad) is None or grad.is_contiguous() or grad.ndim < 2:
             return grad
-        plain = grad.contiguous()
-        found = torch.empty_like(grad)
-        found.as_strided((grad.numel(),), (1,)).copy_(plain.reshape(-1))
-        return found
+        in_order = torch.empty_like(grad)
+        in_order.as_strided((grad.numel(),), (1,)).copy_(grad.reshape(-1))
+        return in_order
 
 
-class WanderingGradient(_Gradient):
+class WanderingGradient(_Gradient, fault="wandering gradient"):
     """One element moves by one unit in the last place from call to call."""
 
     calls = 0
@@ -116,7 +117,7 @@ class WanderingGradient(_Gradient):
         return grad
 
 
-class MaskedPairsLeak(_Gradient):
+class MaskedPairsLeak(_Gradient, fault="masked pairs leak"):
     """A masked pair gets 0 · (its elements) in place of 0, which is NaN where one of them is not finite."""
 
     def spoil(self, grad: Tensor, model: Tensor, target: Tensor, coef: Tensor) -> Tensor:
@@ -125,7 +126,7 @@ class MaskedPairsLeak(_Gradient):
         return grad
 
 
-class NanLeaks(_Gradient):
+class NanLeaks(_Gradient, fault="NaN leaks"):
     """One sum over the whole batch in every pair's gradient: nothing but where something is not finite."""
 
     def spoil(self, grad: Tensor, model: Tensor, target: Tensor, coef: Tensor) -> Tensor:
@@ -133,13 +134,12 @@ class NanLeaks(_Gradient):
         return grad.add_(nothing.to(grad.dtype))
 
 
-class TwiceHandedOut(Faulty):
+class TwiceHandedOut(Faulty, fault="gradient handed out twice"):
     """The second backward gets the tensor that the first one handed out."""
 
     last: Tensor | None = None
 
-    def forward(self, inputs: Inputs, settings: Settings, **options: Any) -> Stats:
-        stats = super().forward(inputs, settings, **options)
+    def changed(self, stats: Stats, inputs: Inputs) -> Stats:
         type(self).last = stats.grad if stats.grad.numel() else None
         return stats
 
@@ -154,7 +154,7 @@ class TwiceHandedOut(Faulty):
 # ---- The upstream gradient -------------------------------------------------------------------------------------------
 
 
-class UpstreamIgnored(Faulty):
+class UpstreamIgnored(Faulty, fault="upstream ignored"):
     """As if every upstream gradient were 1."""
 
     def forward(self, inputs: Inputs, settings: Settings, **options: Any) -> Stats:
@@ -167,7 +167,7 @@ class UpstreamIgnored(Faulty):
         return grad
 
 
-class ExpectationIgnored(Faulty):
+class ExpectationIgnored(Faulty, fault="expectation ignored", fused=True):
     """The gradient is made for 1, and said to be for what was expected."""
 
     def forward(self, inputs: Inputs, settings: Settings, **options: Any) -> Stats:
@@ -178,7 +178,7 @@ class ExpectationIgnored(Faulty):
         return stats
 
 
-class MendSkipped(Faulty):
+class MendSkipped(Faulty, fault="mend skipped", fused=True):
     """The gradient that the forward pass made is handed out whatever came."""
 
     def mend(self, grad: Tensor, *rest: Any) -> Tensor:
@@ -188,20 +188,20 @@ class MendSkipped(Faulty):
         return grad
 
 
-class MendScales(Faulty):
+class MendScales(Faulty, fault="mend scales", fused=True):
     """What was made for another upstream gradient, and rounded, is scaled and rounded again."""
 
     def mend(self, grad: Tensor, model: Tensor, target: Tensor, *rest: Any) -> Tensor:
         coef, upstream, numbers, _ = rest
         rounded = grad.clone()
-        found = super().mend(grad, model, target, *rest)
+        mended = super().mend(grad, model, target, *rest)
         if made_for(numbers, upstream) or not bool(torch.isfinite(upstream / numbers[-1]).all()):
-            return found
+            return mended
         factor = (upstream / numbers[-1]).expand(len(coef) // 2).repeat(2)
-        return found.copy_(rounded * factor.reshape(-1, *[1] * (rounded.ndim - 1)))
+        return mended.copy_(rounded * factor.reshape(-1, *[1] * (rounded.ndim - 1)))
 
 
-class MendsOnePair(Faulty):
+class MendsOnePair(Faulty, fault="mend mixes pairs", fused=True):
     """Where pairs have upstream gradients of their own, the last one's comes to all that differ."""
 
     def mend(self, grad: Tensor, model: Tensor, target: Tensor, *rest: Any) -> Tensor:
@@ -211,7 +211,7 @@ class MendsOnePair(Faulty):
         return super().mend(grad, model, target, coef, upstream, numbers, remembered)
 
 
-class MendsBeside(Faulty):
+class MendsBeside(Faulty, fault="mend beside", fused=True):
     """A second gradient is made beside the first."""
 
     def mend(self, grad: Tensor, model: Tensor, target: Tensor, *rest: Any) -> Tensor:
@@ -219,7 +219,7 @@ class MendsBeside(Faulty):
         return grad if made_for(numbers, upstream) else self.real.gradient(model, target, coef, upstream)
 
 
-class NothingRemembered(Faulty):
+class NothingRemembered(Faulty, fault="nothing remembered", fused=True):
     """What came is not kept for the next call."""
 
     def mend(self, grad: Tensor, model: Tensor, target: Tensor, *rest: Any) -> Tensor:
@@ -227,46 +227,43 @@ class NothingRemembered(Faulty):
         return super().mend(grad, model, target, coef, upstream, numbers, None)
 
 
-class InfinityRemembered(Faulty):
+class InfinityRemembered(Faulty, fault="infinity remembered", fused=True):
     """What came is kept whatever it is."""
 
     def mend(self, grad: Tensor, *rest: Any) -> Tensor:
-        found = super().mend(grad, *rest)
+        mended = super().mend(grad, *rest)
         *_, upstream, _, remembered = rest
         if remembered is not None:
             remembered.copy_(upstream.flatten()[0])
-        return found
+        return mended
 
 
 # ---- Numbers ---------------------------------------------------------------------------------------------------------
 
 
-class ShiftedLogits(Faulty):
+class ShiftedLogits(Faulty, fault="shifted logits"):
     """Logits, and the loss with them, off by 1e-3."""
 
-    def forward(self, inputs: Inputs, settings: Settings, **options: Any) -> Stats:
-        stats = super().forward(inputs, settings, **options)
+    def changed(self, stats: Stats, inputs: Inputs) -> Stats:
         return stats._replace(logits=stats.logits * 1.001 + 1e-3)
 
 
-class WanderingLogits(Faulty):
+class WanderingLogits(Faulty, fault="wandering logits"):
     """The last logit moves by one unit in the last place from call to call."""
 
     calls = 0
 
-    def forward(self, inputs: Inputs, settings: Settings, **options: Any) -> Stats:
-        stats = super().forward(inputs, settings, **options)
+    def changed(self, stats: Stats, inputs: Inputs) -> Stats:
         type(self).calls += 1
         if type(self).calls % 4 == 0:
             stats.logits[-1] = torch.nextafter(stats.logits[-1], torch.full_like(stats.logits[-1], 1e4))
         return stats
 
 
-class WrongMetrics(Faulty):
+class WrongMetrics(Faulty, fault="wrong metrics", fused=True):
     """One metric in another one's place."""
 
-    def forward(self, inputs: Inputs, settings: Settings, **options: Any) -> Stats:
-        stats = super().forward(inputs, settings, **options)
+    def changed(self, stats: Stats, inputs: Inputs) -> Stats:
         if stats.numbers is not None:
             chosen, rejected = METRICS.index("chosen_gap"), METRICS.index("rejected_gap")
             stats.numbers[[chosen, rejected]] = stats.numbers[[rejected, chosen]]
@@ -291,8 +288,8 @@ class _Sums(Faulty):
         return stats
 
 
-class TotalsNotAdded(_Sums):
-    """Sums begin anew at each call."""
+class TotalsNotAdded(_Sums, fault="totals not added", fused=True):
+    """Sums begin again at each call."""
 
     def spoil(self, before: Totals, after: Totals) -> None:
         for old, new in zip(before[:2], after[:2], strict=True):
@@ -300,7 +297,7 @@ class TotalsNotAdded(_Sums):
                 new -= old
 
 
-class TotalsTwice(_Sums):
+class TotalsTwice(_Sums, fault="totals twice", fused=True):
     """Each call's numbers are added twice."""
 
     def spoil(self, before: Totals, after: Totals) -> None:
@@ -309,7 +306,7 @@ class TotalsTwice(_Sums):
                 new += new - old
 
 
-class NeighboursBin(_Sums):
+class NeighboursBin(_Sums, fault="neighbour's bin", fused=True):
     """What belongs into a bin of noise levels is added to the next one."""
 
     def spoil(self, before: Totals, after: Totals) -> None:
@@ -317,7 +314,7 @@ class NeighboursBin(_Sums):
             after.levels.copy_(before.levels + (after.levels - before.levels).roll(1, 1))
 
 
-class WanderingTotals(_Sums):
+class WanderingTotals(_Sums, fault="wandering totals", fused=True):
     """A sum moves by one unit in the last place from call to call."""
 
     calls = 0
@@ -328,14 +325,14 @@ class WanderingTotals(_Sums):
             after.metrics[0, 0] = torch.nextafter(after.metrics[0, 0], torch.full_like(after.metrics[0, 0], 1e4))
 
 
-class SkipIgnored(Faulty):
+class SkipIgnored(Faulty, fault="skip ignored"):
     """``nonfinite="skip"`` does nothing."""
 
     def forward(self, inputs: Inputs, settings: Settings, **options: Any) -> Stats:
         return super().forward(inputs, dataclasses.replace(settings, nonfinite="propagate"), **options)
 
 
-class MaskIgnored(Faulty):
+class MaskIgnored(Faulty, fault="mask ignored"):
     """``mask_threshold`` does nothing."""
 
     def forward(self, inputs: Inputs, settings: Settings, **options: Any) -> Stats:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +18,7 @@ from sipo_kernels.inputs import Inputs
 from sipo_kernels.options import Settings
 
 
-class AllocatesACopy(Faulty):
+class AllocatesACopy(Faulty, fault="allocates a copy"):
     """A copy of the policy's output is alive beside the gradient."""
 
     def gradient(self, model: Tensor, target: Tensor, coef: Tensor, upstream: Tensor) -> Tensor:
@@ -25,11 +27,10 @@ class AllocatesACopy(Faulty):
 
     def forward(self, inputs: Inputs, settings: Settings, **options: Any) -> Stats:
         copy = inputs.model_pred.detach().clone()
-        stats = super().forward(inputs._replace(model_pred=copy), settings, **options)
-        return stats
+        return super().forward(inputs._replace(model_pred=copy), settings, **options)
 
 
-class LaunchesAgain(Faulty):
+class LaunchesAgain(Faulty, fault="launches again"):
     """The same forward four times over."""
 
     def forward(self, inputs: Inputs, settings: Settings, **options: Any) -> Stats:
@@ -38,7 +39,7 @@ class LaunchesAgain(Faulty):
         return super().forward(inputs, settings, **options)
 
 
-class SumsInTorch(Faulty):
+class SumsInTorch(Faulty, fault="sums in torch", fused=True):
     """Totals in operations of torch's own, after the kernel."""
 
     def forward(self, inputs: Inputs, settings: Settings, **options: Any) -> Stats:
@@ -50,16 +51,15 @@ class SumsInTorch(Faulty):
         return stats
 
 
-class ReadsOnTheHost(Faulty):
-    """A look at the loss, once it is made."""
+class ReadsOnTheHost(Faulty, fault="reads on the host"):
+    """Reads the loss once it is made."""
 
-    def forward(self, inputs: Inputs, settings: Settings, **options: Any) -> Stats:
-        stats = super().forward(inputs, settings, **options)
+    def changed(self, stats: Stats, inputs: Inputs) -> Stats:
         stats.loss.sum().item()
         return stats
 
 
-class ComparesOnTheHost(Faulty):
+class ComparesOnTheHost(Faulty, fault="compares on the host", fused=True):
     """Whether to mend is decided by the host, which waits for both numbers."""
 
     def mend(self, grad: Tensor, *rest: Any) -> Tensor:
@@ -67,16 +67,15 @@ class ComparesOnTheHost(Faulty):
         return grad if made_for(numbers, upstream) else super().mend(grad, *rest)
 
 
-class WaitsForTheDevice(Faulty):
+class WaitsForTheDevice(Faulty, fault="waits for the device"):
     """Waits in a way that torch's own watch does not see, as a library of ours could."""
 
-    def forward(self, inputs: Inputs, settings: Settings, **options: Any) -> Stats:
-        stats = super().forward(inputs, settings, **options)
+    def changed(self, stats: Stats, inputs: Inputs) -> Stats:
         torch.cuda.current_stream().synchronize()
         return stats
 
 
-class FrozenInputs(Faulty):
+class FrozenInputs(Faulty, fault="frozen inputs"):
     """Works on what the inputs of this shape were when they were first seen."""
 
     seen: ClassVar[dict[int, Tensor]] = {}
@@ -97,7 +96,7 @@ class FrozenInputs(Faulty):
         return super().mend(grad, self._first(model), self._first(target), *rest)
 
 
-class FrozenExpectation(Faulty):
+class FrozenExpectation(Faulty, fault="frozen expectation", fused=True):
     """Reads on the host what is expected, and once: a graph's replays make their gradients for that."""
 
     seen: ClassVar[dict[int, float]] = {}
@@ -106,9 +105,8 @@ class FrozenExpectation(Faulty):
         expected = options.get("expected")
         if isinstance(expected, Tensor):
             capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-            value = self.seen[expected.data_ptr()] if capturing else self.seen.setdefault(
-                expected.data_ptr(), float(expected)
-            )  # fmt: skip
+            value = self.seen[expected.data_ptr()] if capturing else float(expected)
+            value = self.seen.setdefault(expected.data_ptr(), value)
             stats = super().forward(inputs, settings, **{**options, "expected": value})
             if stats.numbers is not None:
                 stats.numbers[-1] = expected
@@ -116,34 +114,35 @@ class FrozenExpectation(Faulty):
         return super().forward(inputs, settings, **options)
 
 
-class AnotherStream(Faulty):
+class AnotherStream(Faulty, fault="another stream"):
     """Runs in a separate stream, with which the caller's stream does not synchronise."""
 
     def gradient(self, model: Tensor, target: Tensor, coef: Tensor, upstream: Tensor) -> Tensor:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            torch.cuda._sleep(20_000_000)
+        with self._aside():
             return super().gradient(model, target, coef, upstream)
 
     def forward(self, inputs: Inputs, settings: Settings, **options: Any) -> Stats:
+        with self._aside():
+            return super().forward(inputs, settings, **options)
+
+    @contextlib.contextmanager
+    def _aside(self) -> Iterator[None]:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             torch.cuda._sleep(20_000_000)
-            return super().forward(inputs, settings, **options)
+            yield
 
 
-class Crashes(Faulty):
+class Crashes(Faulty, fault="crashes"):
     """Ends the process, as an access through a wild pointer does."""
 
     def forward(self, inputs: Inputs, settings: Settings, **options: Any) -> Stats:
         os.kill(os.getpid(), signal.SIGSEGV)
-        time.sleep(60)
-        return super().forward(inputs, settings, **options)
+        raise AssertionError("the signal ends the process")
 
 
-class Hangs(Faulty):
+class Hangs(Faulty, fault="hangs"):
     """Does not come back."""
 
     def forward(self, inputs: Inputs, settings: Settings, **options: Any) -> Stats:
