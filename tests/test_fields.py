@@ -8,7 +8,8 @@ import pytest
 
 from sipo.data.config import DataConfig
 from sipo.families.config import LoraConfig, ModelConfig
-from sipo.recipe.config import LossConfig, SampleConfig
+from sipo.recipe.config import Config, ConfigError, LossConfig, SampleConfig
+from sipo.training.config import TrainingConfig
 
 LEAST: dict[type, tuple[str, ...]] = {ModelConfig: ("sd15", "path"), DataConfig: ("pairs.jsonl", "cache")}
 
@@ -44,6 +45,14 @@ def test_a_field_of_another_type_or_out_of_range_is_named(kind: type, name: str,
     with pytest.raises((TypeError, ValueError)) as caught:
         kind(*LEAST.get(kind, ()), **{name: value})
     assert str(caught.value).startswith(message)
+
+
+def test_a_whole_configuration_is_checked_too() -> None:
+    model, data = ModelConfig("sd15", "path", dtype="float16"), DataConfig("pairs.jsonl", "cache")
+    with pytest.raises(TypeError, match=r"^data='pairs.jsonl': expected a DataConfig$"):
+        Config(model, "pairs.jsonl", TrainingConfig(1, "out"))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="training.mixed_precision='bf16': expected no two half-precision types"):
+        Config(model, data, TrainingConfig(1, "out", mixed_precision="bf16"))
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ Names that do not exist are errors that say the nearest one that does. Needs pyd
 from __future__ import annotations
 
 import dataclasses
+import json
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,6 @@ TOY = "toy"
 
 # The type that training.mixed_precision rounds weights in float32 to.
 _COMPUTED = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
-
 
 # Keys whose values may have ~ and environment variables in them.
 _PATHS = (
@@ -97,9 +97,24 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     samples: SampleConfig = field(default_factory=SampleConfig)
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+        precision = self.training.mixed_precision
+        if self.model.reference == "errors" and not self.data.reference_errors:
+            raise ConfigError("data.reference_errors=False: expected True with model.reference='errors'")
+        # bfloat16 and float16 do not meet in one operator, and a pair's errors are compared in one type.
+        used = {f"model.dtype={self.model.dtype!r}": self.policy_dtype}
+        if self.reference_kind != "adapter_off":
+            used[f"model.reference_dtype={self.model.reference_dtype!r}"] = self.reference_dtype
+        used[f"training.mixed_precision={precision!r}"] = _COMPUTED[precision]
+        halves = {dtype: name for name, dtype in reversed(used.items()) if dtype != "float32"}  # the first of each type
+        if len(halves) > 1:
+            keys = " with ".join(reversed(halves.values()))
+            raise ConfigError(f"{keys}: expected no two half-precision types in a run")
+
     def as_dict(self) -> dict[str, Any]:
         """JSON and YAML values, every default filled in."""
-        plain: dict[str, Any] = _plain(dataclasses.asdict(self))
+        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self), default=str))
         return plain
 
     @property
@@ -176,7 +191,8 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     except FileError as error:
         raise ConfigError(str(error)) from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: holds {type(tree).__name__}, expected the sections {', '.join(_names(Config))}")
+        sections = ", ".join(f.name for f in dataclasses.fields(Config))
+        raise ConfigError(f"{path}: holds {type(tree).__name__}, expected the sections {sections}")
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
@@ -203,31 +219,29 @@ def from_dict(tree: dict[str, Any]) -> Config:
     from pydantic import TypeAdapter, ValidationError
 
     tree = _with_paths(tree)
-    for key in _unknown(tree, Config, ()):
-        paths = list(_paths(Config))
+    paths = list(_paths(Config))
+    for key in _unknown(tree, paths):
         meant = probable_key(key, paths)
-        beside = [path[-1] for path in paths if path[:-1] == key[:-1]]
-        hint = f"did you mean {meant}?" if meant else f"expected one of {', '.join(beside or _names(Config))}"
+        beside = ", ".join(path[-1] for path in paths if path[:-1] == key[:-1])
+        hint = f"did you mean {meant}?" if meant else f"expected one of {beside}"
         raise ConfigError(f"{one_line('.'.join(key), _LONGEST)}: no such key, {hint}")
     for name, value in _integers(tree, ""):
         if not -_LARGEST <= value < _LARGEST:
             raise ConfigError(f"{name}={short(value)}: expected an integer of 64 bits")
     try:
-        config = TypeAdapter(Config).validate_python(tree)
+        return TypeAdapter(Config).validate_python(tree)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"])
         if first["type"] in ("missing", "missing_argument"):
             raise ConfigError(f"{place}: missing, expected a value") from error
         cause = first.get("ctx", {}).get("error")
-        if cause is not None:  # our own check of a whole section, which names the value itself
-            raise ConfigError(f"{place}.{one_line(cause, _LONGEST)}") from error
+        if cause is not None:  # our own check of a section or of all of them, which names the value itself
+            raise ConfigError(f"{place}{'.' * bool(place)}{one_line(cause, _LONGEST)}") from error
         if first["type"] == "literal_error":
             choices = first["ctx"]["expected"].replace("'", "").replace(" or ", ", ")
             raise ConfigError(f"{place}={short(first['input'])}: expected one of {choices}") from error
         raise ConfigError(f"{place}={short(first['input'])}: {first['msg']}") from error
-    _check(config)
-    return config
 
 
 def _with_paths(tree: dict[str, Any]) -> dict[str, Any]:
@@ -255,52 +269,21 @@ def _integers(value: Any, name: str) -> Iterator[tuple[str, int]]:
         yield name, value
 
 
-def _check(config: Config) -> None:
-    """Checks what no section shows by itself."""
-    model, precision = config.model, config.training.mixed_precision
-    if model.reference == "errors" and not config.data.reference_errors:
-        raise ConfigError("data.reference_errors=False: expected True with model.reference='errors'")
-    # bfloat16 and float16 do not meet in one operator, and a pair's errors are compared in one type.
-    used = {f"model.dtype={model.dtype!r}": config.policy_dtype}
-    if config.reference_kind != "adapter_off":
-        used[f"model.reference_dtype={model.reference_dtype!r}"] = config.reference_dtype
-    used[f"training.mixed_precision={precision!r}"] = _COMPUTED[precision]
-    halves = {dtype: name for name, dtype in reversed(used.items()) if dtype != "float32"}  # the first of each type
-    if len(halves) > 1:
-        raise ConfigError(f"{' with '.join(reversed(halves.values()))}: expected no two half-precision types in a run")
+def _paths(section: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """All keys of a section and of those in it."""
+    for name, kind in typing.get_type_hints(section).items():
+        yield (*place, name)
+        if dataclasses.is_dataclass(kind):
+            yield from _paths(kind, (*place, name))
 
 
-def _names(section: Any) -> list[str]:
-    return [f.name for f in dataclasses.fields(section)]
-
-
-def _sections(section: Any) -> dict[str, Any]:
-    """Fields of a dataclass that are dataclasses themselves."""
-    hints = typing.get_type_hints(section)
-    return {name: hints[name] for name in _names(section) if dataclasses.is_dataclass(hints[name])}
-
-
-def _unknown(tree: dict[str, Any], section: Any, place: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    known, nested = _names(section), _sections(section)
+def _unknown(
+    tree: dict[str, Any], paths: Sequence[tuple[str, ...]], place: tuple[str, ...] = ()
+) -> Iterator[tuple[str, ...]]:
+    """The keys of a tree of plain values that are none of ``paths``."""
     for name, value in tree.items():
         here = (*place, str(name))
-        if name not in known:
+        if here not in paths:
             yield here
-        elif name in nested and isinstance(value, dict):
-            yield from _unknown(value, nested[name], here)
-
-
-def _paths(section: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    nested = _sections(section)
-    for name in _names(section):
-        yield (*place, name)
-        if name in nested:
-            yield from _paths(nested[name], (*place, name))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+        elif isinstance(value, dict) and any(path[:-1] == here for path in paths):
+            yield from _unknown(value, paths, here)
