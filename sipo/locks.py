@@ -1,15 +1,15 @@
-"""One process at a time writes to a folder: a run's output, a cache.
+"""Locks a folder, a run's output or a cache, so that one process at a time writes to it.
 
-    .lock    there as long as the folder is in use; JSON: machine, process, since when, by what command
+    .lock    exists as long as the folder is in use; JSON: machine, process, since when, by what command
 
-The kernel holds the lock for the process and releases it however the process ends, so a killed run blocks no other.
-These are POSIX record locks: unlike those of ``flock`` they are not handed down to forked workers, which
-may outlive their parent, and NFS takes them to the server. Closing any descriptor of the file releases the lock,
-so the process that the file names also counts as there as long as it runs.
+The kernel holds the lock for the process and releases it when the process ends in any way, so a killed run blocks no
+other. These are POSIX record locks: unlike those of ``flock`` they are not inherited by forked workers, which may
+outlive their parent, and they work across NFS. Closing any descriptor of the file releases the lock, so a folder also
+counts as in use while the process that the file names is running.
 
-Some file systems have no such locks, or have each machine's apart. So the holder touches the file every few seconds,
-and a process on another machine that finds it there watches it for a while: as long as the file's times change, the
-folder is in use. No clock is compared with another's.
+Some file systems have no such locks, or keep them separately on each machine. So the holder touches the file every few
+seconds, and a process on another machine that sees the file watches it for a while: as long as its times change, the
+folder is in use. Clocks of different machines are never compared.
 """
 
 from __future__ import annotations
@@ -34,51 +34,49 @@ from sipo.files import FileError, check_regular
 from sipo.processes import on_main
 
 LOCK = ".lock"
-"""Name of the file."""
+"""Name of the lock file."""
 
 RENEWED = 10.0
-"""Seconds after which the holder touches the file again."""
+"""Interval in seconds at which the holder touches the file."""
 
 WATCHED = 60.0
-"""Seconds for which another machine's file must stay as it is until its holder counts as dead."""
+"""Seconds for which the file of another machine must stay unchanged before its holder counts as dead."""
 
-_SETTLED = 1.0  # seconds after which what two machines have written at once is the same for both
-_BYTES = 4096  # that the file has at most
+_SETTLED = 1.0  # seconds after which two machines that wrote at once read the same content
+_BYTES = 4096  # maximum size of the file
 _HELD = (errno.EACCES, errno.EAGAIN)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
-_here: dict[
-    tuple[int, int], tuple[int, int]
-] = {}  # by device and inode of a folder, the process and thread that has it
+_holders: dict[tuple[int, int], tuple[int, int]] = {}  # device and inode of a folder: process and thread that hold it
 _guard = threading.Lock()
 
 
 class LockWarning(UserWarning):
-    """It takes a while to find out whether a folder is in use."""
+    """Finding out whether a folder is in use takes a while."""
 
 
 class LockedError(ValueError):
-    """A folder that another process is writing to."""
+    """Another process is writing to the folder."""
 
 
 @contextlib.contextmanager
 def locked(folder: str | Path, what: str, *, accelerator: Any = None) -> Iterator[None]:
-    """Inside, no other process writes to a folder, nor does another thread of this one, if all of them ask here.
+    """Holds the lock of a folder inside the context, against other processes and other threads of this one.
 
-    A thread that has the folder already goes on.
+    A thread that holds the lock already continues.
 
     Args:
         folder: created if it is missing.
-        what: names the folder in the message: "training.output_dir='runs/a'".
-        accelerator: of a run of several processes, all of which call this: the main one takes the lock for all.
+        what: name of the folder in messages: "training.output_dir='runs/a'".
+        accelerator: for a run of several processes, all of which call this: the main one takes the lock for all.
 
     Raises:
-        LockedError: another process has it; says which, and what to do. In every process alike.
-        FileError: the folder cannot be made; something else than a file has the lock's name.
+        LockedError: another process holds it; says which, and what to do. Raised in every process.
+        FileError: the folder cannot be created, or the lock's name is taken by something other than a file.
         OSError: no file can be written in the folder; names the file.
 
     Warns:
-        LockWarning: it takes a minute to learn whether a process on another machine is still there.
+        LockWarning: it takes a minute to learn whether a process on another machine is still running.
     """
     lock = _Lock(Path(folder), what)
     if accelerator is None:
@@ -92,7 +90,7 @@ def locked(folder: str | Path, what: str, *, accelerator: Any = None) -> Iterato
 
 
 class _Lock:
-    """A folder's lock, taken once."""
+    """A folder's lock, which is acquired once."""
 
     def __init__(self, folder: Path, what: str) -> None:
         self._folder = folder
@@ -100,10 +98,10 @@ class _Lock:
         self._what = what
         self._file = -1
         self._own: dict[str, Any] = {}
-        self._dead: dict[str, Any] = {}  # a holder on another machine that is no longer there
-        self._stop = threading.Event()
+        self._dead: dict[str, Any] = {}  # a holder on another machine that is no longer running
+        self._released = threading.Event()
         self._renewer = threading.Thread(target=self._renew, name="lock", daemon=True)
-        self._made: list[Path] = []  # the folder and those above it, as far as they were not there
+        self._made: list[Path] = []  # the folder and its parents, as far as they did not exist
 
     def acquire(self) -> None:
         self._made = [path for path in (self._folder, *self._folder.parents) if not path.exists()]
@@ -111,22 +109,22 @@ class _Lock:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise FileError(f"{self._what}: {error.strerror}, expected a folder that can be written") from error
-        found = self._folder.stat()
-        key, me = (found.st_dev, found.st_ino), (os.getpid(), threading.get_ident())
+        status = self._folder.stat()
+        key, this = (status.st_dev, status.st_ino), (os.getpid(), threading.get_ident())
         with _guard:
-            there = _here.get(key)
-            if there == me:
+            holder = _holders.get(key)
+            if holder == this:
                 return  # released by the call that took it
-            if there is not None and there[0] == me[0]:
+            if holder is not None and holder[0] == this[0]:
                 raise LockedError(f"{self._what} is in use by another thread of this process")
-            _here[key] = me  # before the file is opened: closing it once more would unlock it
+            _holders[key] = this  # before the file is opened: closing it a second time would release the lock
         self._key = key
         try:
             while not self._take():
                 pass
         except BaseException as error:
             with _guard:
-                del _here[key]
+                del _holders[key]
             self._remove_folders()
             if isinstance(error, OSError) and error.errno is not None and error.filename is None:
                 raise OSError(error.errno, error.strerror, str(self._path)) from error
@@ -134,27 +132,27 @@ class _Lock:
         self._renewer.start()
 
     def release(self) -> None:
-        if not self._own or self._own["pid"] != os.getpid():  # not taken, or by the process that this was forked from
+        if not self._own or self._own["pid"] != os.getpid():  # not taken, or taken by the parent of this forked process
             return
-        self._stop.set()
-        self._renewer.join()  # it touches the file, whose number another file may have once it is closed
+        self._released.set()
+        self._renewer.join()  # before the file is closed, because another file may then get its descriptor
         with contextlib.suppress(OSError):
-            if self._is_there() and _holder(os.pread(self._file, _BYTES, 0)) == self._own:
+            if self._has_name() and _holder(os.pread(self._file, _BYTES, 0)) == self._own:
                 self._path.unlink()
         os.close(self._file)
         self._own = {}
         self._remove_folders()
         with _guard:
-            del _here[self._key]
+            del _holders[self._key]
 
     def _remove_folders(self) -> None:
-        """Removes the folders that were made here and are still empty: a refused command leaves nothing behind."""
-        with contextlib.suppress(OSError):  # one holds something
+        """Removes the folders that were created here and are still empty: a refused command leaves nothing behind."""
+        with contextlib.suppress(OSError):  # one is not empty
             for folder in self._made:
                 folder.rmdir()
 
     def _take(self) -> bool:
-        """Opens and locks the file and writes this process down; false where that is to be tried again."""
+        """Opens and locks the file and writes this process into it; false if that must be tried again."""
         try:
             self._file, made = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), True
         except FileExistsError:
@@ -167,9 +165,9 @@ class _Lock:
                 return False
         taken = False
         try:
-            taken = self._write_down(made)
-        except OSError:  # a full disk: half a file would tell the next process nothing
-            if made and self._is_there():
+            taken = self._write_holder(made)
+        except OSError:  # a full disk: an incomplete file would tell the next process nothing
+            if made and self._has_name():
                 self._path.unlink(missing_ok=True)
             raise
         finally:
@@ -177,12 +175,12 @@ class _Lock:
                 os.close(self._file)
         return taken
 
-    def _write_down(self, made: bool) -> bool:
+    def _write_holder(self, made: bool) -> bool:
         kernel = self._kernel_lock()
-        if not self._is_there():  # whoever had it has removed it meanwhile
+        if not self._has_name():  # its former holder has removed it meanwhile
             return False
         holder = _holder(os.pread(self._file, _BYTES, 0))
-        if not made and not holder:  # just being written, or left by a process that was killed then
+        if not made and not holder:  # just being written, or left by a process that was killed while writing
             time.sleep(_SETTLED)
             holder = _holder(os.pread(self._file, _BYTES, 0))
         if holder and holder != self._dead:
@@ -192,7 +190,7 @@ class _Lock:
             if not (same and kernel):
                 self._watch(holder)
                 self._dead = holder
-                return False  # another process may have come meanwhile
+                return False  # another process may have taken it meanwhile
         own = {
             "host": socket.gethostname(),
             "machine": _machine(),
@@ -204,17 +202,17 @@ class _Lock:
         os.ftruncate(self._file, 0)
         os.pwrite(self._file, (json.dumps(own) + "\n").encode(), 0)
         os.fsync(self._file)
-        if self._dead or not (made or kernel):  # of two machines that came at once, the last to write has it
+        if self._dead or not (made or kernel):  # if two machines came at once, the last to write has it
             time.sleep(_SETTLED)
             now = self._read()
-            self._kernel_lock()  # which reading the file has undone
+            self._kernel_lock()  # reading the file has released it
             if now != own:
                 raise LockedError(self._message(now))
         self._own = own
         return True
 
     def _kernel_lock(self) -> bool:
-        """Locks the file; false where the file system has no locks.
+        """Locks the file; false if the file system has no locks.
 
         Raises:
             LockedError: another process has locked it.
@@ -230,10 +228,10 @@ class _Lock:
         return True
 
     def _watch(self, holder: dict[str, Any]) -> None:
-        """Waits until it is known whether a process on another machine is still there.
+        """Waits until it is known whether a process on another machine is still running.
 
         Raises:
-            LockedError: it is.
+            LockedError: it is running.
         """
         holds = f"process {holder.get('pid')} on {holder.get('host')} held this lock"
         text = f"{self._what}: {holds}; waiting up to {WATCHED:g} s to see whether it is still running"
@@ -245,21 +243,21 @@ class _Lock:
                 raise LockedError(self._message(self._read()))
 
     def _times(self) -> tuple[int, int]:
-        """Time and inode of the lock file, which change when its holder renews it or ends; zeros if there is none."""
+        """Reads the lock file's time and inode, which change when its holder renews it or ends; zeros if it is gone."""
         try:
-            with self._path.open("rb") as file:  # opened, since NFS asks its server only then
-                found = os.fstat(file.fileno())
+            with self._path.open("rb") as file:  # opened, because only then does NFS ask its server
+                status = os.fstat(file.fileno())
         except FileNotFoundError:
             return 0, 0
-        return found.st_mtime_ns, found.st_ino
+        return status.st_mtime_ns, status.st_ino
 
     def _renew(self) -> None:
-        while not self._stop.wait(RENEWED):
+        while not self._released.wait(RENEWED):
             with contextlib.suppress(OSError):
                 os.utime(self._file)
 
-    def _is_there(self) -> bool:
-        """Whether the file that is open still has its name."""
+    def _has_name(self) -> bool:
+        """Tells whether the open file still has the lock's name."""
         try:
             return os.path.samestat(os.fstat(self._file), os.stat(self._path))
         except FileNotFoundError:
@@ -267,13 +265,13 @@ class _Lock:
 
     def _settled(self) -> dict[str, Any]:
         """Reads who holds the lock; waits briefly for a holder that is about to write it."""
-        end = time.monotonic() + 2 * _SETTLED  # it may first wait that long for another one
+        end = time.monotonic() + 2 * _SETTLED  # the holder may itself wait that long for another one
         while not (holder := self._read()) and time.monotonic() < end:
             time.sleep(0.05)
         return holder
 
     def _read(self) -> dict[str, Any]:
-        """Reads who holds the lock, from the file itself; releases a lock of ours, as closing a file does."""
+        """Reads who holds the lock; as any closing of the file does, this releases our own lock."""
         try:
             with self._path.open("rb") as file:
                 return _holder(file.read(_BYTES))
@@ -291,7 +289,7 @@ class _Lock:
 
 
 def _holder(content: bytes) -> dict[str, Any]:
-    """What a lock file says; empty where it says nothing, or is only half written."""
+    """Parses a lock file; empty if the content is incomplete."""
     try:
         value = json.loads(content)
     except (ValueError, RecursionError):
@@ -300,7 +298,7 @@ def _holder(content: bytes) -> dict[str, Any]:
 
 
 def _machine() -> str:
-    """Tells kernels apart: containers on one machine have several host names, and a machine that restarted the same."""
+    """Identifies the running kernel: host names differ between containers, and stay the same after a restart."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
@@ -308,10 +306,10 @@ def _machine() -> str:
 
 
 def _started(pid: Any) -> int | None:
-    """When a process of this machine has started, in the kernel's own units; ``None`` where none runs or says so."""
+    """Reads when a process of this machine was started, in kernel ticks; ``None`` if it is not running or not known."""
     try:
         fields = Path(f"/proc/{int(pid)}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-        return None if fields[0] in "ZX" else int(fields[19])  # killed, and not yet noticed by its parent
+        return None if fields[0] in "ZX" else int(fields[19])  # Z, X: killed, but not yet reaped
     except (OSError, ValueError, TypeError, IndexError):
         return None
 
