@@ -134,10 +134,11 @@ def _cached(case: TrainingCase, device: str, folder: Path) -> Setup:
         raise ImportError(f"{', '.join(missing)}: not installed, expected for a cache of toy pairs")
     from sipo import families
     from sipo.cache.finished import open_cache
-    from sipo.cache.pairs import CachedPairs, DrawnPairs
     from sipo.cache.index import pairs_fingerprint
+    from sipo.cache.pairs import CachedPairs, DrawnPairs
     from sipo.cache.precompute import precompute_pairs
     from sipo.cache.precompute_errors import precompute_reference_errors
+    from sipo.cache.reference_errors import FixedDraws
     from sipo.data.config import DataConfig
     from sipo.data.readers import open_pairs
     from sipo.data.toy import make_toy_pairs
@@ -167,20 +168,20 @@ def _cached(case: TrainingCase, device: str, folder: Path) -> Setup:
     network: Any = family.load_network(model)
     base = type(network).from_config({**network.config, **case.network}).to(device)
     reference = reference_for(base, case)
-    options: dict[str, Any] = {"draws": 1, "seed": 0, "distribution": "uniform", "proportion_empty_prompts": 0.0}
+    fixed = FixedDraws(draws=1, seed=0)
     errors = precompute_reference_errors(
         cache,
         reference,
         family.predict,
         schedule,
-        reference={"of": "benchmarks.training"},
+        fixed,
+        {"of": "benchmarks.training"},
         batch_size=case.batch_size,
         progress=None,
-        **options,
     )
     pairs = CachedPairs(cache)
-    drawn = DrawnPairs(pairs, schedule=schedule, **options)
-    with_errors = DrawnPairs(pairs, schedule=schedule, references=errors, **options)
+    drawn = DrawnPairs(pairs, schedule, fixed)
+    with_errors = DrawnPairs(pairs, schedule, fixed, errors)
     name = f"diffusers {type(base).__name__}"
     return Setup(case, name, base, family.predict, schedule, pairs, drawn, with_errors, family.lora_targets)
 

@@ -190,7 +190,7 @@ def test_a_reference_that_can_agree_does(model: dict[str, Any], precision: str, 
         one, other = predictions("sd15", precision, policy, reference)
         assert torch.equal(one, other)
         # Errors of one are those of another: in which type it is held is no mark of it.
-        assert run.references["reference"]["dtype"] == run.config.policy_dtype
+        assert run.reference_marks["dtype"] == run.config.policy_dtype
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_types_that_cannot_agree_are_said_before_anything_runs(
     types = {name: dtype for name, dtype in types_of(reference).items() if "norm2" in name or "to_q.weight" in name}
     wanted = getattr(torch, model["reference_dtype"])
     assert all(dtype == (torch.float32 if "norm2" in name else wanted) for name, dtype in types.items()) and types
-    assert run.references["reference"]["dtype"] == model["reference_dtype"]
+    assert run.reference_marks["dtype"] == model["reference_dtype"]
 
 
 # ---- A run ----

@@ -25,7 +25,7 @@ from sipo.cache.finished import open_cache
 from sipo.cache.format import CacheError, DamagedError
 from sipo.cache.pairs import CachedPairs, DrawnPairs, split
 from sipo.cache.precompute_errors import precompute_reference_errors
-from sipo.cache.reference_errors import ReferenceErrors, open_reference_errors
+from sipo.cache.reference_errors import FixedDraws, ReferenceErrors, open_reference_errors
 from sipo.cache.savings import FULL_SIZE, ModelSize, describe_savings, savings_table
 from sipo.data.config import DataConfig
 from sipo.families.config import ModelConfig
@@ -85,7 +85,7 @@ def test_indices_end_where_the_pairs_do(tmp_path: Path) -> None:
     for index in (12, -13):
         with pytest.raises(IndexError, match=f"pair {index}: expected an index of 12 pairs"):
             cached[index]
-    assert len(list(DrawnPairs(cached, 2, DISCRETE, 0))) == 24  # type: ignore[call-overload]
+    assert len(list(DrawnPairs(cached, DISCRETE, FixedDraws(2, 0)))) == 24  # type: ignore[call-overload]
 
 
 def test_groups_have_one_shape_each_and_cover_everything(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_groups_have_one_shape_each_and_cover_everything(tmp_path: Path) -> None
     assert sorted(i for group in cached.groups for i in group) == list(range(12))
     shapes = [{tuple(cached[i]["chosen"].shape) for i in group} for group in cached.groups]
     assert shapes == [{(3, 2, 3)}, {(3, 3, 2)}] and len(cached.groups[1]) == 3
-    drawn = DrawnPairs(cached, 3, DISCRETE, 0)
+    drawn = DrawnPairs(cached, DISCRETE, FixedDraws(3, 0))
     assert sorted(i for group in drawn.groups for i in group) == list(range(36))
     for group, wanted in zip(drawn.groups, shapes, strict=True):
         assert {tuple(drawn[i]["noise"].shape) for i in group} == wanted
@@ -114,7 +114,7 @@ def test_rows_are_those_of_the_source(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_workers_give_the_same_items(tmp_path: Path, method: str) -> None:
-    drawn = DrawnPairs(pairs_in(tmp_path, dtype="bfloat16"), 2, FLOW, 3, "shifted", 0.3)
+    drawn = DrawnPairs(pairs_in(tmp_path, dtype="bfloat16"), FLOW, FixedDraws(2, 3, "shifted", 0.3))
 
     def batches(**options: Any) -> list[Any]:
         return list(DataLoader(drawn, batch_size=5, **options))  # type: ignore[arg-type]
@@ -131,8 +131,8 @@ def test_workers_give_the_same_items(tmp_path: Path, method: str) -> None:
 
 def test_draws_depend_on_seed_row_and_number_alone(tmp_path: Path) -> None:
     cached = pairs_in(tmp_path)
-    drawn = DrawnPairs(cached, 4, DISCRETE, 3, proportion_empty_prompts=0.5)
-    fewer = DrawnPairs(CachedPairs(cached.cache, [9, 4]), 2, DISCRETE, 3, proportion_empty_prompts=0.5)
+    drawn = DrawnPairs(cached, DISCRETE, FixedDraws(4, 3, proportion_empty_prompts=0.5))
+    fewer = DrawnPairs(CachedPairs(cached.cache, [9, 4]), DISCRETE, FixedDraws(2, 3, proportion_empty_prompts=0.5))
     for draw in range(2):
         assert same(fewer[draw], drawn[9 * 4 + draw])
         assert same(fewer[2 + draw], drawn[4 * 4 + draw])
@@ -140,7 +140,7 @@ def test_draws_depend_on_seed_row_and_number_alone(tmp_path: Path) -> None:
     assert len({item["noise"].sum().item() for item in everything}) == 48
     noise = torch.stack([item["noise"] for item in everything])
     assert abs(noise.mean().item()) < 0.1 and abs(noise.std().item() - 1) < 0.1
-    other = DrawnPairs(cached, 4, DISCRETE, 4)
+    other = DrawnPairs(cached, DISCRETE, FixedDraws(4, 4))
     assert not torch.equal(other[0]["noise"], drawn[0]["noise"])
     state = torch.get_rng_state()
     drawn[0]
@@ -149,34 +149,33 @@ def test_draws_depend_on_seed_row_and_number_alone(tmp_path: Path) -> None:
 
 def test_timesteps_are_the_schedules(tmp_path: Path) -> None:
     cached = pairs_in(tmp_path)
-    drawn = DrawnPairs(cached, 40, DISCRETE, 0)
+    drawn = DrawnPairs(cached, DISCRETE, FixedDraws(40, 0))
     levels = torch.stack([drawn[i]["level"] for i in range(len(drawn))])
     assert levels.dtype == torch.int64 and levels.min() >= 0 and levels.max() < 1000
     assert abs(levels.double().mean().item() - 499.5) < 40
-    sigmas = [DrawnPairs(cached, 1, FLOW, 0, d)[0]["level"] for d in ("uniform", "shifted")]
+    sigmas = [DrawnPairs(cached, FLOW, FixedDraws(1, 0, d))[0]["level"] for d in ("uniform", "shifted")]
     assert sigmas[1].item() == pytest.approx(3 * sigmas[0].item() / (1 + 2 * sigmas[0].item()))
     with pytest.raises(ValueError, match="distribution"):
-        DrawnPairs(cached, 1, DISCRETE, 0, "shifted")[0]
+        DrawnPairs(cached, DISCRETE, FixedDraws(1, 0, "shifted"))[0]
 
 
 def test_captions_are_dropped_at_the_rate_asked_for(tmp_path: Path) -> None:
     cached = pairs_in(tmp_path)
 
     def dropped(share: float) -> int:
-        drawn = DrawnPairs(cached, 50, DISCRETE, 0, proportion_empty_prompts=share)
+        drawn = DrawnPairs(cached, DISCRETE, FixedDraws(50, 0, proportion_empty_prompts=share))
         return sum(same(drawn[i]["condition"], cached.unconditional) for i in range(len(drawn)))
 
     assert dropped(0.0) == 0 and dropped(1.0) == 600
     assert 90 < dropped(0.2) < 150
-    assert same(DrawnPairs(cached, 1, DISCRETE, 0)[5]["condition"], cached[5]["condition"])
+    assert same(DrawnPairs(cached, DISCRETE, FixedDraws(1, 0))[5]["condition"], cached[5]["condition"])
 
 
 @pytest.mark.parametrize("wrong", [{"draws": 0}, {"proportion_empty_prompts": 1.5}, {"proportion_empty_prompts": -0.1}])
-def test_numbers_out_of_range(tmp_path: Path, wrong: dict[str, Any]) -> None:
-    cached = pairs_in(tmp_path)
+def test_numbers_out_of_range(wrong: dict[str, Any]) -> None:
     (name,) = wrong
     with pytest.raises(ValueError, match=f"{name}={wrong[name]}: expected"):
-        DrawnPairs(cached, **{"draws": 1, "schedule": DISCRETE, "seed": 0} | wrong)
+        FixedDraws(**{"draws": 1, "seed": 0} | wrong)
 
 
 # ---- Splitting ----
@@ -217,15 +216,10 @@ def test_a_split_that_cannot_be_made(tmp_path: Path) -> None:
 # ---- Reference errors ----
 
 
-def arguments(**changes: Any) -> dict[str, Any]:
-    default = {
-        "reference": REFERENCE,
-        "draws": 3,
-        "seed": 2,
-        "distribution": "uniform",
-        "proportion_empty_prompts": 0.3,
+def arguments(reference: dict[str, Any] = REFERENCE, **changes: Any) -> dict[str, Any]:
+    return {"fixed": FixedDraws(**{"draws": 3, "seed": 2, "proportion_empty_prompts": 0.3} | changes)} | {
+        "reference": reference
     }
-    return default | changes
 
 
 def reference_errors(cached: CachedPairs, schedule: NoiseSchedule = DISCRETE, **changes: Any) -> ReferenceErrors:
@@ -278,7 +272,7 @@ def test_losses_are_those_with_the_reference_present(
         for parameter in policy.parameters():
             parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)).to(weights)
     references = reference_errors(cached, schedule, network=reference, batch_size=36, accelerator=trainer)
-    drawn = DrawnPairs(cached, 3, schedule, 2, "uniform", 0.3, references)
+    drawn = DrawnPairs(cached, schedule, FixedDraws(3, 2, "uniform", 0.3), references)
     batch = default_collate([drawn[index] for index in range(len(drawn))])
     assert batch["ref_error"].dtype == torch.float64 and batch["ref_error"].shape == (36, 2)
     loss_fn = SIPOLoss(schedule, method=method, mask_threshold=0.5, reduction="none")
@@ -304,7 +298,7 @@ def test_losses_are_those_with_the_reference_present(
 def test_a_bfloat16_cache_trains_as_its_values_in_float32(tmp_path: Path, trainer: Trainer) -> None:
     """Workers pass items on in the cache's type; on the device they are what a copy in float32 would have been."""
     cached = pairs_in(tmp_path, dtype="bfloat16")
-    drawn = DrawnPairs(cached, 2, DISCRETE, 2)
+    drawn = DrawnPairs(cached, DISCRETE, FixedDraws(2, 2))
     batch = default_collate([drawn[index] for index in range(8)])
     wide = batch | {half: batch[half].float() for half in ("chosen", "rejected")}
     wide["condition"] = {name: tensor.float() for name, tensor in batch["condition"].items()}
@@ -329,7 +323,7 @@ def test_a_bfloat16_cache_trains_as_its_values_in_float32(tmp_path: Path, traine
 def test_with_the_policy_equal_to_the_reference_the_gap_vanishes(tmp_path: Path) -> None:
     cached = pairs_in(tmp_path)
     network = Network()
-    drawn = DrawnPairs(cached, 3, DISCRETE, 2, "uniform", 0.3, reference_errors(cached, network=network))
+    drawn = DrawnPairs(cached, DISCRETE, FixedDraws(3, 2, "uniform", 0.3), reference_errors(cached, network=network))
     batch = default_collate([drawn[index] for index in range(len(drawn))])
     prediction, target, timesteps = forward(batch, DISCRETE, network)
     stacked = torch.cat([batch["ref_error"][:, 0], batch["ref_error"][:, 1]])
@@ -442,7 +436,8 @@ def test_processes_of_which_one_does_not_see_the_errors_go_on_together(
         made = SimpleNamespace(
             config=SimpleNamespace(training=training),
             accelerator=accelerator,
-            references={},
+            fixed_draws=None,
+            reference_marks={},
             schedule=None,
             cache=tmp_path,
             family=SimpleNamespace(predict=None),
@@ -555,10 +550,12 @@ def test_a_reference_is_marked_by_how_it_is_loaded_and_run() -> None:
         "mixed_precision": "bf16",
     }
     # Full tuning is in float32, and autocast rounds weights held in bfloat16 no more: the errors are the same.
-    full = {None: "float32", "float32": "float32", "bfloat16": "float32", "float16": "float16"}
-    for dtype, expected in full.items():
+    for dtype in (None, "float32", "bfloat16"):
         other = replace(config, model=replace(model, tuning="full", reference_dtype=dtype))
-        assert other.reference_marks()["dtype"] == expected
+        assert other.reference_marks()["dtype"] == "float32"
+    plain = replace(config, training=replace(training, mixed_precision="no"))
+    other = replace(plain, model=replace(model, tuning="full", dtype="float32", reference_dtype="float16"))
+    assert other.reference_marks()["dtype"] == "float16"
     assert config.reference_marks(torch.bfloat16)["dtype"] == "bfloat16, norms too"
 
 
@@ -571,7 +568,7 @@ def test_errors_of_another_schedule_are_not_used(tmp_path: Path) -> None:
     fewer = NoiseSchedule.discrete(num_inference_steps=20)
     assert open_reference_errors(cached.cache, fewer, **arguments()).folder == references.folder
     with pytest.raises(CacheError, match="row 1: the reference's error was computed at noise level"):
-        DrawnPairs(cached, 3, DISCRETE, 9, references=references)[0]
+        DrawnPairs(cached, DISCRETE, FixedDraws(3, 9), references)[0]
 
 
 def test_an_error_that_is_not_finite_stops_with_its_row(tmp_path: Path) -> None:
@@ -591,7 +588,7 @@ def test_a_shard_without_pairs_has_no_errors(tmp_path: Path) -> None:
     build(tmp_path, reader, skip_bad=True)
     cached = CachedPairs(open_cache(tmp_path))
     references = reference_errors(cached)
-    drawn = DrawnPairs(cached, 3, DISCRETE, 2, "uniform", 0.3, references)
+    drawn = DrawnPairs(cached, DISCRETE, FixedDraws(3, 2, "uniform", 0.3), references)
     assert len(drawn) == 24 and drawn[23]["ref_error"].isfinite().all()
 
 

@@ -373,6 +373,7 @@ def test_real_families_from_files_to_reference_errors(tmp_path: Path, name: str)
     from sipo.cache.pairs import CachedPairs, DrawnPairs
     from sipo.cache.precompute import precompute_pairs
     from sipo.cache.precompute_errors import precompute_reference_errors
+    from sipo.cache.reference_errors import FixedDraws
     from sipo.data.config import DataConfig
     from sipo.data.media import read_media, resize_and_crop
     from sipo.data.readers import open_pairs
@@ -419,11 +420,11 @@ def test_real_families_from_files_to_reference_errors(tmp_path: Path, name: str)
         assert ("own_condition" in item) == (name == "sdxl")
     schedule = family.load_schedule(model.pretrained_model_name_or_path)
     network = family.load_network(model.pretrained_model_name_or_path)
-    options: dict[str, Any] = {"draws": 2, "seed": 3, "distribution": "uniform", "proportion_empty_prompts": 0.5}
+    fixed = FixedDraws(2, 3, proportion_empty_prompts=0.5)
     references = precompute_reference_errors(
-        cached.cache, network, family.predict, schedule, reference={}, **options, batch_size=4, progress=False
+        cached.cache, network, family.predict, schedule, fixed, {}, batch_size=4, progress=False
     )
-    drawn = DrawnPairs(cached, 2, schedule, 3, "uniform", 0.5, references)
+    drawn = DrawnPairs(cached, schedule, fixed, references)
     errors = torch.stack([drawn[i]["ref_error"] for i in range(10)])
     assert errors.isfinite().all() and (errors > 0).all() and errors.unique().numel() == 20
     # Drawn again, one at a time and by hand.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sipo.cache.finished import Cache
 from sipo.cache.format import CacheError
-from sipo.cache.reference_errors import ReferenceErrors
+from sipo.cache.reference_errors import FixedDraws, ReferenceErrors
 from sipo.data.records import row_name
 from sipo.families.network import Condition
 from sipo.protocols import Schedule
@@ -80,50 +80,32 @@ class DrawnPairs:
     """Each of ``N`` pairs at ``K`` fixed draws of noise and level: item ``j`` is pair ``j // K`` at draw ``j % K``.
 
     An item has the keys of :class:`CachedPairs`, ``noise`` (float32), ``level`` and, with references, ``ref_error``
-    (``[2]`` float64). A draw is a function of the seed, the pair's row in the source and the draw's number: neither the
-    number of draws, nor which other pairs there are, nor where and in what order they are read changes it.
+    (``[2]`` float64).
 
     Args:
         cached: the pairs.
-        draws: ``K``.
         schedule: draws the noise levels.
-        seed: of all draws.
-        distribution: of the noise levels; the schedule knows which it has.
-        proportion_empty_prompts: share of draws whose caption is dropped, in [0, 1].
+        fixed: what decides the draws.
         references: the reference's errors at the same draws.
 
     Attributes:
+        draws: ``K``.
         groups: as :class:`CachedPairs` has them, for these items.
-
-    Raises:
-        ValueError: a number out of its range.
     """
 
     groups: list[list[int]]
 
     def __init__(
-        self,
-        cached: CachedPairs,
-        draws: int,
-        schedule: Schedule,
-        seed: int,
-        distribution: str = "uniform",
-        proportion_empty_prompts: float = 0.0,
-        references: ReferenceErrors | None = None,
+        self, cached: CachedPairs, schedule: Schedule, fixed: FixedDraws, references: ReferenceErrors | None = None
     ) -> None:
-        if draws < 1:
-            raise ValueError(f"draws={draws}: expected at least 1")
-        if not 0 <= proportion_empty_prompts <= 1:
-            raise ValueError(f"proportion_empty_prompts={proportion_empty_prompts}: expected a share in [0, 1]")
         self.cached = cached
-        self.draws = draws
         self.schedule = schedule
-        self.seed = seed
-        self.distribution = distribution
-        self.proportion_empty_prompts = proportion_empty_prompts
+        self.fixed = fixed
+        self.draws = fixed.draws
         self.references = references
         if hasattr(cached, "groups"):
-            self.groups = [[pair * draws + k for pair in group for k in range(draws)] for group in cached.groups]
+            every = range(self.draws)
+            self.groups = [[pair * self.draws + k for pair in group for k in every] for group in cached.groups]
 
     @property
     def unconditional(self) -> Condition:
@@ -137,16 +119,10 @@ class DrawnPairs:
         pair, draw = divmod(range(len(self))[index], self.draws)
         item = self.cached[pair]
         row = int(self.cached.cache.rows[self.cached.places[pair]])
-        generator = self._generator(RandomStream.FIXED_NOISE, row, draw)
-        item["noise"] = torch.randn(item["chosen"].shape, generator=generator, dtype=torch.float32)
-        item["level"] = self.schedule.sample_levels(
-            1, self._generator(RandomStream.FIXED_TIMESTEP, row, draw), distribution=self.distribution
-        )[0]
-        if (
-            torch.rand((), generator=self._generator(RandomStream.FIXED_CAPTION, row, draw), dtype=torch.float32)
-            < self.proportion_empty_prompts
-        ):
-            item["condition"] = self.cached.unconditional
+        item["noise"] = self.fixed.noise(row, draw, item["chosen"].shape)
+        item["level"] = self.fixed.level(row, draw, self.schedule)
+        if self.fixed.drops_caption(row, draw):
+            item["condition"] = self.unconditional
         if self.references is not None:
             errors, levels = self.references.at(int(self.cached.places[pair]))
             if levels[draw] != item["level"]:
@@ -157,9 +133,6 @@ class DrawnPairs:
                 )
             item["ref_error"] = errors[draw]
         return item
-
-    def _generator(self, stream: RandomStream, row: int, draw: int) -> torch.Generator:
-        return torch.Generator().manual_seed(derive_seed(derive_seed(self.seed, stream, row), stream, draw))
 
 
 def split(cached: CachedPairs, held_out: int, seed: int) -> tuple[CachedPairs, CachedPairs]:

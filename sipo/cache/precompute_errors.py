@@ -17,6 +17,7 @@ from sipo.cache.format import INDEX, Shard, ShardFolder, shard_name
 from sipo.cache.pairs import CachedPairs, DrawnPairs
 from sipo.cache.reference_errors import (
     ERRORS,
+    FixedDraws,
     ReferenceErrors,
     errors_folder,
     open_reference_errors,
@@ -35,12 +36,9 @@ def precompute_reference_errors(
     network: nn.Module,
     predict: Predict,
     schedule: NoiseSchedule,
-    *,
+    fixed: FixedDraws,
     reference: Mapping[str, Any],
-    draws: int,
-    seed: int,
-    distribution: str = "uniform",
-    proportion_empty_prompts: float = 0.0,
+    *,
     batch_size: int,
     accelerator: Any = None,
     autocast: Callable[[], AbstractContextManager[Any]] | None = None,
@@ -59,12 +57,9 @@ def precompute_reference_errors(
         network: the reference, on its device; run in evaluation mode, and put back as it was.
         predict: calls it (:meth:`sipo.families.base.Family.predict`).
         schedule: training's.
+        fixed: draws of each pair.
         reference: JSON values that say which network this is and how it runs. Errors of one reference are never used
             for another.
-        draws: for each pair.
-        seed: of the draws.
-        distribution: of the noise levels.
-        proportion_empty_prompts: share of draws without the caption, in [0, 1].
         batch_size: pairs in one forward pass, ``2 * batch_size`` samples.
         accelerator: accelerate's, if there is one: shards are dealt out to its processes.
         autocast: gives the context that predictions are made in; the accelerator's own if left out.
@@ -78,15 +73,8 @@ def precompute_reference_errors(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: expected at least 1")
-    arguments: dict[str, Any] = {
-        "reference": reference,
-        "draws": draws,
-        "seed": seed,
-        "distribution": distribution,
-        "proportion_empty_prompts": proportion_empty_prompts,
-    }
-    drawn = DrawnPairs(CachedPairs(cache), draws, schedule, seed, distribution, proportion_empty_prompts)
-    marks = reference_fingerprint(cache, schedule, **arguments)
+    drawn = DrawnPairs(CachedPairs(cache), schedule, fixed)
+    marks = reference_fingerprint(cache, schedule, fixed, reference)
     folder = errors_folder(cache, marks)
     shards = ShardFolder(folder)
     rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
@@ -127,7 +115,7 @@ def precompute_reference_errors(
         remove_leftovers(folder)
 
     on_main(accelerator, finish)
-    return everywhere(accelerator, lambda: open_reference_errors(cache, schedule, **arguments))
+    return everywhere(accelerator, lambda: open_reference_errors(cache, schedule, fixed, reference))
 
 
 def _is_current(cache: Cache, shards: ShardFolder, number: int) -> Shard | None:

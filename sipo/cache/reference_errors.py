@@ -10,7 +10,9 @@ beside the cache that they were computed from (precompute_errors.py):
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,58 @@ from torch import Tensor
 from sipo.cache.finished import Cache
 from sipo.cache.format import INDEX, CacheError, DamagedError, Shard, ShardFolder, ShardReader, digest
 from sipo.cache.index import check_fingerprint
+from sipo.protocols import Schedule
 from sipo.schedule import NoiseSchedule
+from sipo.seeds import RandomStream, derive_seed
 
 FOLDER = "references"
 ERRORS = "errors"
+
+
+@dataclass(frozen=True)
+class FixedDraws:
+    """What decides the fixed draws of noise and noise level of each pair.
+
+    A draw is a function of these, the pair's row in the source and the draw's number: neither the number of draws, nor
+    which other pairs there are, nor where and in what order they are read changes it.
+
+    Attributes:
+        draws: for each pair.
+        seed: of all draws.
+        distribution: of the noise levels; the schedule knows which it has.
+        proportion_empty_prompts: share of draws whose caption is dropped, in [0, 1].
+
+    Raises:
+        ValueError: a number out of its range.
+    """
+
+    draws: int
+    seed: int
+    distribution: str = "uniform"
+    proportion_empty_prompts: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.draws < 1:
+            raise ValueError(f"draws={self.draws}: expected at least 1")
+        if not 0 <= self.proportion_empty_prompts <= 1:
+            raise ValueError(f"proportion_empty_prompts={self.proportion_empty_prompts}: expected a share in [0, 1]")
+
+    def noise(self, row: int, draw: int, shape: torch.Size) -> Tensor:
+        """Draws noise of a shape, float32."""
+        return torch.randn(shape, generator=self._generator(RandomStream.FIXED_NOISE, row, draw), dtype=torch.float32)
+
+    def level(self, row: int, draw: int, schedule: Schedule) -> Tensor:
+        """Draws a noise level, 0-d."""
+        generator = self._generator(RandomStream.FIXED_TIMESTEP, row, draw)
+        return schedule.sample_levels(1, generator, distribution=self.distribution)[0]
+
+    def drops_caption(self, row: int, draw: int) -> bool:
+        """Whether the draw is without the pair's caption."""
+        generator = self._generator(RandomStream.FIXED_CAPTION, row, draw)
+        return bool(torch.rand((), generator=generator, dtype=torch.float32) < self.proportion_empty_prompts)
+
+    def _generator(self, stream: RandomStream, row: int, draw: int) -> torch.Generator:
+        return torch.Generator().manual_seed(derive_seed(derive_seed(self.seed, stream, row), stream, draw))
 
 
 class ReferenceErrors:
@@ -51,14 +101,7 @@ class ReferenceErrors:
 
 
 def reference_fingerprint(
-    cache: Cache,
-    schedule: NoiseSchedule,
-    *,
-    reference: Mapping[str, Any],
-    draws: int,
-    seed: int,
-    distribution: str,
-    proportion_empty_prompts: float,
+    cache: Cache, schedule: NoiseSchedule, fixed: FixedDraws, reference: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Lists what reference errors depend on.
 
@@ -67,10 +110,7 @@ def reference_fingerprint(
     levels = schedule.invert_sigmas if schedule.kind == "flow" else digest(_alphas(schedule))
     return {
         **{f"reference.{key}": value for key, value in reference.items()},
-        "draws": draws,
-        "seed": seed,
-        "distribution": distribution,
-        "proportion_empty_prompts": proportion_empty_prompts,
+        **dataclasses.asdict(fixed),
         "schedule": [schedule.prediction_type, schedule.kind, schedule.num_train_timesteps, schedule.shift, levels],
         "cache": digest(cache.fingerprint),
     }
@@ -79,29 +119,17 @@ def reference_fingerprint(
 def open_reference_errors(
     cache: Cache,
     schedule: NoiseSchedule,
-    *,
+    fixed: FixedDraws,
     reference: Mapping[str, Any],
-    draws: int,
-    seed: int,
-    distribution: str,
-    proportion_empty_prompts: float,
     check_hashes: bool = True,
 ) -> ReferenceErrors:
     """Opens what :func:`sipo.cache.precompute_errors.precompute_reference_errors` wrote for the same arguments.
 
     Raises:
-        CacheError: there is nothing for these arguments (and how what there is differs), it is unfinished or
+        CacheError: there are no errors for these arguments (and how those that exist differ), they are unfinished or
             damaged, or the latents have changed since.
     """
-    wanted = reference_fingerprint(
-        cache,
-        schedule,
-        reference=reference,
-        draws=draws,
-        seed=seed,
-        distribution=distribution,
-        proportion_empty_prompts=proportion_empty_prompts,
-    )
+    wanted = reference_fingerprint(cache, schedule, fixed, reference)
     folder = errors_folder(cache, wanted)
     index = ShardFolder(folder).read_index()
     if index is None:

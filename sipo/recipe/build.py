@@ -14,7 +14,7 @@ from torch import nn
 
 from sipo.cache.finished import Cache
 from sipo.cache.pairs import CachedPairs, DrawnPairs, split
-from sipo.cache.reference_errors import ReferenceErrors
+from sipo.cache.reference_errors import FixedDraws, ReferenceErrors
 from sipo.cache.weights import PLACE, weight_hashes
 from sipo.data.toy import make_toy_pairs
 from sipo.families import Family, get
@@ -57,22 +57,16 @@ class RunContext:
         return Path(self.config.data.cache)
 
     @property
-    def draws(self) -> dict[str, Any]:
-        """What fixed draws, and the reference's errors at them, hang on."""
+    def fixed_draws(self) -> FixedDraws:
+        """What decides the fixed draws, where ``data.draws`` asks for some."""
         data, training = self.config.data, self.config.training
-        return {
-            "draws": data.draws,
-            "seed": data.seed,
-            "distribution": training.timestep_distribution,
-            "proportion_empty_prompts": training.proportion_empty_prompts,
-        }
+        return FixedDraws(data.draws, data.seed, training.timestep_distribution, training.proportion_empty_prompts)
 
     @property
-    def references(self) -> dict[str, Any]:
-        """What says which reference errors these are, for the functions of ``sipo.cache.reference_errors``."""
+    def reference_marks(self) -> dict[str, Any]:
+        """What says which reference the errors are of, for the functions of ``sipo.cache.reference_errors``."""
         marks = self.config.reference_marks(whole_dtype(self.accelerator))
-        marks = {key: value for key, value in marks.items() if key not in PLACE} | self.weights(network=True)
-        return {"reference": marks, **self.draws}
+        return {key: value for key, value in marks.items() if key not in PLACE} | self.weights(network=True)
 
     def weights(self, *, network: bool, verify: bool = False) -> dict[str, str]:
         """Hashes of the files of the network, or of what encodes (:func:`sipo.cache.weights.weight_hashes`)."""
@@ -168,9 +162,9 @@ def datasets(
         return training, held_out if len(held_out) else None
     if config.reference_kind != "errors":  # computed or not, a network is the reference
         references = None
-    options: dict[str, Any] = {**run.draws, "references": references}
     drawn = [
-        DrawnPairs(pairs, schedule=run.schedule, **options) if len(pairs) else None for pairs in (training, held_out)
+        DrawnPairs(pairs, run.schedule, run.fixed_draws, references) if len(pairs) else None
+        for pairs in (training, held_out)
     ]
     assert drawn[0] is not None  # split leaves some
     return drawn[0], drawn[1]

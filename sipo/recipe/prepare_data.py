@@ -189,13 +189,13 @@ def _references(
 ) -> ReferenceErrors:
     """The reference's errors at every draw, computed where they are not there yet."""
     config, accelerator = run.config, run.accelerator
-    which = run.references
+    fixed, reference = run.fixed_draws, run.reference_marks
     found: ReferenceErrors | None = None
 
     def is_computed() -> bool:
         nonlocal found
         try:
-            found = open_reference_errors(cache, run.schedule, **which)
+            found = open_reference_errors(cache, run.schedule, fixed, reference)
         except OtherSettingsError as error:
             if refuse_changes:  # the run's own exist, and are others than this run's
                 raise ConfigError(str(error)) from error
@@ -212,7 +212,8 @@ def _references(
             network,
             run.family.predict,
             run.schedule,
-            **which,
+            fixed,
+            reference,
             batch_size=config.training.train_batch_size,
             accelerator=accelerator,
             num_workers=config.training.dataloader_num_workers,
