@@ -128,13 +128,13 @@ def test_more_pairs_held_out_than_there_are_is_refused_before_any_is_encoded(tmp
         "data": {"dataset_name": "toy", "cache": str(tmp_path), "held_out": 9},
         "training": {"output_dir": str(tmp_path), "max_train_steps": 1},
     }
-    cost = Cost(pairs=6, there=3, prompts=0, exact=True, pair_bytes=(8, 8), prompt_bytes=8)
+    cost = Cost(pairs=6, encoded=3, prompts=0, exact=True, pair_bytes=(8, 8), prompt_bytes=8)
     opened: Any = SimpleNamespace(
         config=config.from_dict(values), cache=tmp_path, accelerator=SimpleNamespace(num_processes=1)
     )
     with pytest.raises(ConfigError, match=r"^data\.held_out=9: expected fewer than the 9 pairs there are$"):
         _say_cost(opened, cost)
-    _say_cost(opened, dataclasses.replace(cost, there=4))
+    _say_cost(opened, dataclasses.replace(cost, encoded=4))
     _say_cost(opened, dataclasses.replace(cost, exact=False))  # at most so many: the data say it themselves
 
 

@@ -71,11 +71,11 @@ class PairDecoder:
             media = load_pair(record, **what, transform=fitter)  # type: ignore[arg-type]
         except BadPairError as error:
             return error
-        own = [self.family.own_condition(half.size, fitter.crops[half.size], fitter.size) for half in media]
+        own = [self.family.own_condition(sample.size, fitter.crops[sample.size], fitter.size) for sample in media]
         stacked = {name: torch.stack([own[0][name], own[1][name]]) for name in own[0]}
-        pixels = [half.pixels for half in media]
+        pixels = [sample.pixels for sample in media]
         if self.family.video and settings.frames == 1:  # an image is a clip of one frame
-            pixels = [half[None] for half in pixels]
+            pixels = [sample[None] for sample in pixels]
         return PairPixels(pixels, stacked)
 
 

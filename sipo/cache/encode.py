@@ -35,7 +35,7 @@ class PairEncoder:
     Attributes:
         tally: counts of what was read from the source.
         written: shards of latents that were encoded.
-        kept: shards of latents that were there and still agree with the source.
+        kept: shards of latents that still agree with the source.
         texts: shards of text that were encoded.
 
     Args:
@@ -84,31 +84,31 @@ class PairEncoder:
             self._write_text(UNCONDITIONAL, {"": condition}, {"source": self.existing.source, "prompts": []})
 
     def cost(self, reader: PairReader) -> Cost:
-        """Estimates what is to be encoded from what the source says and what is there; latents and text as stored."""
+        """Estimates what is to be encoded from what the source says and what is encoded already."""
         settings, pipeline = self.settings, self.pipeline()
         latents = [prod(self.family.latent_shape(pipeline, *size, settings.frames)) for size in settings.sizes]
         unconditional = self.shards.require(UNCONDITIONAL)
         text = sum(map(prod, unconditional.facts["shapes"].values()))
         names = {path.stem for path in self.shards.path.glob(f"{LATENTS}-*.json")}
         shards = [shard for name in sorted(names) if (shard := self.shards.read(name)) is not None]
-        there = {s.name: len(s.facts["pairs"]) for s in shards if s.facts["source"] == self.existing.source}
+        encoded = {s.name: len(s.facts["pairs"]) for s in shards if s.facts["source"] == self.existing.source}
         exact = getattr(reader, "root", None) is not None  # rows of paths alone are read at once
         pairs: int | None = 0
         prompts = 0
         if exact:
             assert pairs is not None
             for source in shard_sources(reader, settings, Tally()):
-                if shard_name(LATENTS, source.number) not in there:
+                if shard_name(LATENTS, source.number) not in encoded:
                     pairs += sum(not record.problem for record in source.records)
                     prompts += len(source.prompts)
         else:
             counts = [getattr(reader, "count", lambda: None)(), settings.max_pairs]
             known = [count for count in counts if count is not None]
-            pairs = max(0, min(known) - sum(there.values())) if known else None
+            pairs = max(0, min(known) - sum(encoded.values())) if known else None
             prompts = 1 if pairs is None else pairs
         width = self.dtype.itemsize
         sizes = (2 * max(latents) * width, 2 * min(latents) * width)
-        return Cost(pairs, sum(there.values()), prompts, exact, sizes, text * width)
+        return Cost(pairs, sum(encoded.values()), prompts, exact, sizes, text * width)
 
     def encode_shards(
         self, reader: PairReader, rank: int, world: int, progress: bool | None
@@ -174,7 +174,7 @@ class PairEncoder:
             )
         batches = [torch.stack(prepared.pixels)]
         if self.family.video:  # one at a time
-            batches = [half[None] for half in prepared.pixels]
+            batches = [sample[None] for sample in prepared.pixels]
         # Left on the device until the shard is whole, so that the host decodes meanwhile.
         latents = [self.family.encode_pixels(self.pipeline(), batch, generator).to(self.dtype) for batch in batches]
         source.pairs.append((record.row, text_key(record.prompt), torch.cat(latents), prepared.own))

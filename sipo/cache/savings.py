@@ -41,7 +41,7 @@ class Cost:
 
     Attributes:
         pairs: to be encoded; ``None`` where the source does not say how many it has.
-        there: pairs that are encoded already.
+        encoded: pairs that are encoded already.
         prompts: whose text is to be encoded, at most.
         exact: whether the source's rows have been read; else ties and faulty rows count as pairs.
         pair_bytes: bytes of both samples' latents, at the largest size and at the smallest.
@@ -49,14 +49,14 @@ class Cost:
     """
 
     pairs: int | None
-    there: int
+    encoded: int
     prompts: int
     exact: bool
     pair_bytes: tuple[int, int]
     prompt_bytes: int
 
     def check(self, free: int) -> None:
-        """Refuses latents that there is no room for, whatever the text takes.
+        """Refuses latents that do not fit on the disk, even without the text.
 
         Args:
             free: bytes.
@@ -66,11 +66,11 @@ class Cost:
         """
         needed = (self.pairs or 0) * self.pair_bytes[1]
         if self.exact and needed > free:
-            take, there = _size(needed), _size(free)
-            if take == there:  # rounded
-                take, there = f"{needed} B", f"{free} B"
+            take, left = _size(needed), _size(free)
+            if take == left:  # rounded
+                take, left = f"{needed} B", f"{free} B"
             raise ValueError(
-                f"latents of {self.pairs} pairs take {take}, {there} are free: not enough disk space; use another "
+                f"latents of {self.pairs} pairs take {take}, {left} are free: not enough disk space; use another "
                 "data.cache, or fewer pairs (data.max_pairs)"
             )
 
@@ -104,7 +104,7 @@ class Cost:
         """
         if self.pairs is None:
             return ""
-        pairs = self.pairs + self.there - held_out
+        pairs = self.pairs + self.encoded - held_out
         if seen < pairs:
             kept = " and the held-out ones" if held_out else ""
             return (

@@ -120,7 +120,7 @@ def compare_files(
 
 
 def are_absent(records: Mapping[str, FileRecord], path_of: Callable[[str], Path], executor: Executor) -> bool:
-    """Tells whether there were files and all of them are gone."""
+    """Tells whether files were recorded and none of them exists any more."""
     return _absent(records, dict(zip(records, stamps_of([path_of(name) for name in records], executor), strict=True)))
 
 
@@ -173,7 +173,7 @@ class ShardSource:
         prompts: that no earlier shard has.
         rows: what latents depend on beside the files' content.
         seen: digest of settings, rows, prompts and of the files' stamps.
-        pairs: what has been encoded: row, key, latents, and what each half is told.
+        pairs: what has been encoded: row, key, latents, and each sample's own condition.
         skipped: row, kind and reason of pairs that cannot be used.
         files: records of the files that have been read.
         change: the first change since it was encoded, in words; empty where there is none.

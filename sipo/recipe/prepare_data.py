@@ -131,7 +131,7 @@ def _say_cost(run: RunContext, cost: Cost) -> None:
         cost.check(free)
     except ValueError as error:
         raise CacheError(f"{run.cache}: {error}") from error
-    pairs = cost.there + (cost.pairs or 0)
+    pairs = cost.encoded + (cost.pairs or 0)
     if cost.exact and 0 < pairs <= data.held_out:
         raise ConfigError(f"data.held_out={data.held_out}: expected fewer than the {pairs} pairs there are")
     say(f"{run.cache}: {cost.describe(free, draws)}")
