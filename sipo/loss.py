@@ -12,12 +12,19 @@ from sipo.schedule.levels import check_count, check_positive
 from sipo_kernels import PairLossOutput, Totals, pair_loss
 from sipo_kernels.backends import BACKENDS
 from sipo_kernels.layout import pair_dtype
-from sipo_kernels.options import DEFAULTS, LossOptions, OptionValues, check_choice, make_options, show_options
+from sipo_kernels.options import (
+    DEFAULTS,
+    HIDDEN,
+    LossOptions,
+    OptionValues,
+    check_choice,
+    make_options,
+    show_options,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-_RELATIVES = ("loss_type", "label_smoothing", "safeguard")  # docs/math.md §5 and §6, relatives
 # docs/math.md §7: what beta = 1 is called in each convention; "sum" divides by the number of elements
 _BETA_CONVENTIONS = {"sipo": 1.0, "paper": 1 / 1000, "diffusers_sd": 0.5, "diffusers_sdxl": 1.0, "sum": 1.0}
 
@@ -151,10 +158,8 @@ class SIPOLoss(torch.nn.Module):
         return self.options.values() | {"backend": self.backend, "schedule": self.schedule.settings()}
 
     def extra_repr(self) -> str:
-        shown = self.options.values()
-        for name in _RELATIVES:  # a plain loss does not have them
-            if shown[name] == DEFAULTS[name]:
-                del shown[name]
+        options = self.options.values().items()
+        shown = {name: value for name, value in options if name not in HIDDEN or value != DEFAULTS[name]}
         shown |= {"backend": self.backend, "schedule": self.schedule}
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 

@@ -38,14 +38,27 @@ DEFAULT_BETA = {
 }
 
 
-def _choice(default: str, choices: tuple[str, ...], meaning: str) -> Any:
-    return field(default=default, metadata={"choices": choices, "meaning": meaning})
+def _choice(default: str, choices: tuple[str, ...], meaning: str, hidden: bool = False) -> Any:
+    """Returns the field of an option with a fixed set of values; ``hidden`` as for :func:`_number`."""
+    return field(default=default, metadata={"choices": choices, "meaning": meaning, "hidden": hidden})
 
 
-def _number(default: float | None, allowed: Callable[[float], bool], expected: str, meaning: str) -> Any:
-    """A number that ``allowed`` accepts and ``expected`` describes; a default of ``None`` allows None as well."""
-    # A function, whose numbers torch.compile takes as they are: from a table it would make inputs of the graph of them.
-    return field(default=default, metadata={"allowed": allowed, "expected": expected, "meaning": meaning})
+def _number(
+    default: float | None, allowed: Callable[[float], bool], expected: str, meaning: str, hidden: bool = False
+) -> Any:
+    """Returns the field of a numeric option; if the default is None, so may the option be.
+
+    Args:
+        default: Default value.
+        allowed: Whether a number is in the range. A function, because torch.compile treats its constants as constants;
+            it would turn those of a table into inputs of the graph.
+        expected: The range, for error messages and the docs.
+        meaning: What the option does, for the docs.
+        hidden: Whether the loss's repr leaves the option out at its default, as it must for every option added from
+            now on: a checkpoint holds the repr, and is refused where it differs.
+    """
+    metadata = {"allowed": allowed, "expected": expected, "meaning": meaning, "hidden": hidden}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -90,12 +103,13 @@ class LossOptions:
         "what happens to a pair with NaN or infinity (§8): it propagates, is skipped as if masked, or raises an error, "
         "which reads the result on the host",
     )
-    loss_type: str = _choice("sigmoid", LOSS_TYPES, "the loss of a logit (§5, relatives)")
+    loss_type: str = _choice("sigmoid", LOSS_TYPES, "the loss of a logit (§5, relatives)", hidden=True)
     label_smoothing: float = _number(
         0.0,
         lambda value: 0 <= value < 0.5,
         "0 <= label_smoothing < 0.5 (the share of pairs whose labels are taken to be swapped)",
         "the share of pairs whose labels are taken to be swapped, for `sigmoid` and `dmpo` (§5, relatives)",
+        hidden=True,
     )
     safeguard: float | None = _number(
         None,
@@ -103,6 +117,7 @@ class LossOptions:
         "None (off) or 0 <= safeguard <= 1",
         "μ of Safeguarded DPO: the rejected sample's gradient is scaled down where it would undo the chosen sample's; "
         "the loss keeps its value, and the gradient is no longer its derivative (§6, relatives). `None` turns it off",
+        hidden=True,
     )
 
     def __post_init__(self) -> None:
@@ -193,6 +208,7 @@ _NUMBERS = tuple(
     if "allowed" in f.metadata
 )
 NUMBERS = tuple(name for name, *_ in _NUMBERS)
+HIDDEN = frozenset(f.name for f in _FIELDS if f.metadata["hidden"])
 
 
 def default_beta(method: str, ndim: int) -> float:

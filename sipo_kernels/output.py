@@ -82,17 +82,9 @@ class PairLossOutput:
 
     Attributes:
         loss: scalar, or ``[B]`` for ``reduction="none"``; differentiable in ``model_pred``.
-        model_error: ``[S]`` mean squared error of the policy (§2).
-        ref_error: ``[S]`` the same of the reference.
-        error_gap: ``[S]`` ``model_error − ref_error``, accumulated without cancellation.
-        log_ratio: ``[S]`` log importance ratio (§3); 0 where no ``ratio_scale`` was given.
-        weight: ``[S]`` clipped importance ratio (§4).
-        reward: ``[S]`` the sample's implicit reward as it stands in the logit (§5): positive where the policy denoises
-            it better than the reference does.
-        mask: ``[B]`` bool, the pairs that take part.
+        samples: ``[len(SAMPLE_ROWS), S]``, the results of each sample, which the properties below name.
         logits: ``[B]`` (§5).
-        coef: ``[S]`` factor of ``model_pred − target`` in the gradient (§6) for an upstream gradient of 1; with
-            ``safeguard``, the rejected sample's has λ in it.
+        mask: ``[B]`` bool, the pairs that take part.
         clip_range: the clip's bounds, ``None`` for a method that does not clip.
         loss_type: the loss of a logit.
         skip_nonfinite: whether non-finite pairs were left out.
@@ -102,19 +94,54 @@ class PairLossOutput:
     """
 
     loss: Tensor
-    model_error: Tensor
-    ref_error: Tensor
-    error_gap: Tensor
-    log_ratio: Tensor
-    weight: Tensor
-    reward: Tensor
-    mask: Tensor
+    samples: Tensor
     logits: Tensor
-    coef: Tensor
+    mask: Tensor
     clip_range: tuple[float, float] | None = None
     loss_type: str = "sigmoid"
     skip_nonfinite: bool = False
     numbers: Tensor | None = None
+
+    @property
+    def model_error(self) -> Tensor:
+        """``[S]`` mean squared error of the policy (§2)."""
+        return self.samples[SAMPLE_ROWS.index("model_error")]
+
+    @property
+    def ref_error(self) -> Tensor:
+        """``[S]`` mean squared error of the reference (§2)."""
+        return self.samples[SAMPLE_ROWS.index("ref_error")]
+
+    @property
+    def error_gap(self) -> Tensor:
+        """``[S]`` ``model_error − ref_error``, accumulated without cancellation."""
+        return self.samples[SAMPLE_ROWS.index("error_gap")]
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """``[S]`` log importance ratio (§3); 0 where no ``ratio_scale`` was given."""
+        return self.samples[SAMPLE_ROWS.index("log_ratio")]
+
+    @property
+    def weight(self) -> Tensor:
+        """``[S]`` clipped importance ratio (§4)."""
+        return self.samples[SAMPLE_ROWS.index("weight")]
+
+    @property
+    def reward(self) -> Tensor:
+        """``[S]`` implicit reward, the sample's term in the logit (§5).
+
+        Positive where the policy denoises the sample better than the reference does.
+        """
+        return self.samples[SAMPLE_ROWS.index("reward")]
+
+    @property
+    def coef(self) -> Tensor:
+        """``[S]`` factor of ``model_pred − target`` in the gradient (§6) for an upstream gradient of 1.
+
+        With ``safeguard``, the rejected sample's includes λ.
+        """
+        return self.samples[COEF_ROW]
 
     def finite_pairs(self) -> Tensor:
         """``[B]`` bool: pairs whose errors, gaps, weights, logits and losses (z² of ``"ipo"``) are finite here (§8)."""

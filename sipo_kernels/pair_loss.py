@@ -27,7 +27,7 @@ from sipo_kernels.backends.interface import Stats, empty_stats
 from sipo_kernels.inputs import Inputs, check_extras, check_tensors
 from sipo_kernels.layout import empty_grad, has_lazy_bit
 from sipo_kernels.options import LossOptions, OptionValues, Settings, make_settings, settings_of, show_options
-from sipo_kernels.output import COEF_ROW, SAMPLE_ROWS, PairLossOutput, Totals, add_totals
+from sipo_kernels.output import COEF_ROW, PairLossOutput, Totals, add_totals
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -146,10 +146,9 @@ class PairLossFunction(torch.autograd.Function):
 class _DirectCall:
     """A direct call on its way through autograd: what the forward works on and, after it, what came out."""
 
-    __slots__ = ("backend", "expected", "fuse", "inputs", "rows", "settings", "stats", "totals")
+    __slots__ = ("backend", "expected", "fuse", "inputs", "settings", "stats", "totals")
 
     stats: Stats
-    rows: tuple[Tensor, ...]  # of stats.samples
 
     def __init__(
         self,
@@ -169,7 +168,6 @@ class _DirectCall:
         self.stats = module.forward(
             self.inputs, self.settings, with_grad=self.fuse, expected=self.expected, totals=self.totals
         )
-        self.rows = self.stats.samples.unbind()
         return module
 
 
@@ -182,7 +180,7 @@ class DirectPairLossFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, model_pred: Tensor, call: _DirectCall) -> Tensor:
         ctx.module, ctx.backend = call.run(), call.backend
-        ctx.save_for_backward(model_pred, call.inputs.target, call.rows[COEF_ROW])
+        ctx.save_for_backward(model_pred, call.inputs.target, call.stats.samples)
         ctx.set_materialize_grads(False)
         ctx.fused_grad = call.stats.grad if call.fuse else None
         ctx.numbers = call.stats.numbers
@@ -194,7 +192,8 @@ class DirectPairLossFunction(torch.autograd.Function):
         _refuse_higher_order(upstream)
         if upstream is None or not ctx.needs_input_grad[0]:
             return None, None
-        model_pred, target, coef = ctx.saved_tensors
+        model_pred, target, samples = ctx.saved_tensors
+        coef = samples[COEF_ROW]
         grad, ctx.fused_grad = ctx.fused_grad, None  # handed out once: autograd may accumulate into what it is given
         if not _is_ordinary(upstream):
             del grad  # the operator makes another
@@ -300,19 +299,13 @@ def pair_loss(
         else:
             call.run()
             loss = call.stats.loss
-        rows, (_, _, logits, mask, _, numbers) = call.rows, call.stats
+        _, samples, logits, mask, _, numbers = call.stats
     else:
         loss, samples, logits, mask = PairLossFunction.apply(model_pred, inputs, settings, selected)
-        rows = samples.unbind()
+    clip_range = None if settings.method == "diffusion_dpo" else (1 - settings.clip_low, 1 + settings.clip_high)
+    # Keyword arguments would double the time that this takes.
     output = PairLossOutput(
-        loss=loss,
-        mask=mask,
-        logits=logits,
-        **dict(zip(SAMPLE_ROWS, rows, strict=True)),
-        clip_range=None if settings.method == "diffusion_dpo" else (1 - settings.clip_low, 1 + settings.clip_high),
-        loss_type=settings.loss_type,
-        skip_nonfinite=settings.skip_nonfinite,
-        numbers=numbers,
+        loss, samples, logits, mask, clip_range, settings.loss_type, settings.skip_nonfinite, numbers
     )
     if totals is not None and numbers is None:  # no kernel has added to them
         pairs = logits.shape[0]

@@ -128,6 +128,8 @@ def test_overrides_lie_over_the_file(tmp_path: Path) -> None:
         ({"training": {"eps": 1}}, "training.eps: no such key, did you mean training.adam_epsilon?"),
         ({"training": {"lr_decay": 1}}, "training.lr_decay: no such key, expected one of max_train_steps, "),
         ({"loss": {"winner_preserving": 1}}, "no such key, did you mean loss.safeguard?"),
+        ({"loss": {"reduction": "sum"}}, "loss.reduction='sum': expected 'mean', the only one whose gradient"),
+        ({"loss": {"reduction": "none"}}, "loss.reduction='none': expected 'mean', the only one whose gradient"),
         (
             {"training": {"use_8bit_adam": True}},
             "use_8bit_adam: no such key, did you mean training.optimizer=adamw8bit?",

@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "options.md"
 _X = torch.ones(2, 3)
 _NEW_OPTION = (
-    '    dummy: float = _number(0.25, lambda value: 0 <= value <= 1, "0 <= dummy <= 1", "a number for a test (§9)")\n'
+    "    dummy: float = _number("
+    '0.25, lambda value: 0 <= value <= 1, "0 <= dummy <= 1", "a number for a test (§9)", hidden=True)\n'
 )
 
 # Runs where options.py has one field more, and nothing else is changed.
@@ -58,6 +59,7 @@ for function in (pair_loss, reference.pair_loss, reference.pair_grad):
 
 loss_fn = SIPOLoss(NoiseSchedule.discrete(), dummy=0.75)
 assert loss_fn.options.dummy == 0.75 == loss_fn.settings()["dummy"] and "dummy=0.75" in repr(loss_fn)
+assert "dummy" not in repr(SIPOLoss(NoiseSchedule.discrete()))
 assert inspect.signature(SIPOLoss).parameters["dummy"].default == 0.25
 names = [argument.name for argument in torch.ops.sipo.pair_loss.default._schema.arguments]
 assert names[-2:] == ["dummy", "backend"], names

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sipo_kernels import METHODS, backends, pair_loss, reference
+from sipo_kernels import METHODS, LossOptions, backends, pair_loss, reference
 from sipo_kernels.output import RESULTS, PairLossOutput
 from sipo_kernels.testing import (
     Batch,
@@ -481,18 +481,23 @@ def test_identical_bits(backend: str) -> None:
 # ---- torch's ways of calling -----------------------------------------------------------------------------------------
 
 
+def _values(**options: Any) -> list[Any]:
+    """The options of an operator's call, in its order."""
+    return list(LossOptions(beta=3.0, **options).values().values())
+
+
 def _op_samples(backend: str) -> list[tuple[Any, tuple[Any, ...]]]:
     batch = make_batch((4, 3, 5), (BF16, F32, F32), weighted=True, device=DEVICE)
     model, ref, target, scale, weight = (t.detach() for t in batch)
     last = make_batch((4, 2, 3, 5), device=DEVICE)
     nhwc = [t.detach().contiguous(memory_format=torch.channels_last) for t in last[:3]]
-    tail = (3.0, "posterior", 0.1, 0.1, 0.9)
-    plain = ("sigmoid", 0.0, None)
     op, grad = torch.ops.sipo.pair_loss, torch.ops.sipo.pair_grad
+    dmpo: dict[str, Any] = {"loss_type": "dmpo", "label_smoothing": 0.1, "safeguard": 0.5}
     calls: list[tuple[Any, tuple[Any, ...]]] = [
-        (op, (model, ref, target, scale, weight, None, "sipo", *tail, "mean", "propagate", *plain, backend)),
-        (op, (model, None, target, scale, None, scale, "dpo_cm", *tail, "none", "skip", "dmpo", 0.1, 0.5, backend)),
-        (op, (*nhwc, None, None, None, "diffusion_dpo", *tail, "sum", "propagate", "hinge", 0.0, None, backend)),
+        (op, (model, ref, target, scale, weight, None, *_values(method="sipo"), backend)),
+        (op, (model, None, target, scale, None, scale,
+              *_values(method="dpo_cm", reduction="none", nonfinite="skip", **dmpo), backend)),
+        (op, (*nhwc, None, None, None, *_values(method="diffusion_dpo", reduction="sum", loss_type="hinge"), backend)),
         (grad, (model, target, torch.tensor([1.0, 0.0, -2.0, 0.5]), torch.tensor(3.0), backend)),
         (grad, (nhwc[0], nhwc[2][:2], torch.ones(4), torch.tensor([3.0, 0.0]), backend)),
     ]  # fmt: skip

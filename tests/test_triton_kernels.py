@@ -485,16 +485,8 @@ def test_numbers_and_totals_are_those_of_the_fields(method: str, poisoned: None)
             method=method, mask_threshold=0.9, reduction=reduction, nonfinite="skip" if skip else "propagate"
         )
         stats = triton_kernels.forward(inputs, settings, totals=got)
-        rows = stats.samples.unbind()
         clip = None if method == "diffusion_dpo" else (0.9, 1.1)
-        fields = output.PairLossOutput(
-            loss=stats.loss,
-            mask=stats.mask,
-            logits=stats.logits,
-            **dict(zip(output.SAMPLE_ROWS, rows, strict=True)),
-            clip_range=clip,
-            skip_nonfinite=skip,
-        )
+        fields = output.PairLossOutput(*stats[:4], clip_range=clip, skip_nonfinite=skip)
         truth = torch.stack(list(fields.metrics().values()))
         torch.testing.assert_close(stats.numbers[:-1], truth, rtol=1e-12, atol=1e-15, equal_nan=True)
         output.add_totals(want, fields, 5 / 3.0 * (19 if reduction == "mean" else 1))

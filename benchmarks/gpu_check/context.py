@@ -149,7 +149,8 @@ class Context:
         batch = batch._replace(ratio_scale=torch.where(terminal, 0.0, scale))
         truth = truth._replace(log_ratio=torch.where(terminal, 0.0, truth.log_ratio))
         try:
-            finite = dataclasses.replace(out, log_ratio=torch.where(terminal, 0.0, out.log_ratio))
+            finite = dataclasses.replace(out, samples=out.samples.clone())
+            finite.log_ratio[terminal] = 0.0
             testing.assert_within_budget(batch, finite, grad, exact, truth)
         except AssertionError as error_text:
             raise CheckFailed(f"{label}: {str(error_text).strip() or 'log_ratio out of budget'}") from None

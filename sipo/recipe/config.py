@@ -63,8 +63,11 @@ class LossConfig(LossOptions):
         super().__post_init__()
         check_fields(self)
         check_choice("backend", self.backend, ("auto", *BACKENDS))
-        if self.reduction == "none":
-            raise ValueError("reduction='none': expected 'mean' or 'sum', since training needs one number")
+        if self.reduction != "mean":
+            raise ValueError(
+                f"reduction={self.reduction!r}: expected 'mean', the only one whose gradient does not depend on "
+                "gradient_accumulation_steps"
+            )
 
 
 @dataclass(frozen=True)
