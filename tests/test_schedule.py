@@ -286,24 +286,41 @@ def test_a_flow_takes_timesteps_as_diffusers_gives_them(inverted: bool, dtype: t
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_every_timestep_of_a_diffusers_flow_is_one(shift: float) -> None:
-    """The lowest of its table too, alone: those are never taken for sigmas."""
+    """The lowest of its table too, alone or together: those are never taken for sigmas."""
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
     schedule = NoiseSchedule.from_scheduler(scheduler)
-    for timesteps in (scheduler.timesteps, scheduler.timesteps[-1:]):
+    for timesteps in (scheduler.timesteps, scheduler.timesteps[-1:], scheduler.timesteps[-8:]):
         expected = scheduler.sigmas[: len(scheduler.timesteps)][-len(timesteps) :]
         close(schedule.alpha_sigma(timesteps)[1], expected, rtol=1e-6)
+
+
+def test_low_timesteps_of_a_flow_are_never_taken_for_sigmas() -> None:
+    """What a batch can hold by chance, one level for many pairs, and grids that are dense near 0."""
+    few, one, many = torch.tensor([0.25, 0.5, 1.0]).repeat(2), torch.tensor([0.25]), torch.full((64,), 0.5)
+    low = diffusers.FlowMatchEulerDiscreteScheduler(shift=0.1)
+    dense = low.timesteps[low.timesteps < 1]
+    assert len(dense) == 9
+    cases = [(NoiseSchedule.flow(), t) for t in (few, one, many)]
+    cases += [(NoiseSchedule.from_scheduler(low), dense), (flow_schedule(inverted=True), dense)]
+    for schedule, timesteps in cases:
+        close(schedule.alpha_sigma(timesteps)[schedule.invert_sigmas - 1], timesteps / 1000, rtol=1e-6)
+
+
+def test_sigmas_as_timesteps_are_refused_without_a_read() -> None:
+    schedule = flow_schedule()
+    torch._dynamo.reset()
+    run = torch.compile(schedule.ratio_scale, fullgraph=True, backend="aot_eager", dynamic=True)
+    close(run(torch.tensor([0.5, 0.25, 1.5, 0.75])), schedule.ratio_scale(torch.tensor([0.5, 0.25, 1.5, 0.75])))
+    with pytest.raises(RuntimeError, match=r"timesteps: expected a number in \(0, 1000\], .* or sigmas="):
+        run(torch.tensor([0.5, 0.25, 1.0, 0.75]))
 
 
 WRONG: list[tuple[str, list[float], str]] = [
     ("discrete", [-1, -1000, 1000], "timesteps: expected an integer in [0, 1000)"),
     ("discrete", [-1.0, 1000.0, 2.5, math.nan, math.inf], "timesteps: expected an integer in [0, 1000)"),
     ("flow", [-3.0, 0.0, 1.001, 500.0, math.nan, math.inf], "sigmas: expected sigma in (0, 1]"),
-    ("timesteps", [-3.0, 0.0, 1001.0, 0.25, math.nan, math.inf], "timesteps: expected a number in (0, 1000], which is"),
-    (
-        "inverted",
-        [-3.0, 1000.0, 1001.0, 0.25, math.nan, math.inf],
-        "timesteps: expected a number in [0, 1000), which is",
-    ),
+    ("timesteps", [-3.0, 0.0, 1001.0, math.nan, math.inf], "timesteps: expected a number in (0, 1000], which is"),
+    ("inverted", [-3.0, 1000.0, 1001.0, math.nan, math.inf], "timesteps: expected a number in [0, 1000), which is"),
 ]
 
 
@@ -358,10 +375,10 @@ def test_compiled_refuses_what_is_out_of_range(
 @pytest.mark.parametrize(
     ("kind", "dtype", "asserts"),
     [
-        ("flow", torch.float32, 1),
-        ("timesteps", torch.float32, 1),
-        ("inverted", torch.bfloat16, 1),
-        ("discrete", torch.float32, 1),
+        ("flow", torch.float32, 2),
+        ("timesteps", torch.float32, 2),
+        ("inverted", torch.bfloat16, 2),
+        ("discrete", torch.float32, 2),
         ("discrete", torch.int64, 0),
     ],
 )
@@ -574,7 +591,8 @@ ERRORS: list[tuple[Any, type, str]] = [
     (
         lambda: FLOW.ratio_scale(T([500])),
         TypeError,
-        "timesteps has dtype torch.int64: expected a floating-point type, a number in (0, 1000], which is sigma * 1000",
+        "timesteps has dtype torch.int64: expected a floating-point type, a number in (0, 1000], which is "
+        "sigma * 1000, or sigmas= in (0, 1]; a solver with use_flow_sigmas rounds its timesteps, pass its sigmas",
     ),
     (
         lambda: FLOW.ratio_scale(T([900.0, 1001.0])),
@@ -583,14 +601,9 @@ ERRORS: list[tuple[Any, type, str]] = [
     ),
     (lambda: FLOW.add_noise(X, X, T([0.0, 500.0])), ValueError, "timesteps[0]=0.0: expected a number in (0, 1000]"),
     (
-        lambda: FLOW.ratio_scale(T([0.5, 0.25])),
+        lambda: FLOW.ratio_scale(T([0.5, 0.25, 1.0, 0.75])),
         ValueError,
-        "timesteps are all below 1, as sigmas are: expected a number",
-    ),
-    (
-        lambda: INVERTED.ratio_scale(T([0.5])),
-        ValueError,
-        "timesteps are all below 1, as sigmas are",
+        "timesteps are all in (0, 1], as sigmas are: expected a number in (0, 1000]",
     ),
     (
         lambda: INVERTED.ratio_scale(T([1000.0])),

@@ -123,12 +123,16 @@ def vp_tables(alphas_cumprod: Tensor, num_inference_steps: int, prediction_type:
     }
 
 
-def terminal_stretch(shift: float, num_inference_steps: int, shift_terminal: float) -> float:
-    """``c`` of a flow's grid 1 − c (1 − σ), stretched so that its last level before 0 is ``shift_terminal`` (§3).
+def terminal_stretch(shift: float, num_inference_steps: int, shift_terminal: float | None) -> float:
+    """Returns ``c`` of a flow's grid 1 − c (1 − σ), which makes ``shift_terminal`` its last level before 0 (§3).
+
+    It is 1 without ``shift_terminal``: the grid is not stretched.
 
     Raises:
         TypeError, ValueError: ``shift_terminal`` outside (0, 1), or a sampler of one step, which has no such level.
     """
+    if shift_terminal is None:
+        return 1.0
     check_positive("shift_terminal", shift_terminal)
     if shift_terminal >= 1:
         raise ValueError(f"shift_terminal={shift_terminal!r}: expected a number in (0, 1)")

@@ -35,23 +35,26 @@ DEFAULT_INFERENCE_STEPS = 50
 class NoiseSchedule:
     """α and σ of every noise level, and how far the sampler's next step goes from there.
 
-    Made by :meth:`from_scheduler`, :meth:`discrete`, :meth:`from_alphas_cumprod` or :meth:`flow`, and then fixed.
+    Built by :meth:`from_scheduler`, :meth:`discrete`, :meth:`from_alphas_cumprod` or :meth:`flow`; it does not change
+    afterwards.
 
-    Wherever a method takes noise levels, they are a 1-D tensor, given as one of two arguments:
+    Every method takes noise levels as a 1-D tensor in one of two arguments:
 
     - ``timesteps``, in the units of diffusers' schedulers. For ``kind="discrete"``: indices in
       ``[0, num_train_timesteps)`` of any integer type, or float32 or float64 holding whole numbers (half types cannot
       hold every index and are refused). For ``kind="flow"``: ``σ * num_train_timesteps``, 0 to 1000 for most, of any
       floating-point type; with ``invert_sigmas``, ``(1 − σ) * num_train_timesteps``.
-    - ``sigmas``, for a flow alone: σ in (0, 1] of any floating-point type, the share of noise.
+    - ``sigmas``, for a flow only: σ in (0, 1] of any floating-point type, the share of noise.
 
-    The name of the argument decides what the numbers mean, never their size. Timesteps of a flow that are all below 1
-    are an error: no diffusers scheduler has such timesteps, so they are sigmas in all likelihood.
+    The name of the argument decides what the numbers mean, never their size. Timesteps of a flow that can only be
+    sigmas are refused: four or more different values that are all in (0, 1], where ``shift`` is 1 or more and
+    ``num_train_timesteps`` 1000 or more. Fewer values, or those of another flow or with ``invert_sigmas``, may be low
+    timesteps, so sigmas passed as such are not noticed.
 
-    A value out of range, or NaN, is a ValueError on the CPU. In compiled code, and in :meth:`ratio_scale` on CUDA, it
-    fails an assertion that needs no synchronisation (``torch._assert_async``): a RuntimeError with the same text on the
-    CPU; on CUDA "device-side assert triggered" at the next synchronisation, and the text on stderr. Where there is no
-    assertion (``torch.jit.trace``, other devices, ROCm), ``ratio_scale`` and ``alpha_sigma`` are NaN for such a σ.
+    A value out of range, or NaN, is a ValueError on the CPU. On CUDA, and in compiled code, it fails an assertion that
+    needs no synchronisation (``torch._assert_async``): on CUDA "device-side assert triggered" at the next
+    synchronisation, with the text on stderr; on the CPU a RuntimeError with that text. Where there is no assertion
+    (``torch.jit.trace``, other devices, ROCm), results for such a σ are NaN.
 
     Attributes:
         kind: ``"discrete"`` (variance preserving, α² + σ² = 1) or ``"flow"`` (rectified flow, α = 1 − σ).
@@ -97,13 +100,9 @@ class NoiseSchedule:
         self.shift = float(shift)
         self.shift_terminal = shift_terminal
         self.invert_sigmas = invert_sigmas
-        self._level_arguments = level_arguments(kind, num_train_timesteps, invert_sigmas)
-        self._stretch = 1.0
-        if shift_terminal is not None:
-            self._stretch = terminal_stretch(self.shift, num_inference_steps, shift_terminal)
-        self._tables: dict[str, Tensor] = {}
-        if alphas_cumprod is not None:
-            self._tables = vp_tables(alphas_cumprod, num_inference_steps, prediction_type)
+        self._level_arguments = level_arguments(kind, num_train_timesteps, invert_sigmas, shift)
+        self._stretch = terminal_stretch(self.shift, num_inference_steps, shift_terminal)
+        self._tables = {} if alphas_cumprod is None else vp_tables(alphas_cumprod, num_inference_steps, prediction_type)
         self._device_tables = {torch.device("cpu"): self._tables}
 
     @classmethod
@@ -140,18 +139,11 @@ class NoiseSchedule:
             ValueError: A scheduler that is not modelled (with the reason), or an option of it that is not.
         """
         facts = read_scheduler(scheduler, shift, image_seq_len)
-        prediction_type = facts.prediction_type if prediction_type is None else prediction_type
+        if prediction_type is not None:
+            facts = facts._replace(prediction_type=prediction_type)
         if facts.alphas_cumprod is not None:
-            return cls.from_alphas_cumprod(facts.alphas_cumprod, prediction_type, num_inference_steps)
-        return cls(
-            "flow",
-            prediction_type=prediction_type,
-            num_inference_steps=num_inference_steps,
-            num_train_timesteps=facts.num_train_timesteps,
-            shift=facts.shift,
-            shift_terminal=facts.shift_terminal,
-            invert_sigmas=facts.invert_sigmas,
-        )
+            return cls.from_alphas_cumprod(facts.alphas_cumprod, facts.prediction_type, num_inference_steps)
+        return cls("flow", num_inference_steps=num_inference_steps, **facts._asdict())
 
     @classmethod
     def discrete(
@@ -239,7 +231,7 @@ class NoiseSchedule:
         Raises:
             TypeError, ValueError: An argument of the wrong type, shape or range, or not exactly one of them.
         """
-        levels, given = self._levels(timesteps, sigmas, asserted=True)  # called once for every loss
+        levels, given = self._levels(timesteps, sigmas)
         if self.kind == "discrete":
             return self._table("ratio_scale", levels.device).index_select(0, levels)
         return flow_ratio_scale(
@@ -368,9 +360,7 @@ class NoiseSchedule:
                 self._device_tables[device] = tables
         return tables[name]
 
-    def _levels(
-        self, timesteps: Tensor | None, sigmas: Tensor | None, *, asserted: bool = False
-    ) -> tuple[Tensor, Tensor]:
+    def _levels(self, timesteps: Tensor | None, sigmas: Tensor | None) -> tuple[Tensor, Tensor]:
         """Returns the checked levels, int64 indices or σ in the type that results have, and the argument given."""
         if (timesteps is None) == (sigmas is None):
             raise ValueError(f"{'neither' if sigmas is None else 'both'} of timesteps and sigmas given: expected one")
@@ -378,7 +368,7 @@ class NoiseSchedule:
         if name not in self._level_arguments:
             raise ValueError("sigmas given: expected timesteps, a discrete schedule has no sigma in (0, 1]")
         assert given is not None
-        return checked_levels(given, self._level_arguments[name], asserted=asserted), given
+        return checked_levels(given, self._level_arguments[name]), given
 
     def _coefficients(
         self, sample: Tensor, noise: Tensor, timesteps: Tensor | None, sigmas: Tensor | None

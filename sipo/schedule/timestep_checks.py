@@ -14,6 +14,13 @@ from sipo_kernels.layout import pair_dtype
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8)
 _ASSERTING_DEVICES = ("cpu", "cuda")  # that torch._assert_async runs on
 
+SIGMAS_TAKEN_FOR_TIMESTEPS = 4
+"""A flow's timesteps are refused as sigmas if all are in (0, 1] and so many of them differ.
+
+Timesteps of diffusers' own grids are 1 or more where ``shift`` is; of those drawn continuously from (0, 1000], four
+different ones are all as low in one batch of 10¹² and more.
+"""
+
 
 class LevelArgument(NamedTuple):
     """An argument that gives noise levels, and what its values mean.
@@ -24,45 +31,47 @@ class LevelArgument(NamedTuple):
             (1 − σ) · num_train_timesteps.
         num_train_timesteps: Number of levels, or the scale of a flow's timesteps.
         expected: What the values are to be, in words; made beforehand, because compiled code may not know the number.
+        refuses_sigmas: Whether :data:`SIGMAS_TAKEN_FOR_TIMESTEPS` applies.
     """
 
     name: str
     unit: str
     num_train_timesteps: int
     expected: str
+    refuses_sigmas: bool = False
 
 
-def level_arguments(kind: str, num_train_timesteps: int, invert_sigmas: bool) -> dict[str, LevelArgument]:
+def level_arguments(kind: str, num_train_timesteps: int, invert_sigmas: bool, shift: float) -> dict[str, LevelArgument]:
     """Returns the arguments by which a schedule takes noise levels, by name."""
     scale = num_train_timesteps
     if kind == "discrete":
         return {"timesteps": LevelArgument("timesteps", "index", scale, f"an integer in [0, {scale})")}
-    timesteps = LevelArgument(
-        "timesteps", "scaled", scale, f"a number in (0, {scale}], which is sigma * {scale}, or sigmas= in (0, 1]"
-    )
     if invert_sigmas:
-        expected = f"a number in [0, {scale}), which is (1 - sigma) * {scale}, or sigmas= in (0, 1]"
-        timesteps = LevelArgument("timesteps", "inverted", scale, expected)
-    return {"timesteps": timesteps, "sigmas": LevelArgument("sigmas", "sigma", scale, "sigma in (0, 1]")}
+        unit, meaning = "inverted", f"[0, {scale}), which is (1 - sigma) * {scale}"
+    else:
+        unit, meaning = "scaled", f"(0, {scale}], which is sigma * {scale}"
+    expected = f"a number in {meaning}, or sigmas= in (0, 1]"
+    refuses_sigmas = not invert_sigmas and shift >= 1 and scale >= 1000
+    return {
+        "timesteps": LevelArgument("timesteps", unit, scale, expected, refuses_sigmas),
+        "sigmas": LevelArgument("sigmas", "sigma", scale, "sigma in (0, 1]"),
+    }
 
 
-def checked_levels(values: Tensor, argument: LevelArgument, *, asserted: bool = False) -> Tensor:
+def checked_levels(values: Tensor, argument: LevelArgument) -> Tensor:
     """Returns the noise levels that an argument's values stand for.
-
-    Timesteps of a flow that are all between 0 and 1 are refused: no diffusers scheduler has such timesteps, so these
-    are sigmas in all likelihood. A single one among larger timesteps is a low noise level.
 
     Args:
         values: ``[N]``.
         argument: What they mean.
-        asserted: Whether values on an accelerator are checked outside compiled code too, which costs a few small
-            launches. Integers need no check: they are looked up by an operation that has its own.
 
     Returns:
-        ``[N]``: int64 indices, or σ in the type that per-sample numbers have on that device.
+        ``[N]``: int64 indices, or σ in the type that per-sample numbers have on that device; NaN for a σ out of range
+        where no assertion stops it.
 
     Raises:
-        TypeError, ValueError: Of the wrong type or shape; on the CPU also a value out of range, or NaN.
+        TypeError, ValueError: Of the wrong type or shape; on the CPU also a value out of range, NaN, or sigmas in place
+            of timesteps, as far as :data:`SIGMAS_TAKEN_FOR_TIMESTEPS` tells.
         RuntimeError: Such a value on the CPU in a compiled function, or under a mode that watches or replaces operators
             (``FakeTensorMode``, ``make_fx``). On CUDA it is a device-side assertion.
     """
@@ -82,7 +91,8 @@ def checked_levels(values: Tensor, argument: LevelArgument, *, asserted: bool = 
         low, high = 0, argument.num_train_timesteps - 1
     else:
         if not values.dtype.is_floating_point:
-            raise TypeError(f"{name} has dtype {values.dtype}: expected a floating-point type, {expected}")
+            hint = "" if unit == "sigma" else "; a solver with use_flow_sigmas rounds its timesteps, pass its sigmas"
+            raise TypeError(f"{name} has dtype {values.dtype}: expected a floating-point type, {expected}{hint}")
         levels = values.to(pair_dtype(values.device))
         if unit != "sigma":
             levels = levels / argument.num_train_timesteps
@@ -96,23 +106,24 @@ def checked_levels(values: Tensor, argument: LevelArgument, *, asserted: bool = 
         if wrong is not None:
             value = values[wrong].item()
             raise ValueError(f"{name}[{wrong}]={value!r}: expected {expected}")
-        if unit in ("scaled", "inverted") and values.numel() and not bool(_any_plausible(values)):
-            raise ValueError(f"{name} are all below 1, as sigmas are: expected {expected}")
+        if argument.refuses_sigmas and bool(_are_sigmas(values)):
+            raise ValueError(f"{name} are all in (0, 1], as sigmas are: expected {expected}")
         return levels
-    if not (compiled or on_host or (asserted and values.is_floating_point())):
-        return levels
+    if not (compiled or on_host or values.is_floating_point()):
+        return levels  # indices, which are looked up by an operation that has its own assertion
     right = _right(values, levels, low, high)
     if values.device.type in _ASSERTING_DEVICES:
         fine = right.all()
-        if unit in ("scaled", "inverted"):
-            fine = torch.logical_and(fine, _any_plausible(values))
+        if argument.refuses_sigmas:
+            fine = torch.logical_and(fine, torch.logical_not(_are_sigmas(values)))
         torch._assert_async(fine, f"{name}: expected {expected}")  # CUDA takes up to 254 characters
     return levels if unit == "index" else torch.where(right, levels, torch.nan)
 
 
-def _any_plausible(values: Tensor) -> Tensor:
-    """Whether any of a flow's timesteps lies outside (0, 1), where sigmas are."""
-    return torch.logical_or(values <= 0, values >= 1).any()
+def _are_sigmas(values: Tensor) -> Tensor:
+    """Whether what was given as a flow's timesteps must be sigmas; a 0-d tensor, which is not read here."""
+    several = torch.count_nonzero(values.sort().values.diff()) >= SIGMAS_TAKEN_FOR_TIMESTEPS - 1
+    return torch.logical_and(several, torch.logical_and(values > 0, values <= 1).all())
 
 
 def _right(values: Tensor, levels: Tensor, low: float, high: float) -> Tensor:
