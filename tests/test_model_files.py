@@ -358,7 +358,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[P
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(model_files, "_found", {})
+    monkeypatch.setattr(model_files, "_snapshots", {})
     started: list[Hub] = []
 
     def start(folder: Path | None) -> Hub:
@@ -397,7 +397,7 @@ def test_a_hub_model_is_fetched_without_its_pickles_and_checked(hub: Any, model:
     assert all(torch.equal(tensor, given[name]) for name, tensor in network.state_dict().items())
     # Without the hub, the cache serves: asked for once and no more.
     server.folder, count = None, len(server.asked)
-    model_files._found.clear()
+    model_files._snapshots.clear()
     family.load_network("owner/name")
     assert len(server.asked) <= count + 1
 

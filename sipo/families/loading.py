@@ -1,4 +1,4 @@
-"""Loading the parts of a pipeline that is saved in diffusers' layout: network, encoders and noise schedule."""
+"""Loads the parts of a pipeline saved in diffusers' layout: network, encoders and noise schedule."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from torch import nn
 
 from sipo.families.model_files import (
     CONFIG,
-    HUB_OPTIONS,
     MODEL_INDEX,
     check_model,
     check_vocabulary,
     fetch_weights,
+    find_model_folder,
     is_module,
     load_module,
-    find_model_folder,
 )
 from sipo.families.vae import check_latent_affine
 from sipo.files import FileError, one_line, read_object
@@ -29,15 +28,15 @@ from sipo.schedule import DEFAULT_INFERENCE_STEPS, NoiseSchedule
 from sipo.schedule.diffusers_schedulers import SettingError, check_sampler, with_settings
 
 TEXT_ENCODER = "text_encoder"
-"""Beginning of the names of a pipeline's components that encode text."""
+"""Prefix of the names of a pipeline's text encoders."""
 
 TOKENIZER = "tokenizer"
-"""Beginning of the names of their tokenizers, which end as the names of the encoders do."""
+"""Prefix of the names of its tokenizers, which have the same suffixes."""
 
 VAE = "vae"
 """Name of a pipeline's VAE."""
 
-_UPCAST = "force_upcast"  # in the configuration of an image VAE; true by default
+_UPCAST = "force_upcast"  # key in the configuration of an image VAE; true by default
 
 
 class PipelineLoader(ABC):
@@ -45,8 +44,8 @@ class PipelineLoader(ABC):
 
     Attributes:
         name: as in a configuration's ``model.family``.
-        pipeline_class: diffusers' pipeline, by name; its ``encode_prompt`` encodes text here as it does there.
-        network_class: diffusers' class of what is trained.
+        pipeline_class: name of diffusers' pipeline, whose ``encode_prompt`` is used here too.
+        network_class: name of diffusers' class of the trained network.
         network: the pipeline's component that is trained, "unet" or "transformer".
         video: whether a sample has frames.
         schedule_kind: "discrete" or "flow", as :class:`sipo.NoiseSchedule` has it.
@@ -59,15 +58,21 @@ class PipelineLoader(ABC):
     video: ClassVar[bool] = False
     schedule_kind: ClassVar[str] = "discrete"
     _without: ClassVar[tuple[str, ...]] = ()  # components that are left out beside the network
+    _pipeline_options: ClassVar[Mapping[str, Any]] = {}  # arguments of the pipeline's class
 
     def load_network(self, path: str | Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
-        """The network alone, in eval mode. ``options`` go to ``from_pretrained`` (revision, variant, ...).
+        """Loads only the network, in eval mode.
+
+        Args:
+            path: local folder or hub id.
+            dtype: of the weights.
+            options: ``variant``, and options of ``from_pretrained`` about the hub (``revision``, ...).
 
         Raises:
-            FileNotFoundError: nothing to load there, in one line that names the path.
-            ValueError: a pipeline, or a network, that is not of this family; a damaged file, or a pickle.
+            FileNotFoundError: there is no model at the path; one line that names it.
+            ValueError: the pipeline or its network is of another family; a file is damaged or a pickle.
         """
-        self.network_config(path, **options)  # names another class, if it is one
+        self.network_config(path, **options)  # refuses a network of another class
         folder, variant = self.fetch(path, network=True, **options), options.get("variant")
         with _naming_path(path):
             network = load_module(folder / self.network, "diffusers", self.network_class, dtype, variant)
@@ -75,7 +80,7 @@ class PipelineLoader(ABC):
         return network
 
     def empty_network(self, path: str | Path, **options: Any) -> nn.Module:
-        """The network as its configuration describes it, without weights (on the meta device).
+        """Makes the network from its configuration, without weights (on the meta device).
 
         Arguments and errors as for :meth:`load_network`.
         """
@@ -85,19 +90,19 @@ class PipelineLoader(ABC):
         try:
             with torch.device("meta"):
                 network: nn.Module = getattr(diffusers, self.network_class).from_config(config)
-        except Exception as error:  # whatever numbers the file holds
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        except Exception as error:  # the file may hold any values
+            reason = f"{type(error).__name__}: {one_line(error)}"
             file = f"{path}: its {self.network}/{CONFIG}"
             raise ValueError(f"{file} describes no {self.network_class} ({reason})") from error
         self._check_network(path, network)
         return network
 
     def network_config(self, path: str | Path, **options: Any) -> dict[str, Any]:
-        """The network's configuration. Arguments and errors as for :meth:`load_network`."""
+        """Reads the network's configuration. Arguments and errors as for :meth:`load_network`."""
         folder, index = self._open(path, options)
-        found = index.get(self.network)
-        if not isinstance(found, list) or found[1:] != [self.network_class]:
-            raise ValueError(f"{path}: its {self.network} is {found!r}, expected a {self.network_class}")
+        entry = index.get(self.network)
+        if not isinstance(entry, list) or entry[1:] != [self.network_class]:
+            raise ValueError(f"{path}: its {self.network} is {entry!r}, expected a {self.network_class}")
         return read_object(folder / self.network / CONFIG)
 
     def load_encoders(
@@ -109,15 +114,15 @@ class PipelineLoader(ABC):
         text: bool = True,
         **options: Any,
     ) -> Any:
-        """The pipeline without its network: tokenizers, text encoders, VAE and scheduler, frozen, in eval mode.
+        """Loads the pipeline without its network: tokenizers, text encoders, VAE and scheduler, frozen, in eval mode.
 
-        The VAE is in ``vae_dtype``, all else in ``dtype``: in half precision latents are 1 to 2 % off. Without ``text``
-        there are no text encoders either, and the pipeline samples from encoded prompts alone. Errors as for
+        The VAE is in ``vae_dtype``, everything else in ``dtype``: in half precision latents are 1 to 2 % off. Without
+        ``text`` there are no text encoders, and the pipeline samples only from encoded prompts. Errors as for
         :meth:`load_network`, and a ValueError for a VAE that is known to overflow in float16.
         """
         import diffusers
 
-        folder, variant = self.fetch(path, network=False, **options), options.pop("variant", None)
+        folder, variant = self.fetch(path, network=False, **options), options.get("variant")
         _, index = self._open(path, options)
         modules: dict[str, Any] = dict.fromkeys((self.network, *self._without))
         if not text:
@@ -133,9 +138,9 @@ class PipelineLoader(ABC):
                 if name not in modules and is_module(library, class_name):
                     kept = vae_dtype if name == VAE else dtype
                     modules[name] = load_module(folder / name, library, class_name, kept, variant)
-            # What is left are tokenizers and the scheduler.
+            # This loads the rest: tokenizers and the scheduler.
             pipeline_class = getattr(diffusers, self.pipeline_class)
-            pipeline = pipeline_class.from_pretrained(str(folder), **modules, **_local(options))
+            pipeline = pipeline_class.from_pretrained(str(folder), **modules, **self._pipeline_options)
         for name, component in pipeline.components.items():
             if isinstance(component, nn.Module):
                 component.requires_grad_(False).eval()
@@ -145,12 +150,11 @@ class PipelineLoader(ABC):
         return pipeline
 
     def fetch(self, path: str | Path, *, network: bool, **options: Any) -> Path:
-        """Downloads what a hub id lacks in the local cache, and refuses whatever is not safetensors.
+        """Downloads files that the local cache lacks, and refuses weights that are not safetensors.
 
         Args:
-            path: as for :meth:`load_network`.
-            network: the network; else all other components.
-            options: as for :meth:`load_network`.
+            path, options: as for :meth:`load_network`.
+            network: fetch the network; else all other components.
 
         Returns:
             The local folder. Errors as for :meth:`load_network`.
@@ -176,21 +180,20 @@ class PipelineLoader(ABC):
         sizes: Sequence[tuple[int, int]] = (),
         **options: Any,
     ) -> NoiseSchedule:
-        """The noise schedule of the model's scheduler.
+        """Makes the noise schedule of the model's scheduler.
 
         Args:
-            path: as for :meth:`load_network`.
+            path, options: as for :meth:`load_network`.
             num_inference_steps: steps of the sampler.
-            prediction_type, shift: in place of the scheduler's own, see
+            prediction_type, shift: override the scheduler's own, see
                 :func:`sipo.schedule.diffusers_schedulers.with_settings`.
-            sampled: whether samples are drawn with that ``prediction_type``, of which some schedulers can do a part.
-            sizes: heights and widths in pixels that are trained at; dynamic shifting depends on them.
-            options: as for :meth:`load_network`.
+            sampled: whether samples are drawn with that ``prediction_type``; some schedulers support only some.
+            sizes: heights and widths in pixels to train at; dynamic shifting depends on them.
 
         Raises:
-            FileNotFoundError, ValueError: as for :meth:`load_network`; a scheduler that is not modelled, or sizes that
-                it shifts differently.
-            SettingError: a setting that the scheduler does not have.
+            FileNotFoundError, ValueError: as for :meth:`load_network`; the scheduler is not supported, or it shifts the
+                sizes differently.
+            SettingError: the scheduler does not have a setting.
         """
         own = self.load_scheduler(path, **options)
         class_name = type(own).__name__
@@ -223,7 +226,7 @@ class PipelineLoader(ABC):
         return schedule
 
     def load_scheduler(self, path: str | Path, **options: Any) -> Any:
-        """The model's scheduler, as it is saved. Arguments and errors as for :meth:`load_network`."""
+        """Loads the model's scheduler. Arguments and errors as for :meth:`load_network`."""
         import diffusers
 
         folder, index = self._open(path, options)
@@ -237,27 +240,26 @@ class PipelineLoader(ABC):
             return scheduler_class.from_pretrained(str(folder), subfolder="scheduler")
 
     def image_seq_len(self, height: int, width: int) -> int | None:
-        """Tokens of an image of that size, for the pipeline's dynamic shifting; ``None`` where it has none."""
+        """Returns the number of tokens of an image for dynamic shifting; ``None`` if the family has none."""
         return None
 
     def _open(self, path: str | Path, options: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
-        """The model's folder, and its ``model_index.json``."""
+        """Finds the model's folder, and reads its ``model_index.json``."""
         folder = find_model_folder(path, options, self.pipeline_class)
         index = read_object(folder / MODEL_INDEX)
         self._check_index(path, index)
         return folder, index
 
     def _check_index(self, path: str | Path, index: Mapping[str, Any]) -> None:
-        found = index.get("_class_name")
-        if found != self.pipeline_class:
-            raise ValueError(f"{path}: holds a {found}, expected a {self.pipeline_class} for family {self.name!r}")
+        class_name = index.get("_class_name")
+        if class_name != self.pipeline_class:
+            raise ValueError(f"{path}: holds a {class_name}, expected a {self.pipeline_class} for family {self.name!r}")
 
     def _check_network(self, path: str | Path, network: Any) -> None:
-        taken, given = network.config.in_channels, network.config.out_channels
-        if taken != given:  # an inpainting or image-to-video network
-            raise ValueError(
-                f"{path}: its {self.network} takes {taken} channels and gives {given}, expected as many as it takes"
-            )
+        inputs, outputs = network.config.in_channels, network.config.out_channels
+        if inputs != outputs:  # an inpainting or image-to-video network
+            channels = f"takes {inputs} channels and gives {outputs}"
+            raise ValueError(f"{path}: its {self.network} {channels}, expected as many as it takes")
 
 
 def _present(index: Mapping[str, Any]) -> list[tuple[str, list[Any]]]:
@@ -265,21 +267,16 @@ def _present(index: Mapping[str, Any]) -> list[tuple[str, list[Any]]]:
     return [(name, value) for name, value in index.items() if isinstance(value, list) and any(value)]
 
 
-def _local(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Keeps the options of ``from_pretrained`` that apply to a local folder."""
-    return {name: value for name, value in options.items() if name not in HUB_OPTIONS}
-
-
 @contextmanager
 def _naming_path(path: str | Path) -> Iterator[None]:
-    """Turns errors of diffusers and transformers about files into one line that begins with the path."""
+    """Turns errors of diffusers and transformers into one line that begins with the path."""
     try:
         yield
     except OSError as error:
         raise FileNotFoundError(f"{path}: {one_line(error)}") from error
     except FileError:
         raise
-    except Exception as error:  # a file's values, or a missing package, can raise anything in a library
+    except Exception as error:  # values in a file, or a missing package, may raise anything in these libraries
         if is_out_of_memory(error):
             raise
         raise ValueError(f"{path}: {one_line(error)}") from error

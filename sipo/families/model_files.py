@@ -1,9 +1,8 @@
-"""A model's folder: found on disk or on the hub, and its files checked before any library reads them.
+"""Finds a model's folder on disk or on the hub, and checks its files before any library reads them.
 
-Nothing is unpickled. diffusers and transformers look for safetensors, but read a pickle where a safetensors index names
-one; they would also load code shipped with the weights, an adapter, or a class from another package. All of it is
-refused here, by what the folder holds. Of a model on the hub only the files that are read are downloaded, and before
-anything else: afterwards no library asks the hub anything.
+Nothing is unpickled. diffusers and transformers prefer safetensors, but read a pickle if a safetensors index names one;
+they also load code shipped with the weights, adapters, and classes of other packages. A folder with any of these is
+refused. Only the files that are needed are downloaded from the hub, in advance: afterwards no library contacts it.
 """
 
 from __future__ import annotations
@@ -23,123 +22,117 @@ MODEL_INDEX = "model_index.json"
 CONFIG = "config.json"
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
-"""Options of ``from_pretrained`` that say where a file comes from, and not how weights are read."""
+"""Options of ``from_pretrained`` about the hub and its local cache."""
 
 HUB_TIMEOUT = 10.0
-"""Seconds that the hub has to answer."""
+"""Seconds to wait for an answer of the hub."""
 
 _LIBRARIES = ("diffusers", "transformers")
 _WEIGHTS = re.compile(r"(diffusion_pytorch_model|model)(?=[.-]).*(\.safetensors|\.index\..*json)")
-_AUTO = re.compile("Auto(?!encoder)")  # such a class would take another from the folder's code
+_AUTO = re.compile("Auto(?!encoder)")  # such a class would select another one from the folder's code
 _SHARD = re.compile(r"-\d{5}-of-\d{5}")
 _PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 _SINGLE_FILES = (".safetensors", ".gguf", *_PICKLES)
-_SMALL = ("*.json", "*.txt", "*.model", "*.jinja")  # what a pipeline reads beside weights
+_SMALL = ("*.json", "*.txt", "*.model", "*.jinja")  # files that a pipeline reads beside weights
 
 
-class _Found(NamedTuple):
-    """Of a hub model: its snapshot in the local cache; commit and names of its files, where the hub has answered."""
+class _Snapshot(NamedTuple):
+    """A hub model in the local cache, with its commit and the names of its files if the hub has answered."""
 
     folder: Path
     commit: str | None
     names: list[str]
 
 
-_found: dict[tuple[Any, ...], _Found] = {}  # the hub is asked once for each model
+_snapshots: dict[tuple[Any, ...], _Snapshot] = {}  # the hub is asked once for each model
 
 
 def find_model_folder(path: str | Path, options: Mapping[str, Any], expected: str, index: str = MODEL_INDEX) -> Path:
-    """The folder of a model: ``path`` itself, or a hub id's in the local cache with all but its weights.
+    """Finds the folder of a model: ``path`` itself, or a snapshot in the local cache with everything but the weights.
 
     Args:
         path: a folder, or the id of a model on the hub.
-        options: of ``from_pretrained``; those of ``HUB_OPTIONS`` are used.
-        expected: its class, for messages.
-        index: the file that says that it is one.
+        options: of ``from_pretrained``; those in ``HUB_OPTIONS`` are used.
+        expected: the model's class, for messages.
+        index: name of the file that such a folder must have.
 
     Raises:
-        FileNotFoundError: no such folder, and no hub id that answers; after one request, and none for what can only be
-            a folder.
-        ValueError: a single file in place of a folder.
+        FileNotFoundError: neither the folder nor such a model on the hub exists, or the hub does not answer. The hub is
+            asked once, and never for a path that cannot be a hub id.
+        ValueError: ``path`` is a single file.
     """
-    place = Path(path)
-    if place.is_dir():
-        if not (place / index).is_file():
-            raise FileNotFoundError(f"{path}: has no {index}, expected a folder with {with_article(expected)}")
-        return place
-    if place.is_file():
-        if index != MODEL_INDEX:
-            raise ValueError(f"{path}: is a file, expected a folder with {with_article(expected)}")
-        raise ValueError(
-            f"{path}: is a file, expected a folder with {with_article(expected)}; of a single-file checkpoint "
-            f"`diffusers.{expected}.from_single_file(FILE).save_pretrained(FOLDER)` makes one"
-        )
-    if _only_a_path(path):
+    folder, model = Path(path), with_article(expected)
+    if folder.is_dir():
+        if not (folder / index).is_file():
+            raise FileNotFoundError(f"{path}: has no {index}, expected a folder with {model}")
+        return folder
+    if folder.is_file():
+        remedy = f"`diffusers.{expected}.from_single_file(FILE).save_pretrained(FOLDER)` makes one"
+        remedy = f"; of a single-file checkpoint {remedy}" if index == MODEL_INDEX else ""
+        raise ValueError(f"{path}: is a file, expected a folder with {model}{remedy}")
+    if _cannot_be_hub_id(path):
         kind = "file" if str(path).endswith(_SINGLE_FILES) else "folder"
-        raise FileNotFoundError(
-            f"{path}: no such {kind}, expected a folder or hub id (owner/name) with {with_article(expected)}"
-        )
+        raise FileNotFoundError(f"{path}: no such {kind}, expected a folder or hub id (owner/name) with {model}")
     key = _key(path, options)
-    if key not in _found:
-        _found[key] = _ask(str(path), options, expected, index)
-    return _found[key].folder
+    if key not in _snapshots:
+        _snapshots[key] = _ask_hub(str(path), options, model, index)
+    return _snapshots[key].folder
 
 
 def fetch_weights(path: str | Path, options: Mapping[str, Any], components: Iterable[str], variant: str | None) -> None:
-    """Downloads the weights of a hub model's components that are not in the cache, safetensors alone.
+    """Downloads the safetensors of a hub model's components that are not in the cache.
 
     Args:
-        path: as for :func:`find_model_folder`, which has been called with it.
-        options: likewise.
+        path, options: as :func:`find_model_folder` has been called with.
         components: names of subfolders; "" is the folder itself.
-        variant: of the weights.
+        variant: variant of the weights.
 
     Raises:
         FileNotFoundError: the hub does not answer.
     """
-    found = _found.get(_key(path, options))
-    if found is None or found.commit is None:
-        return  # a folder, or all that the cache has
+    snapshot = _snapshots.get(_key(path, options))
+    if snapshot is None or snapshot.commit is None:
+        return  # a folder, or a cached model while the hub is not available
     wanted = []
     for component in components:
-        names = [name for name in found.names if name.rpartition("/")[0] == component]
+        names = [name for name in snapshot.names if name.rpartition("/")[0] == component]
         wanted += [name for name in weight_files(names, variant) if name.endswith(".safetensors")]
     if wanted:
-        _download(str(path), found.commit, wanted, options)
+        _download(str(path), snapshot.commit, wanted, options)
 
 
 def weight_files(names: Iterable[str], variant: str | None) -> list[str]:
-    """Of the files in a component's folder those that hold its weights, and their index.
+    """Selects the files that hold a component's weights, and their index.
 
     Args:
-        names: with or without their folder.
-        variant: whose files are taken where there are any; else those of none.
+        names: names of the files in its folder, with or without the folder.
+        variant: its files are selected if there are any, else those without a variant.
     """
     weights = [name for name in sorted(names) if _WEIGHTS.fullmatch(PurePosixPath(name).name)]
     return [name for name in weights if _variant(name) == variant] or [n for n in weights if _variant(n) is None]
 
 
 def check_model(folder: Path, index: Mapping[str, Any], components: Sequence[str], variant: str | None) -> None:
-    """Refuses components that hold anything but weights in safetensors, or that would run code of the folder.
+    """Refuses components without sound weights in safetensors, and components that would run code of the folder.
 
     Args:
-        folder: of :func:`find_model_folder`.
-        index: the pipeline's, from library and class by component.
+        folder: from :func:`find_model_folder`.
+        index: content of the pipeline's index: library and class of each component.
         components: those that will be loaded.
-        variant: of the weights.
+        variant: variant of the weights.
 
     Raises:
-        FileNotFoundError: no weights in safetensors.
-        FileError: a damaged file, or one that is something else.
-        ValueError: a class of another library.
+        FileNotFoundError: there are no weights in safetensors.
+        FileError: a file is damaged or of another kind.
+        ValueError: a class is of another library.
     """
     for name in components:
         entry = index.get(name)
         library, class_name = entry if isinstance(entry, list) and len(entry) == 2 else (None, entry)
         if library not in _LIBRARIES or not isinstance(class_name, str):
+            expected = f"expected a class of {' or '.join(_LIBRARIES)}"
             raise ValueError(
-                f"{folder}: its {name} is {class_name!r} of {library!r}, whose code is not run here: expected a class "
-                f"of {' or '.join(_LIBRARIES)}"
+                f"{folder}: its {name} is {class_name!r} of {library!r}, whose code is not run here: {expected}"
             )
         kind = getattr(importlib.import_module(library), class_name, None)
         if kind is None or _AUTO.match(class_name):
@@ -156,12 +149,12 @@ def check_model(folder: Path, index: Mapping[str, Any], components: Sequence[str
 
 
 def with_article(name: str) -> str:
-    """Returns a class's name with its article: "an" before A, E, I and O, "a" before all else, as in "a UNet"."""
+    """Returns a class's name with its article: "an" before A, E, I and O, else "a", as in "a UNet"."""
     return f"{'an' if name[:1] in 'AEIO' else 'a'} {name}"
 
 
 def is_module(library: str, class_name: str) -> bool:
-    """Whether a component has weights."""
+    """Tells whether a component has weights."""
     kind = getattr(importlib.import_module(library), class_name, None)
     return isinstance(kind, type) and issubclass(kind, nn.Module)
 
@@ -169,50 +162,45 @@ def is_module(library: str, class_name: str) -> bool:
 def load_module(
     folder: Path, library: str, class_name: str, dtype: torch.dtype, variant: str | None = None
 ) -> nn.Module:
-    """Loads a component of a folder that :func:`check_model` has let pass, in eval mode.
+    """Loads a component, in eval mode.
 
     Args:
-        folder: the component's.
+        folder: the component's, checked by :func:`check_model`.
         library: "diffusers" or "transformers".
-        class_name: of the component.
+        class_name: the component's class.
         dtype: of its weights.
-        variant: whose weights are taken where there are any.
+        variant: its weights are loaded if there are any.
 
     Raises:
-        FileError: weights that lack a tensor, in whose place there would be random numbers.
-        Exception: the library's.
+        FileError: the weights lack a tensor, for which the library would put in random numbers.
+        Exception: any error of the library.
     """
+    import diffusers
+
     kind: Any = getattr(importlib.import_module(library), class_name)
-    options = _typed(library, dtype)
+    release = tuple(int(part) for part in diffusers.__version__.split(".")[:2])
+    options: dict[str, Any] = {"torch_dtype" if library == "diffusers" and release < (0, 40) else "dtype": dtype}
     chosen = weight_files([path.name for path in folder.iterdir()], variant)
     if variant is not None and any(_variant(name) == variant for name in chosen):
         options["variant"] = variant
-    module, found = kind.from_pretrained(str(folder), use_safetensors=True, output_loading_info=True, **options)
-    if missing := sorted(found["missing_keys"]):
+    module, info = kind.from_pretrained(str(folder), use_safetensors=True, output_loading_info=True, **options)
+    if missing := sorted(info["missing_keys"]):
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise FileError(f"{folder}: its weights have no {missing[0]}{others}, expected those of a whole {class_name}")
     loaded: nn.Module = module.eval()
     return loaded
 
 
-def _typed(library: str, dtype: torch.dtype) -> dict[str, Any]:
-    """The type to load weights in, under the name that the installed library has for it."""
-    import diffusers
-
-    release = tuple(int(part) for part in diffusers.__version__.split(".")[:2])
-    return {"torch_dtype" if library == "diffusers" and release < (0, 40) else "dtype": dtype}
-
-
 def check_tokenizer(folder: Path, class_name: str, files: Mapping[str, str] | None = None) -> None:
-    """Refuses a tokenizer without its vocabulary, in whose place transformers makes an empty one.
+    """Refuses a tokenizer without its vocabulary: transformers would make an empty one.
 
     Args:
         folder: the tokenizer's.
         class_name: for the message.
-        files: its class's ``vocab_files_names``, where the class is known.
+        files: ``vocab_files_names`` of its class, if the class is known.
 
     Raises:
-        FileNotFoundError: no file with a vocabulary.
+        FileNotFoundError: there is no file with a vocabulary.
     """
     own = {name for kind, name in (files or {}).items() if kind in ("vocab_file", "merges_file")}
     sets = [{"tokenizer.json"}, own or {"vocab.json", "merges.txt"}]
@@ -223,17 +211,17 @@ def check_tokenizer(folder: Path, class_name: str, files: Mapping[str, str] | No
 
 
 def check_vocabulary(folder: Path, tokenizer: Any, vocab_size: Any) -> None:
-    """Refuses a tokenizer that has less than half of the tokens of its text encoder: each unknown word is the same.
+    """Refuses a tokenizer with less than half as many tokens as its text encoder: all unknown words would be the same.
 
-    Real ones have as many, or some that are reserved less (T5 28, UMT5 84).
+    Real ones have as many, or only the reserved ones less (T5 28, UMT5 84).
 
     Args:
         folder: the tokenizer's, for the message.
-        tokenizer: loaded.
-        vocab_size: of the text encoder's configuration.
+        tokenizer: the loaded tokenizer.
+        vocab_size: value in the text encoder's configuration.
 
     Raises:
-        FileError: it has.
+        FileError: the tokenizer is refused.
     """
     if isinstance(vocab_size, int) and 2 * len(tokenizer) < vocab_size:
         raise FileError(
@@ -242,7 +230,7 @@ def check_vocabulary(folder: Path, tokenizer: Any, vocab_size: Any) -> None:
 
 
 def check_weights(folder: Path, class_name: str, variant: str | None) -> None:
-    """Refuses a component as :func:`check_model` does, by every file that a library would take weights from."""
+    """Checks every file that a library would take a component's weights from; raises as :func:`check_model`."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder, expected {with_article(class_name)}")
     if not (folder / CONFIG).is_file():
@@ -252,8 +240,8 @@ def check_weights(folder: Path, class_name: str, variant: str | None) -> None:
         raise FileError(f"{folder / CONFIG}: names {kernel!r}, code of the hub, which is not run here")
     named = config.get("transformers_weights")
     if named is not None or (folder / "adapter_config.json").exists():
-        found = "adapter_config.json" if named is None else f"transformers_weights={named!r} in its {CONFIG}"
-        raise FileError(f"{folder}: has {found}, expected {with_article(class_name)} alone, without an adapter")
+        adapter = "adapter_config.json" if named is None else f"transformers_weights={named!r} in its {CONFIG}"
+        raise FileError(f"{folder}: has {adapter}, expected {with_article(class_name)} alone, without an adapter")
     names = [path.name for path in folder.iterdir()]
     for name in names:
         if ".safetensors.index." in name:
@@ -267,18 +255,18 @@ def check_weights(folder: Path, class_name: str, variant: str | None) -> None:
 
 
 def _hub_kernel(value: Any, key: str = "") -> str | None:
-    """What a configuration asks transformers to load from the hub and run, as for its attention; None for nothing."""
+    """Finds code that a configuration asks transformers to load from the hub and run, for attention for example."""
     if isinstance(value, str):
         return value if key.endswith("_implementation") and "/" in value else None
     if not isinstance(value, dict):
         return None
-    # One implementation may be named for each part of a model.
+    # Each part of a model may have an implementation of its own.
     parts = (_hub_kernel(inner, key if key.endswith("_implementation") else name) for name, inner in value.items())
-    return next((found for found in parts if found), None)
+    return next(filter(None, parts), None)
 
 
 def _check_index(file: Path) -> None:
-    """An index of shards may name safetensors beside it, and nothing else."""
+    """Refuses an index of shards that names anything but safetensors beside it."""
     weights = read_object(file).get("weight_map")
     if not isinstance(weights, dict):
         raise FileError(f"{file}: has no weight_map, expected the names of safetensors files")
@@ -289,6 +277,7 @@ def _check_index(file: Path) -> None:
 
 
 def _no_weights(folder: Path, class_name: str, names: Sequence[str]) -> str:
+    """Says what a folder without weights in safetensors has in their place."""
     pickles = sorted(name for name in names if name.endswith(_PICKLES))
     if pickles:
         return (
@@ -302,7 +291,7 @@ def _no_weights(folder: Path, class_name: str, names: Sequence[str]) -> str:
 
 
 def _variant(name: str) -> str | None:
-    """The variant: "fp16" of ``model.fp16-00001-of-00002.safetensors`` and of ``model.safetensors.index.fp16.json``."""
+    """Returns "fp16" for ``model.fp16-00001-of-00002.safetensors`` and ``model.safetensors.index.fp16.json``."""
     inner = {_SHARD.sub("", part) for part in PurePosixPath(name).name.split(".")[1:-1]} - {"safetensors", "index"}
     return inner.pop() if inner else None
 
@@ -310,8 +299,8 @@ def _variant(name: str) -> str | None:
 # ---- The hub ----
 
 
-def _only_a_path(path: str | Path) -> bool:
-    """Whether a path can be no hub id, which is a name, or an owner and a name."""
+def _cannot_be_hub_id(path: str | Path) -> bool:
+    """Tells whether a path cannot be a hub id, which is a name, or an owner and a name."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     if isinstance(path, Path) or path.startswith((".", "/", "~")) or path.count("/") > 1 or "\\" in path:
@@ -327,12 +316,12 @@ def _key(path: str | Path, options: Mapping[str, Any]) -> tuple[Any, ...]:
     return (str(path), *(str(options.get(name)) for name in HUB_OPTIONS))
 
 
-def _ask(path: str, options: Mapping[str, Any], expected: str, index: str) -> _Found:
-    """One request for commit and files. A model that is in the local cache needs no hub."""
+def _ask_hub(path: str, options: Mapping[str, Any], model: str, index: str) -> _Snapshot:
+    """Asks the hub for commit and files of a model; a model in the local cache is found without the hub."""
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
     from huggingface_hub.utils import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-    revision, place = options.get("revision"), {"cache_dir": options.get("cache_dir")}
+    revision = options.get("revision")
     problem = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "local files only"
     if not constants.HF_HUB_OFFLINE and not options.get("local_files_only"):
         try:
@@ -344,27 +333,25 @@ def _ask(path: str, options: Mapping[str, Any], expected: str, index: str) -> _F
             raise FileNotFoundError(f"{path}: the hub has no revision {revision!r} of it") from error
         except RepositoryNotFoundError:
             problem = "not found; a private one needs `hf auth login`"
-        except Exception as error:  # httpx's, in whichever version
+        except Exception as error:  # from any version of httpx
             problem = one_line(error)
         else:
             names = [sibling.rfilename for sibling in info.siblings or []]
             if index not in names:
-                raise FileNotFoundError(f"{path}: has no {index} on the hub, expected {with_article(expected)}")
-            folder = _download(path, revision, _SMALL, options)  # by the revision's name, which is kept for later
-            return _Found(folder, folder.name, names)
-    cached = try_to_load_from_cache(path, index, revision=revision, **place)
+                raise FileNotFoundError(f"{path}: has no {index} on the hub, expected {model}")
+            folder = _download(path, revision, _SMALL, options)  # by the revision's name, which the cache then knows
+            return _Snapshot(folder, folder.name, names)
+    cached = try_to_load_from_cache(path, index, revision=revision, cache_dir=options.get("cache_dir"))
     if not isinstance(cached, str):
-        raise FileNotFoundError(
-            f"{path}: no such folder, and no hub id that answers ({problem}), expected {with_article(expected)}"
-        )
-    return _Found(Path(cached).parent, None, [])
+        raise FileNotFoundError(f"{path}: no such folder, and no hub id that answers ({problem}), expected {model}")
+    return _Snapshot(Path(cached).parent, None, [])
 
 
 def _download(path: str, revision: str | None, patterns: Sequence[str], options: Mapping[str, Any]) -> Path:
     from huggingface_hub import snapshot_download
 
-    place = {name: options[name] for name in HUB_OPTIONS if name in options and name != "revision"}
+    others = {name: options[name] for name in HUB_OPTIONS if name in options and name != "revision"}
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=list(patterns), **place))
-    except Exception as error:  # of the hub's, of httpx, of the disk
+        return Path(snapshot_download(path, revision=revision, allow_patterns=list(patterns), **others))
+    except Exception as error:  # from the hub's library, httpx or the disk
         raise FileNotFoundError(f"{path}: not downloaded from the hub: {one_line(error)}") from error

@@ -1,9 +1,8 @@
-"""Stable Diffusion 1.5 and SDXL: UNets on 2-D latents, text through CLIP."""
+"""Stable Diffusion 1.5 and SDXL: UNets on two-dimensional latents, with CLIP text encoders."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +15,7 @@ TIME_IDS = "time_ids"
 
 
 class StableDiffusion(Family):
-    """Stable Diffusion 1.5: ε-prediction, latents at an eighth of the pixels, one text encoder of 77 tokens."""
+    """Stable Diffusion 1.5: ε-prediction, latents at 1/8 of the resolution, one text encoder of 77 tokens."""
 
     name = "sd15"
     pipeline_class = "StableDiffusionPipeline"
@@ -25,12 +24,9 @@ class StableDiffusion(Family):
     guidance = 7.5
     side_multiple = 8
     text_options: ClassVar[Mapping[str, Any]] = {"num_images_per_prompt": 1}
-    # The network is trained, not its samples judged: neither is needed, and the checker is a gigabyte.
+    # Training needs neither of them, and the checker takes a gigabyte.
     _without = ("safety_checker", "feature_extractor")
-
-    def load_encoders(self, path: str | Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-        """See :meth:`Family.load_encoders`; the safety checker is left out."""
-        return super().load_encoders(path, dtype=dtype, requires_safety_checker=False, **options)
+    _pipeline_options: ClassVar[Mapping[str, Any]] = {"requires_safety_checker": False}
 
     def predict(self, module: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Any) -> Tensor:
         """See :meth:`Family.predict`."""
@@ -43,7 +39,7 @@ class StableDiffusion(Family):
 
 
 class StableDiffusionXL(Family):
-    """SDXL: ε-prediction, two text encoders side by side, and time ids: original size, crop and size of the image."""
+    """SDXL: ε-prediction, two text encoders, and time ids: original size, crop and size of the image."""
 
     name = "sdxl"
     pipeline_class = "StableDiffusionXLPipeline"
@@ -51,13 +47,10 @@ class StableDiffusionXL(Family):
     network = "unet"
     guidance = 5.0
     side_multiple = 8
-
-    def load_encoders(self, path: str | Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-        """See :meth:`Family.load_encoders`; samples get no watermark."""
-        return super().load_encoders(path, dtype=dtype, add_watermarker=False, **options)
+    _pipeline_options: ClassVar[Mapping[str, Any]] = {"add_watermarker": False}
 
     def encode_unconditional(self, pipeline: Any) -> Condition:
-        """See :meth:`Family.encode_unconditional`: zeros, where the pipeline is set so (the published one is)."""
+        """See :meth:`Family.encode_unconditional`: zeros if the pipeline is set so, as the published one is."""
         empty = super().encode_unconditional(pipeline)
         if pipeline.config.force_zeros_for_empty_prompt:
             return {name: torch.zeros_like(tensor) for name, tensor in empty.items()}
@@ -66,7 +59,7 @@ class StableDiffusionXL(Family):
     def own_condition(
         self, original_size: tuple[int, int], crop_top_left: tuple[int, int], size: tuple[int, int]
     ) -> Condition:
-        """``time_ids [6]`` float32, which keep their type on the way: bfloat16 cannot hold 1023."""
+        """Returns ``time_ids [6]``, which always stay float32: bfloat16 cannot hold 1023."""
         return {TIME_IDS: torch.tensor([*original_size, *crop_top_left, *size], dtype=torch.float32)}
 
     def predict(self, module: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Any) -> Tensor:
