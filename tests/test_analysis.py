@@ -426,7 +426,7 @@ def test_what_a_ranking_is_worth() -> None:
     assert gather(lines(**{"rewards/accuracies": p}, loss=LN2 * 0.95), pairs_per_step=16).used == pytest.approx(0.0)
     assert gather(lines(**{"rewards/accuracies": 1.0}, loss=0.0), pairs_per_step=16).used == pytest.approx(1.0)
     # β = 100 and an error of 0.1: a difference d gives the logit 5d/0.1 in units of it.
-    assert gather(lines(), beta=100.0).let_go * 100 / 2 * 0.1 == pytest.approx(math.log(9))
+    assert gather(lines(), beta=100.0).saturation * 100 / 2 * 0.1 == pytest.approx(math.log(9))
 
 
 # ---- The page ----
@@ -609,7 +609,7 @@ def test_a_model_before_training(toy: list[str], tmp_path: Path, capsys: pytest.
     told = capsys.readouterr().out
     assert "to encode" not in told and told.startswith(("NOTE", "OK", "WARNING", "STOP"))
     assert re.search(r"^NOTE: The mask drops \d+ % of draws at the start, ", told, re.M)
-    assert "over 120 draws" in told and "At beta = 1000 the loss lets go of a pair" in told
+    assert "over 120 draws" in told and "At beta = 1000 the loss of a pair saturates" in told
     outline = Outline(page.read_text(encoding="utf-8"))
     assert len(outline.texts["svg"]) == 6 and "6 pairs at 20 noise levels each" in page.read_text(encoding="utf-8")
     assert cli.main(["analyze", str(example("sd15")), *where[2:4], "--levels", "0", *toy]) == 2
@@ -671,7 +671,7 @@ def test_verdicts_before_training() -> None:
     assert list(calm) == ["mask", "beta", "clip", "spread"] and {f.severity for f in calm.values()} == {"note"}
     assert calm["mask"].sentence == "The mask drops 10 % of draws at the start, all at or below t = 49."
     assert calm["beta"].sentence.endswith(
-        "when its two errors differ by 2.2 % of the reference's."
+        "where its two errors differ by 2.2 % of the reference's."
     )  # 2·ln 9/(1000·0.2)
     assert calm["spread"].sentence == "Half of the squared gradient comes from 20 % of the noise levels."
     # Shares are of what training draws, and not of the grid.

@@ -20,8 +20,8 @@ SURE = 2.0
 CHANCE = 0.025
 """Coin flips are called a success this often at most: one side of a 95 % interval."""
 
-LET_GO = math.log(9)
-"""The logit at which a pair's gradient is down to a tenth: there the loss lets go of it."""
+SATURATED = math.log(9)
+"""The logit at which the loss of a pair is called saturated: its gradient has fallen to a tenth."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,9 @@ class RunFacts:
         return (self.rejected_gap - self.chosen_gap) / self.ref if self.ref > 0 else math.nan
 
     @property
-    def let_go(self) -> float:
-        """How far they have to be before the loss lets go of a pair, as a share of the reference's error."""
-        return let_go(self.beta, self.ref) if self.plain else math.nan
+    def saturation(self) -> float:
+        """How far apart they have to be for the loss to saturate, as a share of the reference's error."""
+        return saturation(self.beta, self.ref) if self.plain else math.nan
 
     @property
     def grown(self) -> float:
@@ -286,6 +286,6 @@ def is_plain(loss_type: str | None, label_smoothing: float | None) -> bool:
     return loss_type in (None, "sigmoid") and not label_smoothing
 
 
-def let_go(beta: float, ref: float) -> float:
-    """Returns how far apart a pair's two errors are when its gradient is a tenth, as a share of the reference's."""
-    return 2 * LET_GO / (beta * ref) if beta * ref > 0 else math.nan
+def saturation(beta: float, ref: float) -> float:
+    """Returns how far apart a pair's two errors are where its loss saturates, as a share of the reference's error."""
+    return 2 * SATURATED / (beta * ref) if beta * ref > 0 else math.nan

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from sipo.analysis import figures
-from sipo.analysis.facts import is_plain, let_go
+from sipo.analysis.facts import is_plain, saturation
 from sipo.analysis.figures import finite
 from sipo.analysis.findings import Finding, sort
 from sipo.analysis.page import Page, Picture
@@ -29,7 +29,7 @@ from sipo.training.stream import step_levels
 PAIRS, LEVELS = 32, 50
 
 SHORT = 0.001
-"""A β that lets go of a pair when its errors differ by less than this share of the reference's hardly lets it move."""
+"""A β whose loss saturates where errors differ by less than this share of the reference's hardly moves the policy."""
 
 _DRAWN = 1 << 16  # draws that say how often each level comes in training
 
@@ -142,7 +142,14 @@ def _within(bins: NoiseBins, level: int, rows: Sequence[int], pairs: int) -> Ten
 
 def judge_untrained(found: UntrainedFacts) -> list[Finding]:
     """What holds before the first step, the headline first."""
-    rules: Sequence[Callable[[UntrainedFacts], Finding | None]] = (_nonfinite, _mask, _differs, _leash, _clip, _spread)
+    rules: Sequence[Callable[[UntrainedFacts], Finding | None]] = (
+        _nonfinite,
+        _mask,
+        _differs,
+        _saturation,
+        _clip,
+        _spread,
+    )
     if not sum(found.line["count"]):  # nothing else has a number
         rules = rules[:1]
     return sort([finding for rule in rules if (finding := rule(found)) is not None])
@@ -175,13 +182,13 @@ def _mask(found: UntrainedFacts) -> Finding | None:
     return Finding("mask", "problem" if share > 0.9 else "warning", sentence, evidence, advice)
 
 
-def _leash(found: UntrainedFacts) -> Finding | None:
+def _saturation(found: UntrainedFacts) -> Finding | None:
     if not found.plain:
         return None
     ref = (found.mean("ref_error_chosen") + found.mean("ref_error_rejected")) / 2
-    share = let_go(found.beta, ref)
+    share = saturation(found.beta, ref)
     sentence = (
-        f"At beta = {found.beta:g} the loss lets go of a pair when its two errors differ by {percent(share)} of the "
+        f"At beta = {found.beta:g} the loss of a pair saturates where its two errors differ by {percent(share)} of the "
         "reference's."
     )
     evidence = (f"the reference's error is {ref:.3g} on average (`ref_mse`), and a logit is beta/2 times a difference",)

@@ -37,7 +37,7 @@ HARDLY_MOVED = 0.05
 """Chosen and rejected sample told apart by less than this share of the reference's error."""
 
 LOOSE = 0.5
-"""A β that lets go of a pair only after its errors differ by more than this share of the reference's holds nothing."""
+"""A β whose loss saturates only where errors differ by more than this share of the reference's limits nothing."""
 
 FAR = 2.0
 """With such a β, an error of so many times the reference's is on its way out."""
@@ -156,20 +156,20 @@ def _stalled(f: RunFacts) -> Finding | None:
 
 
 def _beta_low(f: RunFacts) -> Finding | None:
-    if not (f.grown > FAR and f.let_go > LOOSE):
+    if not (f.grown > FAR and f.saturation > LOOSE):
         return None
     return Finding(
         "beta_low",
         "problem",
-        "Beta is too low: the policy has gone far from the reference and the loss has not let go of it.",
+        "Beta is too low: the policy has gone far from the reference, and the loss has not saturated.",
         (
-            f"at beta = {f.beta:.4g} a pair is let go (its gradient down to a tenth) when the errors of chosen "
-            f"rejected sample differ by {times(f.let_go)} the reference's error",
+            f"at beta = {f.beta:.4g} the loss of a pair saturates (its gradient falls to a tenth) where the errors of "
+            f"its two samples differ by {times(f.saturation)} the reference's error",
             errors_evidence(f),
             f"the mean logit is {f.margin:.2f} (`rewards/margins`)",
         ),
         (
-            f"a beta near {rounded(f.beta * f.let_go / 0.05)}, at which 5 % of the reference's error are enough",
+            f"a beta near {rounded(f.beta * f.saturation / 0.05)}, at which 5 % of the reference's error are enough",
             "a lower learning rate alone only slows this down",
         ),
     )

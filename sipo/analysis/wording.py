@@ -8,12 +8,12 @@ from sipo.analysis.facts import LN2, HeldOut, RunFacts, accuracy_se, pairs_to_te
 
 
 def lower_beta(f: RunFacts) -> tuple[str, ...]:
-    """Advises a β at which a pair's gradient falls to a tenth earlier."""
-    if math.isnan(f.let_go):
+    """Advises a β at which the loss of a pair saturates earlier."""
+    if math.isnan(f.saturation):
         return ("a tenth of this beta",)
     return (
-        f"a beta near {rounded(f.beta * f.let_go / 0.05)}: this one lets go of a pair at {percent(f.let_go)} of the "
-        "reference's error, that one at 5 %",
+        f"a beta near {rounded(f.beta * f.saturation / 0.05)}: a pair's loss then saturates at a difference of 5 % "
+        f"of the reference's error, and not of {percent(f.saturation)}",
     )
 
 
