@@ -41,13 +41,15 @@ def extra_memory_mb(call: Call, *, device: str, before: Call | None = None) -> f
     return peak / 1e6
 
 
-def launched(call: Call) -> list[str]:
+def launched(call: Call, before: Call = lambda: None) -> list[str]:
     """Names of the kernels, copies and fills that one call gives the GPU, by torch's profiler.
 
-    Profile last: what the profiler loads may slow down launches from then on.
+    ``before`` runs before the call, outside the profile. Profile last: what the profiler loads may slow down launches
+    from then on.
     """
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     for _ in range(2):  # the first profile of a process may miss what ran while the tools were being loaded
+        before()
         torch.cuda.synchronize()
         with torch.profiler.profile(activities=activities) as profile:
             call()

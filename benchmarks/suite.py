@@ -219,7 +219,7 @@ class Suite:
             for name, call in calls.items():
                 if name in failed:
                     continue
-                launches = len(launched(lambda call=call: (before(), call())))  # type: ignore[misc] # bound now
+                launches = len(launched(call, before))
                 for entry in self.results["cases"]:
                     if {**entry, **case.fields()} == entry and name in entry["results"]:
                         entry["results"][name]["launches"] = launches

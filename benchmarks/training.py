@@ -3,7 +3,7 @@
 A step is everything from one update of the weights to the next: loading the batch, noise, forward passes, loss,
 backward, clipping, AdamW and, in ours, metrics and log lines (one in ten steps; no progress bar, no TensorBoard). The
 hand-written loop (``training_baseline.py``) has the published loss and no log at all. All of them train the same
-networks with the same AdamW on the same pairs, in chunks of some steps, in an order drawn again each round. ``ratio`` is
+networks with the same AdamW on the same pairs, in chunks of some steps, in a random order each round. ``ratio`` is
 the mean step of a chunk over the mean step of the hand-written loop's chunk in the same round: log lines count, and a
 slow moment of the machine meets both.
 
@@ -22,8 +22,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from benchmarks import timing
 from benchmarks.footprint import extra_memory_mb

@@ -17,7 +17,7 @@ import torch
 from benchmarks.alignment import conclusions, estimates, gradient_variance, tasks
 from benchmarks.alignment.__main__ import COMMITTED, main
 from benchmarks.alignment.cells import GRIDS, Cell
-from benchmarks.alignment.grid import cell_of, load, run_grid
+from benchmarks.alignment.grid import load, run_grid
 from benchmarks.alignment.variants import PARTS, RELATIVES, make_loss
 from sipo import NoiseSchedule, SIPOLoss
 from sipo.demo.model import build_scheduler
@@ -97,10 +97,10 @@ def test_a_grid_that_was_stopped_goes_on(smoke: tuple[Path, dict[str, Any]], tmp
     results = smoke[1]
     shorter = tmp_path / "cells.json"
     shorter.write_text(json.dumps({**results, "cells": results["cells"][1:]}), encoding="utf-8")
-    missing = cell_of(results["cells"][0])
+    missing = Cell.of(results["cells"][0])
     again = run_grid(GRIDS["smoke"](), shorter, workers=0, steps=STEPS, samples=SAMPLES)
     assert "2 done already, 1 to run" in capsys.readouterr().out
-    assert cell_of(again["cells"][-1]) == missing
+    assert Cell.of(again["cells"][-1]) == missing
     volatile = {"seconds", "training_seconds", "commit"}
     first, second = (
         {k: v for k, v in r.items() if k not in volatile} for r in (results["cells"][0], again["cells"][-1])
@@ -327,7 +327,7 @@ def test_intervals_are_student_s() -> None:
 
 def test_committed_results_are_whole_and_the_docs_say_what_they_say() -> None:
     results = load(COMMITTED)
-    assert set(GRIDS["quick"]()) <= {cell_of(record) for record in results["cells"]}
+    assert set(GRIDS["quick"]()) <= {Cell.of(record) for record in results["cells"]}
     page = (Path(__file__).parent.parent / "docs" / "alignment.md").read_text(encoding="utf-8")
     found = estimates.Results(results)
     assert len(conclusions.all_claims(found)) == len(conclusions.CLAIMS)
@@ -342,7 +342,7 @@ def test_committed_results_are_whole_and_the_docs_say_what_they_say() -> None:
 def test_quick_cells_alone_give_the_conclusions_they_can(capsys: Any) -> None:
     results = load(COMMITTED)
     quick = set(GRIDS["quick"]())
-    part = {**results, "cells": [record for record in results["cells"] if cell_of(record) in quick]}
+    part = {**results, "cells": [record for record in results["cells"] if Cell.of(record) in quick]}
     text, disagree = conclusions.report(part, results)
     assert not disagree and "agrees" in text
 

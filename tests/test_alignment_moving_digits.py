@@ -22,7 +22,6 @@ from benchmarks.alignment.moving_digits import (
     FRAMES,
     KINDS,
     ClipJudge,
-    MovingData,
     build_scheduler,
     ink,
     load_base,
@@ -36,7 +35,7 @@ from benchmarks.alignment.moving_digits import (
 from benchmarks.alignment.tasks import frechet_distance
 from sipo import NoiseSchedule, SIPOLoss
 from sipo.batch import PairBatch, level_argument, noisy_pairs
-from sipo.demo.digits import CLASSES, load_digits
+from sipo.demo.digits import CLASSES, Digits, load_digits
 
 # On 200 held-out clips; the shipped weights have 0.127 and 0.195.
 LOSS = {"cogvideox": 0.15, "wan": 0.23}
@@ -58,17 +57,17 @@ def base(request: Any) -> tuple[str, Any, Any]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_clips_are_of_the_demos_digits_and_made_alike_each_time(kind: str) -> None:
     train, held_out = load_moving(kind)
-    assert train.clips.shape == (3 * 1437, *CLIP_SHAPE[kind]) and held_out.clips.shape == (3 * 360, *CLIP_SHAPE[kind])
-    assert train.clips.dtype == torch.float32 and train.labels.dtype == torch.int64
-    assert train.clips.min() == -1.0 and 0.99 < train.clips.max() <= 1.0
+    assert train.images.shape == (3 * 1437, *CLIP_SHAPE[kind]) and held_out.images.shape == (3 * 360, *CLIP_SHAPE[kind])
+    assert train.images.dtype == torch.float32 and train.labels.dtype == torch.int64
+    assert train.images.min() == -1.0 and 0.99 < train.images.max() <= 1.0
     load_moving.cache_clear()
     again = load_moving(kind)
-    assert torch.equal(again[0].clips, train.clips) and torch.equal(again[1].clips, held_out.clips)
+    assert torch.equal(again[0].images, train.images) and torch.equal(again[1].images, held_out.images)
     digits, digits_held_out = load_digits()
     for data, source in ((train, digits), (held_out, digits_held_out)):
         assert torch.equal(data.labels, source.labels.repeat(3))
         # A digit keeps its ink wherever it is drawn: 64 pixels of it, and the empty rest of a frame.
-        drawn = (data.clips.reshape(-1, FRAMES, 144) + 1).sum(dim=-1)
+        drawn = (data.images.reshape(-1, FRAMES, 144) + 1).sum(dim=-1)
         torch.testing.assert_close(
             drawn, (source.images.flatten(1) + 1).sum(dim=1).repeat(3)[:, None].expand(-1, FRAMES), rtol=1e-5, atol=0
         )
@@ -76,9 +75,9 @@ def test_the_clips_are_of_the_demos_digits_and_made_alike_each_time(kind: str) -
 
 def test_the_two_layouts_hold_the_same_clips() -> None:
     cogvideox, wan = (load_moving(kind)[0] for kind in KINDS)
-    assert torch.equal(cogvideox.clips, wan.clips.transpose(1, 2))
-    assert torch.equal(ink(cogvideox.clips), ink(wan.clips))
-    assert torch.equal(smoothness(cogvideox.clips), smoothness(wan.clips))
+    assert torch.equal(cogvideox.images, wan.images.transpose(1, 2))
+    assert torch.equal(ink(cogvideox.images), ink(wan.images))
+    assert torch.equal(smoothness(cogvideox.images), smoothness(wan.images))
 
 
 def test_paths_stay_on_the_canvas_and_differ_in_smoothness() -> None:
@@ -153,7 +152,7 @@ def test_clips_of_another_shape_and_unknown_kinds_are_refused() -> None:
 def test_the_judge_reads_real_clips_wherever_they_are(judge: ClipJudge) -> None:
     assert judge.accuracy > 0.97
     held_out = load_moving("cogvideox")[1]
-    read = judge.read(held_out.clips)
+    read = judge.read(held_out.images)
     assert read.dtype == torch.int64
     assert (read == held_out.labels).double().mean().item() == judge.accuracy
     # Chance for labels that belong to other clips: the accuracy is not one of the labels' own making.
@@ -162,21 +161,21 @@ def test_the_judge_reads_real_clips_wherever_they_are(judge: ClipJudge) -> None:
 
 def test_features_see_looks_and_motion(judge: ClipJudge) -> None:
     train, held_out = load_moving("wan")
-    features = judge.features(train.clips)
+    features = judge.features(train.images)
     assert features.shape == (len(train.labels), 26) and features.dtype == np.float64
     np.testing.assert_allclose(features.mean(axis=0), 0.0, atol=1e-6)
     np.testing.assert_allclose(features.var(axis=0, ddof=1), 1.0, rtol=1e-6)
     # Held-out clips as they come lie near the real ones; those chosen for jerks or for ink do not.
     some, jerky, inky = (
-        frechet_distance(judge.features(held_out.clips[rows[:300]]), features)
+        frechet_distance(judge.features(held_out.images[rows[:300]]), features)
         for rows in (
             torch.randperm(len(held_out.labels), generator=torch.Generator().manual_seed(0)),
-            smoothness(held_out.clips).argsort(),
-            ink(held_out.clips).argsort(descending=True),
+            smoothness(held_out.images).argsort(),
+            ink(held_out.images).argsort(descending=True),
         )
     )
     assert jerky > 2 * some and inky > 2 * some
-    assert np.array_equal(judge.features(load_moving("cogvideox")[0].clips[:9]), judge.features(train.clips[:9]))
+    assert np.array_equal(judge.features(load_moving("cogvideox")[0].images[:9]), judge.features(train.images[:9]))
 
 
 # ---------------------------------------------------------------- models
@@ -222,16 +221,16 @@ def test_samples_are_reproducible_and_read_as_requested(base: tuple[str, Any, An
     )
     # 400 samples: 0.935 and 0.927
     assert (judge.read(clips) == classes).double().mean() >= 0.8
-    real = load_moving(kind)[1].clips
+    real = load_moving(kind)[1].images
     assert ink(clips).mean().item() == pytest.approx(ink(real).mean().item(), abs=0.03)
 
 
 def test_the_base_denoises_and_listens_to_the_digit(base: tuple[str, Any, Any]) -> None:
     kind, model, _ = base
     _, held_out = load_moving(kind)
-    some = MovingData(held_out.clips[:200], held_out.labels[:200])
+    some = Digits(held_out.images[:200], held_out.labels[:200])
     loss = train_moving_digits.held_out_loss(kind, model, some)
-    told_wrong = train_moving_digits.held_out_loss(kind, model, MovingData(some.clips, (some.labels + 1) % CLASSES))
+    told_wrong = train_moving_digits.held_out_loss(kind, model, Digits(some.images, (some.labels + 1) % CLASSES))
     assert loss < LOSS[kind] and told_wrong > 1.1 * loss
 
 
@@ -240,7 +239,7 @@ def test_a_pair_step_moves_the_model_towards_the_chosen(base: tuple[str, Any, An
     policy, reference = (load_base(kind)[0] for _ in range(2))
     loss_fn = SIPOLoss(NoiseSchedule.from_scheduler(scheduler, 20), method="diffusion_dpo", beta=100.0)
     schedule, call = loss_fn.schedule, predict(kind)
-    clips, labels = load_moving(kind)[0].clips, load_moving(kind)[0].labels[:8]
+    clips, labels = load_moving(kind)[0].images, load_moving(kind)[0].labels[:8]
     generator = torch.Generator().manual_seed(0)
     levels = schedule.sample_levels(8, generator)
     noise = torch.randn(8, *CLIP_SHAPE[kind], generator=generator)

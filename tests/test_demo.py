@@ -73,18 +73,19 @@ def test_pairs_are_of_one_class_and_the_inkier_is_chosen(digits: tuple[Digits, D
     images, labels = digits[0]
     pairs = InkPairs(digits[0], count=2000, seed=1)
     assert len(pairs) == 2000
-    assert torch.equal(labels[pairs.chosen_index], labels[pairs.rejected_index])
+    chosen, rejected = pairs.pairs.T
+    assert torch.equal(labels[chosen], labels[rejected])
     reward = ink(images)
-    assert (reward[pairs.chosen_index] > reward[pairs.rejected_index]).all()
-    counts = torch.bincount(labels[pairs.chosen_index], minlength=CLASSES)
+    assert (reward[chosen] > reward[rejected]).all()
+    counts = torch.bincount(labels[chosen], minlength=CLASSES)
     assert counts.min().item() > 140 and counts.max().item() < 260  # 200 each, give or take 4 deviations
     item = pairs[7]
-    assert torch.equal(item["chosen"], images[pairs.chosen_index[7]])
-    assert torch.equal(item["rejected"], images[pairs.rejected_index[7]])
-    assert item["condition"] == labels[pairs.chosen_index[7]]
+    assert torch.equal(item["chosen"], images[chosen[7]])
+    assert torch.equal(item["rejected"], images[rejected[7]])
+    assert item["condition"] == labels[chosen[7]]
     again, other = InkPairs(digits[0], 2000, 1), InkPairs(digits[0], 2000, 2)
-    assert torch.equal(again.chosen_index, pairs.chosen_index)
-    assert not torch.equal(other.chosen_index, pairs.chosen_index)
+    assert torch.equal(again.pairs, pairs.pairs)
+    assert not torch.equal(other.pairs, pairs.pairs)
 
 
 # ---------------------------------------------------------------- the base model

@@ -20,9 +20,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.alignment import conclusions
-from benchmarks.alignment.cells import GRIDS
+from benchmarks.alignment.cells import GRIDS, Cell
 from benchmarks.alignment.estimates import Results
-from benchmarks.alignment.grid import cell_of, load, run_grid
+from benchmarks.alignment.grid import load, run_grid
 from benchmarks.machine import default_device
 from sipo.files import write_aside
 
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not cells:
         parser.error(f"--only={options.only!r}: no cell of the grid has this in its name, expected one of --list")
     if options.list:
-        done = {cell_of(record) for record in results["cells"]}
+        done = {Cell.of(record) for record in results["cells"]}
         for cell in cells:
             print("done   " if cell in done else "missing", cell.key)
         return 0

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from benchmarks.alignment.variants import PARTS, RELATIVES, SFT, VARIANTS
@@ -59,15 +59,18 @@ class Cell:
         """Names the cell in results files."""
         return "/".join(f"{name}={value}" for name, value in asdict(self).items())
 
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Cell:
+        """The cell that a record of a results file is of."""
+        return cls(**{field.name: record[field.name] for field in fields(cls)})
+
     def like(self, **changes: Any) -> Cell:
         """This cell with some fields changed."""
         return replace(self, **changes)
 
 
-def _seeded(cells: Iterator[Cell] | list[Cell], seeds: tuple[int, ...] = SEEDS) -> Iterator[Cell]:
-    for cell in cells:
-        for seed in seeds:
-            yield cell.like(seed=seed)
+def _seeded(cells: Iterable[Cell], seeds: tuple[int, ...] = SEEDS) -> Iterator[Cell]:
+    return (cell.like(seed=seed) for cell in cells for seed in seeds)
 
 
 def _methods(base: Cell, betas: tuple[float, ...]) -> list[Cell]:

@@ -6,15 +6,7 @@ from typing import Any
 
 from benchmarks.alignment.cells import LONG, Cell
 from benchmarks.alignment.claims import DPO, NAMES, SIPO, Claim
-from benchmarks.alignment.estimates import (
-    Estimate,
-    Results,
-    active_at_end,
-    agreement,
-    distance,
-    held_out,
-    reward,
-)
+from benchmarks.alignment.estimates import Estimate, Results, active_at_end, agreement, distance, held_out, reward
 from benchmarks.alignment.variants import PARTS, RELATIVES, SFT
 from sipo_kernels.options import METHODS
 

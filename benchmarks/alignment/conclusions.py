@@ -13,10 +13,7 @@ from typing import Any
 from benchmarks.alignment import claims
 from benchmarks.alignment import claims_conditions as conditions
 from benchmarks.alignment.claims import Claim
-from benchmarks.alignment.estimates import (
-    MissingCellsError,
-    Results,
-)
+from benchmarks.alignment.estimates import MissingCellsError, Results
 
 CLAIMS = (
     claims.learns,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -52,8 +52,7 @@ class Results:
         self.bases = results["bases"]
         self.records: dict[Cell, list[dict[str, Any]]] = {}
         for record in results["cells"]:
-            cell = Cell(**{field.name: record[field.name] for field in fields(Cell)})
-            self.records.setdefault(cell.like(seed=0), []).append(record)
+            self.records.setdefault(Cell.of(record).like(seed=0), []).append(record)
 
     def of(self, cell: Cell) -> list[dict[str, Any]]:
         """The records of a cell's seeds.

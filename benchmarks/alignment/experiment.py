@@ -18,6 +18,7 @@ from torch import Tensor
 from benchmarks.alignment import gradient_variance, tasks
 from benchmarks.alignment.cells import Cell
 from benchmarks.alignment.variants import make_loss
+from sipo.demo.digits import CLASSES
 from sipo_kernels.options import METHODS
 
 CACHE = Path("out/alignment")
@@ -93,7 +94,7 @@ def run_cell(cell: Cell, *, steps: int | None = None, samples: int | None = None
         shutil.rmtree(folder, ignore_errors=True)
     trained = time.perf_counter()
     policy.eval()
-    classes = torch.arange(samples or task.samples) % tasks.CLASSES
+    classes = torch.arange(samples or task.samples) % CLASSES
     record |= measure_samples(task, task.sample(policy, scheduler, classes, cell.seed), classes)
     record["accuracy"] = preference_accuracy(task, policy, base, scheduler, cell.seed, drawn)
     if cell.like(seed=PROBED.seed) == PROBED:
@@ -148,7 +149,7 @@ def measure_base(name: str) -> dict[str, Any]:
     """:func:`measure_samples` of a task's base model, with the real data's rewards: where every run starts from."""
     task = tasks.get(name)
     model, scheduler = task.load_base()
-    classes = torch.arange(task.samples) % tasks.CLASSES
+    classes = torch.arange(task.samples) % CLASSES
     measured = measure_samples(task, task.sample(model, scheduler, classes, 0), classes)
     images = task.data()[0].images
     measured["real_rewards"] = {name: r(images).double().mean().item() for name, r in task.rewards.items()}

@@ -47,11 +47,6 @@ def save(path: Path, results: dict[str, Any]) -> None:
     write_aside(path, json.dumps(head, indent=1)[:-2] + ',\n "cells": [\n' + cells + "\n]}\n")
 
 
-def cell_of(record: dict[str, Any]) -> Cell:
-    """The cell that a record is of."""
-    return Cell(**{field.name: record[field.name] for field in fields(Cell)})
-
-
 def run_grid(
     cells: Sequence[Cell], path: Path, *, workers: int, steps: int | None = None, samples: int | None = None
 ) -> dict[str, Any]:
@@ -66,7 +61,7 @@ def run_grid(
     """
     results = load(path)
     results["machine"] = machine.describe(machine.default_device())
-    done = {cell_of(record) for record in results["cells"]}
+    done = {Cell.of(record) for record in results["cells"]}
     left = [cell for cell in cells if cell not in done]
     print(f"{len(cells)} cells, {len(cells) - len(left)} done already, {len(left)} to run", flush=True)
     started = time.perf_counter()
@@ -81,7 +76,7 @@ def run_grid(
 
 def describe(record: dict[str, Any]) -> str:
     """A cell in a few words."""
-    cell = cell_of(record)
+    cell = Cell.of(record)
     changed = [f"{f.name}={getattr(cell, f.name)}" for f in fields(Cell) if getattr(cell, f.name) != f.default]
     text = " ".join(changed) or "the default cell"
     if record.get("diverged"):

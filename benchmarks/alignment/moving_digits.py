@@ -12,7 +12,6 @@ clips takes either of them.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,22 +49,15 @@ _SHAPES = 16  # principal components of a digit's looks, 94 % of their variance
 _LEAST_INK = 2.0  # in fully inked pixels; the faintest real digit has 11
 
 
-@dataclass(frozen=True)
-class MovingData:
-    """Clips ``[N, *CLIP_SHAPE[kind]]`` float32 in [-1, 1] (1 is full ink) and the digits they show, ``[N]`` int64."""
-
-    clips: Tensor
-    labels: Tensor
-
-
 # ---------------------------------------------------------------- data
 
 
 @functools.cache
-def load_moving(kind: str) -> tuple[MovingData, MovingData]:
-    """The clips to learn from (4,311) and those held out (1,080), three of each digit; made again, always the same.
+def load_moving(kind: str) -> tuple[Digits, Digits]:
+    """The clips to learn from (4,311) and those held out (1,080), three of each digit: always the same ones.
 
-    The held-out clips are of the digits that the demo holds out, with motions of their own.
+    Their ``images`` are ``[N, *CLIP_SHAPE[kind]]``. The held-out clips are of the digits that the demo holds out, with
+    motions of their own.
 
     Raises:
         ValueError: a kind that is not known.
@@ -75,10 +67,10 @@ def load_moving(kind: str) -> tuple[MovingData, MovingData]:
     return _moving(train, shape, seed=0), _moving(held_out, shape, seed=1)
 
 
-def _moving(digits: Digits, shape: tuple[int, ...], seed: int) -> MovingData:
+def _moving(digits: Digits, shape: tuple[int, ...], seed: int) -> Digits:
     images, labels = digits.images.squeeze(1).repeat(_MOTIONS, 1, 1), digits.labels.repeat(_MOTIONS)
     clips = render(images, random_paths(len(labels), torch.Generator().manual_seed(seed)))
-    return MovingData(clips.reshape(-1, *shape), labels)
+    return Digits(clips.reshape(-1, *shape), labels)
 
 
 def random_paths(count: int, generator: torch.Generator) -> Tensor:
@@ -306,14 +298,14 @@ class ClipJudge:
         accuracy: share of the held-out clips that it reads rightly.
     """
 
-    def __init__(self, train: MovingData, held_out: MovingData) -> None:
+    def __init__(self, train: Digits, held_out: Digits) -> None:
         from sklearn.decomposition import PCA
         from sklearn.svm import SVC
 
-        self._classifier = SVC(C=10.0, gamma="scale").fit(_aligned(train.clips).numpy(), train.labels.numpy())
-        self._shapes = PCA(_SHAPES, whiten=True, svd_solver="full").fit(_aligned(train.clips).double().numpy())
-        self._ways = PCA(whiten=True, svd_solver="full").fit(_ways(train.clips))
-        self.accuracy = (self.read(held_out.clips) == held_out.labels).double().mean().item()
+        self._classifier = SVC(C=10.0, gamma="scale").fit(_aligned(train.images).numpy(), train.labels.numpy())
+        self._shapes = PCA(_SHAPES, whiten=True, svd_solver="full").fit(_aligned(train.images).double().numpy())
+        self._ways = PCA(whiten=True, svd_solver="full").fit(_ways(train.images))
+        self.accuracy = (self.read(held_out.images) == held_out.labels).double().mean().item()
 
     def read(self, clips: Tensor) -> Tensor:
         """The digits ``[N]`` int64 that clips of either layout show."""

@@ -35,6 +35,7 @@ from benchmarks.alignment.estimates import (
 )
 from benchmarks.alignment.variants import PARTS, RELATIVES, SFT
 from benchmarks.machine import caption
+from sipo.files import aside
 from sipo_kernels.options import METHODS
 
 # Okabe and Ito's palette; a marker says the same once more.
@@ -46,6 +47,7 @@ STYLES = {
     SFT: ("#7f7f7f", "v"),
 }
 BASE = "#444444"
+TIMESTEPS = (10, 30, 100, 300, 1000)
 _INSIDE: dict[str, Any] = {"xycoords": "axes fraction", "ha": "right", "va": "bottom", "fontsize": 8}
 
 plt.rcParams.update(
@@ -74,17 +76,13 @@ def draw_all(results: dict[str, Any], folder: Path) -> Iterator[Path]:
         except MissingCellsError as missing:
             print(f"{name}: left out, {missing}")
             continue
-        figure.text(0.005, 0.004, _caption(results), fontsize=6.5, color="#777777")
+        text = f"{caption(results['machine'])} · {len(results['cells'])} cells"
+        figure.text(0.005, 0.004, text, fontsize=6.5, color="#777777")
         path = folder / f"{name}.png"
-        aside = folder / f".{name}.png"
-        figure.savefig(aside, format="png")
-        aside.replace(path)
+        with aside(path) as place:
+            figure.savefig(place, format="png")
         plt.close(figure)
         yield path
-
-
-def _caption(results: dict[str, Any]) -> str:
-    return f"{caption(results['machine'])} · {len(results['cells'])} cells"
 
 
 def _over(axes: Axes, found: Results, cells: Sequence[Cell], xs: Sequence[float], what: What, method: str) -> None:
@@ -105,6 +103,20 @@ def _floor(axes: Axes, found: Results, task: Cell, what: What, base: float | Non
         axes.axhline(
             found.estimate(what, cell).mean, color=STYLES[SFT][0], linewidth=1.4, linestyle="--", label=NAMES[SFT]
         )
+
+
+def _methods_over_beta(axes: Axes, found: Results, title: str, what: What, label: str) -> None:
+    """A panel with a line for each method over β."""
+    for method in METHODS:
+        _over(axes, found, [Cell(method=method, beta=b) for b in BETAS], BETAS, what, method)
+    axes.set(title=title, ylabel=label)
+
+
+def _log_axis(axes: Axes, ticks: Sequence[float], label: str) -> None:
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel(label)
 
 
 def _finish(figure: Figure, title: str, axes: Axes | None = None, columns: int = 6) -> Figure:
@@ -136,16 +148,9 @@ def beta(found: Results) -> Figure:
     )
     figure, grid = plt.subplots(2, 3, figsize=(12, 6.8), sharex=True, layout="constrained")
     for axes, (title, what, floor, label) in zip(grid.flat, panels, strict=True):
-        for method in METHODS:
-            _over(axes, found, [Cell(method=method, beta=b) for b in BETAS], BETAS, what, method)
+        _methods_over_beta(axes, found, title, what, label)
         _floor(axes, found, Cell(), what, floor)
-        axes.set_title(title)
-        axes.set_ylabel(label)
-        axes.set_xscale("log")
-        axes.set_xticks(BETAS, [f"{b:g}" for b in BETAS])
-        axes.minorticks_off()
-    for axes in grid[1]:
-        axes.set_xlabel("β")
+        _log_axis(axes, BETAS, "β" if axes in grid[1] else "")
     return _finish(
         figure, "Digits that prefer ink: 300 steps of 16 pairs, mean of the seeds with its 95 % interval", grid[0, 0]
     )
@@ -178,9 +183,7 @@ def frontier(found: Results) -> Figure:
                     for b, ex, ey in zip(BETAS, x, y, strict=True):
                         axes.annotate(f"{b:g}", (ex.mean, ey.mean), (7, -10), textcoords="offset points", fontsize=8)
             axes.plot(start["rewards"][task.reward], start[what.__name__], "*", color=BASE, markersize=11, label="base")
-            axes.set_xlabel(f"true reward: mean {task.reward}")
-            axes.set_ylabel(label)
-            axes.set_title(task.task)
+            axes.set(title=task.task, xlabel=f"true reward: mean {task.reward}", ylabel=label)
     return _finish(figure, "Reward gained, and what it costs (numbers: β of Diffusion-DPO)", grid[0, 0])
 
 
@@ -200,24 +203,17 @@ def gradient(found: Results) -> Figure:
     dpo, sipo = STYLES["diffusion_dpo"][0], STYLES["sipo"][0]
     line(grid[0], of("probe_base", "variance", "diffusion_dpo"), dpo, "Diffusion-DPO")
     line(grid[0], of("probe_base", "variance", "sipo"), sipo, "SIPO (DPO-C&M and SDPO: the same within 1 %)")
-    grid[0].set_ylabel("variance of a batch's gradient / β²")
-    grid[0].set_title("Variance, at the base model")
+    grid[0].set(title="Variance, at the base model", ylabel="variance of a batch's gradient / β²")
     signal = of("probe_base", "signal", "diffusion_dpo") / of("probe_base", "variance", "diffusion_dpo")
     line(grid[1], signal, dpo, "")
-    grid[1].set_yscale("log")
-    grid[1].set_ylabel("‖mean gradient‖² / variance")
-    grid[1].set_title("What it teaches, for its noise")
+    grid[1].set(title="What it teaches, for its noise", ylabel="‖mean gradient‖² / variance", yscale="log")
     line(grid[2], of("probe_base", "active", "sipo"), sipo, "")
     line(grid[2], of("probe", "active", "sipo"), sipo, "", "--")
-    grid[2].set_ylabel("share of pairs")
-    grid[2].set_title("Pairs that the mask lets through")
+    grid[2].set(title="Pairs that the mask lets through", ylabel="share of pairs")
     grid[2].annotate("dashed: for the weights after\n300 steps of Diffusion-DPO", (0.97, 0.05), **_INSIDE)
     for axes in grid:
         axes.axvline(LOW_NOISE, color=BASE, linewidth=0.8, linestyle=(0, (1, 3)))
-        axes.set_xscale("log")
-        axes.set_xticks([10, 30, 100, 300, 1000], ["10", "30", "100", "300", "1000"])
-        axes.minorticks_off()
-        axes.set_xlabel("timestep t")
+        _log_axis(axes, TIMESTEPS, "timestep t")
     return _finish(figure, "Low noise makes the gradient noisy and teaches least, and there the mask closes", grid[0])
 
 
@@ -230,17 +226,11 @@ def training(found: Results) -> Figure:
         ("Rise of the rejected samples' error", rejected_gap, "share of the reference's"),
     )
     figure, grid = plt.subplots(1, 4, figsize=(14, 3.9), layout="constrained")
-    for number, (axes, (title, what, label)) in enumerate(zip(grid, panels, strict=True)):
-        for method in METHODS:
-            _over(axes, found, [Cell(method=method, beta=b) for b in BETAS], BETAS, what, method)
-        axes.set_title(title)
-        axes.set_ylabel(label)
-        axes.set_xscale("log")
-        if number != 1:
+    for axes, (title, what, label) in zip(grid, panels, strict=True):
+        _methods_over_beta(axes, found, title, what, label)
+        if what is not grad_norm_spread:
             axes.set_yscale("log")
-        axes.set_xticks(BETAS, [f"{b:g}" for b in BETAS])
-        axes.minorticks_off()
-        axes.set_xlabel("β")
+        _log_axis(axes, BETAS, "β")  # minor ticks go from both axes
     return _finish(figure, "In training: digits, ink, the last half of 300 steps", grid[0])
 
 
@@ -263,10 +253,7 @@ def weights(found: Results) -> Figure:
     grid[1].set_title("Last third of SIPO, real images")
     for axes in grid:
         axes.axhline(0.9, color=BASE, linewidth=1, linestyle=(0, (1, 2)))
-        axes.set_xscale("log")
-        axes.set_xticks([10, 30, 100, 300, 1000], ["10", "30", "100", "300", "1000"])
-        axes.minorticks_off()
-        axes.set_xlabel("timestep t")
+        _log_axis(axes, TIMESTEPS, "timestep t")
         axes.legend(loc="lower right")
     grid[0].annotate("0.9: pairs below are masked", (100, 0.875), fontsize=8, va="top")
     return _finish(figure, "Importance weights by timestep, and how training moves them")
@@ -320,17 +307,17 @@ def relatives(found: Results) -> Figure:
 
 def conditions(found: Results) -> Figure:
     """Wrong labels, fewer pairs, longer training."""
-    panels: list[tuple[str, list[tuple[str, dict[str, Any]]], float]] = [
-        ("Wrong labels", [("0", {}), ("10 %", {"noise": 0.1}), ("30 %", {"noise": 0.3})], 1000.0),
-        ("Pairs", [("400", {"fraction": 0.1}), ("2,000", {"fraction": 0.5}), ("4,000", {})], 1000.0),
-        ("Steps", [("300", {}), (f"{300 * LONG:,}", {"length": LONG})], 1000.0),
+    panels: list[tuple[str, list[tuple[str, dict[str, Any]]]]] = [
+        ("Wrong labels", [("0", {}), ("10 %", {"noise": 0.1}), ("30 %", {"noise": 0.3})]),
+        ("Pairs", [("400", {"fraction": 0.1}), ("2,000", {"fraction": 0.5}), ("4,000", {})]),
+        ("Steps", [("300", {}), (f"{300 * LONG:,}", {"length": LONG})]),
     ]
     figure, grid = plt.subplots(2, 3, figsize=(12, 6.6), layout="constrained")
     drawn = 0
-    for column, (title, settings, b) in enumerate(panels):
+    for column, (title, settings) in enumerate(panels):
         for row, (what, label) in enumerate(((reward, "true reward"), (distance, "distance to the data"))):
             for method in METHODS:
-                cells = [(name, Cell(method=method, beta=b, **changes)) for name, changes in settings]
+                cells = [(name, Cell(method=method, **changes)) for name, changes in settings]
                 cells = [(name, cell) for name, cell in cells if found.has(cell)]
                 if len(cells) > 1:
                     _over(grid[row, column], found, [c for _, c in cells], range(len(cells)), what, method)
@@ -351,24 +338,13 @@ def transfer(found: Results) -> Figure:
     values = np.array([[_accuracy(found, cell, *column) for column in columns] for cell in rows])
     figure, axes = plt.subplots(figsize=(7.6, 1.7 + 0.34 * len(rows)), layout="constrained")
     axes.imshow(values, cmap="RdBu", vmin=0, vmax=1, aspect="auto")
-    for y in range(values.shape[0]):
-        for x in range(values.shape[1]):
-            axes.text(
-                x,
-                y,
-                f"{values[y, x]:.2f}",
-                ha="center",
-                va="center",
-                color="white" if abs(values[y, x] - 0.5) > 0.3 else "black",
-            )
-    axes.set_xticks(
-        range(len(columns)), [f"{'real' if s == 'data' else 'base samples'}, by {n}" for s, n in columns], fontsize=8
-    )
-    axes.set_yticks(
-        range(len(rows)),
-        [f"{NAMES[c.method]}, {c.reward} of {'real' if c.source == 'data' else 'base samples'}" for c in rows],
-        fontsize=8,
-    )
+    for (y, x), value in np.ndenumerate(values):
+        color = "white" if abs(value - 0.5) > 0.3 else "black"
+        axes.text(x, y, f"{value:.2f}", ha="center", va="center", color=color)
+    source = {"data": "real", "base": "base samples"}
+    axes.set_xticks(range(len(columns)), [f"{source[s]}, by {name}" for s, name in columns], fontsize=8)
+    labels = [f"{NAMES[c.method]}, {c.reward} of {source[c.source]}" for c in rows]
+    axes.set_yticks(range(len(rows)), labels, fontsize=8)
     return _finish(figure, "Held-out pairs that the implicit reward ranks right, β = 1000")
 
 

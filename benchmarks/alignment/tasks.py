@@ -6,20 +6,18 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
-from sipo.demo import digits as demo_data
 from sipo.demo import measure as demo_measure
 from sipo.demo import model as demo_model
+from sipo.demo.digits import CLASSES, DigitPairs, Digits, draw_pairs, ink, load_digits
 from sipo.files import load_tensors, save_tensors
 from sipo.protocols import Predict
 
-CLASSES = demo_data.CLASSES
 PAIRS = 4_000
 """Distinct pairs of a full data set; a run of 300 steps of 16 pairs sees each 1.2 times."""
 
@@ -27,13 +25,6 @@ BASE_SAMPLES = 1_500
 """Samples of the base model that on-policy pairs are made of."""
 
 Reward = Callable[[Tensor], Tensor]
-
-
-class Labelled(NamedTuple):
-    """Images or clips ``[N, ...]`` float32 in [-1, 1] and their classes ``[N]`` int64."""
-
-    images: Tensor
-    labels: Tensor
 
 
 class SampleJudge(Protocol):
@@ -72,7 +63,7 @@ class Task:
     """
 
     name: str
-    data: Callable[[], tuple[Labelled, Labelled]]
+    data: Callable[[], tuple[Digits, Digits]]
     load_base: Callable[[], tuple[nn.Module, Any]]
     predict: Predict
     sample: Callable[[Any, Any, Tensor, int], Tensor]
@@ -116,7 +107,7 @@ class DigitJudge:
     def __init__(self) -> None:
         from sklearn.decomposition import PCA
 
-        digits, held_out = demo_data.load_digits()
+        digits, held_out = load_digits()
         self._judge = demo_measure.DigitClassifier(digits, held_out)
         self.accuracy = self._judge.accuracy
         self._pca = PCA(self._COMPONENTS, random_state=0).fit(digits.images.flatten(1).double().numpy())
@@ -128,18 +119,13 @@ class DigitJudge:
         return self._pca.transform(images.flatten(1).double().numpy())
 
 
-def _digits() -> tuple[Labelled, Labelled]:
-    train, held_out = demo_data.load_digits()
-    return Labelled(*train), Labelled(*held_out)
-
-
 DIGITS = Task(
     name="digits",
-    data=functools.cache(_digits),
+    data=functools.cache(load_digits),
     load_base=demo_model.load_base,
     predict=demo_model.predict,
     sample=demo_model.sample,
-    rewards={"ink": demo_data.ink, "slant": slant},
+    rewards={"ink": ink, "slant": slant},
     judge=functools.cache(DigitJudge),
     steps=300,
     batch_size=16,
@@ -165,13 +151,9 @@ def get(name: str) -> Task:
         known = ", ".join(f"moving-{kind}" for kind in moving_digits.KINDS)
         raise ValueError(f"task={name!r}: expected one of {DIGITS.name}, {known}")
 
-    def data() -> tuple[Labelled, Labelled]:
-        train, held_out = moving_digits.load_moving(kind)
-        return Labelled(train.clips, train.labels), Labelled(held_out.clips, held_out.labels)
-
     return Task(
         name=name,
-        data=functools.cache(data),
+        data=lambda: moving_digits.load_moving(kind),
         load_base=lambda: moving_digits.load_base(kind),
         predict=moving_digits.predict(kind),
         sample=moving_digits.sample,
@@ -185,10 +167,8 @@ def get(name: str) -> Task:
     )
 
 
-class RewardPairs(Dataset[dict[str, Tensor]]):
+class RewardPairs(DigitPairs):
     """Preference pairs: of two images of one class, the one with the higher reward wins.
-
-    Item ``i`` is ``{"chosen": [...], "rejected": [...], "condition": 0-d int64 class}``.
 
     Args:
         images: to pair up.
@@ -200,37 +180,16 @@ class RewardPairs(Dataset[dict[str, Tensor]]):
     """
 
     def __init__(
-        self, images: Labelled, reward: Reward, *, count: int, noise: float = 0.0, fraction: float = 1.0, seed: int = 0
+        self, images: Digits, reward: Reward, *, count: int, noise: float = 0.0, fraction: float = 1.0, seed: int = 0
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
-        values = reward(images.images)
-        by_class = [torch.nonzero(images.labels == c).flatten() for c in range(CLASSES)]
-        members = [m for m in by_class if len(m) > 1 and len(values[m].unique()) > 1]
-        pairs = torch.empty(count, 2, dtype=torch.long)
-        drawn = torch.randint(len(members), (count,), generator=generator)
-        for number, own in enumerate(members):
-            rows = torch.nonzero(drawn == number).flatten()
-            while len(rows):  # two of equal reward have no chosen sample
-                picks = own[torch.randint(len(own), (len(rows), 2), generator=generator)]
-                pairs[rows] = picks
-                rows = rows[values[picks[:, 0]] == values[picks[:, 1]]]
-        worse_first = values[pairs[:, 0]] < values[pairs[:, 1]]
+        pairs = draw_pairs(images, reward(images.images), count, generator)
         wrong = torch.rand(count, generator=generator) < noise
-        swap = worse_first ^ wrong
-        pairs[swap] = pairs[swap].flip(1)
-        self.pairs = pairs[: max(1, round(fraction * count))]
-        self._images = images
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        chosen, rejected = self.pairs[index]
-        images, labels = self._images
-        return {"chosen": images[chosen], "rejected": images[rejected], "condition": labels[chosen]}
+        pairs[wrong] = pairs[wrong].flip(1)
+        super().__init__(images, pairs[: max(1, round(fraction * count))])
 
 
-def base_samples(task: Task, cache: Path, count: int = BASE_SAMPLES) -> tuple[Labelled, Labelled]:
+def base_samples(task: Task, cache: Path, count: int = BASE_SAMPLES) -> tuple[Digits, Digits]:
     """Samples of the base model, four fifths to learn from and one held out; computed once and kept in ``cache``."""
     path = cache / f"{task.name}-{count}.safetensors"
     if not path.exists():
@@ -241,7 +200,7 @@ def base_samples(task: Task, cache: Path, count: int = BASE_SAMPLES) -> tuple[La
         save_tensors(path, {"images": images.contiguous(), "labels": classes})
     found = load_tensors(path)
     images, labels, first = found["images"], found["labels"], count - count // 5
-    return Labelled(images[:first], labels[:first]), Labelled(images[first:], labels[first:])
+    return Digits(images[:first], labels[:first]), Digits(images[first:], labels[first:])
 
 
 def frechet_distance(a: Any, b: Any) -> float:

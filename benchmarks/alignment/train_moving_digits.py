@@ -22,7 +22,6 @@ from benchmarks.alignment.moving_digits import (
     BASE,
     KINDS,
     ClipJudge,
-    MovingData,
     build_model,
     build_scheduler,
     ink,
@@ -34,7 +33,7 @@ from benchmarks.alignment.moving_digits import (
 )
 from sipo import NoiseSchedule
 from sipo.batch import level_argument, network_timesteps
-from sipo.demo.digits import CLASSES
+from sipo.demo.digits import CLASSES, Digits
 from sipo.demo.model import save_aside
 from sipo.demo.train_base import fit
 
@@ -64,20 +63,20 @@ def train(kind: str, steps: int, batch_size: int = 32, learning_rate: float = 2e
 
     def loss() -> Tensor:
         rows = torch.randint(len(data.labels), (batch_size,))
-        return _loss(kind, model, schedule, data.clips[rows], data.labels[rows])
+        return _loss(kind, model, schedule, data.images[rows], data.labels[rows])
 
     optimizer: dict[str, Any] = {"warmup": 200, "betas": (0.9, 0.99), "weight_decay": 1e-2}
     return fit(model, loss, steps, learning_rate, name=f"{kind} base", **optimizer)
 
 
 @torch.no_grad()
-def held_out_loss(kind: str, model: Any, held_out: MovingData, seed: int = 0) -> float:
+def held_out_loss(kind: str, model: Any, held_out: Digits, seed: int = 0) -> float:
     """The training loss on other clips, with one draw of noise and noise level for each."""
     schedule = NoiseSchedule.from_scheduler(build_scheduler(kind))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         # In batches of about those of training, whose activations stay in cache.
-        batches = zip(held_out.clips.split(40), held_out.labels.split(40), strict=True)
+        batches = zip(held_out.images.split(40), held_out.labels.split(40), strict=True)
         losses = [(_loss(kind, model, schedule, clips, labels), len(clips)) for clips, labels in batches]
     return sum(loss.item() * count for loss, count in losses) / len(held_out.labels)
 
@@ -107,8 +106,8 @@ def describe(kind: str, count: int = 400, seed: int = 0) -> str:
     return (
         f"{kind}: {model.num_parameters():,} parameters, held-out loss {held_out_loss(kind, model, held_out):.4f}, "
         f"read as requested {agreement:.3f} (real clips: {judge.accuracy:.3f}), "
-        f"ink {ink(clips).mean():.3f} (real: {ink(held_out.clips).mean():.3f}), "
-        f"smoothness {smoothness(clips).mean():.2f} (real: {smoothness(held_out.clips).mean():.2f})"
+        f"ink {ink(clips).mean():.3f} (real: {ink(held_out.images).mean():.3f}), "
+        f"smoothness {smoothness(clips).mean():.2f} (real: {smoothness(held_out.images).mean():.2f})"
     )
 
 

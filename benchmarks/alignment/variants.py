@@ -44,7 +44,15 @@ def make_loss(scheduler: Any, method: str, beta: float, variant: str = "") -> An
     return MaskedByReference(loss_fn) if variant == "mask by the reference" else loss_fn
 
 
-class MaskedByReference(torch.nn.Module):
+class _Changed(torch.nn.Module):
+    """A loss made from another one, whose schedule and options it has; called with timesteps or ``sigmas=``."""
+
+    def __init__(self, loss_fn: SIPOLoss) -> None:
+        super().__init__()
+        self.schedule, self.options, self.loss_fn = loss_fn.schedule, loss_fn.options, loss_fn
+
+
+class MaskedByReference(_Changed):
     """A loss whose mask asks for the reference's ratio in place of the current policy's: it never closes further.
 
     Args:
@@ -52,50 +60,28 @@ class MaskedByReference(torch.nn.Module):
     """
 
     def __init__(self, loss_fn: SIPOLoss) -> None:
-        super().__init__()
-        self.schedule, self.options = loss_fn.schedule, loss_fn.options
-        self.loss_fn = loss_fn
+        super().__init__(loss_fn)
         loss_fn.options = dataclasses.replace(loss_fn.options, mask_threshold=0.0)
 
     def forward(
-        self,
-        model_pred: Tensor,
-        ref_pred: Tensor,
-        target: Tensor,
-        timesteps: Tensor | None = None,
-        *,
-        sigmas: Tensor | None = None,
+        self, model_pred: Tensor, ref_pred: Tensor, target: Tensor, *timesteps: Tensor, **sigmas: Tensor
     ) -> PairLossOutput:
-        levels: dict[str, Tensor | None] = {"timesteps": timesteps, "sigmas": sigmas}
         with torch.no_grad():
-            ratio = self.loss_fn(ref_pred, ref_pred, target, **levels).log_ratio.exp()
+            ratio = self.loss_fn(ref_pred, ref_pred, target, *timesteps, **sigmas).log_ratio.exp()
             mask = torch.minimum(*ratio.chunk(2)) >= self.options.mask_threshold
         # An error weight of 0 takes a pair's gradient away exactly (docs/math.md §6) and leaves a constant in the loss.
-        out: PairLossOutput = self.loss_fn(model_pred, ref_pred, target, error_weight=mask.repeat(2).double(), **levels)
+        weight = mask.repeat(2).double()
+        out: PairLossOutput = self.loss_fn(model_pred, ref_pred, target, *timesteps, error_weight=weight, **sigmas)
         return dataclasses.replace(out, mask=mask, numbers=None)
 
 
-class ChosenOnly(torch.nn.Module):
+class ChosenOnly(_Changed):
     """The denoising error of the chosen samples, with the pair loss's numbers for the log."""
 
-    def __init__(self, loss_fn: SIPOLoss) -> None:
-        super().__init__()
-        self.schedule, self.options = loss_fn.schedule, loss_fn.options
-        self.loss_fn = loss_fn
-
     def forward(
-        self,
-        model_pred: Tensor,
-        ref_pred: Tensor,
-        target: Tensor,
-        timesteps: Tensor | None = None,
-        *,
-        sigmas: Tensor | None = None,
+        self, model_pred: Tensor, ref_pred: Tensor, target: Tensor, *timesteps: Tensor, **sigmas: Tensor
     ) -> PairLossOutput:
-        levels: dict[str, Tensor | None] = {"timesteps": timesteps, "sigmas": sigmas}
         with torch.no_grad():
-            out: PairLossOutput = self.loss_fn(model_pred, ref_pred, target, **levels)
-        pairs = len(out.mask)
-        return dataclasses.replace(
-            out, loss=torch.nn.functional.mse_loss(model_pred[:pairs], target[:pairs]), numbers=None
-        )
+            out: PairLossOutput = self.loss_fn(model_pred, ref_pred, target, *timesteps, **sigmas)
+        loss = torch.nn.functional.mse_loss(model_pred[: len(out.mask)], target[: len(out.mask)])
+        return dataclasses.replace(out, loss=loss, numbers=None)

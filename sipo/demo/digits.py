@@ -21,7 +21,10 @@ _HELD_OUT_EVERY = 5
 
 
 class Digits(NamedTuple):
-    """Digits: ``images`` ``[N, 1, 8, 8]`` float32 in [-1, 1] (1 is full ink), ``labels`` ``[N]`` int64."""
+    """Digits: ``images`` ``[N, ...]`` float32 in [-1, 1] (1 is full ink), ``labels`` ``[N]`` int64.
+
+    The demo's images are ``[N, 1, 8, 8]``.
+    """
 
     images: Tensor
     labels: Tensor
@@ -58,39 +61,58 @@ def ink(images: Tensor) -> Tensor:
     return images.flatten(1).mean(dim=1)
 
 
-class InkPairs(Dataset[dict[str, Tensor]]):
-    """Preference pairs: of two different digits of one class, the one with more ink is chosen.
+def draw_pairs(digits: Digits, rewards: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Draws pairs of images of one class and of different reward.
 
     Args:
-        digits: the images to pair up.
+        digits: the images.
+        rewards: of each image, ``[N]``.
         count: pairs to draw.
-        seed: of the draw.
+        generator: of the draws.
 
-    Item ``i`` is ``{"chosen": [1, 8, 8], "rejected": [1, 8, 8], "condition": 0-d int64 class}``.
+    Returns:
+        ``[count, 2]`` int64: the rows of the chosen images, which have the higher reward, and of the rejected ones.
+    """
+    by_class = [torch.nonzero(digits.labels == c).flatten() for c in range(CLASSES)]
+    usable = [members for members in by_class if len(rewards[members].unique()) > 1]
+    drawn = torch.randint(len(usable), (count,), generator=generator)
+    pairs = torch.empty(count, 2, dtype=torch.long)
+    for number, members in enumerate(usable):
+        rows = torch.nonzero(drawn == number).flatten()
+        # Any pair of equal reward has no chosen sample; drawing again keeps the others' odds unchanged.
+        while len(rows):
+            picks = members[torch.randint(len(members), (len(rows), 2), generator=generator)]
+            pairs[rows] = picks
+            rows = rows[rewards[picks[:, 0]] == rewards[picks[:, 1]]]
+    swap = rewards[pairs[:, 0]] < rewards[pairs[:, 1]]
+    pairs[swap] = pairs[swap].flip(1)
+    return pairs
+
+
+class DigitPairs(Dataset[dict[str, Tensor]]):
+    """Preference pairs of images.
+
+    Item ``i`` is ``{"chosen": image, "rejected": image, "condition": 0-d int64 class}``.
+
+    Args:
+        digits: the images.
+        pairs: rows of the chosen and of the rejected images, ``[N, 2]``.
     """
 
-    def __init__(self, digits: Digits, count: int = 10_000, seed: int = 0) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        reward = ink(digits.images)
-        by_class = [torch.nonzero(digits.labels == c).flatten() for c in range(CLASSES)]
-        drawn = torch.randint(CLASSES, (count,), generator=generator)
-        pairs = torch.empty(count, 2, dtype=torch.long)
-        for c, members in enumerate(by_class):
-            rows = torch.nonzero(drawn == c).flatten()
-            # Any pair of equal ink has no chosen sample; drawing again keeps the others' odds unchanged.
-            while len(rows):
-                picks = members[torch.randint(len(members), (len(rows), 2), generator=generator)]
-                pairs[rows] = picks
-                rows = rows[reward[picks[:, 0]] == reward[picks[:, 1]]]
-        swap = reward[pairs[:, 0]] < reward[pairs[:, 1]]
-        pairs[swap] = pairs[swap].flip(1)
-        self.chosen_index, self.rejected_index = pairs.unbind(1)
-        self._digits = digits
+    def __init__(self, digits: Digits, pairs: Tensor) -> None:
+        self.pairs, self._digits = pairs, digits
 
     def __len__(self) -> int:
-        return len(self.chosen_index)
+        return len(self.pairs)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        chosen, rejected = self.chosen_index[index], self.rejected_index[index]
+        chosen, rejected = self.pairs[index]
         images, labels = self._digits
         return {"chosen": images[chosen], "rejected": images[rejected], "condition": labels[chosen]}
+
+
+class InkPairs(DigitPairs):
+    """Preference pairs: of two different digits of one class, the one with more ink is chosen."""
+
+    def __init__(self, digits: Digits, count: int = 10_000, seed: int = 0) -> None:
+        super().__init__(digits, draw_pairs(digits, ink(digits.images), count, torch.Generator().manual_seed(seed)))

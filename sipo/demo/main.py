@@ -74,7 +74,7 @@ class DemoConfig:
         if self.output.exists() and not self.output.is_dir():
             raise ValueError(f"output={str(self.output)!r} is a file, expected a folder")
         there = {path.name for path in self.output.glob("[!.]*")}
-        if there & _WRITTEN and there - _WRITTEN:  # a demo's own folder is written anew
+        if there & _WRITTEN and there - _WRITTEN:  # a demo's own folder is written again
             names = ", ".join(sorted(there)[:5])
             raise ValueError(f"output={str(self.output)!r} holds more than a demo ({names}), expected another folder")
 
