@@ -73,7 +73,7 @@ class PairEncoder:
         if self._pipeline is None:
             self._pipeline = self.load_pipeline()
             for height, width in self.settings.sizes:
-                self.family.check_size(self._pipeline, height, width, self.settings.frames)
+                self.family.check_size(height, width, self.settings.frames)
         return self._pipeline
 
     def encode_unconditional(self) -> None:

@@ -36,9 +36,9 @@ class CacheSummary:
         prompts: distinct ones.
         bytes: of all files of tensors.
         seconds: that this call took.
-        written: shards of latents that this process encoded.
+        written: shards of latents that were encoded, by all processes together.
         kept: shards of latents that were whole and up to date.
-        texts: shards of text that this process encoded.
+        texts: shards of text that were encoded.
         absent: shards of latents none of whose images or clips exists any more, so that they could not be compared.
         changes: the first change in each shard that no longer agrees with the source.
     """
@@ -168,12 +168,6 @@ def precompute_pairs(
                 if cost.pairs != 0:
                     on_cost(cost)
 
-    def summary() -> CacheSummary:
-        index = read_pairs_index(folder)
-        assert index is not None  # the first process has written it, or nothing had to be
-        kept = len(range(rank, len(index.latents), world)) if unchanged else encoder.kept
-        return _summary(encoder, index, kept, time.monotonic() - started)
-
     unchanged = all(from_all(accelerator, is_unchanged))
     if not unchanged:
         # A finished cache that nobody can write to may still be compared, and is then found to be as it was.
@@ -188,7 +182,16 @@ def precompute_pairs(
                 everywhere(accelerator, begin)
                 in_rounds(accelerator, encoder.encode_shards(reader, rank, world, progress))
                 on_main(accelerator, lambda: _finish(encoder))
-    return everywhere(accelerator, summary)
+    index = everywhere(accelerator, lambda: read_pairs_index(folder))
+    assert index is not None  # the first process has written it, or nothing had to be
+    seconds = time.monotonic() - started
+    if unchanged:
+        return _summary(index, seconds, written=0, kept=len(index.latents))
+    counts = (encoder.written, encoder.kept, encoder.texts, encoder.existing.absent)
+    everyone = from_all(accelerator, lambda: (counts, encoder.existing.changes))
+    written, kept, texts, absent = (sum(each) for each in zip(*(counts for counts, _ in everyone), strict=True))
+    changes = [change for _, own in everyone for change in own]
+    return _summary(index, seconds, written=written, kept=kept, texts=texts, absent=absent, changes=changes)
 
 
 def _state(reader: PairReader, required: bool) -> Any:
@@ -208,7 +211,7 @@ def _state(reader: PairReader, required: bool) -> Any:
         return None
 
 
-def _summary(encoder: PairEncoder, index: PairsIndex, kept: int, seconds: float) -> CacheSummary:
+def _summary(index: PairsIndex, seconds: float, **done: Any) -> CacheSummary:
     return CacheSummary(
         pairs=index.pairs,
         records=index.records,
@@ -218,11 +221,7 @@ def _summary(encoder: PairEncoder, index: PairsIndex, kept: int, seconds: float)
         prompts=sum(len(shard.facts["prompts"]) for shard in index.text),
         bytes=sum(shard.bytes for shard in index.shards),
         seconds=seconds,
-        written=encoder.written,
-        kept=kept,
-        texts=encoder.texts,
-        absent=encoder.existing.absent,
-        changes=encoder.existing.changes,
+        **done,
     )
 
 

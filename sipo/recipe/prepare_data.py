@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from typing import NamedTuple
-
-from accelerate import Accelerator
 
 from sipo.cache.finished import Cache, open_cache
 from sipo.cache.format import CacheError, OtherSettingsError
@@ -103,7 +100,6 @@ def prepare_data(
             on_cost=lambda cost: _say_cost(run, cost),
             progress=progress,
         )
-        summary = _of_all(summary, accelerator)
         said = summary.news()
     free_memory()
     cache = everywhere(accelerator, lambda: open_cache(run.cache, fingerprint))
@@ -169,19 +165,6 @@ def _open_source(run: RunContext, ask: bool) -> tuple[PairReader | None, str]:
 
     reason = next(filter(None, from_all(run.accelerator, missing)), "")
     return (None, reason) if reason else (readers[0], "")
-
-
-def _of_all(summary: CacheSummary, accelerator: Accelerator) -> CacheSummary:
-    """What all processes have done to the cache, each with shards of its own."""
-    everyone = from_all(accelerator, lambda: summary)
-    return dataclasses.replace(
-        summary,
-        written=sum(each.written for each in everyone),
-        kept=sum(each.kept for each in everyone),
-        texts=sum(each.texts for each in everyone),
-        absent=sum(each.absent for each in everyone),
-        changes=[change for each in everyone for change in each.changes],
-    )
 
 
 def _references(
