@@ -74,7 +74,7 @@ class SmallFamily(Family):
     ) -> Condition:
         return {"time_ids": torch.tensor([*original_size, *crop_top_left, *size], dtype=torch.float32)}
 
-    def check_size(self, pipeline: Any, height: int, width: int, frames: int) -> None:
+    def check_size(self, height: int, width: int, frames: int) -> None:
         if height % 8 or width % 8:
             raise ValueError(f"height={height}, width={width}: expected multiples of 8")
 

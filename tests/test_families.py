@@ -470,9 +470,9 @@ def test_relatives_of_a_family_are_refused(
 )
 def test_sizes_that_do_not_fit_are_refused(toy: str, size: tuple[int, int, int], nearest: str) -> None:
     with pytest.raises(ValueError, match=f"the nearest is {nearest}"):
-        family_of(toy).check_size(encoders_of(toy), *size)
+        family_of(toy).check_size(*size)
     good = [int(part.partition("=")[2]) for part in nearest.split(", ")]
-    family_of(toy).check_size(encoders_of(toy), *good)
+    family_of(toy).check_size(*good)
 
 
 def test_families_by_name() -> None:

@@ -1,4 +1,4 @@
-"""Families of diffusion models that can be aligned. diffusers is imported by what is called, not here."""
+"""Families of diffusion models that sipo can train; importing this module does not import diffusers."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ __all__ = ["FAMILIES", "Condition", "Family", "get"]
 FAMILIES: dict[str, Family] = {
     family.name: family for family in (StableDiffusion(), StableDiffusionXL(), StableDiffusion3(), CogVideoX(), Wan())
 }
-"""Every family under the name that a configuration's ``model.family`` has."""
+"""All families by their names in ``model.family`` of a configuration."""
 
 
 def get(name: str) -> Family:
-    """The family of a name.
+    """Returns the family of a name.
 
     Raises:
-        ValueError: no such family; names those there are.
+        ValueError: there is no such family; lists the names.
     """
     if name not in FAMILIES:
         close = difflib.get_close_matches(str(name), FAMILIES, n=1)

@@ -1,4 +1,4 @@
-"""What a model family is: how text, pixels, noise and timesteps become a network's prediction."""
+"""The base class of model families: from text, pixels, noise and timesteps to a network's prediction."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from sipo.schedule import DEFAULT_INFERENCE_STEPS
 
 
 class PromptWarning(UserWarning):
-    """Prompts are longer than what the text encoder reads."""
+    """Prompts are longer than the text encoder's limit."""
 
 
 class Family(PipelineLoader):
-    """One family of diffusion models: which diffusers classes it consists of, and how they are called.
+    """One family of diffusion models: its diffusers classes, and how to call them.
 
-    A family has no state and no weights: its methods are given the pipeline or the network to work on. Latents are
-    what the network takes: scaled, with the frames where the network has them (``latent_layout``).
+    A family has no state and no weights: its methods take the pipeline or the network. Latents are scaled, and laid out
+    as the network takes them (``latent_layout``).
 
     Attributes:
         latent_layout: dimensions of one sample's latents: "CHW", "FCHW" or "CFHW".
         lora_targets: modules that LoRA adapts unless a configuration names others.
-        guidance: classifier-free guidance scale that validation samples with.
+        guidance: classifier-free guidance scale for samples in validation.
         side_multiple: height and width in pixels are multiples of it.
-        frame_stride: a clip has a multiple of it frames, and one.
-        text_options: arguments of the pipeline's ``encode_prompt`` beside the prompt.
+        frame_stride: the number of frames of a clip is a multiple of it, plus one.
+        text_options: further arguments of the pipeline's ``encode_prompt``.
     """
 
     latent_layout: ClassVar[str] = "CHW"
@@ -44,21 +44,21 @@ class Family(PipelineLoader):
     frame_stride: ClassVar[int] = 1
     text_options: ClassVar[Mapping[str, Any]] = {}
 
-    # ---- Encoding: once, beforehand ----
+    # ---- Encoding ----
 
     @torch.no_grad()
     def encode_text(self, pipeline: Any, prompts: Sequence[str]) -> list[Condition]:
-        """Text embeddings, one dictionary for each prompt, without a batch dimension, on the CPU.
+        """Encodes text: one dictionary of embeddings for each prompt, without a batch dimension, on the CPU.
 
-        Every prompt's tensors have the same shapes: ``prompt_embeds [L, D]`` padded to the family's length, and
-        where the family has them ``pooled_prompt_embeds [D']``, in the text encoders' type.
+        Every prompt's tensors have the same shapes: ``prompt_embeds [L, D]`` padded to the family's length, and in some
+        families ``pooled_prompt_embeds [D']``, in the text encoders' dtype.
 
         Warns:
-            PromptWarning: how many of the prompts are cut.
+            PromptWarning: prompts are cut; says how many.
         """
         if not prompts:
             return []
-        self._tell_of_cut_prompts(pipeline, prompts)
+        self._warn_of_cut_prompts(pipeline, prompts)
         encoded = pipeline.encode_prompt(
             prompt=list(prompts),
             device=pipeline.text_encoder.device,
@@ -70,8 +70,8 @@ class Family(PipelineLoader):
         host = {name: tensor.cpu() for name, tensor in tensors.items()}
         return [{name: tensor[i].clone() for name, tensor in host.items()} for i in range(len(prompts))]
 
-    def _tell_of_cut_prompts(self, pipeline: Any, prompts: Sequence[str]) -> None:
-        """One warning with a number; diffusers prints what is cut off of each."""
+    def _warn_of_cut_prompts(self, pipeline: Any, prompts: Sequence[str]) -> None:
+        """Warns once with the number of prompts that are cut; diffusers prints the rest of each."""
         tokenizer = getattr(pipeline, "tokenizer_3", None) or getattr(pipeline, "tokenizer", None)
         most = self.text_options.get("max_sequence_length") or getattr(tokenizer, "model_max_length", None)
         if tokenizer is None or most is None:
@@ -82,10 +82,11 @@ class Family(PipelineLoader):
             warnings.warn(text, PromptWarning, stacklevel=3)
 
     def encode_prompts(self, pipeline: Any, prompts: Sequence[str]) -> list[Condition]:
-        """What :meth:`sample` takes in place of each prompt, so that the text encoders need not be kept.
+        """Encodes prompts for :meth:`sample`, which then needs no text encoders.
 
-        Arguments of the pipeline by name, ``[1, ...]`` on the CPU: the prompt's embeddings as in :meth:`encode_text`,
-        and under ``negative_...`` those of :meth:`encode_unconditional`.
+        Returns:
+            For each prompt arguments of the pipeline by name, ``[1, ...]`` on the CPU: the embeddings of
+            :meth:`encode_text`, and with the prefix ``negative_`` those of :meth:`encode_unconditional`.
         """
         if not prompts:
             return []
@@ -94,18 +95,17 @@ class Family(PipelineLoader):
         return [{name: tensor[None] for name, tensor in each.items()} | negative for each in encoded]
 
     def encode_unconditional(self, pipeline: Any) -> Condition:
-        """What sampling under guidance has in place of a prompt: the caption to drop to, as in :meth:`encode_text`."""
+        """Encodes the empty prompt, for guidance and for dropped captions, as :meth:`encode_text` does."""
         return self.encode_text(pipeline, [""])[0]
 
     @torch.no_grad()
     def encode_pixels(self, pipeline: Any, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Latents of images ``[N, 3, H, W]`` or clips ``[N, F, 3, H, W]``.
+        """Encodes images ``[N, 3, H, W]`` or clips ``[N, F, 3, H, W]`` into latents.
 
         Args:
-            pipeline: of :meth:`load_encoders`.
-            pixels: uint8, or of any float type in [-1, 1]; on any device. They go to the VAE's as they are, and become
-                floats there.
-            generator: draws from the posterior; its mode is taken without one.
+            pipeline: from :meth:`load_encoders`.
+            pixels: uint8, or any float dtype in [-1, 1]; on any device. Converted to floats on the VAE's device.
+            generator: to draw from the posterior; ``None`` takes its mode.
 
         Returns:
             ``[N, *latent_layout]`` float32 on the VAE's device, scaled as the network takes them.
@@ -119,7 +119,7 @@ class Family(PipelineLoader):
         return latents.transpose(1, 2).contiguous() if self.latent_layout == "FCHW" else latents
 
     def latent_shape(self, pipeline: Any, height: int, width: int, frames: int = 1) -> tuple[int, ...]:
-        """What :meth:`encode_pixels` makes of one sample of that size: numbers of the VAE's configuration."""
+        """Returns the shape of one sample's latents, from the VAE's configuration."""
         config = pipeline.vae.config
         factor = getattr(pipeline, "vae_scale_factor_spatial", None) or pipeline.vae_scale_factor
         sides = {
@@ -132,7 +132,7 @@ class Family(PipelineLoader):
 
     @torch.no_grad()
     def decode_latents(self, pipeline: Any, latents: Tensor) -> Tensor:
-        """Pixels of latents, about in [-1, 1] and float32: the way back from :meth:`encode_pixels`."""
+        """Decodes latents of :meth:`encode_pixels` into float32 pixels, about in [-1, 1]."""
         vae = pipeline.vae
         latents = latents.to(vae.device, torch.float32)
         if self.latent_layout == "FCHW":
@@ -144,14 +144,14 @@ class Family(PipelineLoader):
     def own_condition(
         self, original_size: tuple[int, int], crop_top_left: tuple[int, int], size: tuple[int, int]
     ) -> Condition:
-        """What the network is told about one image beside its prompt (SDXL's time ids); sizes are (height, width)."""
+        """Returns a network's further inputs about one image (SDXL's time ids); sizes are (height, width)."""
         return {}
 
-    def check_size(self, pipeline: Any, height: int, width: int, frames: int) -> None:
-        """Refuses a size in pixels that the VAE or the network cannot take.
+    def check_size(self, height: int, width: int, frames: int) -> None:
+        """Refuses a size in pixels that the family's VAE or networks cannot take.
 
         Raises:
-            ValueError: with the nearest size that fits.
+            ValueError: names the nearest size that fits.
         """
         multiple, stride = self.side_multiple, self.frame_stride
         nearest = [max(multiple, round(side / multiple) * multiple) for side in (height, width)]
@@ -165,14 +165,14 @@ class Family(PipelineLoader):
         )
 
     def check_network_size(self, config: Any, height: int, width: int, frames: int) -> None:
-        """Refuses a size in pixels that this network cannot take, though others of its family can.
+        """Refuses a size in pixels that this network cannot take, though other networks of the family can.
 
         Args:
-            config: the network's.
-            height, width, frames: in pixels and frames; of :meth:`check_size`.
+            config: the network's configuration.
+            height, width, frames: in pixels and frames; accepted by :meth:`check_size`.
 
         Raises:
-            ValueError: says what the network takes.
+            ValueError: says which sizes the network takes.
         """
         patch = getattr(config, "patch_size", None) or 1
         rows, columns = patch[-2:] if isinstance(patch, (list, tuple)) else (patch, patch)
@@ -217,27 +217,27 @@ class Family(PipelineLoader):
         guidance: float | None = None,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> Tensor:
-        """Samples of the real pipeline around ``network``, for a look during training.
+        """Samples from the pipeline with ``network``, for validation.
 
-        Prompts are sampled one by one, so that memory does not depend on how many there are. Torch's global
-        generators are not drawn from, and the network is left in the mode it came in.
+        Prompts are sampled one by one, so that memory does not depend on their number. Torch's global generators are
+        not used, and the network keeps its mode.
 
         Args:
-            pipeline: of :meth:`load_encoders`; may be of another type than the network, and on another device. Its
-                text encoders are used only where a prompt is a string.
-            network: what is trained, wrapped or not; the sampler runs on its device and in its type.
-            prompts: one sample for each; strings, or what :meth:`encode_prompts` made of them.
-            seed: of the first prompt; the next has ``seed + 1``, and so on.
+            pipeline: from :meth:`load_encoders`; its dtype and device may differ from the network's. Its text encoders
+                are used only for prompts that are strings.
+            network: the trained network, wrapped or not; the sampler runs on its device and in its dtype.
+            prompts: one sample for each; strings, or results of :meth:`encode_prompts`.
+            seed: for the first prompt; the next one has ``seed + 1``, and so on.
             height, width, frames: in pixels and frames, see :meth:`check_size`.
-            steps: of the sampler.
+            steps: number of steps of the sampler.
             guidance: classifier-free guidance scale; the family's if left out.
-            autocast: gives the context that the network runs in, as in training. Between two calls of the network the
-                sampler keeps to the network's own type, and the VAE decodes outside of it.
+            autocast: makes the context in which the network runs, as in training. Predictions are cast to the network's
+                own dtype, and the VAE decodes outside the context.
 
         Returns:
             ``[N, 3, H, W]`` or ``[N, F, 3, H, W]`` uint8 on the CPU.
         """
-        self.check_size(pipeline, height, width, frames)
+        self.check_size(height, width, frames)
         network = inner_network(network)
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
         conditions: Any = prompts if len(texts) < len(prompts) else self.encode_prompts(pipeline, texts)
@@ -262,9 +262,9 @@ class Family(PipelineLoader):
         return torch.cat(pictures) if pictures else torch.empty(0, dtype=torch.uint8)
 
     def _sampler(self, pipeline: Any, network: nn.Module) -> Any:
-        """The pipeline around ``network`` alone, which then says on which device and in which type it runs.
+        """Returns a copy of the pipeline with only ``network``, which then determines its device and dtype.
 
-        A shallow copy with a scheduler of its own; the pipeline that was passed in stays as it is.
+        The copy is shallow, with its own scheduler; the original pipeline is not changed.
         """
         sampler = copy.copy(pipeline)
         encoders = {name: None for name in pipeline.components if name.startswith((TEXT_ENCODER, VAE))}
@@ -275,5 +275,5 @@ class Family(PipelineLoader):
 
 
 def drop_text_encoders(pipeline: Any) -> None:
-    """Removes a pipeline's text encoders; :meth:`Family.sample` then takes encoded prompts only."""
+    """Removes a pipeline's text encoders; :meth:`Family.sample` then accepts only encoded prompts."""
     pipeline.register_modules(**{name: None for name in pipeline.components if name.startswith(TEXT_ENCODER)})

@@ -16,7 +16,7 @@ from sipo.families.vae import LATENT_PIXELS
 
 
 class CogVideoX(Family):
-    """CogVideoX 2B and 5B (text to video); which of the two is read from the network's configuration."""
+    """CogVideoX 2B and 5B (text to video), distinguished by the network's configuration."""
 
     name = "cogvideox"
     pipeline_class = "CogVideoXPipeline"
@@ -31,11 +31,11 @@ class CogVideoX(Family):
 
     def _check_network(self, path: str | Path, network: Any) -> None:
         super()._check_network(path, network)
-        if network.config.patch_size_t is not None:  # its latents are padded in time, which is another data format
+        if network.config.patch_size_t is not None:  # its latents are padded in time
             raise ValueError(f"{path}: patch_size_t={network.config.patch_size_t}, a CogVideoX 1.5: expected 2B or 5B")
 
     def check_network_size(self, config: Any, height: int, width: int, frames: int) -> None:
-        """See :meth:`Family.check_network_size`: learned positions are of one size."""
+        """See :meth:`Family.check_network_size`: learned positions have one size."""
         super().check_network_size(config, height, width, frames)
         learned = [LATENT_PIXELS * side for side in (config.sample_height, config.sample_width)]
         if config.use_learned_positional_embeddings and [height, width] != learned:
@@ -72,7 +72,7 @@ class CogVideoX(Family):
 def _rotary(
     head_dim: int, base: tuple[int, int], grid: tuple[int, int], frames: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines ``[frames · rows · columns, head_dim]``, the grid laid into the network's own."""
+    """Returns cosines and sines ``[frames · rows · columns, head_dim]`` of a grid within the network's own."""
     from diffusers.models.embeddings import get_3d_rotary_pos_embed
     from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 

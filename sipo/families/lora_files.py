@@ -1,8 +1,8 @@
-"""LoRA adapters in files: in diffusers' format, kohya's and ComfyUI's, each at the strength it was trained at.
+"""Reads and writes LoRA adapters in the formats of diffusers, kohya and ComfyUI, all with the trained strength.
 
-Readers disagree about where an adapter's scale, alpha / rank, is written: in metadata, in a tensor beside each layer,
-or nowhere, which is a scale of 1. So it is multiplied into the weights here, and what a file then says of its alpha is
-the rank: a reader that looks and one that does not apply the same.
+Programs disagree about where a file holds an adapter's scale, alpha / rank: in metadata, in a tensor beside each layer,
+or nowhere, which means a scale of 1. So the scale is multiplied into the weights here, and a file then gives the rank
+as its alpha: programs that read an alpha and those that do not apply the same scale.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _LAYER = re.compile(r"(.+)\.lora_([AB])\.weight")
 
 @dataclass(frozen=True)
 class Adapter:
-    """A network's LoRA.
+    """A network's LoRA adapter.
 
     Attributes:
         layers: by the module's name in diffusers' network, float32 ``(A [rank, in, ...], B [out, rank, ...])``:
             the effective weight is ``W + B @ A``.
-        target_modules: names, or last parts of names, that the adapted modules have.
-        dropout: of the adapters' input, in training.
+        target_modules: names, or last parts of names, of the adapted modules.
+        dropout: dropout of the adapter's input, in training.
     """
 
     layers: dict[str, tuple[Tensor, Tensor]]
@@ -45,17 +45,17 @@ class Adapter:
     def of_tensors(
         cls, tensors: Mapping[str, Tensor], scale: float, target_modules: Iterable[str] = (), dropout: float = 0.0
     ) -> Adapter:
-        """An adapter of peft's tensors, under its names without the adapter's own.
+        """Makes an adapter from tensors with peft's names, without the name of the adapter.
 
         Args:
             tensors: ``<module>.lora_A.weight`` and ``<module>.lora_B.weight``, on any device.
-            scale: that the layers' outputs were multiplied by, alpha / rank.
-            target_modules: the names of the modules themselves if left out.
+            scale: factor of the layers' outputs in training, alpha / rank.
+            target_modules: see :class:`Adapter`; the full names of the modules if left out.
             dropout: see :class:`Adapter`.
 
         Raises:
-            ValueError: a tensor that is not a LoRA factor, or lacks its other one; shapes that do not match; several
-                ranks, or rank 0; no tensor at all.
+            ValueError: a tensor is not a LoRA factor, or lacks the other one; shapes do not match; ranks differ or are
+                0; there is no tensor.
         """
         factors: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
@@ -70,8 +70,8 @@ class Adapter:
                 raise ValueError(f"{module} has lora_{'/'.join(pair)} alone, expected lora_A and lora_B")
             shapes = [list(pair[letter].shape) for letter in "AB"]
             if min(map(len, shapes)) < 2 or shapes[0][0] != shapes[1][1]:
-                found = f"lora_A {shapes[0]} and lora_B {shapes[1]}"
-                raise ValueError(f"{module} has {found}, expected [rank, in, ...] and [out, rank, ...]")
+                factor_shapes = f"lora_A {shapes[0]} and lora_B {shapes[1]}"
+                raise ValueError(f"{module} has {factor_shapes}, expected [rank, in, ...] and [out, rank, ...]")
         ranks = sorted({len(pair["A"]) for pair in factors.values()})
         if len(ranks) > 1:
             raise ValueError(f"layers of ranks {ranks}, expected one rank")
@@ -81,21 +81,17 @@ class Adapter:
 
     @property
     def rank(self) -> int:
-        """Of every layer."""
+        """The rank, which is the same for every layer."""
         return len(next(iter(self.layers.values()))[0])
 
 
 def scaled(tensor: Tensor, scale: float) -> Tensor:
-    """A float32 tensor times a scale, rounded once; exact where the scale is a power of two."""
+    """Multiplies a float32 tensor by a scale, rounded once; exact if the scale is a power of two."""
     return tensor if scale == 1 else (tensor.double() * scale).float()
 
 
 def check_lora(rank: int, alpha: float | None, dropout: float) -> None:
-    """Refuses values that no adapter can have.
-
-    Raises:
-        ValueError: with the value's name.
-    """
+    """Refuses values that no adapter can have, with a ValueError that names the value."""
     if rank < 1:
         raise ValueError(f"rank={rank}: expected at least 1")
     if alpha is not None and not 0 < alpha < math.inf:
@@ -105,42 +101,37 @@ def check_lora(rank: int, alpha: float | None, dropout: float) -> None:
 
 
 def formats_of(family: Family) -> tuple[str, ...]:
-    """The formats of :data:`FORMATS` that a family's LoRA can be written in."""
+    """Lists the formats of :data:`FORMATS` in which a family's LoRA can be written."""
     known = {"diffusers": True, "kohya": family.name in _KOHYA, "comfyui": family.name in _COMFYUI}
     return tuple(name for name in FORMATS if known[name])
 
 
 def check_format(family: Family, format: str) -> None:
-    """Refuses a format that a family does not have.
-
-    Raises:
-        ValueError: with those that it has.
-    """
-    if format not in formats_of(family):
-        raise ValueError(
-            f"format={format!r}: no LoRA of {family.name} is read in it, expected {' or '.join(formats_of(family))}"
-        )
+    """Refuses a format that a family does not have, with a ValueError that lists those it has."""
+    formats = formats_of(family)
+    if format not in formats:
+        raise ValueError(f"format={format!r}: no LoRA of {family.name} is read in it, expected {' or '.join(formats)}")
 
 
 def needs_network_config(family: Family, format: str) -> bool:
-    """Whether :func:`write_adapter` has to know the network's configuration for a format."""
+    """Tells whether :func:`write_adapter` needs the network's configuration for a format."""
     return family.name == "sdxl" and format != "diffusers"
 
 
 def write_adapter(
     family: Family, adapter: Adapter, file: Path, format: str = "diffusers", config: Mapping[str, Any] | None = None
 ) -> None:
-    """Writes an adapter to a file, which appears whole or not at all.
+    """Writes an adapter to a file, aside and renamed.
 
     Args:
-        family: the network's.
-        adapter: what to write.
-        file: to write; its folder is there.
+        family: the network's family.
+        adapter: the adapter to write.
+        file: output file; its folder exists.
         format: "diffusers", for ``pipeline.load_lora_weights``; "kohya" or "comfyui".
-        config: the network's, where :func:`needs_network_config` says so.
+        config: the network's configuration, if :func:`needs_network_config` says so.
 
     Raises:
-        ValueError: a format that the family does not have, a module that the format has no name for.
+        ValueError: the family does not have the format, or the format has no name for a module.
         OSError: the file cannot be written.
     """
     check_format(family, format)
@@ -156,11 +147,11 @@ def write_adapter(
 
 
 def read_adapter(family: Family, file: Path) -> Adapter:
-    """Reads a file in diffusers' format, of any origin; a scale in its metadata is multiplied into the weights.
+    """Reads a file in diffusers' format from any program; a scale in its metadata is multiplied into the weights.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: another format, a damaged file, or a variant of LoRA (DoRA, several scales).
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged, or has another format or a variant of LoRA (DoRA, several scales).
     """
     from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
     from safetensors import SafetensorError, safe_open
@@ -188,7 +179,7 @@ def read_adapter(family: Family, file: Path) -> Adapter:
 
 
 def _scale(config: Mapping[str, Any], rank: int) -> float:
-    """What peft multiplies a layer's output by, from an adapter's configuration and its weights' rank."""
+    """Returns the factor by which peft multiplies a layer's output, from an adapter's configuration and rank."""
     for name in ("alpha_pattern", "rank_pattern", "use_dora"):
         if config.get(name):
             raise ValueError(f"its metadata has {name}={config[name]!r}, expected one scale for all layers")
@@ -219,9 +210,9 @@ def _targets(config: Mapping[str, Any]) -> Sequence[str]:
 
 
 def _metadata(family: Family, adapter: Adapter) -> dict[str, Any]:
-    """From which diffusers builds peft's LoraConfig. No defaults: a release of peft refuses names that it lacks.
+    """Returns the values from which diffusers makes peft's LoraConfig, without defaults: peft refuses unknown names.
 
-    rank_pattern is the exception, because diffusers 0.35 fails without it.
+    rank_pattern is an exception, because diffusers 0.35 fails without it.
     """
     rank, targets = adapter.rank, list(adapter.target_modules)
     config: dict[str, Any] = {"r": rank, "lora_alpha": rank, "target_modules": targets, "rank_pattern": {}}
@@ -238,7 +229,7 @@ def _diffusers(family: Family, adapter: Adapter, config: Mapping[str, Any]) -> d
 
 
 def _native(family: Family, adapter: Adapter, config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """ComfyUI's general form: the names of the model's own code behind "diffusion_model."."""
+    """ComfyUI's general format: the names in the model's original code after "diffusion_model."."""
     return _peft_names(lora_names.original_layers(family.name, adapter.layers, config), "diffusion_model.")
 
 
@@ -251,10 +242,11 @@ def _peft_names(layers: Mapping[str, tuple[Tensor, Tensor]], start: str) -> dict
 
 
 def _kohya(family: Family, adapter: Adapter, config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """kohya-ss's names: underscores for dots, "down" for A, "up" for B, and an alpha beside them."""
+    """kohya-ss's format: underscores for dots, "down" for A, "up" for B, and an alpha for each layer."""
     # kohya's scripts train SD1.5 with diffusers' network, and all other models with a copy of the original code.
-    own = family.name == "sd15"
-    layers = adapter.layers if own else lora_names.original_layers(family.name, adapter.layers, config)
+    layers = (
+        adapter.layers if family.name == "sd15" else lora_names.original_layers(family.name, adapter.layers, config)
+    )
     tensors: dict[str, Tensor] = {}
     for module, (a, b) in layers.items():
         name = f"lora_unet_{module.replace('.', '_')}"

@@ -1,6 +1,6 @@
 """Maps module names of diffusers' networks to those of the models' original code, which other tools use.
 
-The names are those of the published checkpoints (for CogVideoX, of ComfyUI, the only tool with names of its own).
+The names are those in the published checkpoints (for CogVideoX, in ComfyUI, the only tool with its own names).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 Layers = Mapping[str, tuple[Tensor, Tensor]]
 
-_PART = "#"  # before the part of a module that holds several of diffusers': "attn.qkv#k"
+_PART = "#"  # before a part of a module that combines several of diffusers': "attn.qkv#k"
 
 # From diffusers' full name to the original one.
 _SD3 = (
@@ -82,18 +82,18 @@ _UNET_RESNET = {
 
 
 def original_layers(family: str, layers: Layers, config: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
-    """LoRA layers under the original names.
+    """Returns LoRA layers under the original names.
 
-    Where the original has one module for several of diffusers' (SD3's queries, keys and values), their layers become
+    If the original code has one module for several of diffusers' (SD3's queries, keys and values), their layers become
     one layer whose rank is the sum of theirs, without rounding.
 
     Args:
-        family: by name.
+        family: the family's name.
         layers: by diffusers' names, ``(A [rank, in, ...], B [out, rank, ...])``.
-        config: of the network, for SDXL alone.
+        config: the network's configuration, needed only for SDXL.
 
     Raises:
-        ValueError: a module without an original name.
+        ValueError: a module has no original name.
     """
     plain: dict[str, tuple[Tensor, Tensor]] = {}
     parts: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
@@ -109,7 +109,7 @@ def original_layers(family: str, layers: Layers, config: Mapping[str, Any]) -> d
 
 
 def _stacked(parts: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """One layer for queries, keys and values, stacked in this order; zeros for a part that is not adapted."""
+    """Stacks the layers of queries, keys and values into one, with zeros for a part that is not adapted."""
     (rows,) = {len(b) for _, b in parts.values()}
     total = sum(len(a) for a, _ in parts.values())
     up, column = torch.zeros(3 * rows, total, dtype=torch.float32), 0
@@ -123,23 +123,23 @@ def _stacked(parts: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor
 
 def _original(family: str, module: str, config: Mapping[str, Any]) -> str:
     if family == "sdxl":
-        found = _unet(module, config)
+        original = _unet(module, config)
     else:
         matches = ((re.fullmatch(pattern, module), name) for pattern, name in _TABLES[family])
-        found = next((match.expand(name) for match, name in matches if match), None)
-    if found is None:
+        original = next((match.expand(name) for match, name in matches if match), None)
+    if original is None:
         raise ValueError(f"{module}: {family}'s original code has no module for it, expected another target_modules")
-    return found
+    return original
 
 
 def _unet(module: str, config: Mapping[str, Any]) -> str | None:
     layers = config["layers_per_block"]
     match = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", module)
     if match is None:
-        for ours, theirs in _UNET_ENDS.items():
-            if module == ours or module.startswith(f"{ours}."):
-                inner = module.removeprefix(ours).removeprefix(".")
-                return ".".join(filter(None, (theirs, _UNET_RESNET.get(inner, inner))))
+        for name, original in _UNET_ENDS.items():
+            if module == name or module.startswith(f"{name}."):
+                inner = module.removeprefix(name).removeprefix(".")
+                return ".".join(filter(None, (original, _UNET_RESNET.get(inner, inner))))
         return None
     side, block, kind, layer, inner = match[1], int(match[2]), match[3], int(match[4]), match[5]
     if kind == "downsamplers":

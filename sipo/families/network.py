@@ -1,4 +1,4 @@
-"""Networks as the families meet them: wrapped or not, in some type, called with a condition."""
+"""Helpers for a network that may be wrapped, has some dtype, and is called with a condition."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, nn
 
 Condition = dict[str, Tensor]
-"""What a network takes besides the noisy latents: tensors by name, stacked along dimension 0."""
+"""Inputs of a network besides the noisy latents: tensors by name, stacked along dimension 0."""
 
 PROMPT, POOLED = "prompt_embeds", "pooled_prompt_embeds"
 """Names in a condition, which diffusers' pipelines use for their arguments too."""
 
 
 def inner_network(module: nn.Module) -> Any:
-    """Returns the network, which has ``config``, inside any wrappers that keep theirs in ``module`` or ``_orig_mod``.
+    """Returns the network inside any wrappers, which hold it as ``module`` or ``_orig_mod``.
 
-    Unlike :func:`sipo.training.sharding.unwrapped`, which also serves networks that have a submodule called ``module``
-    of their own, this follows every such attribute: no network of diffusers has one.
+    Unlike :func:`sipo.training.sharding.unwrapped`, this follows every such attribute: no network of diffusers has a
+    submodule of these names.
     """
     while True:
         inner = getattr(module, "_orig_mod", None) or getattr(module, "module", None)
@@ -35,9 +35,9 @@ def network_dtype(network: nn.Module) -> torch.dtype:
     This is the dtype of its first weight outside modules that stay in float32. An adapter's weights come after those
     that they adapt.
     """
-    apart = getattr(network, "_keep_in_fp32_modules", None) or ()
+    in_float32 = getattr(network, "_keep_in_fp32_modules", None) or ()
     for name, parameter in network.named_parameters():
-        if parameter.is_floating_point() and not any(part in name for part in apart):
+        if parameter.is_floating_point() and not any(part in name for part in in_float32):
             return parameter.dtype
     return torch.float32
 
@@ -45,7 +45,7 @@ def network_dtype(network: nn.Module) -> torch.dtype:
 @contextmanager
 def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Puts modules in evaluation mode inside the context and restores their modes afterwards."""
-    # Through __dict__: setting the attribute on each module of a large network takes tens of milliseconds a step.
+    # Through __dict__: setting the attribute on each module of a large network takes tens of milliseconds per step.
     training = [module.__dict__ for module in modules if module.training]
     for attributes in training:
         attributes["training"] = False
@@ -58,9 +58,9 @@ def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def predicting_in(network: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Casts a network's predictions to ``dtype`` inside the context, also under autocast.
+    """Casts a network's predictions to ``dtype`` inside the context, even under autocast.
 
-    A sampler computes guidance and steps in their type, which in half precision would round at each step.
+    A sampler computes guidance and steps in that dtype, and in half precision would round at each step.
     """
 
     def cast(module: nn.Module, args: Any, output: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5: rectified flow on images, text through two CLIPs and T5."""
+"""Stable Diffusion 3 and 3.5: rectified flow on images, with two CLIP text encoders and T5."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sipo.families.vae import LATENT_PIXELS
 
 
 class StableDiffusion3(Family):
-    """Stable Diffusion 3 and 3.5: 77 tokens of CLIP and 256 of T5 in one sequence. T5 must be there."""
+    """Stable Diffusion 3 and 3.5: 77 tokens of CLIP and 256 of T5 in one sequence; T5 is required."""
 
     name = "sd3"
     pipeline_class = "StableDiffusion3Pipeline"
@@ -26,7 +26,7 @@ class StableDiffusion3(Family):
     text_options: ClassVar[Mapping[str, Any]] = {"prompt_2": None, "prompt_3": None, "max_sequence_length": 256}
 
     def image_seq_len(self, height: int, width: int) -> int:
-        """See :meth:`Family.image_seq_len`: a token is 16 by 16 pixels."""
+        """See :meth:`Family.image_seq_len`: a token has 16 by 16 pixels."""
         return (height // 16) * (width // 16)
 
     def _check_index(self, path: str | Path, index: Mapping[str, Any]) -> None:
@@ -35,7 +35,7 @@ class StableDiffusion3(Family):
             raise ValueError(f"{path}: has no text_encoder_3, expected a pipeline with T5")
 
     def check_network_size(self, config: Any, height: int, width: int, frames: int) -> None:
-        """See :meth:`Family.check_network_size`: the table of positions has an end."""
+        """See :meth:`Family.check_network_size`: the table of positions is limited."""
         super().check_network_size(config, height, width, frames)
         most = config.pos_embed_max_size * config.patch_size * LATENT_PIXELS if config.pos_embed_max_size else None
         if most is not None and max(height, width) > most:

@@ -1,7 +1,7 @@
-"""Every family at toy size: the real pipeline classes with random weights, made on the spot.
+"""Builds small pipelines of every family with random weights, from the real classes.
 
-For tests and examples: nothing is downloaded, a network's forward takes milliseconds, and a picture of 32x32 pixels
-has 4x4 latents. Text encoders, VAE and network have the parts of the full-size ones, and their scaling and schedules.
+For tests and examples: nothing is downloaded, a network's forward takes milliseconds, and an image of 32x32 pixels has
+4x4 latents. Text encoders, VAE and network have the same parts, scaling and schedules as the full-size ones.
 """
 
 from __future__ import annotations
@@ -14,23 +14,26 @@ import torch
 
 from sipo.files import aside
 
-_WIDTH = 32  # of every text encoder
+_WIDTH = 32  # width of every text encoder
 _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'\"()-/"
+_BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+_UNET: dict[str, Any] = {"sample_size": 4, "block_out_channels": (16, 32), "norm_num_groups": 8}
+_TRANSFORMER: dict[str, Any] = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16}
 
 
 def build_toy(name: str, folder: str | Path, seed: int = 0) -> Path:
-    """Writes a family's pipeline at toy size, with random weights, as diffusers saves pipelines.
+    """Writes a family's toy pipeline with random weights, in diffusers' layout.
 
     Args:
-        name: of a family; and "cogvideox-2b", which has no rotary embeddings where "cogvideox" is like the 5B.
-        folder: where to; what is there is replaced.
-        seed: of the weights. The same name and seed give the same bytes; torch's generators are left as they were.
+        name: a family's name, or "cogvideox-2b", which has no rotary embeddings, while "cogvideox" is like the 5B.
+        folder: output folder; replaced if it exists.
+        seed: seed of the weights. The same name and seed give the same bytes; torch's generators are not changed.
 
     Returns:
         ``folder``.
 
     Raises:
-        ValueError: a name that is not known.
+        ValueError: the name is not known.
     """
     if name not in _TOYS:
         raise ValueError(f"toy={name!r}: expected one of {', '.join(_TOYS)}")
@@ -53,23 +56,14 @@ def _sd15() -> Any:
         text_encoder=_clip(tokenizer),
         tokenizer=tokenizer,
         unet=UNet2DConditionModel(
-            sample_size=4,
-            block_out_channels=(16, 32),
+            **_UNET,
             layers_per_block=1,
             down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
             cross_attention_dim=_WIDTH,
             attention_head_dim=2,
-            norm_num_groups=8,
         ),
-        scheduler=PNDMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            skip_prk_steps=True,
-            set_alpha_to_one=False,
-            steps_offset=1,
-        ),
+        scheduler=PNDMScheduler(**_BETAS, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -87,8 +81,7 @@ def _sdxl() -> Any:
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         unet=UNet2DConditionModel(
-            sample_size=4,
-            block_out_channels=(16, 32),
+            **_UNET,
             layers_per_block=1,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -96,18 +89,11 @@ def _sdxl() -> Any:
             use_linear_projection=True,
             cross_attention_dim=2 * _WIDTH,
             attention_head_dim=(2, 4),
-            norm_num_groups=8,
             addition_embed_type="text_time",
             addition_time_embed_dim=time_width,
             projection_class_embeddings_input_dim=6 * time_width + _WIDTH,
         ),
-        scheduler=EulerDiscreteScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            timestep_spacing="leading",
-            steps_offset=1,
-        ),
+        scheduler=EulerDiscreteScheduler(**_BETAS, timestep_spacing="leading", steps_offset=1),
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,
     )
@@ -130,9 +116,7 @@ def _sd3() -> Any:
             patch_size=2,
             in_channels=4,
             out_channels=4,
-            num_layers=2,
-            num_attention_heads=2,
-            attention_head_dim=16,
+            **_TRANSFORMER,
             joint_attention_dim=_WIDTH,
             caption_projection_dim=32,
             pooled_projection_dim=_WIDTH,
@@ -165,22 +149,18 @@ def _cogvideox(rotary: bool = True) -> Any:
             scaling_factor=0.7 if rotary else 1.15258426,
         ),
         transformer=CogVideoXTransformer3DModel(
-            num_attention_heads=2,
-            attention_head_dim=16,
+            **_TRANSFORMER,
             in_channels=4,
             out_channels=4,
             time_embed_dim=16,
             text_embed_dim=_WIDTH,
-            num_layers=2,
             sample_width=12,
             sample_height=6,
             sample_frames=9,
             use_rotary_positional_embeddings=rotary,
         ),
         scheduler=scheduler_class(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
+            **_BETAS,
             prediction_type="v_prediction",
             rescale_betas_zero_snr=True,
             set_alpha_to_one=True,
@@ -199,13 +179,7 @@ def _wan() -> Any:
         text_encoder=_t5(tokenizer, multilingual=True),
         vae=AutoencoderKLWan(base_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
         transformer=WanTransformer3DModel(
-            num_attention_heads=2,
-            attention_head_dim=16,
-            text_dim=_WIDTH,
-            freq_dim=32,
-            ffn_dim=64,
-            num_layers=2,
-            rope_max_seq_len=64,
+            **_TRANSFORMER, text_dim=_WIDTH, freq_dim=32, ffn_dim=64, rope_max_seq_len=64
         ),
         scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
     )
@@ -236,12 +210,12 @@ def _image_vae(**options: Any) -> Any:
 
 
 def _clip_tokenizer() -> Any:
-    """CLIP's tokenizer with a vocabulary of single bytes and a few merges."""
+    """Makes CLIP's tokenizer with a vocabulary of single bytes and a few merges."""
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer
 
     letters = sorted(ByteLevel.alphabet())
-    merges: Any = [("t", "h"), ("i", "n"), ("th", "e</w>")]  # transformers declares strings and takes pairs
+    merges: Any = [("t", "h"), ("i", "n"), ("th", "e</w>")]  # transformers declares strings, but takes pairs
     pieces = letters + [letter + "</w>" for letter in letters] + ["".join(pair) for pair in merges]
     pieces += ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = {piece: number for number, piece in enumerate(pieces)}
@@ -266,7 +240,7 @@ def _clip(tokenizer: Any, *, pooled: bool = False, width: int = _WIDTH) -> Any:
 
 
 def _t5_tokenizer() -> Any:
-    """T5's tokenizer with a vocabulary of single letters."""
+    """Makes T5's tokenizer with a vocabulary of single letters."""
     from transformers import T5Tokenizer
 
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0), *((letter, -2.0) for letter in _LETTERS)]
@@ -276,9 +250,8 @@ def _t5_tokenizer() -> Any:
 def _t5(tokenizer: Any, *, multilingual: bool = False) -> Any:
     from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
-    config_class: Any
-    model_class: Any
-    config_class, model_class = (UMT5Config, UMT5EncoderModel) if multilingual else (T5Config, T5EncoderModel)
+    classes: tuple[Any, Any] = (UMT5Config, UMT5EncoderModel) if multilingual else (T5Config, T5EncoderModel)
+    config_class, model_class = classes
     config = config_class(
         vocab_size=len(tokenizer),
         d_model=_WIDTH,

@@ -1,4 +1,4 @@
-"""What of a network is trained, the reference inside a network with adapters, and how the result is saved."""
+"""Prepares networks for training, makes references from them, and saves and loads trained weights."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from sipo.files import aside, load_tensors
 from sipo.processes import is_out_of_memory
 
 ADAPTER = "default"
-"""The adapter's name inside the network, which is peft's default."""
+"""Name of the adapter inside the network, which is peft's default."""
 
-# Modules that compute by nothing but an operator on autocast's list of those in lower precision.
+# Modules that consist of one operator that autocast runs in lower precision.
 _AUTOCAST = (
     *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
@@ -37,21 +37,20 @@ def prepare_lora(
     target_modules: Sequence[str],
     gradient_checkpointing: bool = False,
 ) -> None:
-    """Freezes a diffusers network and puts a LoRA adapter into it, whose weights alone are trained, in float32.
+    """Freezes a diffusers network and adds a LoRA adapter, whose weights alone are trained, in float32.
 
-    The adapter starts as zero, so the network's predictions stay as they were; its first factor is drawn from
-    torch's global generator.
+    The adapter is zero at first, so predictions do not change; its first factor is drawn from torch's global generator.
 
     Args:
-        network: in any type.
-        rank: of the adapter, at least 1.
-        alpha: the adapter counts ``alpha / rank``; ``None`` is ``rank``.
-        dropout: of the adapter's input, in training.
+        network: in any dtype.
+        rank: rank of the adapter, at least 1.
+        alpha: the adapter is scaled by ``alpha / rank``; ``None`` is ``rank``.
+        dropout: dropout of the adapter's input, in training.
         target_modules: names, or last parts of names, of linear layers and convolutions.
         gradient_checkpointing: whether to trade time for memory in the backward pass.
 
     Raises:
-        ValueError: a rank below 1, an alpha or dropout out of range, or a target that matches no such module.
+        ValueError: rank, alpha or dropout is out of range, or a target matches no such module.
     """
     from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
@@ -72,37 +71,36 @@ def prepare_lora(
 
 
 def prepare_full(network: nn.Module, *, gradient_checkpointing: bool = False) -> None:
-    """Makes every weight of a diffusers network trainable, in float32 (mixed precision is the training loop's)."""
-    # diffusers' own to() warns that a cast rounds what it keeps in float32, whatever the type; this one rounds nothing.
+    """Makes all weights of a diffusers network trainable, in float32 (the training loop does mixed precision)."""
+    # diffusers' own to() warns that a cast rounds modules kept in float32, even if the cast is to float32.
     nn.Module.to(network, torch.float32).requires_grad_(True)
     if gradient_checkpointing:
         network.enable_gradient_checkpointing()  # type: ignore[operator] # diffusers' ModelMixin
 
 
 def freeze(network: nn.Module) -> nn.Module:
-    """A reference: nothing trainable, in eval mode."""
+    """Makes a network a reference: not trainable, in eval mode."""
     return network.requires_grad_(False).eval()
 
 
 def frozen_copy(network: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """A frozen copy that predicts as ``network`` does under ``torch.autocast(dtype=dtype)``, to the bit.
+    """Makes a frozen copy whose predictions equal those of ``network`` under ``torch.autocast(dtype=dtype)`` bitwise.
 
-    Autocast rounds the weights of linear layers and convolutions before it multiplies by them, so the copy holds just
-    these rounded. Norms, embeddings, tables and buffers keep their type, as autocast computes with them as they are: in
-    half precision they would be another network's. Biases, which autocast rounds as well, are too small to matter. So
-    are weights kept that another kind of module holds too (an embedding tied to the last layer), or a subclass.
+    Autocast rounds the weights of linear layers and convolutions before it multiplies by them, so the copy holds only
+    these rounded. Norms, embeddings, tables and buffers keep their dtype, because autocast does not round them. Biases,
+    which it does round, are kept too, being small, as are weights that another kind of module or a subclass also holds
+    (an embedding tied to the last layer).
 
-    One kind of network has no such copy: where a module turns autocast off and multiplies by a linear layer's weight,
-    it meets another type.
+    Networks in which a module turns autocast off and multiplies by a linear layer's weight cannot be copied so.
 
     Args:
-        network: in float32, or in any type with ``dtype`` left out.
-        dtype: that autocast computes in; ``None`` rounds nothing.
+        network: in float32, or in any dtype without ``dtype``.
+        dtype: dtype of autocast; ``None`` rounds nothing.
 
     Returns:
         A network that shares no tensor with the first.
     """
-    # What is in the memo is not copied: a large network never stands in memory twice in float32.
+    # Parameters in the memo are not copied: a large network is never in memory twice in float32.
     rounded: dict[int, Any] = {}
     if dtype is not None:
         modules = list(network.modules())
@@ -116,17 +114,17 @@ def frozen_copy(network: nn.Module, dtype: torch.dtype | None = None) -> nn.Modu
 
 
 class adapter_off:  # noqa: N801 (used like a function, as contextlib.suppress is)
-    """Inside, a network with an adapter is the network below it, in eval mode: the reference.
+    """Turns a network's adapter off inside the context, in eval mode: the network is then the reference.
 
-    Afterwards, also after an error, everything is as before: the adapter on, ``requires_grad`` and the mode of
-    every module. Autograd graphs made before stay good. May be entered again and again, once at a time: to list the
-    modules of a large network takes a while.
+    Afterwards, even after an error, the adapter, ``requires_grad`` and the mode of every module are restored. Autograd
+    graphs made before stay valid. A context may be entered repeatedly, but not nested: listing the modules of a large
+    network takes a while.
 
     Args:
         network: wrapped or not, prepared by :func:`prepare_lora`.
 
     Raises:
-        ValueError: a network without adapters.
+        ValueError: the network has no adapter.
     """
 
     reusable = True
@@ -153,11 +151,11 @@ class adapter_off:  # noqa: N801 (used like a function, as contextlib.suppress i
 
     def _turn_off(self) -> None:
         for layer in self._layers:
-            # What peft's enable_adapters() sets, without what it does besides: it switches requires_grad of every
-            # weight of the adapter, off and then on, whatever it was, which takes longer than all of the rest.
+            # Set directly: peft's enable_adapters() also switches requires_grad of every weight of the adapter, which
+            # takes longer than everything else here.
             layer._disable_adapters = True
-            # A layer that is off calls the one below it, after a look at all that it might do: 30 microseconds of a
-            # small layer's hundred. One whose forward has been replaced (accelerate's hooks) is left to itself.
+            # A disabled layer first checks several cases, in 30 of a small layer's 100 microseconds, so its base layer
+            # is called directly, unless its forward has been replaced (by accelerate's hooks).
             if "forward" not in layer.__dict__ and not layer.merged:
                 layer.__dict__["forward"] = layer.base_layer.__call__
                 self._direct.append(layer.__dict__)
@@ -175,19 +173,18 @@ class adapter_off:  # noqa: N801 (used like a function, as contextlib.suppress i
 def save_lora(
     family: Family, network: nn.Module, folder: str | Path, *, state: Mapping[str, Tensor] | None = None
 ) -> Path:
-    """Writes the adapter as ``pytorch_lora_weights.safetensors``, which ``pipeline.load_lora_weights(folder)`` takes.
+    """Writes the adapter as ``pytorch_lora_weights.safetensors``, for ``pipeline.load_lora_weights(folder)``.
 
-    The scale alpha / rank is in the weights (``lora_files.py`` says why), so that the adapter counts there what it
-    counted here.
+    The scale alpha / rank is multiplied into the weights (``lora_files.py`` says why).
 
     Args:
-        family: the network's.
+        family: the network's family.
         network: wrapped or not, prepared by :func:`prepare_lora`.
-        folder: created if it is missing; the file is written completely or not at all.
-        state: the network's tensors under its own names, where the network holds only a part of them (FSDP, ZeRO).
+        folder: created if it is missing; the file is written aside and renamed.
+        state: the network's tensors by name, if the network itself holds only a part of them (FSDP).
 
     Returns:
-        The file.
+        The path of the file.
     """
     from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
     from peft.utils import get_peft_model_state_dict
@@ -209,20 +206,17 @@ def save_lora(
 def save_full(
     family: Family, network: nn.Module, folder: str | Path, *, state: Mapping[str, Tensor] | None = None
 ) -> Path:
-    """Writes all weights to ``folder/<family.network>/``, as diffusers saves a pipeline's component.
+    """Writes all weights of a network without adapters to ``folder/<family.network>/``, as diffusers does.
 
-    ``Network.from_pretrained(folder, subfolder=family.network)`` loads it.
-
-    Args:
-        family, network, folder, state: as for :func:`save_lora`; a network without adapters.
+    ``Network.from_pretrained(folder, subfolder=family.network)`` loads them. Arguments are as for :func:`save_lora`.
 
     Returns:
-        The component's folder.
+        The path of the component's folder.
     """
     import diffusers
 
     whole = inner_network(network)
-    if state is not None:  # an empty network of the plain class takes the gathered tensors as they are
+    if state is not None:  # an empty network of the original class takes the gathered tensors
         with torch.device("meta"):
             whole = getattr(diffusers, family.network_class).from_config(whole.config)
         whole.load_state_dict(dict(state), assign=True)
@@ -235,20 +229,19 @@ def save_full(
 
 
 def load_saved(family: Family, network: nn.Module, folder: str | Path) -> None:
-    """Puts what :func:`save_lora` or :func:`save_full` wrote into a network prepared as it was for training.
+    """Loads weights of :func:`save_lora` or :func:`save_full` into a network that is prepared for training.
 
-    An adapter counts what it counted when it was saved, whatever the network's own alpha is. Its second factors come
-    back to a rounding of float32, since alpha / rank was multiplied in and is divided out; exactly where that is a
-    power of two.
+    An adapter keeps the strength it had when it was saved, for any alpha of the network. Its second factors are exact
+    up to float32 rounding, because alpha / rank was multiplied in and is divided out; exact if it is a power of two.
 
     Args:
-        family: the network's.
-        network: of :func:`prepare_lora`, with the same rank and targets, or of :func:`prepare_full`.
-        folder: that they wrote to.
+        family: the network's family.
+        network: prepared by :func:`prepare_lora`, with the same rank and targets, or by :func:`prepare_full`.
+        folder: folder of the saved weights.
 
     Raises:
-        FileNotFoundError: no such weights in the folder.
-        ValueError: weights of another network, adapter or rank; a damaged file.
+        FileNotFoundError: the folder has no such weights.
+        ValueError: the weights are of another network, adapter or rank, or a file is damaged.
     """
     if hasattr(network, "peft_config"):
         _load_lora(family, network, Path(folder))
@@ -267,8 +260,8 @@ def _load_lora(family: Family, network: Any, folder: Path) -> None:
         tensors[f"{module}.lora_A.weight"] = a
         tensors[f"{module}.lora_B.weight"] = scaled(b, config.r / config.lora_alpha)
     with _naming_file(file):
-        found: Any = set_peft_model_state_dict(network, tensors, adapter_name=ADAPTER)
-        wrong = found.unexpected_keys or [name for name in found.missing_keys if "lora_" in name]
+        keys: Any = set_peft_model_state_dict(network, tensors, adapter_name=ADAPTER)
+        wrong = keys.unexpected_keys or [name for name in keys.missing_keys if "lora_" in name]
         if wrong:
             raise RuntimeError(f"{wrong[0]} is in one of them alone")
 
@@ -287,7 +280,7 @@ def _load_full(family: Family, network: nn.Module, folder: Path) -> None:
 
 @contextmanager
 def _naming_file(file: Path) -> Iterator[None]:
-    """torch has a line for the network's class, and one for each tensor that differs: one of these is enough."""
+    """Shortens torch's errors, which have a line for each tensor that differs, to the first, and names the file."""
     try:
         yield
     except RuntimeError as error:
@@ -299,10 +292,10 @@ def _naming_file(file: Path) -> Iterator[None]:
 
 
 def check_targets(network: nn.Module, target_modules: Sequence[str]) -> None:
-    """Refuses targets of LoRA that a network does not have; no weights are looked at.
+    """Refuses targets of LoRA that a network does not have; needs no weights.
 
     Raises:
-        ValueError: no name, or one that is no linear layer or convolution.
+        ValueError: there is no target, or one is not a linear layer or convolution.
     """
     if not target_modules:
         raise ValueError(f"target_modules={list(target_modules)}: expected at least one name")

@@ -1,4 +1,4 @@
-"""The numbers around a VAE: pixels as floats, and the mean and scale of its latents."""
+"""Conversions around a VAE: pixels to floats, and the mean and scale of its latents."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor
 from sipo.files import FileError
 
 LATENT_PIXELS = 8
-"""Height and width in pixels of one latent, for the VAE of every family."""
+"""Height and width of one latent in pixels, for the VAE of every family."""
 
 
 def as_floats(pixels: Tensor) -> Tensor:
-    """Converts uint8 levels to float32 in [-1, 1], with the same bits on every device; floats stay as they are."""
+    """Converts uint8 pixels to float32 in [-1, 1], with the same bits on every device; leaves floats unchanged."""
     if pixels.dtype != torch.uint8:
         return pixels
     # Divided by a tensor, because GPUs divide by a Python number through its rounded inverse.
@@ -36,7 +36,7 @@ def latent_affine(config: Any, latents: Tensor) -> tuple[Tensor | float, Tensor 
 
 
 def check_latent_affine(file: Path, config: Mapping[str, Any]) -> None:
-    """Refuses values of a VAE's ``config.json`` that :func:`latent_affine` cannot calculate with.
+    """Refuses values in a VAE's ``config.json`` that :func:`latent_affine` cannot use.
 
     Raises:
         FileError: names the file, the key and the value.
@@ -53,7 +53,7 @@ def check_latent_affine(file: Path, config: Mapping[str, Any]) -> None:
             shown = reprlib.repr(values)
             raise FileError(f"{file}: {name}={shown}, expected {kind}, one for each of {channels} channels")
     for name, positive in (("scaling_factor", True), ("shift_factor", False)):
-        # Without the key, diffusers uses the default of the class. A VAE need not shift.
+        # Without the key, diffusers uses the default of the class. shift_factor may be null.
         value = config.get(name, 1.0)
         if not (_fits_float32(value, positive) or (value is None and not positive)):
             kind = "a positive number" if positive else "a finite number"

@@ -1,4 +1,4 @@
-"""Wan 2.1 text to video: rectified flow on clips, text through UMT5."""
+"""Wan 2.1 text to video: rectified flow on clips, with UMT5 as text encoder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sipo.families.vae import LATENT_PIXELS
 
 
 class Wan(Family):
-    """Wan 2.1: embeddings of 512 tokens, those after the prompt's end exactly zero."""
+    """Wan 2.1 (text to video): embeddings of 512 tokens, exactly zero after the end of the prompt."""
 
     name = "wan"
     pipeline_class = "WanPipeline"
@@ -30,12 +30,12 @@ class Wan(Family):
 
     def _check_index(self, path: str | Path, index: Mapping[str, Any]) -> None:
         super()._check_index(path, index)
-        for option in ("boundary_ratio", "expand_timesteps"):  # two networks, or a timestep for each token
+        for option in ("boundary_ratio", "expand_timesteps"):  # two networks, or a timestep per token
             if index.get(option):
                 raise ValueError(f"{path}: {option}={index[option]!r}, a Wan 2.2: expected a Wan 2.1 without it")
 
     def check_network_size(self, config: Any, height: int, width: int, frames: int) -> None:
-        """See :meth:`Family.check_network_size`: rotary embeddings are tabulated."""
+        """See :meth:`Family.check_network_size`: the table of rotary embeddings is limited."""
         super().check_network_size(config, height, width, frames)
         parts = [(frames - 1) // self.frame_stride + 1, height // LATENT_PIXELS, width // LATENT_PIXELS]
         patches = [count // part for count, part in zip(parts, config.patch_size, strict=True)]

@@ -127,7 +127,7 @@ def _check_network(run: RunContext) -> None:
     network: Any = family.empty_network(run.model_path, **model.hub_options)
     for height, width in data.sizes:
         try:
-            family.check_size(None, height, width, data.frames)
+            family.check_size(height, width, data.frames)
             family.check_network_size(network.config, height, width, data.frames)
         except ValueError as error:
             sizes = [list(size) for size in data.sizes]
