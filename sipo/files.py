@@ -183,7 +183,7 @@ def check_output(path: Path, begins: str, what: str) -> None:
     if path.exists() and check_regular(path).st_size:  # a FIFO or a device would be replaced by a file
         with path.open("rb") as file:
             if not re.match(begins.encode(), file.read(1 << 20)):
-                raise FileExistsError(f"{path}: is there already and not {what}, expected a new file")
+                raise FileExistsError(f"{path}: exists already, expected a new file or {what}")
     path.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(path.parent, os.W_OK):
         raise PermissionError(f"{path}: its folder may not be written to")

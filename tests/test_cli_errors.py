@@ -78,7 +78,7 @@ ONE_LINE = [
         lambda: torch.OutOfMemoryError("CUDA out of memory"),
         "out of memory; lower training.train_batch_size or data.sizes",
     ),
-    (lambda: RecursionError("maximum recursion depth exceeded"), "something that was read is nested too deeply"),
+    (lambda: RecursionError("maximum recursion depth exceeded"), "the input is nested too deeply"),
     (lambda: OtherProcessError("process 1: row 3 is bad"), "process 1: row 3 is bad"),
     (lambda: TrainingDivergedError("step 3"), "step 3"),
     (lambda: torch.distributed.DistNetworkError("timed out"), "the connection to the other processes is lost"),

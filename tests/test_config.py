@@ -177,15 +177,15 @@ def test_overrides_lie_over_the_file(tmp_path: Path) -> None:
         ),
         (
             {"model": {"tuning": "full", "reference_dtype": "float16"}, "training": {"mixed_precision": "bf16"}},
-            "model.reference_dtype='float16' with training.mixed_precision='bf16': expected no two half-precision",
+            "model.reference_dtype='float16' with training.mixed_precision='bf16': expected at most one half-precision",
         ),
         (
             {"model": {"dtype": "float16"}, "training": {"mixed_precision": "bf16"}},
-            "model.dtype='float16' with training.mixed_precision='bf16': expected no two half-precision",
+            "model.dtype='float16' with training.mixed_precision='bf16': expected at most one half-precision",
         ),
         (
             {"model": {"dtype": "bfloat16", "reference": "copy", "reference_dtype": "float16"}},
-            "model.dtype='bfloat16' with model.reference_dtype='float16': expected no two half-precision types",
+            "model.dtype='bfloat16' with model.reference_dtype='float16': expected at most one half-precision type",
         ),
         (
             {
@@ -193,7 +193,7 @@ def test_overrides_lie_over_the_file(tmp_path: Path) -> None:
                 "data": {"draws": 1, "reference_errors": True},
                 "training": {"mixed_precision": "bf16"},
             },
-            "model.reference_dtype='float16' with training.mixed_precision='bf16': expected no two half-precision",
+            "model.reference_dtype='float16' with training.mixed_precision='bf16': expected at most one half-precision",
         ),
         ({"data": {"reference_errors": True}}, "data.draws=0: expected at least 1"),
         ({"model": {"reference": "errors"}, "data": {"draws": 2}}, "data.reference_errors=False: expected True"),

@@ -112,11 +112,11 @@ def test_exit_code_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     for _ in range(2):  # only an earlier report is replaced
         assert run_check(path, frames=1, json_file=tmp_path / "report.json", rows=1, progress=False) == 1
     kept = path.read_bytes()
-    with pytest.raises(FileExistsError, match="is there already and not a report of `sipo data check`, expected a new"):
+    with pytest.raises(FileExistsError, match="exists already, expected a new file or a report of `sipo data check`"):
         run_check(path, json_file=path, progress=False)
     assert path.read_bytes() == kept
     (tmp_path / "config.json").write_text('{\n "a": 1\n}\n')
-    with pytest.raises(FileExistsError, match=r"config\.json: is there already and not a report"):
+    with pytest.raises(FileExistsError, match=r"config\.json: exists already, expected a new file or a report"):
         run_check(path, json_file=tmp_path / "config.json", progress=False)
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(FileError, match=r"fifo: is a FIFO, expected a file$"):

@@ -307,7 +307,7 @@ def test_a_checkpoint_of_another_format_is_one_line(tmp_path: Path, monkeypatch:
 def test_the_spread_of_gradient_norms_is_that_of_the_sample() -> None:
     window, accelerator = MetricWindow(CPU), Accelerator(cpu=True)
     norms = [300.0, math.nan, 300.01, 299.98, math.inf, 300.02]
-    for _ in range(2):  # the second window starts anew
+    for _ in range(2):  # the second window starts again
         for norm in norms:
             window.add_step(torch.tensor(norm))
         metrics, _, _ = window.read(accelerator)
@@ -487,7 +487,7 @@ def test_the_command_line_says_it_in_one_line(
     alarm = TrainingAlarmError(40, tmp_path, ["drift: model_mse 9"])
     monkeypatch.setattr("sipo.recipe.train.run_training", Mock(side_effect=alarm))
     assert cli.main(["train", str(example), place]) == 2
-    end = f"; `sipo train {example} {place} --resume` goes on from there\n"
+    end = f"; `sipo train {example} {place} --resume` continues from there\n"
     assert capsys.readouterr().err == f"sipo: error: step 40: drift: model_mse 9; alarms='stop'{end}"
     # How several processes were launched is not known.
     two = SimpleNamespace(num_processes=2, is_main_process=True)
@@ -499,7 +499,7 @@ def test_the_command_line_says_it_in_one_line(
 
     monkeypatch.setattr("sipo.recipe.train.run_training", interrupted)
     assert cli.main(["train", str(example), place]) == 130
-    end = "stopped after step 7; the same command with --resume goes on from there"
+    end = "stopped after step 7; the same command with --resume continues from there"
     assert capsys.readouterr().err == f"sipo: {end}\n"
     with suppress(OSError), open("/dev/full", "w") as full:  # closing it fails once more
         monkeypatch.setattr("sys.stdout", full)

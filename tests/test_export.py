@@ -341,7 +341,7 @@ def test_a_run_is_exported_under_its_name(
     torch.testing.assert_close(predictions("sdxl", pipeline.unet), predictions("sdxl", network), rtol=1e-5, atol=1e-5)
     # Nothing is lost that is there already.
     file.write_bytes(b"mine")
-    assert export(capsys, *words) == f"{file}: is there already; --force replaces it, --output names another"
+    assert export(capsys, *words) == f"{file}: exists already; --force replaces it, --output names another"
     assert file.read_bytes() == b"mine"
     monkeypatch.chdir(folder)
     assert export(capsys, ".", "--format", "kohya", "--force").startswith("cats-kohya.safetensors: 64 layers")
@@ -425,7 +425,7 @@ def test_what_cannot_be_exported_is_said_in_one_line(
     shutil.rmtree(where)
     assert export(capsys, *kohya, "--checkpoint", "latest") == f"--checkpoint latest: no checkpoint in {where}"
     shutil.rmtree(folder / "weights")
-    assert "not there, weights are saved at the end; --checkpoint" in export(capsys, *kohya)
+    assert "does not exist, weights are saved when a run ends; --checkpoint" in export(capsys, *kohya)
     with pytest.raises(SystemExit):
         cli.main(["export", str(folder), "--format", "a1111"])
     assert "invalid choice: 'a1111'" in capsys.readouterr().err

@@ -51,7 +51,7 @@ def test_a_whole_configuration_is_checked_too() -> None:
     model, data = ModelConfig("sd15", "path", dtype="float16"), DataConfig("pairs.jsonl", "cache")
     with pytest.raises(TypeError, match=r"^data='pairs.jsonl': expected a DataConfig$"):
         Config(model, "pairs.jsonl", TrainingConfig(1, "out"))  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"training.mixed_precision='bf16': expected no two half-precision types"):
+    with pytest.raises(ConfigError, match=r"training.mixed_precision='bf16': expected at most one half-precision type"):
         Config(model, data, TrainingConfig(1, "out", mixed_precision="bf16"))
 
 

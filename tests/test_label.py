@@ -240,14 +240,14 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_scored(t
     (tmp_path / "link.jsonl").symlink_to(source)
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "other.jsonl").write_text('{"prompt": "a", "candidates": ["a.png", "b.png"]}\n')
-    new = "and not pairs of `sipo label`, expected a new file"
+    new = "exists already, expected a new file or pairs of `sipo label`"
     refused = {
         "folder": "is a folder, expected a file",
         "fifo": "is a FIFO, expected a file",
         source.name: "is the source, expected a new file",
         "link.jsonl": "is the source, expected a new file",
-        "notes.txt": f"is there already {new}",
-        "other.jsonl": f"is there already {new}",
+        "notes.txt": new,
+        "other.jsonl": new,
     }
     for name, what in refused.items():
         with pytest.raises((OSError, FileError), match=f"^{tmp_path / name}: {what}"):

@@ -180,7 +180,7 @@ def test_a_folder_with_a_run_is_not_overwritten(trained: tuple[str, Path], capsy
     name, folder = trained
     assert cli.main(["train", str(example(name)), *options(folder, 9)]) == 2
     error = capsys.readouterr().err
-    assert "holds a run already (checkpoints/step-" in error and "--resume goes on with it" in error
+    assert "holds a run already (checkpoints/step-" in error and "--resume continues it" in error
     assert error.count("\n") == 1
     kept = (folder / "run" / "config.yaml").read_bytes()
     assert cli.main(["train", str(example(name)), *options(folder, 9), "--resume", "model.lora.alpha=9"]) == 2
@@ -223,7 +223,7 @@ def test_a_run_without_checkpoints_is_not_overwritten_either(
     for resume in ((), ("--resume",)):
         error = refused(capsys, *command, *resume)
         assert f"training.output_dir='{tmp_path / 'run'}' holds a run already (metrics.jsonl, weights): " in error
-        assert "no checkpoint to go on from; --overwrite replaces it, another training.output_dir keeps it" in error
+        assert "no checkpoint to continue from; --overwrite replaces it, another training.output_dir keeps it" in error
     assert contents(tmp_path / "run") == changed
 
 
@@ -478,7 +478,7 @@ def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(shared: Path, tmp_path: 
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output[-3000:]
     done = read_metrics(log)[-1]["step"]
-    assert f"stopped after step {done}; `sipo train {example('sd15')}" in output and "--resume` goes on" in output
+    assert f"stopped after step {done}; `sipo train {example('sd15')}" in output and "--resume` continues" in output
     assert (tmp_path / "run" / "checkpoints" / f"step-{done:08d}" / "state.json").is_file()
 
 

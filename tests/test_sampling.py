@@ -200,7 +200,7 @@ def test_a_look_that_fails_in_training_is_a_warning(tmp_path: Path) -> None:
     hook = policy.mid_block.register_forward_hook(fail)  # type: ignore[union-attr, arg-type]
     with pytest.raises(torch.OutOfMemoryError):
         look(0, policy)  # before anything is there to lose
-    warned = "step 3: no samples, the run goes on without them: OutOfMemoryError: out of memory. Tried to allocate"
+    warned = "step 3: no samples, the run continues without them: OutOfMemoryError: out of memory. Tried to allocate"
     with pytest.warns(TrainingWarning, match=warned):
         look(3, policy)
     assert all(module.training for module in policy.modules()) and not policy._forward_hooks
@@ -244,7 +244,7 @@ def test_one_process_that_fails_leaves_no_other_waiting(tmp_path: Path) -> None:
         warnings.simplefilter("always")
         in_threads(2, look)
     said = [str(each.message) for each in seen if isinstance(each.message, TrainingWarning)]
-    failed = "step 2: no samples, the run goes on without them: process 1: division by zero"
+    failed = "step 2: no samples, the run continues without them: process 1: division by zero"
     assert said == [failed]
 
 

@@ -317,10 +317,10 @@ def test_scores_are_the_runs_and_replace_nothing_else(
         for command, what in (("score", "scores of `sipo score`"), ("analyze", "a page of `sipo analyze`")):
             assert cli.main([command, str(run), "--output", str(path)]) == 2
             error = capsys.readouterr().err
-            assert error == f"sipo: error: {path}: is there already and not {what}, expected a new file\n"
+            assert error == f"sipo: error: {path}: exists already, expected a new file or {what}\n"
         assert path.read_bytes() == text
     page = ["analyze", str(example("sd15")), *options(trained, 3), "--output", str(run / "config.yaml")]
-    assert cli.main(page) == 2 and "is there already and not a page of" in capsys.readouterr().err
+    assert cli.main(page) == 2 and "exists already, expected a new file or a page of" in capsys.readouterr().err
 
 
 def test_held_out_is_said_of_the_data_that_was_trained_on_alone(

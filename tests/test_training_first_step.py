@@ -187,7 +187,7 @@ def test_a_run_from_the_same_weights_stops_before_anything_moves(tmp_path: Path,
     ) as caught:
         train(*arguments, settings(tmp_path, checkpointing_steps=1), accelerator=cpu, mismatch="raise")
     message = str(caught.value)
-    assert "\n" not in message and message.endswith("; alarms='off' trains all the same")
+    assert "\n" not in message and message.endswith("; alarms='off' trains anyway")
     assert ("errors of other weights or draws" in message) == (kind == "errors")
     assert same(policy, before) and read_metrics(tmp_path / "metrics.jsonl") == []
     assert not (tmp_path / "checkpoints").exists()

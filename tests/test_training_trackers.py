@@ -107,7 +107,7 @@ def test_a_tracker_that_fails_does_not_stop_training(tmp_path: Path) -> None:
     policy, reference = networks()
     with pytest.warns(TrainingWarning) as caught:
         result = train(policy, reference, loss(), Pairs(), predict, settings(tmp_path), accelerator=accelerator)
-    text = "tracker 'broken' failed, the run goes on: ConnectionError: the service is gone"
+    text = "tracker 'broken' failed, the run continues: ConnectionError: the service is gone"
     assert {str(warning.message) for warning in caught} == {text}
     assert [step for step, _ in sound.lines] == [1, 2, 3, 4] == [line["step"] for line in result.history]
 
@@ -198,7 +198,7 @@ def test_other_trackers_have_images_where_they_take_them(tmp_path: Path) -> None
     trackers = [KeepingImages("swanlab"), KeepingImages("clearml"), Keeping("plain"), KeepingImages("broken", True)]
     accelerator = types.SimpleNamespace(trackers=trackers)
     ((prompt, image),) = images(1)
-    with pytest.warns(TrainingWarning, match="tracker 'broken' failed, the run goes on: ConnectionError"):
+    with pytest.warns(TrainingWarning, match="tracker 'broken' failed, the run continues: ConnectionError"):
         log_images(accelerator, 3, [(prompt, image)])
     log_clips(accelerator, 3, clips(tmp_path))
     listed, alone, plain, _ = (tracker.lines for tracker in trackers)

@@ -132,7 +132,7 @@ def describe(error: Exception) -> str:
         advice = "lower training.dataloader_num_workers, data.sizes or data.frames, or use smaller files"
         return f"out of memory on the host; {advice}: {text}"
     if isinstance(error, RecursionError):
-        return f"something that was read is nested too deeply: {text}"
+        return f"the input is nested too deeply: {text}"
     # OSError: files; ValueError: ours for data, caches, checkpoints and configurations; FloatingPointError: of
     # loss.nonfinite=raise.
     if isinstance(error, (OSError, ValueError, FloatingPointError, ImportError, OtherProcessError)):
@@ -143,7 +143,7 @@ def describe(error: Exception) -> str:
     if package in _OF_PACKAGES:
         return f"{_OF_PACKAGES[package]}: {text}"
     if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
-        return f"{text}; where the system ended it for its memory, lower training.dataloader_num_workers"
+        return f"{text}; if the system killed it for lack of memory, lower training.dataloader_num_workers"
     return lost_connection(error) or (text if isinstance(error, _collective_errors()) else "")
 
 

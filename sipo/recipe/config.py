@@ -113,7 +113,7 @@ class Config:
         halves = {dtype: name for name, dtype in reversed(used.items()) if dtype != "float32"}  # the first of each type
         if len(halves) > 1:
             keys = " with ".join(reversed(halves.values()))
-            raise ConfigError(f"{keys}: expected no two half-precision types in a run")
+            raise ConfigError(f"{keys}: expected at most one half-precision type in a run")
 
     def as_dict(self) -> dict[str, Any]:
         """JSON and YAML values, every default filled in."""

@@ -79,7 +79,7 @@ def export_run(
         if parent.exists() and not parent.is_dir():
             raise ConfigError(f"--output {output}: {parent} is a file, expected a folder")
     if output.exists() and not force:
-        raise ConfigError(f"{output}: is there already; --force replaces it, --output names another")
+        raise ConfigError(f"{output}: exists already; --force replaces it, --output names another")
     if step is None:
         source, adapter = _of_weights(family, target / "weights")
     else:
@@ -107,7 +107,9 @@ def _of_weights(family: Family, folder: Path) -> tuple[Path, Adapter]:
 
     file = folder / LORA_WEIGHT_NAME_SAFE
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: not there, weights are saved at the end; --checkpoint exports a checkpoint")
+        raise FileNotFoundError(
+            f"{file}: does not exist, weights are saved when a run ends; --checkpoint exports a checkpoint"
+        )
     check_sums(folder)
     return file, read_adapter(family, file)
 

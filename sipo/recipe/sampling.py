@@ -90,7 +90,7 @@ class ValidationSamples:
                 raise
             if accelerator.is_main_process:
                 reason = str(error) if isinstance(error, _PLAIN) else f"{type(error).__name__}: {error}"
-                message = f"step {step}: no samples, the run goes on without them: {' '.join(reason.split())}"
+                message = f"step {step}: no samples, the run continues without them: {' '.join(reason.split())}"
                 warnings.warn(message, TrainingWarning, stacklevel=2)
         free_memory()  # it may have been out of it
 

@@ -155,19 +155,13 @@ def _check_folder(training: TrainingConfig, resume: bool, overwrite: bool = Fals
     if resume and found.checkpoints:
         return True
     held = f"training.output_dir={str(training.output_dir)!r} holds a run already ({found}): "
+    others = "--overwrite replaces it, another training.output_dir keeps it"
     if found.checkpoints:
-        raise ConfigError(
-            f"{held}--resume goes on with it, --overwrite replaces it, another training.output_dir keeps it"
-        )
+        raise ConfigError(f"{held}--resume continues it, {others}")
     if found.weights:
-        raise ConfigError(
-            f"{held}it has no checkpoint to go on from; --overwrite replaces it, another training.output_dir keeps it"
-        )
+        raise ConfigError(f"{held}it has no checkpoint to continue from; {others}")
     if not resume:
-        raise ConfigError(
-            f"{held}it has no checkpoint yet; --resume starts it over and keeps the log that is there, --overwrite "
-            "replaces it, another training.output_dir keeps it"
-        )
+        raise ConfigError(f"{held}it has no checkpoint yet; --resume starts it over and keeps its log, {others}")
     return False
 
 

@@ -120,7 +120,7 @@ class FirstStep:
         what = "their predictions differ by"
         if not self.same_pass:
             what = "the errors imply that predictions differ by at least"
-        measured = f"{what} {difference:.2g} times their size, and a logit is {logit:.2g} where 0 is due"
+        measured = f"{what} {difference:.2g} times their size, and a logit is {logit:.2g} where 0 is expected"
         if not beyond and self.same_pass:
             return False, (
                 f"policy and reference round differently before training: {measured}; their kernels or types differ, "
@@ -166,7 +166,7 @@ def check_start(first: FirstStep, config: TrainingConfig, mismatch: Mismatch) ->
     beyond, message = first.judge(found)
     if message is not None and config.alarms != "off":
         if beyond and mismatch == "raise":
-            raise TrainingMismatchError(f"step 1: {message}; alarms='off' trains all the same")
+            raise TrainingMismatchError(f"step 1: {message}; alarms='off' trains anyway")
         if main:
             warnings.warn(f"step 1: {message}", TrainingWarning, stacklevel=2)
     return found

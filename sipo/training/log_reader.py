@@ -180,7 +180,7 @@ def _parse(text: bytes, fault: Callable[[dict[str, Any]], str]) -> dict[str, Any
         raise FileError("no JSON object")
     step = line.get("step")
     if not is_count(step, 1):
-        raise FileError(f"step={show(step)}, expected an integer from 1 on" if "step" in line else "no step")
+        raise FileError(f"step={show(step)}, expected an integer of at least 1" if "step" in line else "no step")
     if reason := fault(line):
         raise FileError(reason)
     return line

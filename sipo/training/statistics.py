@@ -171,7 +171,7 @@ def statistics_fault(line: dict[str, Any]) -> str:
         return f"kind={show(kind)}, expected discrete or flow"
     for name in ("levels", "bins"):
         if not is_count(line[name], 1):
-            return f"{name}={show(line[name])}, expected an integer from 1 on"
+            return f"{name}={show(line[name])}, expected an integer of at least 1"
     if not is_count(line["pairs"]):
         return f"pairs={show(line['pairs'])}, expected a count"
     for name in ("count", "nonfinite", *MEANS):

@@ -175,5 +175,5 @@ def _each(trackers: Sequence[Any], work: Callable[[Any], object]) -> None:
         try:
             work(tracker)
         except Exception as error:  # whatever a service or its client may raise
-            text = f"tracker {tracker.name!r} failed, the run goes on: {type(error).__name__}: {one_line(error)}"
+            text = f"tracker {tracker.name!r} failed, the run continues: {type(error).__name__}: {one_line(error)}"
             warnings.warn(text, TrainingWarning, stacklevel=3)
