@@ -99,7 +99,7 @@ def seed_process(seed: int, process: int) -> None:
     np.random.seed(own % (1 << 32))
 
 
-def get_state(device: torch.device) -> tuple[dict[str, Tensor], str]:
+def get_random_state(device: torch.device) -> tuple[dict[str, Tensor], str]:
     """States of the process's generators: torch's as tensors, Python's and NumPy's as JSON."""
     import numpy as np
 
@@ -111,8 +111,8 @@ def get_state(device: torch.device) -> tuple[dict[str, Tensor], str]:
     return tensors, json.dumps(host, default=np.ndarray.tolist)
 
 
-def set_state(tensors: dict[str, Tensor], text: str, device: torch.device) -> None:
-    """Undoes :func:`get_state`."""
+def set_random_state(tensors: dict[str, Tensor], text: str, device: torch.device) -> None:
+    """Undoes :func:`get_random_state`."""
     import numpy as np
 
     host = json.loads(text)
@@ -126,10 +126,10 @@ def set_state(tensors: dict[str, Tensor], text: str, device: torch.device) -> No
 
 
 @contextmanager
-def kept(device: torch.device) -> Iterator[None]:
-    """Puts the process's generators back to where they were, whatever is drawn inside."""
-    tensors, text = get_state(device)
+def preserve_random_state(device: torch.device) -> Iterator[None]:
+    """Restores the process's generators at the end, whatever is drawn inside."""
+    tensors, text = get_random_state(device)
     try:
         yield
     finally:
-        set_state(tensors, text, device)
+        set_random_state(tensors, text, device)

@@ -324,8 +324,7 @@ def test_without_ratio_scale() -> None:
 
 
 def poisoned(kind: float, masked: bool) -> dict[str, Any]:
-    """Three pairs; pair 1's chosen sample holds one bad element, its rejected sample is at the terminal step if "
-    "``masked``."""
+    """Three pairs; pair 1's chosen sample holds one bad element; ``masked``: the rejected one is at the last step."""
     batch = make_batch(7, 3, scale=0.01)
     batch["model_pred"][1, 0, 1] = kind
     if masked:

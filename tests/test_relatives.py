@@ -162,8 +162,7 @@ PAIR_VALUES: list[tuple[dict[str, Any], float, list[float], list[list[float]]]] 
 
 
 def at_logits(z: list[float]) -> dict[str, Any]:
-    """Pairs of one element with exactly these logits at β = 2, in float64; the chosen sample's gradient is −ℓ'(z) "
-    "· 2/B."""
+    """Pairs of one element with exactly these logits at β = 2; the chosen sample's gradient is −ℓ'(z) · 2/B."""
     logits = torch.tensor(z, dtype=F64, device=DEVICE)
     ones = torch.ones(2 * len(z), dtype=F64, device=DEVICE)
     return {

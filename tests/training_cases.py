@@ -50,8 +50,7 @@ def predict(module: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Any)
 
 
 class Pairs:
-    """Chosen samples are bright, rejected samples dark; ``augment`` draws from every generator that a data set may "
-    "use."""
+    """Chosen samples are bright, rejected ones dark; ``augment`` draws from every generator that there is."""
 
     def __init__(self, count: int = 24, augment: bool = False, fail_after: int | None = None) -> None:
         generator = torch.Generator().manual_seed(3)

@@ -20,13 +20,11 @@ In the study of docs/alignment.md no run whose samples were read as asked for ni
 every run that was read right less than seven times in ten was above 4.
 """
 COLLAPSE_GROWTH = 0.5
-"""Of the reference's error: the chosen sample's must have grown by more before its growth beside the rejected "
-"sample's says anything."""
+"""Times the reference's error: until the chosen sample's error has grown by more, its growth says nothing."""
 COLLAPSE_SHARE = 0.85
-"""Of the growth of the rejected sample's error: where the chosen sample's has as much, hardly anything of it is
-preference.
+"""Times the growth of the rejected sample's error: where the chosen sample's grows by more, little of it is preference.
 
-In the same study 0.84 was the most of the good runs.
+In the same study no good run had more than 0.84.
 """
 
 
@@ -71,10 +69,8 @@ _ALARMS = {
         collapsing,
         ("chosen_gap", "rejected_gap", "ref_mse"),
         f"chosen_gap {{:.4g}} has stayed over {COLLAPSE_SHARE:g} times rejected_gap {{:.4g}} and over "
-        f"{COLLAPSE_GROWTH:g} "
-        f"times ref_mse {{:.4g}} for {ALARM_LINES} log lines, so the model gets worse at chosen samples nearly as "
-        "much as at "
-        "rejected samples; stop earlier, lower the learning rate or raise beta",
+        f"{COLLAPSE_GROWTH:g} times ref_mse {{:.4g}} for {ALARM_LINES} log lines, so the model gets worse at chosen "
+        "samples nearly as much as at rejected samples; stop earlier, lower the learning rate or raise beta",
     ),
 }
 

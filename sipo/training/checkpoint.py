@@ -23,14 +23,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from sipo import seeds as randomness
 from sipo.cache.weights import is_weights, weights_change
 from sipo.files import check_safetensors, load_tensors, one_line, save_tensors, short
 from sipo.loss import SIPOLoss
 from sipo.processes import everywhere, is_collective, is_out_of_memory
 from sipo.protocols import PairDataset, PairLoss
-from sipo.training import sharding as sharded
-from sipo.training import storage
+from sipo.seeds import get_random_state, set_random_state
+from sipo.training import sharding, storage
 from sipo.training.config import CheckpointError, TrainingConfig
 from sipo.training.optimization import Average
 from sipo.training.storage import found
@@ -74,8 +73,8 @@ def save_checkpoint(
         TypeError: the optimiser holds a value that is neither a tensor nor JSON.
     """
     main = accelerator.is_main_process
-    shared = {_MODEL: sharded.gather_weights(model, keep=main)}
-    shared[_OPTIMIZER], settings = _flatten(sharded.gather_optimizer(optimizer, keep=main))
+    shared = {_MODEL: sharding.gather_weights(model, keep=main)}
+    shared[_OPTIMIZER], settings = _flatten(sharding.gather_optimizer(optimizer, keep=main))
     if average is not None:
         shared[_AVERAGE] = average.tensors()
     name = _process(accelerator.process_index)
@@ -147,8 +146,8 @@ def load_checkpoint(
     state, weights, moments, averaged, window = everywhere(accelerator, read)
     step: int = state["step"]
     with reading(folder):
-        sharded.load_weights(model, weights)
-        sharded.load_optimizer(optimizer, moments)
+        sharding.load_weights(model, weights)
+        sharding.load_optimizer(optimizer, moments)
         if average is not None:
             average.load(averaged, step)
         if accelerator.scaler is not None:
@@ -307,7 +306,7 @@ def _difference(name: str, was: Any, now: Any) -> str:
 
 
 def _check_model(folder: Path, weights: dict[str, Tensor], model: nn.Module) -> None:
-    wanted = sharded.trained(model)
+    wanted = sharding.trained(model)
     for name in sorted(weights.keys() ^ wanted.keys()):
         holder, other = ("checkpoint", "policy") if name in weights else ("policy", "checkpoint")
         raise CheckpointError(f"{folder}: {name!r} is in the {holder} and not in the {other}, expected one model")
@@ -342,8 +341,8 @@ def _process(index: int) -> str:
 
 
 def _save_process(path: Path, window: dict[str, Tensor], device: torch.device) -> None:
-    tensors, text = randomness.get_state(device)
-    tensors.update({f"window.{name}": sharded.host_copy(tensor) for name, tensor in window.items()})
+    tensors, text = get_random_state(device)
+    tensors.update({f"window.{name}": sharding.host_copy(tensor) for name, tensor in window.items()})
     save_tensors(path, tensors, {"host_rng": text})
 
 
@@ -353,5 +352,5 @@ def _load_process(path: Path, device: torch.device) -> dict[str, Tensor]:
     with safe_open(path, framework="pt") as file:
         text = file.metadata()["host_rng"]
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    randomness.set_state(tensors, text, device)
+    set_random_state(tensors, text, device)
     return {name.removeprefix("window."): t for name, t in tensors.items() if name.startswith("window.")}

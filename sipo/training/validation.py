@@ -14,11 +14,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from sipo import seeds as randomness
 from sipo.batch import PairBatch
 from sipo.loss import SIPOLoss
 from sipo.protocols import PairDataset, PairLoss
-from sipo.seeds import RandomStream, derive_seed
+from sipo.seeds import RandomStream, derive_seed, preserve_random_state
 from sipo.training.config import TrainingConfig
 from sipo.training.forward import PairForward
 from sipo.training.sharding import is_compiled, reshard, unwrapped
@@ -89,7 +88,7 @@ class Validation:
         network = policy if is_compiled(policy) else unwrapped(policy)
         if plain is None or self.accelerator.is_fsdp2:  # which gathers weights where the compiled network is called
             plain = network
-        with randomness.kept(self.accelerator.device), torch.no_grad(), _eval(network), _eval(plain):
+        with preserve_random_state(self.accelerator.device), torch.no_grad(), _eval(network), _eval(plain):
             metrics = self._measure(network) if self.batches else {}
             if self.hook is not None:
                 self.hook(step, plain)
