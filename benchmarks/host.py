@@ -2,9 +2,9 @@
 
 Microseconds until a call returns, on batches so small that the rest is overhead: ``pair_loss`` forward and backward for
 one SD1.5 pair; and the loss of a training pass (with metrics and statistics by noise level, and the backward for an
-upstream gradient of 1/8) with its parts by themselves. Loops of many calls take turns in a random order, nothing is cleared
-between them, and the results file has median and quartiles over the loops, for one call. Timings are results, never
-assertions.
+upstream gradient of 1/8) with its parts by themselves. Loops of many calls take turns in a random order, nothing is
+cleared between them, and the results file has median and quartiles over the loops, for one call. Timings are results,
+never assertions.
 """
 
 from __future__ import annotations

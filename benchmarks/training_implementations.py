@@ -196,7 +196,7 @@ class Bench:
         Taken with a policy that has moved a little, so that the reference counts. The second dictionary has the ways
         that are wrong or fail: name → why.
         """
-        found: dict[str, float] = {}
+        errors: dict[str, float] = {}
         failed: dict[str, str] = {}
         limit = MAX_ERROR[self.setup.case.precision]
         for lora, trained in self.trained.items():
@@ -213,13 +213,13 @@ class Bench:
                 except Exception as problem:  # whatever an implementation dies of is a result, not the benchmark's end
                     failed[way.name] = f"{type(problem).__name__}: {(str(problem) or '?').splitlines()[0][:200]}"
                     continue
-                found[way.name] = error
+                errors[way.name] = error
                 if not error <= limit:  # NaN is no number below the limit
                     failed[way.name] = f"wrong gradient, not timed: relative error {error:.3g}"
             with torch.no_grad():
                 for p, value in zip(trained.parameters, kept, strict=True):
                     p.copy_(value)
-        return found, failed
+        return errors, failed
 
     def resident_mb(self, way: Implementation) -> float:
         """Weights, reference and AdamW's moments between two steps, in MB (1e6 bytes)."""

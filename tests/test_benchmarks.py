@@ -567,7 +567,7 @@ def test_a_gpu_run_counts_launches_at_its_end(gpu: FakeDevice, tmp_path: Path, m
     )
     monkeypatch.setattr(suite, "lacks_memory", lambda case, device: None)
     monkeypatch.setattr(suite, "extra_memory_mb", lambda call, device, before: 1.5)
-    monkeypatch.setattr(suite, "launched", lambda call: ["kernel"] * 7)
+    monkeypatch.setattr(suite, "launched", lambda call, before: ["kernel"] * 7)
     monkeypatch.setattr(suite.backends, "choose", lambda backend, device: "eager")
     monkeypatch.setattr(baselines, "available", lambda device: (["eager"], {"sipo cuda": "not built"}))
     small_cases(monkeypatch, small=(4, 8, 8))

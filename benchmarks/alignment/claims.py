@@ -59,14 +59,14 @@ LOW_NOISE = 63
 """Timesteps below it are those that the published work calls uninformative (docs/math.md §3)."""
 
 
-def _over_beta(found: Results, what: What, method: str) -> list[Estimate]:
-    return [found.estimate(what, Cell(method=method, beta=b)) for b in BETAS]
+def _over_beta(results: Results, what: What, method: str) -> list[Estimate]:
+    return [results.estimate(what, Cell(method=method, beta=b)) for b in BETAS]
 
 
-def learns(found: Results) -> Claim:
-    floor = found.estimate(reward, Cell(method=SFT, beta=0.0))
-    base = found.bases["digits"]["rewards"]["ink"]
-    best = {m: max(_over_beta(found, reward, m), key=lambda e: e.mean) for m in METHODS}
+def learns(results: Results) -> Claim:
+    floor = results.estimate(reward, Cell(method=SFT, beta=0.0))
+    base = results.bases["digits"]["rewards"]["ink"]
+    best = {m: max(_over_beta(results, reward, m), key=lambda e: e.mean) for m in METHODS}
     listed = ", ".join(f"{NAMES[m]} {e}" for m, e in best.items())
     return Claim(
         "every method goes beyond fine-tuning",
@@ -76,8 +76,8 @@ def learns(found: Results) -> Claim:
     )
 
 
-def sensitive(found: Results) -> Claim:
-    means = {m: [e.mean for e in _over_beta(found, reward, m)] for m in METHODS}
+def sensitive(results: Results) -> Claim:
+    means = {m: [e.mean for e in _over_beta(results, reward, m)] for m in METHODS}
     within = {m: max(v) - min(v) for m, v in means.items()}
     between = max(max(v[i] for v in means.values()) - min(v[i] for v in means.values()) for i in range(len(BETAS)))
     listed = ", ".join(f"{NAMES[m]} {spread:.2f}" for m, spread in within.items())
@@ -89,8 +89,8 @@ def sensitive(found: Results) -> Claim:
     )
 
 
-def agreement_needs_beta(found: Results) -> Claim:
-    low, default, high = (found.estimate(agreement, SIPO.like(beta=b)) for b in (200.0, 1000.0, 5000.0))
+def agreement_needs_beta(results: Results) -> Claim:
+    low, default, high = (results.estimate(agreement, SIPO.like(beta=b)) for b in (200.0, 1000.0, 5000.0))
     return Claim(
         "a small β destroys the images",
         f"SIPO's samples are read as the digit asked for in {low.plain()} of cases at β = 200, {default.plain()} at "
@@ -99,9 +99,9 @@ def agreement_needs_beta(found: Results) -> Claim:
     )
 
 
-def _distance_at(found: Results, method: str, wanted: float) -> list[float]:
+def _distance_at(results: Results, method: str, wanted: float) -> list[float]:
     """Distance to the data where a method's curve over β reaches a reward, by seed, interpolated in between."""
-    cells = [found.of(Cell(method=method, beta=b)) for b in BETAS]
+    cells = [results.of(Cell(method=method, beta=b)) for b in BETAS]
     out = []
     for records in zip(*cells, strict=True):
         points = sorted((reward(r), distance(r)) for r in records if not r.get("diverged"))
@@ -111,22 +111,22 @@ def _distance_at(found: Results, method: str, wanted: float) -> list[float]:
     return out
 
 
-def one_frontier(found: Results) -> Claim:
+def one_frontier(results: Results) -> Claim:
     wanted = 0.0
-    at = {m: estimate(_distance_at(found, m, wanted)) for m in METHODS}
+    at = {m: estimate(_distance_at(results, m, wanted)) for m in METHODS}
     listed = ", ".join(f"{NAMES[m]} {e.plain(1)}" for m, e in at.items())
     dpo = at["diffusion_dpo"]
-    apart = [m for m, e in at.items() if abs(e.mean - dpo.mean) > e.half + dpo.half]
+    off_curve = [m for m, e in at.items() if abs(e.mean - dpo.mean) > e.half + dpo.half]
     return Claim(
         "all methods trade reward for distance along one curve",
         f"Where its curve over β passes a reward of {wanted:+.1f}, each method's samples are as far from the data as "
         f"the others': {listed}.",
-        not apart,
+        not off_curve,
     )
 
 
-def sipo_goes_further(found: Results) -> Claim:
-    by_beta = {b: found.difference(reward, SIPO.like(beta=b), DPO.like(beta=b)) for b in BETAS}
+def sipo_goes_further(results: Results) -> Claim:
+    by_beta = {b: results.difference(reward, SIPO.like(beta=b), DPO.like(beta=b)) for b in BETAS}
     listed = ", ".join(f"{e} at {b:g}" for b, e in by_beta.items())
     middle = by_beta[1000.0]
     return Claim(
@@ -143,8 +143,8 @@ def _below(levels: Sequence[float], values: Any, bound: float) -> float:
     return float(curve[fine < bound].sum() / curve.sum())
 
 
-def variance_at_low_noise(found: Results) -> Claim:
-    records = found.of(DPO)
+def variance_at_low_noise(results: Results) -> Claim:
+    records = results.of(DPO)
     levels = records[0]["probe_base"]["levels"]
     at_base = estimate([_below(levels, r["probe_base"]["variance"]["diffusion_dpo"], LOW_NOISE) for r in records])
     later = estimate([_below(levels, r["probe"]["variance"]["diffusion_dpo"], LOW_NOISE) for r in records])
@@ -168,17 +168,17 @@ def variance_at_low_noise(found: Results) -> Claim:
     )
 
 
-def low_noise_teaches_least(found: Results) -> Claim:
-    records = found.of(DPO)
+def low_noise_teaches_least(results: Results) -> Claim:
+    records = results.of(DPO)
     levels = records[0]["probe_base"]["levels"]
 
     def worth(low: float, high: float) -> Estimate:
         chosen = [i for i, level in enumerate(levels) if low <= level < high]
-        found_by_seed = []
+        by_seed = []
         for record in records:
             variance, signal = (record["probe_base"][name]["diffusion_dpo"] for name in ("variance", "signal"))
-            found_by_seed.append(sum(signal[i] for i in chosen) / sum(variance[i] for i in chosen))
-        return estimate(found_by_seed)
+            by_seed.append(sum(signal[i] for i in chosen) / sum(variance[i] for i in chosen))
+        return estimate(by_seed)
 
     low, high = worth(0, LOW_NOISE), worth(250, 1001)
     return Claim(
@@ -189,8 +189,8 @@ def low_noise_teaches_least(found: Results) -> Claim:
     )
 
 
-def mask_stops_training(found: Results) -> Claim:
-    ends = {b: found.estimate(active_at_end, SIPO.like(beta=b)) for b in BETAS}
+def mask_stops_training(results: Results) -> Claim:
+    ends = {b: results.estimate(active_at_end, SIPO.like(beta=b)) for b in BETAS}
     listed = ", ".join(f"{e.plain()} at {b:g}" for b, e in ends.items())
     return Claim(
         "at β = 20 the mask has stopped most pairs by the end",
@@ -199,10 +199,12 @@ def mask_stops_training(found: Results) -> Claim:
     )
 
 
-def smaller_not_steadier(found: Results) -> Claim:
-    norms, spreads = ([found.estimate(what, c).plain() for c in (DPO, SIPO)] for what in (grad_norm, grad_norm_spread))
-    change = found.difference(lambda r: math.log(grad_norm(r)), SIPO, DPO)
-    steadier = found.difference(grad_norm_spread, SIPO, DPO)
+def smaller_not_steadier(results: Results) -> Claim:
+    norms, spreads = (
+        [results.estimate(what, c).plain() for c in (DPO, SIPO)] for what in (grad_norm, grad_norm_spread)
+    )
+    change = results.difference(lambda r: math.log(grad_norm(r)), SIPO, DPO)
+    steadier = results.difference(grad_norm_spread, SIPO, DPO)
     return Claim(
         "the mask makes the gradient smaller, not steadier",
         f"At β = 1000 the gradient's norm is {norms[0]} with Diffusion-DPO and {norms[1]} with SIPO; its standard "
@@ -211,11 +213,13 @@ def smaller_not_steadier(found: Results) -> Claim:
     )
 
 
-def chosen_get_worse(found: Results) -> Claim:
-    chosen, rejected = ([found.estimate(what, SIPO.like(beta=b)) for b in BETAS] for what in (chosen_gap, rejected_gap))
+def chosen_get_worse(results: Results) -> Claim:
+    chosen, rejected = (
+        [results.estimate(what, SIPO.like(beta=b)) for b in BETAS] for what in (chosen_gap, rejected_gap)
+    )
     rows = list(zip(BETAS, chosen, rejected, strict=True))
     listed = ", ".join(f"{chosen.mean:+.2f} and {rejected.mean:+.2f} at {b:g}" for b, chosen, rejected in rows)
-    every = [found.estimate(chosen_gap, Cell(method=m, beta=b)) for m in METHODS for b in BETAS if b <= 5000]
+    every = [results.estimate(chosen_gap, Cell(method=m, beta=b)) for m in METHODS for b in BETAS if b <= 5000]
     return Claim(
         "chosen samples get worse with every method, and rejected samples more",
         "The errors of chosen and rejected samples at the end less the reference's, as shares of it, for SIPO by "
@@ -224,11 +228,11 @@ def chosen_get_worse(found: Results) -> Claim:
     )
 
 
-def alarms_tell(found: Results) -> Claim:
+def alarms_tell(results: Results) -> Claim:
     good: list[tuple[bool, float, float]] = []
     broken: list[tuple[bool, float, float]] = []
     for method, b in itertools.product(METHODS, BETAS):
-        for record in found.of(Cell(method=method, beta=b)):
+        for record in results.of(Cell(method=method, beta=b)):
             end = record["end"]
             alarm = drifted(end["model_mse"], end["ref_mse"]) or collapsing(
                 end["chosen_gap"], end["rejected_gap"], end["ref_mse"]
@@ -246,10 +250,10 @@ def alarms_tell(found: Results) -> Claim:
     )
 
 
-def implicit_reward_knows(found: Results) -> Claim:
-    own = {m: found.estimate(held_out, Cell(method=m)) for m in METHODS}
-    base = {m: found.estimate(lambda r: float(r["accuracy"]["base"]["ink"]), Cell(method=m)) for m in METHODS}
-    other = {m: found.estimate(lambda r: float(r["accuracy"]["data"]["slant"]), Cell(method=m)) for m in METHODS}
+def implicit_reward_knows(results: Results) -> Claim:
+    own = {m: results.estimate(held_out, Cell(method=m)) for m in METHODS}
+    base = {m: results.estimate(lambda r: float(r["accuracy"]["base"]["ink"]), Cell(method=m)) for m in METHODS}
+    other = {m: results.estimate(lambda r: float(r["accuracy"]["data"]["slant"]), Cell(method=m)) for m in METHODS}
 
     def listed(table: dict[str, Estimate]) -> str:
         return f"{min(e.mean for e in table.values()):.2f} to {max(e.mean for e in table.values()):.2f}"
@@ -263,10 +267,10 @@ def implicit_reward_knows(found: Results) -> Claim:
     )
 
 
-def diversity_for_reward(found: Results) -> Claim:
+def diversity_for_reward(results: Results) -> Claim:
     cells = [Cell(method=m, beta=b) for m in METHODS for b in BETAS]
-    x = [found.estimate(reward, c).mean for c in cells]
-    y = [found.estimate(diversity, c).mean for c in cells]
+    x = [results.estimate(reward, c).mean for c in cells]
+    y = [results.estimate(diversity, c).mean for c in cells]
     correlation = float(np.corrcoef(x, y)[0, 1])
     return Claim(
         "reward is paid for in diversity",

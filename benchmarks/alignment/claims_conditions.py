@@ -11,10 +11,10 @@ from benchmarks.alignment.variants import PARTS, RELATIVES, SFT
 from sipo_kernels.options import METHODS
 
 
-def parts_of_sipo(found: Results) -> Claim:
-    dpo, whole = (found.estimate(distance, cell) for cell in (DPO, SIPO))
+def parts_of_sipo(results: Results) -> Claim:
+    dpo, whole = (results.estimate(distance, cell) for cell in (DPO, SIPO))
     names = ("mask alone", "clipped weight alone", "weight alone", "mask by the reference")
-    deltas = {n: found.difference(distance, SIPO.like(variant=n), SIPO) for n in names}
+    deltas = {n: results.difference(distance, SIPO.like(variant=n), SIPO) for n in names}
     listed = ", ".join(f"{n} {e}" for n, e in deltas.items())
     return Claim(
         "the mask does most of what SIPO does",
@@ -24,11 +24,11 @@ def parts_of_sipo(found: Results) -> Claim:
     )
 
 
-def threshold_and_stride(found: Results) -> Claim:
+def threshold_and_stride(results: Results) -> Claim:
     names = [name for name in PARTS if name.startswith("threshold") or name.endswith("steps")]
     cells = {name: SIPO.like(variant=name) for name in names}
-    changes = {name: found.difference(reward, cell, SIPO) for name, cell in cells.items()}
-    active = {name: found.estimate(active_at_end, cell).mean for name, cell in cells.items()}
+    changes = {name: results.difference(reward, cell, SIPO) for name, cell in cells.items()}
+    active = {name: results.estimate(active_at_end, cell).mean for name, cell in cells.items()}
     listed = ", ".join(f"{name} {active[name]:.2f}, {changes[name]}" for name in names)
     return Claim(
         "threshold and sampler steps only set how much is masked",
@@ -37,14 +37,14 @@ def threshold_and_stride(found: Results) -> Claim:
     )
 
 
-def _changed(found: Results, **changes: Any) -> tuple[list[Estimate], str]:
+def _changed(results: Results, **changes: Any) -> tuple[list[Estimate], str]:
     """What a changed condition does to each method's reward at β = 1000, seed by seed; and the same as text."""
-    found_by = {m: found.difference(reward, Cell(method=m).like(**changes), Cell(method=m)) for m in METHODS}
+    found_by = {m: results.difference(reward, Cell(method=m).like(**changes), Cell(method=m)) for m in METHODS}
     return list(found_by.values()), ", ".join(f"{NAMES[m]} {e}" for m, e in found_by.items())
 
 
-def on_policy(found: Results) -> Claim:
-    changes, listed = _changed(found, source="base")
+def on_policy(results: Results) -> Claim:
+    changes, listed = _changed(results, source="base")
     return Claim(
         "pairs of the base model's own samples teach the same",
         f"The reward with pairs of base samples less that with real pairs, at β = 1000: {listed}.",
@@ -52,8 +52,8 @@ def on_policy(found: Results) -> Claim:
     )
 
 
-def noise(found: Results) -> Claim:
-    changes, listed = _changed(found, noise=0.3)
+def noise(results: Results) -> Claim:
+    changes, listed = _changed(results, noise=0.3)
     return Claim(
         "wrong labels cost reward",
         f"With 30 % of the labels wrong, less with none, at β = 1000: {listed}.",
@@ -61,8 +61,8 @@ def noise(found: Results) -> Claim:
     )
 
 
-def few_pairs(found: Results) -> Claim:
-    changes, listed = _changed(found, fraction=0.1)
+def few_pairs(results: Results) -> Claim:
+    changes, listed = _changed(results, fraction=0.1)
     return Claim(
         "a tenth of the pairs is enough for this reward",
         f"With 400 of the 4,000 pairs, less with all, at β = 1000: {listed}.",
@@ -70,11 +70,11 @@ def few_pairs(found: Results) -> Claim:
     )
 
 
-def slant_is_harder(found: Results) -> Claim:
+def slant_is_harder(results: Results) -> Claim:
     slanted = {m: Cell(method=m, reward="slant", beta=0.0 if m == SFT else 1000.0) for m in (*METHODS, SFT)}
-    rows = {m: found.estimate(reward, cell) for m, cell in slanted.items()}
-    base, spread = (found.bases["digits"][name]["slant"] for name in ("rewards", "real_spread"))
-    ranked = found.estimate(held_out, slanted["sipo"])
+    rows = {m: results.estimate(reward, cell) for m, cell in slanted.items()}
+    base, spread = (results.bases["digits"][name]["slant"] for name in ("rewards", "real_spread"))
+    ranked = results.estimate(held_out, slanted["sipo"])
     listed = ", ".join(f"{NAMES[m]} {e.mean:+.3f} ± {e.half:.3f}" for m, e in rows.items())
     return Claim(
         "slant is hardly learnt in 300 steps",
@@ -84,9 +84,9 @@ def slant_is_harder(found: Results) -> Claim:
     )
 
 
-def longer(found: Results) -> Claim:
+def longer(results: Results) -> Claim:
     ends, starts = (
-        {m: found.estimate(agreement, Cell(method=m, length=length)) for m in ("diffusion_dpo", "sipo")}
+        {m: results.estimate(agreement, Cell(method=m, length=length)) for m in ("diffusion_dpo", "sipo")}
         for length in (LONG, 1)
     )
     listed = ", ".join(f"{NAMES[m]} from {starts[m].plain()} to {ends[m].plain()}" for m in ends)
@@ -98,29 +98,29 @@ def longer(found: Results) -> Claim:
     )
 
 
-def relatives(found: Results) -> Claim:
+def relatives(results: Results) -> Claim:
     rows = {name: DPO.like(variant=name) for name in RELATIVES}
     listed = ", ".join(
-        f"{name} {found.estimate(reward, cell)} at a distance of {found.estimate(distance, cell).plain(1)}"
+        f"{name} {results.estimate(reward, cell)} at a distance of {results.estimate(distance, cell).plain(1)}"
         for name, cell in rows.items()
     )
     safe = rows["safeguard"]
-    nearer, less = (found.difference(what, safe, DPO) for what in (distance, reward))
+    nearer, less = (results.difference(what, safe, DPO) for what in (distance, reward))
     return Claim(
         "preserving the chosen sample keeps samples a little nearer to the data, for a little less reward",
-        f"At β = 1000, where Diffusion-DPO reaches {found.estimate(reward, DPO)} at a distance of "
-        f"{found.estimate(distance, DPO).plain(1)}: {listed}. Seed by seed, preserving the chosen sample changes "
+        f"At β = 1000, where Diffusion-DPO reaches {results.estimate(reward, DPO)} at a distance of "
+        f"{results.estimate(distance, DPO).plain(1)}: {listed}. Seed by seed, preserving the chosen sample changes "
         f"the distance by {nearer} and the reward by {less}.",
         nearer.mean + nearer.half < 0 and less.mean < 0,
     )
 
 
-def video(found: Results) -> Claim:
+def video(results: Results) -> Claim:
     sentences, holds = [], True
     for task in ("moving-cogvideox", "moving-wan"):
-        floor = found.estimate(reward, Cell(task=task, method=SFT, beta=0.0))
-        base = found.bases[task]["rewards"]["ink"]
-        rows = {m: found.estimate(reward, Cell(task=task, method=m)) for m in METHODS}
+        floor = results.estimate(reward, Cell(task=task, method=SFT, beta=0.0))
+        base = results.bases[task]["rewards"]["ink"]
+        rows = {m: results.estimate(reward, Cell(task=task, method=m)) for m in METHODS}
         listed = ", ".join(f"{NAMES[m]} {e}" for m, e in rows.items())
         sentences.append(f"{task}: from {base:+.2f}, fine-tuning {floor}, {listed}")
         holds = holds and all(e.mean - e.half > floor.mean + floor.half for e in rows.values())

@@ -42,12 +42,12 @@ CLAIMS = (
 """In the order of the page."""
 
 
-def all_claims(found: Results) -> list[Claim]:
+def all_claims(results: Results) -> list[Claim]:
     """Those that the cells there are enough for."""
     made = []
     for make in CLAIMS:
         try:
-            made.append(make(found))
+            made.append(make(results))
         except MissingCellsError:
             continue
     return made
@@ -56,13 +56,13 @@ def all_claims(found: Results) -> list[Claim]:
 _QUOTE = re.compile(r"^<!-- (.+) -->\n(?:> .*\n)*", re.MULTILINE)
 
 
-def quoted(page: str, found: Results) -> str:
+def quoted(page: str, results: Results) -> str:
     """A page with each claim's sentence below its marker, ``<!-- name of the claim -->``, in place of what is there.
 
     Raises:
         ValueError: a marker without a claim of that name, or a claim without a marker.
     """
-    sentences = {claim.name: claim.sentence for claim in all_claims(found)}
+    sentences = {claim.name: claim.sentence for claim in all_claims(results)}
     marked = [match[1] for match in _QUOTE.finditer(page)]
     for name in sorted({*marked} ^ {*sentences}):
         alone = "marked" if name in marked else "claimed"

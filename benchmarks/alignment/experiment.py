@@ -169,10 +169,10 @@ def preference_accuracy(
     from sipo.schedule import NoiseSchedule
 
     schedule = NoiseSchedule.from_scheduler(scheduler)
-    found: dict[str, dict[str, float]] = {}
+    measured: dict[str, dict[str, float]] = {}
     for source in ("data", "base"):
         images = (task.data() if source == "data" else tasks.base_samples(task, CACHE, drawn))[1]
-        found[source] = {}
+        measured[source] = {}
         for name, reward in task.rewards.items():
             held_out = tasks.RewardPairs(images, reward, count=SCORED_PAIRS, seed=1_000 + seed)
             scores = score_pairs(
@@ -187,8 +187,8 @@ def preference_accuracy(
                 batch_size=64,
                 distribution=task.distribution,
             )
-            found[source][name] = scores.summary()["accuracy"]
-    return found
+            measured[source][name] = scores.summary()["accuracy"]
+    return measured
 
 
 def _training(folder: Path, history: list[dict[str, Any]]) -> dict[str, Any]:
@@ -201,18 +201,18 @@ def _training(folder: Path, history: list[dict[str, Any]]) -> dict[str, Any]:
     mean = sum(norms) / len(norms)
     # Within the log windows and between them.
     variance = sum(s * s for s in spreads) / len(spreads) + sum((x - mean) ** 2 for x in norms) / len(norms)
-    found: dict[str, Any] = {
+    measured: dict[str, Any] = {
         "curve": {name: [_rounded(line.get(name)) for line in lines] for name in _CURVE},
         "grad_norm": {"mean": mean, "std": math.sqrt(variance)},
         "end": {name: late[-1][name] for name in _CURVE},
     }
     statistics = read_statistics(folder / "timesteps.jsonl")
     last = statistics[-1]["step"]
-    found["timesteps"] = {
+    measured["timesteps"] = {
         label: _thinned(merge([line for line in statistics if low * last < line["step"] <= high * last]))
         for label, (low, high) in zip(("early", "late"), _WINDOWS, strict=True)
     }
-    return found
+    return measured
 
 
 def _rounded(value: Any) -> Any:

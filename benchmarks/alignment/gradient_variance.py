@@ -48,9 +48,9 @@ def gradient_spread(
     device = next(policy.parameters()).device
     schedule = next(iter(losses.values())).schedule
     levels = levels_of(schedule)
-    found: dict[str, Any] = {"levels": levels.tolist()}
+    spread: dict[str, Any] = {"levels": levels.tolist()}
     for key in ("variance", "signal", "active"):
-        found[key] = {name: [] for name in losses}
+        spread[key] = {name: [] for name in losses}
     parameters = [p for p in policy.parameters() if p.requires_grad]
     for number, level in enumerate(levels):
         generator = torch.Generator().manual_seed(seed * 1000 + number)
@@ -73,7 +73,7 @@ def gradient_spread(
             stack = torch.stack(gradients[name])
             mean = stack.mean(0)
             variance = ((stack - mean) ** 2).sum().item() / (BATCHES - 1)
-            found["variance"][name].append(variance)
-            found["signal"][name].append((mean**2).sum().item() - variance / BATCHES)
-            found["active"][name].append(sum(active[name]) / BATCHES)
-    return found
+            spread["variance"][name].append(variance)
+            spread["signal"][name].append((mean**2).sum().item() - variance / BATCHES)
+            spread["active"][name].append(sum(active[name]) / BATCHES)
+    return spread

@@ -66,17 +66,17 @@ plt.rcParams.update(
 Draw = Callable[[Results], Figure]
 
 
-def draw_all(results: dict[str, Any], folder: Path) -> Iterator[Path]:
+def draw_all(content: dict[str, Any], folder: Path) -> Iterator[Path]:
     """Draws every picture whose cells are there; yields what was written."""
     folder.mkdir(parents=True, exist_ok=True)
-    found = Results(results)
+    results = Results(content)
     for name, draw in FIGURES.items():
         try:
-            figure = draw(found)
+            figure = draw(results)
         except MissingCellsError as missing:
             print(f"{name}: left out, {missing}")
             continue
-        text = f"{caption(results['machine'])} · {len(results['cells'])} cells"
+        text = f"{caption(content['machine'])} · {len(content['cells'])} cells"
         figure.text(0.005, 0.004, text, fontsize=6.5, color="#777777")
         path = folder / f"{name}.png"
         with aside(path) as place:
@@ -85,30 +85,30 @@ def draw_all(results: dict[str, Any], folder: Path) -> Iterator[Path]:
         yield path
 
 
-def _over(axes: Axes, found: Results, cells: Sequence[Cell], xs: Sequence[float], what: What, method: str) -> None:
+def _over(axes: Axes, results: Results, cells: Sequence[Cell], xs: Sequence[float], what: What, method: str) -> None:
     """One method's line over ``xs``, with the 95 % interval of the mean over seeds."""
     colour, marker = STYLES[method]
-    estimates = [found.estimate(what, cell) for cell in cells]
+    estimates = [results.estimate(what, cell) for cell in cells]
     mean, half = (np.array([getattr(e, name) for e in estimates]) for name in ("mean", "half"))
     axes.plot(xs, mean, color=colour, marker=marker, label=NAMES[method], markersize=5)
     axes.fill_between(xs, mean - half, mean + half, color=colour, alpha=0.13, linewidth=0)
 
 
-def _floor(axes: Axes, found: Results, task: Cell, what: What, base: float | None) -> None:
+def _floor(axes: Axes, results: Results, task: Cell, what: What, base: float | None) -> None:
     """Horizontal lines for the base model and for supervised fine-tuning."""
     if base is not None:
         axes.axhline(base, color=BASE, linewidth=1, linestyle=(0, (1, 2)), label="base model")
     cell = task.like(method=SFT, beta=0.0)
-    if found.has(cell):
+    if results.has(cell):
         axes.axhline(
-            found.estimate(what, cell).mean, color=STYLES[SFT][0], linewidth=1.4, linestyle="--", label=NAMES[SFT]
+            results.estimate(what, cell).mean, color=STYLES[SFT][0], linewidth=1.4, linestyle="--", label=NAMES[SFT]
         )
 
 
-def _methods_over_beta(axes: Axes, found: Results, title: str, what: What, label: str) -> None:
+def _methods_over_beta(axes: Axes, results: Results, title: str, what: What, label: str) -> None:
     """A panel with a line for each method over β."""
     for method in METHODS:
-        _over(axes, found, [Cell(method=method, beta=b) for b in BETAS], BETAS, what, method)
+        _over(axes, results, [Cell(method=method, beta=b) for b in BETAS], BETAS, what, method)
     axes.set(title=title, ylabel=label)
 
 
@@ -135,9 +135,9 @@ def _finish(figure: Figure, title: str, axes: Axes | None = None, columns: int =
     return figure
 
 
-def beta(found: Results) -> Figure:
+def beta(results: Results) -> Figure:
     """Every method over β: what is gained, and what it costs."""
-    base = found.bases["digits"]
+    base = results.bases["digits"]
     panels = (
         ("True reward: mean ink", reward, base["rewards"]["ink"], "mean pixel, −1 to 1"),
         ("Read as the digit asked for", agreement, base["agreement"], "share of samples"),
@@ -148,31 +148,31 @@ def beta(found: Results) -> Figure:
     )
     figure, grid = plt.subplots(2, 3, figsize=(12, 6.8), sharex=True, layout="constrained")
     for axes, (title, what, floor, label) in zip(grid.flat, panels, strict=True):
-        _methods_over_beta(axes, found, title, what, label)
-        _floor(axes, found, Cell(), what, floor)
+        _methods_over_beta(axes, results, title, what, label)
+        _floor(axes, results, Cell(), what, floor)
         _log_axis(axes, BETAS, "β" if axes in grid[1] else "")
     return _finish(
         figure, "Digits that prefer ink: 300 steps of 16 pairs, mean of the seeds with its 95 % interval", grid[0, 0]
     )
 
 
-def frontier(found: Results) -> Figure:
+def frontier(results: Results) -> Figure:
     """Reward gained against what it costs: each method's points over β, one curve for all of them?"""
     tasks = [Cell()] + [Cell(task=name) for name in ("moving-cogvideox", "moving-wan")]
-    tasks = [task for task in tasks if all(found.has(task.like(method=m, beta=b)) for m in METHODS for b in BETAS)]
+    tasks = [task for task in tasks if all(results.has(task.like(method=m, beta=b)) for m in METHODS for b in BETAS)]
     if not tasks:
         raise MissingCellsError("no task with all methods and β")
     figure, grid = plt.subplots(
         len(tasks), 2, figsize=(11, 3.9 * len(tasks) + 0.9), squeeze=False, layout="constrained"
     )
     for row, task in zip(grid, tasks, strict=True):
-        start = found.bases[task.task]
+        start = results.bases[task.task]
         for axes, (what, label) in zip(
             row, ((distance, "Fréchet distance to the data"), (diversity, "diversity")), strict=True
         ):
             for method in (*METHODS, SFT):
                 cells = [task.like(method=method, beta=b) for b in (BETAS if method != SFT else (0.0,))]
-                x, y = ([found.estimate(of, cell) for cell in cells if found.has(cell)] for of in (reward, what))
+                x, y = ([results.estimate(of, cell) for cell in cells if results.has(cell)] for of in (reward, what))
                 colour, marker = STYLES[method]
                 points = [[getattr(e, name) for e in es] for es in (x, y) for name in ("mean", "half")]
                 axes.errorbar(
@@ -187,9 +187,9 @@ def frontier(found: Results) -> Figure:
     return _finish(figure, "Reward gained, and what it costs (numbers: β of Diffusion-DPO)", grid[0, 0])
 
 
-def gradient(found: Results) -> Figure:
+def gradient(results: Results) -> Figure:
     """Where the variance of the weights' gradient sits, what it is worth, and what clip and mask take away."""
-    records = found.of(Cell(method="diffusion_dpo"))
+    records = results.of(Cell(method="diffusion_dpo"))
     levels = records[0]["probe"]["levels"]
     figure, grid = plt.subplots(1, 3, figsize=(12.5, 4.3), layout="constrained")
 
@@ -217,7 +217,7 @@ def gradient(found: Results) -> Figure:
     return _finish(figure, "Low noise makes the gradient noisy and teaches least, and there the mask closes", grid[0])
 
 
-def training(found: Results) -> Figure:
+def training(results: Results) -> Figure:
     """The gradient's norm and its spread, and what becomes of the errors."""
     panels = (
         ("Norm of the gradient / β", lambda r: grad_norm(r) / r["beta"], "before clipping"),
@@ -227,18 +227,18 @@ def training(found: Results) -> Figure:
     )
     figure, grid = plt.subplots(1, 4, figsize=(14, 3.9), layout="constrained")
     for axes, (title, what, label) in zip(grid, panels, strict=True):
-        _methods_over_beta(axes, found, title, what, label)
+        _methods_over_beta(axes, results, title, what, label)
         if what is not grad_norm_spread:
             axes.set_yscale("log")
         _log_axis(axes, BETAS, "β")  # minor ticks go from both axes
     return _finish(figure, "In training: digits, ink, the last half of 300 steps", grid[0])
 
 
-def weights(found: Results) -> Figure:
+def weights(results: Results) -> Figure:
     """Importance weights by timestep: for pairs from the data and from the base model, and as training moves them."""
 
     def line(axes: Axes, cell: Cell, window: str, colour: str, label: str, style: str = "-") -> None:
-        bins = [[np.nan if x is None else x for x in r["timesteps"][window]["ratio"]] for r in found.of(cell)]
+        bins = [[np.nan if x is None else x for x in r["timesteps"][window]["ratio"]] for r in results.of(cell)]
         at = (np.arange(len(bins[0])) + 0.5) / len(bins[0]) * 1000
         axes.plot(at, np.nanmean(np.array(bins), 0), style, color=colour, label=label, linewidth=1.8)
 
@@ -259,9 +259,9 @@ def weights(found: Results) -> Figure:
     return _finish(figure, "Importance weights by timestep, and how training moves them")
 
 
-def _comparison(found: Results, rows: Sequence[tuple[str, Cell]], against: Cell, title: str) -> Figure:
+def _comparison(results: Results, rows: Sequence[tuple[str, Cell]], against: Cell, title: str) -> Figure:
     """What each row has more or less than one of them, seed by seed, with the interval of the mean difference."""
-    rows = [row for row in rows if found.has(row[1])]
+    rows = [row for row in rows if results.has(row[1])]
     if len(rows) < 3:
         raise MissingCellsError(f"{title}: {len(rows)} rows, expected at least 3")
     panels = (
@@ -272,9 +272,9 @@ def _comparison(found: Results, rows: Sequence[tuple[str, Cell]], against: Cell,
     )
     figure, grid = plt.subplots(1, len(panels), figsize=(13, 1.7 + 0.3 * len(rows)), sharey=True, layout="constrained")
     for axes, (label, what) in zip(grid, panels, strict=True):
-        start = found.estimate(what, against)
+        start = results.estimate(what, against)
         for y, (_, cell) in enumerate(rows):
-            e = found.difference(what, cell, against)
+            e = results.difference(what, cell, against)
             colour = STYLES[cell.method][0] if not cell.variant else "#333333"
             axes.errorbar(e.mean, y, xerr=e.half, fmt="o", color=colour, capsize=2, markersize=5)
         axes.axvline(0, color=STYLES[against.method][0], linewidth=1, alpha=0.6)
@@ -286,26 +286,28 @@ def _comparison(found: Results, rows: Sequence[tuple[str, Cell]], against: Cell,
     return _finish(figure, title)
 
 
-def parts(found: Results) -> Figure:
+def parts(results: Results) -> Figure:
     """Which parts of SIPO do the work."""
     sipo = Cell()
     rows = [("Diffusion-DPO", sipo.like(method="diffusion_dpo")), ("SIPO", sipo)]
     rows += [(part, sipo.like(variant=part)) for part in PARTS if part != "ratio to the reference"]
     rows += [("DPO-C&M", sipo.like(method="dpo_cm")), ("SDPO", sipo.like(method="sdpo"))]
     return _comparison(
-        found, rows, sipo, "Parts of SIPO: digits, ink, β = 1000; differences seed by seed with their 95 % interval"
+        results, rows, sipo, "Parts of SIPO: digits, ink, β = 1000; differences seed by seed with their 95 % interval"
     )
 
 
-def relatives(found: Results) -> Figure:
+def relatives(results: Results) -> Figure:
     """The relatives beside the methods."""
     dpo = Cell(method="diffusion_dpo")
     rows = [(NAMES[method], dpo.like(method=method)) for method in METHODS]
     rows += [(name, dpo.like(variant=name)) for name in RELATIVES]
-    return _comparison(found, rows, dpo, "Relatives, on Diffusion-DPO: digits, ink, β = 1000; differences seed by seed")
+    return _comparison(
+        results, rows, dpo, "Relatives, on Diffusion-DPO: digits, ink, β = 1000; differences seed by seed"
+    )
 
 
-def conditions(found: Results) -> Figure:
+def conditions(results: Results) -> Figure:
     """Wrong labels, fewer pairs, longer training."""
     panels: list[tuple[str, list[tuple[str, dict[str, Any]]]]] = [
         ("Wrong labels", [("0", {}), ("10 %", {"noise": 0.1}), ("30 %", {"noise": 0.3})]),
@@ -318,9 +320,9 @@ def conditions(found: Results) -> Figure:
         for row, (what, label) in enumerate(((reward, "true reward"), (distance, "distance to the data"))):
             for method in METHODS:
                 cells = [(name, Cell(method=method, **changes)) for name, changes in settings]
-                cells = [(name, cell) for name, cell in cells if found.has(cell)]
+                cells = [(name, cell) for name, cell in cells if results.has(cell)]
                 if len(cells) > 1:
-                    _over(grid[row, column], found, [c for _, c in cells], range(len(cells)), what, method)
+                    _over(grid[row, column], results, [c for _, c in cells], range(len(cells)), what, method)
                     grid[row, column].set_xticks(range(len(cells)), [name for name, _ in cells])
                     drawn += 1
             grid[row, column].set_ylabel(label)
@@ -330,12 +332,12 @@ def conditions(found: Results) -> Figure:
     return _finish(figure, "Wrong labels, fewer pairs, longer training: digits and ink, β = 1000", grid[0, 0])
 
 
-def transfer(found: Results) -> Figure:
+def transfer(results: Results) -> Figure:
     """What the implicit reward knows: accuracy on held-out pairs of each source, by each reward."""
     rows = [Cell(method=m, source=s, reward=r) for s in ("data", "base") for r in ("ink", "slant") for m in METHODS]
-    rows = [cell for cell in rows if found.has(cell)]
+    rows = [cell for cell in rows if results.has(cell)]
     columns = [(source, name) for source in ("data", "base") for name in ("ink", "slant")]
-    values = np.array([[_accuracy(found, cell, *column) for column in columns] for cell in rows])
+    values = np.array([[_accuracy(results, cell, *column) for column in columns] for cell in rows])
     figure, axes = plt.subplots(figsize=(7.6, 1.7 + 0.34 * len(rows)), layout="constrained")
     axes.imshow(values, cmap="RdBu", vmin=0, vmax=1, aspect="auto")
     for (y, x), value in np.ndenumerate(values):
@@ -348,8 +350,8 @@ def transfer(found: Results) -> Figure:
     return _finish(figure, "Held-out pairs that the implicit reward ranks right, β = 1000")
 
 
-def _accuracy(found: Results, cell: Cell, source: str, name: str) -> float:
-    return estimate([r["accuracy"][source][name] for r in found.of(cell)]).mean
+def _accuracy(results: Results, cell: Cell, source: str, name: str) -> float:
+    return estimate([r["accuracy"][source][name] for r in results.of(cell)]).mean
 
 
 FIGURES: dict[str, Draw] = {

@@ -73,10 +73,10 @@ class DemoConfig:
             raise ValueError("device='cuda': torch sees no CUDA device, expected cpu")
         if self.output.exists() and not self.output.is_dir():
             raise ValueError(f"output={str(self.output)!r} is a file, expected a folder")
-        there = {path.name for path in self.output.glob("[!.]*")}
-        if there & _WRITTEN and there - _WRITTEN:  # a demo's own folder is written again
-            names = ", ".join(sorted(there)[:5])
-            raise ValueError(f"output={str(self.output)!r} holds more than a demo ({names}), expected another folder")
+        names = {path.name for path in self.output.glob("[!.]*")}
+        if names & _WRITTEN and names - _WRITTEN:  # a folder of the demo alone is replaced
+            listed = ", ".join(sorted(names)[:5])
+            raise ValueError(f"output={str(self.output)!r} holds more than a demo ({listed}), expected another folder")
 
 
 def run_demo(config: DemoConfig, *, progress: bool | None = True) -> dict[str, Any]:
