@@ -1,5 +1,5 @@
-// Element types, and the way of one element to a wider type and back: one source for CPU and CUDA.
-// File-local, so that no copy compiled for a wider instruction set can be linked in where it would not run.
+// Element types, and the conversion of one element to a wider type and back, for CPU and CUDA.
+// File-local, so that the linker cannot choose a copy that was compiled for a wider instruction set.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -38,7 +38,7 @@ SIPO_HD float widen(fp16 x) {
 #else
   const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, magnitude = x.bits & 0x7fff;
   if (magnitude >= 0x7c00) return bits<float>(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
-  // Moving the fields into place leaves the exponent 112 too small; a multiplication mends it, subnormals included.
+  // Moving the fields into place leaves the exponent 112 too small; a multiplication corrects it, subnormals included.
   return bits<float>(sign | bits<uint32_t>(bits<float>(magnitude << 13) * 0x1p112f));
 #endif
 }
@@ -65,7 +65,7 @@ SIPO_HD void narrow(float x, fp16& out) {
     h = 0x7e00;
   } else if (magnitude >= 0x477ff000) {  // rounds to 65536 or more
     h = 0x7c00;
-  } else if (magnitude < 0x38800000) {  // subnormal: adding ½ puts the rounding where float's own unit is 2^-24
+  } else if (magnitude < 0x38800000) {  // subnormal: near ½, float's own spacing is 2^-24
     h = bits<uint32_t>(bits<float>(magnitude) + 0.5f) - 0x3f000000;
   } else {
     h = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
@@ -73,7 +73,7 @@ SIPO_HD void narrow(float x, fp16& out) {
   out.bits = uint16_t(sign | h);
 #endif
 }
-// A double gradient of a half-precision tensor (float64 target) is rounded through float; the target is the odd one.
+// The gradient of a half-precision tensor is double only beside a float64 target. It is rounded through float.
 SIPO_HD void narrow(double x, bf16& out) { narrow(float(x), out); }
 SIPO_HD void narrow(double x, fp16& out) { narrow(float(x), out); }
 

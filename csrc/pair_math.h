@@ -1,5 +1,5 @@
-// The per-pair arithmetic of docs/math.md §3-6: one source for CPU and CUDA, a handful of numbers per pair, in double.
-// The plain-torch twin is sipo_kernels/backends/eager.py.
+// The arithmetic of one pair (docs/math.md §3 to §6) in double, for CPU and CUDA.
+// sipo_kernels/backends/eager.py has the same formulas in plain torch.
 #pragma once
 #include <cmath>
 
@@ -11,7 +11,7 @@
 
 namespace sipo {
 
-// METHODS, RATIOS and LOSS_TYPES of sipo_kernels/options.py. Python compares the names when it loads the library.
+// METHODS, RATIOS and LOSS_TYPES of sipo_kernels/options.py, in the same order.
 #define SIPO_METHODS(X) X(kDiffusionDpo, "diffusion_dpo") X(kDpoCm, "dpo_cm") X(kSipo, "sipo") X(kSdpo, "sdpo")
 #define SIPO_RATIOS(X) X(kPosterior, "posterior") X(kReference, "reference")
 #define SIPO_LOSS_TYPES(X) X(kSigmoid, "sigmoid") X(kIpo, "ipo") X(kHinge, "hinge") X(kDmpo, "dmpo")
@@ -67,11 +67,11 @@ struct LogitLoss {
 SIPO_HD LogitLoss logit_loss(double z, const Settings& s) {
   if (s.loss_type == kIpo) return {(z - 0.5) * (z - 0.5), 1.0 - 2.0 * z};
   if (s.loss_type == kHinge) return {z < 1 ? 1.0 - z : (z >= 1 ? 0.0 : z), z < 1 ? 1.0 : (z >= 1 ? 0.0 : z)};
-  if (s.loss_type == kDmpo) z = clip(z, -1e3, 1e3);  // σ is 0 or 1 beyond: no infinity shall meet that 0
+  if (s.loss_type == kDmpo) z = clip(z, -1e3, 1e3);  // σ is 0 or 1 beyond: avoids 0 · inf
   const double e = exp(-fabs(z));
   const double tail = log1p(e), softplus = (z < 0 ? -z : (z != z ? z : 0.0)) + tail;  // of −z, as is the sigmoid
   const double sigmoid = (z >= 0 ? e : 1.0) / (1.0 + e);
-  if (s.loss_type == kDmpo) {  // written so that nothing of the size of z cancels
+  if (s.loss_type == kDmpo) {  // written so that no terms of the size of z cancel
     const double pull = sigmoid * (s.log_label - s.log_other - z);
     return {pull - s.log_label - softplus, (z >= 0 ? 1.0 : e) / (1.0 + e) * pull};
   }
@@ -80,7 +80,7 @@ SIPO_HD LogitLoss logit_loss(double z, const Settings& s) {
   return {softplus, sigmoid};
 }
 
-// §3, §4 of one sample. has_ratio is false where no ratio_scale was given (diffusion_dpo only).
+// §3, §4 of one sample. has_ratio is false if no ratio_scale was given (diffusion_dpo only).
 SIPO_HD void weigh(Sample& x, const Settings& s, bool has_ratio) {
   x.log_ratio = has_ratio ? log_ratio(x.ratio_scale, s.ratio == kPosterior ? x.model_error : x.error_gap) : 0.0;
   x.ratio = exp(x.log_ratio);
@@ -103,8 +103,7 @@ SIPO_HD Placement place(const Sample& chosen, const Sample& rejected, const Sett
   return p;
 }
 
-// §6, relatives: the share of the rejected sample's gradient that goes with the chosen sample's. `inner` is mean_D(d_w
-// · d_l).
+// §6, relatives: the share of the rejected sample's gradient that is kept. `inner` is mean_D(d_w · d_l).
 SIPO_HD double rejected_share(const Sample& chosen, const Sample& rejected, const Settings& s, double inner) {
   const Placement p = place(chosen, rejected, s);
   const double aligned = p.a_w * p.a_l * inner;
@@ -112,9 +111,9 @@ SIPO_HD double rejected_share(const Sample& chosen, const Sample& rejected, cons
   return aligned > 0 && room < 1 ? room : 1.0;
 }
 
-// Whether what a pair's results are made of is finite in their type; `penalty` is the loss before b and the mask.
+// Whether all that a pair's results depend on is finite in their type. `penalty` is the loss before b and the mask.
 SIPO_HD bool all_finite(const Sample& chosen, const Sample& rejected, double logits, double penalty, const Settings& s) {
-  const auto nothing = [&](double x) { return 0.0 * (s.double_stats ? x : float(x)); };  // NaN of what is not finite
+  const auto nothing = [&](double x) { return 0.0 * (s.double_stats ? x : float(x)); };  // 0, or NaN if x is not finite
   return nothing(chosen.model_error) + nothing(chosen.error_gap) + nothing(chosen.weight) +
              nothing(rejected.model_error) + nothing(rejected.error_gap) + nothing(rejected.weight) + nothing(logits) +
              nothing(penalty) == 0;
@@ -143,15 +142,15 @@ SIPO_HD Pair judge(Sample& chosen, Sample& rejected, const Settings& s, double e
   return p;
 }
 
-// §5: the terms of a pair's logit. Apart from judge, whose registers are short on a GPU.
+// §5: the terms of a pair's logit. Not part of judge, which is short of registers on a GPU.
 SIPO_HD void set_rewards(Sample& chosen, Sample& rejected, const Settings& s) {
   const Placement p = place(chosen, rejected, s);
   chosen.reward = -0.5 * s.beta * (p.a_w * chosen.error_gap);
   rejected.reward = -0.5 * s.beta * (p.a_l * rejected.error_gap);
 }
 
-// §6: a coefficient for the upstream gradient that came or is expected. Both and their product are rounded as `coef` is
-// in memory (double if `wide`), so that a gradient has the same bits whenever it is made.
+// §6: a coefficient times the upstream gradient that arrived or is expected. Both and their product are rounded to the
+// type of `coef` in memory (double if `wide`), so that a gradient has the same bits whenever it is computed.
 SIPO_HD double upstream_coef(double coef, double upstream, bool wide) {
   if (wide) return coef == 0 ? 0.0 : coef * upstream;
   const float c = float(coef);

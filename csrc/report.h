@@ -1,11 +1,11 @@
-// What a batch reports (docs/math.md §8): its metrics, and its sums by noise level. One source for CPU and CUDA; the
-// plain-torch twin is sipo_kernels/output.py.
+// What a batch reports (docs/math.md §8): its metrics and its sums by noise level, for CPU and CUDA.
+// sipo_kernels/output.py has the same in plain torch.
 #pragma once
 #include "pair_math.h"
 
 namespace sipo {
 
-// SAMPLE_ROWS, METRICS and STATISTICS of sipo_kernels/output.py. Python compares the names when it loads the library.
+// SAMPLE_ROWS, METRICS and STATISTICS of sipo_kernels/output.py, in the same order.
 #define SIPO_SAMPLE_ROWS(X) \
   X(kModelErrorRow, "model_error") X(kRefErrorRow, "ref_error") X(kErrorGapRow, "error_gap") \
   X(kLogRatioRow, "log_ratio") X(kWeightRow, "weight") X(kRewardRow, "reward") X(kCoefRow, "coef")
@@ -24,11 +24,11 @@ namespace sipo {
   X(kLogitsSq, "logits_sq") X(kLevelAccuracy, "accuracy") X(kLevelCoef, "coef") X(kCoefSq, "coef_sq") \
   X(kGradSq, "grad_sq")
 enum SampleRow : int { SIPO_SAMPLE_ROWS(SIPO_CONSTANT) kSampleRows };
-// Behind the metrics, the pairs that the means are over.
+// After the metrics: the number of pairs that the means are taken over.
 enum Metric : int { SIPO_METRICS(SIPO_CONSTANT) kMetrics, kCounted = kMetrics, kFacts };
 enum Statistic : int { SIPO_STATISTICS(SIPO_CONSTANT) kStatistics, kFirstSummed = kModelErrorChosen };
 
-SIPO_HD double correct(double logits) { return logits > 0 ? 1.0 : (logits == 0 ? 0.5 : 0.0); }  // a tie counts one half
+SIPO_HD double correct(double logits) { return logits > 0 ? 1.0 : (logits == 0 ? 0.5 : 0.0); }  // a tie: one half
 
 SIPO_HD double clipped(const Sample& x, const Settings& s) {
   return s.method != kDiffusionDpo && (x.ratio < s.clip_min || x.ratio > s.clip_max) ? 1.0 : 0.0;
@@ -53,7 +53,7 @@ SIPO_HD void pair_facts(const Sample& chosen, const Sample& rejected, const Pair
   facts[kCounted] = counted ? 1.0 : 0.0;
 }
 
-// A metric from its sum over the batch, and that of kCounted.
+// A metric, from its sum over the batch and the sum of kCounted.
 SIPO_HD double metric(int k, double sum, double counted, double pairs, const Settings& s, bool loss_per_pair) {
   if (k == kLoss && !loss_per_pair) return sum * s.loss_scale;
   if (k == kLoss || k == kActiveFraction) return sum / pairs;
@@ -61,26 +61,26 @@ SIPO_HD double metric(int k, double sum, double counted, double pairs, const Set
   return counted > 0 ? sum / counted : 0.0;
 }
 
-// How many pairs a metric is a mean over.
+// The number of pairs that a metric is a mean of.
 SIPO_HD double metric_pairs(int k, double counted, double pairs) {
   return k == kNonfinitePairs ? 1.0 : (k == kLoss || k == kActiveFraction ? pairs : counted);
 }
 
-// Running sums of many calls: the metric's finite values times their pairs, and the pairs ([2][kMetrics]).
+// Adds to the sums of many calls: the metric times its pairs, and the pairs ([2][kMetrics]). Skips what is not finite.
 SIPO_HD void add_metric(float* totals, int k, double value, double pairs) {
   if (!finite_float(value * pairs)) return;
   totals[k] += float(value * pairs);
   totals[kMetrics + k] += float(pairs);
 }
 
-// Of `bins` bins of equal width from 0 to `top`. In float, in which σ is given: 0.02 as a float is a little less, and
-// still begins bin 1 of 50.
+// The bin of a timestep, of `bins` of equal width from 0 to `top`. Rounded to float, the type of σ: 0.02 as a float is
+// a little less, and still begins bin 1 of 50.
 SIPO_HD int level_bin(double timestep, int bins, double top) {
   const float place = float(timestep * bins / top);
   return place >= 0 ? (place < float(bins) ? int(place) : bins - 1) : 0;  // NaN: 0
 }
 
-// What one pair adds to its bin: rows[kStatistics]; nothing but to `nonfinite` where a number is not finite in float.
+// What one pair adds to its bin: rows[kStatistics]. If a number is not finite in float, only `nonfinite` counts.
 SIPO_HD void pair_statistics(const Sample& chosen, const Sample& rejected, const Pair& p, const Settings& s,
                              double elements, double* rows) {
   const double unit = elements / (s.beta * s.loss_scale), k_w = chosen.coef * unit, k_l = rejected.coef * unit;

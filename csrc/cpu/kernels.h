@@ -1,5 +1,5 @@
-// What one instruction set offers: functions over a contiguous run of elements of one sample.
-// pair_kernels.cpp is compiled once for each; pair_loss.cpp picks one at run time.
+// The functions that are compiled for each instruction set (pair_kernels.cpp): loops over consecutive elements of one
+// sample. pair_loss.cpp chooses an instruction set at run time.
 #pragma once
 #include <cstdint>
 
@@ -7,7 +7,7 @@
 
 namespace sipo {
 
-// Σ d², Σ d_ref², Σ (m − r)(d + d_ref) over n elements; `r` may be null (then only the first is made).
+// Σ d², Σ d_ref², Σ (m − r)(d + d_ref) over n elements. If `r` is null, only the first is computed.
 using ReduceFn = void (*)(const void* m, const void* r, const void* t, int64_t n, double sums[3]);
 // Σ (m_w − t_w) · (m_l − t_l) over n elements, in double.
 using InnerFn = double (*)(const void* m_w, const void* t_w, const void* m_l, const void* t_l, int64_t n);

@@ -1,12 +1,12 @@
 // Elementwise loops of the pair loss (docs/math.md §2 and §6), written once in GCC/Clang vector types and compiled for
-// several instruction sets (setup.py gives -DSIPO_ISA=... and the flags). Everything but the table is file-local, so
-// that no function compiled for a wider instruction set can be linked in where it would not run.
+// several instruction sets (setup.py passes -DSIPO_ISA=... and the flags). Everything but the table is file-local, so
+// that the linker cannot choose a function that was compiled for a wider instruction set.
 #include "cpu/kernels.h"
 
 #include <cstring>
 #include <type_traits>
 #if defined(__SSE2__)
-// GCC's own header leaves a don't-care operand uninitialised and warns of it wherever it is inlined.
+// GCC's own header leaves an unused operand uninitialised and warns about it wherever it is inlined.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 #endif
@@ -48,7 +48,7 @@ template <class V> inline V load_raw(const void* p) {
 
 // ---- One vector ------------------------------------------------------------------------------------------------
 
-// GCC (12) splits a conversion between vectors of different width in two and puts the halves together again.
+// GCC 12 splits a conversion between vectors of different widths in two and joins the halves again.
 inline vdouble to_double(vfloat_half v) {
 #if defined(__AVX512F__)
   return bits<vdouble>(_mm512_cvtps_pd(bits<__m256>(v)));
@@ -146,7 +146,7 @@ template <class V> inline void store_raw(void* p, V v, bool stream) {
 inline void store(float* p, vfloat v, bool stream) { store_raw(p, v, stream); }
 inline void store(double* p, vdouble v, bool stream) { store_raw(p, v, stream); }
 inline void store(float* p, vdouble v, bool stream) { store_raw(p, to_float(v), stream); }
-inline vu32 round_bf16(vfloat v) {  // the upper half of each lane is the result; the lower half is to be dropped
+inline vu32 round_bf16(vfloat v) {  // the result is the upper half of each lane
   const vu32 u = bits<vu32>(v), nan = bits<vu32>(v != v);
   return (nan & (u | 0x400000)) | (~nan & (u + 0x7fff + (u >> 16 & 1)));
 }
@@ -190,8 +190,8 @@ inline void deinterleave(vfloat a, vfloat b, vfloat& even, vfloat& odd) {
 #endif
 }
 
-// Two vectors of elements. Where the predictions are bfloat16 they may as well be the even and the odd elements: a
-// shift and a mask in place of three shuffles, and whole cache lines to store.
+// Two vectors of elements. Beside bfloat16 predictions they are the even and the odd elements, which takes a shift and
+// a mask instead of three shuffles, and stores whole cache lines.
 template <bool kEvenOdd, class T, class V> inline void load2(const T* p, V& a, V& b) {
   if constexpr (kEvenOdd && std::is_same_v<T, float>) {
     deinterleave(load_raw<vfloat>(p), load_raw<vfloat>(p + Simd<float>::width), a, b);
@@ -213,7 +213,7 @@ template <bool kEvenOdd, class T, class V> inline void store2(T* p, V a, V b, bo
   }
 }
 template <class T> constexpr bool is_bf16 = std::is_same_v<T, bf16>;
-// Beside bfloat16 predictions, a target that can be had as even and odd elements.
+// Whether a target beside bfloat16 predictions can be read as even and odd elements.
 template <class T> constexpr bool has_even_odd = is_bf16<T> || std::is_same_v<T, float>;
 
 template <class V> inline double lanes(V v) {
@@ -226,8 +226,8 @@ template <class V> inline double lanes(V v) {
 
 template <class T> constexpr bool is_half = sizeof(T) == 2;
 
-// Which type the terms have is accumulate_dtype's decision (sipo_kernels/layout.py): double costs nothing while memory
-// is the limit. Float sums of half-precision terms are kept short: 32 of them in each lane.
+// accumulate_dtype (sipo_kernels/layout.py) decides the type of the terms: double costs nothing while memory is the
+// limit. Float sums of half-precision terms are kept short: 32 terms in each lane.
 constexpr int64_t kRun = 64 * Simd<float>::width;
 constexpr int64_t kAhead = 1024;  // bytes
 
@@ -243,7 +243,7 @@ void reduce(const void* mp, const void* rp, const void* tp, int64_t n, double su
   int64_t i = 0;
   while (i + W <= n) {
     const int64_t end = std::is_same_v<Acc, double> || n - i < kRun ? n : i + kRun;
-    Vec e[2] = {}, f[2] = {}, g[2] = {};  // two of each hide the latency of the additions
+    Vec e[2] = {}, f[2] = {}, g[2] = {};  // two of each, to hide the latency of the additions
     auto add = [&](Vec vm, Vec vr, Vec vt, int k) {
       const Vec d = vm - vt;
       e[k] += d * d;
@@ -255,7 +255,7 @@ void reduce(const void* mp, const void* rp, const void* tp, int64_t n, double su
     };
     for (; i + 2 * W <= end; i += 2 * W) {
       Vec vm[2], vr[2] = {}, vt[2];
-      // The hardware's prefetcher stops at each 4 KiB page; three streams come to a new one every few hundred steps.
+      // The hardware's prefetcher stops at each 4 KiB page; three streams reach a new one every few hundred steps.
       __builtin_prefetch(reinterpret_cast<const char*>(m + i) + kAhead);
       __builtin_prefetch(reinterpret_cast<const char*>(t + i) + kAhead);
       if (r) __builtin_prefetch(reinterpret_cast<const char*>(r + i) + kAhead);
@@ -282,8 +282,7 @@ void reduce(const void* mp, const void* rp, const void* tp, int64_t n, double su
   for (int k = 0; k < 3; ++k) sums[k] = total[k];
 }
 
-// ---- §6, relatives: inner product of chosen and rejected sample
-// -----------------------------------------------------------
+// ---- §6, relatives: inner product of chosen and rejected sample ------------------------------------------------
 
 template <class M, class T>
 double inner(const void* mw, const void* tw, const void* ml, const void* tl, int64_t n) {
@@ -344,37 +343,26 @@ void gradient(const void* mp, const void* tp, void* gp, int64_t n, double coef, 
 
 // ---- The table -------------------------------------------------------------------------------------------------
 
-template <class M, class R, class T> void fill_reduce(sipo::Kernels& k, int model, int ref, int target) {
-  using Narrow = std::conditional_t<is_half<M> && is_half<R> && sizeof(T) <= 4, float, double>;
-  k.reduce[0][model][ref][target] = reduce<Narrow, M, R, T>;
-  k.reduce[1][model][ref][target] = reduce<double, M, R, T>;
+template <class Use> void for_each_type(Use use) {
+  use(float(), kFloat32), use(bf16(), kBfloat16), use(fp16(), kFloat16), use(double(), kFloat64);
 }
-template <class M, class R> void fill_ref(sipo::Kernels& k, int model, int ref) {
-  fill_reduce<M, R, float>(k, model, ref, sipo::kFloat32);
-  fill_reduce<M, R, bf16>(k, model, ref, sipo::kBfloat16);
-  fill_reduce<M, R, fp16>(k, model, ref, sipo::kFloat16);
-  fill_reduce<M, R, double>(k, model, ref, sipo::kFloat64);
-}
-template <class M, class T> void fill_target(sipo::Kernels& k, int model, int target) {
-  k.inner[model][target] = inner<M, T>;
-  k.grad[model][target] = gradient<M, T>;
-}
-template <class M> void fill_model(sipo::Kernels& k, int model) {
-  fill_ref<M, float>(k, model, sipo::kFloat32);
-  fill_ref<M, bf16>(k, model, sipo::kBfloat16);
-  fill_ref<M, fp16>(k, model, sipo::kFloat16);
-  fill_ref<M, double>(k, model, sipo::kFloat64);
-  fill_target<M, float>(k, model, sipo::kFloat32);
-  fill_target<M, bf16>(k, model, sipo::kBfloat16);
-  fill_target<M, fp16>(k, model, sipo::kFloat16);
-  fill_target<M, double>(k, model, sipo::kFloat64);
-}
-sipo::Kernels make_table() {
-  sipo::Kernels k;
-  fill_model<float>(k, sipo::kFloat32);
-  fill_model<bf16>(k, sipo::kBfloat16);
-  fill_model<fp16>(k, sipo::kFloat16);
-  fill_model<double>(k, sipo::kFloat64);
+
+Kernels make_table() {
+  Kernels k;
+  for_each_type([&](auto m, int model) {
+    for_each_type([&](auto t, int target) {
+      using M = decltype(m);
+      using T = decltype(t);
+      k.inner[model][target] = inner<M, T>;
+      k.grad[model][target] = gradient<M, T>;
+      for_each_type([&](auto r, int ref) {
+        using R = decltype(r);
+        using Narrow = std::conditional_t<is_half<M> && is_half<R> && sizeof(T) <= 4, float, double>;
+        k.reduce[0][model][ref][target] = reduce<Narrow, M, R, T>;
+        k.reduce[1][model][ref][target] = reduce<double, M, R, T>;
+      });
+    });
+  });
   return k;
 }
 

@@ -1,8 +1,8 @@
 // The pair loss on a CPU: errors, per-pair arithmetic and gradient in one call, pair by pair, so that the gradient
 // finds the pair's data in cache. Plain C interface for ctypes (sipo_kernels/backends/native.py); no torch headers.
 //
-// Work is cut into chunks of a fixed size whatever the number of threads, and their partial sums are added in order:
-// same input, same bits. Threads meet once per group of pairs; between two meetings nothing is shared.
+// Chunks have a fixed size whatever the number of threads, and their partial sums are added in order: the same input
+// gives the same bits. Threads synchronise once for each group of pairs and share nothing in between.
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -29,9 +29,9 @@ namespace sipo {
 namespace {
 
 constexpr int64_t kChunk = 8192;             // elements
-constexpr int64_t kThreadWork = 1 << 16;     // elements that pay for one more thread
+constexpr int64_t kThreadWork = 1 << 16;     // elements that justify one more thread
 constexpr int64_t kStreamBytes = 8 << 20;    // gradients from here on bypass the caches
-constexpr int64_t kHugePageBytes = 8 << 20;  // and from here on, where they may lie in fresh memory, ask for huge pages
+constexpr int64_t kHugePageBytes = 8 << 20;  // from here on they may lie in fresh memory: ask for huge pages
 
 const int kBytesOf[kDtypes] = {4, 2, 2, 8};
 
@@ -87,9 +87,9 @@ class Barrier {
   std::atomic<int> arrived_{0}, round_{0};
 };
 
-// torch's own OpenMP runtime, found where torch loaded it: its threads keep spinning for a while after each of torch's
-// operators, so that threads of our own would have to share the cores with them.
-// GNU's entry points; Intel's and LLVM's runtimes have them too on Linux.
+// The OpenMP runtime that torch loaded. Its threads keep spinning for a while after each of torch's operators, so
+// threads of our own would compete with them for the cores. Intel's and LLVM's runtimes have GNU's entry points too on
+// Linux.
 struct OpenMp {
   void (*parallel)(void (*)(void*), void*, unsigned, unsigned);
   int (*thread)();
@@ -106,7 +106,7 @@ const OpenMp* openmp() {
   return nullptr;
 }
 
-// Runs work(thread, threads) on up to `most` threads, the caller's among them.
+// Runs work(thread, threads) on up to `most` threads, including the caller's.
 template <class Work> void parallel(int most, bool own_threads, Work work) {
   if (most == 1) return work(0, 1);
   if (openmp() && !own_threads) {
@@ -120,7 +120,7 @@ template <class Work> void parallel(int most, bool own_threads, Work work) {
   for (auto& t : others) t.join();
 }
 
-int64_t cache_bytes() {  // second-level cache of one core
+int64_t cache_bytes() {  // of one core's second-level cache
 #if defined(_SC_LEVEL2_CACHE_SIZE)
   static const long size = sysconf(_SC_LEVEL2_CACHE_SIZE);
   if (size > 0) return size;
@@ -128,8 +128,8 @@ int64_t cache_bytes() {  // second-level cache of one core
   return 1 << 20;
 }
 
-// A fresh large gradient is untouched memory: each 4 KiB page costs a fault on first write, a 2 MiB page 512 times
-// fewer. Advice only; where the system has no transparent huge pages nothing happens.
+// A large new gradient is untouched memory, and the first write to each page costs a fault: 512 times fewer with pages
+// of 2 MiB instead of 4 KiB. Advice only: nothing happens on a system without transparent huge pages.
 void advise_huge_pages(void* begin, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   if (bytes < kHugePageBytes) return;
@@ -161,8 +161,7 @@ const char* at(const void* base, int64_t element, int dtype) {
   return static_cast<const char*>(base) + element * kBytesOf[dtype];
 }
 
-// One (sample, chunk) after another; chunks of the group's samples are numbered chosen sample, rejected sample, chosen
-// sample, ...
+// Numbers the chunks of a group of pairs: those of a chosen sample, of its rejected sample, of the next chosen one...
 struct Group {
   int64_t first_pair, pairs, chunks;  // chunks per sample
   int64_t size() const { return 2 * pairs * chunks; }
@@ -204,8 +203,7 @@ void reduce_unit(const CpuArgs& a, const Kernels& k, int64_t pair, int64_t s, in
       at(a.target, t * a.target_stride + begin, a.target_dtype), n, sums);
 }
 
-// §6, relatives: what this chunk of a pair adds to Σ d_w · d_l. Its chosen sample was read for its errors shortly
-// before.
+// §6, relatives: what this chunk of a pair adds to Σ d_w · d_l. The chosen sample should still be in cache.
 double inner_unit(const CpuArgs& a, const Kernels& k, int64_t pair, int64_t chunk) {
   const int64_t begin = chunk * kChunk, n = std::min(kChunk, a.elements - begin), rejected = pair + a.pairs;
   return k.inner[a.model_dtype][a.target_dtype](
@@ -219,7 +217,7 @@ void grad_unit(const CpuArgs& a, const Kernels& k, int64_t pair, int64_t s, int6
   const int64_t begin = chunk * kChunk, n = std::min(kChunk, a.elements - begin);
   const int64_t t = a.target_shared ? pair : s;
   char* out = static_cast<char*>(a.grad) + (s * a.elements + begin) * kBytesOf[a.model_dtype];
-  if (coef == 0) {  // exact zeros, whatever the inputs hold
+  if (coef == 0) {  // exact zeros, whatever the inputs are
     std::memset(out, 0, n * kBytesOf[a.model_dtype]);
     return;
   }
@@ -228,7 +226,7 @@ void grad_unit(const CpuArgs& a, const Kernels& k, int64_t pair, int64_t s, int6
                                         stream);
 }
 
-// §8 of a whole batch: metrics, and what is added to running sums, pair after pair.
+// §8 of a whole batch: metrics, and what each pair adds to running sums.
 class Report {
  public:
   explicit Report(const CpuArgs& a) : a_(a) {}
@@ -269,22 +267,23 @@ int thread_count(const CpuArgs& a) {
 
 using namespace sipo;
 
-// Forward, and the gradient if a.grad is not null. Returns 0, or 1 if the instruction set asked for does not run here.
+// Forward pass, and the gradient if a.grad is not null. Returns 1 if the requested instruction set does not run here.
 SIPO_API int sipo_pair_loss(const CpuArgs* args) {
   const CpuArgs& a = *args;
   const Isa* isa = find_isa(a.isa);
   if (!isa) return 1;
   const Kernels& k = isa->kernels();
-  const int64_t chunks = (a.elements + kChunk - 1) / kChunk, grad_bytes = 2 * a.pairs * a.elements * kBytesOf[a.model_dtype];
+  const int64_t chunks = (a.elements + kChunk - 1) / kChunk;
+  const int64_t grad_bytes = 2 * a.pairs * a.elements * kBytesOf[a.model_dtype];
   const bool stream = grad_bytes >= kStreamBytes;
   const int most = thread_count(a);
   if (a.grad) advise_huge_pages(a.grad, grad_bytes);
 
-  // Pairs that fit the caches together share one meeting of the threads.
+  // As many pairs as fit into the caches together, so that threads synchronise less often.
   const int64_t pair_bytes = 2 * a.elements * (kBytesOf[a.model_dtype] + kBytesOf[a.target_dtype]);
   const int64_t group = a.grad ? std::max<int64_t>(1, most * cache_bytes() / pair_bytes) : a.pairs;
 
-  const std::unique_ptr<Sums[]> partial(new Sums[2 * a.pairs * chunks]);  // not zeroed: each is written before it is read
+  const std::unique_ptr<Sums[]> partial(new Sums[2 * a.pairs * chunks]);  // uninitialised: written before it is read
   const bool safeguarded = a.settings.safeguard >= 0;
   const std::unique_ptr<double[]> inner(safeguarded ? new double[a.pairs * chunks] : nullptr);
   Report report(a);  // of thread 0
@@ -300,8 +299,8 @@ SIPO_API int sipo_pair_loss(const CpuArgs* args) {
         if (safeguarded && s != pair) inner[pair * chunks + chunk] = inner_unit(a, k, pair, chunk);
       }
       barrier.wait(threads);
-      // Each thread does the arithmetic of the pairs it needs: cheaper than a second meeting. Thread 0 does all of
-      // them and writes the numbers down. Backwards, because what was read last is nearest.
+      // Each thread does the arithmetic of the pairs that it needs, which costs less than to synchronise again.
+      // Thread 0 does all of them and writes the results. Backwards, because what was read last is still in cache.
       int64_t known = -1;
       Sample half[2];
       const auto know = [&](int64_t i) {
@@ -337,7 +336,7 @@ SIPO_API int sipo_pair_loss(const CpuArgs* args) {
   return 0;
 }
 
-// The gradient alone, for coefficients already known (`coef`, float or double as double_stats says).
+// Only the gradient, for given coefficients (`coef`, float or double as double_stats says).
 SIPO_API int sipo_pair_grad(const CpuArgs* args) {
   const CpuArgs& a = *args;
   const Isa* isa = find_isa(a.isa);
@@ -350,7 +349,7 @@ SIPO_API int sipo_pair_grad(const CpuArgs* args) {
     int64_t pair, s, chunk;
     for (int64_t u = g.size() * thread / threads; u < g.size() * (thread + 1) / threads; ++u) {
       g.locate(u, a.pairs, &pair, &s, &chunk);
-      const double coef = a.settings.double_stats ? static_cast<const double*>(a.coef)[s] : static_cast<const float*>(a.coef)[s];
+      const double coef = get(a.coef, s, a.settings.double_stats ? kFloat64 : kFloat32);
       grad_unit(a, k, pair, s, chunk, coef, grad_bytes >= kStreamBytes);
     }
   });

@@ -1,5 +1,4 @@
-// One call: what Python passes, the memory that it works in, how its pairs are grouped, and access to numbers of pairs
-// and samples, one by one.
+// One call: its arguments, its workspace, how its pairs are grouped, and access to the numbers of pairs and samples.
 #pragma once
 #include <type_traits>
 
@@ -61,7 +60,7 @@ struct Workspace {
   Sample* samples;            // [S]
   Pair* pairs;                // [B]
   PairReport* reports;        // [B]
-  uint32_t *ready, *arrived;  // groups whose coefficients are there; for each group, blocks that have reduced
+  uint32_t *ready, *arrived;  // groups whose coefficients are ready; blocks that have reduced each group
   int64_t bytes = 0;
 
   Workspace(const CudaArgs& a, int sums, int groups) {
@@ -79,7 +78,7 @@ struct Workspace {
   }
 };
 
-// What pair_kernel is given: a call, and what the host works out because the kernel has no registers to spare.
+// The argument of pair_kernel: a call, and what the host computes because the kernel has no registers to spare.
 struct Params : CudaArgs {
   bool safeguarded;
   int32_t sums, groups;  // sums of a pair
@@ -95,18 +94,18 @@ struct Params : CudaArgs {
         work(a, sums, groups) {}
 };
 
-// Group k: its pairs, its tiles (numbered pair after pair), and how many blocks have a share of them.
+// Group k: its pairs, its tiles (numbered pair by pair), and the number of blocks that share them.
 struct Group {
   int32_t first_pair, pairs, tiles, blocks;
 
   __device__ __forceinline__ Group(const CudaArgs& a, int32_t k) : first_pair(k * a.group) {
     const int32_t left = int32_t(a.pairs) - first_pair;
     pairs = left < a.group ? left : a.group;
-    tiles = pairs * a.tiles;  // backends/cuda/plan.py keeps it below 2^31
+    tiles = pairs * a.tiles;  // below 2^31: backends/cuda/plan.py
     blocks = tiles < int32_t(gridDim.x) ? tiles : int32_t(gridDim.x);
   }
   __device__ __forceinline__ int32_t first_tile(int32_t block) const { return int64_t(tiles) * block / blocks; }
-  __device__ __forceinline__ int32_t owner(int32_t tile) const {  // the block whose share it is in
+  __device__ __forceinline__ int32_t owner(int32_t tile) const {  // the block that reduces it
     return ((int64_t(tile) + 1) * blocks - 1) / tiles;
   }
 };

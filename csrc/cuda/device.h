@@ -1,6 +1,5 @@
-// Everything that only a CUDA device has, in one place, each a few lines: memory accesses with cache hints, ordered
-// accesses between blocks, shuffles, launches. Under SIPO_EMULATE the tests put their own in its place
-// (csrc/emulation/emulate.h) and run the kernels on a CPU.
+// Everything that only a CUDA device has, in short functions: memory accesses with cache hints, ordered accesses
+// between blocks, shuffles, launches. Under SIPO_EMULATE, csrc/emulation/emulate.h replaces them and the kernels run on a CPU.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -14,16 +13,16 @@
 namespace sipo {
 namespace device {
 
-// How long a line should stay in the second-level cache. The chip keeps the promise as far as there is room.
+// How long a line should stay in the second-level cache, as far as there is room.
 struct Policy { uint64_t bits; };
 
-// To be read again by this kernel: `fraction` of the lines (picked by address) stay until the rest has gone.
+// Read again by this kernel: `fraction` of the lines (chosen by address) stay until the others are evicted.
 __device__ __forceinline__ Policy keep(float fraction) {
   Policy p;
   asm("createpolicy.fractional.L2::evict_last.L2::evict_first.b64 %0, %1;" : "=l"(p.bits) : "f"(fraction));
   return p;
 }
-__device__ __forceinline__ Policy stream() {  // for the last time: first to go
+__device__ __forceinline__ Policy stream() {  // read for the last time: evicted first
   Policy p;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(p.bits));
   return p;
@@ -36,9 +35,8 @@ __device__ __forceinline__ Policy normal() {
 
 struct alignas(16) Vec16 { uint32_t word[4]; };
 
-// Loads of inputs (nothing that this kernel writes) into v, which keeps what it holds where the load is not wanted:
-// without a branch, so that many loads are under way together. Past the first-level cache, which shared memory has
-// squeezed small.
+// Loads inputs (which this kernel never writes) into v, or leaves v as it is if the load is not wanted: without a
+// branch, so that many loads are in flight together. Bypasses the first-level cache, of which shared memory leaves little.
 __device__ __forceinline__ void load16(Vec16& v, const void* p, Policy policy, bool wanted) {
   asm volatile(
       "{\n\t.reg .pred wanted;\n\tsetp.ne.b32 wanted, %6, 0;\n\t"
@@ -46,7 +44,7 @@ __device__ __forceinline__ void load16(Vec16& v, const void* p, Policy policy, b
       : "+r"(v.word[0]), "+r"(v.word[1]), "+r"(v.word[2]), "+r"(v.word[3])
       : "l"(p), "l"(policy.bits), "r"(int(wanted)));
 }
-// Into two words of v, from `first` on.
+// Loads two words of v, from word `first` on.
 __device__ __forceinline__ void load8(Vec16& v, int first, const void* p, Policy policy, bool wanted) {
   asm volatile(
       "{\n\t.reg .pred wanted;\n\tsetp.ne.b32 wanted, %4, 0;\n\t"
@@ -59,7 +57,7 @@ __device__ __forceinline__ void store16(void* p, Vec16 v, Policy policy) {
                "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3]), "l"(policy.bits)
                : "memory");
 }
-__device__ __forceinline__ void store8(void* p, const Vec16& v, int first, Policy policy) {  // two words, from there on
+__device__ __forceinline__ void store8(void* p, const Vec16& v, int first, Policy policy) {  // two words of v, from word `first` on
   asm volatile("st.global.L1::no_allocate.L2::cache_hint.v2.b32 [%0], {%1, %2}, %3;" ::"l"(p), "r"(v.word[first]),
                "r"(v.word[first + 1]), "l"(policy.bits)
                : "memory");
@@ -67,7 +65,7 @@ __device__ __forceinline__ void store8(void* p, const Vec16& v, int first, Polic
 template <class T> __device__ __forceinline__ T load1(const T* p) { return *p; }
 template <class T> __device__ __forceinline__ void store1(T* p, T v) { *p = v; }
 
-// What another block wrote earlier in this launch, made of doubles; the order comes from the accesses below.
+// Loads what another block wrote earlier in this launch, made of doubles; the accesses below order it.
 template <class T> __device__ __forceinline__ T load_shared_result(const T* p) {
   constexpr int kWords = sizeof(T) / sizeof(double);
   static_assert(sizeof(T) % sizeof(double) == 0);
@@ -88,8 +86,8 @@ __device__ __forceinline__ double shuffle_down(double value, int delta) {
   return __shfl_down_sync(0xffffffffu, value, delta);
 }
 
-// x, of which the compiler knows nothing from here on: it cannot work out what follows from x ahead of a loop, and keep
-// it in registers all the way.
+// Returns x, as a value that the compiler knows nothing about: it cannot compute what depends on x before a loop and
+// keep it in registers.
 __device__ __forceinline__ double opaque(double x) {
   asm volatile("" : "+d"(x));
   return x;
@@ -115,12 +113,12 @@ __device__ __forceinline__ void store_release(uint32_t* p, uint32_t v) {
 
 // ---- Host ------------------------------------------------------------------------------------------------------
 
-// Makes a device the current one. Nothing to undo: the caller has made it torch's current one for as long.
+// Makes a device the current one. Nothing to restore: the caller makes it torch's current device during the call.
 struct DeviceGuard {
   explicit DeviceGuard(int device) { cudaSetDevice(device); }
 };
 
-// More than 48 KB of shared memory has to be asked for; all of it, so that two blocks fit side by side.
+// Requests more than 48 KB of shared memory for a kernel, and the largest carveout, so that two blocks fit.
 template <class Params> int allow_shared(void (*kernel)(Params), int bytes) {
   if (bytes <= 48 << 10) return 0;
   const void* function = reinterpret_cast<const void*>(kernel);
@@ -139,7 +137,7 @@ int launch(void (*kernel)(Params), int blocks, int threads, int shared_bytes, bo
   const cudaError_t error =
       cooperative ? cudaLaunchCooperativeKernel(function, dim3(blocks), dim3(threads), arguments, shared_bytes, s)
                   : cudaLaunchKernel(function, dim3(blocks), dim3(threads), arguments, shared_bytes, s);
-  if (error != cudaSuccess) cudaGetLastError();  // ours to report: not to be found by someone else's check
+  if (error != cudaSuccess) cudaGetLastError();  // reported here, not by the next caller who checks
   return int(error);
 }
 

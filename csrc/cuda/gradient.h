@@ -1,4 +1,4 @@
-// The gradient (docs/math.md §6): of a tile, and the kernel that makes it alone, for coefficients already known.
+// The gradient (docs/math.md §6) of a tile, and the kernel that computes only the gradient, for given coefficients.
 #pragma once
 #include <type_traits>
 
@@ -7,7 +7,7 @@
 namespace sipo {
 namespace {
 
-// Where tile `tile` of a sample begins for this thread.
+// The first element of a sample's tile for this thread.
 template <class Reader> __device__ __forceinline__ int64_t element(int32_t tile) {
   return int64_t(tile) * kThreads * Reader::kVector + threadIdx.x * Reader::kStep;
 }
@@ -15,7 +15,7 @@ __device__ __forceinline__ int64_t target_row(const CudaArgs& a, int64_t pair, i
   return (a.target_shared ? pair : pair + half * a.pairs) * a.target_stride;
 }
 
-// The type that the gradient is computed in: double where model or target is, else float, whatever the reader.
+// Whether the gradient is computed in double: if model or target is double, whatever the reader.
 template <class Reader> __device__ __forceinline__ bool in_double(const CudaArgs& a) {
   if constexpr (Reader::kTyped) return std::is_same_v<typename Reader::Wide, double>;
   return a.model_dtype == kFloat64 || a.target_dtype == kFloat64;
@@ -33,21 +33,21 @@ __device__ __forceinline__ void difference(const CudaArgs& a, const typename Rea
   for (int j = 0; j < Reader::kVector; ++j) d[j] = x[j] - y[j];
 }
 
-// Of one thread's elements of a sample. A d in double, of types that float holds, rounds to what float arithmetic
-// makes.
+// Writes the gradient of one thread's elements of a sample. Where float holds both types exactly, a d in double rounds
+// to what float arithmetic gives.
 template <class Reader>
 __device__ __forceinline__ void write_gradient(const CudaArgs& a, typename Reader::Wide (&d)[Reader::kVector], double coef,
                                                int64_t sample, int64_t i, Policy policy) {
   const float c = float(coef);
 #pragma unroll
-  for (int j = 0; j < Reader::kVector; ++j) {  // exact zeros, whatever was loaded
+  for (int j = 0; j < Reader::kVector; ++j) {  // exact zeros, whatever the inputs are
     if (in_double<Reader>(a)) d[j] = coef == 0 ? 0 : coef * d[j];
     else d[j] = c == 0 ? 0 : c * float(d[j]);
   }
   Reader::store(a.grad, sample * a.elements + i, a.elements - i, a.model_dtype, d, policy);
 }
 
-// Of one thread's elements of a pair. slots: where shared memory holds their d, or -1.
+// Computes the gradient of one thread's elements of a pair. slots: where shared memory holds their d, or -1.
 template <class Reader>
 __device__ __forceinline__ void gradient_tile(const CudaArgs& a, int64_t pair, int32_t tile, const double (&coef)[2],
                                               const int32_t (&slots)[2], Policy out) {

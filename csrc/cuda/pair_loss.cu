@@ -1,20 +1,19 @@
-// The pair loss on a GPU: errors, per-pair arithmetic, gradient and what a batch reports in one traversal of device
-// memory, in one launch. Plain C interface for ctypes (sipo_kernels/backends/cuda/launch.py); no torch headers.
-// sipo_kernels/backends/cuda/plan.py decides the numbers.
+// The pair loss on a GPU: errors, per-pair arithmetic, gradient and what a batch reports, in one launch that traverses
+// device memory once. Plain C interface for ctypes (sipo_kernels/backends/cuda/launch.py); no torch headers.
+// sipo_kernels/backends/cuda/plan.py decides how a call is divided.
 //
 // A pair is cut into tiles: kThreads · kVector elements of the chosen sample and the same ones of the rejected sample.
-// The pairs go through in groups; within a group each block has a run of consecutive tiles, and comes back for the
+// Pairs are processed in groups. Within a group each block reduces a run of consecutive tiles and returns for the
 // gradient of the same run. By then its own shared memory holds d = policy − target of the last `hold` sample tiles;
-// policy and target of the others, loaded with the advice to stay, are in the L2 cache, which the reference and the
-// gradient pass through. The last block to have reduced its part of a group does the arithmetic of the group's pairs.
+// policy and target of the others were loaded with the hint to stay in the L2 cache, which the reference and the
+// gradient bypass. The last block to have reduced its part of a group does the arithmetic of the group's pairs.
 // Meanwhile the others reduce the first `lead` tiles of the next group, so that memory is never idle:
 //
 //     reduce group 0
-//     for each group k: reduce `lead` tiles of k + 1; wait for k's coefficients; gradient of k; reduce the rest of k +
-// 1
+//     for each group k: reduce `lead` tiles of k + 1; wait for k's coefficients; gradient of k; reduce the rest of k+1
 //
-// Waiting needs every block to be on the chip at once: such a launch is a cooperative one, which fails rather than
-// hang. Sums have a fixed order, given by shape and device: same input, same bits.
+// Waiting requires all blocks to be on the chip at once. The launch is therefore cooperative, which fails rather than
+// hangs. Sums have a fixed order that depends on shape and device only: the same input gives the same bits.
 #include "cuda/settle.h"
 #include "describe.h"
 
@@ -30,7 +29,7 @@ template <class Reader, class Acc> struct Block {
   using Prediction = typename Reader::Prediction;
   using Target = typename Reader::Target;
 
-  struct Run {  // this block's tiles of one group
+  struct Run {  // the tiles of this block in one group
     Group group;
     int32_t begin, end;
     int32_t held_from;  // the first that shared memory holds
@@ -49,7 +48,7 @@ template <class Reader, class Acc> struct Block {
 
   __device__ __forceinline__ explicit Block(const Params& params) : a(params) {}
 
-  // Where a thread keeps d of its elements of a sample tile for the gradient; -1: nowhere.
+  // The slot where a thread keeps d of its elements of a sample tile for the gradient; -1: none.
   __device__ __forceinline__ int32_t slot(const Run& r, int32_t u, int half) const {
     const int32_t i = 2 * (u - r.held_from) + half;
     return Reader::kTyped && i >= 0 && i < a.hold ? i : -1;
@@ -65,10 +64,9 @@ template <class Reader, class Acc> struct Block {
     Target t[2] = {};
     const int32_t slots[2] = {a.grad ? slot(r, u, 0) : -1, a.grad ? slot(r, u, 1) : -1};
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {  // all loads are under way before the first is waited for
+    for (int half = 0; half < 2; ++half) {  // all loads are issued before the first is used
       const int64_t sample = pair + half * a.pairs;
-      // A shared target is needed again as long as the rejected sample is not held, which comes after the chosen
-      // sample.
+      // A shared target is needed again unless the rejected sample, the second to be held, is held.
       const bool again = a.grad && slots[half] < 0, target_again = a.target_shared ? a.grad && slots[1] < 0 : again;
       Reader::load(m[half], a.model, sample * a.model_stride + i, left, a.model_dtype, again ? stay : pass);
       Reader::load(t[half], a.target, target_row(a, pair, half) + i, left, a.target_dtype, target_again ? stay : pass,
@@ -85,13 +83,13 @@ template <class Reader, class Acc> struct Block {
         Reader::put_aside(slots[half], d);
       }
     }
-    // In float few terms at a time; in double the sums themselves, which saves registers.
+    // In float, a few terms at a time; in double, the sums themselves, which saves registers.
     constexpr bool kFew = std::is_same_v<Acc, float>;
     Acc terms[kSums];
 #pragma unroll
     for (int j = 0; j < kSums; ++j) terms[j] = kFew ? Acc(0) : Acc(sums[j]);
     if constexpr (Reader::kHalf) {
-      constexpr int kSome = kFew ? 4 : 2;  // all of them at once would not fit the registers
+      constexpr int kSome = kFew ? 4 : 2;  // all at once would not fit into the registers
 #pragma unroll 1
       for (int j = 0; j < Reader::kVector; j += kSome) {
         add_terms<kSome>(m, ref, t, terms);
@@ -106,7 +104,7 @@ template <class Reader, class Acc> struct Block {
     for (int j = 0; j < kSums; ++j) sums[j] = kFew ? sums[j] + terms[j] : double(terms[j]);
   }
 
-  // §2: adds Σ d², Σ d_ref², Σ (m − r)(d + d_ref) of one thread's first N elements, for chosen and rejected sample; and
+  // §2: adds Σ d², Σ d_ref², Σ (m − r)(d + d_ref) of one thread's first N elements, of chosen and rejected sample, and
   // Σ d_w · d_l.
   template <int N>
   __device__ __forceinline__ void add_terms(const Prediction (&m)[2], const Prediction (&ref)[2], const Target (&t)[2],
@@ -136,7 +134,7 @@ template <class Reader, class Acc> struct Block {
     }
   }
 
-  // Tiles [from, to) of this block's run of group k. Sums stay in registers until the block is done with the pair.
+  // Reduces tiles [from, to) of this block's run of group k. Sums stay in registers to the block's last tile of a pair.
   __device__ __forceinline__ void reduce(int32_t k, int32_t from, int32_t to) {
     const Run r(a, k);
     int32_t u = r.begin + from;
@@ -144,7 +142,7 @@ template <class Reader, class Acc> struct Block {
     if (u >= stop) return;
     const Policy stay = device::keep(a.keep), pass = device::stream();
     int32_t pair = u / a.tiles, tile = u - pair * a.tiles;
-    // Which of the pair's parts this block has: the first of a pair that begins in its run.
+    // The block's number among those that share the pair; 0 for a pair that begins in its run.
     int32_t part = pair * a.tiles < r.begin ? blockIdx.x - r.group.owner(pair * a.tiles) : 0;
     pair += r.group.first_pair;
     for (; u < stop; ++u) {
@@ -156,7 +154,7 @@ template <class Reader, class Acc> struct Block {
     }
   }
 
-  // The block's sums of one pair to memory, and back to 0.
+  // Writes the block's sums of one pair to memory, and sets them to 0.
   __device__ __forceinline__ void flush(int64_t part) {
     double* scratch = reinterpret_cast<double*>(device::shared_memory());
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -175,15 +173,15 @@ template <class Reader, class Acc> struct Block {
     __syncthreads();
   }
 
-  // Says that this block has reduced its run of group k. The last one to say so does the arithmetic of all its pairs.
-  // All blocks arrive at k before k + 1, and at k + 1 only after settling k: groups are settled one after another.
+  // Reports that this block has reduced its run of group k. The last block to report does the arithmetic of its pairs.
+  // All blocks arrive at k before k + 1, and at k + 1 only after settling k: groups are settled in order.
   __device__ __forceinline__ void arrive(int32_t k) {
     if (threadIdx.x == 0) *was_last() = device::add_acquire_release(a.work.arrived + k, 1) == gridDim.x - 1;
     __syncthreads();
     if (*was_last()) Settling{a}.group(k);
     __syncthreads();
 #pragma unroll
-    for (int j = 0; j < kSums; ++j) sums[j] = 0;  // they are: this tells the compiler
+    for (int j = 0; j < kSums; ++j) sums[j] = 0;  // they are 0 already: this tells the compiler
   }
   // Whether this block was the last one to arrive.
   __device__ __forceinline__ static volatile uint32_t* was_last() {
@@ -202,8 +200,7 @@ template <class Reader, class Acc> struct Block {
     const Run r(a, k);
     if (r.begin >= r.end) return;
     wait(k);
-    // A gradient that fits the cache stays there for the network's backward pass; a longer one would push out the
-    // inputs.
+    // A gradient that fits into the cache stays there for the network's backward pass; a larger one would evict inputs.
     const bool stays = a.groups == 1;
     int32_t pair = r.begin / a.tiles, tile = r.begin - pair * a.tiles;
     pair += r.group.first_pair;
@@ -249,23 +246,23 @@ template <class Reader, class Acc> int pair_loss(const CudaArgs& args) {
     error = device::launch(kernel, a.blocks, kThreads, a.shared_bytes, true, a.stream, a);
     if (error != device::kTooLarge) return error;
   }
-  // No gradient; or one in a launch of its own, where the blocks cannot all be on the chip at once (part of it is given
-  // to another process).
+  // No gradient; or one in a second launch, if the blocks cannot all be on the chip at once (another process may use
+  // part of it).
   a.grad = nullptr;
   error = device::launch(kernel, a.blocks, kThreads, kScratchBytes, false, a.stream, a);
   if (error || !args.grad) return error;
-  a.grad = args.grad, a.coef = a.work.coef, a.settings.double_stats = 1, a.upstream = {};  // which is in these coefficients
+  a.grad = args.grad, a.coef = a.work.coef, a.settings.double_stats = 1, a.upstream = {};  // which these coefficients include
   return gradient_alone<Reader>(a);
 }
 
-// Half precision is summed in float, and in double where few elements are; anything else in double.
+// Half precision is summed in float, or in double if there are few elements; anything else in double.
 template <class Reader> int pair_loss(const CudaArgs& a) {
   if constexpr (Reader::kHalf)
     if (!a.double_terms) return pair_loss<Reader, float>(a);
   return pair_loss<Reader, double>(a);
 }
 
-// run(reader), with the reader that the call names.
+// Calls run with the reader of the call.
 template <class Run> int with_reader(const CudaArgs& a, Run run) {
   if (a.reader == kMixedReader) return run(Mixed{});
   if (a.reader == kAnyReader) return run(Any{});
@@ -282,22 +279,22 @@ template <class Run> int with_reader(const CudaArgs& a, Run run) {
 
 using namespace sipo;
 
-// Forward, and the gradient if args->grad is not null. Returns 0 or CUDA's error code.
+// Forward pass, and the gradient if args->grad is not null. Returns 0 or CUDA's error code.
 SIPO_API int sipo_cuda_pair_loss(const CudaArgs* args) {
   const device::DeviceGuard guard(args->device);
   return with_reader(*args, [&](auto reader) { return pair_loss<decltype(reader)>(*args); });
 }
 
-// How much memory args->workspace must be, of a call that is otherwise filled in.
+// The size that args->workspace must have, for arguments that are otherwise complete.
 SIPO_API int64_t sipo_cuda_workspace_bytes(const CudaArgs* args) { return Params(*args).work.bytes; }
 
-// The gradient alone for `coef` times `upstream`, into args->grad. Returns 0 or CUDA's error code.
+// Only the gradient, for `coef` times `upstream`. Returns 0 or CUDA's error code.
 SIPO_API int sipo_cuda_pair_grad(const CudaArgs* args) {
   const device::DeviceGuard guard(args->device);
   return with_reader(*args, [&](auto reader) { return gradient_alone<decltype(reader)>(*args); });
 }
 
-// 0, or CUDA's error code for why this driver and device cannot run the kernels.
+// Returns 0 if this driver and device can run the kernels, else CUDA's error code.
 SIPO_API int sipo_cuda_status(int device) {
   const device::DeviceGuard guard(device);
   return device::usable(pair_kernel<Vector<bf16, bf16>, float>);
@@ -309,9 +306,9 @@ SIPO_API const char* sipo_cuda_error(int code) { return device::error_string(cod
 SIPO_API const char* sipo_cuda_description() {
   static const std::string text =
       describe_shared("constants: threads " + decimal(kThreads) + ", blocks " + decimal(kBlocksPerSm) + ", scratch " +
-                      decimal(kScratchBytes) + ", vector " + decimal(kVectorReader) + ", mixed " + decimal(kMixedReader) +
-                      " by " + decimal(Mixed::kVector) + ", any " + decimal(kAnyReader) + " by " +
-                      decimal(Any::kVector) + "\n") +
+                      decimal(kScratchBytes) + ", vector " + decimal(kVectorReader) +
+                      ", mixed " + decimal(kMixedReader) + " by " + decimal(Mixed::kVector) +
+                      ", any " + decimal(kAnyReader) + " by " + decimal(Any::kVector) + "\n") +
       SIPO_DESCRIBE("numbers", Numbers, SIPO_NUMBERS) + SIPO_DESCRIBE("arguments", CudaArgs, SIPO_CUDA_ARGS);
   return text.c_str();
 }

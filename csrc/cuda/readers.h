@@ -1,11 +1,12 @@
-// How a thread reads and writes its elements, once for each kind of tensors: predictions and target of the usual types,
-// 16 bytes of the wider at a time; any mix of types, 4 elements at a time; and anything at any address, one by one.
+// How a thread reads and writes its elements, for three kinds of tensors: predictions and target of the usual types,
+// 16 bytes of the wider at a time (Vector); any mix of types, 4 elements at a time (Mixed); anything at any address,
+// one element at a time (Any).
 //
-// A reader has: kVector, the elements of a sample that a thread handles at a time, kStep of them in a row and the next
-// a block further on; Prediction and Target, what it gets from memory of the policy or the reference, and of the
-// target; load (if wanted; many loads are started before the first is used), widen_all and store; Wide, a type that
-// holds every element. Offsets are in elements; `left` is how many the sample has from there on. What is not loaded is
-// what it was.
+// A reader has: kVector, the number of elements of a sample that a thread handles at a time, in runs of kStep that are
+// a block apart; Prediction and Target, the raw elements of the policy or the reference, and of the target; load (if
+// `wanted`; many loads are issued before the first is used), widen_all and store; Wide, a type that holds every element
+// exactly. Offsets are in elements; `left` is the number of elements of the sample from there on. A load that is not
+// wanted leaves its destination as it was.
 #pragma once
 #include <type_traits>
 
@@ -67,7 +68,7 @@ template <class T, int N> struct Elements {
   static constexpr int kParts = N * sizeof(T) / 16;
   Vec16 part[kParts];
 
-  // Without the first ones: the others move up.
+  // Drops the first elements and moves up the others.
   template <int kFirst> __device__ __forceinline__ void drop() {
     constexpr int kWords = kParts * 4, kAway = kFirst * sizeof(T) / 4;
 #pragma unroll
@@ -75,19 +76,19 @@ template <class T, int N> struct Elements {
   }
 };
 
-// A thread's own places in shared memory, behind the scratch: what it puts there no other thread touches, so that
-// nothing has to be synchronised.
+// A thread's own places in shared memory, after the scratch memory. No other thread uses them, so nothing has to be
+// synchronised.
 constexpr int kScratchBytes = 1024;
 
 __device__ __forceinline__ Vec16* place(int32_t number) {
   return reinterpret_cast<Vec16*>(device::shared_memory() + kScratchBytes) + number * kThreads + threadIdx.x;
 }
 
-// Policy and reference of type P, target of type T, which is P or wider. Neighbouring threads ask for neighbouring
-// bytes of every tensor, hence the steps: two loads of 16 bytes in a row would ask for each sector of the target twice.
+// Policy and reference of type P, target of type T, which is P or wider. Neighbouring threads read neighbouring bytes
+// of every tensor, hence the steps: two consecutive loads of 16 bytes would request each sector of the target twice.
 template <class P, class T> struct Vector {
   static_assert(sizeof(T) == sizeof(P) || sizeof(T) == 2 * sizeof(P));
-  static constexpr bool kTyped = true;  // by the template and not at run time; with slots in shared memory
+  static constexpr bool kTyped = true;  // types are known at compile time; has slots in shared memory
   static constexpr bool kHalf = sizeof(P) == 2;
   static constexpr int kVector = 16 / sizeof(P), kStep = 16 / sizeof(T);
   using Prediction = Elements<P, kVector>;
@@ -140,7 +141,7 @@ template <class P, class T> struct Vector {
   }
 };
 
-// Each tensor of its own type, known at run time: a branch that all threads take alike.
+// Each tensor has its own type, known at run time: all threads take the same branch.
 struct Mixed {
   static constexpr bool kTyped = false, kHalf = false;
   static constexpr int kVector = 4, kStep = 4;
@@ -185,7 +186,7 @@ struct Mixed {
   }
 };
 
-// Anything, anywhere: sizes and addresses that do not fit 16 bytes.
+// Any size at any address.
 struct Any {
   static constexpr bool kTyped = false, kHalf = false;
   static constexpr int kVector = 1, kStep = 1;

@@ -1,5 +1,5 @@
-// The arithmetic of pairs: from partial sums to coefficients, a group at a time, and when all groups are done what the
-// batch reports. One block's work, with a thread for each sample or pair.
+// The arithmetic of pairs: from partial sums to coefficients, one group at a time, and after the last group what the
+// batch reports. One block does it, with a thread for each sample or pair.
 #pragma once
 #include "cuda/gradient.h"
 
@@ -19,7 +19,7 @@ struct Settling {
     const Group g(a, k);
     sum_parts(g);
     __syncthreads();
-    // Samples and pairs go through memory: few registers.
+    // Samples and pairs go through memory, to save registers.
     for (int32_t i = threadIdx.x; i < 2 * g.pairs; i += kThreads)
       sample(i < g.pairs ? g.first_pair + i : a.pairs + g.first_pair + i - g.pairs);
     __syncthreads();
@@ -28,7 +28,7 @@ struct Settling {
     if (threadIdx.x == 0) device::store_release(a.work.ready, uint32_t(k + 1));
   }
 
-  // The sums of each pair of the group, in place of its first part.
+  // Sums the parts of each pair of the group, and stores the result in the first part.
   __device__ __forceinline__ void sum_parts(const Group& g) const {
     for (int32_t i = threadIdx.x / 32; i < a.sums * g.pairs; i += kThreads / 32) {
       const int32_t p = i / a.sums;
@@ -61,7 +61,7 @@ struct Settling {
     a.work.samples[s] = x;
   }
 
-  // The compiler shall not work out ahead, and keep through the main loops, what follows from these.
+  // Keeps the compiler from computing what depends on these in advance, and holding it through the main loops.
   __device__ __forceinline__ Settings settings() const {
     Settings s = a.settings;
     s.beta = device::opaque(s.beta);
@@ -106,7 +106,7 @@ struct Settling {
       a.levels[i % kStatistics * bins + i / kStatistics] += float(level_sum(i / kStatistics, i % kStatistics, pairs));
   }
 
-  // Other blocks may have settled it.
+  // Another block may have settled the pair.
   __device__ __forceinline__ void report_pair(int32_t i, int32_t of_rejected, int32_t bins) const {
     Sample chosen = device::load_shared_result(a.work.samples + i);
     Sample rejected = device::load_shared_result(a.work.samples + of_rejected);
@@ -135,7 +135,7 @@ struct Settling {
     if (a.metrics) add_metric(a.metrics, k, value, metric_pairs(k, counted, double(pairs)));
   }
 
-  // Of one statistic of the pairs in one bin, in their order.
+  // The sum of one statistic over the pairs in one bin, in order.
   __device__ __forceinline__ double level_sum(int32_t bin, int32_t row, int32_t pairs) const {
     double sum = 0;
     for (int32_t i = 0; i < pairs; ++i)

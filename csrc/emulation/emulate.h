@@ -1,9 +1,9 @@
 // CUDA on the CPU, for tests: csrc/cuda compiled by g++ runs its real schedule on one operating-system thread.
-// Every CUDA thread is a fiber; a seed decides which goes on at every barrier, shuffle and atomic operation, so that
-// seeds explore interleavings and each can be repeated. Memory is sequentially consistent here: a missing fence or a
-// wrong scope cannot show; a missing barrier, a wait for a block that never starts and a divergent barrier can.
-// Kernels take dynamic shared memory only, throw nothing and own nothing: a failed launch just forgets its fibers.
-// To be included by one translation unit.
+// Every CUDA thread is a fiber; a seed decides which one continues at every barrier, shuffle and atomic operation, so
+// different seeds give different interleavings, and each can be repeated. Memory is sequentially consistent here: a
+// missing fence or a wrong scope is not found; a missing barrier, a wait for a block that never starts and a divergent
+// barrier are. Kernels use dynamic shared memory only, throw nothing and own nothing: a failed launch drops its fibers.
+// Include it in one translation unit only.
 #pragma once
 #include <sys/mman.h>
 
@@ -31,7 +31,7 @@ constexpr size_t kPage = 4096, kStack = 64 << 10;
 constexpr int kGuard = 1024;  // bytes watched on either side of a block's shared memory
 constexpr int kSharedDefault = 48 << 10, kSharedMost = 227 << 10;  // without and with allow_shared, as on sm_90
 
-// NaN in every type, and unlike the poison, which a kernel that reads it could write back.
+// NaN in every type, and different from the poison, which a kernel that reads it could write back.
 inline char guard_byte(const char* p) { return uintptr_t(p) & 1 ? char(0x7f) : char(0xfd); }
 
 inline void prepare(Fiber& f, size_t index) {
@@ -100,7 +100,7 @@ inline int run(const void* kernel, int blocks, int threads, int shared_bytes, bo
     if (p == MAP_FAILED) return report(kBadGrid, "no memory for %zu stacks", fibers);
     for (size_t i = have; i < fibers; ++i) {
       m.stacks.push_back(static_cast<char*>(p) + (i - have) * kStack);
-      mprotect(m.stacks[i], kPage, PROT_NONE);  // an overflow crashes here instead of spoiling a neighbour
+      mprotect(m.stacks[i], kPage, PROT_NONE);  // an overflow crashes here instead of overwriting a neighbour
     }
   }
   threadIdx = blockIdx = {0, 0, 0};
@@ -110,7 +110,7 @@ inline int run(const void* kernel, int blocks, int threads, int shared_bytes, bo
   m.running = &m.main, m.finished = nullptr;
   m.runnable.clear();
   m.waiting_blocks.clear();
-  for (unsigned i = 0; i < unsigned(blocks); ++i) {  // in random order: CUDA promises none
+  for (unsigned i = 0; i < unsigned(blocks); ++i) {  // in random order: CUDA guarantees none
     m.waiting_blocks.push_back(i);
     std::swap(m.waiting_blocks[i], m.waiting_blocks[random_below(i + 1)]);
   }
@@ -170,7 +170,7 @@ inline double shuffle_down(double value, int delta, const char* file = __builtin
 
 template <class T> T opaque(T x) { return x; }
 
-// Others may run before an atomic operation, and after it before anything else that its thread does.
+// Other threads may run before an atomic operation, and between it and the next operation of its thread.
 inline uint32_t add_acquire_release(uint32_t* p, uint32_t v) {
   emulation::yield_to_blocks();
   const uint32_t old = *p;
@@ -194,7 +194,7 @@ inline uint32_t load_acquire(const uint32_t* p) {
   if (++self.idle_loads == emulation::kPatience && ++m.stuck == m.runnable_fibers) emulation::deadlocked();
   if (self.polled == p && self.seen == value) {
     ++m.statistics[3];
-    m.block_burst = 0;  // polling: let another block go on
+    m.block_burst = 0;  // polling: let another block continue
   } else if (emulation::random_bits() & 1) {
     emulation::yield_to_blocks();
   }
@@ -238,7 +238,7 @@ template <class T> void store1(T* p, T v) {
   emulation::access(p, sizeof(T), true, normal().kind);
   *p = v;
 }
-template <class T> T load_shared_result(const T* p) {  // another block's; not counted, and never a place to poll
+template <class T> T load_shared_result(const T* p) {  // of another block; not counted, and never polled
   if (emulation::machine.preempt && emulation::random_bits() < emulation::machine.preempt) emulation::yield_to_blocks();
   asm volatile("" ::: "memory");
   return *p;
@@ -264,7 +264,6 @@ template <class F> int allow_shared(F kernel, int bytes) {
   allowed = bytes > emulation::kSharedDefault ? bytes : emulation::kSharedDefault;
   return 0;
 }
-template <class F> int blocks_per_sm(F, int /*threads*/, int /*shared_bytes*/) { return 2; }
 
 }  // namespace sipo::device
 #pragma GCC visibility pop
@@ -272,8 +271,8 @@ template <class F> int blocks_per_sm(F, int /*threads*/, int /*shared_bytes*/) {
 // ---- For the tests, through ctypes ----
 
 #define SIPO_EMULATE_API extern "C" __attribute__((visibility("default"))) void
-// Counts accesses to [base, base + bytes) per granule, once for each granule an access touches, on top of what the
-// arrays hold. Null counters are skipped, a null base ends it; watch_kind is to be called again after it.
+// Adds accesses to [base, base + bytes) to the counters, one for each granule that an access touches. Null counters are
+// skipped, and a null base stops counting. Afterwards, call watch_kind again.
 SIPO_EMULATE_API sipo_emulate_watch(int slot, const void* base, size_t bytes, int granule, uint32_t* loads,
                                     uint32_t* stores) {
   auto& m = sipo::emulation::machine;
@@ -286,8 +285,8 @@ SIPO_EMULATE_API sipo_emulate_watch_kind(int slot, int kind, uint32_t* loads) {
   const std::lock_guard<std::mutex> guard(sipo::emulation::machine.lock);
   if (kind >= 0 && kind < 3) sipo::emulation::machine.watches[slot & 7].kinds[kind] = loads;
 }
-// resident_blocks: how many blocks of a launch that is not cooperative run at once. preempt_probability: of a switch
-// at a load or store of global memory.
+// resident_blocks: number of blocks that run at once if the launch is not cooperative. preempt_probability: probability
+// of a switch at a load or store of global memory.
 SIPO_EMULATE_API sipo_emulate_configure(uint64_t seed, int resident_blocks, double preempt_probability) {
   auto& m = sipo::emulation::machine;
   const std::lock_guard<std::mutex> guard(m.lock);

@@ -1,5 +1,5 @@
-// The machine under emulate.h: fibers, the scheduler that a seed drives, barriers, shuffles, and what can go wrong.
-// -DSIPO_EMULATE_UCONTEXT takes the portable switch, 12 times slower, on x86-64 too.
+// The machine that emulate.h runs on: fibers, a scheduler driven by a seed, barriers, shuffles, and errors.
+// -DSIPO_EMULATE_UCONTEXT selects the portable switch on x86-64 too; it is 12 times slower.
 #pragma once
 #include <cstdarg>
 #include <cstddef>
@@ -19,7 +19,7 @@
 #include <sanitizer/asan_interface.h>
 #endif
 
-#pragma GCC visibility push(hidden)  // two such libraries in one process share nothing
+#pragma GCC visibility push(hidden)  // two such libraries in one process must share nothing
 struct EmulatedIndex { unsigned x, y, z; };
 static EmulatedIndex threadIdx, blockIdx, blockDim, gridDim;  // of the running fiber
 
@@ -27,10 +27,10 @@ namespace sipo::emulation {
 
 enum Error : int { kBadArgument = 1, kBadGrid = 9, kDeadlock = 700, kDivergence = 701, kShared = 702,
                    kAlignment = 716 };
-constexpr uint32_t kPatience = 256;  // fruitless load_acquires of every runnable thread that make a deadlock
+constexpr uint32_t kPatience = 256;  // load_acquires without progress, by each runnable thread, that make a deadlock
 constexpr int kBlockBursts = 13, kWarpBursts = 10;  // one block runs 1 to 2^12 switches in a row, one warp 1 to 2^9
 
-struct Site {  // where a primitive stands in the source; one literal for each, so that addresses compare
+struct Site {  // where a primitive is called; one literal for each, so that addresses compare
   const char* file;
   int line;
 };
@@ -82,7 +82,7 @@ struct Machine {
   std::vector<unsigned> waiting_blocks;
   Block *current = nullptr, *finished = nullptr;
   unsigned warp = 0, block_burst = 0, warp_burst = 0;
-  unsigned runnable_fibers = 0, stuck = 0;  // stuck: those out of patience since the last progress
+  unsigned runnable_fibers = 0, stuck = 0;  // stuck: those that ran out of patience since the last progress
   uint64_t progress = 0;
   int shared_bytes = 0;
   void (*entry)(void*) = nullptr;
@@ -99,7 +99,7 @@ inline uint32_t random_bits() {
   return uint32_t((x * 0x2545f4914f6cdd1dull) >> 32);
 }
 inline unsigned random_below(size_t n) { return unsigned((uint64_t(random_bits()) * n) >> 32); }
-inline unsigned random_bit_of(uint32_t mask) {  // not quite evenly, but every set bit has its chance
+inline unsigned random_bit_of(uint32_t mask) {  // not quite uniform, but every set bit can be drawn
   const unsigned r = random_bits() & 31;
   return (__builtin_ctz(mask >> r | mask << (-r & 31)) + r) & 31;
 }
@@ -109,7 +109,7 @@ inline unsigned random_bit_of(uint32_t mask) {  // not quite evenly, but every s
 #if defined(SIPO_EMULATE_UCONTEXT)
 inline void swap_fibers(Fiber& from, Fiber& to) { swapcontext(&from.context, &to.context); }
 #else
-// noipa: the callers must believe that it changes all memory and every caller-saved register.
+// noipa: callers must assume that it changes all memory and every caller-saved register.
 __attribute__((naked, noipa)) inline void swap_stacks(void** /*save*/, void* /*load*/) {
   asm("pushq %rbp\n pushq %rbx\n pushq %r12\n pushq %r13\n pushq %r14\n pushq %r15\n movq %rsp, (%rdi)\n"
       "movq %rsi, %rsp\n popq %r15\n popq %r14\n popq %r13\n popq %r12\n popq %rbx\n popq %rbp\n ret");
@@ -127,8 +127,8 @@ inline void resume(Fiber* next) {
   identify(*self);
 }
 
-// A block, and within it a warp, keeps the machine for a burst of random length: with evenly drawn fibers all blocks
-// would advance in step, and no warp would ever run far ahead of another.
+// A block, and within it a warp, runs for a burst of random length: with uniformly drawn fibers all blocks would
+// advance in step, and no warp would ever run far ahead of another.
 inline Fiber* pick() {
   Machine& m = machine;
   if (!m.block_burst || !m.current->ready) {
@@ -148,7 +148,7 @@ inline void yield() {
   Fiber* next = pick();
   if (next != machine.running) resume(next);
 }
-// At an access that other blocks may see: without an end to the burst, a block's only runnable fiber would go on.
+// At an access that other blocks may see. Unless the burst may end, a block's only runnable fiber would continue.
 inline void yield_to_blocks() {
   if (random_bits() & 1) machine.block_burst = 0;
   yield();
@@ -165,7 +165,7 @@ __attribute__((format(printf, 2, 3))) inline int report(int code, const char* fo
   va_end(arguments);
   return machine.error = code;
 }
-[[noreturn]] inline void leave() {  // back to run(), for good: the block is done or the launch has failed
+[[noreturn]] inline void leave() {  // back to run() for good: the block is done or the launch has failed
   resume(&machine.main);
   __builtin_unreachable();
 }
@@ -200,7 +200,7 @@ inline void wake(Block& b, unsigned warp, uint32_t lanes) {
   b.warps[warp].ready |= lanes;
   m.runnable_fibers += unsigned(__builtin_popcount(lanes));
 }
-inline void stop_running() {  // the running fiber waits or has ended; the caller then leaves it
+inline void stop_running() {  // the running fiber waits or has ended; the caller then switches
   Machine& m = machine;
   Block& b = *m.running->block;
   Warp& w = b.warps[m.running->thread / 32];
@@ -216,7 +216,7 @@ inline void stop_running() {  // the running fiber waits or has ended; the calle
 }
 inline void wait(Site site) {
   stop_running();
-  // Only threads of a block wake its threads, so that a block without a runnable one is lost.
+  // Only threads of a block wake its threads: a block without a runnable thread can never continue.
   if (!machine.running->block->ready) diverged(*machine.running->block, site);
   resume(pick());
 }

@@ -1,5 +1,5 @@
-// Shows that the emulator passes right kernels and catches wrong ones: `g++ -std=c++17 -O2 selftest.cpp && ./a.out`.
-// `./a.out bench` also says what a switch costs and how often the subtle mistakes showed.
+// Checks that the emulator accepts right kernels and finds wrong ones: `g++ -std=c++17 -O2 selftest.cpp && ./a.out`.
+// `./a.out bench` also prints the cost of a switch and how often the subtle mistakes were found.
 #include "emulate.h"
 
 #include <chrono>
@@ -35,8 +35,8 @@ __device__ __forceinline__ double block_sum(double x, double* scratch) {
   return sum;
 }
 
-// Two sums in turn through the same scratch. `forget` leaves out the barrier that keeps a fast warp from writing the
-// second sum over the first before a slow warp has read it: only an interleaving where a warp runs far ahead shows it.
+// Two sums, one after the other, in the same scratch memory. `forget` omits the barrier that keeps a fast warp from
+// overwriting the first sum before a slow warp has read it. Only an interleaving where a warp runs far ahead finds it.
 __global__ void __launch_bounds__(1024) reduce(const __grid_constant__ Reduce p) {
   double* scratch = reinterpret_cast<double*>(shared_memory());
   double x = 0;
