@@ -1,8 +1,8 @@
 """The training loop: preference pairs to an aligned policy.
 
-One forward of the policy serves chosen and rejected samples, which share noise and noise level; the reference runs without
-gradients, or not at all. The host waits for the device when a log line is due. With several processes it also waits, at
-the end of each step, until the device has begun the step's last pass.
+One forward of the policy serves chosen and rejected samples, which share noise and noise level; the reference runs
+without gradients, or not at all. The host waits for the device when a log line is due. With several processes it also
+waits, at the end of each step, until the device has begun the step's last pass.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ class Measurements:
         self.skipped = 0
 
     def totals(self) -> Totals | None:
-        """Where the loss adds a pass's numbers, but for the noise levels; ``None`` for a loss that does not add them."""
+        """Where the loss adds a pass's numbers, without the noise levels; ``None`` for one that does not add them."""
         if not self._loss_adds:
             return None
         metrics = self._window.totals
