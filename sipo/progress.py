@@ -32,7 +32,7 @@ _printing = contextlib.suppress(OSError)
 
 
 def say(text: str) -> None:
-    """Prints a line on standard error, above a bar that is there."""
+    """Prints a line on standard error, above a progress bar that is shown."""
     with _printing:
         if not bars(True):
             # Not tqdm's: it takes a lock that forked processes share, and one that is killed meanwhile keeps it.

@@ -78,7 +78,7 @@ class Existing:
         self.refuse_changes = refuse_changes
         self.source = digest({key: value for key, value in fingerprint.items() if key != MAX_PAIRS})
         self.index: PairsIndex | None = None
-        with contextlib.suppress(DamagedError):  # the shards' own files say what there is
+        with contextlib.suppress(DamagedError):  # the shards' own files show what exists
             self.index = read_pairs_index(folder, fingerprint)
         self.finished = self.index is not None and self.index.complete
         self.path = settings.dataset_name if self.index is None else self.index.path  # of the pairs that are encoded
@@ -279,7 +279,7 @@ def stop(row: int, kind: str, reason: str, change: str = "") -> BadPairError:
 
 
 def read_files(folder: Path) -> dict[str, Any] | None:
-    """Reads the names and stamps of a source's files; ``None`` unless they are there and whole."""
+    """Reads the names and stamps of a source's files; ``None`` if they are missing or damaged."""
     try:
         return read_json(folder / FILES)
     except CacheError:

@@ -197,7 +197,7 @@ def write_pairs_index(
             for shard in latents
         ],
     }
-    _write_files(shards.path, latents)  # before the index: until it is there, nothing relies on them
+    _write_files(shards.path, latents)  # before the index: nothing relies on them without it
     shards.write_index(fingerprint, content, complete=True)
     shards.remove_beyond((LATENTS, TEXT), count)
 

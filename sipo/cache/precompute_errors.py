@@ -49,7 +49,7 @@ def precompute_reference_errors(
 
     The noisy latents and targets are those of training: the same items (:class:`sipo.cache.pairs.DrawnPairs`), the same
     calls of the schedule, in the same types. Errors are summed in float64, so that they are the exact errors of the
-    prediction. What is there already is kept after a check. Every process calls this, and an error of one ends all of
+    prediction. Errors that exist are kept after a check. Every process calls this, and an error of one ends all of
     them (:mod:`sipo.processes`).
 
     Args:

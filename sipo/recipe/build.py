@@ -99,7 +99,7 @@ def open_run(config: Config, accelerator: Accelerator | None = None) -> RunConte
 
     Raises:
         ConfigError: a family, method or number that does not fit.
-        FileNotFoundError, ValueError: a model that is not there or not of its family.
+        FileNotFoundError, ValueError: a model that does not exist or is not of its family.
     """
     model, data = config.model, config.data
     try:

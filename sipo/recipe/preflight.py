@@ -37,7 +37,7 @@ def check_run(run: RunContext, work: Work, *, resume: bool = False) -> None:
 
     Raises:
         ConfigError: names the key, its value, and what was expected.
-        FileNotFoundError, ValueError: weights that are not there, or that are not read here (``model_files.py``).
+        FileNotFoundError, ValueError: weights that do not exist, or that are not read here (``model_files.py``).
     """
     everywhere(run.accelerator, lambda: _check_all(run, work, resume))
 
@@ -143,7 +143,7 @@ def _check_network(run: RunContext) -> None:
 
 
 def _check_files(run: RunContext, work: Work) -> None:
-    """Weights are there, in safetensors; those of a hub are downloaded, of the network only where it is needed."""
+    """Weights exist, in safetensors; those on a hub are downloaded, the network's only where it is needed."""
     options = run.config.model.hub_options
     run.family.fetch(run.model_path, network=False, **options)
     if work != "precompute" or run.config.data.reference_errors or Path(run.model_path).is_dir():

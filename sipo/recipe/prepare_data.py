@@ -53,7 +53,7 @@ def prepare_data(
 
     Args:
         run: of :func:`open_run`.
-        repair: read every shard, also where the cache is finished, and write those again that are damaged.
+        repair: read every shard, also where the cache is finished, and write damaged ones again.
         verify: read every file of the source and of the model, also where size, times and inode are as they were.
         refuse_changes: an error at the first change, before anything is encoded again.
         progress: as in :mod:`sipo.progress`.
@@ -170,7 +170,7 @@ def _open_source(run: RunContext, ask: bool) -> tuple[PairReader | None, str]:
 def _references(
     run: RunContext, cache: Cache, repair: bool, refuse_changes: bool, progress: bool | None
 ) -> ReferenceErrors:
-    """The reference's errors at every draw, computed where they are not there yet."""
+    """The reference's errors at every draw, computed where they do not exist yet."""
     config, accelerator = run.config, run.accelerator
     fixed, reference = run.fixed_draws, run.reference_marks
     found: ReferenceErrors | None = None

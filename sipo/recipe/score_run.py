@@ -84,7 +84,7 @@ def score_run(
             or another network than the one trained from.
         CacheError, BadPairError, DataError, FileNotFoundError, ValueError: as for training.
         FileError: weights that are damaged; names the file.
-        FileExistsError: an output that is there and holds something else than scores.
+        FileExistsError: an output file that exists and holds something else than scores.
     """
     file = target / "config.yaml" if target.is_dir() else target
     if target.is_dir() and not file.exists():

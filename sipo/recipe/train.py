@@ -99,7 +99,7 @@ def run_training(
         pairs, held_out = datasets(run, cache, references)
 
         sampled = config.samples.validation_prompts and (training.validation_steps or not resuming)
-        # Before the networks are loaded, as its text encoders are let go again.
+        # Before the networks are loaded, as its text encoders are freed again.
         draw_samples = ValidationSamples(run) if sampled else None
         network, reference = build(run)
 

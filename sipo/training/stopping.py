@@ -68,8 +68,8 @@ class StopRequest:
                 raise KeyboardInterrupt
             return
         self.signal = signal.Signals(number).name
-        # Not print: a handler may come in the middle of another write to the same stream. Where the terminal or the
-        # reader of a pipe is gone, which may be why the signal came, nobody is there to be told.
+        # Not print: a handler may come in the middle of another write to the same stream. The terminal or the
+        # reader of a pipe may be gone, which may be why the signal came.
         with suppress(OSError):
             os.write(2, f"\n{self.signal}: {self._says}\n".encode())
 

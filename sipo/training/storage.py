@@ -101,7 +101,7 @@ def write(
         os.replace(aside, final)
         sync(root)
         remove(former)
-        # Later ones are there where this run began before the newest: they have had their turn.
+        # Later ones exist where this run began before the newest; they are not counted.
         earlier = [path for path in found(root) if step_of(path) <= step]
         for old in earlier[:-keep] if keep else []:
             _discard(old)

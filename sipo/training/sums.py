@@ -1,7 +1,7 @@
 """SHA256SUMS files: hashes of what a run has written, which tell later damage.
 
 Trained weights have such a file beside them, which ``sha256sum --check`` reads as well. The model card is not listed,
-as it is there to be edited. A run that has ended has another one in its own folder, for its configuration, logs and
+as users edit it. A run that has ended has another one in its own folder, for its configuration, logs and
 prompts; checkpoints keep their hashes themselves.
 """
 
@@ -33,7 +33,7 @@ class ConfigWarning(UserWarning):
 
 
 def write_sums(folder: Path) -> None:
-    """Writes the hashes of a folder of weights; call it after all other files are there."""
+    """Writes the hashes of a folder of weights; call it once all other files are written."""
     _write(folder, _listed(folder))
 
 
