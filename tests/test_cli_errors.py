@@ -170,6 +170,12 @@ def test_where_sipo_is_not_installed_any_version_will_do(monkeypatch: pytest.Mon
     assert cli_errors.missing_packages({"torch": "torch", "not_there": "not-there"}) == "not-there"
 
 
+def test_a_module_of_another_distribution_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As pillow-simd's PIL, which no distribution called pillow has installed."""
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: ["no-such-pillow>=11"])
+    assert cli_errors.missing_packages({"PIL": "no-such-pillow"}) == ""
+
+
 # ---- Nobody reads what is printed ----
 
 

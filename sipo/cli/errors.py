@@ -56,33 +56,22 @@ def check_exists(target: Path) -> None:
 
 
 def missing_packages(packages: Mapping[str, str]) -> str:
-    """What has to be installed, of a table from import name to distribution; "" if all is there and new enough."""
-    floors = _floors()
-    found = []
-    for module, name in packages.items():
-        if importlib.util.find_spec(module) is None:
-            found.append(name)
-        elif name in floors and (version := _version(name)) and not floors[name].contains(version, prereleases=True):
-            found.append(f"{name}{floors[name]} ({version} is installed)")
-    return ", ".join(found)
-
-
-def _floors() -> dict[str, Any]:
-    """The versions that are needed of each distribution; none where sipo itself is not installed."""
-    try:
+    """Returns what has to be installed of a table from import name to distribution; "" if nothing."""
+    needed: dict[str, Any] = {}  # versions by distribution; any will do where sipo itself is not installed
+    with contextlib.suppress(ImportError):  # PackageNotFoundError is one
         from packaging.requirements import Requirement
 
-        needed = [Requirement(line) for line in importlib.metadata.requires("sipo") or ()]
-    except (ImportError, importlib.metadata.PackageNotFoundError):
-        return {}
-    return {each.name: each.specifier for each in needed if each.name != "sipo"}
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+        needed = {each.name: each.specifier for each in map(Requirement, importlib.metadata.requires("sipo") or ())}
+    missing = []
+    for module, name in packages.items():
+        if importlib.util.find_spec(module) is None:
+            missing.append(name)
+            continue
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # of another distribution, as pillow-simd
+            version = importlib.metadata.version(name)
+            if name in needed and not needed[name].contains(version, prereleases=True):
+                missing.append(f"{name}{needed[name]} ({version} is installed)")
+    return ", ".join(missing)
 
 
 def one_line_errors(work: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
@@ -137,26 +126,19 @@ def describe(error: Exception) -> str:
     # loss.nonfinite=raise.
     if isinstance(error, (OSError, ValueError, FloatingPointError, ImportError, OtherProcessError)):
         return text
-    if "sipo.training" in sys.modules and isinstance(error, _ends_of_training()):
-        return text
+    if "sipo.training" in sys.modules:
+        from sipo.training import TrainingDivergedError, TrainingOutOfMemoryError
+
+        if isinstance(error, (TrainingDivergedError, TrainingOutOfMemoryError)):
+            return text
     package = type(error).__module__.partition(".")[0]
     if package in _OF_PACKAGES:
         return f"{_OF_PACKAGES[package]}: {text}"
     if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
         return f"{text}; if the system killed it for lack of memory, lower training.dataloader_num_workers"
-    return lost_connection(error) or (text if isinstance(error, _collective_errors()) else "")
-
-
-def _collective_errors() -> tuple[type[Exception], ...]:
-    from torch import distributed
-
-    return (distributed.DistError,) if distributed.is_available() else ()
-
-
-def _ends_of_training() -> tuple[type[Exception], ...]:
-    from sipo.training import TrainingDivergedError, TrainingOutOfMemoryError
-
-    return TrainingDivergedError, TrainingOutOfMemoryError
+    if reason := lost_connection(error):
+        return reason
+    return text if isinstance(error, getattr(torch.distributed, "DistError", ())) else ""  # not in every build of torch
 
 
 def _said(error: Exception) -> str:
