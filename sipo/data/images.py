@@ -98,8 +98,9 @@ def _decode_image(source: Path | bytes, formats: tuple[str, ...], max_pixels: in
             if image.format in ("GIF", "AVIF"):
                 return None
             if image.format != "MPO":  # its first image is the photograph
-                problem = f"holds {getattr(image, 'n_frames', 2)} images in one {image.format} file"
-                raise MediaError("medium", source, f"{problem}, expected one image, or a clip as GIF or video")
+                count, kind = getattr(image, "n_frames", 2), image.format
+                problem = f"holds {count} images in one {kind} file, expected one image, or a clip as GIF or video"
+                raise MediaError("medium", source, problem)
         aspect = _pixel_aspect(image)
         if image.format == "PNG":
             _scale_transparent_colour(image)
