@@ -1,4 +1,4 @@
-"""One forward pass: a batch of pairs to its loss, with the reference's numbers from where they are to be had."""
+"""One forward pass: from a batch of pairs to its loss, with a reference network or stored reference errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class AdapterOff:
     Attributes:
         switch: called with the policy, unwrapped; inside the context that it returns, the policy computes what it did
             before training, dropout off. ``sipo.families.tuning.adapter_off`` is one. A context with a true attribute
-            ``reusable`` is made once and entered at each pass; another kind is made again for each.
+            ``reusable`` is made once and entered at each pass; any other is made for each pass.
     """
 
     switch: Callable[[nn.Module], AbstractContextManager[Any]]
@@ -38,10 +38,10 @@ ReferenceModel = nn.Module | AdapterOff | None
 
 
 class PairForward:
-    """Loss of a batch of ``B`` pairs, chosen and rejected samples stacked (docs/math.md §1).
+    """Computes the loss of a batch of ``B`` pairs, chosen and rejected samples stacked (docs/math.md §1).
 
     Args:
-        loss_fn: has the schedule too.
+        loss_fn: the loss, with its schedule.
         predict: calls a network.
         reference: see :data:`ReferenceModel`; moved to the accelerator's device and frozen; where FSDP2 rounds all of
             the policy's weights, its weights are rounded too.
@@ -67,11 +67,11 @@ class PairForward:
         self.reference = reference
         self.first: FirstStep | None = None  # while a run is in its first step
         self.wrapped: nn.Module | None = None
-        self.network: nn.Module | None = None
+        self.network: nn.Module  # the one inside ``wrapped``
         self.off: AbstractContextManager[Any] | None = None
         # Without mixed precision there is nothing to switch, and asking accelerate takes longer than the loss.
         self.autocast = nullcontext if accelerator.mixed_precision == "no" else accelerator.autocast
-        self.offloaded: list[tuple[Tensor, Tensor]] | None = None
+        self.offloaded: list[tuple[Tensor, Tensor]] = []
         if isinstance(reference, nn.Module):
             reference.requires_grad_(False).eval()
             round_whole(reference, accelerator)
@@ -90,7 +90,7 @@ class PairForward:
         seed: int,
         totals: Totals | None = None,
     ) -> tuple[PairLossResult, Tensor]:
-        """The loss, and the noise levels ``[B]`` that it is for, on the device.
+        """Returns the loss, and the noise levels ``[B]`` that it is for, on the device.
 
         Args:
             policy: the network, wrapped as it is trained.
@@ -115,26 +115,22 @@ class PairForward:
         pairs = noisy_pairs(batch, self.schedule)
         levels = pairs.levels[: len(batch)]
 
-        # These arguments are for losses alone that take them.
-        loss: Any = self.loss_fn
+        loss: Any = self.loss_fn  # these arguments are only for losses that take them
         options: dict[str, Any] = {} if totals is None else {"totals": totals._replace(timesteps=levels)}
         options |= level_argument(self.schedule, pairs.levels)
-        if batch.ref_error is not None:  # and no reference
-            with self.autocast():
-                model_pred = self.predict(policy, pairs.samples, pairs.timesteps, pairs.condition)
-            ref_error = batch.ref_error.transpose(0, 1).reshape(-1)
-            output = loss(model_pred, None, pairs.target, ref_error=ref_error, **options)
-            if self.first is not None:
-                self.first.add(model_pred, ref_error, pairs.target, output, errors=True)
-            return output, levels
-        # Two contexts, so that no weight that was cast without gradients comes to the policy from autocast's cache.
-        with torch.no_grad(), self.autocast(), self._reference(policy) as network:
-            ref_pred = self.predict(network, pairs.samples, pairs.timesteps, pairs.condition)
+        ref_pred: Tensor | None = None
+        if batch.ref_error is not None:
+            reference = options["ref_error"] = batch.ref_error.transpose(0, 1).reshape(-1)
+        else:
+            # A context of its own, so that the policy gets no weights from autocast's cache that were cast without
+            # gradients.
+            with torch.no_grad(), self.autocast(), self._reference(policy) as network:
+                reference = ref_pred = self.predict(network, pairs.samples, pairs.timesteps, pairs.condition)
         with self.autocast():
             model_pred = self.predict(policy, pairs.samples, pairs.timesteps, pairs.condition)
         output = loss(model_pred, ref_pred, pairs.target, **options)
         if self.first is not None:
-            self.first.add(model_pred, ref_pred, pairs.target, output, errors=False)
+            self.first.add(model_pred, reference, pairs.target, output, errors=ref_pred is None)
         return output, levels
 
     @contextmanager
@@ -142,27 +138,24 @@ class PairForward:
         if isinstance(self.reference, AdapterOff):
             if policy is not self.wrapped:
                 self.wrapped, self.network, self.off = policy, unwrapped(policy), None
-            assert self.network is not None
             off = self.off or self.reference.switch(self.network)
             if getattr(off, "reusable", False):
                 self.off = off
             with off:
                 # A compiled policy rounds otherwise than the network in it: the reference must not.
                 yield policy if is_compiled(policy) else self.network
-        elif self.offloaded is not None:
+        elif self.reference is not None:
             for tensor, host in self.offloaded:
                 tensor.data = host.to(self.device, non_blocking=True)
             try:
-                yield self.reference  # type: ignore[misc]
+                yield self.reference
             finally:
                 for tensor, host in self.offloaded:
                     tensor.data = host
-        else:
-            yield self.reference  # type: ignore[misc]
 
 
 def _to_host(module: nn.Module, pin: bool) -> list[tuple[Tensor, Tensor]]:
-    """A module's tensors with their values in host memory, from where copies go to the device for each pass."""
+    """Moves a module's tensors to host memory; returns each with its value there, to be copied from at each pass."""
     pairs = []
     for tensor in chain(module.parameters(), module.buffers()):
         host = tensor.data.cpu()
