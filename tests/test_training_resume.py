@@ -307,7 +307,10 @@ def test_a_sound_checkpoint_is_not_thrown_out_for_a_later_damaged_one(tmp_path: 
             checkpointing_steps=5,
             checkpoints_total_limit=1,
         )
-    assert [path.name for path in storage.found(tmp_path / "checkpoints")] == ["step-00000005", "step-00000006"]
+    assert [path.name for path in storage.list_checkpoints(tmp_path / "checkpoints")] == [
+        "step-00000005",
+        "step-00000006",
+    ]
     assert not storage.damage(tmp_path / "checkpoints/step-00000005")
 
 
@@ -473,7 +476,7 @@ def test_the_main_process_says_what_a_folder_holds(tmp_path: Path, monkeypatch: 
     """On a network folder another process may still see what was removed, or not yet see what was written."""
     fit(tmp_path / "there", checkpointing_steps=4)
     sound, me = tmp_path / "there" / "checkpoints", threading.local()
-    listed = storage.found
+    listed = storage.list_checkpoints
 
     def ranked(function: Callable[..., Any]) -> Callable[[Any], Any]:
         def call(accelerator: Any) -> Any:
@@ -483,7 +486,7 @@ def test_the_main_process_says_what_a_folder_holds(tmp_path: Path, monkeypatch: 
         return call
 
     # The second process lacks what is there, and has what is not.
-    monkeypatch.setattr(storage, "found", lambda root: listed(root) if me.rank == 0 else [])
+    monkeypatch.setattr(storage, "list_checkpoints", lambda root: listed(root) if me.rank == 0 else [])
     chosen = in_processes(2, ranked(lambda one: storage.choose("latest", sound, one)))
     assert chosen == [sound / "step-00000004"] * 2
 
@@ -499,7 +502,7 @@ def test_the_main_process_says_what_a_folder_holds(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(loop, "check_setup", lambda *_: None)
     monkeypatch.setattr(loop, "PairForward", reached)
-    monkeypatch.setattr(storage, "found", lambda root: [] if me.rank == 0 else [root / "step-00000001"])
+    monkeypatch.setattr(storage, "list_checkpoints", lambda root: [] if me.rank == 0 else [root / "step-00000001"])
     assert [type(outcome) for outcome in outcomes_in_processes(2, ranked(start))] == [Reached, Reached]
 
     monkeypatch.setattr(sipo.recipe.train, "_check_folder", lambda *_: me.rank == 0)
@@ -544,31 +547,31 @@ def test_what_is_no_fault_of_a_checkpoint_is_not_said_of_it(error: Exception) ->
 
 
 WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "step": (lambda state: state.update(step="4"), "state.json: step has an invalid value"),
-    "digits": (lambda state: state.update(step=10**400), "state.json: step has an invalid value"),
-    "true": (lambda state: state.update(step=True), "state.json: step has an invalid value"),
-    "no step": (lambda state: state.pop("step"), "state.json: no step"),
+    "step": (lambda state: state.update(step="4"), "state.json: step is missing or has an invalid value"),
+    "digits": (lambda state: state.update(step=10**400), "state.json: step is missing or has an invalid value"),
+    "true": (lambda state: state.update(step=True), "state.json: step is missing or has an invalid value"),
+    "no step": (lambda state: state.pop("step"), "state.json: step is missing or has an invalid value"),
     "no file": (lambda state: state["files"].pop("ema.safetensors"), "state.json: no ema.safetensors among its files"),
-    "identity": (lambda state: state.update(identity=[]), "state.json: identity has an invalid value"),
+    "identity": (lambda state: state.update(identity=[]), "state.json: identity is missing or has an invalid value"),
     "progress": (
         lambda state: state.update(progress=None),
-        "state.json: progress has an invalid value",
+        "state.json: progress is missing or has an invalid value",
     ),
     "alarms": (
         lambda state: state["progress"].update(alarms={"stalled": "x"}),
-        "state.json: progress has an invalid value",
+        "state.json: progress is missing or has an invalid value",
     ),
     "skipped": (
         lambda state: state["progress"].update(skipped=0.5),
-        "state.json: progress has an invalid value",
+        "state.json: progress is missing or has an invalid value",
     ),
     "optimizer": (
         lambda state: state.update(optimizer=3),
-        "state.json: optimizer has an invalid value",
+        "state.json: optimizer is missing or has an invalid value",
     ),
     "groups": (
         lambda state: state["optimizer"].update(groups=[3]),
-        "state.json: optimizer has an invalid value",
+        "state.json: optimizer is missing or has an invalid value",
     ),
     "lr": (
         lambda state: state["optimizer"]["groups"][0].update(betas=[0.9, "x"]),
@@ -601,7 +604,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wrong_values_behind_a_right_hash_are_one_line(saved: Path, tmp_path: Path, what: str) -> None:
     shutil.copytree(saved, tmp_path / "run")
     change, message = WRONG[what]
-    newest = storage.found(tmp_path / "run/checkpoints")[-1]
+    newest = storage.list_checkpoints(tmp_path / "run/checkpoints")[-1]
     _forge(newest, change)
     with pytest.raises(CheckpointError, match=message) as caught:
         full(tmp_path / "run", resume_from="latest")

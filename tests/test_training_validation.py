@@ -89,7 +89,7 @@ def test_a_look_that_fails_costs_nothing_and_is_made_up_for(tmp_path: Path, at: 
         options["validation"] = Pairs(4)
     with pytest.raises(_LookError):
         fit(tmp_path, **options)
-    assert [path.name for path in storage.found(tmp_path / "checkpoints")][-1] == f"step-{at:08d}"
+    assert [path.name for path in storage.list_checkpoints(tmp_path / "checkpoints")][-1] == f"step-{at:08d}"
     fails = False
     resumed, result = fit(tmp_path, resume_from="latest", **options)
     assert looks == [2, 4, 6]

@@ -127,7 +127,7 @@ def _of_checkpoint(family: Family, config: Config, folder: Path) -> Adapter:
 
 
 def _checkpoint(root: Path, wanted: str) -> Path:
-    found = {str(storage.step_of(folder)): folder for folder in storage.found(root)}
+    found = {str(storage.step_of(folder)): folder for folder in storage.list_checkpoints(root)}
     if not found:
         raise CheckpointError(f"--checkpoint {wanted}: no checkpoint in {root}")
     folder = found.get(wanted) or (list(found.values())[-1] if wanted == storage.LATEST else None)

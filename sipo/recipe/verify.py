@@ -54,7 +54,7 @@ def verify_run(folder: Path) -> list[VerifiedPath]:
     found: list[tuple[Path, Callable[[Path], str]]] = [(folder / CONFIG, _config)]
     root = folder / "checkpoints"
     found += [(root, _check_folder)] if root.exists() and not root.is_dir() else []
-    found += [(path, _checkpoint) for path in storage.found(root)]
+    found += [(path, _checkpoint) for path in storage.list_checkpoints(root)]
     found += [(path, _log) for path in logs]
     found += [(folder / PROMPTS, _prompts), (folder / "weights", _weights)]
     found = [(path, look) for path, look in found if path.exists()]

@@ -32,9 +32,6 @@ from sipo.seeds import get_random_state, set_random_state
 from sipo.training import sharding, storage
 from sipo.training.config import CheckpointError, TrainingConfig
 from sipo.training.optimization import Average
-from sipo.training.storage import found
-
-__all__ = ["found", "load_checkpoint", "run_identity", "save_checkpoint", "weights"]
 
 _MODEL, _OPTIMIZER, _AVERAGE = "model.safetensors", "optimizer.safetensors", "ema.safetensors"
 
@@ -242,38 +239,23 @@ def _unflatten(tensors: dict[str, Tensor], settings: dict[str, Any]) -> dict[str
 
 
 def _check_state(state: dict[str, Any]) -> None:
-    """Refuses values of other types than :func:`save_checkpoint` writes; what is in them, those who use it check.
-
-    Raises:
-        ValueError: with the value's name.
-    """
-    kinds: dict[str, Callable[[Any], bool]] = {
-        "step": lambda value: type(value) is int and 0 <= value < 10**12,
-        "identity": lambda value: isinstance(value, dict),
-        "progress": _is_progress,
-        "optimizer": _is_settings,
-        "scaler": lambda value: value is None or isinstance(value, dict),
+    """Refuses values of other types than :func:`save_checkpoint` writes; those who use a value check the rest."""
+    step, progress, settings = (state.get(name) for name in ("step", "progress", "optimizer"))
+    sound = {
+        "step": type(step) is int and 0 <= step < 10**12,
+        "identity": isinstance(state.get("identity"), dict),
+        "progress": isinstance(progress, dict)
+        and isinstance(progress.get("alarms"), dict)
+        and all(type(count) is int for count in (*progress["alarms"].values(), progress.get("skipped"))),
+        "optimizer": isinstance(settings, dict)
+        and isinstance(settings.get("scalars"), dict)
+        and isinstance(settings.get("groups"), list)
+        and all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in settings["groups"]),
+        "scaler": state.get("scaler", 0) is None or isinstance(state.get("scaler"), dict),
     }
-    for name, right in kinds.items():
-        if name not in state:
-            raise ValueError(f"{storage.STATE}: no {name}")
-        if not right(state[name]):
-            raise ValueError(f"{storage.STATE}: {name} has an invalid value")
-
-
-def _is_progress(value: Any) -> bool:
-    if not isinstance(value, dict) or not isinstance(value.get("alarms"), dict):
-        return False
-    return all(type(count) is int for count in (*value["alarms"].values(), value.get("skipped")))
-
-
-def _is_settings(value: Any) -> bool:
-    if not isinstance(value, dict) or not isinstance(value.get("scalars"), dict):
-        return False
-    groups = value.get("groups")
-    return isinstance(groups, list) and all(
-        isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups
-    )
+    for name, right in sound.items():
+        if not right:
+            raise ValueError(f"{storage.STATE}: {name} is missing or has an invalid value")
 
 
 def _check_identity(folder: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -47,7 +47,7 @@ def earlier_run(config: TrainingConfig) -> EarlierRun:
     storage.clear(config.folder)  # may give a checkpoint its name back
     logs, weights = check_logs(config), config.folder / WEIGHTS
     log = config.metrics_path if config.metrics_path in logs and config.metrics_path.stat().st_size else None
-    return EarlierRun(storage.found(config.checkpoints), log, weights if weights.exists() else None)
+    return EarlierRun(storage.list_checkpoints(config.checkpoints), log, weights if weights.exists() else None)
 
 
 def remove_run(config: TrainingConfig) -> list[str]:
@@ -61,7 +61,7 @@ def remove_run(config: TrainingConfig) -> list[str]:
     folder, removed = config.folder, []
     samples, events = (folder / PROMPTS).parent, folder / TENSORBOARD
     groups = {
-        "checkpoints": storage.found(config.checkpoints),
+        "checkpoints": storage.list_checkpoints(config.checkpoints),
         "metrics.jsonl": [config.metrics_path],
         "timesteps.jsonl": [config.statistics_path],
         samples.name: [folder / PROMPTS, *sorted(samples.glob("step-*.png")), *sorted(samples.glob("step-*.mp4"))],

@@ -102,7 +102,7 @@ def write(
         sync(root)
         remove(former)
         # Later ones exist where this run began before the newest; they are not counted.
-        earlier = [path for path in found(root) if step_of(path) <= step]
+        earlier = [path for path in list_checkpoints(root) if step_of(path) <= step]
         for old in earlier[:-keep] if keep else []:
             _discard(old)
 
@@ -140,7 +140,7 @@ def _clear(root: Path) -> None:
             remove(left)
 
 
-def found(root: Path) -> list[Path]:
+def list_checkpoints(root: Path) -> list[Path]:
     """Lists the checkpoints in a folder, oldest first, sound or damaged."""
     if not root.is_dir():
         return []
@@ -170,7 +170,7 @@ def choose(source: str | Path, root: Path, accelerator: Any) -> Path:
     """
 
     def look() -> tuple[Path, list[str]]:
-        candidates = found(root)[::-1] if source == LATEST else [Path(source)]
+        candidates = list_checkpoints(root)[::-1] if source == LATEST else [Path(source)]
         if not candidates:
             raise CheckpointError(f"resume_from={LATEST!r}: no checkpoint in {root}, expected a folder step-NNNNNNNN")
         if source != LATEST and not (candidates[0] / STATE).is_file():
