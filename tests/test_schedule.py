@@ -540,9 +540,9 @@ ERRORS: list[tuple[Any, type, str]] = [
             message,
         )
         for option, message in (
-            ({"shift_terminal": 0.1}, "shift_terminal=0.1: expected it for a flow schedule alone"),
-            ({"shift": 3.0}, "shift=3.0: expected it for a flow schedule alone"),
-            ({"invert_sigmas": True}, "invert_sigmas=True: expected it for a flow schedule alone"),
+            ({"shift_terminal": 0.1}, "shift_terminal=0.1: expected it only for a flow schedule"),
+            ({"shift": 3.0}, "shift=3.0: expected it only for a flow schedule"),
+            ({"invert_sigmas": True}, "invert_sigmas=True: expected it only for a flow schedule"),
         )
     ],
     (lambda: discrete(prediction_type="x0"), ValueError, "prediction_type='x0'"),

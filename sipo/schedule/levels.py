@@ -1,7 +1,7 @@
-"""The noise levels of docs/math.md §3 as plain functions: ᾱ, the previous level, ``ratio_scale``.
+"""The noise levels of docs/math.md §3 as plain functions: ᾱ, ``ratio_scale`` and random draws.
 
-Written so that no two large near-equal numbers are ever subtracted: SNR(t) runs over many orders of
-magnitude, and only the difference between neighbouring levels counts.
+They never subtract two large, nearly equal numbers: SNR(t) spans many orders of magnitude, and only the difference
+between neighbouring levels matters.
 """
 
 from __future__ import annotations
@@ -20,6 +20,11 @@ PREDICTIONS = {
 }
 """What a network of each kind of schedule may predict, in diffusers' spelling."""
 
+_DISTRIBUTIONS = {
+    "discrete": ("uniform",),
+    "flow": ("uniform", "logit_normal", "shifted", "shifted_logit_normal"),
+}
+
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 # How far from exact a given σ may be, in units of its type's machine epsilon: a handful of roundings.
 ROUNDING = 4
@@ -33,7 +38,7 @@ def vp_alphas_cumprod(
     snr_shift_scale: float,
     rescale_betas_zero_snr: bool,
 ) -> Tensor:
-    """ᾱ = α² of every level of a variance-preserving schedule, float64 ``[T]``.
+    """Returns ᾱ = α² of every level of a variance-preserving schedule, float64 ``[T]``.
 
     The arguments are those of :meth:`sipo.NoiseSchedule.discrete`.
 
@@ -65,12 +70,12 @@ def vp_alphas_cumprod(
 
 
 def checked_alphas_cumprod(alphas_cumprod: Tensor | Sequence[float]) -> Tensor:
-    """Returns a given ᾱ of each level as a float64 tensor ``[T]`` on the CPU.
+    """Checks a given ᾱ of each level; returns it as a float64 tensor ``[T]`` on the CPU.
 
     Raises:
         ValueError: Not 1-D, empty, a value outside [0, 1] or larger than the one before.
     """
-    # straight to float64: a list's numbers would else pass through torch's default type
+    # Straight to float64: the numbers of a list would otherwise pass through torch's default type.
     table = torch.as_tensor(alphas_cumprod, dtype=torch.float64, device="cpu").detach()
     if table.ndim != 1 or table.numel() == 0:
         raise ValueError(f"alphas_cumprod has shape {list(table.shape)}: expected [T] with T >= 1")
@@ -91,30 +96,29 @@ def check_discrete(
     alphas_cumprod: Tensor | None,
 ) -> None:
     """Raises ValueError for a discrete schedule with an option of a flow, or without a table of its length."""
-    options = {"shift": (shift, 1), "shift_terminal": (shift_terminal, None)}
-    for name, (value, default) in (options | {"invert_sigmas": (invert_sigmas, False)}).items():
+    given = {"shift": shift, "shift_terminal": shift_terminal, "invert_sigmas": invert_sigmas}
+    for (name, value), default in zip(given.items(), (1, None, False), strict=True):
         if value != default:
-            raise ValueError(f"{name}={value!r}: expected it for a flow schedule alone")
+            raise ValueError(f"{name}={value!r}: expected it only for a flow schedule")
     if alphas_cumprod is None:
-        expected = f"expected the table [{num_train_timesteps}] of a discrete schedule"
-        raise ValueError(f"alphas_cumprod=None: {expected}")
+        raise ValueError(f"alphas_cumprod=None: expected the table [{num_train_timesteps}] of a discrete schedule")
     if list(alphas_cumprod.shape) != [num_train_timesteps]:
         shape = list(alphas_cumprod.shape)
         raise ValueError(f"alphas_cumprod has shape {shape}: expected [{num_train_timesteps}]")
 
 
 def vp_tables(alphas_cumprod: Tensor, num_inference_steps: int, prediction_type: str) -> dict[str, Tensor]:
-    """``alpha``, ``sigma`` and ``ratio_scale`` of every level, float64 ``[T]`` each, from ᾱ."""
+    """Returns ``alpha``, ``sigma`` and ``ratio_scale`` of every level, float64 ``[T]`` each, from ᾱ."""
     stride = alphas_cumprod.shape[0] // num_inference_steps
     now, previous = alphas_cumprod[stride:], alphas_cumprod[:-stride]
     # SNR' − SNR = (ᾱ' − ᾱ) / ((1 − ᾱ')(1 − ᾱ)); this is times σ² = 1 − ᾱ, the x0_factor of v-prediction
     scale = 0.5 * (previous - now) / (1 - previous)
     if prediction_type == "epsilon":
-        # an SNR of 0 makes it infinite; 0 / 0 would arise where it was 0 at the previous level already
+        # Infinite where the SNR is 0; 0 / 0 would be NaN where it is 0 at the previous level too.
         scale = torch.where(now == 0, torch.inf, scale / now)
     elif prediction_type == "sample":
         scale = scale / (1 - now)
-    # a previous level without noise has a point for a posterior, as the terminal step has
+    # If the previous level has no noise, the posterior is a point, as at the terminal step.
     scale = torch.where(previous == 1, torch.inf, scale)
     return {
         "alpha": alphas_cumprod.sqrt(),
@@ -150,29 +154,29 @@ def flow_ratio_scale(
     stretch: float = 1.0,
     subtracted: bool = False,
 ) -> Tensor:
-    """``ratio_scale`` of a rectified flow at σ in (0, 1], ``[N]``; NaN where σ is.
+    """Returns ``ratio_scale`` of a rectified flow at σ in (0, 1], ``[N]``; NaN where σ is.
 
     Args:
-        sigma: ``[N]``, float32 or wider; what rounding carried above 1 counts as 1.
+        sigma: ``[N]``, float32 or wider; a value that rounding has carried above 1 counts as 1.
         shift: ``k``.
         num_inference_steps: Steps of the sampler.
         prediction_type: ``"flow"`` or ``"sample"``.
-        eps: Machine epsilon of the type that σ was given in: within its rounding, u' ≤ 0 is terminal.
+        eps: Machine epsilon of the type that σ was given in: u' ≤ 0, within its rounding, is the terminal step.
         stretch: ``c`` of :func:`terminal_stretch`; 1 for a grid that is not stretched.
-        subtracted: Whether σ was made by a subtraction from 1, which leaves it an error of eps and not of eps · σ.
+        subtracted: Whether σ is the result of a subtraction from 1, so that its error is eps and not eps · σ.
     """
     step = 1 / num_inference_steps
     sigma = sigma.clamp(max=1)
     distance = 1 - sigma
-    # before the stretch: σ there, and its distance from 1; what lies below its 0 is terminal
+    # σ before the stretch, and its distance from 1; below 0 there, the step is terminal.
     unstretched = sigma if stretch == 1 else (1 - distance / stretch).clamp(min=0)
     unstretched_distance = distance if stretch == 1 else 1 - unstretched
     q = unstretched + shift * unstretched_distance
     u = unstretched / q
     previous = u - step
-    # How uncertain the last step's u, 1 / num_inference_steps, is: du/dσ, which is slope² / k there, times an error of
-    # a few units in the last place of σ = k · step / slope, or of 1. Never so uncertain that the step before might be
-    # meant.
+    # Uncertainty of the last step's u = 1 / num_inference_steps: du/dσ, which is slope² / k there, times an error of a
+    # few units in the last place of σ = k · step / slope, or of 1. At most half a step, so that the step before is
+    # never taken for the last.
     slope = 1 + (shift - 1) * step
     size = max(step, slope**2 / (shift * stretch) if subtracted else step * slope)
     uncertainty = min(ROUNDING * eps * size, step / 2)
@@ -183,14 +187,39 @@ def flow_ratio_scale(
     terminal = (previous <= uncertainty) | (scaled_previous <= 0)
     scaled_previous = torch.where(terminal, 1, scaled_previous)
     one_minus_previous = shift * unstretched_distance / q + step
-    # (SNR' − SNR) σ² = A² − B² = (A − B)(A + B) with A = σ (1 − σ') / σ' and B = 1 − σ; A and both factors
-    # are written as sums of positive terms
+    # (SNR' − SNR) σ² = A² − B² = (A − B)(A + B) with A = σ (1 − σ') / σ' and B = 1 − σ. A and both factors are
+    # written as sums of positive terms.
     difference = stretch * step * q / scaled_previous
     total = distance + sigma * stretch * one_minus_previous / scaled_previous
     scale = 0.5 * difference * total
     if prediction_type == "sample":
         scale = scale / sigma**2
     return torch.where(terminal, torch.inf, scale)
+
+
+def draw_levels(
+    kind: str,
+    num_train_timesteps: int,
+    shift: float,
+    n: int,
+    generator: torch.Generator | None,
+    distribution: str,
+    device: torch.device | str | None,
+) -> Tensor:
+    """Draws noise levels as :meth:`sipo.NoiseSchedule.sample_levels` documents."""
+    check_count("n", n, 1)
+    check_choice("distribution", distribution, _DISTRIBUTIONS[kind])
+    drawn_on = torch.device(device or "cpu") if generator is None else generator.device
+    out_device = drawn_on if device is None else torch.device(device)
+    if kind == "discrete":
+        u = torch.randint(num_train_timesteps, (n,), generator=generator, device=drawn_on)
+    elif distribution.endswith("logit_normal"):
+        u = torch.randn(n, generator=generator, device=drawn_on, dtype=torch.float32).sigmoid()
+    else:
+        u = 1 - torch.rand(n, generator=generator, device=drawn_on, dtype=torch.float32)  # rand is in [0, 1)
+    if distribution.startswith("shifted"):  # the shift keeps 0 and 1 where they are
+        u = (shift * u / (1 + (shift - 1) * u)).clamp(max=1)
+    return u.to(out_device)
 
 
 def check_count(name: str, value: object, low: int, high: int | None = None) -> None:

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from sipo.schedule.diffusers_schedulers import read_scheduler
-from sipo.schedule.draws import draw_levels
 from sipo.schedule.levels import (
     PREDICTIONS,
     check_count,
     check_discrete,
     check_positive,
     checked_alphas_cumprod,
+    draw_levels,
     flow_ratio_scale,
     terminal_stretch,
     vp_alphas_cumprod,
