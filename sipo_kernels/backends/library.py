@@ -19,7 +19,8 @@ from sipo_kernels.output import METRICS, SAMPLE_ROWS, STATISTICS
 # In the order of their codes. Only timesteps may be integers.
 ELEMENT_TYPES = (*DTYPES, torch.int64, torch.int32)
 ROOT = Path(__file__).resolve().parents[2]
-_KINDS = {"P": "p", "z": "p", "d": "f", "f": "f"}
+# By the code of ctypes: pointers, floating-point numbers and structures; all others are integers.
+_KINDS = {"P": "p", "z": "p", "d": "f", "f": "f", "structure": "s"}
 
 
 class Loaded(NamedTuple):
@@ -45,8 +46,7 @@ def _fields(structure: type[ctypes.Structure]) -> str:
     text = ""
     for name, kind, *_ in structure._fields_:
         place = getattr(structure, name)
-        code = "s" if issubclass(kind, ctypes.Structure) else _KINDS.get(str(kind._type_), "i")
-        text += f" {name}@{place.offset}:{code}{place.size}"
+        text += f" {name}@{place.offset}:{_KINDS.get(getattr(kind, '_type_', 'structure'), 'i')}{place.size}"
     return f"{text} ={ctypes.sizeof(structure)}"
 
 
