@@ -30,7 +30,7 @@ from sipo.analysis.facts import (
 )
 from sipo.analysis.findings import Finding
 from sipo.analysis.report import ends, read_run, regroup, report_run
-from sipo.analysis.untrained import UntrainedFacts, judge_untrained
+from sipo.analysis.untrained import UntrainedFacts, judge_untrained, untrained_page
 from sipo.analysis.verdicts import judge
 from sipo.demo.digits import Digits, InkPairs, load_digits
 from sipo.demo.model import load_base, predict
@@ -422,9 +422,9 @@ def test_what_a_ranking_is_worth() -> None:
     p = 1 / (1 + math.exp(-z))
     loss = p * math.log1p(math.exp(-z)) + (1 - p) * math.log1p(math.exp(z))
     facts = gather(lines(**{"rewards/accuracies": p}, loss=loss * 0.95), pairs_per_step=16)
-    assert facts.used == pytest.approx(1.0)
-    assert gather(lines(**{"rewards/accuracies": p}, loss=LN2 * 0.95), pairs_per_step=16).used == pytest.approx(0.0)
-    assert gather(lines(**{"rewards/accuracies": 1.0}, loss=0.0), pairs_per_step=16).used == pytest.approx(1.0)
+    assert facts.earned == pytest.approx(1.0)
+    assert gather(lines(**{"rewards/accuracies": p}, loss=LN2 * 0.95), pairs_per_step=16).earned == pytest.approx(0.0)
+    assert gather(lines(**{"rewards/accuracies": 1.0}, loss=0.0), pairs_per_step=16).earned == pytest.approx(1.0)
     # β = 100 and an error of 0.1: a difference d gives the logit 5d/0.1 in units of it.
     assert gather(lines(), beta=100.0).saturation * 100 / 2 * 0.1 == pytest.approx(math.log(9))
 
@@ -679,13 +679,19 @@ def test_verdicts_before_training() -> None:
     assert skewed.severity == "warning" and "drops 55 % of draws" in skewed.sentence and skewed.advice
     assert found(drawn=[0.95] + [0.05 / 9] * 9)["mask"].severity == "problem"
     assert found(highest=None)["mask"].sentence == "The mask drops no draws at the start."
-    assert "at all noise levels" in found(highest=999)["mask"].sentence
+    assert "up to the highest noise levels" in found(highest=999)["mask"].sentence
     assert not {"mask", "clip"} & set(found(threshold=0.0))
     assert "larger beta" in found(beta=20.0)["beta"].advice[0] and "smaller beta" in found(beta=1e5)["beta"].advice[0]
     assert not {"beta"} & set(found(plain=False))  # ln 9 is the sigmoid's
     nothing = {name: [None] * 10 for name in MEANS} | {"count": [0] * 10, "nonfinite": [10] * 10}
     assert list(found(**nothing)) == ["nonfinite"]
-    apart = list(found(logits_sq=[0.25] * 10).values())
-    assert apart[0].name == "differs" and "logits of 0.5" in apart[0].evidence[0]
+    differing = list(found(logits_sq=[0.25] * 10).values())
+    assert differing[0].name == "differs" and "logits of 0.5" in differing[0].evidence[0]
     broken = list(found(nonfinite=[3] + [0] * 9).values())
     assert broken[0].name == "nonfinite" and broken[0].severity == "problem" and "3 of 100 draws" in said(broken[0])
+
+
+def test_the_page_before_training_names_both_samples() -> None:
+    page = untrained_page("sd15", "sipo", start(), [], {})
+    (errors,) = (picture for picture in page.sections[0][2] if picture.title == "The reference's error")
+    assert all(f">{name}</text>" in errors.content for name in ("chosen", "rejected"))

@@ -62,7 +62,7 @@ def test_labels_are_plain_numbers() -> None:
     line = {"kind": "discrete", "levels": 1000, "bins": 4}
 
     def by_level(*values: float) -> list[str]:
-        found = labels(figures.by_level(line, {"": (line, values)}, "error", log=True))
+        found = labels(figures.by_level(line, {"": values}, "error", log=True))
         assert not re.search("[×{}$]", "".join(found))
         return found
 

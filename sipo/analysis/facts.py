@@ -75,7 +75,7 @@ class RunFacts:
         return self.loss / self.active if self.active > 0 and self.plain else math.nan
 
     @property
-    def used(self) -> float:
+    def earned(self) -> float:
         """How much of what the ranking is worth the loss has earned.
 
         With a share ``p`` of pairs ranked right, logits of the right size bring the loss from ln 2 down to the entropy
@@ -89,7 +89,7 @@ class RunFacts:
         return (LN2 - self.pair_loss) / worth if worth > 0 else math.nan
 
     @property
-    def apart(self) -> float:
+    def separation(self) -> float:
         """How far chosen and rejected samples have been told apart, as a share of the reference's error."""
         return (self.rejected_gap - self.chosen_gap) / self.ref if self.ref > 0 else math.nan
 
@@ -274,9 +274,9 @@ def beyond_chance(accuracy: float, pairs: int) -> bool:
 
 def pairs_to_tell(accuracy: float) -> int:
     """Estimates how many pairs tell an accuracy above one half from chance, to two digits."""
-    apart = accuracy - 0.5
+    margin = accuracy - 0.5
     # Two standard errors of chance, and the pair and a half by which whole pairs may fall short.
-    pairs = ((1 + math.sqrt(1 + 6 * apart)) / (2 * apart)) ** 2
+    pairs = ((1 + math.sqrt(1 + 6 * margin)) / (2 * margin)) ** 2
     unit = 10 ** max(0, math.floor(math.log10(pairs)) - 1)
     return math.ceil(pairs / unit) * unit
 

@@ -37,6 +37,8 @@ _STYLE: Any = {
 }
 _SIZE = (5.4, 2.9)  # inches
 
+Curves = Mapping[str, Sequence[float | None]]
+
 
 def draw(paint: Callable[[Any], None]) -> str:
     """An SVG of what ``paint`` puts on matplotlib's axes; the same paint gives the same text."""
@@ -61,8 +63,8 @@ def _inline(svg: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     svg = re.sub(r'(<g) id="[^"]*"', r"\1", svg)
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    for name in ("width", "height"):
+        svg = re.sub(rf'(<svg[^>]*?) {name}="[^"]*"', r"\1", svg, count=1)
     # Fonts are the page's.
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
     return svg.replace(_INK, "var(--ink)").replace(_GRID, "var(--grid)")
@@ -97,6 +99,8 @@ def curves(
         zero: whether it starts at 0.
     """
 
+    from matplotlib.ticker import MaxNLocator
+
     def paint(axes: Any) -> None:
         for (name, values), color in zip(named.items(), (MAIN, OTHER, THIRD), strict=False):
             mark = {"marker": "o", "markersize": 4} if len(steps) < 3 else {}
@@ -106,18 +110,12 @@ def curves(
         if points is not None:
             axes.plot(points[0], points[1], "D", color=THIRD, markersize=5, label=points[2])
         _heights(axes, level, percent=percent, log=log, zero=zero)
-        axes.xaxis.set_major_locator(_steps())
+        axes.xaxis.set_major_locator(MaxNLocator(nbins="auto", steps=[1, 2, 2.5, 5, 10], integer=True))
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.set_xlabel("optimiser step")
         axes.set_ylabel(label)
 
     return draw(paint)
-
-
-def _steps() -> Any:
-    from matplotlib.ticker import MaxNLocator
-
-    return MaxNLocator(nbins="auto", steps=[1, 2, 2.5, 5, 10], integer=True)
 
 
 def _shade(axes: Any, places: Sequence[float], means: Sequence[float], spread: Sequence[float]) -> None:
@@ -175,7 +173,7 @@ def number(value: float) -> str:
 
 def by_level(
     line: dict[str, Any],
-    named: Mapping[str, tuple[dict[str, Any], Sequence[float]]],
+    named: Curves,
     label: str,
     *,
     level: tuple[float, str] | None = None,
@@ -189,17 +187,17 @@ def by_level(
 
     Args:
         line: says what noise levels there are.
-        named: name of each curve, the line that it is from, and its values by bin, NaN where there is none.
+        named: name of each curve, and its values by bin, NaN or ``None`` where there is none.
         label: of the vertical axis.
         level, spread, percent, log, zero: as for :func:`curves`.
         origin: whether to draw a line at 0.
     """
 
     def paint(axes: Any) -> None:
-        for (name, (source, values)), color in zip(named.items(), (MAIN, OTHER, THIRD), strict=False):
-            axes.plot(centers(source), values, color=color, marker="o", markersize=3, label=name or "_")
+        for (name, values), color in zip(named.items(), (MAIN, OTHER), strict=False):
+            axes.plot(centers(line), finite(values), color=color, marker="o", markersize=3, label=name or "_")
             if spread is not None and color == MAIN:
-                _shade(axes, centers(source), values, spread)
+                _shade(axes, centers(line), finite(values), spread)
         _levels(axes, line)
         if origin:
             axes.axhline(0, color=_INK, linewidth=0.8)

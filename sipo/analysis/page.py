@@ -140,7 +140,7 @@ def video(data: bytes, name: str) -> str:
     return f'<video controls loop muted playsinline title="{_text(name)}" src="{_inline("video/mp4", data)}"></video>'
 
 
-def looks(pictures: Sequence[tuple[str, str]]) -> str:
+def side_by_side(pictures: Sequence[tuple[str, str]]) -> str:
     """Pictures side by side, each with what is said under it."""
     cells = (f'<div>{content}<span class="soft">{_text(name)}</span></div>' for content, name in pictures)
     return f'<div class="looks">{"".join(cells)}</div>'

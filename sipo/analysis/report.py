@@ -122,12 +122,9 @@ def _per_step(statistics: Sequence[Line], settings: dict[str, Any]) -> int | Non
         if last["step"] > steps:  # then without the first line, as a run may have had none for a while
             pairs, steps = sum(line["pairs"] for line in statistics[1:]), last["step"] - steps
         return max(1, round(pairs / steps))
-    sizes = [
-        settings[n]
-        for n in ("training.train_batch_size", "training.gradient_accumulation_steps", "batch_size")
-        if n in settings
-    ]
-    return math.prod(map(int, sizes)) if sizes else None
+    names = ("training.train_batch_size", "training.gradient_accumulation_steps", "batch_size")
+    sizes = [int(settings[name]) for name in names if name in settings]
+    return math.prod(sizes) if sizes else None
 
 
 def _read_metrics(path: Path) -> tuple[list[Line], list[Line]]:
@@ -135,9 +132,8 @@ def _read_metrics(path: Path) -> tuple[list[Line], list[Line]]:
         raise ValueError(f"{path.parent}: no metrics.jsonl, expected the folder of a run")
     log = read_log(path, metrics_fault)
     log.complain(path)
-    kinds = [line.get("kind", "training") for line in log.lines]
     training, validation = (
-        [line for line, own in zip(log.lines, kinds, strict=True) if own == kind] for kind in ("training", "validation")
+        [line for line in log.lines if line.get("kind", "training") == kind] for kind in ("training", "validation")
     )
     if not training:
         raise ValueError(f"{path}: 0 log lines of training, expected at least one")
@@ -215,111 +211,77 @@ def _curves(run: RunLog) -> list[Picture]:
 
     def held_out(name: str) -> tuple[list[float], list[float], str] | None:
         values = pluck(run.validation, f"validation/{name}")
-        if not any(not math.isnan(value) for value in values):
-            return None
-        return pluck(run.validation, "step"), values, "held out"
+        return None if all(map(math.isnan, values)) else (pluck(run.validation, "step"), values, "held out")
 
     def get(name: str) -> list[float]:
         return pluck(lines, name)
 
-    loss = get("loss")
-    margin = get("rewards/margins")
-    rewards = {"chosen": get("rewards/chosen"), "rejected": get("rewards/rejected"), "margin": margin}
-    if all(math.isnan(value) for value in rewards["chosen"]):  # of a loss that reports the margin alone
-        rewards = {"": margin}
-    spans = [value for value in loss if not math.isnan(value)] or [0.0]
-    wide = max(spans) > 5  # a β far too high
+    def curve(title: str, named: dict[str, list[float]], label: str, caption: str, **options: Any) -> Picture:
+        return Picture(title, figures.curves(steps, named, label, **options), caption)
+
+    loss, ref = get("loss"), get("ref_mse")
+    rewards = {name: get(f"rewards/{name}") for name in ("chosen", "rejected")} | {"margin": get("rewards/margins")}
+    if all(map(math.isnan, rewards["chosen"])):  # of a loss that reports the margin alone
+        rewards = {"": rewards["margin"]}
+    wide = any(value > 5 for value in loss)  # a β far too high
     relative = {
-        name: [g / r if r else math.nan for g, r in zip(get(key), get("ref_mse"), strict=True)]
-        for name, key in (("chosen", "chosen_gap"), ("rejected", "rejected_gap"))
+        name: [gap / r if r else math.nan for gap, r in zip(get(f"{name}_gap"), ref, strict=True)]
+        for name in ("chosen", "rejected")
     }
     return [
-        Picture(
-            "Loss",
-            figures.curves(
-                steps,
-                {"training": loss},
-                "loss (nats per pair)",
-                level=run.level(),
-                points=held_out("loss"),
-                log=wide,
-                zero=not wide,
-            ),
+        curve(
+            "Loss", {"training": loss}, "loss (nats per pair)",
             "Healthy: starts at the line times the share of active pairs and falls slowly; it falls as well when the "
             "mask drops pairs, which is not learning.",
+            level=run.level(), points=held_out("loss"), log=wide, zero=not wide,
         ),
-        Picture(
+        curve(
             "Pairs ranked right, and pairs that take part",
-            figures.curves(
-                steps,
-                {"reward accuracy": get("rewards/accuracies"), "active": get("active_fraction")},
-                "share of pairs",
-                level=(0.5, "chance"),
-                points=held_out("rewards/accuracies"),
-                percent=True,
-            ),
+            {"reward accuracy": get("rewards/accuracies"), "active": get("active_fraction")}, "share of pairs",
             "Healthy: accuracy leaves one half quickly and then climbs slowly, held-out pairs follow, and the active "
             "share stays where it was.",
+            level=(0.5, "chance"), points=held_out("rewards/accuracies"), percent=True,
         ),
-        Picture(
-            "Errors of chosen and rejected samples",
-            figures.curves(steps, relative, "gap / reference's error", level=(0.0, "as the reference")),
+        curve(
+            "Errors of chosen and rejected samples", relative, "gap / reference's error",
             "Healthy: chosen samples at or below 0, rejected samples above; both rising together means getting "
             "worse at everything.",
+            level=(0.0, "as the reference"),
         ),
-        Picture(
-            "Rewards",
-            figures.curves(
-                steps, rewards, "reward margin" if "" in rewards else "reward", points=held_out("rewards/margins")
-            ),
+        curve(
+            "Rewards", rewards, "reward margin" if "" in rewards else "reward",
             "Healthy: the margin, chosen less rejected, is positive and grows slowly to a few units; hundreds mean a "
             "beta that is too high. A falling chosen reward means getting worse at chosen samples.",
+            points=held_out("rewards/margins"),
         ),
-        Picture(
-            "Errors of policy and reference",
-            figures.curves(
-                steps, {"policy": get("model_mse"), "reference": get("ref_mse")}, "mean squared error", zero=True
-            ),
+        curve(
+            "Errors of policy and reference", {"policy": get("model_mse"), "reference": ref}, "mean squared error",
             "Healthy: the two stay together; a policy that leaves the reference behind is leaving the data.",
+            zero=True,
         ),
-        Picture(
-            "Gradient norm",
-            figures.curves(
-                steps, {"": get("grad_norm")}, "norm before clipping", spread=get("grad_norm_std"), zero=True
-            ),
+        curve(
+            "Gradient norm", {"": get("grad_norm")}, "norm before clipping",
             "Healthy: falls as pairs are satisfied; the band, one standard deviation of single steps, is no wider than "
             "the mean.",
+            spread=get("grad_norm_std"), zero=True,
         ),
-    ]
+    ]  # fmt: skip
 
 
 def _by_level(run: RunLog, head: Line, tail: Line) -> list[Picture]:
-    def both(name: str) -> dict[str, tuple[Line, Sequence[float]]]:
-        return {"early": (head, finite(head[name])), "late": (tail, finite(tail[name]))}
+    def both(name: str) -> dict[str, Sequence[float | None]]:
+        return {"early": head[name], "late": tail[name]}
 
-    mask = (run.threshold, f"mask: pairs below {run.threshold:g} are left out") if run.threshold else None
-    gaps = {"chosen": (tail, finite(tail["chosen_gap"])), "rejected": (tail, finite(tail["rejected_gap"]))}
-    errors = {
-        name: (
-            tail,
-            [
-                (chosen + rejected) / 2
-                for chosen, rejected in zip(
-                    finite(tail[f"{key}_error_chosen"]), finite(tail[f"{key}_error_rejected"]), strict=True
-                )
-            ],
-        )
-        for name, key in (("policy", "model"), ("reference", "ref"))
-    }
+    def error(key: str) -> list[float]:
+        samples = zip(finite(tail[f"{key}_error_chosen"]), finite(tail[f"{key}_error_rejected"]), strict=True)
+        return [(chosen + rejected) / 2 for chosen, rejected in samples]
+
+    gaps = {"chosen": tail["chosen_gap"], "rejected": tail["rejected_gap"]}
+    errors = {"policy": error("model"), "reference": error("ref")}
     return [
-        Picture(
-            "Importance ratio",
-            figures.by_level(tail, both("ratio"), "mean ratio, not clipped", level=mask, zero=True),
+        *mask_pictures(
+            tail, both("ratio"), both("active"), run.threshold,
             "Healthy: low at the clean end, near 1 over the rest, and late about where it was early.",
-        ),
-        Picture(
-            "Pairs that the mask lets through",
-            figures.by_level(tail, both("active"), "share of pairs", percent=True),
             "Healthy: only the cleanest levels are dropped, late as early; a late curve far below is drift.",
         ),
         gradient_coefficient(tail, "late"),
@@ -334,7 +296,20 @@ def _by_level(run: RunLog, head: Line, tail: Line) -> list[Picture]:
             figures.by_level(tail, errors, "mean squared error", log=True),
             "Healthy: two curves that nearly coincide; where they part, the policy predicts worse than it did.",
         ),
-    ]
+    ]  # fmt: skip
+
+
+def mask_pictures(
+    line: Line, ratio: figures.Curves, active: figures.Curves, threshold: float | None, *captions: str
+) -> list[Picture]:
+    """The importance ratio by noise level with the mask's threshold, and the share of pairs that the mask keeps."""
+    mask = (threshold, f"mask: pairs below {threshold:g} are left out") if threshold else None
+    drawn = (
+        figures.by_level(line, ratio, "mean ratio, not clipped", level=mask, zero=True),
+        figures.by_level(line, active, "share of pairs", percent=True),
+    )
+    titles = ("Importance ratio", "Pairs that the mask lets through")
+    return [Picture(*picture) for picture in zip(titles, drawn, captions, strict=True)]
 
 
 def gradient_coefficient(line: Line, when: str) -> Picture:
@@ -343,7 +318,7 @@ def gradient_coefficient(line: Line, when: str) -> Picture:
     spread = [math.sqrt(max(0.0, s - m * m)) for m, s in zip(mean, square, strict=True)]
     return Picture(
         f"Gradient's coefficient, {when}",
-        figures.by_level(line, {"": (line, mean)}, "coefficient of the chosen sample", spread=spread, zero=True),
+        figures.by_level(line, {"": mean}, "coefficient of the chosen sample", spread=spread, zero=True),
         "Healthy: about ½ at the start, falling as pairs are satisfied, and not 0 where there is something to learn; "
         "the band is one standard deviation over pairs.",
     )

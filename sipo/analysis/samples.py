@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from sipo.analysis.page import Picture, image, looks, video
+from sipo.analysis.page import Picture, image, side_by_side, video
 from sipo.files import FileError, parse_json, read_bytes, read_text
 from sipo.training.log_reader import LogWarning
 
@@ -19,15 +19,15 @@ def sample_pictures(folder: Path, settings: dict[str, Any]) -> tuple[str, list[P
     """The first and the last samples of a run by prompt, with a remark; and the demo's picture."""
     pictures: list[Picture] = []
     prompts = _prompts(folder, settings)
-    found = _looks(folder / "samples", len(prompts), settings.get("data.sizes"))
+    by_step = _samples_by_step(folder / "samples", len(prompts), settings.get("data.sizes"))
     for number, prompt in enumerate(prompts):
-        cells = [(look[number], f"step {step:,}") for step, look in found.items() if number in look]
+        cells = [(samples[number], f"step {step:,}") for step, samples in by_step.items() if number in samples]
         if cells:
-            pictures.append(Picture(prompt or "(an empty prompt)", looks(cells), kind="sample"))
+            pictures.append(Picture(prompt or "(an empty prompt)", side_by_side(cells), kind="sample"))
     remark = "Each prompt with the same noise at both steps." if pictures else ""
-    for step, look in found.items():
-        if _WHOLE in look:
-            pictures.append(Picture(f"Step {step:,}", look[_WHOLE], "Which prompts these are of is not known."))
+    for step, samples in by_step.items():
+        if _WHOLE in samples:
+            pictures.append(Picture(f"Step {step:,}", samples[_WHOLE], "Which prompts these are of is not known."))
     path = folder / "demo.png"
     if path.is_file():
         content = image(path.read_bytes(), "the demo's picture")
@@ -50,7 +50,7 @@ def _prompts(folder: Path, settings: dict[str, Any]) -> list[str]:
     return prompts
 
 
-def _looks(folder: Path, count: int, sizes: Any) -> dict[int, dict[int, str]]:
+def _samples_by_step(folder: Path, count: int, sizes: Any) -> dict[int, dict[int, str]]:
     """What a page shows of the first and of the last samples, by step and number of the prompt.
 
     A damaged file is warned of and left out. An image that is not one of ``count`` samples of the first of

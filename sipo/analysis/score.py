@@ -48,10 +48,6 @@ class Alone:
         """Networks compute in the types that they have."""
         return nullcontext()
 
-    def unwrap_model(self, model: nn.Module) -> nn.Module:
-        """The model itself."""
-        return model
-
 
 @dataclass(frozen=True)
 class PairScores:
@@ -229,8 +225,8 @@ def _over_draws(values: Tensor) -> tuple[Tensor, Tensor]:
     The two of a stratum are independent, so their squared difference is twice its variance, without bias. The variance
     over all draws would count what stratification has taken out: how the mean moves with the level.
     """
-    apart = values[0::2] - values[1::2]
-    return values.mean(dim=0), apart.square().sum(dim=0).sqrt() / len(values)
+    differences = values[0::2] - values[1::2]
+    return values.mean(dim=0), differences.square().sum(dim=0).sqrt() / len(values)
 
 
 def _stratified(schedule: NoiseSchedule, pairs: int, draws: int, seed: int, distribution: str) -> Tensor:

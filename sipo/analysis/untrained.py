@@ -16,7 +16,7 @@ from sipo.analysis.facts import is_plain, saturation
 from sipo.analysis.figures import finite
 from sipo.analysis.findings import Finding, sort
 from sipo.analysis.page import Page, Picture
-from sipo.analysis.report import gradient_coefficient, gradient_share
+from sipo.analysis.report import gradient_coefficient, gradient_share, mask_pictures
 from sipo.analysis.verdicts import LOOSE
 from sipo.analysis.wording import percent
 from sipo.batch import PairBatch
@@ -171,7 +171,7 @@ def _mask(found: UntrainedFacts) -> Finding | None:
         return Finding("mask", "note", "The mask drops no draws at the start.", evidence)
     where = f"all at or below {_level(found, found.highest)}"
     if found.highest > 0.9 * found.line["levels"]:
-        where = "at all noise levels"
+        where = "up to the highest noise levels"
     sentence = f"The mask drops {percent(share)} of draws at the start, {where}."
     if share <= 0.5:
         return Finding("mask", "note", sentence, evidence)
@@ -266,26 +266,16 @@ def untrained_page(
         f"No training: {line['pairs'] // line['bins']} pairs at {line['bins']} noise levels each, policy = reference. "
         f"{method}, beta = {found.beta:g}."
     )
-    mask = (found.threshold, f"mask: pairs below {found.threshold:g} are left out") if found.threshold else None
-
-    def one(name: str) -> dict[str, tuple[dict[str, Any], Sequence[float]]]:
-        return {"": (line, finite(line[name]))}
-
-    errors = {name + "s": (line, finite(line[f"ref_error_{name}"])) for name in ("chosen", "rejected")}
+    errors = {name: line[f"ref_error_{name}"] for name in ("chosen", "rejected")}
     pictures = [
-        Picture(
-            "Importance ratio",
-            figures.by_level(line, one("ratio"), "mean ratio, not clipped", level=mask, zero=True),
+        *mask_pictures(
+            line, {"": line["ratio"]}, {"": line["active"]}, found.threshold,
             "Healthy: low at the clean end alone, and near 1 over the rest.",
-        ),
-        Picture(
-            "Pairs that the mask lets through",
-            figures.by_level(line, one("active"), "share of pairs", percent=True),
             "Healthy: only the cleanest levels are dropped.",
         ),
         Picture(
             "Weights that are clipped",
-            figures.by_level(line, one("clipped"), "share of samples", percent=True),
+            figures.by_level(line, {"": line["clipped"]}, "share of samples", percent=True),
             "Healthy: those that the mask drops, and few others.",
         ),
         Picture(
@@ -295,7 +285,7 @@ def untrained_page(
         ),
         gradient_coefficient(line, "at the start"),
         gradient_share(line, found.drawn),
-    ]
+    ]  # fmt: skip
     return Page(
         f"Report: {family} before training",
         about,

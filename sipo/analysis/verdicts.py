@@ -1,9 +1,9 @@
 """What a run's log says about it, in plain language: pure functions from log lines to findings.
 
 The rules use numbers that mean the same at every β, model and data set: errors relative to the reference's, and the
-loss relative to what the ranking would be worth (:attr:`RunFacts.used`). They are means over the last fifth of the run,
-with standard errors from the number of pairs or from the scatter of the lines. Training pairs cannot show that what is
-learnt holds for other pairs; only held-out pairs can.
+loss relative to what the ranking would be worth (:attr:`RunFacts.earned`). They are means over the last fifth of the
+run, with standard errors from the number of pairs or from the scatter of the lines. Training pairs cannot show that
+what is learnt holds for other pairs; only held-out pairs can.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from sipo.analysis.wording import (
 )
 from sipo.training.alarms import collapsing, drifted, stalled
 
-HARDLY_USED = 0.25
+HARDLY_EARNED = 0.25
 """Below this share of what its ranking is worth, the loss has hardly begun to fall."""
 
 HARDLY_MOVED = 0.05
@@ -215,7 +215,7 @@ def _beta_high(f: RunFacts) -> Finding | None:
         return None
     calibration = f"{share_of_pairs(f.accuracy, f.pairs)} are ranked right in {step_range(f)} (`rewards/accuracies`)"
     if f.pair_loss - SURE * f.loss_se / f.active > LN2:
-        moved = "hardly moves" if f.apart < HARDLY_MOVED else "moves"
+        moved = "hardly moves" if f.separation < HARDLY_MOVED else "moves"
         return Finding(
             "beta_high",
             "problem",
@@ -224,18 +224,18 @@ def _beta_high(f: RunFacts) -> Finding | None:
             (
                 f"loss of {f.pair_loss:.3g} for a pair that takes part (`loss` / `active_fraction`), although "
                 f"{calibration}: preferring nothing would cost {most_without_preference(f)}",
-                f"a mean logit of {f.margin:.3g} from errors that differ by {percent(f.apart)} of the reference's",
+                f"a mean logit of {f.margin:.3g} from errors that differ by {percent(f.separation)} of the reference's",
             ),
-            lower_beta(f) + (() if f.apart < HARDLY_MOVED else ("and a lower learning rate",)),
+            lower_beta(f) + (() if f.separation < HARDLY_MOVED else ("and a lower learning rate",)),
         )
-    if f.pair_loss < 0.05 and 0 < f.apart < HARDLY_MOVED:
+    if f.pair_loss < 0.05 and 0 < f.separation < HARDLY_MOVED:
         return Finding(
             "beta_high",
             "problem",
             "Beta is too high for these pairs: the loss is satisfied, and the policy has hardly moved.",
             (
                 f"loss of {f.pair_loss:.2g} for a pair that takes part, {calibration}",
-                f"errors of chosen and rejected sample differ by {percent(f.apart)} of the reference's",
+                f"errors of chosen and rejected sample differ by {percent(f.separation)} of the reference's",
             ),
             lower_beta(f),
         )
@@ -265,15 +265,15 @@ def _not_learning(f: RunFacts) -> Finding | None:
             if few
             else (*advice, "see that chosen and rejected are not mixed up in the data"),
         )
-    if abs(f.used) < HARDLY_USED and f.apart < HARDLY_MOVED and not drifted(f.model, f.ref):
+    if abs(f.earned) < HARDLY_EARNED and f.separation < HARDLY_MOVED and not drifted(f.model, f.ref):
         return Finding(
             "not_learning",
             "warning",
             "Hardly learning yet: the ranking has the right sign, by a hair, and the policy has not moved.",
             (
                 f"{ranking}, but with a mean logit of {f.margin:.2g}: the loss has fallen from {LN2:.3f} to "
-                f"{f.pair_loss:.3f} for a pair that takes part, {percent(f.used)} of what this ranking is worth",
-                f"errors of chosen and rejected sample differ by {percent(f.apart)} of the reference's",
+                f"{f.pair_loss:.3f} for a pair that takes part, {percent(f.earned)} of what this ranking is worth",
+                f"errors of chosen and rejected sample differ by {percent(f.separation)} of the reference's",
             ),
             advice,
         )
