@@ -221,7 +221,7 @@ def test_a_library_older_than_the_sources_is_refused(tmp_path: Path, monkeypatch
 
 @pytest.fixture
 def refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    backends._warn_once.cache_clear()
+    monkeypatch.setattr(backends, "_WARNED", set())
     monkeypatch.delenv("SIPO_BACKEND", raising=False)
     for name, value in library.refused("the native library has other metrics than this version")._asdict().items():
         monkeypatch.setattr(native, name.upper(), value)

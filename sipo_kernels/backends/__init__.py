@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 import os
@@ -30,6 +29,7 @@ _MODULES = {
     "native": "sipo_kernels.backends.native",
     "cuda": "sipo_kernels.backends.cuda.launch",
 }
+_WARNED: set[str] = set()
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -101,16 +101,13 @@ def report() -> list[tuple[str, BackendStatus]]:
     return [(device, status(name, device)) for device in devices for name in BACKENDS]
 
 
-@functools.cache
 def _warn_once(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=2)
+    if message not in _WARNED:
+        _WARNED.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
-def _warn(message: str) -> None:
-    _warn_once(message)
-
-
-_warn._dynamo_marked_constant = True  # type: ignore[attr-defined]  # called at compile time instead of traced
+_warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]  # called at compile time instead of traced
 
 
 def choose(backend: str, device: torch.device) -> str:
@@ -133,7 +130,7 @@ def choose(backend: str, device: torch.device) -> str:
             if (found := status(name, device.type)).available:
                 return name
             if found.remedy and found.remedy in (native.REMEDY, cuda.REMEDY):
-                _warn(f"the {name} backend is not used: {found.reason} ({found.remedy})")
+                _warn_once(f"the {name} backend is not used: {found.reason} ({found.remedy})")
     found = status(backend, device.type)
     if not found.available:
         raise RuntimeError(f"{source}={backend!r} cannot run: {found.reason} ({found.remedy})")
