@@ -11,6 +11,7 @@ from typing import Any
 from sipo.analysis.page import Picture, image, side_by_side, video
 from sipo.files import FileError, parse_json, read_bytes, read_text
 from sipo.training.log_reader import LogWarning
+from sipo.training.sums import PROMPTS
 
 _WHOLE = -1  # in place of a prompt's number
 
@@ -37,7 +38,7 @@ def sample_pictures(folder: Path, settings: dict[str, Any]) -> tuple[str, list[P
 
 def _prompts(folder: Path, settings: dict[str, Any]) -> list[str]:
     """Returns the prompts in the order of the samples, from the configuration if they are not stored beside them."""
-    path = folder / "samples" / "prompts.json"
+    path = folder / PROMPTS
     prompts = settings.get("samples.validation_prompts")
     try:
         prompts = parse_json(read_text(path), path)

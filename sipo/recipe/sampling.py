@@ -19,12 +19,12 @@ from sipo.processes import OtherProcessError, from_all, is_collective, on_main
 from sipo.recipe.build import RunContext, free_memory
 from sipo.training import TrainingWarning, is_sharded
 from sipo.training.stopping import asked_to_stop
+from sipo.training.sums import PROMPTS
 from sipo.training.trackers import log_clips, log_images
 
 SAMPLES = "samples"
 """Folder in ``training.output_dir`` that samples are written to."""
 
-PROMPTS = "prompts.json"
 """File in it: the prompts, a list of strings in the order of the samples."""
 
 SAMPLE_FPS = 8.0
@@ -157,7 +157,7 @@ class ValidationSamples:
             log_images(self.run.accelerator, step, list(zip(prompts, arrays, strict=True)))
 
     def _write_prompts(self) -> None:
-        path, prompts = self.folder / PROMPTS, self.run.config.samples.validation_prompts
+        path, prompts = self.run.config.training.folder / PROMPTS, self.run.config.samples.validation_prompts
         try:
             former = parse_json(read_text(path), path)
         except (FileNotFoundError, FileError):
