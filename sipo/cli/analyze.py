@@ -57,10 +57,10 @@ def _analyze_run(options: argparse.Namespace) -> int:
 @one_line_errors
 def _analyze_start(options: argparse.Namespace) -> int:
     from sipo.analysis.untrained import LEVELS, PAIRS
-    from sipo.recipe import config as configuration
     from sipo.recipe.analyze_start import analyze_start
+    from sipo.recipe.config import load_config
 
-    config = configuration.load_config(options.target, options.overrides)
+    config = load_config(options.target, options.overrides)
     pairs = PAIRS if options.pairs is None else options.pairs
     levels = LEVELS if options.levels is None else options.levels
     page, findings = analyze_start(config, options.output, pairs=pairs, levels=levels)

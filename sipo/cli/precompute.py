@@ -27,12 +27,12 @@ def add(commands: Any) -> None:
 
 @one_line_errors
 def _precompute(options: argparse.Namespace) -> int:
-    from sipo.recipe import config as configuration
     from sipo.recipe.build import open_run
+    from sipo.recipe.config import load_config
     from sipo.recipe.preflight import check_run
     from sipo.recipe.prepare_data import prepare_data
 
-    config = configuration.load_config(options.config, options.overrides)
+    config = load_config(options.config, options.overrides)
     run = open_run(config)
     check_run(run, "precompute")
     summary = prepare_data(run, repair=True, verify=options.verify, progress=config.training.progress).summary

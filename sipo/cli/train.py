@@ -29,11 +29,11 @@ def add(commands: Any) -> None:
 @one_line_errors
 def _train(options: argparse.Namespace) -> int:
     from sipo.analysis.facts import describe_held_out
-    from sipo.recipe import config as configuration
+    from sipo.recipe.config import load_config
     from sipo.recipe.train import run_training
     from sipo.training import TrainingAlarmError, TrainingInterruptedError, make_accelerator
 
-    config = configuration.load_config(options.config, options.overrides)
+    config = load_config(options.config, options.overrides)
     accelerator = make_accelerator(config.training)
 
     def print_config() -> None:

@@ -8,17 +8,13 @@ from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import sipo
 from sipo.families.base import Family
 from sipo.families.lora_files import formats_of
 from sipo.loss import convert_beta
-
-if TYPE_CHECKING:
-    from sipo.recipe.config import Config
-
-_TOY = "toy"  # sipo.recipe.config.TOY, which would bring accelerate along
+from sipo.recipe.config import TOY, Config
 
 _SCHEDULER = "pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, {})"
 
@@ -135,7 +131,7 @@ def _loading(family: Family, base: str, lora: bool) -> list[str]:
     lines = [
         f"from diffusers import {pipeline}" if lora else f"from diffusers import {pipeline}, {family.network_class}"
     ]
-    if base == _TOY:
+    if base == TOY:
         lines += ["from sipo.families.toy import build_toy", "", f'build_toy("{family.name}", "{base}")']
     where = json.dumps(_shown(base) if PurePath(base).is_absolute() else base)
     here = '"."'

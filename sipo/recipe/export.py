@@ -9,9 +9,8 @@ from typing import Any
 from sipo.families import Family, get
 from sipo.families.lora_files import Adapter, check_format, needs_network_config, read_adapter, write_adapter
 from sipo.families.tuning import ADAPTER
-from sipo.recipe import config as configuration
 from sipo.recipe.build import model_folder
-from sipo.recipe.config import Config, ConfigError
+from sipo.recipe.config import Config, ConfigError, load_config
 from sipo.training import checkpoint, storage
 from sipo.training.config import CheckpointError
 from sipo.training.sums import check_config_sum, check_sums
@@ -58,7 +57,7 @@ def export_run(
     for override in overrides:
         if override.partition("=")[0] not in _PLACES:
             raise ConfigError(f"{override}: expected {', '.join(_PLACES[:-1])} or {_PLACES[-1]}, where the model is")
-    config = configuration.load_config(file, overrides)
+    config = load_config(file, overrides)
     check_config_sum(target)
     family = get(config.model.family)
     if config.model.tuning != "lora":

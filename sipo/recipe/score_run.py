@@ -17,10 +17,9 @@ from sipo.data.readers import open_pairs
 from sipo.data.records import DataError
 from sipo.families.tuning import load_saved
 from sipo.files import FileError, check_output, read_object, write_aside
-from sipo.recipe import config as configuration
 from sipo.recipe.analyze_start import with_network
 from sipo.recipe.build import RunContext, build, datasets, loss_beta, make_loss, open_run
-from sipo.recipe.config import Config, ConfigError
+from sipo.recipe.config import Config, ConfigError, load_config
 from sipo.recipe.prepare_data import prepare_data
 from sipo.recipe.train import TRAINED_ON, trained_on
 from sipo.training.run_folder import WEIGHTS
@@ -89,7 +88,7 @@ def score_run(
     file = target / "config.yaml" if target.is_dir() else target
     if target.is_dir() and not file.exists():
         raise ConfigError(f"{target}: no config.yaml, expected the folder of a run of `sipo train`")
-    config = configuration.load_config(file, overrides)
+    config = load_config(file, overrides)
     if target.is_dir():
         check_config_sum(target)
     place = target if target.is_dir() else config.training.folder

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sipo.files import FileError, one_line, parse_json, read_text
-from sipo.recipe import config as configuration
+from sipo.recipe.config import load_config
 from sipo.training import storage
 from sipo.training.log_reader import metrics_fault, read_log
 from sipo.training.statistics import statistics_fault
@@ -50,36 +50,40 @@ def verify_run(folder: Path) -> list[VerifiedPath]:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder, expected the folder of a run")
-    logs = [path for pattern in LOGS for path in sorted(folder.glob(pattern))]
-    found: list[tuple[Path, Callable[[Path], str]]] = [(folder / CONFIG, _config)]
     root = folder / "checkpoints"
-    found += [(root, _check_folder)] if root.exists() and not root.is_dir() else []
-    found += [(path, _checkpoint) for path in storage.list_checkpoints(root)]
-    found += [(path, _log) for path in logs]
-    found += [(folder / PROMPTS, _prompts), (folder / "weights", _weights)]
-    found = [(path, look) for path, look in found if path.exists()]
+    checks: list[tuple[Path, Callable[[Path], str]]] = [
+        (folder / CONFIG, _config),
+        *([(root, _check_folder)] if root.exists() and not root.is_dir() else []),
+        *((path, _checkpoint) for path in storage.list_checkpoints(root)),
+        *((path, _log) for pattern in LOGS for path in sorted(folder.glob(pattern))),
+        (folder / PROMPTS, _prompts),
+        (folder / "weights", _weights),
+    ]
+    checks = [(path, check) for path, check in checks if path.exists()]
     ended = (folder / SUMS).exists()
-    if not found and ended:
+    if not checks and ended:
         return [_verified(folder, _weights)]
-    if not found:
+    if not checks:
         raise FileNotFoundError(f"{folder}: no config.yaml, checkpoints, logs or weights, expected the folder of a run")
     try:
         sums = read_sums(folder / SUMS) if ended else None
     except (OSError, ValueError) as error:
         items = [VerifiedPath(folder / SUMS, one_line(error))]
-        return [*items, *(_verified(path, look) for path, look in found)]
-    hashed = {path for path, look in found if look in (_config, _log, _prompts)}
-    items = [_verified(path, look, folder, sums) if path in hashed else _verified(path, look) for path, look in found]
+        return [*items, *(_verified(path, check) for path, check in checks)]
+    hashed = {path for path, check in checks if check in (_config, _log, _prompts)}
+    items = [
+        _verified(path, check, folder, sums) if path in hashed else _verified(path, check) for path, check in checks
+    ]
     lost = [folder / name for name in sums or () if folder / name not in hashed]
     return [*items, *(VerifiedPath(path, f"missing, {SUMS} lists it") for path in lost)]
 
 
 def _verified(
-    path: Path, look: Callable[[Path], str], folder: Path | None = None, sums: Mapping[str, str] | None = None
+    path: Path, check: Callable[[Path], str], folder: Path | None = None, sums: Mapping[str, str] | None = None
 ) -> VerifiedPath:
-    """What ``look`` says of a file; for a file of a run's ``folder``, also whether its hash is the one in ``sums``."""
+    """What ``check`` says of a file; for a file of a run's ``folder``, also whether its hash is the one in ``sums``."""
     try:
-        note = look(path)
+        note = check(path)
         if folder is not None and sums is not None:
             name = path.relative_to(folder).as_posix()
             if name not in sums:
@@ -92,7 +96,7 @@ def _verified(
 
 
 def _config(file: Path) -> str:
-    configuration.load_config(file)
+    load_config(file)
     return ""
 
 
