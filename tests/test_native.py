@@ -195,7 +195,7 @@ def test_a_library_older_than_two_swapped_names_is_refused(
 
 def test_a_refusal_names_all_that_differs() -> None:
     built, expected = "methods: a,\nloss types: b,\nmetrics: c,\n", "methods: b,\nloss types: b,\nmetrics: d,\n"
-    assert library.difference(built, expected) == "the native library has other methods and metrics than this version"
+    assert library.difference(built, expected) == "the native library has other methods, metrics than this version"
     assert library.difference(built, "methods: a,\n") == "the native library has other contents than this version"
     assert library.difference(built, built) is None
 

@@ -78,7 +78,7 @@ def difference(built: str, expected: str) -> str | None:
         return None
     theirs = built.splitlines()
     other = [line.partition(":")[0] for line in expected.splitlines() if line not in theirs]
-    return f"the native library has other {' and '.join(other) or 'contents'} than this version"
+    return f"the native library has other {', '.join(other) or 'contents'} than this version"
 
 
 def stale(built_from: str) -> str | None:
