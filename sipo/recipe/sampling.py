@@ -34,8 +34,8 @@ SAMPLE_FPS = 8.0
 class ValidationSamples:
     """Draws ``samples.validation_prompts``: ``samples/step-00000100.png``, or an mp4 for each prompt.
 
-    Prompts are encoded once, by the main process, and the text encoders are freed; of the pipeline the VAE stays, in host
-    memory between looks. Of ``W`` processes number ``r`` draws the prompts ``r``, ``r + W`` and so on. Prompt ``i`` has
+    The main process encodes the prompts once and frees the text encoders; of the pipeline the VAE stays, in host memory
+    between looks. Of ``W`` processes number ``r`` draws the prompts ``r``, ``r + W`` and so on. Prompt ``i`` has
     the seed ``samples.seed + i``, so that samples do not depend on how many processes there are. A network that they
     hold parts of (FSDP2) is run by all of them at once, and the one that has run out of prompts goes along.
 
