@@ -1,7 +1,7 @@
-"""Every input error of the pair loss, in one place, raised before any kernel runs.
+"""Checks the tensors of a call of the pair loss before any kernel runs.
 
-Each message is one line that names the offending value and what was expected. Nothing here reads tensor *values*, so
-nothing here synchronises with a device; it looks at types, shapes, devices and host-side numbers.
+Each error is one line that names the wrong value and what was expected. The checks read types, shapes, devices and
+numbers on the host but no tensor's values, so they never synchronise with a device.
 """
 
 from __future__ import annotations
@@ -71,8 +71,9 @@ def check_tensors(
     """Checks types, shapes, devices and gradient requirements of the tensors of one call.
 
     Raises:
-        TypeError: not a tensor, or of an unsupported dtype or layout.
-        ValueError: shapes or devices that do not fit, too many or too few inputs, a gradient asked where none flows.
+        TypeError: An input is not a tensor, or its dtype or layout is not supported.
+        ValueError: Shapes or devices do not fit, an input is missing or one too many, or an input other than
+            ``model_pred`` requires a gradient.
     """
     model = _check_tensor("model_pred", model_pred)
     shape, device = model.shape, model.device  # asking a tensor for them costs as much as the check
@@ -112,21 +113,15 @@ def check_tensors(
 
 
 def check_extras(expected_upstream: object, totals: object, model_pred: Tensor) -> None:
-    """Checks what a call may be given beside its tensors and settings.
-
-    Args:
-        expected_upstream: a number, a 0-d tensor, or ``None``.
-        totals: :class:`Totals`, or ``None``.
-        model_pred: checked already.
+    """Checks the optional arguments of a call, given its ``model_pred``.
 
     Raises:
-        TypeError: of the wrong type or dtype.
-        ValueError: of the wrong shape, or on another device than ``model_pred``.
+        TypeError: A wrong type or dtype.
+        ValueError: A wrong shape, or another device than that of ``model_pred``.
     """
     device = model_pred.device
     if isinstance(expected_upstream, Tensor):
-        dtype = pair_dtype(device)
-        _check_sums("expected_upstream", expected_upstream, (), dtype, device)
+        _check_sums("expected_upstream", expected_upstream, (), pair_dtype(device), device)
     elif expected_upstream is not None and (
         isinstance(expected_upstream, bool) or not isinstance(expected_upstream, numbers.Real)
     ):

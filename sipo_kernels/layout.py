@@ -1,7 +1,6 @@
-"""What every backend agrees on: settings, results, layouts and accumulation types.
+"""The types of elements, sums and results, and the memory layouts that the kernels read and write.
 
-One place for the facts that the plain-torch, Triton and native backends share. Section numbers (§) refer to
-``docs/math.md``.
+All backends follow it. Section numbers (§) are those of docs/math.md.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ SMALL_SAMPLE = 1 << 16
 
 
 def has_lazy_bit(tensor: Tensor) -> bool:
-    """Whether a tensor's values are not those in its memory: a pending negation (``x.conj().imag``), or no memory."""
+    """Returns whether a tensor's memory lacks its values: a pending negation (``x.conj().imag``), or zeros."""
     return tensor.is_neg() or tensor._is_zerotensor()
 
 
 def stats_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """Type of per-sample and per-pair results: float64 if any input is, else float32."""
+    """Returns the type of per-sample and per-pair results: float64 if any input is float64, else float32."""
     for tensor in tensors:
         if tensor is not None and tensor.dtype == torch.float64:
             return torch.float64
@@ -30,7 +29,7 @@ def stats_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 
 def accumulate_dtype(elements: int, target: Tensor, *predictions: Tensor | None) -> torch.dtype:
-    """Type in which elements are subtracted, multiplied and summed.
+    """Returns the type in which elements are subtracted, multiplied and summed.
 
     float64 for float32 and float64 predictions: the gap is a sum that may cancel a thousandfold, and the gradient's
     relative error is the logit's absolute one; float32 sums miss the error budget on unrelated predictions. The loss is
@@ -47,14 +46,14 @@ def accumulate_dtype(elements: int, target: Tensor, *predictions: Tensor | None)
 
 
 def pair_dtype(device: torch.device) -> torch.dtype:
-    """Type of the per-pair arithmetic: float64 wherever the device has it; it is a handful of numbers."""
+    """Returns the type of the per-pair arithmetic: float64 unless the device lacks it, since it is a few numbers."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def dense_sample_strides(tensor: Tensor) -> tuple[int, ...] | None:
-    """Strides of dimensions 1.. if each sample fills its memory without gaps, else ``None``.
+    """Returns the strides of dimensions 1.. if each sample fills its memory without gaps, else None.
 
-    Dimensions of size 1 get stride 1 whatever they say, so that equal layouts compare equal.
+    Dimensions of size 1 get stride 1, so that equal layouts compare equal.
     """
     strides = [1] * tensor.ndim
     expected = 1
@@ -69,40 +68,41 @@ def dense_sample_strides(tensor: Tensor) -> tuple[int, ...] | None:
 
 
 def _empty_dense(like: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """Uninitialised tensor of ``like``'s shape: samples in these strides, back to back."""
+    """Allocates a tensor of ``like``'s shape whose samples have these strides and no gaps between them."""
     elements = like.numel() // like.shape[0]
     return torch.empty_strided(like.shape, (elements, *strides), dtype=like.dtype, device=like.device)
 
 
-def with_sample_strides(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """``tensor`` itself where its samples already lie in these strides, else a copy that does."""
+def _with_sample_strides(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """Returns ``tensor`` if its samples have these strides, else a copy whose samples do."""
     if dense_sample_strides(tensor) == strides:
         return tensor
     return _empty_dense(tensor, strides).copy_(tensor)
 
 
-def agree(model_pred: Tensor, *others: Tensor | None) -> tuple[Tensor, list[Tensor | None]]:
-    """Inputs in one common layout of dense samples: copies only what differs from ``model_pred``.
+def agree(model_pred: Tensor, target: Tensor, ref_pred: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Returns the large inputs in one common layout of dense samples; copies only what differs from ``model_pred``.
 
-    Samples need not touch each other: a slice along dimension 0, or a half of the channels, is read where it lies.
+    Samples need not be adjacent in memory: a slice along dimension 0, or part of the channels, is read in place.
     """
-    if model_pred.is_contiguous() and all(t is None or t.is_contiguous() for t in others):
-        return model_pred, list(others)
+    if model_pred.is_contiguous() and target.is_contiguous() and (ref_pred is None or ref_pred.is_contiguous()):
+        return model_pred, target, ref_pred
     strides = dense_sample_strides(model_pred)
     if strides is None:
         model_pred = model_pred.contiguous()
         strides = dense_sample_strides(model_pred)
         assert strides is not None  # contiguous is dense
-    return model_pred, [t if t is None else with_sample_strides(t, strides) for t in others]
+    ref_pred = None if ref_pred is None else _with_sample_strides(ref_pred, strides)
+    return model_pred, _with_sample_strides(target, strides), ref_pred
 
 
 def empty_grad(model_pred: Tensor) -> Tensor:
-    """Uninitialised gradient with ``model_pred``'s type and layout (§6); dense also where that has gaps."""
+    """Allocates the gradient (§6) in ``model_pred``'s type and layout, without the gaps that a layout may have."""
     return torch.empty_like(model_pred)
 
 
 def lies_as(agreed: Tensor, grad: Tensor) -> bool:
-    """Whether ``grad`` lies in ``agreed``'s layout with its samples back to back, as kernels write it."""
+    """Returns whether ``grad`` has ``agreed``'s layout and no gaps between samples, as kernels write it."""
     if grad.is_contiguous() and agreed.is_contiguous():
         return True
     same = dense_sample_strides(grad) == dense_sample_strides(agreed)
@@ -110,9 +110,9 @@ def lies_as(agreed: Tensor, grad: Tensor) -> bool:
 
 
 def dense_like(agreed: Tensor, grad: Tensor) -> Tensor:
-    """``grad`` itself where it :func:`lies_as` ``agreed``, else a buffer that does.
+    """Returns the tensor for a kernel to fill: ``grad`` if it :func:`lies_as` ``agreed``, else a buffer that does.
 
-    A kernel fills the result; a caller that got a buffer copies it into ``grad``.
+    A caller that gets a buffer copies it into ``grad`` afterwards.
     """
     if lies_as(agreed, grad):
         return grad

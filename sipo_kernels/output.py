@@ -1,7 +1,8 @@
-"""What a call returns, and docs/math.md §8 in plain torch: the metrics of a batch and its sums by noise level.
+"""The output of a call, and docs/math.md §8 in plain torch: the metrics of a batch and its sums by noise level.
 
-The kernels compute the same numbers in passing (``csrc/report.h``, ``backends/triton/batch_report.py``). This module
-serves outputs without them: of the plain-torch backend, of a compiled graph, of a loss that changes an output's fields.
+The kernels compute the same numbers along with the loss (``csrc/report.h``, ``backends/triton/batch_report.py``). The
+functions here serve outputs without them: those of plain torch or of a compiled graph, and those whose fields a loss
+has replaced.
 """
 
 from __future__ import annotations
@@ -161,7 +162,7 @@ class PairLossOutput:
 
 
 def _clipped(output: Any, ratio: Tensor) -> Tensor:
-    """``[S]``: 1 where the ratio was clipped (§4)."""
+    """Returns ``[S]``: 1 where the ratio was clipped (§4), else 0."""
     clip_range = getattr(output, "clip_range", None)
     if clip_range is None:
         return torch.zeros_like(ratio)
@@ -169,12 +170,12 @@ def _clipped(output: Any, ratio: Tensor) -> Tensor:
 
 
 def _correct(logits: Tensor) -> Tensor:
-    """1 where the chosen sample is told from the rejected sample; a tie counts one half. NaN counts 0."""
+    """Returns 1 where the logit prefers the chosen sample, 0.5 for a tie, else 0, also for NaN."""
     return (logits > 0).to(logits.dtype) + 0.5 * (logits == 0).to(logits.dtype)
 
 
 def _metrics(output: PairLossOutput) -> Tensor:
-    """§8 as a vector, in the order of ``METRICS``."""
+    """Returns the metrics of §8 as a vector, in the order of ``METRICS``."""
     dtype = output.logits.dtype
     finite, loss = output.finite_pairs(), output.loss.detach().to(dtype)
     ratio = torch.exp(output.log_ratio)
@@ -195,7 +196,7 @@ def _metrics(output: PairLossOutput) -> Tensor:
 
 
 def level_bins(timesteps: Tensor, bins: int, top: float) -> Tensor:
-    """Bin of each timestep, int64: ``bins`` of equal width from 0 to ``top``, told apart in float32, σ's own type."""
+    """Returns each timestep's bin, int64: ``bins`` of equal width from 0 to ``top``, told apart in float32 as σ is."""
     place = (timesteps.to(pair_dtype(timesteps.device)) * bins / top).float()
     return place.nan_to_num(0.0).clamp(0, bins - 1).long()
 
@@ -207,16 +208,16 @@ def add_levels(levels: Tensor, bins: Tensor, output: Any, coef_unit: float) -> N
         levels: the sums.
         bins: ``[B]``, each pair's.
         output: with the fields of :class:`PairLossOutput`, ``clip_range`` left out or not.
-        coef_unit: what a sample's coefficient is multiplied with to be §8's ``k``.
+        coef_unit: The factor that turns a sample's coefficient into §8's ``k``.
     """
     ratio = output.log_ratio.exp()
     coef = output.coef * coef_unit
     each = (output.model_error, output.ref_error, output.error_gap, ratio, output.weight, _clipped(output, ratio))
-    halves = torch.stack([*each, coef]).float().unflatten(1, (2, -1))  # [7, chosen and rejected sample, B]
-    logits, coef = output.logits.float(), halves[6]
+    both = torch.stack([*each, coef]).float().unflatten(1, (2, -1))  # [7, chosen and rejected sample, B]
+    logits, coef = output.logits.float(), both[6]
     pair = (output.mask, logits, logits.square(), _correct(logits), coef[0], coef[0].square())
-    grad_sq = (coef.square() * halves[0]).sum(0)
-    rows = torch.cat([halves[:3].flatten(0, 1), halves[3:6].mean(1), torch.stack([*pair, grad_sq])])
+    grad_sq = (coef.square() * both[0]).sum(0)
+    rows = torch.cat([both[:3].flatten(0, 1), both[3:6].mean(1), torch.stack([*pair, grad_sq])])
     finite = torch.isfinite(rows).all(0)
     rows = torch.cat([torch.stack([finite, ~finite]), torch.where(finite, rows, 0.0)])
     hits = bins == torch.arange(levels.shape[1], device=rows.device)[:, None]
@@ -225,10 +226,10 @@ def add_levels(levels: Tensor, bins: Tensor, output: Any, coef_unit: float) -> N
 
 
 def _metric_pairs(output: PairLossOutput) -> Tensor:
-    """How many pairs each of ``METRICS`` is a mean over; 1 for ``nonfinite_pairs``, which is a number of them."""
+    """Returns how many pairs each of ``METRICS`` is a mean over, and 1 for ``nonfinite_pairs``, which is a count."""
     pairs = output.logits.new_full((), output.mask.shape[0])
     counted = output.finite_pairs().sum().to(pairs.dtype) if output.skip_nonfinite else pairs
-    means = len(METRICS) - 3  # but for the first and the last two
+    means = len(METRICS) - 3  # all but the first and the last two
     return torch.cat([pairs[None], counted.expand(means), torch.stack([pairs, torch.ones_like(pairs)])])
 
 
@@ -240,7 +241,7 @@ def add_metrics(totals: Tensor, values: Tensor, pairs: Tensor | float = 1.0) -> 
 
 
 def add_totals(totals: Totals, output: PairLossOutput, coef_unit: float) -> None:
-    """What a kernel does with ``totals``, for an output that no kernel made."""
+    """Adds a batch to ``totals``, as a kernel does, for an output that no kernel made."""
     with torch.no_grad():
         if totals.metrics is not None:
             add_metrics(totals.metrics, _metrics(output).float(), _metric_pairs(output).float())

@@ -1,14 +1,13 @@
-"""The pair loss: public function, ``torch.autograd.Function``, custom operators and their fakes.
+"""The public function of the pair loss, its autograd functions, and its operators with their fake implementations.
 
-The way of one batch: :func:`pair_loss` checks it (``inputs.py``), chooses a backend (``backends/``) and calls it for
-every number of ``docs/math.md`` §2-5 and §8, one gradient coefficient per sample (§6) and, where the backend fuses it,
-the gradient for the upstream gradient that is expected. The backward pass hands that gradient out, made again from the
-inputs where another upstream gradient came.
+:func:`pair_loss` checks a batch (``inputs.py``), chooses a backend (``backends/``) and calls it. The backend computes
+every number of docs/math.md §2 to §5 and §8, a gradient coefficient for each sample (§6) and, if it fuses the gradient
+into its forward pass, the gradient for the expected upstream gradient. The backward pass returns that gradient, or
+makes it again from the inputs if another upstream gradient came.
 
-Ordinary tensors go to the backend directly (:class:`DirectPairLossFunction`). Where something else must see what
-happens (torch.compile, fake tensors, tracing, subclasses), the same backend runs behind the operators
-``sipo::pair_loss`` and ``sipo::pair_grad`` (:class:`PairLossFunction`), which cost more to call than a small batch
-costs to compute.
+Ordinary tensors go to the backend directly (:class:`DirectPairLossFunction`). Under torch.compile, fake tensors,
+tracing and tensor subclasses, the same backend runs behind the operators ``sipo::pair_loss`` and ``sipo::pair_grad``
+(:class:`PairLossFunction`), whose call takes longer than a small batch.
 """
 
 from __future__ import annotations
@@ -88,10 +87,10 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
 def _is_ordinary(*tensors: Tensor | None) -> bool:
-    """Whether a backend may be called past the dispatcher: nothing traces, listens in, or is more than a plain tensor.
+    """Returns whether a backend may be called without the dispatcher: plain tensors, no tracing, no dispatch mode.
 
-    Not to be asked while compiling. Modes of ``__torch_function__`` (``torch.set_default_device``) need no operator: a
-    backend is made of torch calls.
+    Do not call it while compiling. Modes of ``__torch_function__`` (``torch.set_default_device``) need no operator:
+    they see the torch calls that a backend makes.
     """
     if not _PLAIN.issuperset(map(type, tensors)) or is_in_torch_dispatch_mode() or torch._C._is_tracing():
         return False
@@ -119,9 +118,9 @@ def _refuse_higher_order(upstream: Tensor | None) -> None:
 
 
 class PairLossFunction(torch.autograd.Function):
-    """By way of the operators: differentiable in ``model_pred``; returns the first four fields of :class:`Stats`.
+    """Calls the operators and returns the first four fields of :class:`Stats`; differentiable in ``model_pred``.
 
-    Forward and backward stay functional, as a compiled graph must be: the gradient is made in the backward pass.
+    The gradient is made in the backward pass, because a compiled graph must be functional.
     """
 
     @staticmethod
@@ -144,7 +143,7 @@ class PairLossFunction(torch.autograd.Function):
 
 
 class _DirectCall:
-    """A direct call on its way through autograd: what the forward works on and, after it, what came out."""
+    """The arguments of a direct call on its way through autograd and, after the forward, its results."""
 
     __slots__ = ("backend", "expected", "fuse", "inputs", "settings", "stats", "totals")
 
@@ -172,9 +171,9 @@ class _DirectCall:
 
 
 class DirectPairLossFunction(torch.autograd.Function):
-    """Past the dispatcher, for ordinary tensors: returns the loss, and leaves all results in the :class:`_DirectCall`.
+    """Calls the backend without the dispatcher; returns the loss and stores all results in the :class:`_DirectCall`.
 
-    Autograd is shown ``model_pred`` and the loss alone: each tensor more costs it microseconds.
+    Autograd handles ``model_pred`` and the loss alone: each further tensor would take microseconds.
     """
 
     @staticmethod
@@ -217,7 +216,7 @@ def pair_loss(
     options: LossOptions | None = None,
     **given: Unpack[OptionValues],
 ) -> PairLossOutput:
-    """Preference loss of ``B`` pairs, from network outputs to gradient (``docs/math.md`` §2-6).
+    """Computes the preference loss of ``B`` pairs, from network outputs to gradient (docs/math.md §2 to §6).
 
     Samples are stacked ``[chosen; rejected]`` along dimension 0, ``S = 2B``. The three large inputs may differ in
     dtype (bfloat16, float16, float32, float64) and lie in any layout; sums are accumulated in float32 or wider.
@@ -225,7 +224,7 @@ def pair_loss(
     Args:
         model_pred: ``[S, ...]`` output of the policy; the gradient flows here and has its dtype and layout.
         ref_pred: ``[S, ...]`` output of the frozen reference, or ``None`` with ``ref_error``.
-        target: ``[S, ...]``, or ``[B, ...]`` where both halves of a pair share it.
+        target: ``[S, ...]``, or ``[B, ...]`` if the chosen and the rejected sample share it.
         ratio_scale: ``[S]`` factor between error and log ratio (§3), ``inf`` at the terminal step. Only
             ``diffusion_dpo`` does without.
         error_weight: ``[S]`` optional weight of each sample's gap (ω(λ_t) of Diffusion-DPO).
@@ -267,7 +266,7 @@ def pair_loss(
             error_weight=error_weight,
             ref_error=ref_error,
         )
-    # What is no batch is left to check_tensors to refuse.
+    # check_tensors refuses a model_pred that is no batch.
     ndim = model_pred.ndim if isinstance(model_pred, Tensor) and model_pred.ndim else 4
     settings = (make_settings if compiling else settings_of)(ndim, options, given)
     check_tensors(

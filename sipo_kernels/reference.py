@@ -1,11 +1,9 @@
-"""docs/math.md in float64, line by line: the definition that every backend is held to.
+"""The definition of the loss in float64, line by line from docs/math.md; every backend is tested against it.
 
-Plain torch on any device with float64, written to be read and to be right, not to be fast: everything is
-upcast, every intermediate tensor is kept, and the whole batch is evaluated twice. Train with
-:class:`sipo.SIPOLoss`; test against this.
+It is written to be readable and right, not fast: plain torch on any device with float64, every intermediate tensor is
+kept, and the whole batch is evaluated twice. Train with :class:`sipo.SIPOLoss`.
 
-Section numbers (§) are those of docs/math.md; ``B`` pairs are stacked as ``[chosen; rejected]`` in ``S = 2B``
-samples.
+Section numbers (§) are those of docs/math.md; ``B`` pairs are stacked as ``[chosen; rejected]`` in ``S = 2B`` samples.
 """
 
 from __future__ import annotations
@@ -109,7 +107,7 @@ def pair_loss(
     Args:
         model_pred: ``[S, ...]``, the policy's output, any floating-point type.
         ref_pred: ``[S, ...]``, the reference's output; ``None`` where ``ref_error`` is given.
-        target: ``[S, ...]``, or ``[B, ...]`` where both halves of a pair share it.
+        target: ``[S, ...]``, or ``[B, ...]`` if the chosen and the rejected sample share it.
         ratio_scale: ``[S]``, §3; may be left out for ``diffusion_dpo`` alone (then the log ratio is 0, the
             weight 1).
         error_weight: ``[S]``, the ``c`` of §5, 1 where it is left out.
@@ -210,7 +208,7 @@ def _evaluate(inputs: _CheckedInputs) -> ReferenceOutput:
     """§2 to §5 from top to bottom; the loss is in autograd's graph, the rest is detached."""
     settings, method = inputs.settings, inputs.settings.method
 
-    # §2: errors and reward gap
+    # §2: errors and error gap
     target = _stacked(inputs.target, inputs.model_pred)
     d = _error(inputs)
     model_error = _mean_over_elements(d**2)
@@ -361,7 +359,7 @@ def _error_weight(inputs: _CheckedInputs, like: Tensor) -> Tensor:
 
 
 def _stacked(target: Tensor, model_pred: Tensor) -> Tensor:
-    """The target in float64 for all S samples: a shared one (``[B, ...]``, §1) serves both halves."""
+    """The target in float64 for all S samples: a shared one (``[B, ...]``, §1) serves both samples."""
     target = target.detach().double()
     return target if target.shape[0] == model_pred.shape[0] else torch.cat([target, target])
 

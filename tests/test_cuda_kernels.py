@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sipo_kernels import METHODS, METRICS, STATISTICS, Totals, pair_loss
 from sipo_kernels.backends import library as description
+from sipo_kernels.backends import native
 from sipo_kernels.backends.cuda import emulation
 from sipo_kernels.backends.cuda import launch as cuda
 from sipo_kernels.backends.cuda.plan import (
@@ -470,9 +471,8 @@ def test_timesteps_are_read_where_they_lie(dtype: torch.dtype) -> None:
     place = torch.tensor([0.0, 3.0, 10.0, 7.0], dtype=F64)
     for timesteps in (place.to(dtype), place.repeat(2).to(dtype), place.to(dtype).repeat_interleave(3)[::3]):
         sums = running_sums(4)._replace(timesteps=timesteps)
-        args = cuda.CudaArgs()
-        kept = cuda._add_to(args, sums)
-        assert kept is not None and (kept is timesteps) == (dtype not in (torch.int16, torch.uint8))
+        read = native.set_totals(cuda.CudaArgs(), sums)
+        assert read is not None and (read is timesteps) == (dtype not in (torch.int16, torch.uint8))
         run(batch, "cuda", **OPTIONS, totals=sums)
         assert sums.levels is not None and sums.levels[0].tolist() == [1.0, 1.0, 0.0, 1.0, 1.0]
     one = running_sums(4)._replace(timesteps=torch.tensor(3).to(dtype).expand(8))

@@ -58,8 +58,15 @@ def small_cases(ctx: Context) -> None:
             out, grad = testing.run(
                 batch, ctx.backend, upstream=upstream, expected_upstream=expected, totals=sums, **settings
             )
-            on_host = PairLossOutput(*(x.detach().cpu() for x in (out.loss, out.samples, out.logits, out.mask)))
-            ctx.compare(made, on_host, grad.cpu(), exact, truth, f"{list(shape)}, expected {expected}")
+            loss, samples, logits, mask = (x.detach().cpu() for x in (out.loss, out.samples, out.logits, out.mask))
+            ctx.compare(
+                made,
+                PairLossOutput(loss, samples, logits, mask),
+                grad.cpu(),
+                exact,
+                truth,
+                f"{list(shape)}, expected {expected}",
+            )
         counts = sums.metrics[1].tolist(), sums.levels[0].sum().item()
         pairs = float(shape[0])  # of two calls
         ctx.require(counts == ([pairs] * (len(METRICS) - 1) + [2.0], pairs), f"{list(shape)}: counts {counts}")

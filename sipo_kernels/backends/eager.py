@@ -1,6 +1,7 @@
-"""The pair loss in plain torch: any device, any dtype; the twin that the kernels are read beside.
+"""The pair loss in plain torch, for any device and dtype.
 
-The same formulas as ``csrc/pair_math.h`` and ``triton/math.py``, section by section of ``docs/math.md``.
+The formulas are those of ``csrc/pair_math.h`` and ``triton/math.py``, section by section of docs/math.md: read the
+kernels beside it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from sipo_kernels.output import Totals
 
 
 def _as_pairs(tensor: Tensor, pairs: int, dtype: torch.dtype) -> Tensor:
-    """``[S, ...]`` as ``[2, B, D]``; a pair-shared ``[B, ...]`` as ``[1, B, D]``, which broadcasts."""
+    """Reshapes ``[S, ...]`` to ``[2, B, D]``, and a shared ``[B, ...]`` to ``[1, B, D]``, which broadcasts."""
     return tensor.reshape(-1, pairs, tensor[0].numel()).to(dtype)
 
 
@@ -30,9 +31,9 @@ def _errors(
     ref_error: Tensor | None,
     inner: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """§2: per-sample errors and the error gap, ``[2, B]`` each, in the types of :func:`accumulate_dtype`.
+    """Returns §2's errors of policy and reference and their gap, ``[2, B]`` each.
 
-    With ``inner`` also §6's mean_D(d_w · d_l), ``[B]``.
+    With ``inner``, the fourth is §6's mean_D(d_w · d_l), ``[B]``.
     """
     pairs = model_pred.shape[0] // 2
     term, out = accumulate_dtype(model_pred[0].numel(), target, model_pred, ref_pred), pair_dtype(model_pred.device)
@@ -51,7 +52,7 @@ def _errors(
 
 
 def _logit_loss(z: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
-    """§5's ℓ(z) and §6's −ℓ'(z). A NaN stays one."""
+    """Returns §5's ℓ(z) and §6's −ℓ'(z); NaN stays NaN."""
     smoothing = settings.smoothing
     if settings.loss_type == "ipo":
         return (z - 0.5) ** 2, 1 - 2 * z
@@ -78,15 +79,15 @@ def forward(
     expected: Tensor | float = 1.0,
     totals: Totals | None = None,
 ) -> Stats:
-    """Errors, ratios, mask, logits, loss and gradient coefficients of one batch, and in a kernel's one pass the rest.
+    """Computes one batch's loss, everything on the way to it, and the coefficients of its gradient.
 
     Args:
-        inputs: the call's tensors, in any layout and floating dtype.
-        settings: its numbers and choices.
-        with_grad: make the gradient as well. Ignored here, as are the next two: plain torch makes the gradient in the
+        inputs: The tensors of the call, in any layout and floating dtype.
+        settings: The options of the call.
+        with_grad: Make the gradient as well. Ignored here, as are the next two: plain torch makes the gradient in the
             backward pass, and ``output.py`` adds to the totals.
-        expected: the upstream gradient to make it for, a number or a 0-d ``pair_dtype`` tensor on the device.
-        totals: running sums to add the batch's numbers to.
+        expected: The upstream gradient to make it for: a number, or a 0-d ``pair_dtype`` tensor on the device.
+        totals: Running sums to add the batch's numbers to.
     """
     model_pred, ref_pred, target, ratio_scale, error_weight, ref_error = inputs
     samples, pairs = model_pred.shape[0], model_pred.shape[0] // 2
@@ -149,13 +150,13 @@ def forward(
 
 
 def gradient(model_pred: Tensor, target: Tensor, coef: Tensor, upstream: Tensor) -> Tensor:
-    """§6: ``coef[s] · upstream · (model_pred − target)`` in ``model_pred``'s dtype and layout.
+    """Returns §6's gradient ``coef · upstream · (model_pred − target)`` in ``model_pred``'s dtype and layout.
 
-    Exact zeros where ``coef`` is 0. ``upstream`` is 0-d or ``[B]``, like the loss.
+    It is exactly 0 where ``coef`` is 0. ``upstream`` is 0-d or ``[B]``, like the loss.
     """
     acc = stats_dtype(model_pred, target)
     c = scaled_coef(coef, upstream).to(acc).reshape(-1, *[1] * (model_pred.ndim - 1))
-    # In place: the only tensor of the gradient's size, or one beside it where that is of half precision.
+    # In place: no other tensor of the gradient's size is made, or one if the gradient is in half precision.
     grad = torch.empty_like(model_pred, dtype=acc).copy_(model_pred)
     grad.unflatten(0, (-1, target.shape[0])).sub_(target)
     grad.mul_(c).masked_fill_(c == 0, 0)

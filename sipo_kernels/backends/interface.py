@@ -1,4 +1,4 @@
-"""What a backend is given and what it returns, beyond the inputs: results, and the coefficients of the gradient."""
+"""The results that a backend returns, and the coefficients of the gradient times the upstream gradient."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from sipo_kernels.output import METRICS, SAMPLE_ROWS
 
 
 class Stats(NamedTuple):
-    """What a backend's forward returns; the first four in the order of the operator ``sipo::pair_loss``.
+    """The results of a backend's forward; the operator ``sipo::pair_loss`` returns the first four.
 
     Attributes:
-        loss: scalar, or ``[B]`` for ``reduction="none"``.
-        samples: ``[len(SAMPLE_ROWS), S]``, one row each. One tensor, because each allocation costs a microsecond and
-            small batches are latency.
+        loss: Scalar, or ``[B]`` for ``reduction="none"``.
+        samples: ``[len(SAMPLE_ROWS), S]``, one row each. One tensor, because each allocation takes a microsecond, which
+            counts in a small batch.
         logits: ``[B]``.
         mask: ``[B]`` bool.
-        grad: the gradient, where the backend made it along the way, else empty.
-        numbers: ``[len(METRICS) + 1]``: the metrics of §8, and the upstream gradient that ``grad`` was made for;
-            ``None`` from a backend that leaves §8 to ``output.py`` (eager).
+        grad: The gradient if the forward made it, else empty.
+        numbers: ``[len(METRICS) + 1]``: the metrics of §8, and the upstream gradient that ``grad`` was made for. None
+            from the eager backend, which leaves §8 to ``output.py``.
     """
 
     loss: Tensor
@@ -36,7 +36,7 @@ class Stats(NamedTuple):
 
 
 def empty_stats(inputs: Inputs, settings: Settings, with_grad: bool) -> Stats:
-    """Uninitialised results of one call: the one place for their shapes, types and devices."""
+    """Allocates the results of one call: all backends take their shapes, dtypes and devices from here."""
     model_pred = inputs.model_pred
     samples = model_pred.shape[0]
     pairs, dtype = samples // 2, stats_dtype(model_pred, inputs.ref_pred, inputs.target)
@@ -52,9 +52,9 @@ def empty_stats(inputs: Inputs, settings: Settings, with_grad: bool) -> Stats:
 
 
 def scaled_coef(coef: Tensor, upstream: Tensor) -> Tensor:
-    """``[S]`` coefficients (§6) times the upstream gradient: 0-d, or ``[B]`` for chosen and rejected sample alike.
+    """Returns the ``[S]`` coefficients (§6) times the upstream gradient, which is 0-d or ``[B]``.
 
-    A coefficient of 0 stays 0 whatever comes down, so that a masked pair's gradient is exact zeros.
+    A coefficient of 0 stays 0 whatever the upstream gradient is, so that a masked pair's gradient is exactly 0.
     """
     per_sample = upstream.repeat(2) if upstream.ndim else upstream
     return torch.where(coef == 0, 0, coef * per_sample.to(coef.dtype))

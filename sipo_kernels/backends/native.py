@@ -10,6 +10,7 @@ import functools
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,18 +26,23 @@ from sipo_kernels.output import Totals
 _FOLDER = Path(build_info.__file__).parent  # where setup.py puts the library
 
 
+def fields(kind: type, names: str) -> list[tuple[str, type]]:
+    """Returns fields of one type for a ctypes structure, from their names in one string."""
+    return [(name, kind) for name in names.split()]
+
+
 class CSettings(ctypes.Structure):
     """``sipo::Settings`` of csrc/pair_math.h, field by field."""
 
     _fields_ = [
-        *((name, ctypes.c_double) for name in ("beta", "clip_min", "clip_max", "mask_threshold", "loss_scale")),
-        *((name, ctypes.c_double) for name in ("smoothing", "log_label", "log_other", "safeguard")),
-        *((name, ctypes.c_int) for name in ("method", "ratio", "loss_type", "skip_nonfinite", "double_stats")),
+        *fields(ctypes.c_double, "beta clip_min clip_max mask_threshold loss_scale"),
+        *fields(ctypes.c_double, "smoothing log_label log_other safeguard"),
+        *fields(ctypes.c_int, "method ratio loss_type skip_nonfinite double_stats"),
     ]
 
     @classmethod
     def of(cls, settings: Settings, pairs: int, double_stats: bool) -> CSettings:
-        """The settings of a call with so many pairs, whose results are float64 or float32."""
+        """Returns the settings of a call; its results are float64 with ``double_stats``, else float32."""
         return cls(
             beta=settings.beta,
             clip_min=1 - settings.clip_low,
@@ -59,32 +65,16 @@ class CpuArgs(ctypes.Structure):
     """``sipo::CpuArgs`` of csrc/cpu/call.h, field by field."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("model", "ref", "target")),
-        *((name, ctypes.c_int64) for name in ("model_stride", "ref_stride", "target_stride", "pairs", "elements")),
-        *((name, ctypes.c_void_p) for name in ("ratio_scale", "error_weight", "ref_error")),
-        *((name, ctypes.c_void_p) for name in ("loss", "samples", "logits", "numbers", "coef", "mask", "grad")),
-        *((name, ctypes.c_void_p) for name in ("metrics", "levels", "timesteps")),
-        *((name, ctypes.c_double) for name in ("top", "upstream")),
+        *fields(ctypes.c_void_p, "model ref target"),
+        *fields(ctypes.c_int64, "model_stride ref_stride target_stride pairs elements"),
+        *fields(ctypes.c_void_p, "ratio_scale error_weight ref_error loss samples logits numbers coef mask grad"),
+        *fields(ctypes.c_void_p, "metrics levels timesteps"),
+        *fields(ctypes.c_double, "top upstream"),
         ("isa", ctypes.c_char_p),
         ("settings", CSettings),
-        *(
-            (name, ctypes.c_int32)
-            for name in (
-                "model_dtype",
-                "ref_dtype",
-                "target_dtype",
-                "ratio_scale_dtype",
-                "error_weight_dtype",
-                "ref_error_dtype",
-                "timesteps_dtype",
-                "bins",
-                "target_shared",
-                "wide_sums",
-                "loss_per_pair",
-                "threads",
-                "own_threads",
-            )
-        ),
+        *fields(ctypes.c_int32, "model_dtype ref_dtype target_dtype"),
+        *fields(ctypes.c_int32, "ratio_scale_dtype error_weight_dtype ref_error_dtype timesteps_dtype"),
+        *fields(ctypes.c_int32, "bins target_shared wide_sums loss_per_pair threads own_threads"),
     ]
 
 
@@ -139,8 +129,32 @@ CODE: dict[torch.dtype | None, int] = {dtype: i for i, dtype in enumerate(native
 CODE[None] = 0
 
 
-def readable(timesteps: Tensor) -> Tensor:
-    """Timesteps in a type that the library reads: as they are, but for types that no sampler of timesteps has."""
+def set_tensors(args: Any, model: Tensor, ref: Tensor | None, target: Tensor, grad: Tensor | None) -> None:
+    """Sets the addresses and strides of a call's large tensors in the CPU's or the CUDA part's arguments."""
+    args.model, args.model_stride = model.data_ptr(), model.stride(0)
+    args.target, args.target_stride = target.data_ptr(), target.stride(0)
+    if ref is not None:
+        args.ref, args.ref_stride = ref.data_ptr(), ref.stride(0)
+    args.grad = _pointer(grad)
+
+
+def set_results(args: Any, stats: Stats) -> None:
+    """Sets the addresses of a call's results."""
+    args.loss, args.samples, args.logits = stats.loss.data_ptr(), stats.samples.data_ptr(), stats.logits.data_ptr()
+    args.mask, args.numbers = stats.mask.data_ptr(), _pointer(stats.numbers)
+
+
+def set_totals(args: Any, totals: Totals) -> Tensor | None:
+    """Sets what a call adds its results to.
+
+    Returns:
+        The timesteps in a type that the library reads, or None if there are no sums by noise level. They may be a
+        copy: keep them until the call is made.
+    """
+    args.metrics, args.levels, timesteps = _pointer(totals.metrics), _pointer(totals.levels), totals.timesteps
+    if totals.levels is None or timesteps is None:
+        return None
+    args.bins, args.top = totals.levels.shape[1], totals.top
     if timesteps.dtype in CODE:
         return timesteps
     return timesteps.to(torch.float64 if timesteps.is_floating_point() else torch.int64)
@@ -156,16 +170,17 @@ def _template(
     wide_sums: bool,
     double_stats: bool,
 ) -> bytes:
-    """:class:`CpuArgs` with all that stays the same from one training step to the next; no pointers, no strides.
+    """Returns the part of :class:`CpuArgs` that does not change between training steps: all but addresses and strides.
 
-    ``dtypes``: of model_pred, ref_pred, target, ratio_scale, error_weight and ref_error, as far as they matter.
+    ``dtypes`` are those of model_pred, ref_pred and target and, with ``settings``, of ratio_scale, error_weight and
+    ref_error.
     """
     model, ref, target, *numbers = map(CODE.__getitem__, dtypes)
     args = CpuArgs(
         pairs=samples // 2,
         elements=elements,
         model_dtype=model,
-        # Without a reference the type only picks a loop; the model's own keeps the accumulation type.
+        # Without a reference the type only picks a loop; the policy's own type keeps the accumulation type.
         ref_dtype=model if dtypes[1] is None else ref,
         target_dtype=target,
         target_shared=target_shared,
@@ -181,12 +196,7 @@ def _template(
 
 def _args(template: bytes, model: Tensor, ref: Tensor | None, target: Tensor, grad: Tensor | None) -> CpuArgs:
     args = CpuArgs.from_buffer_copy(template)
-    args.model, args.model_stride = model.data_ptr(), model.stride(0)
-    args.target, args.target_stride = target.data_ptr(), target.stride(0)
-    if ref is not None:
-        args.ref, args.ref_stride = ref.data_ptr(), ref.stride(0)
-    if grad is not None:
-        args.grad = grad.data_ptr()
+    set_tensors(args, model, ref, target, grad)
     if ISA is not None:
         args.isa = ISA.encode()
     args.threads, args.own_threads = torch.get_num_threads(), OWN_THREADS
@@ -208,11 +218,8 @@ def forward(
     totals: Totals | None = None,
 ) -> Stats:
     """See :func:`sipo_kernels.backends.eager.forward`; with ``with_grad`` the gradient comes out of the same call."""
-    assert LIBRARY is not None  # backends.choose
-    model, (ref, goal) = agree(inputs.model_pred, inputs.ref_pred, inputs.target)
-    assert goal is not None
+    model, goal, ref = agree(inputs.model_pred, inputs.target, inputs.ref_pred)
     stats = empty_stats(inputs, settings, with_grad)
-    assert stats.numbers is not None
     filled = _to_fill(stats.grad, model, inputs.model_pred) if with_grad else None
     samples = model.shape[0]
     elements = model.numel() // samples
@@ -228,26 +235,15 @@ def forward(
     )
     args = _args(template, model, ref, goal, filled)
     args.ratio_scale, args.error_weight, args.ref_error = map(_pointer, numbers)
-    args.loss, args.samples, args.numbers = stats.loss.data_ptr(), stats.samples.data_ptr(), stats.numbers.data_ptr()
-    args.logits, args.mask = stats.logits.data_ptr(), stats.mask.data_ptr()
     args.upstream = expected if isinstance(expected, float) else float(expected)
-    kept = None if totals is None else _add_to(args, totals)  # alive until the call is done
+    set_results(args, stats)
+    if totals is not None and (timesteps := set_totals(args, totals)) is not None:
+        timesteps = timesteps.contiguous()
+        args.timesteps, args.timesteps_dtype = timesteps.data_ptr(), CODE[timesteps.dtype]
     _run("sipo_pair_loss", args)
-    del kept
     if filled is not None and filled is not stats.grad:
         stats.grad.copy_(filled)
     return stats
-
-
-def _add_to(args: CpuArgs, totals: Totals) -> Tensor | None:
-    """Has the call add to ``totals``; returns what must stay alive meanwhile."""
-    args.metrics, args.levels = _pointer(totals.metrics), _pointer(totals.levels)
-    if totals.levels is None or totals.timesteps is None:
-        return None
-    timesteps = readable(totals.timesteps).contiguous()
-    args.timesteps, args.timesteps_dtype = timesteps.data_ptr(), CODE[timesteps.dtype]
-    args.bins, args.top = totals.levels.shape[1], totals.top
-    return timesteps
 
 
 def mend(
@@ -259,16 +255,17 @@ def mend(
     numbers: Tensor,
     remembered: Tensor | None = None,
 ) -> Tensor:
-    """The gradient that a fused ``forward`` made for the upstream gradient ``numbers[-1]``, made right for what came.
+    """Corrects the gradient that a fused ``forward`` made, if another upstream gradient than it expected came.
 
-    Nothing is touched where they are equal. Else it is made again in place, from the inputs: what was rounded once
-    would be rounded a second time by scaling it. On a device all of this is one launch that no host waits for.
+    The gradient is then made again in place, from the inputs: scaling it would round it a second time. On a device all
+    of this is one launch, which the host does not wait for.
 
     Args:
-        grad: of ``forward``.
-        model_pred, target, coef, upstream: as for :func:`sipo_kernels.backends.eager.gradient`.
-        numbers: of the same ``forward``.
-        remembered: 0-d ``pair_dtype``: takes what came, to be expected of the next call, where it is finite.
+        grad: The gradient that ``forward`` returned.
+        model_pred, target, coef, upstream: As for :func:`sipo_kernels.backends.eager.gradient`.
+        numbers: Of the same ``forward``; the last is the upstream gradient that it expected.
+        remembered: 0-d ``pair_dtype``, which is set to the upstream gradient that came, if that is finite, for the next
+            ``forward`` to expect.
     """
     came, made_for = (upstream if upstream.ndim == 0 else upstream[0]).item(), numbers.tolist()[-1]
     if remembered is not None and came != remembered.item() and math.isfinite(came):
@@ -284,18 +281,16 @@ def gradient(model_pred: Tensor, target: Tensor, coef: Tensor, upstream: Tensor)
 
 
 def _to_fill(grad: Tensor, model: Tensor, model_pred: Tensor) -> Tensor:
-    """Where the library writes the gradient: into ``grad`` or, where that has a layout it does not write, elsewhere.
+    """Returns the tensor that the library writes the gradient to: ``grad``, if the library can write its layout.
 
-    That is over ``model`` where it is a copy made by :func:`agree`: an element is read before it is written, and a
-    second gradient in memory is saved.
+    If not and ``model`` is a copy made by :func:`agree`, that copy is overwritten, which saves the memory of a second
+    gradient: each element is read before it is written.
     """
     return model if model is not model_pred and not lies_as(model, grad) else dense_like(model, grad)
 
 
 def _write_gradient(grad: Tensor, model_pred: Tensor, target: Tensor, coef: Tensor, upstream: Tensor) -> Tensor:
-    """Fills ``grad``."""
-    model, (goal,) = agree(model_pred, target)
-    assert goal is not None
+    model, goal, _ = agree(model_pred, target)
     filled = _to_fill(grad, model, model_pred)
     coef = scaled_coef(coef, upstream)
     samples, double = model.shape[0], coef.dtype == torch.float64

@@ -30,6 +30,7 @@ from sipo_kernels.backends.cuda.plan import (
     make_plan,
 )
 from sipo_kernels.backends.interface import Stats, empty_stats
+from sipo_kernels.backends.native import fields
 from sipo_kernels.inputs import Inputs
 from sipo_kernels.layout import accumulate_dtype, agree, dense_like, empty_grad
 from sipo_kernels.options import Settings
@@ -52,34 +53,17 @@ class CudaArgs(ctypes.Structure):
     """``sipo::CudaArgs`` of csrc/cuda/call.h, field by field."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("model", "ref", "target")),
-        *((name, ctypes.c_int64) for name in ("model_stride", "ref_stride", "target_stride", "pairs", "elements")),
-        *((name, _Numbers) for name in ("ratio_scale", "error_weight", "ref_error", "timesteps", "upstream")),
-        *((name, ctypes.c_void_p) for name in ("loss", "samples", "logits", "numbers", "mask", "grad")),
-        *((name, ctypes.c_void_p) for name in ("metrics", "levels", "expected_at", "remembered", "coef")),
-        *((name, ctypes.c_void_p) for name in ("workspace", "stream")),
-        *((name, ctypes.c_double) for name in ("expected", "top")),
+        *fields(ctypes.c_void_p, "model ref target"),
+        *fields(ctypes.c_int64, "model_stride ref_stride target_stride pairs elements"),
+        *fields(_Numbers, "ratio_scale error_weight ref_error timesteps upstream"),
+        *fields(ctypes.c_void_p, "loss samples logits numbers mask grad metrics levels"),
+        *fields(ctypes.c_void_p, "expected_at remembered coef workspace stream"),
+        *fields(ctypes.c_double, "expected top"),
         ("settings", native.CSettings),
-        *(
-            (name, ctypes.c_int32)
-            for name in ("group", "tiles", "blocks", "parts", "lead", "hold", "shared_bytes", "one_pass")
-        ),
+        *fields(ctypes.c_int32, "group tiles blocks parts lead hold shared_bytes one_pass"),
         ("keep", ctypes.c_float),
-        *(
-            (name, ctypes.c_int32)
-            for name in (
-                "model_dtype",
-                "ref_dtype",
-                "target_dtype",
-                "reader",
-                "double_terms",
-                "target_shared",
-                "loss_per_pair",
-                "bins",
-                "mend",
-                "device",
-            )
-        ),
+        *fields(ctypes.c_int32, "model_dtype ref_dtype target_dtype reader double_terms target_shared"),
+        *fields(ctypes.c_int32, "loss_per_pair bins mend device"),
     ]
 
 
@@ -183,14 +167,14 @@ def _call(model: Tensor, ref: Tensor | None, target: Tensor, grad: Tensor | None
 def _template(
     gpu: Gpu, call: CudaCall, dtypes: tuple[torch.dtype, ...], double_terms: bool, settings: Settings | None
 ) -> bytes:
-    """:class:`CudaArgs` with all that stays the same from one training step to the next; no pointers, no strides.
+    """Returns the part of :class:`CudaArgs` that does not change between training steps: all but addresses and strides.
 
     Args:
-        gpu: to plan for.
-        call: to be planned.
-        dtypes: of policy, reference and target.
-        double_terms: whether half precision is summed in float64.
-        settings: ``None`` for the gradient alone.
+        gpu: The GPU to plan for.
+        call: The call to plan.
+        dtypes: Of policy, reference and target.
+        double_terms: Whether half precision is summed in float64.
+        settings: None for a call that makes the gradient alone.
     """
     plan = make_plan(gpu, call)
     model, ref, target = map(native.CODE.__getitem__, dtypes)
@@ -217,19 +201,14 @@ def _template(
 def _args(
     model: Tensor, ref: Tensor | None, target: Tensor, grad: Tensor | None, settings: Settings | None = None
 ) -> CudaArgs:
-    """What forward and gradient have in common."""
+    """Returns the arguments that forward and gradient have in common."""
     index = model.device.index or 0
     gpu = describe(index) if EMULATED is None else EMULATED
     call = _call(model, ref, target, grad)
     dtypes = (model.dtype, model.dtype if ref is None else ref.dtype, target.dtype)
     double_terms = accumulate_dtype(call.elements, target, model, ref) == torch.float64
     args = CudaArgs.from_buffer_copy(_template(gpu, call, dtypes, double_terms, settings))
-    args.model, args.model_stride = model.data_ptr(), model.stride(0)
-    args.target, args.target_stride = target.data_ptr(), target.stride(0)
-    if ref is not None:
-        args.ref, args.ref_stride = ref.data_ptr(), ref.stride(0)
-    if grad is not None:
-        args.grad = grad.data_ptr()
+    native.set_tensors(args, model, ref, target, grad)
     args.device = index
     args.stream = torch._C._cuda_getCurrentRawStream(index) if model.is_cuda else None
     return args
@@ -257,46 +236,31 @@ def forward(
 ) -> Stats:
     """See :func:`sipo_kernels.backends.eager.forward`; with ``with_grad`` the gradient comes out of the same launch."""
     assert LIBRARY is not None  # backends.choose
-    model, (ref, goal) = agree(inputs.model_pred, inputs.ref_pred, inputs.target)
-    assert goal is not None
+    model, goal, ref = agree(inputs.model_pred, inputs.target, inputs.ref_pred)
     stats = empty_stats(inputs, settings, with_grad)
-    assert stats.numbers is not None
     filled = dense_like(model, stats.grad) if with_grad else None
     args = _args(model, ref, goal, filled, settings)
     for name in ("ratio_scale", "error_weight", "ref_error"):
         if (tensor := getattr(inputs, name)) is not None:
             setattr(args, name, _numbers(tensor))
-    args.loss, args.samples, args.numbers = stats.loss.data_ptr(), stats.samples.data_ptr(), stats.numbers.data_ptr()
-    args.logits, args.mask = stats.logits.data_ptr(), stats.mask.data_ptr()
     if isinstance(expected, Tensor):
         args.expected_at = expected.data_ptr()
     else:
         args.expected = float(expected)
-    kept = None if totals is None else _add_to(args, totals)  # alive until the launch
+    native.set_results(args, stats)
+    if totals is not None and (timesteps := native.set_totals(args, totals)) is not None:
+        args.timesteps = _numbers(timesteps)
     workspace = model.new_empty(LIBRARY.sipo_cuda_workspace_bytes(args), dtype=torch.uint8)
     args.workspace = workspace.data_ptr()
     _run("sipo_cuda_pair_loss", args, model.device)
-    del kept
     if filled is not None and filled is not stats.grad:
         stats.grad.copy_(filled)
     return stats
 
 
-def _add_to(args: CudaArgs, totals: Totals) -> Tensor | None:
-    """Has the call add to ``totals``; returns what must stay alive meanwhile."""
-    if totals.metrics is not None:
-        args.metrics = totals.metrics.data_ptr()
-    if totals.levels is None or totals.timesteps is None:
-        return None
-    timesteps = native.readable(totals.timesteps)
-    args.timesteps, args.levels = _numbers(timesteps), totals.levels.data_ptr()
-    args.bins, args.top = totals.levels.shape[1], totals.top
-    return timesteps
-
-
 def gradient(model_pred: Tensor, target: Tensor, coef: Tensor, upstream: Tensor) -> Tensor:
     """See :func:`sipo_kernels.backends.eager.gradient`: one launch."""
-    return _write_gradient(empty_grad(model_pred), model_pred, target, coef, upstream)
+    return mend(empty_grad(model_pred), model_pred, target, coef, upstream, None)
 
 
 def mend(
@@ -305,25 +269,14 @@ def mend(
     target: Tensor,
     coef: Tensor,
     upstream: Tensor,
-    numbers: Tensor,
+    numbers: Tensor | None,
     remembered: Tensor | None = None,
 ) -> Tensor:
-    """See ``native.mend``: one launch, which compares on the device and ends there where the expectation held."""
-    return _write_gradient(grad, model_pred, target, coef, upstream, numbers, remembered)
+    """See :func:`sipo_kernels.backends.native.mend`: one launch, which compares the upstream gradients on the device.
 
-
-def _write_gradient(
-    grad: Tensor,
-    model_pred: Tensor,
-    target: Tensor,
-    coef: Tensor,
-    upstream: Tensor,
-    numbers: Tensor | None = None,
-    remembered: Tensor | None = None,
-) -> Tensor:
-    """Fills ``grad``, or with ``numbers`` what of it was made for another upstream gradient."""
-    model, (goal,) = agree(model_pred, target)
-    assert goal is not None
+    With ``numbers=None``, ``grad`` is written whatever came.
+    """
+    model, goal, _ = agree(model_pred, target)
     filled = dense_like(model, grad)
     args = _args(model, None, goal, filled)
     coef = coef.contiguous()
@@ -331,7 +284,7 @@ def _write_gradient(
     args.upstream = _numbers(upstream)
     if remembered is not None:
         args.remembered = remembered.data_ptr()
-    if numbers is not None and filled is grad:  # else it is not a layout that the kernel writes: make all of it again
+    if numbers is not None and filled is grad:  # else the kernel fills a buffer, with the whole gradient
         args.numbers, args.mend = numbers.data_ptr(), True
     _run("sipo_cuda_pair_grad", args, model.device)
     return grad if filled is grad else grad.copy_(filled)

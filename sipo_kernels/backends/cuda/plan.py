@@ -1,8 +1,8 @@
 """How the CUDA backend cuts one call into groups, tiles and blocks: a pure function of the call and the GPU.
 
-The words are those of ``csrc/cuda/pair_loss.cu``, which carries the plan out: a pair is cut into tiles, pairs go
-through in groups, and each block reduces a run of tiles of a group and then comes back for their gradient. What it
-comes back for should still be on the chip: the plan counts the bytes.
+``csrc/cuda/pair_loss.cu`` executes the plan. A pair is cut into tiles, and pairs are processed in groups: each block
+reduces a run of tiles of a group and then writes their gradient. The inputs that the gradient reads again should still
+be on the chip, so the plan counts their bytes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ THREADS = 320
 BLOCKS_PER_SM = 2
 SCRATCH_BYTES = 1024
 
-# What the hardware keeps of shared memory for each block.
+# Shared memory that the hardware reserves for each block.
 RESERVED_BYTES = 1024
 # Part of the L2 cache that a call may count on. An estimate: the reference and the gradient pass through the rest, and
 # on large chips the cache is two halves.
@@ -29,14 +29,14 @@ ELEMENTS = {MIXED: 4, ANY: 1}
 
 
 class Gpu(NamedTuple):
-    """What the plan needs to know of a device.
+    """The properties of a GPU that a plan depends on.
 
     Attributes:
-        sms: streaming multiprocessors.
-        l2_bytes: size of the L2 cache.
-        shared_bytes_per_sm: shared memory of one multiprocessor.
-        shared_bytes_per_block: the most that one block may ask for.
-        cooperative: whether a launch can ask for all of its blocks to be on the chip at once.
+        sms: Number of streaming multiprocessors.
+        l2_bytes: Size of the L2 cache.
+        shared_bytes_per_sm: Shared memory of one multiprocessor.
+        shared_bytes_per_block: The most shared memory that one block may use.
+        cooperative: Whether a launch can require all of its blocks to run at the same time.
     """
 
     sms: int
@@ -47,15 +47,15 @@ class Gpu(NamedTuple):
 
 
 class CudaCall(NamedTuple):
-    """What the plan needs to know of a call.
+    """The properties of a call that a plan depends on.
 
     Attributes:
         pairs: B.
-        elements: D, elements of one sample.
-        item_bytes: bytes of one element of the predictions, and of the target.
+        elements: D, the elements of one sample.
+        item_bytes: Bytes of one element of the predictions, and of the target.
         reader: ``VECTOR``, ``MIXED`` or ``ANY``.
-        shared_target: whether both halves of a pair share the target.
-        with_grad: whether the gradient is made too. It changes how the pass goes on, never which sums are made.
+        shared_target: Whether the chosen and the rejected sample share the target.
+        with_grad: Whether the gradient is made too. The sums do not depend on it.
     """
 
     pairs: int
@@ -67,39 +67,39 @@ class CudaCall(NamedTuple):
 
     @property
     def vector(self) -> int:
-        """Elements of a sample that a thread handles at a time."""
+        """The number of elements of a sample that a thread processes at a time."""
         return ELEMENTS.get(self.reader, 16 // self.item_bytes[0])
 
     @property
     def slot_bytes(self) -> int:
-        """Shared memory for a sample tile's ``d``, in the type that the gradient is computed in."""
+        """Bytes of shared memory for the ``d`` of a sample tile, in the type that the gradient is computed in."""
         return THREADS * self.vector * (8 if 8 in self.item_bytes else 4)
 
     def again(self, samples: int) -> int:
-        """Bytes of one element of policy and target that the gradient needs again, in so many samples.
+        """Returns the bytes of policy and target that the gradient reads again, for one element of so many samples.
 
-        Counted chosen sample, rejected sample, chosen sample, ...; a shared target is needed until the rejected
-        sample's ``d`` is there.
+        Samples are counted in the order chosen, rejected, chosen, ... A shared target is read again for the rejected
+        sample.
         """
         policy, target = self.item_bytes
         return samples * policy + (samples // 2 if self.shared_target else samples) * target
 
 
 class CudaPlan(NamedTuple):
-    """One call, planned.
+    """How one call is cut up.
 
     Attributes:
-        tile: elements of one sample in one tile.
-        tiles: tiles of a pair.
-        group: pairs that are reduced together before their gradient is written.
-        groups: how many groups that makes; the last may be smaller.
-        blocks: thread blocks of the launch.
-        parts: most blocks that share one pair, and so partial sums of it.
-        lead: tiles of the next group that a block reduces before this group's gradient.
-        hold: sample tiles whose ``d`` a block keeps in shared memory.
-        keep: fraction of the remaining lines that the L2 cache is asked to keep.
-        shared_bytes: dynamic shared memory of a block.
-        one_pass: whether reduction and gradient are one launch.
+        tile: Elements of one sample in one tile.
+        tiles: Tiles of a pair.
+        group: Pairs that are reduced together before their gradient is written.
+        groups: Number of groups; the last may be smaller.
+        blocks: Thread blocks of the launch.
+        parts: The most blocks that share one pair, and so the most partial sums of it.
+        lead: Tiles of the next group that a block reduces before it writes this group's gradient.
+        hold: Sample tiles whose ``d`` a block keeps in shared memory.
+        keep: Fraction of the other cache lines that the L2 cache is asked to keep.
+        shared_bytes: Dynamic shared memory of a block.
+        one_pass: Whether reduction and gradient are one launch.
     """
 
     tile: int
@@ -115,28 +115,28 @@ class CudaPlan(NamedTuple):
     one_pass: bool
 
     def runs(self, pairs_in_group: int) -> list[range]:
-        """Tiles of each block in a group of that many pairs, numbered pair after pair."""
+        """Returns the tiles of each block, in a group of that many pairs; tiles are numbered pair by pair."""
         total = pairs_in_group * self.tiles
         n = min(self.blocks, total)  # the other blocks are idle
         return [range(total * b // n, total * (b + 1) // n) for b in range(n)]
 
     def held_from(self, run: range) -> int:
-        """First tile of a run that is kept in shared memory."""
+        """Returns the first tile of a run that is kept in shared memory."""
         return max(run.start + self.lead, run.stop - (self.hold + 1) // 2)
 
     def held(self, run: range) -> int:
-        """Sample tiles of a run that are kept in shared memory."""
+        """Returns how many sample tiles of a run are kept in shared memory."""
         return min(self.hold, 2 * max(0, run.stop - self.held_from(run)))
 
 
 class Traffic(NamedTuple):
-    """What a planned call, gradient included, is expected to move. Whole tiles are counted.
+    """The memory traffic that a plan expects of a call with gradient, in whole tiles.
 
     Attributes:
-        floor: bytes to and from memory if policy, reference and target are read once and the gradient is written once.
-        expected: the same, with what is not found again on the chip.
-        held: share of the policy's and the target's bytes that shared memory holds for the gradient.
-        waiting: most bytes of them that wait in the L2 cache at a time, where it keeps them all.
+        floor: Bytes to and from memory if policy, reference and target are read once and the gradient is written once.
+        expected: The same, plus what has to be read from memory a second time.
+        held: Share of the policy's and the target's bytes that shared memory holds for the gradient.
+        waiting: The most bytes of policy and target that wait in the L2 cache at a time, if it keeps them all.
     """
 
     floor: int
@@ -146,7 +146,7 @@ class Traffic(NamedTuple):
 
 
 def slots(gpu: Gpu, call: CudaCall) -> int:
-    """Sample tiles whose ``d`` fits into the shared memory of one block."""
+    """Returns how many sample tiles' ``d`` fit into the shared memory of one block."""
     if call.reader != VECTOR:
         return 0
     room = min(gpu.shared_bytes_per_sm // BLOCKS_PER_SM - RESERVED_BYTES, gpu.shared_bytes_per_block)
@@ -167,7 +167,7 @@ def make_plan(gpu: Gpu, call: CudaCall) -> CudaPlan:
     most_blocks = BLOCKS_PER_SM * gpu.sms
     hold = slots(gpu, call)
 
-    # Bytes to be found again, of one pair and of one tile of each block, and what there is room for.
+    # Bytes that are read again, of one pair and of one tile of each block, and how many of them fit on the chip.
     pair_bytes = elements * call.again(2)
     step_bytes = most_blocks * pair_bytes * tile // max(elements, tile)
     room = most_blocks * tile * call.again(hold) + L2_SHARE * gpu.l2_bytes
@@ -203,7 +203,7 @@ def make_plan(gpu: Gpu, call: CudaCall) -> CudaPlan:
 
 
 def traffic(plan: CudaPlan, call: CudaCall) -> Traffic:
-    """What the plan expects, of a call with a reference and a gradient."""
+    """Returns the traffic of a planned call that has a reference and a gradient."""
     tile_bytes = plan.tile * call.again(2)
     held = waiting = unheld_before = 0
     for k in range(plan.groups):

@@ -1,7 +1,7 @@
-"""What a batch reports (docs/math.md §8), in Triton: its metrics, and its sums by noise level.
+"""The report of a batch (docs/math.md §8) in Triton: its metrics, and its sums by noise level.
 
-The twin of ``csrc/report.h`` and ``output.py``. The program that finishes a pair records its numbers, unrounded; one
-program makes the batch's numbers of all the records at the end, in a fixed order.
+``csrc/report.h`` and ``output.py`` compute the same. The program that finishes a pair records its numbers, unrounded;
+at the end one program makes the batch's numbers from all records, in a fixed order.
 """
 
 # mypy: allow-untyped-defs
@@ -72,7 +72,7 @@ RECORD = 2 * len(_OF_SAMPLES) + len(_OF_PAIR)
 
 @triton.jit
 def store_record(records, pair, pairs, error, ref_err, gap, ratio, weight, reward, coef, z, pair_loss, active, whole):
-    """Keeps a pair's numbers for :func:`report`. Vectors are [chosen, rejected]."""
+    """Stores a pair's numbers for :func:`report`. Vectors are [chosen, rejected]."""
     at = records + pair + tl.arange(0, 2) * pairs
     tl.store(at + MODEL_ERROR * pairs, error)
     tl.store(at + REF_ERROR * pairs, ref_err)
@@ -103,19 +103,19 @@ def _correct(z):  # a tie counts one half
 
 @triton.jit
 def _load(records, row: tl.constexpr, pair, pairs):
-    """One row of these pairs' records, past the first-level cache, which does not see what others just wrote."""
+    """Loads one row of these pairs' records, past the first-level cache, which does not see other programs' stores."""
     return tl.load(records + row * pairs + pair, mask=pair < pairs, other=0.0, cache_modifier=".cg")
 
 
 @triton.jit
 def _of_samples(records, row: tl.constexpr, pair, pairs):
-    """One number of both samples of these pairs: chosen, rejected."""
+    """Loads one number of these pairs' samples; returns the chosen and the rejected samples' numbers."""
     return _load(records, row, pair, pairs), _load(records, row + 1, pair, pairs)
 
 
 @triton.jit
 def _metrics(records, pair, pairs, clip_min, clip_max, METHOD: tl.constexpr, SKIP: tl.constexpr):
-    """``[ROWS, METRIC_COLUMNS]``: what these pairs, ``[ROWS, 1]``, add to each metric's sum."""
+    """Returns what these pairs, ``[ROWS, 1]``, add to each metric's sum: ``[ROWS, METRIC_COLUMNS]``."""
     inside = pair < pairs
     error_w, error_l = _of_samples(records, MODEL_ERROR, pair, pairs)
     ref_w, ref_l = _of_samples(records, REF_ERROR, pair, pairs)
@@ -146,9 +146,9 @@ def _metrics(records, pair, pairs, clip_min, clip_max, METHOD: tl.constexpr, SKI
 
 @triton.jit
 def _statistics(records, pair, pairs, unit, clip_min, clip_max, METHOD: tl.constexpr):
-    """``[ROWS, STATISTIC_COLUMNS]`` float32: what these pairs add to their bins.
+    """Returns what these pairs add to their bins: ``[ROWS, STATISTIC_COLUMNS]`` float32.
 
-    Nothing but to ``nonfinite`` where a number is not finite in float32.
+    A pair with a number that is not finite in float32 adds to ``nonfinite`` alone.
     """
     error_w, error_l = _of_samples(records, MODEL_ERROR, pair, pairs)
     ref_w, ref_l = _of_samples(records, REF_ERROR, pair, pairs)
@@ -189,9 +189,9 @@ def _statistics(records, pair, pairs, unit, clip_min, clip_max, METHOD: tl.const
 
 @triton.jit
 def _add_levels(levels, bin_of, statistics, count, bins):
-    """Adds so many pairs to their bins, one after another.
+    """Adds ``count`` pairs to their bins, one after another.
 
-    Each row works out what its bin holds in the end: those of the same bin come to the same number and all store it.
+    Each row computes the final value of its bin: rows of the same bin get the same value, and all store it.
     """
     row = tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, STATISTIC_COLUMNS)[None, :]
@@ -230,7 +230,7 @@ def report(
     METRICS_TOO: tl.constexpr,
     LEVELS: tl.constexpr,
 ):
-    """The batch's numbers, written and added to the running sums, once all pairs are recorded."""
+    """Writes the batch's numbers and adds them to the running sums, once all pairs are recorded."""
     column = tl.arange(0, METRIC_COLUMNS)
     sums = tl.full([METRIC_COLUMNS], 0.0, tl.float64)
     for first in range(0, pairs, ROWS):

@@ -1,7 +1,7 @@
-"""The pair loss in Triton; in the interpreter on a machine without a GPU.
+"""Launches the Triton kernels of the pair loss; on a machine without a GPU, Triton's interpreter runs them.
 
-What a backend offers (``forward``, ``gradient`` and ``mend``), each of them one launch of a kernel of
-``passes.py``. All that the host decides is decided from shapes and types.
+``forward``, ``gradient`` and ``mend`` are one launch each of a kernel in ``passes.py``. The host decides everything
+from shapes and types, and reads no values.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from sipo_kernels.layout import accumulate_dtype, agree, dense_like, empty_grad,
 from sipo_kernels.options import LOSS_TYPES, METHODS, Settings
 from sipo_kernels.output import Totals
 
-# Neighbours in a tile that are added up before they reach an accumulator, all within one thread: what a thread loads at
-# a time. It keeps the accumulators, and with them the registers, few.
+# Neighbours in a tile that are added up before they reach an accumulator, which saves accumulators and so registers: as
+# many as one thread loads at a time.
 FOLD = {torch.float32: 8, torch.float64: 4}
 
 _TL = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device: make it the tensors' own."""
+    """Makes the tensors' device the current one, on which Triton launches."""
     return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
 def _limits(device: torch.device) -> dict[str, int]:
-    """Registers a thread, for the compiler: NVIDIA's alone takes a limit, and would rather use more than it needs."""
+    """Returns a limit on registers per thread, which only NVIDIA's compiler takes; it would use more than it needs."""
     return {"maxnreg": triton_plan.REGISTERS} if device.type == "cuda" and torch.version.hip is None else {}
 
 
@@ -49,9 +49,8 @@ def forward(
     expected: Tensor | float = 1.0,
     totals: Totals | None = None,
 ) -> Stats:
-    """See ``eager.forward``: gradient, metrics and running sums come out of the same launch."""
-    model, (ref, goal) = agree(inputs.model_pred, inputs.ref_pred, inputs.target)
-    assert goal is not None
+    """See :func:`sipo_kernels.backends.eager.forward`: one launch makes gradient, metrics and running sums too."""
+    model, goal, ref = agree(inputs.model_pred, inputs.target, inputs.ref_pred)
     samples, pairs, elements = model.shape[0], model.shape[0] // 2, model.numel() // model.shape[0]
     acc, device = accumulate_dtype(elements, goal, model, ref), model.device
     block = triton_plan.block(acc, model, ref, goal)
@@ -66,7 +65,7 @@ def forward(
     scale, weight, given = (t if t is None else t.contiguous() for t in inputs[3:])
     metrics, levels, timesteps, top = totals or Totals()
 
-    def pointer(tensor: Tensor | None) -> Tensor:  # what is not there is not read, but must be something
+    def pointer(tensor: Tensor | None) -> Tensor:  # a tensor that is not given is not read, but Triton needs one
         return model if tensor is None else tensor
 
     with _on(device):
@@ -143,7 +142,7 @@ def forward(
 
 def gradient(model_pred: Tensor, target: Tensor, coef: Tensor, upstream: Tensor) -> Tensor:
     """See :func:`sipo_kernels.backends.eager.gradient`: one launch."""
-    return _backward(empty_grad(model_pred), model_pred, target, coef, upstream, None, None)
+    return mend(empty_grad(model_pred), model_pred, target, coef, upstream, None)
 
 
 def mend(
@@ -152,30 +151,17 @@ def mend(
     target: Tensor,
     coef: Tensor,
     upstream: Tensor,
-    numbers: Tensor,
+    numbers: Tensor | None,
     remembered: Tensor | None = None,
 ) -> Tensor:
-    """See :func:`sipo_kernels.backends.native.mend`: one launch that the host does not wait for.
+    """See :func:`sipo_kernels.backends.native.mend`: one launch, which the host does not wait for.
 
-    It reads ``upstream`` and ``numbers`` alone where the expectation held.
+    It reads ``upstream`` and ``numbers`` alone if what came is what was expected. With ``numbers=None``, ``grad`` is
+    written whatever came.
     """
-    return _backward(grad, model_pred, target, coef, upstream, numbers, remembered)
-
-
-def _backward(
-    grad: Tensor,
-    model_pred: Tensor,
-    target: Tensor,
-    coef: Tensor,
-    upstream: Tensor,
-    numbers: Tensor | None,
-    remembered: Tensor | None,
-) -> Tensor:
-    """Fills ``grad``, with ``numbers`` only where they say that it holds something else: by a fixed grid then."""
-    model, (goal,) = agree(model_pred, target)
-    assert goal is not None
+    model, goal, _ = agree(model_pred, target)
     filled = dense_like(model, grad)
-    mends = numbers is not None and filled is grad  # else this is not the layout that the kernel writes
+    mends = numbers is not None and filled is grad  # else the kernel fills a buffer, with the whole gradient
     samples, elements = model.shape[0], model.numel() // model.shape[0]
     block = triton_plan.block(accumulate_dtype(elements, goal, model), model, goal)
     parts, tiles = triton_plan.split(elements, block)

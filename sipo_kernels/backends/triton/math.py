@@ -1,6 +1,6 @@
-"""What the Triton kernels compute, as device functions: an item's errors and gradient, a pair's arithmetic.
+"""The arithmetic of the Triton kernels as device functions: errors and gradient of an item, §2 to §6 of a pair.
 
-The twin of ``csrc/pair_math.h`` and ``eager.py``, section by section of ``docs/math.md``.
+``csrc/pair_math.h`` and ``eager.py`` compute the same, section by section of docs/math.md.
 """
 
 # mypy: allow-untyped-defs
@@ -30,7 +30,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def widen(x, ACC: tl.constexpr):
-    if x.dtype == tl.bfloat16:  # the interpreter only knows its way to float32
+    if x.dtype == tl.bfloat16:  # which the interpreter converts to float32 alone
         return x.to(tl.float32).to(ACC)
     return x.to(ACC)
 
@@ -53,7 +53,7 @@ def row(tensor, sample, stride):
 
 @triton.jit
 def inner_sums(partial, pair, pairs, parts):
-    """Where a pair's sums of ``inner_part`` are: behind those of ``reduce_part``."""
+    """Returns the address of a pair's sums of ``inner_part``, which follow those of ``reduce_part``."""
     return row(row(partial, 2 * pairs, parts * 3), pair, parts)
 
 
@@ -76,7 +76,7 @@ def reduce_part(
     FOLD: tl.constexpr,
     EVICT: tl.constexpr,  # how policy and target are to be cached
 ):
-    """§2: one item's share of Σ d², Σ d_ref², Σ (m − r)(d + d_ref)."""
+    """Returns one item's part of §2's sums: Σ d², Σ d_ref², Σ (m − r)(d + d_ref)."""
     e = tl.full([BLOCK // FOLD], 0.0, ACC)
     f = tl.full([BLOCK // FOLD], 0.0, ACC)
     g = tl.full([BLOCK // FOLD], 0.0, ACC)
@@ -109,8 +109,7 @@ def inner_part(
     BLOCK: tl.constexpr,
     FOLD: tl.constexpr,
 ):
-    """§6, relatives: one part's share of Σ d_w · d_l. Its chosen sample is in the cache, its rejected sample will
-    be read once more."""
+    """Returns one part's share of Σ d_w · d_l (§6, relatives), from memory that was just read."""
     total = tl.full([BLOCK // FOLD], 0.0, ACC)
     for tile in range(tiles):
         at = start + tile * BLOCK + tl.arange(0, BLOCK)
@@ -125,7 +124,7 @@ def inner_part(
 
 @triton.jit
 def write_part(m_row, t_row, g_row, c, start, tiles, elements, BLOCK: tl.constexpr):
-    """§6: one item of the gradient, c · (m − t); exact zeros where c is 0, and then nothing is read."""
+    """Writes one item of §6's gradient, c · (m − t); if c is 0, exact zeros, and nothing is read."""
     for tile in range(tiles):
         at = start + tile * BLOCK + tl.arange(0, BLOCK)
         inside = at < elements
@@ -150,7 +149,7 @@ def finite(x):
 
 @triton.jit
 def _all_finite(error, gap, weight, z, penalty, DTYPE: tl.constexpr):
-    """Whether a pair's numbers are finite in the type that they are returned in.
+    """Returns whether a pair's numbers are finite in the type that they are returned in.
 
     Vectors are [chosen, rejected].
     """
@@ -165,7 +164,7 @@ def _log_ratio(scale, error):  # §3: an infinite scale is the terminal step, al
 
 @triton.jit
 def _sum_partials(partial, both, parts, PARTS: tl.constexpr):
-    """The three sums of a pair's two samples, in float64, in a fixed order."""
+    """Returns the three sums of a pair's two samples, added in float64 and in a fixed order."""
     at = tl.arange(0, PARTS)[None, :]
     inside = at < parts
     sums = row(partial, both, parts * 3)[:, None] + at * 3
@@ -178,7 +177,7 @@ def _sum_partials(partial, both, parts, PARTS: tl.constexpr):
 
 @triton.jit
 def _logit_loss(z, smoothing, log_label, log_other, LOSS_TYPE: tl.constexpr, SMOOTHED: tl.constexpr):
-    """§5's ℓ(z) and §6's −ℓ'(z). NaN stays NaN. The logarithms are those of 1 − ε and ε."""
+    """Returns §5's ℓ(z) and §6's −ℓ'(z); NaN stays NaN. The logarithms are those of 1 − ε and ε."""
     if LOSS_TYPE == IPO:
         return (z - 0.5) * (z - 0.5), 1.0 - 2.0 * z
     if LOSS_TYPE == HINGE:
@@ -201,7 +200,7 @@ def _logit_loss(z, smoothing, log_label, log_other, LOSS_TYPE: tl.constexpr, SMO
 
 @triton.jit
 def _rejected_share(partial, a, model_error, safeguard, pair, pairs, parts, elements, PARTS: tl.constexpr):
-    """§6, relatives: λ for the rejected sample beside 1 for the chosen sample; ``a`` is a · c."""
+    """Returns [1, λ] of §6, relatives: the factors of the two samples' gradients. ``a`` is a · c."""
     at = tl.arange(0, PARTS)
     sums = inner_sums(partial, pair, pairs, parts)
     inner = tl.sum(tl.load(sums + at, mask=at < parts, other=0.0, cache_modifier=".cg").to(tl.float64), 0) / elements
@@ -247,13 +246,12 @@ def finish_pair(
     HAS_WEIGHT: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """§2-6 for one pair, in float64: stores its results, returns what §8 is made of.
+    """Computes §2 to §6 of one pair in float64, stores its results and returns the numbers for §8.
 
     Vectors are [chosen, rejected].
     """
-    half = tl.arange(0, 2)
-    both = pair + half * pairs
-    sign = 1.0 - 2.0 * half.to(tl.float64)
+    both = pair + tl.arange(0, 2) * pairs
+    sign = 1.0 - 2.0 * tl.arange(0, 2).to(tl.float64)
     n = tl.full([], 0.0, tl.float64) + elements
     error, ref_err, gap = _sum_partials(partial, both, parts, PARTS)
     error /= n
@@ -320,5 +318,5 @@ def finish_pair(
 
 @triton.jit
 def upstream_coef(coef, upstream):
-    """§6: what a sample's gradient is made with. Rounded as ``coef`` is, whoever makes the gradient: the same bits."""
+    """Returns §6's factor of a sample's gradient, rounded as ``coef`` is: both kernels make the same bits with it."""
     return tl.where(coef == 0, 0.0, coef * upstream.to(coef.dtype))

@@ -39,7 +39,7 @@ MADE_FOR = tl.constexpr(len(METRICS))  # where a batch's numbers hold the upstre
 
 @triton.jit
 def expected_upstream(expected, number, ON_DEVICE: tl.constexpr):
-    """The upstream gradient that is expected, in float64: a number, or where ``expected`` points to."""
+    """Returns the expected upstream gradient in float64: ``number``, or with ON_DEVICE the value at ``expected``."""
     if ON_DEVICE:
         return tl.load(expected).to(tl.float64)
     return tl.full([], 0.0, tl.float64) + number
@@ -47,7 +47,7 @@ def expected_upstream(expected, number, ON_DEVICE: tl.constexpr):
 
 @triton.jit
 def all_equal(x, stride, count, value):
-    """Whether so many numbers are all ``value``. NaN equals nothing."""
+    """Returns whether ``count`` numbers all equal ``value``; NaN equals nothing."""
     at = tl.arange(0, 128)
     others = 0
     for i in range(0, count, 128):
@@ -274,7 +274,7 @@ def pair_backward(
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """§6: grad = coef · upstream · (model − target), exact zeros where coef is 0."""
+    """Writes the gradient of §6, coef · upstream · (model − target), with exact zeros where coef is 0."""
     items = pairs * 2 * parts
     if REMEMBER:  # noqa: SIM102 (known when compiling; the next one is not)
         if tl.program_id(0) == 0:

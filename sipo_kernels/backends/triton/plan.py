@@ -37,22 +37,22 @@ L2_SHARE = 0.5
 
 
 class DeviceSpec(NamedTuple):
-    """What the schedule needs to know: bytes of L2 cache, and multiprocessors."""
+    """The properties of a device that a schedule depends on: bytes of L2 cache, and number of multiprocessors."""
 
     l2_bytes: int
     processors: int
 
 
 class TritonPlan(NamedTuple):
-    """See the module's docstring.
+    """How one batch is cut up; the module's docstring explains the terms.
 
     Attributes:
-        parts: parts of a sample.
-        tiles: tiles of ``block`` elements in a part.
-        programs: size of the grid.
-        distance: steps between an item's reduction and its gradient.
-        keep: the last ``keep`` items of each pair are asked to stay in the cache; all of them, where they fit. Where
-            they do not, gradients are written last item first, so that the cached ones come first.
+        parts: Parts of a sample.
+        tiles: Tiles of ``block`` elements in a part.
+        programs: Size of the grid.
+        distance: Steps between an item's reduction and its gradient.
+        keep: The cache is asked to keep the last ``keep`` items of each pair: all of them if they fit. If they do not,
+            gradients are written from the last item to the first, so that the cached ones come first.
     """
 
     parts: int
@@ -62,9 +62,9 @@ class TritonPlan(NamedTuple):
     keep: int
 
 
-# The interpreter: small enough for every regime of the plan to occur in tests.
+# For Triton's interpreter: small enough that tests reach every case of the plan.
 INTERPRETER = DeviceSpec(l2_bytes=1 << 18, processors=1)
-# A GPU that does not say (torch.xpu has no figure for the cache).
+# For GPUs whose properties torch does not report: torch.xpu has none for the cache.
 UNKNOWN = DeviceSpec(l2_bytes=16 << 20, processors=64)
 # Tests set it.
 DEVICE_OVERRIDE: DeviceSpec | None = None
@@ -79,23 +79,23 @@ def _device(device: torch.device) -> DeviceSpec:
 
 
 def device_of(tensor: torch.Tensor) -> DeviceSpec:
-    """The device of ``tensor``, asked once; ``DEVICE_OVERRIDE`` where that is set."""
+    """Returns the properties of a tensor's device, which are queried once, or ``DEVICE_OVERRIDE`` if that is set."""
     return DEVICE_OVERRIDE or _device(tensor.device)
 
 
 def block(sums: torch.dtype, *inputs: torch.Tensor | None) -> int:
-    """Elements of a tile: half as many where two-byte inputs are summed in float64, which takes twice the registers."""
+    """Returns the elements of a tile: half as many if two-byte inputs are summed in float64, in twice the registers."""
     return TILE_BYTES // max(sums.itemsize // 2, *(0 if t is None else t.element_size() for t in inputs))
 
 
 def kept_bytes(model: torch.Tensor, target: torch.Tensor) -> int:
-    """Of policy and target, for one element of a pair: both samples, a target that they share once."""
+    """Returns the bytes of policy and target for one element of a pair; a shared target counts once."""
     targets = 1 if target.shape[0] != model.shape[0] else 2
     return 2 * model.element_size() + targets * target.element_size()
 
 
 def split(elements: int, block: int) -> tuple[int, int]:
-    """Parts of a sample, and tiles of ``block`` elements in each of them."""
+    """Returns the parts of a sample, and the tiles of ``block`` elements in each part."""
     blocks = -(-elements // block)
     tiles = max(min(blocks, TILES), -(-blocks // MAX_PARTS))
     return -(-blocks // tiles), tiles
@@ -103,14 +103,14 @@ def split(elements: int, block: int) -> tuple[int, int]:
 
 @lru_cache
 def plan(pairs: int, elements: int, block: int, kept_bytes: int, device: DeviceSpec) -> TritonPlan:
-    """The schedule of one batch.
+    """Makes the schedule of one batch.
 
     Args:
         pairs: ``B``.
-        elements: ``D`` of one sample.
-        block: elements of a tile.
-        kept_bytes: see :func:`kept_bytes`.
-        device: the numbers of the device.
+        elements: ``D``, the elements of one sample.
+        block: Elements of a tile.
+        kept_bytes: See :func:`kept_bytes`.
+        device: Properties of the device.
     """
     parts, tiles = split(elements, block)
     per_pair = 2 * parts
