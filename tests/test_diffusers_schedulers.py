@@ -392,8 +392,8 @@ def test_a_scheduler_of_another_library(config: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("scheduler", "prediction", "message"),
     [
-        ("PNDMScheduler", "sample", "prediction_type='sample': expected another, PNDMScheduler draws no"),
-        ("EulerAncestralDiscreteScheduler", "sample", "DiscreteScheduler draws no samples with it"),
+        ("PNDMScheduler", "sample", "prediction_type='sample': expected another, PNDMScheduler cannot"),
+        ("EulerAncestralDiscreteScheduler", "sample", "DiscreteScheduler cannot sample with it"),
         ("PNDMScheduler", "v_prediction", None),
         ("DDIMScheduler", "sample", None),
         ("DDPMScheduler", "sample", None),  # which draws noise

@@ -28,6 +28,7 @@ from sipo.recipe.sampling import SAMPLE_FPS
 from sipo.recipe.verify import verify_run
 from sipo.training.log_reader import read_metrics
 from sipo.training.sums import SUMS
+from tests.data_sets import contents
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = ("sd15", "sdxl", "sd3", "cogvideox", "wan")
@@ -39,16 +40,6 @@ SHORT = [
 ]
 SHORT += ["training.logging_steps=1", "training.report_to=none"]
 TRACKED = "training.report_to=tensorboard"
-
-
-@pytest.fixture(autouse=True)
-def own_accelerator() -> Iterator[None]:
-    """A process has one accelerator, whose precision cannot be changed."""
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def example(name: str) -> Path:
@@ -187,10 +178,6 @@ def test_a_folder_with_a_run_is_not_overwritten(trained: tuple[str, Path], capsy
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.endswith("made with model.lora.alpha=None, expected this run's 9.0")
     assert (folder / "run" / "config.yaml").read_bytes() == kept
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -546,7 +533,7 @@ def test_two_processes_are_one_with_twice_the_batch(shared: Path, tmp_path: Path
         (["data.frames=9"], "data.frames=9: expected 1, sd15 makes images"),
         (["model.shift=3"], "model.shift=3.0: leave it out, PNDMScheduler has no flow schedule"),
         (["model.prediction_type=flow_prediction"], "model.prediction_type='flow_prediction': expected 'epsilon', 'v_"),
-        (["model.prediction_type=sample"], "model.prediction_type='sample': expected another, PNDMScheduler draws no"),
+        (["model.prediction_type=sample"], "model.prediction_type='sample': expected another, PNDMScheduler cannot"),
         (["data.held_out=32"], "data.held_out=32: expected at least 0 and fewer than the 32 pairs there are"),
         (["loss.method=ppo"], "loss.method='ppo': expected one of diffusion_dpo, dpo_cm, sipo, sdpo"),
         (["data.dtype=bfloat16"], "data.dtype"),

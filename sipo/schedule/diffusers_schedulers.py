@@ -1,4 +1,4 @@
-"""What a diffusers scheduler says about noise levels, read without importing diffusers."""
+"""Reads noise levels from diffusers' schedulers, without importing diffusers."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 from sipo.schedule.levels import PREDICTIONS, check_count, check_positive
 
 _FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
-# Options of a flow scheduler that bend its grid of σ away from that of docs/math.md §3.
+# Options of a flow scheduler with which its grid of σ is not that of docs/math.md §3.
 _UNMODELLED_FLOW_OPTIONS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 
 _EXPLODING = "its samples are x0 + sigma * noise, scaled by its own rule (variance exploding)"
 _CONTINUOUS = "its time is continuous, without a table of levels"
 _TOKENS = "it works on discrete tokens"
 _STAGES = "it goes through stages of several resolutions"
-# Why, of those that have neither alphas_cumprod nor a flow's plain grid.
+# Why a scheduler is refused that has neither alphas_cumprod nor a flow's plain grid.
 _REFUSED = {
     "CMStochasticIterativeScheduler": _EXPLODING,
     "CosineDPMSolverMultistepScheduler": _EXPLODING,
@@ -27,7 +27,7 @@ _REFUSED = {
     "EDMEulerScheduler": _EXPLODING,
     "KarrasVeScheduler": _EXPLODING,
     "ScoreSdeVeScheduler": _EXPLODING,
-    "ConsistencyDecoderScheduler": "it has two levels alone, those of a consistency decoder",
+    "ConsistencyDecoderScheduler": "it has only the two levels of a consistency decoder",
     "SCMScheduler": "its levels are angles (TrigFlow)",
     "DDPMWuerstchenScheduler": _CONTINUOUS,
     "IPNDMScheduler": _CONTINUOUS,
@@ -41,18 +41,18 @@ _REFUSED = {
     "HeliosScheduler": _STAGES,
     "HeliosDMDScheduler": _STAGES,
     "LTXEulerAncestralRFScheduler": "it takes its levels from the pipeline",
-    "MiniMaxH3Scheduler": "its timesteps run from 0 to 1, and its grid has a step less than it is asked for",
+    "MiniMaxH3Scheduler": "its timesteps run from 0 to 1, and its grid has one step fewer than requested",
     "PiflowScheduler": "its network predicts several levels at once",
-    "RFD4ProteinaScheduler": "it is of protein structures",
+    "RFD4ProteinaScheduler": "it is for protein structures",
 }
 
 
 class SettingError(ValueError):
-    """A user's setting that a scheduler does not have, in one line that begins with the setting's name."""
+    """A user's setting does not fit the scheduler; the one-line message begins with the setting's name."""
 
 
-class SchedulerFacts(NamedTuple):
-    """A discrete schedule has ``alphas_cumprod`` (``[T]``); a flow has what follows it, and no ``alphas_cumprod``."""
+class ScheduleArguments(NamedTuple):
+    """Arguments of :class:`sipo.NoiseSchedule`: ``alphas_cumprod`` ``[T]`` if it is discrete, the rest if a flow."""
 
     prediction_type: str
     alphas_cumprod: Tensor | None = None
@@ -62,13 +62,13 @@ class SchedulerFacts(NamedTuple):
     invert_sigmas: bool = False
 
 
-def read_scheduler(scheduler: Any, shift: float | None = None, image_seq_len: int | None = None) -> SchedulerFacts:
-    """Reads a flow scheduler by the name of its class, or of one that it inherits from; others by ``alphas_cumprod``.
+def read_scheduler(scheduler: Any, shift: float | None = None, image_seq_len: int | None = None) -> ScheduleArguments:
+    """Reads a scheduler: a flow is known by the name of its class or of a base class, others by ``alphas_cumprod``.
 
     Args:
         scheduler: A diffusers scheduler, with its ``config``.
-        shift: In place of the scheduler's own; for flow schedulers alone.
-        image_seq_len: Number of the image's tokens, which ``use_dynamic_shifting`` makes the shift of.
+        shift: In place of the scheduler's own; only for flow schedulers.
+        image_seq_len: Number of the image's tokens, from which ``use_dynamic_shifting`` derives the shift.
 
     Raises:
         TypeError: A number of the wrong type, or a class in place of a scheduler.
@@ -92,7 +92,7 @@ def read_scheduler(scheduler: Any, shift: float | None = None, image_seq_len: in
             raise SettingError(f"shift={shift!r}: leave it out, {name} has no flow schedule")
         if option("timestep_type") == "continuous":
             raise ValueError(f"{name} has timestep_type='continuous': expected 'discrete' timesteps")
-        return SchedulerFacts(option("prediction_type", "epsilon"), table)
+        return ScheduleArguments(option("prediction_type", "epsilon"), table)
 
     for key in _UNMODELLED_FLOW_OPTIONS:
         if option(key):
@@ -102,19 +102,19 @@ def read_scheduler(scheduler: Any, shift: float | None = None, image_seq_len: in
     elif shift is None and option("use_flow_sigmas", False):
         shift = option("flow_shift", 1.0)
     elif shift is None:
-        # set_shift() changes a property of those that have it, and leaves their configuration as it was
+        # set_shift() changes the property of schedulers that have one, but not their configuration.
         shift = scheduler.shift if hasattr(type(scheduler), "shift") else option("shift", 1.0)
-    return SchedulerFacts(
+    return ScheduleArguments(
         option("prediction_type", "flow"),
         num_train_timesteps=option("num_train_timesteps"),
         shift=shift,
-        shift_terminal=option("shift_terminal") or None,  # diffusers takes 0 for none
+        shift_terminal=option("shift_terminal") or None,  # diffusers takes 0 as none
         invert_sigmas=bool(option("invert_sigmas", False)),
     )
 
 
 def setting_changes(scheduler: Any, prediction_type: str | None = None, shift: float | None = None) -> dict[str, Any]:
-    """Options for ``type(scheduler).from_config(scheduler.config, ...)`` that make a user's settings its own.
+    """Returns options for ``type(scheduler).from_config(scheduler.config, ...)`` that apply a user's settings.
 
     Arguments and errors are those of :func:`with_settings`.
     """
@@ -140,12 +140,12 @@ def setting_changes(scheduler: Any, prediction_type: str | None = None, shift: f
 
 
 def with_settings(scheduler: Any, prediction_type: str | None = None, shift: float | None = None) -> Any:
-    """The scheduler with a user's settings in place of its own, which its sampling then follows; itself without any.
+    """Returns a scheduler with a user's settings, which sampling then follows; without any, the same scheduler.
 
     Args:
         scheduler: A diffusers scheduler; not changed.
         prediction_type: As diffusers spells it.
-        shift: ``k`` of a flow; dynamic shifting is then off.
+        shift: ``k`` of a flow; it turns off dynamic shifting.
 
     Raises:
         SettingError: A setting that the scheduler does not have.
@@ -156,22 +156,22 @@ def with_settings(scheduler: Any, prediction_type: str | None = None, shift: flo
 
 
 def check_sampler(scheduler: Any) -> None:
-    """Raises SettingError where the scheduler would not draw samples with the ``prediction_type`` it is set to."""
+    """Raises SettingError if the scheduler cannot sample with its ``prediction_type``."""
     trial, zeros = type(scheduler).from_config(scheduler.config), torch.zeros(1, 1, 1, 1, dtype=torch.float32)
     try:
-        trial.set_timesteps(10)  # some have other formulas for their first steps
+        trial.set_timesteps(10)  # the first steps may have other formulas
         with torch.random.fork_rng(devices=[]):
             for timestep in trial.timesteps:
                 trial.step(trial.scale_model_input(zeros, timestep), timestep, zeros)
-    except Exception as error:  # others are about arguments that a pipeline gives and this trial does not
+    except Exception as error:  # other errors are about arguments that only a pipeline passes
         if "prediction_type" in str(error):
             given = _option(scheduler.config, "prediction_type")
-            message = f"expected another, {type(scheduler).__name__} draws no samples with it"
+            message = f"expected another, {type(scheduler).__name__} cannot sample with it"
             raise SettingError(f"prediction_type={given!r}: {message}") from error
 
 
 def _option(config: Any, key: str, default: Any = None) -> Any:
-    """Of diffusers' configurations, whose keys are attributes too, and of plain ones of either kind."""
+    """Reads an option of a configuration: diffusers' own, a mapping, or an object with attributes."""
     return config.get(key, default) if isinstance(config, Mapping) else getattr(config, key, default)
 
 
@@ -180,14 +180,14 @@ def _bases(scheduler: Any) -> list[str]:
 
 
 def _is_flow(scheduler: Any) -> bool:
-    """``use_flow_sigmas`` is an option of schedulers that have ``alphas_cumprod`` as well, and of refused ones."""
+    """Tells flow schedulers, by class or by ``use_flow_sigmas``, which refused schedulers may have too."""
     names, config = _bases(scheduler), getattr(scheduler, "config", None)
     solver = _option(config, "use_flow_sigmas", False) and not any(name in _REFUSED for name in names)
     return config is not None and (bool(solver) or any(name in _FLOW for name in names))
 
 
 def _dynamic_shift(name: str, config: Any, image_seq_len: int | None) -> float:
-    """``k`` of a resolution, as ``calculate_shift`` of diffusers' pipelines has it, with their defaults.
+    """Returns ``k`` for a resolution, as ``calculate_shift`` of diffusers' pipelines does, with their defaults.
 
     μ is linear in the number of tokens; k is exp(μ), or with ``time_shift_type="linear"`` μ itself.
     """

@@ -1,6 +1,6 @@
 """Noise schedules: α and σ, training targets and the scale of the importance ratio (docs/math.md §3).
 
-The formulas are in ``levels.py``. Needs torch alone: ``diffusers_schedulers.py`` recognises classes by their names.
+The formulas are in ``levels.py``. Only torch is needed: ``diffusers_schedulers.py`` recognises classes by name.
 """
 
 from __future__ import annotations
@@ -58,12 +58,11 @@ class NoiseSchedule:
 
     Attributes:
         kind: ``"discrete"`` (variance preserving, α² + σ² = 1) or ``"flow"`` (rectified flow, α = 1 − σ).
-        prediction_type: What the network predicts: ``"epsilon"``, ``"v_prediction"``, ``"flow"`` (ε − x₀) or
-            ``"sample"``.
+        prediction_type: What the network predicts: ``"epsilon"``, ``"v_prediction"``, ``"sample"`` or ``"flow"``, ε − x₀.
         num_inference_steps: Steps of the sampler whose previous level enters :meth:`ratio_scale`.
-        num_train_timesteps: Number of discrete levels; for a flow, what the model's timesteps are scaled by.
+        num_train_timesteps: Number of discrete levels; for a flow, the factor from σ to the network's timesteps.
         shift: ``k`` of the flow's sampling grid σ = k·u / (1 + (k − 1)·u); 1 for a discrete schedule.
-        shift_terminal: Last level above 0 that a flow's sampling grid is stretched to end at; ``None`` if it is not.
+        shift_terminal: Lowest σ above 0 of a flow's sampling grid that is stretched; ``None`` without a stretch.
         invert_sigmas: The flow's network predicts x₀ − ε and is told the share of data in place of noise (Mochi).
     """
 
@@ -79,7 +78,7 @@ class NoiseSchedule:
         invert_sigmas: bool = False,
         alphas_cumprod: Tensor | None = None,
     ) -> None:
-        """Prefer the named constructors; this one takes what they have worked out."""
+        """Takes the results of the named constructors, which are to be preferred."""
         check_choice("kind", kind, tuple(PREDICTIONS))
         spelt_out = "flow_prediction" if prediction_type == "flow" else prediction_type  # "flow" is short for it
         if spelt_out not in PREDICTIONS[kind]:
@@ -115,35 +114,34 @@ class NoiseSchedule:
         shift: float | None = None,
         image_seq_len: int | None = None,
     ) -> NoiseSchedule:
-        """The schedule of a diffusers scheduler (or of a subclass of one).
+        """Reads the schedule of a diffusers scheduler, or of a subclass of one.
 
-        A flow is read from FlowMatchEulerDiscrete, FlowMatchHeunDiscrete, FlowMatchLCM and from those solvers that
-        have ``use_flow_sigmas`` set (DPMSolver, UniPC, DEIS, SASolver). Every other scheduler that has
-        ``alphas_cumprod`` is a discrete schedule, read from that table, so that one that was changed by hand is
-        taken as it is; most are float32, which leaves ``ratio_scale`` good to 1e-4 for Stable Diffusion's β and to a
-        few 1e-3 for those that start nearer to 0. How the sampler spaces its steps (``timestep_spacing``, Karras
-        sigmas, ...) plays no part there: §3's stride is uniform.
+        FlowMatchEulerDiscrete, FlowMatchHeunDiscrete, FlowMatchLCM and solvers with ``use_flow_sigmas`` set (DPMSolver,
+        UniPC, DEIS, SASolver) are flows. Every other scheduler that has ``alphas_cumprod`` is a discrete schedule, read
+        from that table, even if it was changed by hand. Most tables are float32, so ``ratio_scale`` is accurate to 1e-4
+        for Stable Diffusion's β and to a few 1e-3 for those that start nearer to 0. How the sampler spaces its steps
+        (``timestep_spacing``, Karras sigmas, ...) does not matter: §3's stride is uniform.
 
         Args:
             scheduler: The scheduler; not kept and not changed.
-            num_inference_steps: Steps of the sampler (§3), whatever the scheduler is set to at present.
+            num_inference_steps: Steps of the sampler (§3), whatever the scheduler is set to.
             prediction_type: In place of the scheduler's own; ``"flow"`` and diffusers' ``"flow_prediction"``
                 are the same.
             shift: ``k`` in place of the scheduler's.
             image_seq_len: Number of tokens of the resolution trained on, (height / 16) · (width / 16) for Stable
-                Diffusion 3 and Flux. With ``use_dynamic_shifting`` it gives ``k``, as it does in diffusers'
-                pipelines; such a scheduler needs it or ``shift``. Others do not look at it.
+                Diffusion 3 and Flux. With ``use_dynamic_shifting`` it determines ``k``, as in diffusers' pipelines;
+                such a scheduler needs it or ``shift``. Others ignore it.
 
         Raises:
             TypeError: A number of the wrong type.
             ValueError: A scheduler that is not modelled (with the reason), or an option of it that is not.
         """
-        facts = read_scheduler(scheduler, shift, image_seq_len)
+        read = read_scheduler(scheduler, shift, image_seq_len)
         if prediction_type is not None:
-            facts = facts._replace(prediction_type=prediction_type)
-        if facts.alphas_cumprod is not None:
-            return cls.from_alphas_cumprod(facts.alphas_cumprod, facts.prediction_type, num_inference_steps)
-        return cls("flow", num_inference_steps=num_inference_steps, **facts._asdict())
+            read = read._replace(prediction_type=prediction_type)
+        if read.alphas_cumprod is not None:
+            return cls.from_alphas_cumprod(read.alphas_cumprod, read.prediction_type, num_inference_steps)
+        return cls("flow", num_inference_steps=num_inference_steps, **read._asdict())
 
     @classmethod
     def discrete(
@@ -157,7 +155,7 @@ class NoiseSchedule:
         rescale_betas_zero_snr: bool = False,
         num_inference_steps: int = DEFAULT_INFERENCE_STEPS,
     ) -> NoiseSchedule:
-        """A variance-preserving schedule in float64; the defaults are Stable Diffusion's.
+        """Makes a variance-preserving schedule in float64; the defaults are Stable Diffusion's.
 
         Args:
             num_train_timesteps: ``T``.
@@ -167,7 +165,7 @@ class NoiseSchedule:
                 squared cosine, β at most 0.999).
             prediction_type: ``"epsilon"``, ``"v_prediction"`` or ``"sample"``.
             snr_shift_scale: Divides every SNR (CogVideoX).
-            rescale_betas_zero_snr: Moves √ᾱ so that it ends at exactly 0; after the shift of the SNR.
+            rescale_betas_zero_snr: Rescales √ᾱ so that it ends at exactly 0, after the shift of the SNR.
             num_inference_steps: Steps of the sampler (§3).
 
         Raises:
@@ -185,7 +183,7 @@ class NoiseSchedule:
         prediction_type: str = "epsilon",
         num_inference_steps: int = DEFAULT_INFERENCE_STEPS,
     ) -> NoiseSchedule:
-        """A variance-preserving schedule from ᾱ = α² of each level (tensor, NumPy array or sequence ``[T]``).
+        """Makes a variance-preserving schedule from ᾱ = α² of each level (tensor, NumPy array or sequence ``[T]``).
 
         Raises:
             ValueError: Not 1-D, empty, a value outside [0, 1] or larger than the one before.
@@ -201,7 +199,7 @@ class NoiseSchedule:
 
     @classmethod
     def flow(cls, shift: float = 1.0, num_inference_steps: int = DEFAULT_INFERENCE_STEPS) -> NoiseSchedule:
-        """Rectified flow, x_t = (1 − σ)·x₀ + σ·ε with target ε − x₀, on a grid shifted by ``shift`` > 0.
+        """Makes a rectified flow, x_t = (1 − σ)·x₀ + σ·ε with target ε − x₀, on a grid shifted by ``shift`` > 0.
 
         Raises:
             TypeError, ValueError: A value outside its range.
@@ -218,7 +216,7 @@ class NoiseSchedule:
         """Computes ½ (SNR(t') − SNR(t)) · x0_factor of §3: minus the log ratio per unit of squared error.
 
         A flow's last step is recognised within the rounding of the argument's type: a u' counts as 0 if an error of a
-        few units in the last place of σ can explain it.
+        few units in the last place of σ explains it.
 
         Args:
             timesteps: ``[N]``, see the class.
@@ -296,10 +294,10 @@ class NoiseSchedule:
         distribution: str = "uniform",
         device: torch.device | str | None = None,
     ) -> Tensor:
-        """Draws random noise levels to train on: timesteps, or the sigmas of a flow.
+        """Draws random noise levels to train on: timestep indices, or σ of a flow.
 
         ======================== ================================== ==========================================
-        ``distribution``         timesteps                          in diffusers' training scripts
+        ``distribution``         noise levels                       in diffusers' training scripts
         ======================== ================================== ==========================================
         ``uniform``              discrete: uniform in [0, T)        all of them
         ``uniform``              flow: σ uniform in (0, 1]          Flux with ``weighting_scheme="none"``
@@ -315,11 +313,11 @@ class NoiseSchedule:
         Args:
             n: How many.
             generator: Draws come from it, on its own device; torch's global generator if left out.
-            distribution: See above; a discrete schedule has ``uniform`` alone.
-            device: Where the result is to be; the generator's device, or else the CPU, if left out.
+            distribution: See above; a discrete schedule has only ``uniform``.
+            device: Device of the result; by default the generator's, or the CPU without one.
 
         Returns:
-            ``[n]``: int64 timesteps of a discrete schedule; float32 σ in (0, 1] of a flow, to be passed as ``sigmas=``.
+            ``[n]``: int64 indices of a discrete schedule; float32 σ in (0, 1] of a flow, to be passed as ``sigmas=``.
 
         Raises:
             TypeError, ValueError: ``n`` < 1 or an unknown distribution.
@@ -327,12 +325,12 @@ class NoiseSchedule:
         return draw_levels(self.kind, self.num_train_timesteps, self.shift, n, generator, distribution, device)
 
     def settings(self) -> dict[str, Any]:
-        """All that the schedule's numbers depend on; JSON values. Part of a checkpoint's identity."""
+        """Returns all that the schedule's numbers depend on, as JSON values; part of a checkpoint's identity."""
         values: dict[str, Any] = {"kind": self.kind, "prediction_type": self.prediction_type}
         if self.kind == "flow":
             values["shift"] = float(f"{self.shift:.12g}")
         else:
-            # in float32, whose digits do not depend on how a library rounds the last one of a float64
+            # In float32, whose digits do not depend on how a library rounds the last digit of a float64.
             table = self._tables["alpha"].square().float().numpy().tobytes()
             values["alphas_cumprod"] = f"sha256:{hashlib.sha256(table).hexdigest()[:12]}"
         values["num_inference_steps"] = self.num_inference_steps
@@ -351,12 +349,12 @@ class NoiseSchedule:
         return f"NoiseSchedule({', '.join(fields)})"
 
     def _table(self, name: str, device: torch.device) -> Tensor:
-        # Kept by device, so that a call uploads nothing. A device first met in a compiled graph costs a recompilation.
+        # Cached by device, so that a call uploads nothing. A device first seen in compiled code costs a recompilation.
         tables = self._device_tables.get(device)
         if tables is None:
             dtype = pair_dtype(device)
             tables = {key: table.to(device, dtype) for key, table in self._tables.items()}
-            if all(type(table) is Tensor for table in tables.values()):  # those of FakeTensorMode are of no use later
+            if all(type(table) is Tensor for table in tables.values()):  # fake tensors are useless later
                 self._device_tables[device] = tables
         return tables[name]
 
@@ -364,16 +362,16 @@ class NoiseSchedule:
         """Returns the checked levels, int64 indices or σ in the type that results have, and the argument given."""
         if (timesteps is None) == (sigmas is None):
             raise ValueError(f"{'neither' if sigmas is None else 'both'} of timesteps and sigmas given: expected one")
-        name, given = ("timesteps", timesteps) if sigmas is None else ("sigmas", sigmas)
+        given: Any = timesteps if sigmas is None else sigmas
+        name = "timesteps" if sigmas is None else "sigmas"
         if name not in self._level_arguments:
             raise ValueError("sigmas given: expected timesteps, a discrete schedule has no sigma in (0, 1]")
-        assert given is not None
         return checked_levels(given, self._level_arguments[name]), given
 
     def _coefficients(
         self, sample: Tensor, noise: Tensor, timesteps: Tensor | None, sigmas: Tensor | None
     ) -> tuple[Tensor, Tensor, torch.dtype]:
-        """α and σ shaped to multiply ``sample``, and the type to compute in: float32 or wider."""
+        """Returns α and σ shaped to multiply ``sample``, and the type to compute in: float32 or wider."""
         for name, tensor in (("sample", sample), ("noise", noise)):
             if not isinstance(tensor, Tensor) or not tensor.dtype.is_floating_point:
                 found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__

@@ -1,12 +1,12 @@
 """Draws noise levels at which the mask lets pairs through (docs/math.md §4).
 
-The mask drops a pair whose smaller importance ratio is under a threshold, and whether it is under depends above all
-on the noise level. So the run keeps the mean of that ratio per bin of noise level, and draws no more timesteps from
-bins whose mean is under the threshold, but for :data:`EXPLORATION` of the pairs, by which a bin that recovers is
-noticed. Where no bin is left, timesteps are drawn as if there were none.
+The mask drops a pair whose smaller importance ratio is below a threshold, which depends above all on the noise level.
+So the run keeps the mean of that ratio for each bin of noise levels, and skips bins whose mean is below the threshold.
+Only :data:`EXPLORATION` of the pairs still draw from all bins, so that a bin that recovers is noticed. If every bin
+would be skipped, none is.
 
-What is left out had a gradient of zero. The gradient's direction is thus the same on average; its length grows,
-since the loss is a mean over more pairs that take part.
+Skipped pairs would have had a gradient of zero. The gradient's direction therefore stays the same on average; its
+length grows, because the loss is a mean over more pairs that take part.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ from sipo.training.stream import step_levels
 from sipo_kernels import LossOptions
 
 BINS = 100
-"""Bins of equal width over the schedule's noise levels."""
+"""Number of bins, of equal width over the schedule's noise levels."""
 
 EXPLORATION = 0.05
-"""Share of pairs whose timestep is drawn from all bins."""
+"""Share of pairs whose noise level is drawn from all bins."""
 
 LEAST_PAIRS = 8
-"""Pairs that a bin must have shown before it can be left out, and by the last of which it may come back."""
+"""Pairs that a bin must have had before it can be skipped; a skipped bin is judged by the last so many."""
 
 MEMORY = 64
-"""Pairs over which the running mean of a bin that is sampled goes, about: the policy moves, and with it the ratios."""
+"""Pairs, roughly, in the running mean of a sampled bin: ratios change as the policy does."""
 
-_ROUNDS = 32  # draws for a pair until one is in a bin that is sampled
+_ROUNDS = 32  # draws for a pair, of which the first in a sampled bin is taken
 
 
 class InformativeTimesteps:
-    """Running means of the importance ratio per bin, and draws that follow them.
+    """Draws noise levels from the bins whose running mean of the importance ratio is above the threshold.
 
-    The sums of the present window live on the device. They are read together with a log line, and only that read
-    moves the means: what is drawn is a function of checkpointed state.
+    The sums since the last log line stay on the device. They are read together with the next log line, and only that
+    read changes the means, so draws depend only on checkpointed state.
 
     Args:
         loss_fn: of a method that masks.
-        device: where the sums live.
+        device: of the sums.
         seed: of the draws.
         distribution: as the schedule's ``sample_levels`` takes it.
 
@@ -76,20 +76,20 @@ class InformativeTimesteps:
         self.counts = [0.0] * self.bins
 
     def sample(self, n: int, step: int) -> Tensor:
-        """Timesteps of all ``n`` pairs of an optimiser step; ``[n]`` on the CPU."""
-        left_out = torch.tensor(self._left_out())
-        if not left_out.any():
+        """Draws the noise levels of all ``n`` pairs of an optimiser step; ``[n]`` on the CPU."""
+        skipped = torch.tensor(self._skipped())
+        if not skipped.any():
             return step_levels(self.schedule, n, step, self.seed, self.distribution)
         generator = torch.Generator().manual_seed(derive_seed(self.seed, RandomStream.TIMESTEPS, step))
         drawn = self.schedule.sample_levels(_ROUNDS * n, generator, distribution=self.distribution)
         drawn = drawn.view(_ROUNDS, n)
-        taken = ~left_out[self.bin_of(drawn)]
+        taken = ~skipped[self.bin_of(drawn)]
         taken[0] |= torch.rand(n, generator=generator, dtype=torch.float32) < EXPLORATION
         first = taken.int().argmax(dim=0, keepdim=True)  # 0 where none is taken
         return drawn.gather(0, first)[0]
 
     def add(self, levels: Tensor, output: Any) -> None:
-        """Takes one pass's ratios, without waiting for the device.
+        """Adds one pass's ratios, without waiting for the device.
 
         Args:
             levels: ``[B]`` on the device.
@@ -100,7 +100,7 @@ class InformativeTimesteps:
         self.window += torch.stack([torch.where(hits, ratio, 0.0).sum(dim=1), hits.sum(dim=1)])
 
     def absorb(self, window: list[float]) -> None:
-        """Moves the means by a window that was read and summed over processes, and starts a new one.
+        """Updates the means by a window that was read and summed over processes, and starts a new window.
 
         Args:
             window: :attr:`window`, flattened.
@@ -110,24 +110,24 @@ class InformativeTimesteps:
             if count:
                 self.counts[i] = min(self.counts[i] + count, MEMORY)
                 self.means[i] += min(1.0, count / self.counts[i]) * (total / count - self.means[i])
-                if self.means[i] < self.threshold:  # from here on pairs are few: each has to count
+                if self.means[i] < self.threshold:  # few pairs from here on, so each must count
                     self.counts[i] = min(self.counts[i], LEAST_PAIRS)
         self.window.zero_()
 
     @property
     def share(self) -> float:
         """Share of bins that are sampled."""
-        return 1 - sum(self._left_out()) / self.bins
+        return 1 - sum(self._skipped()) / self.bins
 
     def progress(self) -> dict[str, list[float]]:
-        """The means, as JSON values."""
+        """Returns the means and counts as JSON values."""
         return {"means": self.means, "counts": self.counts}
 
     def restore(self, progress: dict[str, list[float]], window: Tensor) -> None:
-        """Undoes :meth:`progress` and :attr:`window`.
+        """Restores what :meth:`progress` returned, and :attr:`window`.
 
         Raises:
-            ValueError: of other bins, or not numbers.
+            ValueError: another number of bins, or values that are not numbers.
         """
         means, counts = list(progress["means"]), list(progress["counts"])
         if len(means) != self.bins or len(counts) != self.bins or window.shape != self.window.shape:
@@ -137,7 +137,7 @@ class InformativeTimesteps:
         self.means, self.counts = means, counts
         self.window = window.to(self.window.device)
 
-    def _left_out(self) -> list[bool]:
-        """By bin; none if that were all."""
+    def _skipped(self) -> list[bool]:
+        """Tells for each bin whether it is skipped; none is if all would be."""
         low = [n >= LEAST_PAIRS and mean < self.threshold for n, mean in zip(self.counts, self.means, strict=True)]
         return low if not all(low) else [False] * self.bins
