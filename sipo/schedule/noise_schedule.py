@@ -58,7 +58,8 @@ class NoiseSchedule:
 
     Attributes:
         kind: ``"discrete"`` (variance preserving, α² + σ² = 1) or ``"flow"`` (rectified flow, α = 1 − σ).
-        prediction_type: What the network predicts: ``"epsilon"``, ``"v_prediction"``, ``"sample"`` or ``"flow"``, ε − x₀.
+        prediction_type: What the network predicts: ``"epsilon"``, ``"v_prediction"``, ``"sample"`` or ``"flow"``
+            (ε − x₀).
         num_inference_steps: Steps of the sampler whose previous level enters :meth:`ratio_scale`.
         num_train_timesteps: Number of discrete levels; for a flow, the factor from σ to the network's timesteps.
         shift: ``k`` of the flow's sampling grid σ = k·u / (1 + (k − 1)·u); 1 for a discrete schedule.
