@@ -282,7 +282,7 @@ def test_the_closing_lines_state_the_numbers(outcome: Outcome) -> None:
         ({"learning_rate": 0.0}, "learning_rate=0.0: expected a finite number > 0"),
         ({"method": "ppo"}, "method='ppo': expected one of diffusion_dpo, dpo_cm, sipo, sdpo"),
         ({"beta": -5.0}, "beta=-5.0: expected a finite number > 0"),
-        ({"device": "tpu"}, "device='tpu': expected cpu or cuda"),
+        ({"device": "tpu"}, "device='tpu': expected one of cpu, cuda"),
         ({"output": Path(__file__)}, "output='.*test_demo.py' is a file, expected a folder"),
     ],
 )

@@ -8,13 +8,14 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from sipo.demo.digits import CLASSES, InkPairs, ink, load_digits
 from sipo.demo.measure import DigitClassifier, SampleScores, weight_by_timestep
 from sipo.demo.model import load_base, predict, sample, save_aside
+from sipo.fields import AtLeast0, AtLeast1, Positive, check_fields
 from sipo.locks import locked
 from sipo.loss import SIPOLoss
 from sipo.schedule import NoiseSchedule
@@ -42,33 +43,26 @@ class DemoConfig:
         device: "cpu" or "cuda". The same seed gives the same numbers on the CPU.
 
     Raises:
+        TypeError: a value of another type.
         ValueError: a value out of range, or a method or β that the loss does not take.
     """
 
     output: Path = Path("out/demo")
     method: str = "sipo"
     beta: float | None = None
-    steps: int = 300
-    batch_size: int = 32
-    learning_rate: float = 2e-5
+    steps: AtLeast1 = 300
+    batch_size: AtLeast1 = 32
+    learning_rate: Positive = 2e-5
     samples: int = 500
-    seed: int = 0
-    device: str = "cpu"
+    seed: AtLeast0 = 0
+    device: Literal["cpu", "cuda"] = "cpu"
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed}: expected at least 0")
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate={self.learning_rate!r}: expected a finite number > 0")
+        check_fields(self)
         if self.samples < CLASSES or self.samples % CLASSES:
             raise ValueError(f"samples={self.samples}: expected a positive multiple of {CLASSES}")
         # The loss has its own checks of these two.
         SIPOLoss(NoiseSchedule.discrete(), method=self.method, beta=self.beta)
-        if self.device not in ("cpu", "cuda"):
-            raise ValueError(f"device={self.device!r}: expected cpu or cuda")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device='cuda': torch sees no CUDA device, expected cpu")
         if self.output.exists() and not self.output.is_dir():
