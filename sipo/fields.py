@@ -5,7 +5,6 @@ pydantic gives the values of a YAML their types; a configuration that is made in
 
 from __future__ import annotations
 
-import functools
 import math
 import typing
 from collections.abc import Callable
@@ -37,7 +36,7 @@ def check_fields(settings: Any) -> None:
         TypeError: a value of another type than its annotation.
         ValueError: a value that is none of the choices, or a number out of range.
     """
-    for name, hint in _annotations(type(settings)).items():
+    for name, hint in typing.get_type_hints(type(settings), include_extras=True).items():
         value = getattr(settings, name)
         kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
         fitting = [kind for kind in kinds if _fits(value, kind)]
@@ -49,11 +48,6 @@ def check_fields(settings: Any) -> None:
         for allowed in getattr(fitting[0], "__metadata__", ()):
             if not allowed.values(value):
                 raise ValueError(f"{name}={value!r}: expected {allowed.expected}")
-
-
-@functools.cache
-def _annotations(kind: type) -> dict[str, Any]:
-    return typing.get_type_hints(kind, include_extras=True)
 
 
 def _fits(value: Any, kind: Any) -> bool:

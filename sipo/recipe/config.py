@@ -183,7 +183,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Reads a YAML file and applies overrides ``section.key=value``, whose values are YAML too.
 
     Raises:
-        ConfigError: a file that is not there or not YAML, an unknown key, a value that does not fit.
+        ConfigError: a file that does not exist or is not YAML, an unknown key, a value that does not fit.
     """
     if Path(path).suffix in (".jsonl", ".parquet"):
         raise ConfigError(f"{path}: is data, expected a YAML configuration, whose data.dataset_name names it")
@@ -194,8 +194,8 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     except FileError as error:
         raise ConfigError(str(error)) from error
     if not isinstance(tree, dict):
-        sections = ", ".join(f.name for f in dataclasses.fields(Config))
-        raise ConfigError(f"{path}: holds {type(tree).__name__}, expected the sections {sections}")
+        known = ", ".join(f.name for f in dataclasses.fields(Config))
+        raise ConfigError(f"{path}: holds {type(tree).__name__}, expected the sections {known}")
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
