@@ -170,11 +170,6 @@ def build(
     )
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    """Every file under a folder with its content."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 @dataclass
 class Accelerator:
     """What is used of accelerate's, for one of several threads that act as processes."""

@@ -24,7 +24,8 @@ from sipo.cache.format import (
     write_json,
 )
 from sipo.cache.index import pairs_fingerprint
-from tests.small_family import MODEL, Pipeline, Records, SmallFamily, build, files, settings
+from tests.data_sets import contents
+from tests.small_family import MODEL, Pipeline, Records, SmallFamily, build, settings
 
 
 def flip_bit(path: Path, place: int = -9) -> None:
@@ -78,7 +79,7 @@ def test_text_is_restored_in_its_full_length(tmp_path: Path, dtype: str) -> None
 
 def test_nothing_is_left_aside(tmp_path: Path) -> None:
     build(tmp_path)
-    names = {name.partition(".")[0] for name in files(tmp_path)}
+    names = {name.partition(".")[0] for name in contents(tmp_path)}
     shards = [f"{kind}-0000{number}" for kind in ("latents", "text") for number in range(3)]
     assert names == {"index", "files", "unconditional", *shards}
 
@@ -172,23 +173,23 @@ def test_a_cache_may_be_sent_to_another_process(tmp_path: Path) -> None:
 def test_a_file_that_has_another_ones_name_is_noticed_and_replaced(tmp_path: Path, one: str, other: str) -> None:
     """Also where a shard and its JSON file have changed places together with another's."""
     build(tmp_path)
-    whole = files(tmp_path)
+    whole = contents(tmp_path)
     for ending in (".json", ".safetensors"):
         pair = [tmp_path / f"{name}{ending}" for name in (one, other)]
         if all(path.is_file() for path in pair):
-            contents = [path.read_bytes() for path in pair]
-            for path, content in zip(pair, reversed(contents), strict=True):
+            swapped = [path.read_bytes() for path in reversed(pair)]
+            for path, content in zip(pair, swapped, strict=True):
                 path.write_bytes(content)
     with pytest.raises(DamagedError, match="`sipo precompute` rebuilds it") as caught:
         read_everything(open_cache(tmp_path))
     assert "\n" not in str(caught.value)
     build(tmp_path, check_hashes=True)
-    assert files(tmp_path) == whole
+    assert contents(tmp_path) == whole
 
 
 def test_any_bit_of_any_json_file_that_has_changed_is_noticed(tmp_path: Path) -> None:
     build(tmp_path)
-    whole = files(tmp_path)
+    whole = contents(tmp_path)
     for name in ("index.json", "files.json", "latents-00001.json", "text-00000.json"):
         content = whole[name]
         for place in range(0, len(content), max(1, len(content) // 60)):
@@ -199,7 +200,7 @@ def test_any_bit_of_any_json_file_that_has_changed_is_noticed(tmp_path: Path) ->
                 read_json(tmp_path / name)
         if name == "files.json":
             build(tmp_path)  # which says at every start whether anything has to be compared
-            assert files(tmp_path) == whole
+            assert contents(tmp_path) == whole
         (tmp_path / name).write_bytes(content)
 
 

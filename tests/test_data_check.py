@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from sipo import cli
 from sipo.data import check
@@ -39,6 +40,7 @@ from tests.data_sets import (
     write_lines,
     write_rgba,
 )
+from tests.media_files import encode
 
 
 def images(folder: Path) -> tuple[Path, Planted, int]:
@@ -371,7 +373,7 @@ def test_naming_schemes_are_no_shifts(tmp_path: Path) -> None:
 
 def test_only_a_few_pairs_are_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """The reader is never far ahead of what is decoded, and pixels are let go of with their pair."""
-    content = {seed: _png(seed) for seed in range(2)}
+    content = {seed: encode(Image.fromarray(noise(seed, 8, 8, 3).numpy()), "PNG") for seed in range(2)}
     ahead: list[int] = []
     lock = threading.Lock()
     counts = {"read": 0, "decoded": 0}
@@ -396,16 +398,6 @@ def test_only_a_few_pairs_are_in_memory(monkeypatch: pytest.MonkeyPatch) -> None
     report = check_pairs(records(), frames=1, workers=2)
     assert report.pairs == counts["decoded"] == 60
     assert max(ahead) <= 2 * 2 + 2
-
-
-def _png(seed: int) -> bytes:
-    import io
-
-    from PIL import Image
-
-    stream = io.BytesIO()
-    Image.fromarray(noise(seed, 8, 8, 3).numpy()).save(stream, "PNG")
-    return stream.getvalue()
 
 
 def test_an_error_of_the_reader_is_raised(tmp_path: Path) -> None:

@@ -6,13 +6,11 @@ import functools
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from sipo import cli
@@ -25,18 +23,13 @@ from sipo.training import TrainingWarning
 from sipo.training.config import TrainingConfig
 from sipo.training.log_reader import read_metrics
 from tests.family_cases import TOYS, family_of, folder_of, network_input
+from tests.training_cases import fresh_accelerate
+
+__all__ = ["fresh_accelerate"]  # a fixture that every test here runs in
 
 each_toy = pytest.mark.parametrize("toy", TOYS)
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _FOLDER = tempfile.TemporaryDirectory()
-
-
-@pytest.fixture(autouse=True)
-def own_accelerator() -> Iterator[None]:
-    """A process has one accelerator, whose precision cannot be changed."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @functools.cache

@@ -33,13 +33,13 @@ from sipo.processes import OtherProcessError
 from sipo.recipe.config import Config
 from sipo.training.config import TrainingConfig
 from sipo.training.forward import PairForward
+from tests.data_sets import contents
 from tests.small_family import (
     Accelerator,
     Network,
     Records,
     SmallFamily,
     build,
-    files,
     in_processes,
     outcomes_in_processes,
 )
@@ -370,7 +370,7 @@ def test_interrupted_errors_go_on_and_end_with_the_same_bytes(tmp_path: Path, at
     predict = Fails()
     reference_errors(cut, predict=predict)
     assert predict.calls == 9 - 3 * ((at - 1) // 3)
-    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
     again = Fails()
     reference_errors(cut, predict=again)
     assert again.calls == 0
@@ -389,7 +389,7 @@ def test_several_processes_write_the_same_errors(tmp_path: Path) -> None:
         return reference_errors(cached, accelerator=accelerator, network=networks[rank], predict=calls[rank])
 
     first, second = in_processes(2, run)
-    assert files(tmp_path / "many") == files(tmp_path / "one")
+    assert contents(tmp_path / "many") == contents(tmp_path / "one")
     assert torch.equal(first.at(11)[0], second.at(11)[0])
     assert [predict.calls for predict in calls] == [6, 3]  # two shards and one
 
@@ -450,14 +450,14 @@ def test_processes_of_which_one_does_not_see_the_errors_go_on_together(
 def test_damaged_errors_are_named_and_rebuilt(tmp_path: Path) -> None:
     cached = pairs_in(tmp_path)
     references = reference_errors(cached)
-    whole = files(tmp_path)
+    whole = contents(tmp_path)
     path = references.folder / "errors-00001.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(DamagedError, match=r"errors-00001\.safetensors: has .*`sipo precompute` rebuilds it"):
         open_reference_errors(cached.cache, DISCRETE, **arguments())
     predict = Fails()
     reference_errors(cached, predict=predict)
-    assert predict.calls == 3 and files(tmp_path) == whole
+    assert predict.calls == 3 and contents(tmp_path) == whole
     path.write_bytes(path.read_bytes()[:-1] + b"!")
     damaged = open_reference_errors(cached.cache, DISCRETE, **arguments())
     damaged.at(0)
@@ -487,11 +487,11 @@ def assert_stale_and_computed_again(folder: Path, message: str) -> None:
 def test_errors_follow_the_prompt_where_no_file_of_tensors_has_changed(tmp_path: Path) -> None:
     cached = pairs_in(tmp_path)
     reference_errors(cached)
-    tensors = {name: data for name, data in files(tmp_path).items() if name.endswith("safetensors")}
+    tensors = {name: data for name, data in contents(tmp_path).items() if name.endswith("safetensors")}
     reader = Records.make()
     reader.records[2] = replace(reader.records[2], prompt=reader.records[3].prompt)  # of the same shard of text
     build(tmp_path, reader)
-    assert {name: data for name, data in files(tmp_path).items() if name.endswith("safetensors")} == tensors
+    assert {name: data for name, data in contents(tmp_path).items() if name.endswith("safetensors")} == tensors
     assert_stale_and_computed_again(tmp_path, r"errors-00000\.safetensors: computed from other pairs")
 
 

@@ -24,13 +24,13 @@ from sipo.data.load import BadPairError
 from sipo.data.records import PairRecord
 from sipo.families.vae import as_floats
 from sipo.seeds import derive_seed
+from tests.data_sets import contents
 from tests.small_family import (
     Accelerator,
     Pipeline,
     Records,
     SmallFamily,
     build,
-    files,
     in_processes,
     png,
 )
@@ -75,7 +75,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(tmp_path: Path,
     summary = build(tmp_path / "cut", pipeline=pipeline, **changes)
     assert summary.kept == (fail_at - 1) // 4
     assert pipeline.encoded == 12 - 4 * summary.kept
-    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
 _KILLED = """
@@ -111,26 +111,26 @@ def test_a_killed_process_leaves_nothing_that_is_half(tmp_path: Path) -> None:
             open_cache(cut)
     kept = build(cut, Records.make(240), shard_pairs=2).kept
     assert 20 <= kept < 120
-    assert files(cut) == files(tmp_path / "whole")  # what the kills caught in the middle of a write is gone as well
+    assert contents(cut) == contents(tmp_path / "whole")  # nor are there leftovers of interrupted writes
 
 
 def test_leftovers_are_removed_and_nothing_else(tmp_path: Path) -> None:
     build(tmp_path)
-    whole = files(tmp_path)
+    whole = contents(tmp_path)
     gone = 4_000_000  # beyond the numbers that processes have
     for name in (f".latents-00002.safetensors.{gone}.tmp/latents-00002.safetensors", f".index.json.{gone}.tmp/x"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text("")
     (tmp_path / ".mine.txt").write_text("")
     build(tmp_path)
-    assert files(tmp_path) == whole | {".mine.txt": b""}
+    assert contents(tmp_path) == whole | {".mine.txt": b""}
 
 
 @pytest.mark.parametrize("name", ["latents-00001", "text-00002", "unconditional"])
 @pytest.mark.parametrize("damage", ["cut", "bit", "missing", "sidecar"])
 def test_a_damaged_shard_is_rebuilt_and_no_other(tmp_path: Path, name: str, damage: str) -> None:
     build(tmp_path)
-    whole = files(tmp_path)
+    whole = contents(tmp_path)
     path = tmp_path / f"{name}.safetensors"
     content = path.read_bytes()
     if damage == "cut":
@@ -145,7 +145,7 @@ def test_a_damaged_shard_is_rebuilt_and_no_other(tmp_path: Path, name: str, dama
     inodes = {other: (tmp_path / other).stat().st_ino for other in shards}
     pipeline = Pipeline()
     build(tmp_path, pipeline=pipeline)
-    assert files(tmp_path) == whole
+    assert contents(tmp_path) == whole
     assert inodes == {other: (tmp_path / other).stat().st_ino for other in inodes}
     assert pipeline.encoded == (4 if name.startswith("latents") else 0)
     assert len(pipeline.prompts) == (1 if name.startswith("text") else 0)
@@ -153,19 +153,19 @@ def test_a_damaged_shard_is_rebuilt_and_no_other(tmp_path: Path, name: str, dama
 
 def test_a_damaged_index_is_written_again_from_the_shards(tmp_path: Path) -> None:
     build(tmp_path)
-    whole = files(tmp_path)
+    whole = contents(tmp_path)
     (tmp_path / "index.json").write_text("{")
     pipeline = Pipeline()
     build(tmp_path, pipeline=pipeline)
-    assert files(tmp_path) == whole and pipeline.encoded == 0
+    assert contents(tmp_path) == whole and pipeline.encoded == 0
 
 
 def test_the_folder_of_another_cache_is_left_alone(tmp_path: Path) -> None:
     build(tmp_path)
-    whole = files(tmp_path)
+    whole = contents(tmp_path)
     with pytest.raises(CacheError, match=r"made with data\.seed=5, expected this run's 6: use another folder"):
         build(tmp_path, seed=6)
-    assert files(tmp_path) == whole
+    assert contents(tmp_path) == whole
 
 
 def test_a_source_that_has_changed_replaces_the_shards_it_changes(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_a_source_that_has_changed_replaces_the_shards_it_changes(tmp_path: Path
     assert build(tmp_path, reader, pipeline).written == 1
     build(tmp_path / "new", reader)
     assert pipeline.encoded == 4
-    assert files(tmp_path / "new") == {k: v for k, v in files(tmp_path).items() if not k.startswith("new")}
+    assert contents(tmp_path / "new") == {k: v for k, v in contents(tmp_path).items() if not k.startswith("new")}
 
 
 @pytest.mark.parametrize("processes", [2, 3])
@@ -189,7 +189,7 @@ def test_several_processes_write_the_same_files(tmp_path: Path, processes: int) 
         return build(tmp_path / "many", Records.make(14), pipeline, accelerator)
 
     summaries = in_processes(processes, run)
-    assert files(tmp_path / "many") == files(tmp_path / "one")
+    assert contents(tmp_path / "many") == contents(tmp_path / "one")
     assert [summary.pairs for summary in summaries] == [14] * processes
     assert sum(pipeline.encoded for pipeline in pipelines) == 14
     assert all(pipeline.encoded for pipeline in pipelines)
@@ -330,7 +330,7 @@ def test_an_unfinished_cache_takes_another_max_pairs_and_keeps_whole_shards(
     summary = build(tmp_path / "cut", Records(records), max_pairs=then, shard_pairs=2)
     assert (summary.pairs, summary.prompts) == (expected.pairs, expected.prompts) and not summary.changes
     assert summary.kept >= 1 and kept.stat().st_mtime_ns == before
-    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
 def test_max_pairs_takes_the_first_rows_that_are_no_ties(tmp_path: Path) -> None:

@@ -13,12 +13,12 @@ from sipo.cache.finished import open_cache
 from sipo.cache.format import CacheError
 from sipo.data.load import BadPairError
 from sipo.data.records import DataError
+from tests.data_sets import contents
 from tests.small_family import (
     Accelerator,
     Pipeline,
     Records,
     build,
-    files,
     in_processes,
     outcomes_in_processes,
 )
@@ -107,7 +107,7 @@ def test_processes_that_see_other_files_go_on_together(
             return "as before"
 
     build(tmp_path, Stated.make())
-    before = files(tmp_path)
+    before = contents(tmp_path)
     is_unchanged = Existing.is_unchanged
     me = threading.local()
     monkeypatch.setattr(Existing, "is_unchanged", lambda *a: me.rank != lagging and is_unchanged(*a))
@@ -118,7 +118,7 @@ def test_processes_that_see_other_files_go_on_together(
 
     summaries = in_processes(2, run)
     assert [summary.written for summary in summaries] == [0, 0] and [summary.kept for summary in summaries] == [3, 3]
-    assert files(tmp_path) == before
+    assert contents(tmp_path) == before
 
 
 def test_processes_hear_of_each_other_while_shards_are_only_compared(
@@ -286,4 +286,4 @@ def test_workers_and_queue_have_a_least_value_and_change_nothing(tmp_path: Path,
         from_dict(tree)
     build(tmp_path / "a")
     build(tmp_path / "b", **{key: 1})
-    assert files(tmp_path / "a") == files(tmp_path / "b")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")

@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
 from sipo import cli
@@ -24,16 +22,11 @@ from sipo.recipe.config import ConfigError
 from sipo.recipe.preflight import check_run
 from sipo.recipe.prepare_data import _say_cost
 from tests.family_cases import folder_of
+from tests.training_cases import fresh_accelerate
+
+__all__ = ["fresh_accelerate"]  # a fixture that every test here runs in
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(autouse=True)
-def own_accelerator() -> Iterator[None]:
-    """A process has one accelerator, whose precision cannot be changed."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

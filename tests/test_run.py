@@ -10,7 +10,6 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,9 @@ from sipo.recipe.verify import verify_run
 from sipo.training.log_reader import read_metrics
 from sipo.training.sums import SUMS
 from tests.data_sets import contents
+from tests.training_cases import fresh_accelerate
+
+__all__ = ["fresh_accelerate"]  # a fixture that every test here runs in
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = ("sd15", "sdxl", "sd3", "cogvideox", "wan")

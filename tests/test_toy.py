@@ -10,10 +10,7 @@ import torch
 from sipo.data.media import Media, read_media
 from sipo.data.readers import JsonlReader
 from sipo.data.toy import FPS, make_toy_pairs
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+from tests.data_sets import contents
 
 
 @pytest.mark.parametrize("video", [False, True])

@@ -248,5 +248,5 @@ def _pairs(row: _Row, pairs: Choice, min_margin: float, summary: LabelSummary) -
             summary.below_margin += 1
             continue
         summary.pairs += 1
-        samples, scores = [row.candidates[best], row.candidates[worst]], [row.scores[best], row.scores[worst]]
-        yield PairRecord(row.row, row.prompt, *samples, *scores, extra=row.extra)
+        chosen, rejected = row.candidates[best], row.candidates[worst]
+        yield PairRecord(row.row, row.prompt, chosen, rejected, row.scores[best], row.scores[worst], extra=row.extra)
