@@ -157,12 +157,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="results file")
     args = parser.parse_args(argv)
 
-    def cases_of(label: str, dtype: str, pairs: Any, targets: Any, upstreams: Any, **fields: bool) -> list[Case]:
+    def cases_of(label: str, dtype: str, pairs: Any, targets: Any, upstreams: Any) -> list[Case]:
         kinds = product(pairs, targets, upstreams)
-        return [Case(label, SHAPES[label], n, dtype, target, upstream=u, **fields) for n, target, u in kinds]
+        return [Case(label, SHAPES[label], n, dtype, target, upstream=u) for n, target, u in kinds]
 
     fields = {"shared_target": args.shared_target, "ref_error": args.ref_error}
-    cases = cases_of(args.label, args.dtype, args.pairs, args.target, args.upstream, **fields)
+    chosen = cases_of(args.label, args.dtype, args.pairs, args.target, args.upstream)
+    cases = [replace(case, **fields) for case in chosen]
     usual = cases_of(LABEL, TRAINED, PAIRS, TARGETS, UPSTREAMS)
     run(cases, args.seconds, args.output or default_output("parts", "cpu", partial=cases != usual))
 

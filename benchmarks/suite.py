@@ -326,7 +326,7 @@ def make_parser(
 
 def new_results(kind: str, device: str, copy: timing.CopyBandwidth | None = None, **options: Any) -> dict[str, Any]:
     """A results file's content before any case, after saying what is measured, first of all whether that is a GPU."""
-    results = {
+    results: dict[str, Any] = {
         "kind": kind,
         "machine": machine.describe(device),
         "auto": baselines.OURS + backends.choose("auto", torch.device(device)),

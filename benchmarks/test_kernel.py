@@ -14,8 +14,9 @@ from torch import Tensor
 
 from benchmarks import baselines
 from benchmarks.cases import FORWARD, SHAPES, TARGET, TRAINED, UPSTREAM, Case, make_inputs
+from benchmarks.machine import default_device
 from benchmarks.suite import MAX_ERROR, make_before, make_calls
-from benchmarks.timing import default_device, sync
+from benchmarks.timing import sync
 
 DEVICE = default_device()
 CASES = [

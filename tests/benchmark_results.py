@@ -1,13 +1,34 @@
-"""Results files that tests of the benchmarks make up, and the comparison of two of them."""
+"""What tests of the benchmarks share: a small machine, made-up results files, and the comparison of two of them."""
 
 from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks import baselines, cases, compare, kernel_summary, machine, suite
+import pytest
+import torch
+
+from benchmarks import baselines, cases, compare, kernel_summary, machine, suite, timing
+
+
+@pytest.fixture(autouse=True)
+def small_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Small buffers, so that flushing and copying take no time; one thread, which a busy machine does not hold up.
+
+    torch.compile, which takes seconds, stands aside.
+    """
+    flusher, threads = timing._flusher, torch.get_num_threads()
+    flusher.cache_clear()
+    torch.set_num_threads(1)
+    monkeypatch.setattr(machine, "cache_bytes", lambda device: 1 << 18)
+    monkeypatch.setattr(machine, "memory_bytes", lambda device: 1 << 24)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    yield
+    flusher.cache_clear()
+    torch.set_num_threads(threads)
 
 
 def summary(median: float) -> dict[str, Any]:

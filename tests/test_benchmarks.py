@@ -13,7 +13,6 @@ import mmap
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,28 +35,13 @@ from benchmarks import (
 )
 from benchmarks.cases import BOTH, FORWARD, Case
 from sipo_kernels import METRICS, Totals, backends, pair_loss, reference
-from tests.benchmark_results import run_compare
+from tests.benchmark_results import run_compare, small_machine
+
+__all__ = ["small_machine"]  # a fixture that every test here runs in
 
 ROOT = Path(__file__).parent.parent
 TINY = Case("tiny", (3, 5, 7), 2, "bfloat16", "float32", upstream=1 / 8)
 QUICK = ["--device", "cpu", "--seconds", "0.05"]
-
-
-@pytest.fixture(autouse=True)
-def small_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Small buffers, so that flushing and copying take no time; one thread, which a busy machine does not hold up.
-
-    torch.compile, which takes seconds, stands aside.
-    """
-    flusher, threads = timing._flusher, torch.get_num_threads()
-    flusher.cache_clear()
-    torch.set_num_threads(1)
-    monkeypatch.setattr(machine, "cache_bytes", lambda device: 1 << 18)
-    monkeypatch.setattr(machine, "memory_bytes", lambda device: 1 << 24)
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    yield
-    flusher.cache_clear()
-    torch.set_num_threads(threads)
 
 
 def check_layout(results: dict[str, Any], kind: str) -> None:

@@ -5,28 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import baselines, machine, step, step_cases, step_network, timing
+from benchmarks import baselines, step, step_cases, step_network
 from sipo_kernels import backends
+from tests.benchmark_results import small_machine
+
+__all__ = ["small_machine"]  # a fixture that every test here runs in
 
 OURS = baselines.OURS + backends.choose("auto", torch.device("cpu"))
-
-
-@pytest.fixture(autouse=True)
-def small_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Compilation takes longer than everything else here, and is torch's; flushing real caches is next."""
-    timing._flusher.cache_clear()
-    monkeypatch.setattr(machine, "cache_bytes", lambda device: 1 << 18)
-    monkeypatch.setattr(machine, "memory_bytes", lambda device: 1 << 24)
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    yield
-    timing._flusher.cache_clear()
 
 
 def test_a_tiny_run_from_end_to_end(tmp_path: Path) -> None:

@@ -16,6 +16,9 @@ from benchmarks import training, training_implementations, training_memory
 from benchmarks.step_network import PLAIN
 from benchmarks.training_implementations import HAND, HAND_LORA, IMPLEMENTATIONS, Bench, Implementation
 from benchmarks.training_setup import TrainingCase, make_setup
+from tests.training_cases import fresh_accelerate
+
+__all__ = ["fresh_accelerate"]  # a fixture that every test here runs in
 
 TINY_WAN = training.TINY[1]
 IN_MEMORY = TrainingCase(
@@ -26,22 +29,14 @@ OURS = "ours, SIPO, frozen copy"
 
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Short chunks, one thread, and no state of accelerate's left from elsewhere or for others."""
+    """Short chunks, and one thread."""
     for module in (training, training_implementations):
         monkeypatch.setattr(module, "SKIPPED", 2)
         monkeypatch.setattr(module, "COUNTED", 3)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    _reset_accelerate()
     yield
-    _reset_accelerate()
     torch.set_num_threads(threads)
-
-
-def _reset_accelerate() -> None:
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def way(name: str) -> Implementation:
