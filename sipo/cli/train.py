@@ -52,8 +52,7 @@ def _train(options: argparse.Namespace) -> int:
             on_start=print_config,  # not before: a refusal is one line
         )
     except TrainingAlarmError as alarm:
-        message = f"{alarm.said}; {command} continues from there" if alarm.checkpoint else str(alarm)
-        raise CommandError(message) from alarm
+        raise CommandError(f"{alarm.said}; {command} continues from there") from alarm
     except TrainingInterruptedError as stop:
         if accelerator.is_main_process:
             tell(f"sipo: stopped after step {stop.step}; {command} continues from there")

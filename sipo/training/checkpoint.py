@@ -186,7 +186,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 
 def run_identity(config: TrainingConfig, loss_fn: PairLoss, dataset: PairDataset, processes: int) -> dict[str, Any]:
-    """What a resumed run must share with the one it goes on from; JSON values by name."""
+    """What a resumed run must share with the one that it continues; JSON values by name."""
     loss: Any = repr(loss_fn) if isinstance(loss_fn, nn.Module) else type(loss_fn).__name__
     if isinstance(loss_fn, SIPOLoss):
         loss = loss_fn.settings()

@@ -61,12 +61,12 @@ class TrainingInterruptedError(RuntimeError):
 
 
 class TrainingAlarmError(RuntimeError):
-    """An alarm of ``sipo.training.alarms`` went off and the configuration says to stop: a checkpoint was written.
+    """An alarm of ``sipo.training.alarms`` was raised, and the run stopped after writing a checkpoint.
 
     Attributes:
         step: optimiser steps done.
         checkpoint: where to resume from.
-        said: which alarm it was and why, without how to go on.
+        said: which alarm it was and why, without how to resume.
     """
 
     def __init__(self, step: int, checkpoint: Path, messages: Sequence[str]) -> None:
@@ -82,11 +82,11 @@ class TrainingMismatchError(ValueError):
 
 
 class TrainingOutOfMemoryError(RuntimeError):
-    """The device's memory did not suffice for a step; the message says what to lower."""
+    """The device ran out of memory in a step; the message says what to lower."""
 
 
 class TrainingWarning(UserWarning):
-    """Training goes on, but not quite as asked, or may no longer be doing anything."""
+    """Training continues, but not quite as asked, or may no longer have any effect."""
 
 
 class CheckpointError(ValueError):
@@ -140,7 +140,7 @@ class TrainingConfig:
             each log line.
         alarms: what to do when a log line shows that the policy drifts or collapses, or that the mask has stopped
             training (docs/math.md §8): "warn", "stop" with a checkpoint and :class:`TrainingAlarmError`, or "off". With
-            "off" a run whose policy is not its reference at the first step goes on, too.
+            "off" a run whose policy is not its reference at the first step continues too.
         dataloader_num_workers: data loader processes.
         ddp_timeout: seconds that a process waits for the others before the run ends with an error; under DDP and FSDP2
             alike, by the name that transformers has for it. Not used where the caller passes in an accelerator.
@@ -217,7 +217,7 @@ class TrainingConfig:
         return self.folder / "timesteps.jsonl"
 
     def identity(self) -> dict[str, Any]:
-        """The settings that a resumed run must share with the one it goes on from, as JSON values."""
+        """The settings that a resumed run must share with the one that it continues, as JSON values."""
         free = set(_FREE_ON_RESUME)
         if not self.lr_scheduler.startswith("constant"):
             free.remove("max_train_steps")
