@@ -47,14 +47,14 @@ class _Clip:
             raise ScorerError(f"device={device!r}: {str(error).splitlines()[0]}, expected another") from error
         try:
             # Weights come only from safetensors, and no code from the folder is run: nothing is unpickled.
-            folder = find_model_folder(path, {}, "CLIPModel", CONFIG)
-            fetch_weights(path, {}, [""], None)
+            folder = find_model_folder(path, "CLIPModel", CONFIG)
+            fetch_weights(path, [""])
             check_weights(folder, "CLIPModel", None)
             beside = folder
             if processor is not None:
                 beside = Path(processor)
                 if not beside.is_dir():
-                    beside = find_model_folder(processor, {}, "CLIPProcessor", "preprocessor_config.json")
+                    beside = find_model_folder(processor, "CLIPProcessor", "preprocessor_config.json")
             check_tokenizer(beside, "CLIPTokenizer")
             model: Any = CLIPModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
             self.tokenizer = AutoTokenizer.from_pretrained(beside, trust_remote_code=False)

@@ -66,7 +66,7 @@ class PipelineLoader(ABC):
         Args:
             path: local folder or hub id.
             dtype: of the weights.
-            options: ``variant``, and options of ``from_pretrained`` about the hub (``revision``, ...).
+            options: ``revision`` of a hub id and ``variant`` of the weights, both optional.
 
         Raises:
             FileNotFoundError: there is no model at the path; one line that names it.
@@ -99,7 +99,7 @@ class PipelineLoader(ABC):
 
     def network_config(self, path: str | Path, **options: Any) -> dict[str, Any]:
         """Reads the network's configuration. Arguments and errors as for :meth:`load_network`."""
-        folder, index = self._open(path, options)
+        folder, index = self._open(path, **options)
         entry = index.get(self.network)
         if not isinstance(entry, list) or entry[1:] != [self.network_class]:
             raise ValueError(f"{path}: its {self.network} is {entry!r}, expected a {self.network_class}")
@@ -123,7 +123,7 @@ class PipelineLoader(ABC):
         import diffusers
 
         folder, variant = self.fetch(path, network=False, **options), options.get("variant")
-        _, index = self._open(path, options)
+        _, index = self._open(path, **options)
         modules: dict[str, Any] = dict.fromkeys((self.network, *self._without))
         if not text:
             modules |= dict.fromkeys(name for name in index if name.startswith(TEXT_ENCODER))
@@ -159,13 +159,13 @@ class PipelineLoader(ABC):
         Returns:
             The local folder. Errors as for :meth:`load_network`.
         """
-        folder, index = self._open(path, options)
+        folder, index = self._open(path, **options)
         left_out = (self.network, *self._without)
         components = [self.network] if network else [name for name, _ in _present(index) if name not in left_out]
         variant = options.get("variant")
         if self.network not in index:
             raise ValueError(f"{path}: has no {self.network}, expected a whole {self.pipeline_class}")
-        fetch_weights(path, options, components, variant)
+        fetch_weights(path, components, **options)
         check_model(folder, index, components, variant)
         return folder
 
@@ -229,7 +229,7 @@ class PipelineLoader(ABC):
         """Loads the model's scheduler. Arguments and errors as for :meth:`load_network`."""
         import diffusers
 
-        folder, index = self._open(path, options)
+        folder, index = self._open(path, **options)
         entry = index.get("scheduler")
         library, class_name = entry if isinstance(entry, list) and len(entry) == 2 else (None, entry)
         scheduler_class: Any = getattr(diffusers, str(class_name), None) if library == "diffusers" else None
@@ -243,9 +243,11 @@ class PipelineLoader(ABC):
         """Returns the number of tokens of an image for dynamic shifting; ``None`` if the family has none."""
         return None
 
-    def _open(self, path: str | Path, options: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
-        """Finds the model's folder, and reads its ``model_index.json``."""
-        folder = find_model_folder(path, options, self.pipeline_class)
+    def _open(
+        self, path: str | Path, revision: str | None = None, variant: str | None = None
+    ) -> tuple[Path, dict[str, Any]]:
+        """Finds the model's folder, and reads its ``model_index.json``; ``variant`` makes no difference to either."""
+        folder = find_model_folder(path, self.pipeline_class, revision=revision)
         index = read_object(folder / MODEL_INDEX)
         self._check_index(path, index)
         return folder, index

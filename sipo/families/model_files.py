@@ -21,9 +21,6 @@ from sipo.files import FileError, check_regular, check_safetensors, one_line, re
 MODEL_INDEX = "model_index.json"
 CONFIG = "config.json"
 
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
-"""Options of ``from_pretrained`` about the hub and its local cache."""
-
 HUB_TIMEOUT = 10.0
 """Seconds to wait for an answer of the hub."""
 
@@ -44,17 +41,17 @@ class _Snapshot(NamedTuple):
     names: list[str]
 
 
-_snapshots: dict[tuple[Any, ...], _Snapshot] = {}  # the hub is asked once for each model
+_snapshots: dict[tuple[str, str | None], _Snapshot] = {}  # by path and revision: the hub is asked once for each
 
 
-def find_model_folder(path: str | Path, options: Mapping[str, Any], expected: str, index: str = MODEL_INDEX) -> Path:
+def find_model_folder(path: str | Path, expected: str, index: str = MODEL_INDEX, revision: str | None = None) -> Path:
     """Finds the folder of a model: ``path`` itself, or a snapshot in the local cache with everything but the weights.
 
     Args:
         path: a folder, or the id of a model on the hub.
-        options: of ``from_pretrained``; those in ``HUB_OPTIONS`` are used.
         expected: the model's class, for messages.
         index: name of the file that such a folder must have.
+        revision: branch, tag or commit on the hub.
 
     Raises:
         FileNotFoundError: neither the folder nor such a model on the hub exists, or the hub does not answer. The hub is
@@ -73,24 +70,26 @@ def find_model_folder(path: str | Path, options: Mapping[str, Any], expected: st
     if _cannot_be_hub_id(path):
         kind = "file" if str(path).endswith(_SINGLE_FILES) else "folder"
         raise FileNotFoundError(f"{path}: no such {kind}, expected a folder or hub id (owner/name) with {model}")
-    key = _key(path, options)
+    key = (str(path), revision)
     if key not in _snapshots:
-        _snapshots[key] = _ask_hub(str(path), options, model, index)
+        _snapshots[key] = _ask_hub(str(path), revision, model, index)
     return _snapshots[key].folder
 
 
-def fetch_weights(path: str | Path, options: Mapping[str, Any], components: Iterable[str], variant: str | None) -> None:
+def fetch_weights(
+    path: str | Path, components: Iterable[str], revision: str | None = None, variant: str | None = None
+) -> None:
     """Downloads the safetensors of a hub model's components that are not in the cache.
 
     Args:
-        path, options: as :func:`find_model_folder` has been called with.
+        path, revision: as :func:`find_model_folder` has been called with.
         components: names of subfolders; "" is the folder itself.
         variant: variant of the weights.
 
     Raises:
         FileNotFoundError: the hub does not answer.
     """
-    snapshot = _snapshots.get(_key(path, options))
+    snapshot = _snapshots.get((str(path), revision))
     if snapshot is None or snapshot.commit is None:
         return  # a folder, or a cached model while the hub is not available
     wanted = []
@@ -98,7 +97,7 @@ def fetch_weights(path: str | Path, options: Mapping[str, Any], components: Iter
         names = [name for name in snapshot.names if name.rpartition("/")[0] == component]
         wanted += [name for name in weight_files(names, variant) if name.endswith(".safetensors")]
     if wanted:
-        _download(str(path), snapshot.commit, wanted, options)
+        _download(str(path), snapshot.commit, wanted)
 
 
 def weight_files(names: Iterable[str], variant: str | None) -> list[str]:
@@ -312,20 +311,15 @@ def _cannot_be_hub_id(path: str | Path) -> bool:
     return path.endswith(_SINGLE_FILES)
 
 
-def _key(path: str | Path, options: Mapping[str, Any]) -> tuple[Any, ...]:
-    return (str(path), *(str(options.get(name)) for name in HUB_OPTIONS))
-
-
-def _ask_hub(path: str, options: Mapping[str, Any], model: str, index: str) -> _Snapshot:
+def _ask_hub(path: str, revision: str | None, model: str, index: str) -> _Snapshot:
     """Asks the hub for commit and files of a model; a model in the local cache is found without the hub."""
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
     from huggingface_hub.utils import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-    revision = options.get("revision")
-    problem = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "local files only"
-    if not constants.HF_HUB_OFFLINE and not options.get("local_files_only"):
+    problem = "HF_HUB_OFFLINE is set"
+    if not constants.HF_HUB_OFFLINE:
         try:
-            info = HfApi(token=options.get("token")).model_info(path, revision=revision, timeout=HUB_TIMEOUT)
+            info = HfApi().model_info(path, revision=revision, timeout=HUB_TIMEOUT)
         except GatedRepoError as error:
             text = f"{path}: is gated: accept its terms on the hub, then run `hf auth login`"
             raise FileNotFoundError(text) from error
@@ -339,19 +333,18 @@ def _ask_hub(path: str, options: Mapping[str, Any], model: str, index: str) -> _
             names = [sibling.rfilename for sibling in info.siblings or []]
             if index not in names:
                 raise FileNotFoundError(f"{path}: has no {index} on the hub, expected {model}")
-            folder = _download(path, revision, _SMALL, options)  # by the revision's name, which the cache then knows
+            folder = _download(path, revision, _SMALL)  # by the revision's name, which the cache then knows
             return _Snapshot(folder, folder.name, names)
-    cached = try_to_load_from_cache(path, index, revision=revision, cache_dir=options.get("cache_dir"))
+    cached = try_to_load_from_cache(path, index, revision=revision)
     if not isinstance(cached, str):
         raise FileNotFoundError(f"{path}: no such folder, and no hub id that answers ({problem}), expected {model}")
     return _Snapshot(Path(cached).parent, None, [])
 
 
-def _download(path: str, revision: str | None, patterns: Sequence[str], options: Mapping[str, Any]) -> Path:
+def _download(path: str, revision: str | None, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 
-    others = {name: options[name] for name in HUB_OPTIONS if name in options and name != "revision"}
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=list(patterns), **others))
+        return Path(snapshot_download(path, revision=revision, allow_patterns=list(patterns)))
     except Exception as error:  # from the hub's library, httpx or the disk
         raise FileNotFoundError(f"{path}: not downloaded from the hub: {one_line(error)}") from error
