@@ -37,7 +37,7 @@ def export_run(
         format: one of ``sipo.families.lora_files.FORMATS``.
         checkpoint_step: in place of the run's weights, those of a checkpoint, by its step, or "latest".
         output: file to write; named after run, step and format in the run's folder if left out.
-        force: replace a file that is there.
+        force: replace a file that exists.
 
     Returns:
         The file, and what was written to it.

@@ -42,7 +42,7 @@ FORMAT = 3
 LATEST = "latest"
 STATE = "state.json"
 
-_NAME = re.compile(r"step-(\d{8,18})")
+_NAME = re.compile(r"step-\d{8,18}")
 _FILE = re.compile(r"[\w-]+\.safetensors")
 
 
@@ -56,7 +56,7 @@ def write(
     keep: int | None,
     accelerator: Any,
 ) -> Path:
-    """Writes a checkpoint; every process calls it.
+    """Writes a checkpoint and returns its folder; every process calls it.
 
     Args:
         root: folder of the run's checkpoints, one for all processes.
@@ -66,9 +66,6 @@ def write(
         state: JSON values; the main process's are written.
         keep: newest checkpoints to keep; ``None`` or 0 for all.
         accelerator: the run's.
-
-    Returns:
-        The checkpoint's folder.
 
     Raises:
         OSError: it cannot be written, for lack of room for instance; the former ones are as they were.
@@ -142,16 +139,12 @@ def _clear(root: Path) -> None:
 
 def list_checkpoints(root: Path) -> list[Path]:
     """Lists the checkpoints in a folder, oldest first, sound or damaged."""
-    if not root.is_dir():
-        return []
     return sorted((path for path in root.glob("step-*") if _NAME.fullmatch(path.name)), key=step_of)
 
 
 def step_of(folder: Path) -> int:
     """Returns the step in a checkpoint's name."""
-    match = _NAME.fullmatch(folder.name)
-    assert match is not None
-    return int(match[1])
+    return int(folder.name.removeprefix("step-"))
 
 
 def choose(source: str | Path, root: Path, accelerator: Any) -> Path:
@@ -169,7 +162,7 @@ def choose(source: str | Path, root: Path, accelerator: Any) -> Path:
         TrainingWarning: "latest" passed a damaged one over.
     """
 
-    def look() -> tuple[Path, list[str]]:
+    def newest_sound() -> Path:
         candidates = list_checkpoints(root)[::-1] if source == LATEST else [Path(source)]
         if not candidates:
             raise CheckpointError(f"resume_from={LATEST!r}: no checkpoint in {root}, expected a folder step-NNNNNNNN")
@@ -179,15 +172,13 @@ def choose(source: str | Path, root: Path, accelerator: Any) -> Path:
         for folder in candidates:
             fault = damage(folder)
             if not fault:
-                return folder, faults
+                for message in faults:
+                    warnings.warn(f"{message}; resuming from {folder}", TrainingWarning, stacklevel=2)
+                return folder
             faults.append(f"{folder}: damaged, {fault}")
         raise CheckpointError("; ".join(faults) + (", expected a sound checkpoint" if len(faults) > 1 else ""))
 
-    folder, faults = from_main(accelerator, look)
-    if accelerator.is_main_process:
-        for fault in faults:
-            warnings.warn(f"{fault}; resuming from {folder}", TrainingWarning, stacklevel=2)
-    return folder
+    return from_main(accelerator, newest_sound)
 
 
 def damage(folder: Path) -> str:

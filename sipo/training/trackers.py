@@ -95,13 +95,7 @@ def running_trackers(accelerator: Any, config: TrainingConfig) -> Iterator[None]
 
 
 def log_numbers(accelerator: Any, step: int, values: dict[str, float]) -> None:
-    """Logs numbers to all trackers.
-
-    Args:
-        accelerator: the run's.
-        step: optimiser steps done.
-        values: by name.
-    """
+    """Logs numbers, by their names, to all trackers."""
     _each(accelerator.trackers, lambda tracker: tracker.log(values, step=step))
 
 
