@@ -58,23 +58,15 @@ def _check_per_sample(name: str, value: object, samples: int, device: torch.devi
     _check_beside(name, tensor, device)
 
 
-def check_tensors(
-    model_pred: object,
-    ref_pred: object,
-    target: object,
-    *,
-    method: str,
-    ratio_scale: object,
-    error_weight: object,
-    ref_error: object,
-) -> None:
-    """Checks types, shapes, devices and gradient requirements of the tensors of one call.
+def check_tensors(inputs: Inputs, method: str) -> None:
+    """Checks types, shapes, devices and gradient requirements of what a call was given as its tensors.
 
     Raises:
         TypeError: An input is not a tensor, or its dtype or layout is not supported.
         ValueError: Shapes or devices do not fit, an input is missing or one too many, or an input other than
             ``model_pred`` requires a gradient.
     """
+    model_pred, ref_pred, target, ratio_scale, error_weight, ref_error = inputs
     model = _check_tensor("model_pred", model_pred)
     shape, device = model.shape, model.device  # asking a tensor for them costs as much as the check
     if not shape or model.numel() == 0:

@@ -42,32 +42,12 @@ _OPS.define(
 _OPS.define("pair_grad(Tensor model_pred, Tensor target, Tensor coef, Tensor upstream, str backend) -> Tensor")
 
 
-def _pair_loss_op(
-    model_pred: Tensor,
-    ref_pred: Tensor | None,
-    target: Tensor,
-    ratio_scale: Tensor | None,
-    error_weight: Tensor | None,
-    ref_error: Tensor | None,
-    *options: Any,
-) -> tuple[Tensor, ...]:
-    *numbers, backend = options
-    inputs = Inputs(model_pred, ref_pred, target, ratio_scale, error_weight, ref_error)
-    return backends.module(backend).forward(inputs, Settings(*numbers))[:4]
+def _pair_loss_op(*args: Any) -> tuple[Tensor, ...]:
+    return backends.module(args[-1]).forward(Inputs(*args[:6]), Settings(*args[6:-1]))[:4]
 
 
-def _pair_loss_fake(
-    model_pred: Tensor,
-    ref_pred: Tensor | None,
-    target: Tensor,
-    ratio_scale: Tensor | None,
-    error_weight: Tensor | None,
-    ref_error: Tensor | None,
-    *options: Any,
-) -> tuple[Tensor, ...]:
-    *numbers, _ = options
-    inputs = Inputs(model_pred, ref_pred, target, ratio_scale, error_weight, ref_error)
-    return empty_stats(inputs, Settings(*numbers), False)[:4]
+def _pair_loss_fake(*args: Any) -> tuple[Tensor, ...]:
+    return empty_stats(Inputs(*args[:6]), Settings(*args[6:-1]), False)[:4]
 
 
 def _pair_grad_op(model_pred: Tensor, target: Tensor, coef: Tensor, upstream: Tensor, backend: str) -> Tensor:
@@ -252,32 +232,18 @@ def pair_loss(
         NotImplementedError: under a ``torch.func`` transform, or with an input that has a tangent (forward-mode AD).
         FloatingPointError: ``nonfinite="raise"`` and a pair that is not finite.
     """
+    inputs = Inputs(model_pred, ref_pred, target, ratio_scale, error_weight, ref_error)
     compiling = torch.compiler.is_compiling()
     if not compiling and torch._C._are_functorch_transforms_active():
         raise NotImplementedError(
             "pair_loss does not support torch.func transforms (vmap, grad, jvp): use loss.backward() on stacked pairs"
         )
     if not compiling and forward_ad._current_level >= 0:
-        _refuse_tangents(
-            model_pred=model_pred,
-            ref_pred=ref_pred,
-            target=target,
-            ratio_scale=ratio_scale,
-            error_weight=error_weight,
-            ref_error=ref_error,
-        )
+        _refuse_tangents(**inputs._asdict())
     # check_tensors refuses a model_pred that is no batch.
     ndim = model_pred.ndim if isinstance(model_pred, Tensor) and model_pred.ndim else 4
     settings = (make_settings if compiling else settings_of)(ndim, options, given)
-    check_tensors(
-        model_pred,
-        ref_pred,
-        target,
-        method=settings.method,
-        ratio_scale=ratio_scale,
-        error_weight=error_weight,
-        ref_error=ref_error,
-    )
+    check_tensors(inputs, settings.method)
     if expected_upstream is not None or totals is not None:
         check_extras(expected_upstream, totals, model_pred)
     selected = backends.choose(backend, model_pred.device)
@@ -285,7 +251,6 @@ def pair_loss(
         raise ValueError(
             "nonfinite='raise' reads the loss on the host and cannot be compiled: expected 'propagate' or 'skip'"
         )
-    inputs = Inputs(model_pred, ref_pred, target, ratio_scale, error_weight, ref_error)
     numbers: Tensor | None = None
     if not compiling and _is_ordinary(*inputs, None if totals is None else totals.timesteps):
         needs_grad = model_pred.requires_grad and torch.is_grad_enabled()

@@ -125,15 +125,16 @@ def pair_loss(
         ValueError: As :func:`sipo_kernels.pair_loss`.
         FloatingPointError: With ``nonfinite="raise"``, naming the pairs that are not finite.
     """
-    inputs = _checked(Inputs(model_pred, ref_pred, target, ratio_scale, error_weight, ref_error), options, given)
+    inputs = Inputs(model_pred, ref_pred, target, ratio_scale, error_weight, ref_error)
+    settings = _checked_settings(inputs, options, given)
     # Where a sample's coefficient (§6) is 0 its gradient is exact zeros, whatever the sample holds, while
     # autograd would make 0 · inf = NaN of it: such samples are cut off from the graph. That takes their
     # coefficients first.
     with torch.no_grad():
-        coefficient = _coefficient(inputs, _evaluate(inputs))
+        coefficient = _coefficient(inputs, settings, _evaluate(inputs, settings))
     takes_part = _per_sample(coefficient != 0, inputs.model_pred)
     gated = torch.where(takes_part, inputs.model_pred, inputs.model_pred.detach())
-    return _evaluate(inputs._replace(model_pred=gated))
+    return _evaluate(inputs._replace(model_pred=gated), settings)
 
 
 def pair_grad(
@@ -163,9 +164,10 @@ def pair_grad(
     Raises:
         TypeError, ValueError, FloatingPointError: As :func:`pair_loss`.
     """
-    inputs = _checked(Inputs(model_pred, ref_pred, target, ratio_scale, error_weight, ref_error), options, given)
+    inputs = Inputs(model_pred, ref_pred, target, ratio_scale, error_weight, ref_error)
+    settings = _checked_settings(inputs, options, given)
     with torch.no_grad():
-        coefficient = _coefficient(inputs, _evaluate(inputs))
+        coefficient = _coefficient(inputs, settings, _evaluate(inputs, settings))
         if grad_output is not None:
             upstream = grad_output.double().expand(coefficient.shape[0] // 2)
             # an infinite upstream gradient (loss scaling that overflowed) leaves a coefficient of 0 alone
@@ -175,38 +177,19 @@ def pair_grad(
         return torch.where(coefficient == 0, 0.0, coefficient * d)
 
 
-class _CheckedInputs(NamedTuple):
-    """The arguments of a call after the checks that all backends share: ``model_pred`` is float64."""
-
-    model_pred: Tensor
-    ref_pred: Tensor | None
-    target: Tensor
-    ratio_scale: Tensor | None
-    error_weight: Tensor | None
-    ref_error: Tensor | None
-    settings: Settings
-    returned: torch.dtype  # the type of the backends' results; here it only decides what counts as finite
-
-
-def _checked(inputs: Inputs, options: LossOptions | None, given: Mapping[str, Any]) -> _CheckedInputs:
-    model_pred, ref_pred, target, ratio_scale, error_weight, ref_error = inputs
+def _checked_settings(inputs: Inputs, options: LossOptions | None, given: Mapping[str, Any]) -> Settings:
+    model_pred = inputs.model_pred
     ndim = model_pred.ndim if isinstance(model_pred, Tensor) and model_pred.ndim else 4
     settings = make_settings(ndim, options, given)
-    check_tensors(
-        model_pred,
-        ref_pred,
-        target,
-        method=settings.method,
-        ratio_scale=ratio_scale,
-        error_weight=error_weight,
-        ref_error=ref_error,
-    )
-    return _CheckedInputs(model_pred.double(), *inputs[1:], settings, stats_dtype(model_pred, ref_pred, target))
+    check_tensors(inputs, settings.method)
+    return settings
 
 
-def _evaluate(inputs: _CheckedInputs) -> ReferenceOutput:
+def _evaluate(inputs: Inputs, settings: Settings) -> ReferenceOutput:
     """§2 to §5 from top to bottom; the loss is in autograd's graph, the rest is detached."""
-    settings, method = inputs.settings, inputs.settings.method
+    method = settings.method
+    returned = stats_dtype(*inputs[:3])  # the type of a backend's results, which decides what is finite
+    inputs = inputs._replace(model_pred=inputs.model_pred.double())
 
     # §2: errors and error gap
     target = _stacked(inputs.target, inputs.model_pred)
@@ -251,14 +234,14 @@ def _evaluate(inputs: _CheckedInputs) -> ReferenceOutput:
     if settings.safeguard is not None:
         # §6, relatives: the same value with a share of its gradient. A gap that is not finite is left alone:
         # its difference with itself would be NaN.
-        share = _rejected_share(inputs, a * c)
+        share = _rejected_share(inputs, settings.safeguard, a * c)
         let_through = rejected_term.detach() + share * (rejected_term - rejected_term.detach())
         rejected_term = torch.where(torch.isfinite(rejected_term), let_through, rejected_term)
     logits = -0.5 * settings.beta * (chosen_term - rejected_term)
 
-    penalty = _logit_loss(inputs, logits)
+    penalty = _logit_loss(settings, logits)
     of_pairs = [*model_error.chunk(2), *error_gap.chunk(2), *weight.chunk(2), logits, penalty]
-    finite = torch.stack([torch.isfinite(value.detach().to(inputs.returned)) for value in of_pairs]).all(0)
+    finite = torch.stack([torch.isfinite(value.detach().to(returned)) for value in of_pairs]).all(0)
     if settings.nonfinite == "raise" and not bool(finite.all()):
         pairs = ", ".join(str(i) for i in (~finite).nonzero().flatten().tolist())
         raise FloatingPointError(f"pairs {pairs} of {len(finite)} are not finite, expected finite errors and logits")
@@ -286,58 +269,57 @@ def _evaluate(inputs: _CheckedInputs) -> ReferenceOutput:
     )
 
 
-def _coefficient(inputs: _CheckedInputs, out: ReferenceOutput) -> Tensor:
+def _coefficient(inputs: Inputs, settings: Settings, out: ReferenceOutput) -> Tensor:
     """§6: the factor of ``d`` in each sample's gradient, ``[S]``; exactly 0 for a masked pair."""
-    a, b = _placement(inputs.settings.method, out.weight)
+    a, b = _placement(settings.method, out.weight)
     c = _error_weight(inputs, out.weight)
     pairs = len(out.mask)
     elements = inputs.model_pred[0].numel()
-    divisor = pairs if inputs.settings.reduction == "mean" else 1
-    g = b * _pull(inputs, out.logits) * 0.5 * inputs.settings.beta / divisor
+    divisor = pairs if settings.reduction == "mean" else 1
+    g = b * _pull(settings, out.logits) * 0.5 * settings.beta / divisor
     g = torch.where(out.mask, g, 0.0)
-    share = torch.ones_like(g) if inputs.settings.safeguard is None else _rejected_share(inputs, a * c)
+    share = torch.ones_like(g) if settings.safeguard is None else _rejected_share(inputs, settings.safeguard, a * c)
     # chosen once more after the product, which is NaN where an infinite c meets a masked pair
     coefficient = torch.cat([g, -g * share]) * a * c * (2 / elements)
     return torch.where(torch.cat([out.mask, out.mask]), coefficient, 0.0)
 
 
-def _logit_loss(inputs: _CheckedInputs, z: Tensor) -> Tensor:
+def _logit_loss(settings: Settings, z: Tensor) -> Tensor:
     """§5: ℓ(z), the loss of a logit."""
     # softplus(−z) = −log sigmoid(z); torch's softplus turns linear at 20, where it is off by 2e-9
     log_p, log_not_p = torch.nn.functional.logsigmoid(z), torch.nn.functional.logsigmoid(-z)
-    if inputs.settings.loss_type == "ipo":
+    if settings.loss_type == "ipo":
         return (z - 0.5) ** 2
-    if inputs.settings.loss_type == "hinge":
+    if settings.loss_type == "hinge":
         return torch.relu(1 - z)
-    if inputs.settings.loss_type == "dmpo":
-        smoothing = inputs.settings.smoothing
+    if settings.loss_type == "dmpo":
+        smoothing = settings.smoothing
         # at |z| = 1000 both limits are long reached; without the bound an infinite logit would be 0 · ∞
         z = z.clamp(-1e3, 1e3)
         log_p, log_not_p = torch.nn.functional.logsigmoid(z), torch.nn.functional.logsigmoid(-z)
         return log_p.exp() * (log_p - math.log1p(-smoothing)) + log_not_p.exp() * (log_not_p - math.log(smoothing))
-    if inputs.settings.label_smoothing == 0:  # else 0 · ∞ at an infinite logit
+    if settings.label_smoothing == 0:  # else 0 · ∞ at an infinite logit
         return -log_p
-    return -(1 - inputs.settings.label_smoothing) * log_p - inputs.settings.label_smoothing * log_not_p
+    return -(1 - settings.label_smoothing) * log_p - settings.label_smoothing * log_not_p
 
 
-def _pull(inputs: _CheckedInputs, z: Tensor) -> Tensor:
+def _pull(settings: Settings, z: Tensor) -> Tensor:
     """§6: −ℓ'(z)."""
-    if inputs.settings.loss_type == "ipo":
+    if settings.loss_type == "ipo":
         return 1 - 2 * z
-    if inputs.settings.loss_type == "hinge":
+    if settings.loss_type == "hinge":
         return torch.where(torch.isnan(z), z, (z < 1).double())
-    if inputs.settings.loss_type == "dmpo":
-        smoothing, z = inputs.settings.smoothing, z.clamp(-1e3, 1e3)
+    if settings.loss_type == "dmpo":
+        smoothing, z = settings.smoothing, z.clamp(-1e3, 1e3)
         return torch.sigmoid(z) * torch.sigmoid(-z) * (math.log((1 - smoothing) / smoothing) - z)
-    return torch.sigmoid(-z) - inputs.settings.label_smoothing
+    return torch.sigmoid(-z) - settings.label_smoothing
 
 
-def _rejected_share(inputs: _CheckedInputs, a: Tensor) -> Tensor:
+def _rejected_share(inputs: Inputs, safeguard: float, a: Tensor) -> Tensor:
     """§6, relatives: λ ``[B]``, by which ``safeguard`` scales the rejected sample's gradient; ``a`` is a · c."""
-    assert inputs.settings.safeguard is not None  # the callers' question
     g_chosen, g_rejected = (_per_sample(a, inputs.model_pred) * _error(inputs)).detach().reshape(len(a), -1).chunk(2)
     inner = (g_chosen * g_rejected).sum(1)
-    share = (1 - inputs.settings.safeguard) * (g_chosen**2).sum(1) / inner
+    share = (1 - safeguard) * (g_chosen**2).sum(1) / inner
     return torch.where((inner > 0) & (share < 1), share, 1.0)
 
 
@@ -354,7 +336,7 @@ def _placement(method: str, weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([pair_weight, pair_weight]), torch.ones_like(pair_weight)  # sdpo
 
 
-def _error_weight(inputs: _CheckedInputs, like: Tensor) -> Tensor:
+def _error_weight(inputs: Inputs, like: Tensor) -> Tensor:
     return torch.ones_like(like) if inputs.error_weight is None else inputs.error_weight.detach().double()
 
 
@@ -364,9 +346,9 @@ def _stacked(target: Tensor, model_pred: Tensor) -> Tensor:
     return target if target.shape[0] == model_pred.shape[0] else torch.cat([target, target])
 
 
-def _error(inputs: _CheckedInputs) -> Tensor:
+def _error(inputs: Inputs) -> Tensor:
     """§2: d."""
-    return inputs.model_pred - _stacked(inputs.target, inputs.model_pred)
+    return inputs.model_pred.double() - _stacked(inputs.target, inputs.model_pred)
 
 
 def _mean_over_elements(value: Tensor) -> Tensor:

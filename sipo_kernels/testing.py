@@ -90,40 +90,18 @@ def beta_for(batch: Batch, logit: float = 15.0, **options: Any) -> float:
 
 def run_reference(batch: Batch, **options: Any) -> reference.ReferenceOutput:
     """Runs the float64 definition on the batch's values."""
-    return reference.pair_loss(
-        batch.model_pred.detach(),
-        batch.ref_pred,
-        batch.target,
-        ratio_scale=batch.ratio_scale,
-        error_weight=batch.error_weight,
-        **options,
-    )
+    return reference.pair_loss(**batch._asdict() | {"model_pred": batch.model_pred.detach()}, **options)
 
 
 def reference_grad(batch: Batch, **options: Any) -> Tensor:
     """Computes the gradient of §6 in float64."""
-    return reference.pair_grad(
-        batch.model_pred.detach(),
-        batch.ref_pred,
-        batch.target,
-        ratio_scale=batch.ratio_scale,
-        error_weight=batch.error_weight,
-        **options,
-    )
+    return reference.pair_grad(**batch._asdict() | {"model_pred": batch.model_pred.detach()}, **options)
 
 
 def run(batch: Batch, backend: str, upstream: Tensor | None = None, **options: Any) -> tuple[PairLossOutput, Tensor]:
     """Runs forward and backward through the public function; returns the output and the gradient."""
     batch.model_pred.grad = None
-    out = pair_loss(
-        batch.model_pred,
-        batch.ref_pred,
-        batch.target,
-        ratio_scale=batch.ratio_scale,
-        error_weight=batch.error_weight,
-        backend=backend,
-        **options,
-    )
+    out = pair_loss(**batch._asdict(), backend=backend, **options)
     (grad,) = torch.autograd.grad(out.loss, batch.model_pred, grad_outputs=upstream)
     return out, grad
 
@@ -223,19 +201,9 @@ def golden_cases(folder: Path) -> list[GoldenCase]:
             options["mask_threshold"] = 0.0
         expected = {name: _tensor(value) for name, value in raw["expected"].items()}
         expected["mask"] = expected["mask"].bool()
-        cases.append(
-            GoldenCase(
-                name=path.stem,
-                schedule=raw["schedule"],
-                options=options,
-                model_pred=_tensor(raw["model_pred"]),
-                ref_pred=_tensor(raw["ref_pred"]),
-                target=_tensor(raw["target"]),
-                noise_levels=_noise_levels(raw),
-                ratio_scale=_tensor(raw["ratio_scale"]),
-                expected=expected,
-            )
-        )
+        tensors = {name: _tensor(raw[name]) for name in ("model_pred", "ref_pred", "target", "ratio_scale")}
+        levels = _noise_levels(raw)
+        cases.append(GoldenCase(path.stem, raw["schedule"], options, noise_levels=levels, expected=expected, **tensors))
     if not cases:
         raise FileNotFoundError(f"no golden cases in {folder}")
     return cases
