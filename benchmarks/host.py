@@ -58,7 +58,7 @@ def _training_pass(batch: LossInputs, device: str) -> dict[str, Call]:
     assert statistics is not None
     timesteps = torch.full((batch.model_pred.shape[0],), 500, device=device)
     totals = statistics.totals(torch.zeros(2, len(METRICS), device=device))
-    totals = totals._replace(timesteps=timesteps[: len(timesteps) // 2])
+    totals = totals._replace(pair_levels=timesteps[: len(timesteps) // 2])
     before = make_before(batch)
     tensors = batch.model_pred, batch.ref_pred, batch.target, timesteps
 

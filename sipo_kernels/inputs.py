@@ -147,14 +147,14 @@ def _check_sums(name: str, value: object, shape: tuple[int, ...], dtype: torch.d
 
 
 def _check_timesteps(totals: Totals, model_pred: Tensor) -> None:
-    timesteps, samples = totals.timesteps, model_pred.shape[0]
+    timesteps, samples = totals.pair_levels, model_pred.shape[0]
     if not isinstance(timesteps, Tensor) or timesteps.dtype == torch.bool or timesteps.is_complex():
         found = timesteps.dtype if isinstance(timesteps, Tensor) else type(timesteps).__name__
-        raise TypeError(f"totals.timesteps is a {found}: expected a tensor of integers or real numbers")
+        raise TypeError(f"totals.pair_levels is a {found}: expected a tensor of integers or real numbers")
     if timesteps.shape != (samples,) and timesteps.shape != (samples // 2,):
         raise ValueError(
-            f"totals.timesteps has shape {list(timesteps.shape)}: expected [{samples // 2}], or [{samples}]"
+            f"totals.pair_levels has shape {list(timesteps.shape)}: expected [{samples // 2}], or [{samples}]"
         )
-    _check_device("totals.timesteps", timesteps, model_pred.device)
+    _check_device("totals.pair_levels", timesteps, model_pred.device)
     if not 0 < totals.top < math.inf:
         raise ValueError(f"totals.top={totals.top!r}: expected a finite number > 0")

@@ -66,14 +66,14 @@ class Totals(NamedTuple):
         metrics: ``[2, len(METRICS)]`` float32: sums of each metric's finite values, each times the pairs that it is a
             mean over, and sums of these pairs; of ``nonfinite_pairs`` its total, and the calls.
         levels: ``[len(STATISTICS), n]`` float32: sums over pairs by noise level, in n bins of equal width.
-        timesteps: where each pair is in them: ``[B]`` or ``[S]`` (then the chosen samples'), of any type but bool.
+        pair_levels: where each pair is in them: ``[B]`` or ``[S]`` (then the chosen samples'), of any type but bool.
         top: the end of the noise levels: the number of training timesteps, or 1 for σ. Pair i is in bin
-            ``⌊timesteps[i] · n / top⌋``, the first or last where that lies outside.
+            ``⌊pair_levels[i] · n / top⌋``, the first or last where that lies outside.
     """
 
     metrics: Tensor | None = None
     levels: Tensor | None = None
-    timesteps: Tensor | None = None
+    pair_levels: Tensor | None = None
     top: float = 1.0
 
 
@@ -246,7 +246,7 @@ def add_totals(totals: Totals, output: PairLossOutput, coef_unit: float) -> None
         if totals.metrics is not None:
             add_metrics(totals.metrics, _metrics(output).float(), _metric_pairs(output).float())
         if totals.levels is not None:
-            assert totals.timesteps is not None  # inputs.py
+            assert totals.pair_levels is not None  # inputs.py
             pairs = output.mask.shape[0]
-            bins = level_bins(totals.timesteps[:pairs], totals.levels.shape[1], totals.top)
+            bins = level_bins(totals.pair_levels[:pairs], totals.levels.shape[1], totals.top)
             add_levels(totals.levels, bins, output, coef_unit)

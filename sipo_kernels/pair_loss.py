@@ -252,7 +252,7 @@ def pair_loss(
             "nonfinite='raise' reads the loss on the host and cannot be compiled: expected 'propagate' or 'skip'"
         )
     numbers: Tensor | None = None
-    if not compiling and _is_ordinary(*inputs, None if totals is None else totals.timesteps):
+    if not compiling and _is_ordinary(*inputs, None if totals is None else totals.pair_levels):
         needs_grad = model_pred.requires_grad and torch.is_grad_enabled()
         fuse = needs_grad and selected in backends.FUSED
         if expected_upstream is None:

@@ -470,12 +470,12 @@ def test_timesteps_are_read_where_they_lie(dtype: torch.dtype) -> None:
     batch = make_batch((8, 64))
     place = torch.tensor([0.0, 3.0, 10.0, 7.0], dtype=F64)
     for timesteps in (place.to(dtype), place.repeat(2).to(dtype), place.to(dtype).repeat_interleave(3)[::3]):
-        sums = running_sums(4)._replace(timesteps=timesteps)
+        sums = running_sums(4)._replace(pair_levels=timesteps)
         read = native.set_totals(cuda.CudaArgs(), sums)
         assert read is not None and (read is timesteps) == (dtype not in (torch.int16, torch.uint8))
         run(batch, "cuda", **OPTIONS, totals=sums)
         assert sums.levels is not None and sums.levels[0].tolist() == [1.0, 1.0, 0.0, 1.0, 1.0]
-    one = running_sums(4)._replace(timesteps=torch.tensor(3).to(dtype).expand(8))
+    one = running_sums(4)._replace(pair_levels=torch.tensor(3).to(dtype).expand(8))
     run(batch, "cuda", **OPTIONS, totals=one)
     assert one.levels is not None and one.levels[0].tolist() == [0.0, 4.0, 0.0, 0.0, 0.0]
 

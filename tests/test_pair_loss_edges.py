@@ -62,7 +62,7 @@ def test_the_negative_bit_of_reference_errors_timesteps_and_upstream(backend: st
     results = []
     for lazy, sums in zip((False, True), levels, strict=True):
         bit = _negated if lazy else torch.clone
-        totals = Totals(levels=sums, timesteps=bit(timesteps))
+        totals = Totals(levels=sums, pair_levels=bit(timesteps))
         options = OPTIONS | {"ref_error": bit(errors), "ratio_scale": bit(scale), "reduction": "none"}
         out = pair_loss(model, None, target, totals=totals, backend=backend, **options)
         results.append((out.logits, *torch.autograd.grad(out.loss, model, bit(upstream))))
@@ -97,7 +97,7 @@ def test_a_buffer_that_is_written_to_has_no_lazy_bit(name: str) -> None:
         extras: dict[str, Any] = {
             "expected_upstream": {"expected_upstream": tensor},
             "totals.metrics": {"totals": Totals(metrics=tensor)},
-            "totals.levels": {"totals": Totals(levels=tensor, timesteps=torch.zeros(2, device=DEVICE))},
+            "totals.levels": {"totals": Totals(levels=tensor, pair_levels=torch.zeros(2, device=DEVICE))},
         }[name]
         with pytest.raises(ValueError, match=f"{name} .*plain buffer"):
             pair_loss(*batch[:3], method="diffusion_dpo", beta=1.0, **extras)

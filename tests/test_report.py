@@ -125,7 +125,7 @@ def test_timesteps_of_any_type_and_stride(backend: str, dtype: torch.dtype) -> N
     place = torch.tensor([6.0, 0.0, 3.0])
     for timesteps in (place, place.repeat(2), torch.stack([place, place], 1)[:, 0]):
         sums = totals(timesteps.to(dtype), top=7.0)
-        assert sums.timesteps is not None and sums.timesteps.dtype == dtype
+        assert sums.pair_levels is not None and sums.pair_levels.dtype == dtype
         run(batch, backend, totals=sums, **options)
         assert sums.levels[0].tolist() == [1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 1.0]
 
@@ -190,9 +190,13 @@ GOOD = torch.zeros(len(STATISTICS), 3)
         (Totals(torch.zeros(13, 2).T), ValueError, "totals.metrics requires grad, is not contiguous"),
         (Totals(None, torch.zeros(3, 50), torch.zeros(2)), ValueError, r"totals.levels has shape \[3, 50\]"),
         (Totals(None, torch.zeros(18, 0), torch.zeros(2)), ValueError, r"totals.levels has shape \[18, 0\]"),
-        (Totals(None, GOOD), TypeError, "totals.timesteps is a NoneType: expected a tensor"),
-        (Totals(None, GOOD, torch.zeros(3)), ValueError, r"totals.timesteps has shape \[3\]: expected \[2\], or \[4\]"),
-        (Totals(None, GOOD, torch.ones(2, dtype=torch.bool)), TypeError, "totals.timesteps is a torch.bool"),
+        (Totals(None, GOOD), TypeError, "totals.pair_levels is a NoneType: expected a tensor"),
+        (
+            Totals(None, GOOD, torch.zeros(3)),
+            ValueError,
+            r"totals.pair_levels has shape \[3\]: expected \[2\], or \[4\]",
+        ),
+        (Totals(None, GOOD, torch.ones(2, dtype=torch.bool)), TypeError, "totals.pair_levels is a torch.bool"),
         (Totals(None, GOOD, torch.zeros(2), 0.0), ValueError, "totals.top=0.0: expected a finite number > 0"),
     ],
 )

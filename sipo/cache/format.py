@@ -36,7 +36,7 @@ from torch import Tensor
 from sipo.files import FileError, file_hash, parse_json, read_text, save_tensors, write_aside
 
 # Changes whenever the layout of the files changes, or how pixels and text are encoded.
-FORMAT = 5
+FORMAT = 6
 INDEX = "index.json"
 FILES = "files.json"
 LATENTS, TEXT, UNCONDITIONAL = "latents", "text", "unconditional"

@@ -116,7 +116,7 @@ class PairForward:
         levels = pairs.levels[: len(batch)]
 
         loss: Any = self.loss_fn  # these arguments are only for losses that take them
-        options: dict[str, Any] = {} if totals is None else {"totals": totals._replace(timesteps=levels)}
+        options: dict[str, Any] = {} if totals is None else {"totals": totals._replace(pair_levels=levels)}
         options |= level_argument(self.schedule, pairs.levels)
         ref_pred: Tensor | None = None
         if batch.ref_error is not None:

@@ -151,7 +151,7 @@ def set_totals(args: Any, totals: Totals) -> Tensor | None:
         The timesteps in a type that the library reads, or None if there are no sums by noise level. They may be a
         copy: keep them until the call is made.
     """
-    args.metrics, args.levels, timesteps = _pointer(totals.metrics), _pointer(totals.levels), totals.timesteps
+    args.metrics, args.levels, timesteps = _pointer(totals.metrics), _pointer(totals.levels), totals.pair_levels
     if totals.levels is None or timesteps is None:
         return None
     args.bins, args.top = totals.levels.shape[1], totals.top
