@@ -150,6 +150,7 @@ def test_the_demo_says_which_packages_it_lacks() -> None:
     ("arguments", "message"),
     [
         ([], "the following arguments are required: COMMAND"),
+        (["train"], "the following arguments are required: config\n"),
         (["dance"], "argument COMMAND: invalid choice: 'dance'"),
         (["demo", "--method", "ppo"], "argument --method: invalid choice: 'ppo'"),
         (["demo", "--steps", "many"], "argument --steps: invalid int value: 'many'"),

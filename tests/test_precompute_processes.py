@@ -237,6 +237,7 @@ def test_what_a_run_will_not_see_of_a_cache_is_said() -> None:
         "training uses only 4 of the 100 pairs; data.max_pairs=4 would encode just those"
     )
     assert cost.unused(draws=4, held_out=20, seen=320) == ""
+    assert cost.unused(draws=4, held_out=20, seen=241) == "", "all four draws are needed, of some pairs"
     assert cost.unused(draws=4, held_out=20, seen=161) == (
         "training uses only 161 of the 320 draws; data.draws=3 would compute just those"
     )

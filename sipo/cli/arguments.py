@@ -62,7 +62,8 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 
 def add_overrides(parser: argparse.ArgumentParser, help: str) -> None:
     """Adds settings that override those of a file."""
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=help)
+    # With a default, or argparse lists it among missing arguments as if it were required.
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help=help)
 
 
 def add_max_pixels(parser: argparse.ArgumentParser) -> None:
