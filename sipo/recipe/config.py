@@ -28,6 +28,16 @@ from sipo_kernels.options import LossOptions, check_choice
 
 _LARGEST = 1 << 63  # integers have 64 bits
 _LONGEST = 300  # letters of a message's part that a user has written
+# What was expected, by the first word of pydantic's name for an error: "int_parsing", "int_from_float".
+_EXPECTED = {
+    "int": "an integer",
+    "float": "a number",
+    "bool": "true or false",
+    "string": "a string",
+    "list": "a list",
+    "tuple": "a list",
+    "dataclass": "a section of keys",
+}
 TOY = "toy"
 """In place of a model's or data set's path: a small one, made on the spot from a configuration."""
 
@@ -235,7 +245,8 @@ def from_dict(tree: dict[str, Any]) -> Config:
         return TypeAdapter(Config).validate_python(tree)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
+        loc = first["loc"]  # with names of types below a key that takes several
+        place = ".".join(str(part) for i, part in enumerate(loc, 1) if isinstance(part, int) or loc[:i] in paths)
         if first["type"] in ("missing", "missing_argument"):
             raise ConfigError(f"{place}: missing, expected a value") from error
         cause = first.get("ctx", {}).get("error")
@@ -244,7 +255,8 @@ def from_dict(tree: dict[str, Any]) -> Config:
         if first["type"] == "literal_error":
             choices = first["ctx"]["expected"].replace("'", "").replace(" or ", ", ")
             raise ConfigError(f"{place}={short(first['input'])}: expected one of {choices}") from error
-        raise ConfigError(f"{place}={short(first['input'])}: {first['msg']}") from error
+        kind = _EXPECTED.get(first["type"].partition("_")[0])
+        raise ConfigError(f"{place}={short(first['input'])}: {f'expected {kind}' if kind else first['msg']}") from error
 
 
 def _with_paths(tree: dict[str, Any]) -> dict[str, Any]:
