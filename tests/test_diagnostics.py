@@ -486,8 +486,8 @@ def test_the_command_line_says_it_in_one_line(
     place = f"training.output_dir={tmp_path}"
     alarm = TrainingAlarmError(40, tmp_path, ["drift: model_mse 9"])
     monkeypatch.setattr("sipo.recipe.train.run_training", Mock(side_effect=alarm))
-    assert cli.main(["train", str(example), place]) == 2
-    end = f"; `sipo train {example} {place} --resume` continues from there\n"
+    assert cli.main(["train", str(example), place, "data.sizes=[[32, 32]]"]) == 2
+    end = f"; `sipo train {example} {place} 'data.sizes=[[32, 32]]' --resume` continues from there\n"
     assert capsys.readouterr().err == f"sipo: error: step 40: drift: model_mse 9; alarms='stop'{end}"
     # How several processes were launched is not known.
     two = SimpleNamespace(num_processes=2, is_main_process=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import shlex
 import sys
 from typing import Any
 
@@ -40,7 +41,7 @@ def _train(options: argparse.Namespace) -> int:
         if accelerator.is_main_process:
             _print_config(config)
 
-    command = f"`{' '.join(['sipo train', str(options.config), *options.overrides, '--resume'])}`"
+    command = f"`{shlex.join(['sipo', 'train', str(options.config), *options.overrides, '--resume'])}`"
     if accelerator.num_processes > 1:  # how they were launched is not known here
         command = "the same command with --resume"
     try:
