@@ -18,9 +18,7 @@ from sipo.locks import locked
 from sipo.processes import everywhere, from_all, from_main, on_main
 from sipo.progress import say
 from sipo.recipe.build import RunContext, free_memory, frozen_reference
-from sipo.recipe.config import (
-    ConfigError,
-)
+from sipo.recipe.config import ConfigError
 from sipo.training.sharding import round_whole
 
 
