@@ -45,6 +45,7 @@ class PairBatch:
         ref_error: ``[B, 2]`` float64, chosen first; ``None`` without reference errors.
 
     Raises:
+        TypeError: samples that are not floating-point tensors, or another field of the wrong type.
         ValueError: tensors that do not fit the mode, or shapes that do not fit each other. No value is read.
     """
 
@@ -58,6 +59,15 @@ class PairBatch:
     ref_error: Tensor | None = None
 
     def __post_init__(self) -> None:
+        for name in ("chosen", "rejected", *_DRAWN.values()):
+            value, drawn = getattr(self, name), name in _DRAWN.values()
+            if not isinstance(value, Tensor) and not (drawn and value is None):
+                raise TypeError(f"{name} is a {type(value).__name__}: expected a torch.Tensor")
+            if not drawn and not value.is_floating_point():
+                raise TypeError(f"{name} has dtype {value.dtype}: expected a floating-point type")
+        if not isinstance(self.own_condition, (dict, type(None))):
+            kind = type(self.own_condition).__name__
+            raise TypeError(f"own_condition is a {kind}: expected a dictionary of tensors")
         given = [key for key, name in _DRAWN.items() if getattr(self, name) is not None]
         needed, none = list(_DRAWN)[: _NEEDED[self.mode]], f"none of {', '.join(_DRAWN)}"
         if given != needed:
@@ -79,8 +89,11 @@ class PairBatch:
         """Builds a batch from what ``default_collate`` makes of items (:class:`sipo.protocols.PairDataset`).
 
         Raises:
+            TypeError: items that are no dictionaries, or hold values of the wrong type.
             ValueError: keys that are missing or do not go together; shapes that do not.
         """
+        if not isinstance(items, dict):
+            raise TypeError(f"items are collated to a {type(items).__name__}: expected dictionaries with 'chosen'")
         for name in ("chosen", "rejected"):
             if name not in items:
                 raise ValueError(f"an item has the keys {', '.join(items)}: expected {name!r} among them")

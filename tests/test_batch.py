@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import diffusers
@@ -73,6 +74,23 @@ def test_what_does_not_go_together_is_refused(changes: dict[str, Any], message: 
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"chosen": None}, "chosen is a NoneType: expected a torch.Tensor"),
+        ({"rejected": ["a"] * 3}, "rejected is a list: expected a torch.Tensor"),
+        ({"chosen": torch.zeros(3, 2, 5, dtype=torch.uint8)}, "chosen has dtype torch.uint8: expected a float"),
+        ({"levels": [1, 2, 3]}, "levels is a list: expected a torch.Tensor"),
+        ({"own_condition": torch.zeros(3, 2)}, "own_condition is a Tensor: expected a dictionary of tensors"),
+    ],
+)
+def test_what_has_the_wrong_type_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=re.escape(message)):
+        PairBatch(**tensors() | changes)
+    with pytest.raises(TypeError, match="items are collated to a list: expected dictionaries with 'chosen'"):
+        PairBatch.of_items(list(tensors().values()))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("mode", BatchMode)
 def test_items_say_the_mode(mode: BatchMode) -> None:
     given = tensors()
@@ -114,8 +132,8 @@ def test_both_samples_of_a_pair_are_noised_alike(schedule: NoiseSchedule) -> Non
         given["levels"] = given["levels"] / 1000
     pairs = noisy_pairs(PairBatch(**given), schedule)
     argument = level_argument(schedule, given["levels"])
-    for half, name in enumerate(("chosen", "rejected")):
-        rows = slice(3 * half, 3 * half + 3)
+    for place, name in enumerate(("chosen", "rejected")):
+        rows = slice(3 * place, 3 * place + 3)
         assert torch.equal(pairs.samples[rows], schedule.add_noise(given[name], given["noise"], **argument))
         shared = schedule.prediction_type == "epsilon"
         target = pairs.target if shared else pairs.target[rows]
@@ -123,7 +141,7 @@ def test_both_samples_of_a_pair_are_noised_alike(schedule: NoiseSchedule) -> Non
         assert torch.equal(pairs.levels[rows], given["levels"])
         assert torch.equal(pairs.timesteps[rows], network_timesteps(schedule, given["levels"]))
         assert torch.equal(pairs.condition["text"][rows], given["condition"]["text"])
-        assert torch.equal(pairs.condition["ids"][rows], given["own_condition"]["ids"][:, half])
+        assert torch.equal(pairs.condition["ids"][rows], given["own_condition"]["ids"][:, place])
     again = noisy_pairs(
         PairBatch(given["chosen"], given["rejected"]).with_draws(given["noise"], given["levels"]), schedule
     )
