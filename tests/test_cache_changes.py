@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -145,7 +146,8 @@ def test_a_caption_that_is_empty_now_is_a_bad_pair(data: Path) -> None:
     lines = read(data)
     empty_caption(lines)
     write(data, lines)
-    with pytest.raises(BadPairError, match="row 4: the caption is empty"):
+    changed_row = re.escape("the data has changed (row 4: the caption is empty now) and is encoded again, but row 4: ")
+    with pytest.raises(BadPairError, match=f"^{changed_row}the caption is empty "):
         encode(data)
     assert encode(data, skip_bad=True).skipped == {"caption": 1}
 

@@ -434,6 +434,11 @@ def test_settings_have_the_configurations_names_and_a_default_its_own(tmp_path: 
         sipo.recipe.train._naming_sections(),
     ):
         fit(tmp_path, max_train_steps=3, resume_from="latest", loss_fn=loss(beta=None), data=Pairs(20))
+    with (
+        pytest.raises(ValueError, match=r"^training\.max_train_steps=1: the checkpoint has 2 already, expected"),
+        sipo.recipe.train._naming_sections(),
+    ):
+        fit(tmp_path, max_train_steps=1, resume_from="latest", loss_fn=loss(beta=None))
 
 
 def test_a_finished_run_resumes_to_its_end(tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ def first_row_change(before: Iterable[RowFacts], after: Iterable[RowFacts]) -> s
                 return f"{row_name(new[0])}: {side} " + ("has other content" if in_memory else f"is {now}, was {was}")
         if old[3] != new[3]:
             return f"{row_name(new[0])}: {new[3] or 'is valid now'}"
-        return f"{row_name(new[0])}: its caption"
+        return f"{row_name(new[0])}: {'has a caption now' if new[4] else 'the caption is empty now'}"
     return ""
 
 

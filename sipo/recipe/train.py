@@ -65,7 +65,7 @@ def run_training(
 
     Args:
         config: the run.
-        resume: go on from the newest sound checkpoint in ``training.output_dir``, or start where there is none yet.
+        resume: continue from the newest sound checkpoint in ``training.output_dir``, or start where there is none yet.
         overwrite: remove the run that ``training.output_dir`` holds, once everything is ready to train.
         accelerator: made from the configuration if left out.
         on_start: called on every process once the folder and the settings have been accepted.
@@ -144,7 +144,7 @@ def trained_on(run: RunContext, cache: Cache) -> dict[str, Any]:
 
 
 def _check_folder(training: TrainingConfig, resume: bool, overwrite: bool = False) -> bool:
-    """Whether the folder has checkpoints to go on from.
+    """Whether the folder has checkpoints to continue from.
 
     Raises:
         ConfigError: it holds a run, which is neither to be resumed nor to be overwritten.
@@ -175,13 +175,14 @@ def _clear_folder(training: TrainingConfig, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def _naming_sections() -> Iterator[None]:
-    """Inside, an error about a checkpoint of other settings names them as in the configuration: section and key."""
+    """Inside, the loop's errors about settings name them as in the configuration: section and key."""
     try:
         yield
-    except CheckpointError as error:
+    except ValueError as error:
+        if type(error) not in (CheckpointError, ValueError):
+            raise
         names = "|".join(field.name for field in dataclasses.fields(TrainingConfig))
-        text = re.sub(rf": made with (?=({names})\b)", ": made with training.", str(error), count=1)
-        raise CheckpointError(text) from error
+        raise type(error)(re.sub(rf"(^|: made with )(?=({names})[=[])", r"\1training.", str(error), count=1)) from error
 
 
 def _mismatch(config: Config, network: nn.Module) -> Mismatch:
@@ -192,7 +193,7 @@ def _mismatch(config: Config, network: nn.Module) -> Mismatch:
 
 
 def _identity(run: RunContext, data: str) -> dict[str, Any]:
-    """What a resumed run must share with the one it goes on from, beside the loop's own settings."""
+    """What a resumed run must share with the one it continues, beside the loop's own settings."""
     config = run.config
     free = ("gradient_checkpointing", "reference_offload", *PLACE)
     model = {f"model.{name}": value for name, value in config.as_dict()["model"].items() if name not in free}
