@@ -60,11 +60,12 @@ class PairBatch:
 
     def __post_init__(self) -> None:
         for name in ("chosen", "rejected", *_DRAWN.values()):
-            value, drawn = getattr(self, name), name in _DRAWN.values()
-            if not isinstance(value, Tensor) and not (drawn and value is None):
+            value = getattr(self, name)
+            if not isinstance(value, Tensor) and not (value is None and name in _DRAWN.values()):
                 raise TypeError(f"{name} is a {type(value).__name__}: expected a torch.Tensor")
-            if not drawn and not value.is_floating_point():
-                raise TypeError(f"{name} has dtype {value.dtype}: expected a floating-point type")
+        for name, samples in {"chosen": self.chosen, "rejected": self.rejected}.items():
+            if not samples.is_floating_point():
+                raise TypeError(f"{name} has dtype {samples.dtype}: expected a floating-point type")
         if not isinstance(self.own_condition, (dict, type(None))):
             kind = type(self.own_condition).__name__
             raise TypeError(f"own_condition is a {kind}: expected a dictionary of tensors")
