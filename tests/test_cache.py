@@ -128,7 +128,7 @@ def test_a_folder_without_a_finished_cache(tmp_path: Path) -> None:
         open_cache(tmp_path)
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path, pipeline=Pipeline(fail_at=6))
-    with pytest.raises(CacheError, match="not finished; `sipo precompute` goes on where it stopped"):
+    with pytest.raises(CacheError, match="not finished; `sipo precompute` continues where it stopped"):
         open_cache(tmp_path)
 
 

@@ -132,7 +132,7 @@ def open_cache(folder: str | Path, fingerprint: Mapping[str, Any] | None = None,
     if index is None:
         raise CacheError(f"{folder}: no cache there, expected {INDEX}; `sipo precompute` makes one")
     if not index.complete:
-        raise CacheError(f"{folder}: a cache that is not finished; `sipo precompute` goes on where it stopped")
+        raise CacheError(f"{folder}: a cache that is not finished; `sipo precompute` continues where it stopped")
     try:
         cache = Cache(folder, index, check_hashes)
     except (KeyError, TypeError, ValueError) as error:

@@ -123,7 +123,7 @@ def precompute_pairs(
         fingerprint: what the content depends on (:func:`sipo.cache.index.pairs_fingerprint`).
         check_hashes: read every existing shard and compare its hash; else its size alone.
         verify: read every file of the source that a shard was made of, and compare contents.
-        refuse_changes: raise at the first change, before anything is encoded again: for a run that goes on.
+        refuse_changes: raise at the first change, before anything is encoded again: for a run that continues.
         accelerator: accelerate's, if there is one: shards are dealt out to its processes, who must see one folder.
         on_cost: told what is to be encoded, if anything is, before any pair of a cache that is not finished is; in the
             first process.

@@ -139,7 +139,7 @@ def open_reference_errors(
             check_fingerprint(other, marks[other], wanted)  # the one that is most alike says where it is not
         raise CacheError(f"{cache.folder / FOLDER}: no reference errors, expected some; `sipo precompute` makes them")
     if not index["complete"]:
-        raise CacheError(f"{folder}: reference errors that are not finished; `sipo precompute` goes on with them")
+        raise CacheError(f"{folder}: reference errors that are not finished; `sipo precompute` finishes them")
     if len(index["shards"]) != len(cache.latents):
         raise DamagedError(
             f"{folder}: errors of {len(index['shards'])} shards of pairs, expected {len(cache.latents)}; "

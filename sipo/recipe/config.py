@@ -86,7 +86,7 @@ class SampleConfig:
 
     Attributes:
         validation_prompts: one image or clip for each; none draws nothing.
-        seed: the same at every look.
+        seed: of the first prompt's noise, the same at every validation; each further prompt's is one more.
         num_inference_steps: of the sampler.
         guidance_scale: classifier-free guidance scale; ``None`` takes the family's.
     """

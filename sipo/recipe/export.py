@@ -43,8 +43,8 @@ def export_run(
         The file, and what was written to it.
 
     Raises:
-        ConfigError: no run; another override; full tuning; a format that the family does not have; a file that is
-            there already, or cannot be written.
+        ConfigError: no run; another override; full tuning; a format that the family does not have; a file that
+            exists already, or cannot be written.
         CheckpointError: no such checkpoint, or a damaged one.
         FileNotFoundError: no weights yet; for SDXL, a model whose configuration cannot be read.
         ValueError: weights that are damaged, are no such adapter, do not match the run's configuration, or are not

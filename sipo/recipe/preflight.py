@@ -33,7 +33,7 @@ def check_run(run: RunContext, work: Work, *, resume: bool = False) -> None:
         run: of :func:`sipo.recipe.build.open_run`, which has checked the schedule. Every process calls this.
         work: what it is opened for. What other work on this machine needs and lacks, as packages and the loss's backend
             in "precompute", is a warning.
-        resume: whether the run goes on from a checkpoint.
+        resume: whether the run continues from a checkpoint.
 
     Raises:
         ConfigError: names the key, its value, and what was expected.

@@ -25,8 +25,6 @@ from sipo.training.trackers import log_clips, log_images
 SAMPLES = "samples"
 """Folder in ``training.output_dir`` that samples are written to."""
 
-"""File in it: the prompts, a list of strings in the order of the samples."""
-
 SAMPLE_FPS = 8.0
 """Frames per second of the clips that are written where ``data.fps`` does not say."""
 
@@ -34,13 +32,13 @@ SAMPLE_FPS = 8.0
 class ValidationSamples:
     """Draws ``samples.validation_prompts``: ``samples/step-00000100.png``, or an mp4 for each prompt.
 
-    The main process encodes the prompts once and frees the text encoders; of the pipeline the VAE stays, in host memory
-    between looks. Of ``W`` processes number ``r`` draws the prompts ``r``, ``r + W`` and so on. Prompt ``i`` has
-    the seed ``samples.seed + i``, so that samples do not depend on how many processes there are. A network that they
-    hold parts of (FSDP2) is run by all of them at once, and the one that has run out of prompts goes along.
+    The main process encodes the prompts once and frees the text encoders; the pipeline's VAE stays, in host memory
+    until samples are drawn. Of ``W`` processes number ``r`` draws the prompts ``r``, ``r + W`` and so on. Prompt ``i``
+    has the seed ``samples.seed + i``, so that samples do not depend on how many processes there are. A network that
+    they hold parts of (FSDP2) is run by all of them at once; one without a prompt draws the first again.
 
     Args:
-        run: of :func:`sipo.recipe.build.open_run`, with ``samples.validation_prompts``. Every process makes a look.
+        run: of :func:`sipo.recipe.build.open_run`, with ``samples.validation_prompts``. Every process makes one.
 
     Raises:
         ValueError, FileNotFoundError: of the model's files.

@@ -135,7 +135,7 @@ def _append(file: TextIO, line: dict[str, Any]) -> None:
 
 
 def check_logs(config: TrainingConfig) -> list[Path]:
-    """A run's logs that are there; nothing else may stand in their places, as a FIFO, which a run would wait for.
+    """A run's logs that exist; nothing else may have their names, such as a FIFO, which a run would wait for.
 
     Raises:
         FileError: something else does.
@@ -177,7 +177,7 @@ def _free_names(paths: Sequence[Path]) -> list[Path]:
 
 
 def _numbers(line: dict[str, Any], prefix: str, *names: str) -> str:
-    """What of a line is shown while a run goes on; a loss of one's own may lack some."""
+    """What of a line is shown during a run; a loss of one's own may lack some."""
     values = {name: line.get(prefix + _SHOWN[name], "") for name in names}
     shown = {name: "nan" if value is None else f"{value:.3f}" for name, value in values.items() if value != ""}
     return ", ".join(f"{name} {text}" for name, text in shown.items())

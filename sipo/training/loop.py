@@ -116,7 +116,7 @@ def train(
         validation: held-out pairs, measured every ``config.validation_steps`` steps.
         on_validation: called at the same steps, for instance to draw samples; see :data:`OnValidation`.
         offload_reference: keep a frozen copy in host memory while it is not running.
-        identity: further JSON values that a resumed run must share with the one it goes on from.
+        identity: further JSON values that a resumed run must share with the one it continues.
         mismatch: what to do where policy and reference differ before the first step by more than their types round
             (docs/math.md §8): "warn", or "raise" before any weight moves, for runs where both start from the same
             weights. With ``alarms="off"`` neither happens.
@@ -354,11 +354,11 @@ class TrainingLoop:
     def _validated(self, step: int) -> bool:
         """Whether the log has the validation of the step that a run was resumed from; every process calls it."""
 
-        def look() -> bool:
+        def is_logged() -> bool:
             path = self.config.metrics_path
             return any(line["step"] == step for kind in ("validation", "hook") for line in read_metrics(path, kind))
 
-        return from_main(self.accelerator, look)
+        return from_main(self.accelerator, is_logged)
 
     # ---- Checkpoints ----
 

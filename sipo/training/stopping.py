@@ -82,8 +82,8 @@ def asked_to_stop() -> bool:
 class StopAgreement:
     """Whether any process was asked to stop, the same answer in all of them.
 
-    A process asks at the beginning of a step's last pass and reads the answer at the step's end, when it has long been
-    there: the host waits until the device has come to that pass, and no further.
+    A process asks at the beginning of a step's last pass and reads the answer at the step's end, when it has long
+    arrived: the host waits until the device has come to that pass, and no further.
 
     Args:
         request: this process's.

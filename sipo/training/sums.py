@@ -63,7 +63,7 @@ def check_sums(folder: Path) -> bool:
 def write_run_sums(folder: Path) -> None:
     """Writes the hashes of a run's configuration, logs and prompts; call it when the run has ended.
 
-    A run that goes on removes them first (:func:`remove_run_sums`).
+    A run that continues removes them first (:func:`remove_run_sums`).
     """
     paths = [folder / CONFIG, *(path for pattern in LOGS for path in sorted(folder.glob(pattern))), folder / PROMPTS]
     _write(folder, [path for path in paths if path.exists()])

@@ -46,8 +46,8 @@ def check_trackers(config: TrainingConfig) -> list[str]:
 def start_trackers(accelerator: Any, config: TrainingConfig, first_step: int) -> list[Any]:
     """Starts the trackers that a configuration asks for, beside those that the accelerator has; returns them.
 
-    TensorBoard's events go to ``tensorboard/`` in the run's folder. TensorBoard no longer shows those that are there
-    already: after the checkpoint where a run is resumed, and all of them where it starts. Errors as for
+    TensorBoard's events go to ``tensorboard/`` in the run's folder. TensorBoard no longer shows earlier ones:
+    those after the checkpoint where a run is resumed, and all of them where it starts. Errors as for
     :func:`check_trackers`.
 
     Args:
