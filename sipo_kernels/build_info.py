@@ -40,8 +40,7 @@ def part(name: str) -> dict[str, Any]:
         parts = read_record(RECORD)["parts"]
         found: dict[str, Any] = {"built": False, "reason": "the build knew of no such part", **parts.get(name, {})}
     except (KeyError, TypeError, AttributeError):
-        reason = "the package was not built (from a checkout: python setup.py build_ext --inplace)"
-        return {"built": False, "reason": reason, "remedy": REINSTALL}
+        return {"built": False, "reason": "the package was not built", "remedy": rebuild(RECORD.parents[1])}
     if not found["built"]:
         # The CUDA part is in the same library as the CPU part, and is never built alone.
         missing = _MISSING["cuda" if name == "cuda" and part("cpu")["built"] else "cpu"]
@@ -61,6 +60,11 @@ def sources_digest(root: Path) -> str | None:
     return digest.hexdigest() if files else None
 
 
+def rebuild(root: Path) -> str:
+    """Returns how to build a library that is missing or cannot be used: only a checkout has the sources for it."""
+    return "rebuild: make setup" if sources_digest(root) else REINSTALL
+
+
 def fits(library: Path, root: Path) -> bool:
     """Returns whether ``library`` exists and was made from the sources below ``root``."""
     return library.exists() and str(sources_digest(root)).encode() in library.read_bytes()
@@ -71,8 +75,9 @@ def main() -> None:
     for name, backend in BACKENDS.items():
         if not (found := part(name))["built"]:
             print(f"sipo: the {backend} backend is left out: {found['reason']}")
-    library = read_record(RECORD).get("library", "none was ever built")
-    if library is not None and not fits(RECORD.with_name(library), RECORD.parents[1]):
+    record = read_record(RECORD)
+    library = record.get("library")
+    if "library" not in record or (library is not None and not fits(RECORD.with_name(library), RECORD.parents[1])):
         sys.exit("sipo: the native library does not fit the sources in csrc/")
 
 

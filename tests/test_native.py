@@ -137,8 +137,9 @@ def test_reasons_for_having_no_library(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(native, "_FOLDER", tmp_path)
     record = tmp_path / "_build_info.json"
     monkeypatch.setattr(build_info, "RECORD", record)
-    not_built = "the package was not built (from a checkout: python setup.py build_ext --inplace)"
-    assert native._load() == (None, f"there is no native library: {not_built}", "")
+    assert native._load() == (None, "there is no native library: the package was not built", "")
+    assert build_info.part("cpu")["remedy"] == "reinstall: pip install ."
+    assert build_info.rebuild(library.ROOT) == REBUILD
     record.write_text(json.dumps({"parts": {"cpu": {"reason": "no C++ compiler found"}}}))
     assert native._load() == (None, "there is no native library: no C++ compiler found", "")
     record.write_text(json.dumps({"parts": {"cpu": {"built": True, "reason": None}}}))

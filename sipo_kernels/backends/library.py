@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 import torch
 
-from sipo_kernels.build_info import REINSTALL, sources_digest
+from sipo_kernels.build_info import rebuild, sources_digest
 from sipo_kernels.layout import DTYPES
 from sipo_kernels.options import LOSS_TYPES, METHODS, RATIOS
 from sipo_kernels.output import METRICS, SAMPLE_ROWS, STATISTICS
 
-# In the order of their codes. Only timesteps may be integers.
+# In the order of their codes. Only noise levels may be integers.
 ELEMENT_TYPES = (*DTYPES, torch.int64, torch.int32)
 ROOT = Path(__file__).resolve().parents[2]
 # By the code of ctypes: pointers, floating-point numbers and structures; all others are integers.
@@ -38,8 +38,8 @@ class Loaded(NamedTuple):
 
 
 def refused(reason: str) -> Loaded:
-    """Returns that the library is refused, with the remedy: a wheel has no sources to rebuild it from."""
-    return Loaded(None, reason, "rebuild: make setup" if sources_digest(ROOT) else REINSTALL)
+    """Returns that the library is refused, with the remedy."""
+    return Loaded(None, reason, rebuild(ROOT))
 
 
 def _fields(structure: type[ctypes.Structure]) -> str:
