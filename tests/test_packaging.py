@@ -599,12 +599,12 @@ def test_the_record_is_read_with_remedies(tmp_path: Path, monkeypatch: pytest.Mo
     assert cuda["remedy"] == f"change that, {install}"
     record.write_text('{"parts": {"cpu": {"built": true}}}')
     assert build_info.part("cuda")["reason"] == "the build knew of no such part"
+    not_built = {"built": False, "reason": "the package was not built", "remedy": "reinstall: pip install ."}
     for broken in ("{", "[]", '{"parts": null}', '{"parts": {"cpu": {}, "cuda": 3}}'):
         record.write_text(broken)
-        not_built = {"built": False, "reason": "the package was not built", "remedy": "reinstall: pip install ."}
         assert build_info.part("cuda") == not_built
     record.unlink()
-    assert "python setup.py build_ext --inplace" in build_info.part("cpu")["reason"]
+    assert build_info.part("cpu") == not_built
 
 
 def test_the_record_prints_what_was_left_out(build: FakeBuild) -> None:
