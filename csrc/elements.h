@@ -8,7 +8,7 @@
 
 namespace sipo {
 
-// ELEMENT_TYPES of sipo_kernels/backends/library.py. Only timesteps may be integers.
+// ELEMENT_TYPES of sipo_kernels/backends/library.py. Only noise levels may be integers.
 #define SIPO_DTYPES(X) \
   X(kFloat32, "float32") X(kBfloat16, "bfloat16") X(kFloat16, "float16") X(kFloat64, "float64") \
   X(kInt64, "int64") X(kInt32, "int32")

@@ -73,10 +73,10 @@ SIPO_HD void add_metric(float* totals, int k, double value, double pairs) {
   totals[kMetrics + k] += float(pairs);
 }
 
-// The bin of a timestep, of `bins` of equal width from 0 to `top`. Rounded to float, the type of σ: 0.02 as a float is
-// a little less, and still begins bin 1 of 50.
-SIPO_HD int level_bin(double timestep, int bins, double top) {
-  const float place = float(timestep * bins / top);
+// The bin of a noise level, of `bins` of equal width from 0 to `top`. Rounded to float, the type of σ: 0.02 as a float
+// is a little less, and still begins bin 1 of 50.
+SIPO_HD int level_bin(double level, int bins, double top) {
+  const float place = float(level * bins / top);
   return place >= 0 ? (place < float(bins) ? int(place) : bins - 1) : 0;  // NaN: 0
 }
 

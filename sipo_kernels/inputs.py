@@ -128,7 +128,7 @@ def check_extras(expected_upstream: object, totals: object, model_pred: Tensor) 
     if totals.levels is not None:
         bins = totals.levels.shape[-1] if isinstance(totals.levels, Tensor) and totals.levels.ndim else 1
         _check_sums("totals.levels", totals.levels, (len(STATISTICS), max(bins, 1)), torch.float32, device)
-        _check_timesteps(totals, model_pred)
+        _check_pair_levels(totals, model_pred)
 
 
 def _check_sums(name: str, value: object, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
@@ -146,15 +146,15 @@ def _check_sums(name: str, value: object, shape: tuple[int, ...], dtype: torch.d
         )
 
 
-def _check_timesteps(totals: Totals, model_pred: Tensor) -> None:
-    timesteps, samples = totals.pair_levels, model_pred.shape[0]
-    if not isinstance(timesteps, Tensor) or timesteps.dtype == torch.bool or timesteps.is_complex():
-        found = timesteps.dtype if isinstance(timesteps, Tensor) else type(timesteps).__name__
+def _check_pair_levels(totals: Totals, model_pred: Tensor) -> None:
+    levels, samples = totals.pair_levels, model_pred.shape[0]
+    if not isinstance(levels, Tensor) or levels.dtype == torch.bool or levels.is_complex():
+        found = levels.dtype if isinstance(levels, Tensor) else type(levels).__name__
         raise TypeError(f"totals.pair_levels is a {found}: expected a tensor of integers or real numbers")
-    if timesteps.shape != (samples,) and timesteps.shape != (samples // 2,):
+    if levels.shape != (samples,) and levels.shape != (samples // 2,):
         raise ValueError(
-            f"totals.pair_levels has shape {list(timesteps.shape)}: expected [{samples // 2}], or [{samples}]"
+            f"totals.pair_levels has shape {list(levels.shape)}: expected [{samples // 2}], or [{samples}]"
         )
-    _check_device("totals.pair_levels", timesteps, model_pred.device)
+    _check_device("totals.pair_levels", levels, model_pred.device)
     if not 0 < totals.top < math.inf:
         raise ValueError(f"totals.top={totals.top!r}: expected a finite number > 0")

@@ -195,9 +195,9 @@ def _metrics(output: PairLossOutput) -> Tensor:
     return torch.cat([loss.mean()[None], means.to(dtype), counts])
 
 
-def level_bins(timesteps: Tensor, bins: int, top: float) -> Tensor:
-    """Returns each timestep's bin, int64: ``bins`` of equal width from 0 to ``top``, told apart in float32 as σ is."""
-    place = (timesteps.to(pair_dtype(timesteps.device)) * bins / top).float()
+def level_bins(pair_levels: Tensor, bins: int, top: float) -> Tensor:
+    """Returns the bin of each noise level, int64: ``bins`` of equal width from 0 to ``top``; in float32, as σ is."""
+    place = (pair_levels.to(pair_dtype(pair_levels.device)) * bins / top).float()
     return place.nan_to_num(0.0).clamp(0, bins - 1).long()
 
 

@@ -30,7 +30,7 @@ CAPABILITIES = (80, 90, 100)
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 TL = {torch.float32: tl.float32, torch.float64: tl.float64}
 STRIDES = ("elements", "model_stride", "ref_stride", "target_stride")
-COUNTS = ("pairs", "parts", "tiles", "distance", "keep", "bins", "timestep_stride", "upstream_stride")
+COUNTS = ("pairs", "parts", "tiles", "distance", "keep", "bins", "pair_level_stride", "upstream_stride")
 # Name of each variant: kernel, and what it does beside its work.
 VARIANTS = {
     "fused": (passes.pair_forward, True),
@@ -104,7 +104,7 @@ def compile_for(variant: str, mix: str, capability: int, **changes: Any) -> Any:
     statistics = "fp64" if "fp64" in names else "fp32"
     pointers = {"model": model, "ref": ref, "target": target, "grad": model, "partial": str(TL[acc])}
     pointers |= {"tickets": "i32", "records": "fp64", "mask": "i1", "expected": "fp64", "remembered": "fp64"}
-    pointers |= {"metrics": "fp32", "levels": "fp32", "timesteps": "i64"}
+    pointers |= {"metrics": "fp32", "levels": "fp32", "pair_levels": "i64"}
     signature: dict[str, str] = {}
     for parameter in kernel.params:
         name = parameter.name

@@ -232,8 +232,8 @@ def test_every_element_once(case: Case, safeguard: float | None, shared: bool, w
     assert not any(w.stores.any() for w in (model, ref, target))
     held = _held(plan_of(batch), case.shape)
     np.testing.assert_array_equal(model.by_element(model.loads), np.where(held, 1, 2))
-    # A shared target is read for both halves, and again unless the rejected sample's d is held: its chosen sample's is,
-    # then.
+    # A shared target is read for both samples, and again unless the rejected sample's d is held: then the chosen
+    # sample's is too.
     target_held = held[case.shape[0] // 2 :] if shared else held
     np.testing.assert_array_equal(target.by_element(target.loads), np.where(target_held, 1, 2))
     if case.reader != ANY:
@@ -251,9 +251,9 @@ def _held(plan: CudaPlan, shape: tuple[int, ...]) -> np.ndarray:
     for first in range(0, pairs, plan.group):
         for run_ in plan.runs(min(plan.group, pairs - first)):
             for u in run_:
-                for half in range(2):
-                    if 0 <= 2 * (u - plan.held_from(run_)) + half < plan.hold:
-                        row = first + u // plan.tiles + half * pairs
+                for side in range(2):
+                    if 0 <= 2 * (u - plan.held_from(run_)) + side < plan.hold:
+                        row = first + u // plan.tiles + side * pairs
                         begin = u % plan.tiles * plan.tile
                         held[row, begin : begin + plan.tile] = True
     return held.reshape(shape)

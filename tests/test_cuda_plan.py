@@ -69,12 +69,12 @@ def simulate(plan: CudaPlan, call: CudaCall) -> Visits:
             for u in run:
                 pair, tile = members[u // plan.tiles], u % plan.tiles
                 reduced[pair, tile] += 1
-                for half in range(2):
-                    slot = 2 * (u - plan.held_from(run)) + half
+                for side in range(2):
+                    slot = 2 * (u - plan.held_from(run)) + side
                     if 0 <= slot < plan.hold:
                         assert slot not in slots and u - run.start >= plan.lead, "the slot still holds the group before"
                         slots.add(slot)
-                        held[pair, tile, half] = True
+                        held[pair, tile, side] = True
                 # Not held: the policy of each sample, and the target of each or, shared, as long as the rejected sample
                 # is not.
                 away = [not x for x in held[pair, tile]]

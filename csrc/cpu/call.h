@@ -19,12 +19,12 @@ namespace sipo {
   X(void*, grad) /* null: no gradient. Samples lie `elements` apart */ \
   X(float*, metrics) /* Totals in sipo_kernels/output.py: [2][kMetrics] or null */ \
   X(float*, levels) /* [kStatistics][bins] or null */ \
-  X(const void*, timesteps) /* [B], where there are levels */ \
+  X(const void*, pair_levels) /* [B], where there are levels */ \
   X(double, top) X(double, upstream) /* for which the gradient is made */ \
   X(const char*, isa) /* null: the widest */ \
   X(Settings, settings) \
   X(int32_t, model_dtype) X(int32_t, ref_dtype) X(int32_t, target_dtype) \
-  X(int32_t, ratio_scale_dtype) X(int32_t, error_weight_dtype) X(int32_t, ref_error_dtype) X(int32_t, timesteps_dtype) \
+  X(int32_t, ratio_scale_dtype) X(int32_t, error_weight_dtype) X(int32_t, ref_error_dtype) X(int32_t, pair_levels_dtype) \
   X(int32_t, bins) \
   X(int32_t, target_shared) /* target is [B, ...] */ \
   X(int32_t, wide_sums) /* sum in double, whatever the types */ \

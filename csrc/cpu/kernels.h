@@ -16,8 +16,8 @@ using GradFn = void (*)(const void* m, const void* t, void* g, int64_t n, double
 
 struct Kernels {
   ReduceFn reduce[2][kDtypes][kDtypes][kDtypes];  // [wide][model][ref][target]; wide: sums in double, see layout.py
-  InnerFn inner[kDtypes][kDtypes];             // [model][target]
-  GradFn grad[kDtypes][kDtypes];               // [model][target]
+  InnerFn inner[kDtypes][kDtypes];                // [model][target]
+  GradFn grad[kDtypes][kDtypes];                  // [model][target]
 };
 
 const Kernels& portable_kernels();

@@ -238,7 +238,7 @@ class Report {
     if (!a_.levels) return;
     double rows[kStatistics];
     pair_statistics(chosen, rejected, p, a_.settings, double(a_.elements), rows);
-    float* const bin = a_.levels + level_bin(get(a_.timesteps, pair, a_.timesteps_dtype), a_.bins, a_.top);
+    float* const bin = a_.levels + level_bin(get(a_.pair_levels, pair, a_.pair_levels_dtype), a_.bins, a_.top);
     for (int i = 0; i < kStatistics; ++i) bin[i * a_.bins] += float(rows[i]);
   }
 
@@ -302,31 +302,32 @@ SIPO_API int sipo_pair_loss(const CpuArgs* args) {
       // Each thread does the arithmetic of the pairs that it needs, which costs less than to synchronise again.
       // Thread 0 does all of them and writes the results. Backwards, because what was read last is still in cache.
       int64_t known = -1;
-      Sample half[2];
+      Sample chosen, rejected;
       const auto know = [&](int64_t i) {
-        half[0] = read_sample(a, partial.get(), i, chunks);
-        half[1] = read_sample(a, partial.get(), i + a.pairs, chunks);
+        chosen = read_sample(a, partial.get(), i, chunks);
+        rejected = read_sample(a, partial.get(), i + a.pairs, chunks);
         known = i;
         double product = 0;  // mean_D(d_w · d_l)
         for (int64_t c = 0; safeguarded && c < chunks; ++c) product += inner[i * chunks + c] / double(a.elements);
-        return pair_math(half[0], half[1], a.settings, double(a.elements), a.ratio_scale != nullptr, product);
+        return pair_math(chosen, rejected, a.settings, double(a.elements), a.ratio_scale != nullptr, product);
       };
       if (a.grad) {
         for (int64_t u = end - 1; u >= begin; --u) {
           g.locate(u, a.pairs, &pair, &s, &chunk);
           if (pair != known) know(pair);
-          grad_unit(a, k, pair, s, chunk, upstream_coef(half[s != pair].coef, a.upstream, a.settings.double_stats), stream);
+          const double coef = s == pair ? chosen.coef : rejected.coef;
+          grad_unit(a, k, pair, s, chunk, upstream_coef(coef, a.upstream, a.settings.double_stats), stream);
         }
       }
       if (thread == 0) {
         for (int64_t i = first; i < first + g.pairs; ++i) {
           const Pair p = know(i);
-          write_sample(a, i, half[0]);
-          write_sample(a, i + a.pairs, half[1]);
+          write_sample(a, i, chosen);
+          write_sample(a, i + a.pairs, rejected);
           put(a.logits, i, p.logits, a.settings.double_stats);
           a.mask[i] = p.mask;
           if (a.loss_per_pair) put(a.loss, i, p.loss, a.settings.double_stats);
-          report.add(i, half[0], half[1], p);
+          report.add(i, chosen, rejected, p);
         }
       }
     }

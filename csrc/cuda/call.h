@@ -17,7 +17,7 @@ struct Numbers { SIPO_NUMBERS(SIPO_DECLARE) };
   X(int64_t, model_stride) X(int64_t, ref_stride) X(int64_t, target_stride) \
   X(int64_t, pairs) X(int64_t, elements) \
   X(Numbers, ratio_scale) X(Numbers, error_weight) X(Numbers, ref_error) \
-  X(Numbers, timesteps) /* of pairs, where there are levels; integers too */ \
+  X(Numbers, pair_levels) /* of pairs, where there are levels; integers too */ \
   X(Numbers, upstream) /* sipo_cuda_pair_grad: of pairs, with stride 0 if there is one for all; none: 1 */ \
   /* Results, float or double. */ \
   X(void*, loss) X(void*, samples) /* [kSampleRows][S] */ X(void*, logits) X(void*, numbers) /* [kMetrics + 1] */ \
@@ -117,7 +117,7 @@ __device__ __forceinline__ double number(const Numbers& x, int64_t i, double oth
   return raw.value;
 }
 
-__device__ __forceinline__ double timestep(const Numbers& x, int64_t i) {
+__device__ __forceinline__ double noise_level(const Numbers& x, int64_t i) {
   if (x.dtype == kInt64) return double(at<int64_t>(x.data, i * x.stride)[0]);
   if (x.dtype == kInt32) return double(at<int32_t>(x.data, i * x.stride)[0]);
   return number(x, i, 0.0);

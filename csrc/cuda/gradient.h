@@ -11,8 +11,8 @@ namespace {
 template <class Reader> __device__ __forceinline__ int64_t element(int32_t tile) {
   return int64_t(tile) * kThreads * Reader::kVector + threadIdx.x * Reader::kStep;
 }
-__device__ __forceinline__ int64_t target_row(const CudaArgs& a, int64_t pair, int half) {
-  return (a.target_shared ? pair : pair + half * a.pairs) * a.target_stride;
+__device__ __forceinline__ int64_t target_row(const CudaArgs& a, int64_t pair, int side) {
+  return (a.target_shared ? pair : pair + side * a.pairs) * a.target_stride;
 }
 
 // Whether the gradient is computed in double: if model or target is double, whatever the reader.
@@ -58,21 +58,21 @@ __device__ __forceinline__ void gradient_tile(const CudaArgs& a, int64_t pair, i
   typename Reader::Target t[2] = {};
   bool wanted[2];
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    wanted[half] = coef[half] != 0 && slots[half] < 0;
-    const int64_t at = (pair + half * a.pairs) * a.model_stride + i;
-    Reader::load(m[half], a.model, at, left, a.model_dtype, pass, wanted[half]);
-    Reader::load(t[half], a.target, target_row(a, pair, half) + i, left, a.target_dtype, pass,
-                 wanted[half] && !(half && a.target_shared && wanted[0]));
+  for (int side = 0; side < 2; ++side) {
+    wanted[side] = coef[side] != 0 && slots[side] < 0;
+    const int64_t at = (pair + side * a.pairs) * a.model_stride + i;
+    Reader::load(m[side], a.model, at, left, a.model_dtype, pass, wanted[side]);
+    Reader::load(t[side], a.target, target_row(a, pair, side) + i, left, a.target_dtype, pass,
+                 wanted[side] && !(side && a.target_shared && wanted[0]));
   }
   if (a.target_shared && wanted[0]) t[1] = t[0];
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
+  for (int side = 0; side < 2; ++side) {
     typename Reader::Wide d[Reader::kVector];
-    difference<Reader>(a, m[half], t[half], d);
+    difference<Reader>(a, m[side], t[side], d);
     if constexpr (Reader::kTyped)
-      if (slots[half] >= 0) Reader::take_back(slots[half], d);
-    write_gradient<Reader>(a, d, coef[half], pair + half * a.pairs, i, out);
+      if (slots[side] >= 0) Reader::take_back(slots[side], d);
+    write_gradient<Reader>(a, d, coef[side], pair + side * a.pairs, i, out);
   }
 }
 
@@ -88,8 +88,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) grad_kernel(const __gr
     const double came = number(a.upstream, pair, 1.0);
     double coef[2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-      coef[half] = upstream_coef(get(a.coef, pair + half * a.pairs, a.settings.double_stats), came, a.settings.double_stats);
+    for (int side = 0; side < 2; ++side)
+      coef[side] = upstream_coef(get(a.coef, pair + side * a.pairs, a.settings.double_stats), came, a.settings.double_stats);
     if (done(came)) u = next;
     for (; u < next; ++u) gradient_tile<Reader>(a, pair, u - pair * a.tiles, coef, {-1, -1}, device::normal());
   }

@@ -49,8 +49,8 @@ template <class Reader, class Acc> struct Block {
   __device__ __forceinline__ explicit Block(const Params& params) : a(params) {}
 
   // The slot where a thread keeps d of its elements of a sample tile for the gradient; -1: none.
-  __device__ __forceinline__ int32_t slot(const Run& r, int32_t u, int half) const {
-    const int32_t i = 2 * (u - r.held_from) + half;
+  __device__ __forceinline__ int32_t slot(const Run& r, int32_t u, int side) const {
+    const int32_t i = 2 * (u - r.held_from) + side;
     return Reader::kTyped && i >= 0 && i < a.hold ? i : -1;
   }
 
@@ -64,23 +64,23 @@ template <class Reader, class Acc> struct Block {
     Target t[2] = {};
     const int32_t slots[2] = {a.grad ? slot(r, u, 0) : -1, a.grad ? slot(r, u, 1) : -1};
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {  // all loads are issued before the first is used
-      const int64_t sample = pair + half * a.pairs;
+    for (int side = 0; side < 2; ++side) {  // all loads are issued before the first is used
+      const int64_t sample = pair + side * a.pairs;
       // A shared target is needed again unless the rejected sample, the second to be held, is held.
-      const bool again = a.grad && slots[half] < 0, target_again = a.target_shared ? a.grad && slots[1] < 0 : again;
-      Reader::load(m[half], a.model, sample * a.model_stride + i, left, a.model_dtype, again ? stay : pass);
-      Reader::load(t[half], a.target, target_row(a, pair, half) + i, left, a.target_dtype, target_again ? stay : pass,
-                   !half || !a.target_shared);
-      Reader::load(ref[half], a.ref, sample * a.ref_stride + i, left, a.ref_dtype, pass, a.ref != nullptr);
+      const bool again = a.grad && slots[side] < 0, target_again = a.target_shared ? a.grad && slots[1] < 0 : again;
+      Reader::load(m[side], a.model, sample * a.model_stride + i, left, a.model_dtype, again ? stay : pass);
+      Reader::load(t[side], a.target, target_row(a, pair, side) + i, left, a.target_dtype, target_again ? stay : pass,
+                   !side || !a.target_shared);
+      Reader::load(ref[side], a.ref, sample * a.ref_stride + i, left, a.ref_dtype, pass, a.ref != nullptr);
     }
     if (a.target_shared) t[1] = t[0];
     if constexpr (Reader::kTyped) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        if (slots[half] < 0) continue;
+      for (int side = 0; side < 2; ++side) {
+        if (slots[side] < 0) continue;
         typename Reader::Wide d[Reader::kVector];
-        difference<Reader>(a, m[half], t[half], d);
-        Reader::put_aside(slots[half], d);
+        difference<Reader>(a, m[side], t[side], d);
+        Reader::put_aside(slots[side], d);
       }
     }
     // In float, a few terms at a time; in double, the sums themselves, which saves registers.
@@ -94,8 +94,8 @@ template <class Reader, class Acc> struct Block {
       for (int j = 0; j < Reader::kVector; j += kSome) {
         add_terms<kSome>(m, ref, t, terms);
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
-          m[half].template drop<kSome>(), ref[half].template drop<kSome>(), t[half].template drop<kSome>();
+        for (int side = 0; side < 2; ++side)
+          m[side].template drop<kSome>(), ref[side].template drop<kSome>(), t[side].template drop<kSome>();
       }
     } else {
       add_terms<Reader::kVector>(m, ref, t, terms);
@@ -111,23 +111,23 @@ template <class Reader, class Acc> struct Block {
                                             Acc (&terms)[kSums]) const {
     typename Reader::Wide ms[2][N], rs[2][N], ts[2][N];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      Reader::widen_all(m[half], a.model_dtype, ms[half]);
-      Reader::widen_all(ref[half], a.ref_dtype, rs[half]);
-      Reader::widen_all(t[half], a.target_dtype, ts[half]);
+    for (int side = 0; side < 2; ++side) {
+      Reader::widen_all(m[side], a.model_dtype, ms[side]);
+      Reader::widen_all(ref[side], a.ref_dtype, rs[side]);
+      Reader::widen_all(t[side], a.target_dtype, ts[side]);
     }
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       Acc d[2];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const Acc model = ms[half][j], target = ts[half][j];
-        d[half] = model - target;
-        terms[3 * half] += d[half] * d[half];
+      for (int side = 0; side < 2; ++side) {
+        const Acc model = ms[side][j], target = ts[side][j];
+        d[side] = model - target;
+        terms[3 * side] += d[side] * d[side];
         if (a.ref) {
-          const Acc reference = rs[half][j], d_ref = reference - target;
-          terms[3 * half + 1] += d_ref * d_ref;
-          terms[3 * half + 2] += (model - reference) * (d[half] + d_ref);
+          const Acc reference = rs[side][j], d_ref = reference - target;
+          terms[3 * side + 1] += d_ref * d_ref;
+          terms[3 * side + 2] += (model - reference) * (d[side] + d_ref);
         }
       }
       if (a.safeguarded) terms[6] += d[0] * d[1];  // §6, relatives

@@ -80,9 +80,9 @@ struct Settling {
     if (a.safeguarded) share = rejected_share(chosen, rejected, s, device::load_shared_result(sums_of(i) + 6) / n);
     const Pair p = judge(chosen, rejected, s, n, share);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64_t row = i + half * a.pairs;
-      const double coef = half ? rejected.coef : chosen.coef;
+    for (int side = 0; side < 2; ++side) {
+      const int64_t row = i + side * a.pairs;
+      const double coef = side ? rejected.coef : chosen.coef;
       put(a.samples, kCoefRow * 2 * a.pairs + row, coef, a.settings.double_stats);
       a.work.samples[row].coef = coef;
       a.work.coef[row] = upstream_coef(coef, upstream(), a.settings.double_stats);
@@ -118,7 +118,7 @@ struct Settling {
     pair_facts(chosen, rejected, p, a.settings, to.facts);
     if (!a.levels) return;
     pair_statistics(chosen, rejected, p, a.settings, a.size, to.statistics);
-    to.bin = level_bin(timestep(a.timesteps, i), bins, a.top);
+    to.bin = level_bin(noise_level(a.pair_levels, i), bins, a.top);
   }
 
   __device__ __forceinline__ void report_metric(int k, int32_t pairs) const {  // a warp's work

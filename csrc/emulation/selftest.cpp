@@ -311,7 +311,7 @@ static void test_counting() {
   CHECK(statistics[0] == 2 && statistics[1] == 10 && statistics[2] > 640 && statistics[3] == 0,
         "%d launches, %d blocks", int(statistics[0]), int(statistics[1]));
   sipo_emulate_statistics(statistics);
-  CHECK(statistics[0] + statistics[1] + statistics[2] + statistics[3] == 0, "statistics do not start anew");
+  CHECK(statistics[0] + statistics[1] + statistics[2] + statistics[3] == 0, "reading the statistics does not reset them");
 }
 
 // ---- What a switch costs ----

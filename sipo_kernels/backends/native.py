@@ -68,12 +68,12 @@ class CpuArgs(ctypes.Structure):
         *fields(ctypes.c_void_p, "model ref target"),
         *fields(ctypes.c_int64, "model_stride ref_stride target_stride pairs elements"),
         *fields(ctypes.c_void_p, "ratio_scale error_weight ref_error loss samples logits numbers coef mask grad"),
-        *fields(ctypes.c_void_p, "metrics levels timesteps"),
+        *fields(ctypes.c_void_p, "metrics levels pair_levels"),
         *fields(ctypes.c_double, "top upstream"),
         ("isa", ctypes.c_char_p),
         ("settings", CSettings),
         *fields(ctypes.c_int32, "model_dtype ref_dtype target_dtype"),
-        *fields(ctypes.c_int32, "ratio_scale_dtype error_weight_dtype ref_error_dtype timesteps_dtype"),
+        *fields(ctypes.c_int32, "ratio_scale_dtype error_weight_dtype ref_error_dtype pair_levels_dtype"),
         *fields(ctypes.c_int32, "bins target_shared wide_sums loss_per_pair threads own_threads"),
     ]
 
@@ -148,16 +148,16 @@ def set_totals(args: Any, totals: Totals) -> Tensor | None:
     """Sets what a call adds its results to.
 
     Returns:
-        The timesteps in a type that the library reads, or None if there are no sums by noise level. They may be a
-        copy: keep them until the call is made.
+        The pairs' noise levels in a type that the library reads, or None if there are no sums by noise level. They may
+        be a copy: keep them until the call is made.
     """
-    args.metrics, args.levels, timesteps = _pointer(totals.metrics), _pointer(totals.levels), totals.pair_levels
-    if totals.levels is None or timesteps is None:
+    args.metrics, args.levels, pair_levels = _pointer(totals.metrics), _pointer(totals.levels), totals.pair_levels
+    if totals.levels is None or pair_levels is None:
         return None
     args.bins, args.top = totals.levels.shape[1], totals.top
-    if timesteps.dtype in CODE:
-        return timesteps
-    return timesteps.to(torch.float64 if timesteps.is_floating_point() else torch.int64)
+    if pair_levels.dtype in CODE:
+        return pair_levels
+    return pair_levels.to(torch.float64 if pair_levels.is_floating_point() else torch.int64)
 
 
 @functools.lru_cache(maxsize=64)
@@ -237,9 +237,9 @@ def forward(
     args.ratio_scale, args.error_weight, args.ref_error = map(_pointer, numbers)
     args.upstream = expected if isinstance(expected, float) else float(expected)
     set_results(args, stats)
-    if totals is not None and (timesteps := set_totals(args, totals)) is not None:
-        timesteps = timesteps.contiguous()
-        args.timesteps, args.timesteps_dtype = timesteps.data_ptr(), CODE[timesteps.dtype]
+    if totals is not None and (pair_levels := set_totals(args, totals)) is not None:
+        pair_levels = pair_levels.contiguous()
+        args.pair_levels, args.pair_levels_dtype = pair_levels.data_ptr(), CODE[pair_levels.dtype]
     _run("sipo_pair_loss", args)
     if filled is not None and filled is not stats.grad:
         stats.grad.copy_(filled)

@@ -55,7 +55,7 @@ class CudaArgs(ctypes.Structure):
     _fields_ = [
         *fields(ctypes.c_void_p, "model ref target"),
         *fields(ctypes.c_int64, "model_stride ref_stride target_stride pairs elements"),
-        *fields(_Numbers, "ratio_scale error_weight ref_error timesteps upstream"),
+        *fields(_Numbers, "ratio_scale error_weight ref_error pair_levels upstream"),
         *fields(ctypes.c_void_p, "loss samples logits numbers mask grad metrics levels"),
         *fields(ctypes.c_void_p, "expected_at remembered coef workspace stream"),
         *fields(ctypes.c_double, "expected top"),
@@ -248,8 +248,8 @@ def forward(
     else:
         args.expected = float(expected)
     native.set_results(args, stats)
-    if totals is not None and (timesteps := native.set_totals(args, totals)) is not None:
-        args.timesteps = _numbers(timesteps)
+    if totals is not None and (pair_levels := native.set_totals(args, totals)) is not None:
+        args.pair_levels = _numbers(pair_levels)
     workspace = model.new_empty(LIBRARY.sipo_cuda_workspace_bytes(args), dtype=torch.uint8)
     args.workspace = workspace.data_ptr()
     _run("sipo_cuda_pair_loss", args, model.device)

@@ -210,7 +210,7 @@ def _add_levels(levels, bin_of, statistics, count, bins):
 @triton.jit
 def report(
     records,
-    timesteps,
+    pair_levels,
     numbers,
     loss,
     metrics,
@@ -221,7 +221,7 @@ def report(
     loss_scale,
     clip_min,
     clip_max,
-    timestep_stride,
+    pair_level_stride,
     bins,
     top,
     METHOD: tl.constexpr,
@@ -257,7 +257,7 @@ def report(
         for first in range(0, pairs, ROWS):
             pair = first + tl.arange(0, ROWS)[:, None]
             statistics = _statistics(records, pair, pairs, unit, clip_min, clip_max, METHOD)
-            timestep = tl.load(timesteps + pair.to(tl.int64) * timestep_stride, mask=pair < pairs, other=0)
-            place = (widen(timestep, tl.float64) * bins / top).to(tl.float32)  # of σ in float32, its own type; NaN: 0
+            level = tl.load(pair_levels + pair.to(tl.int64) * pair_level_stride, mask=pair < pairs, other=0)
+            place = (widen(level, tl.float64) * bins / top).to(tl.float32)  # of σ in float32, its own type; NaN: 0
             place = tl.where(place >= 0, tl.where(place < bins, place, bins - 1), 0.0)
             _add_levels(levels, place.to(tl.int32), statistics, min(pairs - first, ROWS), bins)

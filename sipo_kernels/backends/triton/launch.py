@@ -63,7 +63,7 @@ def forward(
     records = torch.empty(RECORD * pairs, dtype=torch.float64, device=device)
     tickets = torch.zeros(2 + pairs, dtype=torch.int32, device=device)
     scale, weight, given = (t if t is None else t.contiguous() for t in inputs[3:])
-    metrics, levels, timesteps, top = totals or Totals()
+    metrics, levels, pair_levels, top = totals or Totals()
 
     def pointer(tensor: Tensor | None) -> Tensor:  # a tensor that is not given is not read, but Triton needs one
         return model if tensor is None else tensor
@@ -77,7 +77,7 @@ def forward(
             pointer(weight),
             pointer(given),
             expected if isinstance(expected, Tensor) else model,
-            pointer(timesteps),
+            pointer(pair_levels),
             partial,
             records,
             tickets,
@@ -93,7 +93,7 @@ def forward(
             model.stride(0),
             0 if ref is None else ref.stride(0),
             goal.stride(0),
-            0 if timesteps is None else timesteps.stride(0),
+            0 if pair_levels is None else pair_levels.stride(0),
             pairs,
             plan.parts,
             plan.tiles,

@@ -56,7 +56,7 @@ def all_equal(x, stride, count, value):
     return others == 0
 
 
-@triton.jit(do_not_specialize=["pairs", "parts", "tiles", "distance", "keep", "timestep_stride", "bins"])
+@triton.jit(do_not_specialize=["pairs", "parts", "tiles", "distance", "keep", "pair_level_stride", "bins"])
 def pair_forward(
     model,
     ref,
@@ -65,7 +65,7 @@ def pair_forward(
     error_weight,
     ref_error,
     expected,  # [] float64, where EXPECTED_ON_DEVICE
-    timesteps,  # [B] or longer, where LEVELS
+    pair_levels,  # [B] or longer, where LEVELS
     partial,  # [S, parts, 3], and with SAFEGUARDED then [B, parts]
     records,  # [RECORD, B] float64: see batch_report.py
     tickets,  # [2 + B] int32, zero: steps handed out; pairs done; of each pair, items reduced, plus 1 when it is done
@@ -81,7 +81,7 @@ def pair_forward(
     model_stride,
     ref_stride,
     target_stride,
-    timestep_stride,
+    pair_level_stride,
     pairs,
     parts,
     tiles,
@@ -228,7 +228,7 @@ def pair_forward(
             pass
         report(
             records,
-            timesteps,
+            pair_levels,
             numbers,
             loss,
             metrics,
@@ -239,7 +239,7 @@ def pair_forward(
             loss_scale,
             clip_min,
             clip_max,
-            timestep_stride,
+            pair_level_stride,
             bins,
             top,
             METHOD,
