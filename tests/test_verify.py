@@ -213,7 +213,7 @@ def test_damage_is_one_line_that_names_the_file(what: str, copied: Path, capsys:
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == (8 if what in ("another log", "sums of the run") else 7)
     (line,) = (line for line in lines if not line.startswith("ok       "))
-    assert line.startswith(f"damaged  {copied / place}: {message}")
+    assert line.startswith(f"damaged  {copied / place}: {message.removeprefix('damaged, ')}")
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "weights"])

@@ -30,7 +30,8 @@ class VerifiedPath(NamedTuple):
     def describe(self) -> str:
         """A line for a terminal."""
         if self.fault:
-            return f"damaged  {self.fault if str(self.path) in self.fault else f'{self.path}: {self.fault}'}"
+            fault = self.fault if str(self.path) in self.fault else f"{self.path}: {self.fault}"
+            return f"damaged  {fault.replace(': damaged, ', ': ', 1)}"
         return f"ok       {self.path}{f' ({self.note})' if self.note else ''}"
 
 

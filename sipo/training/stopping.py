@@ -130,8 +130,8 @@ class StopAgreement:
 def release_signals(worker: int) -> None:
     """For a data loader's worker: signals are the main process's business.
 
-    Cluster managers send them to every process of a job, and a worker that they ended would end the run in the midst of
-    a step. The loader ends its workers itself; should one hang, the second SIGTERM ends it.
+    Cluster managers send them to every process of a job, and a worker that they ended would end the run in the middle
+    of a step. The loader ends its workers itself; should one hang, the second SIGTERM ends it.
     """
     for number in (signal.SIGINT, *_WARNINGS):
         signal.signal(number, signal.SIG_IGN)
