@@ -168,7 +168,7 @@ def _version(package: str) -> str | None:
 
 
 def _nvidia_smi(fields: str) -> str | None:
-    """A query, which changes nothing; ``None`` where the tool is not there or does not answer."""
+    """A query, which changes nothing; ``None`` where the tool does not exist or does not answer."""
     try:
         done = subprocess.run(
             ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"],

@@ -23,8 +23,8 @@ class RandomStream(IntEnum):
     """Order of the data set, by epoch."""
     NOISE = 1
     """Noise of a pair, by its position in the run's stream."""
-    TIMESTEPS = 2
-    """Timesteps of an optimiser step."""
+    LEVELS = 2
+    """Noise levels of an optimiser step."""
     PROCESS = 3
     """Global generators of a process (dropout, data augmentation)."""
     WORKERS = 4
@@ -34,7 +34,7 @@ class RandomStream(IntEnum):
     CAPTIONS = 6
     """Which captions are dropped, by position in the run's stream."""
     VALIDATION = 7
-    """Validation: 0 is its timesteps, 1 its noise."""
+    """Validation: 0 is its noise levels, 1 its noise."""
 
     # caches
     FLIP = 100
@@ -45,8 +45,8 @@ class RandomStream(IntEnum):
     """Samples of the VAE's posterior, by row."""
     FIXED_NOISE = 103
     """Noise of fixed draws, by row and draw."""
-    FIXED_TIMESTEP = 104
-    """Timesteps of fixed draws, by row and draw."""
+    FIXED_LEVEL = 104
+    """Noise levels of fixed draws, by row and draw."""
     FIXED_CAPTION = 105
     """Which fixed draws have no caption, by row and draw."""
     HELD_OUT = 106
@@ -54,9 +54,9 @@ class RandomStream(IntEnum):
 
     # scoring
     SCORE_LEVELS = 200
-    """The sample of timesteps that stands for their distribution."""
+    """The sample of noise levels that stands for their distribution."""
     SCORE_PICKS = 201
-    """Timesteps of a pair within their strata."""
+    """Noise levels of a pair within their strata."""
     SCORE_NOISE = 202
     """Noise of a pair's draws."""
 

@@ -585,9 +585,9 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "scalars": (lambda state: state["optimizer"].update(scalars={"x": 1}), "does not fit this run"),
     "timesteps": (
         lambda state: state["progress"]["timesteps"].update(means=["x"] * 5),
-        "does not fit this run .*timestep statistics are not numbers",
+        "does not fit this run .*statistics of noise levels are not numbers",
     ),
-    "bins": (lambda state: state["progress"]["timesteps"].update(means=[1.0]), "statistics of 1 bins of timesteps"),
+    "bins": (lambda state: state["progress"]["timesteps"].update(means=[1.0]), "statistics of 1 bins of noise levels"),
     "no timesteps": (
         lambda state: state["progress"].pop("timesteps"),
         r"does not fit this run \(KeyError: 'timesteps'",

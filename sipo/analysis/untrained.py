@@ -131,7 +131,7 @@ def _batches(
 
 
 def _within(bins: NoiseBins, level: int, rows: Sequence[int], pairs: int) -> Tensor:
-    """Timesteps in a bin, spread evenly over it from pair to pair."""
+    """Noise levels in a bin, spread evenly over it from pair to pair."""
     offsets = torch.tensor([(row % pairs + 0.5) / pairs for row in rows], dtype=torch.float64)
     levels = (level + offsets) * bins.levels / bins.bins
     return levels.long() if bins.kind == "discrete" else levels.float()

@@ -64,7 +64,7 @@ class FixedDraws:
 
     def level(self, row: int, draw: int, schedule: Schedule) -> Tensor:
         """Draws a noise level, 0-d."""
-        generator = self._generator(RandomStream.FIXED_TIMESTEP, row, draw)
+        generator = self._generator(RandomStream.FIXED_LEVEL, row, draw)
         return schedule.sample_levels(1, generator, distribution=self.distribution)[0]
 
     def drops_caption(self, row: int, draw: int) -> bool:

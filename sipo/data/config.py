@@ -34,7 +34,7 @@ class DataConfig:
         max_pixels: most pixels that an image or a frame may have. Decoding takes about 8 bytes a pixel.
         max_pairs: use at most this many pairs, the first ones.
         held_out: pairs kept from training, for validation.
-        draws: fixed (timestep, noise) draws for each pair; 0 makes new draws at each step, as training scripts do.
+        draws: fixed draws (noise level, noise) for each pair; 0 makes new draws at each step, as training scripts do.
         reference_errors: compute the reference's error at each draw beforehand.
         seed: seed of crops, flips, latents and draws.
         shard_pairs: rows of the source whose pairs share one file of the cache.

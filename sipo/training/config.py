@@ -103,7 +103,7 @@ class TrainingConfig:
         train_batch_size: preference pairs in one forward pass of one process (``2 * train_batch_size`` samples).
         gradient_accumulation_steps: forward passes per optimiser step. The run's random numbers belong to pairs and not
             to passes, so ``train_batch_size=32`` and ``train_batch_size=16, gradient_accumulation_steps=2`` see the
-            same noise and timesteps, and the same data where all pairs have one shape.
+            same noise and noise levels, and the same data where all pairs have one shape.
         optimizer: "adamw" is torch's. "adamw8bit" keeps its moments in 8 bits and "paged_adamw8bit" lets them
             overflow into host memory; both are bitsandbytes'. Used, like the next four, where none is passed in.
         learning_rate: its peak, once warmed up.
@@ -127,7 +127,7 @@ class TrainingConfig:
             ``unconditional`` in its place. Items with fixed draws have it decided already.
         skip_inactive: leave out the backward pass where the mask has dropped every pair of a forward pass, on every
             process. The result is the same; the device is read once a pass.
-        seed: data order, noise, timesteps, and torch's global generators (dropout) are functions of it.
+        seed: data order, noise, noise levels, and torch's global generators (dropout) are functions of it.
         logging_steps: optimiser steps between log lines; the device is read for these alone.
         validation_steps: optimiser steps between validations, and one after the last step; 0 for none.
         checkpointing_steps: optimiser steps between checkpoints; 0 writes none. With any, the last step gets one too.

@@ -155,7 +155,7 @@ def pair_noise(like: Tensor, positions: Sequence[int], seed: int, generator: tor
 
 def step_levels(schedule: Schedule, n: int, step: int, seed: int, distribution: str) -> Tensor:
     """Draws the noise levels ``[n]`` of an optimiser step's pairs, for every process and pass, on the CPU."""
-    generator = torch.Generator().manual_seed(derive_seed(seed, RandomStream.TIMESTEPS, step))
+    generator = torch.Generator().manual_seed(derive_seed(seed, RandomStream.LEVELS, step))
     return schedule.sample_levels(n, generator, distribution=distribution)
 
 

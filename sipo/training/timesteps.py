@@ -80,7 +80,7 @@ class InformativeTimesteps:
         skipped = torch.tensor(self._skipped())
         if not skipped.any():
             return step_levels(self.schedule, n, step, self.seed, self.distribution)
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, RandomStream.TIMESTEPS, step))
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, RandomStream.LEVELS, step))
         drawn = self.schedule.sample_levels(_ROUNDS * n, generator, distribution=self.distribution)
         drawn = drawn.view(_ROUNDS, n)
         taken = ~skipped[self.bin_of(drawn)]
@@ -131,9 +131,9 @@ class InformativeTimesteps:
         """
         means, counts = list(progress["means"]), list(progress["counts"])
         if len(means) != self.bins or len(counts) != self.bins or window.shape != self.window.shape:
-            raise ValueError(f"statistics of {len(means)} bins of timesteps, expected {self.bins}")
+            raise ValueError(f"statistics of {len(means)} bins of noise levels, expected {self.bins}")
         if not all(isinstance(value, (int, float)) for value in (*means, *counts)):
-            raise ValueError("timestep statistics are not numbers")
+            raise ValueError("statistics of noise levels are not numbers")
         self.means, self.counts = means, counts
         self.window = window.to(self.window.device)
 
