@@ -144,7 +144,7 @@ def test_each_mean_is_that_of_float64_by_hand(
             given[-1, 0, 0, 0] = math.inf if seed % 2 else math.nan
             left_out[bins[-1]] += 1
         if by_kernel:  # the loss adds to the sums by itself
-            loss_fn(given, ref, target, **argument, totals=statistics.totals()._replace(timesteps=levels))
+            loss_fn(given, ref, target, **argument, totals=statistics.totals()._replace(pair_levels=levels))
         else:
             statistics.add(levels, loss_fn(given, ref, target, **argument), (pairs, 2, 3, 5))
         for i in range(pairs - broken):
