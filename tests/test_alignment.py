@@ -305,8 +305,8 @@ def test_gradient_spread_against_a_network_whose_gradient_is_known(monkeypatch: 
         total = 0.0
         for item, eps in zip(items, noise, strict=True):
             alpha, sigma = schedule.alpha_sigma(torch.tensor([300]))
-            for half, sign in (("chosen", 1.0), ("rejected", -1.0)):
-                noisy = alpha * item[half] + sigma * eps
+            for name, sign in (("chosen", 1.0), ("rejected", -1.0)):
+                noisy = alpha * item[name] + sigma * eps
                 # at the reference every logit is 0: sigmoid is one half
                 total += sign * 0.5 * 0.5 * 2 * ((0.9 * noisy - eps) * noisy).mean().item() / gradient_variance.PAIRS
         gradients.append(total)

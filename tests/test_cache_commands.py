@@ -104,7 +104,7 @@ def test_a_new_run_trains_on_the_pairs_as_they_are_now(place: Place, capsys: pyt
     assert output.count("the data has changed (row 4: chosen is b/3.bmp, was a/3.bmp, and in 1 more shard): 2 of") == 1
     assert "| pairs | 5 |" in (place.folder / "again" / "weights" / "README.md").read_text()
     cache = open_cache(place.cache)
-    # The posterior is drawn with one seed for each pair, so that halves that change places have other latents.
+    # The posterior is drawn with one seed for each pair, so that samples that change places have other latents.
     assert not torch.equal(cache.pair(3)[0], latents[3][0]) and torch.equal(cache.pair(0)[0], latents[0][0])
     now = place.errors()
     assert [len(each) for each in now] == [2, 2, 1]

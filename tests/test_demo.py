@@ -156,7 +156,7 @@ def test_weights_by_timestep_are_the_references(digits: tuple[Digits, Digits]) -
     assert torch.equal(weights, weights.sort().values)
 
     items = [pairs[i] for i in range(64)]
-    images = torch.stack([item[half] for half in ("chosen", "rejected") for item in items])
+    images = torch.stack([item[name] for name in ("chosen", "rejected") for item in items])
     noise = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0)).repeat(2, 1, 1, 1)
     levels = torch.full((128,), 80)
     classes = torch.stack([item["condition"] for item in items]).repeat(2)

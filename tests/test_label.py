@@ -102,7 +102,7 @@ def test_margin(tmp_path: Path, margin: float, expected: int) -> None:
     assert all(better - worse >= margin for _, better, worse in found)
 
 
-def test_existing_pairs_are_labelled_anew(tmp_path: Path) -> None:
+def test_existing_pairs_are_labelled_again(tmp_path: Path) -> None:
     """The rejected one of the second row is the better one, whatever the file said."""
     names = flat(tmp_path, [50, 10, 60, 70])
     lines = [

@@ -760,7 +760,7 @@ def test_memory_of_the_plain_gradient(dtype: torch.dtype, shared: bool) -> None:
     assert allocated <= model.numel() * (4 if dtype == F32 else 4 + 2) + 16_384
 
 
-def test_a_gradient_that_is_made_anew_does_not_wait_for_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gradient_that_is_made_again_does_not_wait_for_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """An upstream gradient that only the dispatcher can read goes to the operator, which makes one of its own."""
     backend = next((name for name in backends.FUSED if backends.status(name, "cpu").available), None)
     if backend is None:

@@ -71,8 +71,8 @@ def test_an_item_has_the_agreed_keys(tmp_path: Path) -> None:
     assert item["condition"].keys() == {"prompt_embeds", "pooled"}
     assert item["own_condition"]["time_ids"].shape == (2, 6)
     # As they are stored: what a data loader worker passes on is what the cache holds.
-    halves = [item["chosen"], item["rejected"], *item["condition"].values(), *cached.unconditional.values()]
-    assert {half.dtype for half in halves} == {torch.bfloat16}
+    tensors = [item["chosen"], item["rejected"], *item["condition"].values(), *cached.unconditional.values()]
+    assert {tensor.dtype for tensor in tensors} == {torch.bfloat16}
     assert item["own_condition"]["time_ids"].dtype == torch.float32
     assert same(pairs_in(tmp_path / "wide")[4]["chosen"].bfloat16(), item["chosen"])
     assert cached.unconditional["prompt_embeds"].shape == item["condition"]["prompt_embeds"].shape
@@ -300,7 +300,7 @@ def test_a_bfloat16_cache_trains_as_its_values_in_float32(tmp_path: Path, traine
     cached = pairs_in(tmp_path, dtype="bfloat16")
     drawn = DrawnPairs(cached, DISCRETE, FixedDraws(2, 2))
     batch = default_collate([drawn[index] for index in range(8)])
-    wide = batch | {half: batch[half].float() for half in ("chosen", "rejected")}
+    wide = batch | {name: batch[name].float() for name in ("chosen", "rejected")}
     wide["condition"] = {name: tensor.float() for name, tensor in batch["condition"].items()}
     sent = [sum(t.numel() * t.element_size() for t in (b["chosen"], b["rejected"])) for b in (batch, wide)]
     assert sent[1] == 2 * sent[0]
@@ -614,7 +614,7 @@ def test_the_errors_on_disk_are_what_the_arithmetic_says(tmp_path: Path) -> None
     counted = sum(t.nbytes for place in range(12) for t in references.at(place))
     size = ModelSize(0, (3, 2, 3), ((8, 4), (4,)), "16x24")
     assert describe_savings(size, pairs=12, draws=3, seen=0).error_bytes == counted
-    latents = sum(cached[i][half].nbytes for i in range(12) for half in ("chosen", "rejected"))
+    latents = sum(cached[i][name].nbytes for i in range(12) for name in ("chosen", "rejected"))
     assert describe_savings(size, pairs=12, draws=3, seen=0, stored_bytes=4).latent_bytes == latents
 
 

@@ -74,7 +74,7 @@ def test_one_step_is_that_of_plain_autograd(tmp_path: Path) -> None:
     data, schedule, seed = Pairs(), NoiseSchedule.discrete(), 0
     rows = next(iter(StreamSampler(len(data), 5, seed, 0, 1)))
     items = [data[i] for i in rows]
-    samples = torch.stack([item[half] for half in ("chosen", "rejected") for item in items])
+    samples = torch.stack([item[name] for name in ("chosen", "rejected") for item in items])
     classes = torch.stack([item["condition"]["class"] for item in items]).repeat(2)
     noise = pair_noise(samples[:5], range(5), seed, torch.Generator()).repeat(2, 1, 1, 1)
     timesteps = step_levels(schedule, 5, 0, seed, "uniform").repeat(2)

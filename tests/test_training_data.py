@@ -135,7 +135,7 @@ class Shapes(Pairs):
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = super().__getitem__(index)
         if index % 3 == 0:
-            item |= {half: torch.nn.functional.pad(item[half], (1, 1, 1, 1)) for half in ("chosen", "rejected")}
+            item |= {name: torch.nn.functional.pad(item[name], (1, 1, 1, 1)) for name in ("chosen", "rejected")}
         return item
 
 
@@ -310,8 +310,8 @@ def test_captions_are_dropped_at_the_rate_and_for_both_halves(tmp_path: Path) ->
         proportion_empty_prompts=0.3,
         predict=spy,
     )
-    halves = torch.stack(given[::2]).view(40, 2, 2, 5)
-    assert torch.equal(halves[:, :, 0].reshape(40, 10), classes[:, :10])
+    samples = torch.stack(given[::2]).view(40, 2, 2, 5)
+    assert torch.equal(samples[:, :, 0].reshape(40, 10), classes[:, :10])
 
 
 def test_an_unconditional_that_does_not_fit_is_refused() -> None:

@@ -56,7 +56,7 @@ class Drawn(Pairs):
         self.noise = pair_noise(self.images[:, 0], range(24), 3, torch.Generator())
         self.timesteps = torch.arange(24) * 40 + 20
         with torch.no_grad():
-            noisy = [schedule.add_noise(self.images[:, half], self.noise, self.timesteps) for half in (0, 1)]
+            noisy = [schedule.add_noise(self.images[:, side], self.noise, self.timesteps) for side in (0, 1)]
             found = [network(x, self.timesteps, torch.arange(24) % 3) for x in noisy]
         self.errors = torch.stack([(p - self.noise).double().square().mean((1, 2, 3)) for p in found], 1) * factor
 

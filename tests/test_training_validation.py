@@ -150,7 +150,7 @@ def test_validation_is_the_loss_of_every_pair_once(tmp_path: Path) -> None:
     schedule = NoiseSchedule.discrete()
     timesteps = step_levels(schedule, 10, 0, derive_seed(0, RandomStream.VALIDATION, 0), "uniform")
     items = [held_out[i] for i in range(10)]
-    samples = torch.stack([item[half] for half in ("chosen", "rejected") for item in items])
+    samples = torch.stack([item[name] for name in ("chosen", "rejected") for item in items])
     noise = pair_noise(samples[:10], range(10), derive_seed(0, RandomStream.VALIDATION, 1), torch.Generator())
     noisy = schedule.add_noise(samples, noise.repeat(2, 1, 1, 1), timesteps.repeat(2))
     condition = {"class": torch.stack([item["condition"]["class"] for item in items]).repeat(2)}
