@@ -77,6 +77,8 @@ class PairBatch:
         if self.own_condition and not isinstance(self.condition, (dict, type(None))):
             kind = type(self.condition).__name__
             raise ValueError(f"items have 'own_condition' beside a condition that is a {kind}: expected a dictionary")
+        for key in (self.condition or {}).keys() & self.own_condition.keys() if self.own_condition else ():
+            raise ValueError(f"{key!r} is in both 'condition' and 'own_condition': expected it in one of them")
         shape, pairs = list(self.chosen.shape), len(self.chosen)
         for name, expected in {"rejected": shape, "noise": shape, "levels": [pairs], "ref_error": [pairs, 2]}.items():
             _check_shape(name, getattr(self, name), expected)

@@ -60,6 +60,7 @@ def tensors() -> dict[str, Any]:
         ({"ref_error": torch.zeros(2, 3)}, "ref_error has shape [2, 3]: expected [3, 2]"),
         ({"condition": torch.zeros(6, 7), "own_condition": None}, "condition has shape [6, 7]: expected [3, ...]"),
         ({"condition": {"text": torch.zeros(())}}, "condition['text'] has shape []: expected [3, ...]"),
+        ({"condition": {"ids": torch.zeros(3, 6)}}, "'ids' is in both 'condition' and 'own_condition': expected it in"),
         ({"own_condition": {"ids": torch.zeros(3, 6)}}, "own_condition['ids'] has shape [3, 6]: expected [3, 2, ...]"),
         (
             {"condition": torch.zeros(3, 7)},

@@ -111,9 +111,9 @@ def test_a_run_that_has_not_ended_has_no_hashes(copied: Path) -> None:
     (copied / "samples/prompts.json").write_text('["a dog"]')
     items = verify_run(copied)
     assert not any(item.fault for item in items)
-    notes = {item.path.name: item.note for item in items if "no hash: the run has not ended" in item.note}
+    notes = {item.path.name: item.note for item in items if "no hash: written when a run" in item.note}
     assert sorted(notes) == ["config.yaml", "metrics.jsonl", "prompts.json", "timesteps.jsonl"]
-    assert notes["metrics.jsonl"] == "4 lines; no hash: the run has not ended"
+    assert notes["metrics.jsonl"] == "4 lines; no hash: written when a run of sipo train ends"
 
 
 def test_a_run_that_goes_on_removes_its_hashes_before_it_changes_its_log(

@@ -79,6 +79,7 @@ def model_card(
         "gradient_accumulation_steps",
         "learning_rate",
         "adam_weight_decay",
+        "lr_scheduler",
         "lr_warmup_steps",
         "mixed_precision",
         "seed",

@@ -92,7 +92,7 @@ def _verified(
             check_sum(path, sums[name])
     except (OSError, ValueError) as error:
         return VerifiedPath(path, one_line(error))
-    unknown = "" if folder is None or sums is not None else "no hash: the run has not ended"
+    unknown = "" if folder is None or sums is not None else "no hash: written when a run of sipo train ends"
     return VerifiedPath(path, "", "; ".join(filter(None, (note, unknown))))
 
 
