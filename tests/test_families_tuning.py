@@ -392,7 +392,8 @@ def test_the_card_says_what_was_done() -> None:
     assert "text-to-video" in full and "| `transformer/`, here | diffusers |" in full and "export" not in full
     cog = card_of("cogvideox", "THUDM/CogVideoX-2b", "lora")
     assert "export RUN --format comfyui" in cog and "kohya" not in cog
-    assert not any("scheduler" in text for text in (card, full, cog))
+    assert not any("| scheduler |" in text or "pipeline.scheduler" in text for text in (card, full, cog))
+    assert all("| lr_scheduler | constant |" in text for text in (card, full, cog))
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])

@@ -111,7 +111,7 @@ class Cost:
                 f"training uses only {seen} of the {pairs} pairs; data.max_pairs={seen + held_out} "
                 f"would encode just those{kept}"
             )
-        if draws > (enough := -(-seen // pairs)):
+        if pairs > 0 and draws > (enough := -(-seen // pairs)):
             return (
                 f"training uses only {seen} of the {pairs * draws} draws; data.draws={enough} would compute just those"
             )
