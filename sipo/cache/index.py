@@ -156,6 +156,18 @@ def read_pairs_index(folder: Path, fingerprint: Mapping[str, Any] | None = None)
         raise DamagedError(f"{folder / INDEX}: {problem}; {REMEDY}") from error
 
 
+def pairs_are_whole(folder: Path, fingerprint: Mapping[str, Any]) -> bool:
+    """Whether there is a finished cache of these settings, with every file of the size that it should have."""
+    try:
+        index = read_pairs_index(folder, fingerprint)
+        if index is None or not index.complete:
+            return False
+        ShardFolder(folder).check_sizes(index.shards)
+    except CacheError:
+        return False
+    return True
+
+
 def write_pairs_index(
     shards: ShardFolder, fingerprint: dict[str, Any], path: str, state: Any, *, count: int, records: int, ties: int
 ) -> None:

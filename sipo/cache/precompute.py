@@ -182,8 +182,9 @@ def precompute_pairs(
                 everywhere(accelerator, begin)
                 in_rounds(accelerator, encoder.encode_shards(reader, rank, world, progress))
                 on_main(accelerator, lambda: _finish(encoder))
-    index = everywhere(accelerator, lambda: read_pairs_index(folder))
-    assert index is not None  # the first process has written it, or nothing had to be
+    # Where nothing has changed, the index that was opened is still the cache's.
+    index = encoder.existing.index if unchanged else everywhere(accelerator, lambda: read_pairs_index(folder))
+    assert index is not None  # else the first process has written it
     seconds = time.monotonic() - started
     if unchanged:
         return _summary(index, seconds, written=0, kept=len(index.latents))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from sipo.cache.finished import Cache, open_cache
 from sipo.cache.format import CacheError, OtherSettingsError
-from sipo.cache.index import other_path, pairs_fingerprint
+from sipo.cache.index import other_path, pairs_are_whole, pairs_fingerprint
 from sipo.cache.precompute import CacheSummary, precompute_pairs
 from sipo.cache.precompute_errors import precompute_reference_errors
 from sipo.cache.reference_errors import ReferenceErrors, open_reference_errors
@@ -70,15 +70,7 @@ def prepare_data(
     if verify and config.data.reference_errors:
         run.weights(network=True, verify=True)
     fingerprint, summary = pairs_fingerprint(config.model, config.data, weights), None
-
-    def is_whole() -> bool:
-        """Whether there is a finished cache of these settings, with every file of the size that it should have."""
-        try:
-            return len(open_cache(run.cache, fingerprint)) > 0
-        except CacheError:
-            return False
-
-    whole = from_main(accelerator, is_whole)
+    whole = from_main(accelerator, lambda: pairs_are_whole(run.cache, fingerprint))
     reader, missing = _open_source(run, ask=whole)
     if missing and (verify or not whole):
         raise DataError(missing)
