@@ -9,6 +9,8 @@
 #include "elements.h"
 #include "report.h"
 
+#define SIPO_API extern "C" __attribute__((visibility("default")))
+
 namespace sipo {
 namespace {
 

@@ -1,6 +1,8 @@
 // What a batch reports (docs/math.md §8): its metrics and its sums by noise level, for CPU and CUDA.
 // sipo_kernels/output.py has the same in plain torch.
 #pragma once
+#include <cstdint>
+
 #include "pair_math.h"
 
 namespace sipo {
@@ -27,6 +29,12 @@ enum SampleRow : int { SIPO_SAMPLE_ROWS(SIPO_CONSTANT) kSampleRows };
 // After the metrics: the number of pairs that the means are taken over.
 enum Metric : int { SIPO_METRICS(SIPO_CONSTANT) kMetrics, kCounted = kMetrics, kFacts };
 enum Statistic : int { SIPO_STATISTICS(SIPO_CONSTANT) kStatistics, kFirstSummed = kModelErrorChosen };
+
+// Stores one result, as double if `wide`, else as float.
+SIPO_HD void put(void* array, int64_t i, double value, bool wide) {
+  if (wide) static_cast<double*>(array)[i] = value;
+  else static_cast<float*>(array)[i] = float(value);
+}
 
 SIPO_HD double correct(double logits) { return logits > 0 ? 1.0 : (logits == 0 ? 0.5 : 0.0); }  // a tie: one half
 

@@ -23,8 +23,6 @@
 #include "cpu/kernels.h"
 #include "describe.h"
 
-#define SIPO_API extern "C" __attribute__((visibility("default")))
-
 namespace sipo {
 namespace {
 
@@ -139,11 +137,6 @@ void advise_huge_pages(void* begin, int64_t bytes) {
 #else
   (void)begin, (void)bytes;
 #endif
-}
-
-void put(void* array, int64_t i, double value, bool wide) {
-  if (wide) static_cast<double*>(array)[i] = value;
-  else static_cast<float*>(array)[i] = float(value);
 }
 
 double get(const void* array, int64_t i, int dtype) {

@@ -126,10 +126,6 @@ __device__ __forceinline__ double noise_level(const Numbers& x, int64_t i) {
 __device__ __forceinline__ double get(const void* array, int64_t i, bool wide) {
   return wide ? static_cast<const double*>(array)[i] : double(static_cast<const float*>(array)[i]);
 }
-__device__ __forceinline__ void put(void* array, int64_t i, double value, bool wide) {
-  if (wide) static_cast<double*>(array)[i] = value;
-  else static_cast<float*>(array)[i] = float(value);
-}
 
 }  // namespace
 }  // namespace sipo

@@ -17,8 +17,6 @@
 #include "cuda/settle.h"
 #include "describe.h"
 
-#define SIPO_API extern "C" __attribute__((visibility("default")))
-
 namespace sipo {
 namespace {
 
