@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+from collections.abc import Iterator
 
 import torch
 
@@ -33,6 +35,20 @@ settings.register_profile(
     "sipo", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 settings.load_profile("sipo")
+
+
+def _reset_accelerate() -> None:
+    if state := sys.modules.get("accelerate.state"):
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    """Resets the state that accelerate keeps for the whole process, mixed precision included."""
+    _reset_accelerate()  # a fixture of the module may have left some
+    yield
+    _reset_accelerate()
+
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

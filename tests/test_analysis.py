@@ -42,9 +42,6 @@ from sipo.training import TrainingConfig, train
 from sipo.training.statistics import MEANS, read_statistics
 from sipo.training.stream import pair_noise
 from tests.test_run import SHORT, example
-from tests.training_cases import fresh_accelerate
-
-__all__ = ["fresh_accelerate"]  # a fixture
 
 BATCH = 16
 

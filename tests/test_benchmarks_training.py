@@ -16,9 +16,6 @@ from benchmarks import training, training_implementations, training_memory
 from benchmarks.step_network import PLAIN
 from benchmarks.training_implementations import HAND, HAND_LORA, IMPLEMENTATIONS, Bench, Implementation
 from benchmarks.training_setup import TrainingCase, make_setup
-from tests.training_cases import fresh_accelerate
-
-__all__ = ["fresh_accelerate"]  # a fixture that every test here runs in
 
 TINY_WAN = training.TINY[1]
 IN_MEMORY = TrainingCase(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +42,6 @@ SHORT += ["training.validation_steps=0", "data.held_out=0", "data.shard_pairs=2"
 ERRORS = ["data.draws=1", "data.reference_errors=true"]
 
 
-@pytest.fixture
-def own_accelerator() -> Iterator[None]:
-    """A process has one accelerator, whose precision cannot be changed."""
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 class Place:
     """Pairs in files, a model, and the cache and runs made of them."""
 
@@ -83,7 +73,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def place(trained: Path, tmp_path: Path, own_accelerator: None) -> Place:
+def place(trained: Path, tmp_path: Path) -> Place:
     """The same in a place of its own."""
     folder = tmp_path / "here"
     shutil.copytree(trained, folder)

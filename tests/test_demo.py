@@ -16,7 +16,6 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("sklearn")
 
-from accelerate.state import AcceleratorState
 from diffusers import UNet2DModel
 
 from sipo import NoiseSchedule, SIPOLoss
@@ -35,13 +34,6 @@ SMALL: dict[str, Any] = {"steps": 10, "samples": 50, "batch_size": 8, "seed": 3}
 class Outcome(NamedTuple):
     summary: dict[str, Any]
     folder: Path
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fresh_accelerate() -> Any:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")

@@ -46,9 +46,7 @@ from sipo.training.statistics import (
     scalars,
 )
 from sipo_kernels import METHODS
-from tests.training_cases import Broken, Pairs, PlainLoss, fit, fresh_accelerate, loss, same, settings, untimed
-
-__all__ = ["fresh_accelerate"]  # a fixture that every test here runs in
+from tests.training_cases import Broken, Pairs, PlainLoss, fit, loss, same, settings, untimed
 
 CPU = torch.device("cpu")
 

@@ -23,9 +23,6 @@ from sipo.training import TrainingWarning
 from sipo.training.config import TrainingConfig
 from sipo.training.log_reader import read_metrics
 from tests.family_cases import TOYS, family_of, folder_of, network_input
-from tests.training_cases import fresh_accelerate
-
-__all__ = ["fresh_accelerate"]  # a fixture that every test here runs in
 
 each_toy = pytest.mark.parametrize("toy", TOYS)
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}

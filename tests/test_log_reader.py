@@ -20,9 +20,7 @@ from sipo.files import FileError
 from sipo.training.log import Recorder
 from sipo.training.log_reader import LogWarning, metrics_fault, read_log, read_metrics
 from sipo.training.statistics import STATISTICS, read_statistics, statistics_fault
-from tests.training_cases import fit, fresh_accelerate, settings, untimed
-
-__all__ = ["fresh_accelerate"]  # a fixture
+from tests.training_cases import fit, settings, untimed
 
 
 def metrics(step: int, **values: Any) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator as Trainer
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
@@ -34,15 +32,7 @@ from sipo.recipe.config import Config
 from sipo.training.config import TrainingConfig
 from sipo.training.forward import PairForward
 from tests.data_sets import contents
-from tests.small_family import (
-    Accelerator,
-    Network,
-    Records,
-    SmallFamily,
-    build,
-    in_processes,
-    outcomes_in_processes,
-)
+from tests.small_family import Accelerator, Network, Records, SmallFamily, build, in_processes, outcomes_in_processes
 
 DISCRETE = NoiseSchedule.discrete(num_inference_steps=50)
 FLOW = NoiseSchedule.flow(shift=3.0)
@@ -245,11 +235,8 @@ def forward(batch: dict[str, Any], schedule: NoiseSchedule, network: nn.Module) 
 
 
 @pytest.fixture
-def trainer(request: pytest.FixtureRequest) -> Iterator[Trainer]:
-    """accelerate keeps one state per process, mixed precision included."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield Trainer(cpu=True, mixed_precision=request.param)
-    AcceleratorState._reset_state(reset_partial_state=True)
+def trainer(request: pytest.FixtureRequest) -> Trainer:
+    return Trainer(cpu=True, mixed_precision=request.param)
 
 
 @pytest.mark.parametrize("method", ["diffusion_dpo", "dpo_cm", "sipo", "sdpo"])

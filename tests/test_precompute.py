@@ -25,15 +25,7 @@ from sipo.data.records import PairRecord
 from sipo.families.vae import as_floats
 from sipo.seeds import derive_seed
 from tests.data_sets import contents
-from tests.small_family import (
-    Accelerator,
-    Pipeline,
-    Records,
-    SmallFamily,
-    build,
-    in_processes,
-    png,
-)
+from tests.small_family import Accelerator, Pipeline, Records, SmallFamily, build, in_processes, png
 
 
 def test_what_is_stored_is_what_the_family_makes_of_the_files(tmp_path: Path) -> None:

@@ -14,14 +14,7 @@ from sipo.cache.format import CacheError
 from sipo.data.load import BadPairError
 from sipo.data.records import DataError
 from tests.data_sets import contents
-from tests.small_family import (
-    Accelerator,
-    Pipeline,
-    Records,
-    build,
-    in_processes,
-    outcomes_in_processes,
-)
+from tests.small_family import Accelerator, Pipeline, Records, build, in_processes, outcomes_in_processes
 
 # ---- Several processes ----
 

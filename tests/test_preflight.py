@@ -22,9 +22,6 @@ from sipo.recipe.config import ConfigError
 from sipo.recipe.preflight import check_run
 from sipo.recipe.prepare_data import _say_cost
 from tests.family_cases import folder_of
-from tests.training_cases import fresh_accelerate
-
-__all__ = ["fresh_accelerate"]  # a fixture that every test here runs in
 
 ROOT = Path(__file__).parent.parent
 

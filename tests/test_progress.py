@@ -20,9 +20,7 @@ import pytest
 
 from sipo import progress
 from sipo.progress import Meter, Steps, track
-from tests.training_cases import Pairs, PlainLoss, fit, fresh_accelerate
-
-__all__ = ["fresh_accelerate"]  # a fixture
+from tests.training_cases import Pairs, PlainLoss, fit
 
 NUMBERS = r"loss \d\.\d{3}, accuracy \d\.\d{3}, active \d\.\d{3}"
 

@@ -28,9 +28,6 @@ from sipo.recipe.verify import verify_run
 from sipo.training.log_reader import read_metrics
 from sipo.training.sums import SUMS
 from tests.data_sets import contents
-from tests.training_cases import fresh_accelerate
-
-__all__ = ["fresh_accelerate"]  # a fixture that every test here runs in
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = ("sd15", "sdxl", "sd3", "cogvideox", "wan")

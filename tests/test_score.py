@@ -29,9 +29,7 @@ from sipo.training import AdapterOff
 from sipo.training.sums import SUMS
 from tests.test_run import example, options
 from tests.test_run import train as train_toy
-from tests.training_cases import Adapted, Network, Pairs, fresh_accelerate, networks, predict, without_adapter
-
-__all__ = ["fresh_accelerate"]  # a fixture
+from tests.training_cases import Adapted, Network, Pairs, networks, predict, without_adapter
 
 BETA = 30.0
 

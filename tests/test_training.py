@@ -25,20 +25,7 @@ from sipo.training import (
 from sipo.training.log_reader import read_metrics, step_mean
 from sipo.training.measurements import MetricWindow
 from sipo.training.stream import StreamSampler, pair_noise, step_levels
-from tests.training_cases import (
-    Broken,
-    Pairs,
-    PlainLoss,
-    fit,
-    fresh_accelerate,
-    loss,
-    networks,
-    predict,
-    same,
-    settings,
-)
-
-__all__ = ["fresh_accelerate"]  # a fixture that every test here runs in
+from tests.training_cases import Broken, Pairs, PlainLoss, fit, loss, networks, predict, same, settings
 
 LN2 = math.log(2.0)
 

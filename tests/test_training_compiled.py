@@ -13,19 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sipo.training import AdapterOff
-from tests.training_cases import (
-    Adapted,
-    Network,
-    Pairs,
-    fit,
-    fresh_accelerate,
-    networks,
-    same,
-    untimed,
-    without_adapter,
-)
-
-__all__ = ["fresh_accelerate"]  # a fixture that every test here runs in
+from tests.training_cases import Adapted, Network, Pairs, fit, networks, same, untimed, without_adapter
 
 
 class Blocks(nn.Module):

@@ -17,21 +17,7 @@ from torch import Tensor, nn
 from sipo.seeds import derive_seed
 from sipo.training import AdapterOff
 from sipo.training.stream import StreamSampler, drop_captions, pair_noise
-from tests.training_cases import (
-    Adapted,
-    Network,
-    Pairs,
-    fit,
-    fresh_accelerate,
-    loss,
-    networks,
-    predict,
-    same,
-    untimed,
-    without_adapter,
-)
-
-__all__ = ["fresh_accelerate"]  # a fixture that every test here runs in
+from tests.training_cases import Adapted, Network, Pairs, fit, loss, networks, predict, same, untimed, without_adapter
 
 # ---------------------------------------------------------------- the stream of pairs
 

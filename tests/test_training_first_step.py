@@ -25,7 +25,6 @@ from tests.training_cases import (
     Pairs,
     PlainLoss,
     fit,
-    fresh_accelerate,
     loss,
     networks,
     predict,
@@ -33,8 +32,6 @@ from tests.training_cases import (
     settings,
     without_adapter,
 )
-
-__all__ = ["fresh_accelerate"]  # a fixture that every test here runs in
 
 T500 = torch.full((8,), 500)
 

@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 from sipo.training.optimization import rate_factor
-from tests.training_cases import fit, fresh_accelerate, networks, same, settings
-
-__all__ = ["fresh_accelerate"]  # a fixture that every test here runs in
+from tests.training_cases import fit, networks, same, settings
 
 # ---------------------------------------------------------------- what moves the weights
 

@@ -36,19 +36,7 @@ from sipo.training import (
     train,
 )
 from sipo.training.statistics import read_statistics
-from tests.training_cases import (
-    Adapted,
-    Network,
-    Pairs,
-    fresh_accelerate,
-    loss,
-    networks,
-    predict,
-    settings,
-    without_adapter,
-)
-
-__all__ = ["fresh_accelerate"]  # a fixture that every test here runs in
+from tests.training_cases import Adapted, Network, Pairs, loss, networks, predict, settings, without_adapter
 
 
 class Grouped(Pairs):

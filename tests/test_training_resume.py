@@ -21,7 +21,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import nn
 
@@ -33,9 +32,7 @@ from sipo.training.log import check_logs, set_aside_logs
 from sipo.training.log_reader import read_metrics
 from sipo.training.run_folder import earlier_run
 from tests.small_family import in_processes, outcomes_in_processes
-from tests.training_cases import Pairs, fit, fresh_accelerate, loss, networks, predict, same, settings, untimed
-
-__all__ = ["fresh_accelerate"]  # a fixture that every test here runs in
+from tests.training_cases import Pairs, fit, loss, networks, predict, same, settings, untimed
 
 # Everything that a checkpoint may hold: dropout, accumulation, an augmenting data set, a moving average, a schedule,
 # statistics of timesteps, validation, and checkpoints between two log lines.
@@ -598,7 +595,6 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved")
-    AcceleratorState._reset_state(reset_partial_state=True)  # of another module's tests
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(timesteps, "BINS", 5)
         full(folder)

@@ -18,10 +18,7 @@ from torch import Tensor, nn
 
 from sipo.training import TrainingInterruptedError, TrainingOutOfMemoryError, stopping, storage
 from sipo.training.stopping import StopAgreement, StopRequest, release_signals
-from tests.training_cases import Pairs, fit, fresh_accelerate, same
-
-__all__ = ["fresh_accelerate"]  # a fixture that every test here runs in
-
+from tests.training_cases import Pairs, fit, same
 
 # ---------------------------------------------------------------- stopping
 

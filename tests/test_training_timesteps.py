@@ -15,9 +15,7 @@ from sipo import NoiseSchedule, SIPOLoss
 from sipo.training import timesteps
 from sipo.training.stream import step_levels
 from sipo.training.timesteps import BINS, EXPLORATION, LEAST_PAIRS, MEMORY, InformativeTimesteps
-from tests.training_cases import Pairs, fit, fresh_accelerate, loss, same, untimed
-
-__all__ = ["fresh_accelerate"]  # a fixture that every test here runs in
+from tests.training_cases import Pairs, fit, loss, same, untimed
 
 CPU = torch.device("cpu")
 

@@ -24,10 +24,7 @@ from sipo.training.log_reader import read_metrics, step_mean
 from sipo.training.stream import pair_noise, step_levels
 from sipo.training.validation import Validation
 from sipo_kernels import METRICS
-from tests.training_cases import Pairs, fit, fresh_accelerate, loss, networks, predict, same, settings, untimed
-
-__all__ = ["fresh_accelerate"]  # a fixture that every test here runs in
-
+from tests.training_cases import Pairs, fit, loss, networks, predict, same, settings, untimed
 
 # ---------------------------------------------------------------- validation
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
 
 from sipo import cli
 from sipo.files import file_hash, save_tensors
@@ -27,16 +26,13 @@ from sipo.training.sums import (
     write_run_sums,
     write_sums,
 )
-from tests.training_cases import fit, fresh_accelerate
-
-__all__ = ["fresh_accelerate"]
+from tests.training_cases import fit
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with all that a run writes."""
     folder = tmp_path_factory.mktemp("run")
-    AcceleratorState._reset_state(reset_partial_state=True)  # of another module's tests
     fit(folder, max_train_steps=4, checkpointing_steps=2)
     config = {
         "model": {"family": "sd15", "pretrained_model_name_or_path": "toy"},
