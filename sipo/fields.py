@@ -1,16 +1,16 @@
-"""Types and ranges of settings: checks the fields of a dataclass against their annotations.
-
-pydantic gives the values of a YAML their types; a configuration that is made in Python has only these checks.
-"""
+"""Checks the fields of a dataclass of settings against their annotations, in Python as in YAML."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import typing
 from collections.abc import Callable
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+
+from sipo.files import short
 
 
 class Allowed(NamedTuple):
@@ -28,6 +28,8 @@ Share = Annotated[float, Allowed(lambda value: 0 <= value < 1, "a number >= 0 an
 
 _WORDS = {int: "an integer", float: "a number", bool: "True, False", str: "a string", Path: "a path", NoneType: "None"}
 
+_BOOLEANS = {"yes": True, "on": True, "no": False, "off": False}
+
 
 def check_fields(settings: Any) -> None:
     """Checks every field of a dataclass.
@@ -38,16 +40,43 @@ def check_fields(settings: Any) -> None:
     """
     for name, hint in typing.get_type_hints(type(settings), include_extras=True).items():
         value = getattr(settings, name)
-        kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        kinds = _kinds(hint)
         fitting = [kind for kind in kinds if _fits(value, kind)]
         if not fitting:
             words = ", ".join(dict.fromkeys(map(_words, kinds)))
             if get_origin(kinds[0]) is Literal:
-                raise ValueError(f"{name}={value!r}: expected one of {words}")
-            raise TypeError(f"{name}={value!r}: expected {' or '.join(words.rsplit(', ', 1))}")
+                raise ValueError(f"{name}={short(value)}: expected one of {words}")
+            raise TypeError(f"{name}={short(value)}: expected {' or '.join(words.rsplit(', ', 1))}")
         for allowed in getattr(fitting[0], "__metadata__", ()):
             if not allowed.values(value):
-                raise ValueError(f"{name}={value!r}: expected {allowed.expected}")
+                raise ValueError(f"{name}={short(value)}: expected {allowed.expected}")
+
+
+def from_yaml(value: Any, hint: Any) -> Any:
+    """Gives a YAML value the type of its field where that loses nothing; any other is returned for the check to refuse.
+
+    Whole numbers become floats, and so does text such as 1e-4, which YAML 1.1 does not read as a number. YAML 1.1's
+    words for Booleans are taken as such where a Boolean is expected.
+
+    Raises:
+        ValueError: an integer that does not fit into 64 bits.
+    """
+    if isinstance(value, int) and value.bit_length() > 63:
+        raise ValueError(f"{short(value)}: expected an integer of 64 bits")
+    for kind in _kinds(hint):
+        if kind is bool and isinstance(value, str) and value in _BOOLEANS:
+            return _BOOLEANS[value]
+        if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+            with contextlib.suppress(ValueError):
+                return float(value)
+        if isinstance(value, list) and get_origin(kind) in (list, tuple):
+            return get_origin(kind)(from_yaml(item, get_args(kind)[0]) for item in value)
+    return value
+
+
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    """The types that an annotation allows."""
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
 
 def _fits(value: Any, kind: Any) -> bool:
@@ -71,6 +100,8 @@ def _words(kind: Any) -> str:
     if origin is Literal:
         return ", ".join(map(str, parts))
     if origin in (list, tuple):
-        return f"a list of {_words(parts[0]).split()[-1]}s" if parts[0] in _WORDS else "a list of lists"
+        noun, _, more = _words(parts[0]).partition(" ")[2].partition(" ")
+        count = f"{len(parts)} " if origin is tuple and parts[-1] is not ... else ""
+        return f"a list of {count}{noun}s {more}".rstrip()
     kind = parts[0] if origin is Annotated else kind
     return _WORDS.get(kind) or f"a {kind.__name__}"

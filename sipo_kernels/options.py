@@ -232,7 +232,7 @@ def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
 
 def _check_number(name: str, value: object, allowed: Callable[[float], bool], expected: str) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name}={value!r} is a {type(value).__name__}: expected a number, {expected}")
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}: expected {expected}")
     if not allowed(float(value)):
         # In a compiled function the value may be a symbol, which a format string does not accept.
         if torch.compiler.is_compiling():

@@ -149,7 +149,7 @@ def test_overrides_lie_over_the_file(tmp_path: Path) -> None:
         ({"qqqqqqq": {}}, "qqqqqqq: no such key, expected one of model, data, training, loss, samples"),
         ({"training": {"max_train_steps": "many"}}, "training.max_train_steps='many': expected an integer"),
         ({"training": {"max_train_steps": 1.5}}, "training.max_train_steps=1.5: expected an integer"),
-        ({"training": {"use_ema": 2}}, "training.use_ema=2: expected true or false"),
+        ({"training": {"use_ema": 2}}, "training.use_ema=2: expected True or False"),
         ({"training": {"report_to": 3}}, "training.report_to=3: expected a string"),
         ({"data": {"sizes": 32}}, "data.sizes=32: expected a list"),
         ({"model": {"lora": 4}}, "model.lora=4: expected a section of keys"),
@@ -203,7 +203,13 @@ def test_overrides_lie_over_the_file(tmp_path: Path) -> None:
         ({"data": {"reference_errors": True}}, "data.draws=0: expected at least 1"),
         ({"model": {"reference": "errors"}, "data": {"draws": 2}}, "data.reference_errors=False: expected True"),
         ({"data": {"sizes": []}}, "data.sizes=[]: expected at least one [height, width]"),
-        ({"data": {"sizes": [[3]]}}, "data.sizes.0.1: missing, expected a value"),
+        ({"data": {"sizes": [[3]]}}, "data.sizes=[(3,)]: expected a list of lists of 2 integers"),
+        ({"data": {"sizes": [[1, 2, 3]]}}, "data.sizes=[(1, 2, 3)]: expected a list of lists of 2 integers"),
+        ({"training": {"max_train_steps": True}}, "training.max_train_steps=True: expected an integer"),
+        ({"training": {"learning_rate": True}}, "training.learning_rate=True: expected a number"),
+        ({"loss": {"mask_threshold": True}}, "loss.mask_threshold=True is a bool: expected 0 <= mask_threshold <= 1"),
+        ({"loss": {"beta": "big"}}, "loss.beta='big' is a str: expected a finite number > 0"),
+        ({"data": {"max_pairs": 0}}, "data.max_pairs=0: expected at least 1"),
         ({"data": {"frames": 0}}, "data.frames=0: expected at least 1"),
         (
             {"samples": {"guidance_scale": float("nan")}},
@@ -278,7 +284,7 @@ def test_files_that_are_no_configuration(tmp_path: Path) -> None:
         load_config(path)
     assert "\n" not in str(caught.value)
     path.write_text("- 3")
-    with pytest.raises(ConfigError, match="holds list, expected the sections model, data, training, loss, samples"):
+    with pytest.raises(ConfigError, match="holds a list, expected the sections model, data, training, loss, samples"):
         load_config(path)
     path.write_text(yaml.safe_dump(tree()))
     for override, message in (

@@ -22,7 +22,6 @@ _LISTED_PACKAGES = {
     "peft": "pip install 'sipo[train]'",
     "datasets": "pip install 'sipo[train]'",
     "av": "pip install 'sipo[train]'",
-    "pydantic": "pip install 'sipo[train]'",
     "scikit-learn": "pip install 'sipo[demo]'",
     "matplotlib": "pip install 'sipo[demo]'",
     "tensorboard": "pip install tensorboard",

@@ -26,7 +26,6 @@ _PACKAGES = {
     "peft": "peft",
     "PIL": "pillow",
     "pyarrow": "pyarrow",
-    "pydantic": "pydantic",
     "safetensors": "safetensors",
     "tqdm": "tqdm",
     "transformers": "transformers",

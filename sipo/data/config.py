@@ -59,7 +59,7 @@ class DataConfig:
     dtype: Dtype = "bfloat16"
     skip_bad: bool = False
     max_pixels: AtLeast1 = MAX_PIXELS
-    max_pairs: int | None = None
+    max_pairs: AtLeast1 | None = None
     held_out: AtLeast0 = 0
     draws: AtLeast0 = 0
     reference_errors: bool = False

@@ -1,7 +1,6 @@
 """The configuration of ``sipo train``: one tree of dataclasses, read from YAML with ``key=value`` overrides.
 
-Names that do not exist are errors that say the nearest one that does. Needs pydantic and PyYAML:
-``pip install 'sipo[train]'``.
+The error for a name that does not exist says which is nearest. Needs PyYAML: ``pip install 'sipo[train]'``.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 
 from sipo.data.config import DataConfig
 from sipo.families.config import ModelConfig
-from sipo.fields import AtLeast1, NotNegative, check_fields
+from sipo.fields import AtLeast1, NotNegative, check_fields, from_yaml
 from sipo.files import FileError, expand, one_line, short
 from sipo.recipe.key_hints import probable_key
 from sipo.training.config import TrainingConfig
@@ -26,18 +25,7 @@ from sipo.yaml_files import parse_yaml, read_yaml
 from sipo_kernels.backends import BACKENDS
 from sipo_kernels.options import LossOptions, check_choice
 
-_LARGEST = 1 << 63  # integers have 64 bits
 _LONGEST = 300  # letters of a message's part that a user has written
-# What was expected, by the first word of pydantic's name for an error: "int_parsing", "int_from_float".
-_EXPECTED = {
-    "int": "an integer",
-    "float": "a number",
-    "bool": "true or false",
-    "string": "a string",
-    "list": "a list",
-    "tuple": "a list",
-    "dataclass": "a section of keys",
-}
 TOY = "toy"
 """In place of a model's or data set's path: a small one, made on the spot from a configuration."""
 
@@ -45,12 +33,7 @@ TOY = "toy"
 _COMPUTED = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 # Keys whose values may have ~ and environment variables in them.
-_PATHS = (
-    ("model", "pretrained_model_name_or_path"),
-    ("data", "dataset_name"),
-    ("data", "cache"),
-    ("training", "output_dir"),
-)
+_PATHS = ("model.pretrained_model_name_or_path", "data.dataset_name", "data.cache", "training.output_dir")
 
 
 class ConfigError(ValueError):
@@ -205,7 +188,8 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         raise ConfigError(str(error)) from error
     if not isinstance(tree, dict):
         known = ", ".join(f.name for f in dataclasses.fields(Config))
-        raise ConfigError(f"{path}: holds {type(tree).__name__}, expected the sections {known}")
+        held = "nothing" if tree is None else f"a {type(tree).__name__}"
+        raise ConfigError(f"{path}: holds {held}, expected the sections {known}")
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
@@ -229,59 +213,38 @@ def from_dict(tree: dict[str, Any]) -> Config:
     Raises:
         ConfigError: an unknown key, a value that does not fit.
     """
-    from pydantic import TypeAdapter, ValidationError
-
-    tree = _with_paths(tree)
-    paths = list(_paths(Config))
-    for key in _unknown(tree, paths):
-        meant = probable_key(key, paths)
-        beside = ", ".join(path[-1] for path in paths if path[:-1] == key[:-1])
-        hint = f"did you mean {meant}?" if meant else f"expected one of {beside}"
-        raise ConfigError(f"{one_line('.'.join(key), _LONGEST)}: no such key, {hint}")
-    for name, value in _integers(tree, ""):
-        if not -_LARGEST <= value < _LARGEST:
-            raise ConfigError(f"{name}={short(value)}: expected an integer of 64 bits")
-    try:
-        return TypeAdapter(Config).validate_python(tree)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        loc = first["loc"]  # with names of types below a key that takes several
-        place = ".".join(str(part) for i, part in enumerate(loc, 1) if isinstance(part, int) or loc[:i] in paths)
-        if first["type"] in ("missing", "missing_argument"):
-            raise ConfigError(f"{place}: missing, expected a value") from error
-        cause = first.get("ctx", {}).get("error")
-        if cause is not None:  # our own check of a section or of all of them, which names the value itself
-            raise ConfigError(f"{place}{'.' * bool(place)}{one_line(cause, _LONGEST)}") from error
-        if first["type"] == "literal_error":
-            choices = first["ctx"]["expected"].replace("'", "").replace(" or ", ", ")
-            raise ConfigError(f"{place}={short(first['input'])}: expected one of {choices}") from error
-        kind = _EXPECTED.get(first["type"].partition("_")[0])
-        raise ConfigError(f"{place}={short(first['input'])}: {f'expected {kind}' if kind else first['msg']}") from error
+    made: Config = _section(Config, tree)
+    return made
 
 
-def _with_paths(tree: dict[str, Any]) -> dict[str, Any]:
-    """Fills in ``~`` and environment variables in the values of path keys."""
-    tree = dict(tree)
-    for section, name in _PATHS:
-        values = tree.get(section)
-        if isinstance(values, dict) and isinstance(values.get(name), str):
+def _section(kind: Any, values: Any, place: tuple[str, ...] = ()) -> Any:
+    """Makes the section at ``place``, an instance of the dataclass ``kind``, from plain values."""
+    prefix = "".join(f"{name}." for name in place)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{prefix[:-1]}={short(values)}: expected a section of keys")
+    given, hints = {}, typing.get_type_hints(kind)
+    for name in map(str, values):
+        if name not in hints:
+            meant = probable_key((*place, name), list(_paths(Config)))
+            expected = f"did you mean {meant}?" if meant else f"expected one of {', '.join(hints)}"
+            raise ConfigError(f"{one_line(prefix + name, _LONGEST)}: no such key, {expected}")
+    for each in dataclasses.fields(kind):
+        name, hint, value = prefix + each.name, hints[each.name], values.get(each.name)
+        if each.name not in values:
+            if each.default is each.default_factory is dataclasses.MISSING:
+                raise ConfigError(f"{name}: missing, expected a value")
+        elif dataclasses.is_dataclass(hint):
+            given[each.name] = _section(hint, value, (*place, each.name))
+        else:
             try:
-                tree[section] = values | {name: expand(values[name])}
+                value = expand(value) if name in _PATHS and isinstance(value, str) else value
+                given[each.name] = from_yaml(value, hint)
             except ValueError as error:
-                raise ConfigError(f"{section}.{name}={one_line(error, _LONGEST)}") from error
-    return tree
-
-
-def _integers(value: Any, name: str) -> Iterator[tuple[str, int]]:
-    """Every integer in a tree of plain values, with the key that it belongs to."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from _integers(item, f"{name}.{key}" if name else str(key))
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _integers(item, name)
-    elif isinstance(value, int):
-        yield name, value
+                raise ConfigError(f"{name}={one_line(error, _LONGEST)}") from error
+    try:
+        return kind(**given)
+    except (TypeError, ValueError) as error:  # it names the key and what was expected
+        raise ConfigError(f"{prefix}{one_line(error, _LONGEST)}") from error
 
 
 def _paths(section: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
@@ -290,15 +253,3 @@ def _paths(section: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[str, ...
         yield (*place, name)
         if dataclasses.is_dataclass(kind):
             yield from _paths(kind, (*place, name))
-
-
-def _unknown(
-    tree: dict[str, Any], paths: Sequence[tuple[str, ...]], place: tuple[str, ...] = ()
-) -> Iterator[tuple[str, ...]]:
-    """The keys of a tree of plain values that are none of ``paths``."""
-    for name, value in tree.items():
-        here = (*place, str(name))
-        if here not in paths:
-            yield here
-        elif isinstance(value, dict) and any(path[:-1] == here for path in paths):
-            yield from _unknown(value, paths, here)
