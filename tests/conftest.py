@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -50,6 +51,7 @@ def fresh_accelerate() -> Iterator[None]:
     _reset_accelerate()
 
 
+GOLDEN_FILES = Path(__file__).parent / "golden"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

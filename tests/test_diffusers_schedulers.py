@@ -17,27 +17,7 @@ from benchmarks.previous_level import markdown, rows
 from sipo import NoiseSchedule
 from sipo.batch import level_argument
 from sipo.schedule.diffusers_schedulers import SettingError, check_sampler, with_settings
-from sipo_kernels.testing import golden_ratio_scales
-
-GOLDEN_FILES = Path(__file__).parent / "golden"
-
-BY_NAME = {case.name: case for case in golden_ratio_scales(GOLDEN_FILES)}
-SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-ALL_STEPS = torch.arange(1000)
-
-
-def close(actual: Tensor, expected: Tensor, rtol: float = 1e-10, atol: float = 0.0) -> None:
-    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol, check_dtype=False)
-
-
-def table(schedule: NoiseSchedule) -> Tensor:
-    return schedule.ratio_scale(torch.arange(schedule.num_train_timesteps))
-
-
-def latents(n: int = 5, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return tuple(torch.randn(n, 3, 4, 2, generator=generator).to(dtype) for _ in range(2))  # type: ignore[return-value]
-
+from tests.schedule_cases import ALL_STEPS, BY_NAME, SD, close, latents, table
 
 SCHEDULERS: list[tuple[str, Any]] = [
     ("sd15", diffusers.DDPMScheduler(**SD)),

@@ -10,20 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from sipo import NoiseSchedule
 from sipo.batch import level_argument
-
-ALL_STEPS = torch.arange(1000)
-
-
-def close(actual: Tensor, expected: Tensor, rtol: float = 1e-10, atol: float = 0.0) -> None:
-    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol, check_dtype=False)
-
-
-def table(schedule: NoiseSchedule) -> Tensor:
-    return schedule.ratio_scale(torch.arange(schedule.num_train_timesteps))
+from tests.schedule_cases import ALL_STEPS, close, table
 
 
 def exact_flow_ratio_scale(

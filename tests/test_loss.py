@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
-from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
+from conftest import GOLDEN_FILES
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -18,8 +18,7 @@ from sipo import NoiseSchedule, PairLossOutput, SIPOLoss, convert_beta
 from sipo.batch import level_argument
 from sipo_kernels import reference
 from sipo_kernels.testing import GoldenCase, golden_cases
-
-GOLDEN_FILES = Path(__file__).parent / "golden"
+from tests.schedule_cases import from_config
 
 CASES = golden_cases(GOLDEN_FILES)
 
@@ -27,13 +26,6 @@ CASES = golden_cases(GOLDEN_FILES)
 def close(actual: Tensor, expected: Tensor | float, rtol: float = 1e-12) -> None:
     expected = torch.as_tensor(expected, dtype=actual.dtype)
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=1e-15)
-
-
-def schedule_of(case: GoldenCase) -> NoiseSchedule:
-    options = {key: value for key, value in case.schedule.items() if key not in ("kind", "prediction")}
-    if case.schedule["kind"] == "flow":
-        return NoiseSchedule.flow(**options)
-    return NoiseSchedule.discrete(prediction_type=case.schedule["prediction"], **options)
 
 
 def batch(*shape: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,7 +36,7 @@ def batch(*shape: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_golden(case: GoldenCase) -> None:
-    loss_fn = SIPOLoss(schedule_of(case), **case.options)
+    loss_fn = SIPOLoss(from_config(case.schedule), **case.options)
     model_pred = case.model_pred.clone().requires_grad_()
     out = loss_fn(model_pred, case.ref_pred, case.target, **level_argument(loss_fn.schedule, case.noise_levels))
     assert isinstance(out, PairLossOutput)
@@ -57,7 +49,7 @@ def test_golden(case: GoldenCase) -> None:
 
 @pytest.mark.parametrize("case", CASES[:1] + CASES[-1:], ids=lambda case: case.name)
 def test_timesteps_may_be_shared_by_the_pair(case: GoldenCase) -> None:
-    loss_fn = SIPOLoss(schedule_of(case), **case.options)
+    loss_fn = SIPOLoss(from_config(case.schedule), **case.options)
     tensors = (case.model_pred, case.ref_pred, case.target)
     full = loss_fn(*tensors, **level_argument(loss_fn.schedule, case.noise_levels))
     shared = loss_fn(*tensors, **level_argument(loss_fn.schedule, case.noise_levels[: case.num_pairs]))

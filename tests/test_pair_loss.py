@@ -9,12 +9,11 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import DEVICE
+from conftest import DEVICE, GOLDEN_FILES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -33,8 +32,6 @@ from sipo_kernels.testing import (
     run,
     run_reference,
 )
-
-GOLDEN_FILES = Path(__file__).parent / "golden"
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 CASES = golden_cases(GOLDEN_FILES)

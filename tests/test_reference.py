@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import GOLDEN_FILES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -16,14 +17,11 @@ from sipo_kernels.options import METHODS, RATIOS, REDUCTIONS
 from sipo_kernels.reference import ReferenceOutput, pair_grad, pair_loss
 from sipo_kernels.testing import GoldenCase, golden_cases
 
-GOLDEN_FILES = Path(__file__).parent / "golden"
-
 CASES = golden_cases(GOLDEN_FILES)
 PER_SAMPLE = ("model_error", "ref_error", "error_gap", "log_ratio", "weight")
 
 
-def close(actual: Tensor, expected: Tensor, rtol: float = 1e-12, atol: float = 1e-15) -> None:
-    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol, equal_nan=True)
+close = functools.partial(torch.testing.assert_close, rtol=1e-12, atol=1e-15, equal_nan=True)
 
 
 def make_batch(

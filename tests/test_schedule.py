@@ -8,13 +8,13 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+from conftest import GOLDEN_FILES
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -23,31 +23,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import sipo.schedule.noise_schedule
 from sipo import NoiseSchedule, SIPOLoss
 from sipo.batch import level_argument as at
-from sipo_kernels.testing import RatioScaleCase, golden_cases, golden_ratio_scales
+from sipo_kernels.testing import RatioScaleCase, golden_cases
+from tests.schedule_cases import ALL_STEPS, BY_NAME, GOLDEN, SD, close, from_config, latents, table
 
-GOLDEN_FILES = Path(__file__).parent / "golden"
-
-GOLDEN = golden_ratio_scales(GOLDEN_FILES)
-BY_NAME = {case.name: case for case in GOLDEN}
-SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-ALL_STEPS = torch.arange(1000)
 GOLDEN_SD15 = NoiseSchedule.discrete().ratio_scale(ALL_STEPS)
-
-
-def from_config(config: dict[str, Any]) -> NoiseSchedule:
-    """The schedule that a golden file describes."""
-    options = {key: value for key, value in config.items() if key not in ("kind", "prediction")}
-    if config["kind"] == "flow":
-        return NoiseSchedule.flow(**options)
-    return NoiseSchedule.discrete(prediction_type=config["prediction"], **options)
-
-
-def close(actual: Tensor, expected: Tensor, rtol: float = 1e-10, atol: float = 0.0) -> None:
-    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol, check_dtype=False)
-
-
-def table(schedule: NoiseSchedule) -> Tensor:
-    return schedule.ratio_scale(torch.arange(schedule.num_train_timesteps))
 
 
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda case: case.name)
@@ -77,11 +56,6 @@ def test_golden_from_arrays(name: str, convert: Any) -> None:
         root = (root - root[-1]) * root[0] / (root[0] - root[-1])
     schedule = NoiseSchedule.from_alphas_cumprod(convert(torch.from_numpy(root**2)), config["prediction"], 50)
     close(schedule.ratio_scale(BY_NAME[name].noise_levels), BY_NAME[name].ratio_scale)
-
-
-def latents(n: int = 5, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return tuple(torch.randn(n, 3, 4, 2, generator=generator).to(dtype) for _ in range(2))  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
