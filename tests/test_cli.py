@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import sipo
+import sipo_kernels
 from sipo import cli
 from sipo_kernels import backends, build_info
 
@@ -221,6 +222,7 @@ def test_our_warnings_are_one_line_and_those_of_others_are_as_they_were(
 
     def stand_in(config: demo.DemoConfig) -> dict[str, Any]:
         warnings.warn("step 40: drift: the policy\n has left the data", TrainingWarning, stacklevel=1)
+        warnings.warn("the native backend is not used", backends.BackendWarning, stacklevel=1)
         warnings.warn("somebody else's", FutureWarning, stacklevel=1)
         return {}
 
@@ -229,18 +231,23 @@ def test_our_warnings_are_one_line_and_those_of_others_are_as_they_were(
     before = warnings.showwarning
     with pytest.warns(FutureWarning, match="somebody else's"):
         assert cli.main(["demo", "--output", str(tmp_path)]) == 0
-        assert capsys.readouterr().err == "sipo: warning: step 40: drift: the policy has left the data\n"
+        assert capsys.readouterr().err.splitlines() == [
+            "sipo: warning: step 40: drift: the policy has left the data",
+            "sipo: warning: the native backend is not used",
+        ]
     assert warnings.showwarning is before
 
 
 def test_every_warning_of_ours_has_a_category_of_ours() -> None:
     """By which the command line knows them; plain ones would come with a path and a line of source."""
     found = []
-    for path in Path(sipo.__file__).parent.rglob("*.py"):
+    packages = [Path(package.__file__).parent for package in (sipo, sipo_kernels)]
+    for path in (path for package in packages for path in package.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "warnings.warn":
                 found.append(ast.unparse(node.args[1]) if len(node.args) > 1 else f"none, {path}:{node.lineno}")
     assert len(found) >= 5 and set(found) <= {
+        "BackendWarning",
         "ConfigWarning",
         "ConnectionWarning",
         "LockWarning",
@@ -251,7 +258,7 @@ def test_every_warning_of_ours_has_a_category_of_ours() -> None:
 
 
 def test_a_train_that_is_refused_prints_the_refusal_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("pydantic")
+    pytest.importorskip("yaml")
     pytest.importorskip("accelerate")
     (tmp_path / "metrics.jsonl").write_text("{}\n", encoding="utf-8")
     toy = Path(__file__).parents[1] / "examples" / "toy" / "sd15.yaml"

@@ -245,8 +245,9 @@ def test_auto_warns_once_of_a_refused_library(refused: None, compiled: bool) -> 
 
     step = torch.compile(call, fullgraph=True, backend="eager") if compiled else call
     words = "the native backend is not used: the native library has other metrics than this version"
-    with pytest.warns(RuntimeWarning, match=re.escape(f"{words} ({REBUILD})")):
+    with pytest.warns(backends.BackendWarning, match=re.escape(f"{words} ({REBUILD})")) as caught:
         step(batch.model_pred)
+    assert compiled or caught[0].filename == __file__  # the caller's line, not one of ours
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         torch._dynamo.reset()

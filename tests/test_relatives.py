@@ -562,8 +562,8 @@ def test_every_setting_reaches_the_operator() -> None:
         ({"label_smoothing": 0.1, "loss_type": "hinge"}, "label_smoothing=0.1 with loss_type='hinge'"),
         ({"safeguard": 1.5}, "safeguard=1.5: expected None"),
         ({"safeguard": -0.1}, "safeguard=-0.1: expected None"),
-        ({"safeguard": True}, "safeguard=True is a bool: expected a number"),
-        ({"label_smoothing": "0.1"}, "label_smoothing='0.1' is a str: expected a number"),
+        ({"safeguard": True}, "safeguard=True is a bool: expected None (off) or 0 <= safeguard <= 1"),
+        ({"label_smoothing": "0.1"}, "label_smoothing='0.1' is a str: expected 0 <= label_smoothing < 0.5"),
     ],
 )
 def test_errors(options: dict[str, Any], message: str) -> None:

@@ -102,7 +102,7 @@ def _plain_warnings() -> Iterator[None]:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        if category.__module__.split(".")[0] == "sipo":
+        if category.__module__.split(".")[0] in ("sipo", "sipo_kernels"):
             from sipo.progress import say
 
             say(f"sipo: warning: {' '.join(str(message).split())}")

@@ -33,6 +33,10 @@ _WARNED: set[str] = set()
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
+class BackendWarning(RuntimeWarning):
+    """A compiled library was refused, and another backend runs in its place."""
+
+
 class BackendStatus(NamedTuple):
     """One line of ``sipo doctor``: a backend, whether it can run, else why not and what would help."""
 
@@ -102,9 +106,13 @@ def report() -> list[tuple[str, BackendStatus]]:
 
 
 def _warn_once(message: str) -> None:
-    if message not in _WARNED:
-        _WARNED.add(message)
-        warnings.warn(message, RuntimeWarning, stacklevel=3)
+    if message in _WARNED:
+        return
+    _WARNED.add(message)
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("sipo", "sipo_kernels", "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, BackendWarning, stacklevel=level)  # at the user's line
 
 
 _warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]  # called at compile time instead of traced
