@@ -72,6 +72,7 @@ BEFORE_DATA = [
     ),
     ("sd15", ["model.lora.target_modules=[to_x]"], "model.lora.target_modules: 'to_x' is no linear layer"),
     ("sd15", ["model.lora.target_modules=[]"], "model.lora.target_modules=[]: expected at least one name"),
+    ("sd15", ["loss.num_inference_steps=1001"], "loss.num_inference_steps=1001: expected an integer in [1, 1000]"),
     ("sd15", ["samples.num_inference_steps=1001"], "samples.num_inference_steps=1001: expected at most 1000"),
     (
         "sd15",

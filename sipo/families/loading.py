@@ -193,7 +193,7 @@ class PipelineLoader(ABC):
         Raises:
             FileNotFoundError, ValueError: as for :meth:`load_network`; the scheduler is not supported, or it shifts the
                 sizes differently.
-            SettingError: the scheduler does not have a setting.
+            SettingError: the scheduler does not have a setting, or not so many steps.
         """
         own = self.load_scheduler(path, **options)
         class_name = type(own).__name__
@@ -205,9 +205,9 @@ class PipelineLoader(ABC):
                 NoiseSchedule.from_scheduler(scheduler, num_inference_steps, image_seq_len=length)
                 for length in [self.image_seq_len(*size) for size in sizes] or [None]
             ]
-        except SettingError:
-            raise
         except ValueError as error:
+            if isinstance(error, SettingError) or str(error).startswith("num_inference_steps="):
+                raise SettingError(str(error)) from error
             raise ValueError(f"{path}: {error}") from error
         schedule = schedules[0]
         for size, other in zip(sizes, schedules, strict=False):

@@ -121,7 +121,8 @@ def open_run(config: Config, accelerator: Accelerator | None = None) -> RunConte
         try:
             return family.load_schedule(model_path, steps, sampled=sampled, sizes=data.sizes, **settings)
         except SettingError as error:
-            raise ConfigError(f"model.{error}") from error
+            section = "loss" if str(error).startswith("num_inference_steps=") else "model"
+            raise ConfigError(f"{section}.{error}") from error
 
     schedule = everywhere(accelerator, load_schedule)
     return RunContext(config, family, accelerator, model_path, data_path, schedule)
