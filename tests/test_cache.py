@@ -24,14 +24,8 @@ from sipo.cache.format import (
     write_json,
 )
 from sipo.cache.index import pairs_fingerprint
-from tests.data_sets import contents
+from tests.data_sets import contents, flip_bit
 from tests.small_family import MODEL, Pipeline, Records, SmallFamily, build, settings
-
-
-def flip_bit(path: Path, place: int = -9) -> None:
-    content = bytearray(path.read_bytes())
-    content[place] ^= 1
-    path.write_bytes(content)
 
 
 def read_everything(cache: Any) -> None:
@@ -99,7 +93,7 @@ def test_a_shard_cut_short_is_named_when_the_cache_is_opened(tmp_path: Path) -> 
 @pytest.mark.parametrize("name", ["latents-00002", "text-00001", "unconditional"])
 def test_a_changed_bit_is_named_when_the_shard_is_first_used(tmp_path: Path, name: str) -> None:
     build(tmp_path)
-    flip_bit(tmp_path / f"{name}.safetensors")
+    flip_bit(tmp_path / f"{name}.safetensors", -9)
     cache = open_cache(tmp_path)
     with pytest.raises(DamagedError, match=rf"{name}\.safetensors: changed since .*`sipo precompute`"):
         read_everything(cache)
@@ -161,7 +155,7 @@ def test_a_cache_may_be_sent_to_another_process(tmp_path: Path) -> None:
     cache = open_cache(tmp_path)
     read_everything(cache)
     copy = pickle.loads(pickle.dumps(cache))
-    flip_bit(tmp_path / "latents-00000.safetensors")
+    flip_bit(tmp_path / "latents-00000.safetensors", -9)
     assert torch.equal(copy.pair(11)[0], cache.pair(11)[0])
     with pytest.raises(DamagedError, match="latents-00000"):  # the other process looks for itself
         copy.pair(0)

@@ -24,6 +24,7 @@ from sipo.families.tuning import load_saved, save_lora
 from sipo.recipe import config
 from sipo.training import storage
 from sipo.training.sums import write_run_sums, write_sums
+from tests.data_sets import flip_bit
 from tests.family_cases import TOYS, family_of, folder_of, network_input, pipeline_of
 from tests.original_names import NETWORK_CONFIGS, WIDTH, comfyui_keys, diffusers_rows, kohya_keys, patched
 from tests.test_families_tuning import lora_network
@@ -477,9 +478,7 @@ def test_weights_that_have_changed_since_they_were_written_are_not_exported(
     shutil.copytree(run[0], folder)
     write_sums(folder / "weights")
     weights = folder / "weights" / "pytorch_lora_weights.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-4] ^= 1  # of a mantissa: as good a number as before
-    weights.write_bytes(content)
+    flip_bit(weights, -4)  # of a mantissa: as good a number as before
     printed = export(capsys, folder, "--format", "diffusers")
     assert printed == f"{weights}: damaged, its SHA-256 is not the one that SHA256SUMS states"
 

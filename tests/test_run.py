@@ -27,7 +27,7 @@ from sipo.recipe.sampling import SAMPLE_FPS
 from sipo.recipe.verify import verify_run
 from sipo.training.log_reader import read_metrics
 from sipo.training.sums import SUMS
-from tests.data_sets import contents
+from tests.data_sets import contents, flip_bit
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = ("sd15", "sdxl", "sd3", "cogvideox", "wan")
@@ -374,9 +374,7 @@ def test_precompute_mends_what_was_damaged(shared: Path, tmp_path: Path, capsys:
     kept = {path: path.read_bytes() for path in sorted(cache.rglob("*.safetensors"))}
     assert any("errors" in path.name for path in kept) and any("latents" in path.name for path in kept)
     for path in kept:  # one bit in the middle of the data of each
-        data = bytearray(kept[path])
-        data[-9] ^= 16
-        path.write_bytes(data)
+        flip_bit(path, -9)
     assert cli.main(["train", *precompute[1:]]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert ".safetensors" in error and "sipo precompute" in error

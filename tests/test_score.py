@@ -27,6 +27,7 @@ from sipo.recipe.prepare_data import prepare_data
 from sipo.recipe.train import TRAINED_ON
 from sipo.training import AdapterOff
 from sipo.training.sums import SUMS
+from tests.data_sets import flip_bit
 from tests.test_run import example, options
 from tests.test_run import train as train_toy
 from tests.training_cases import Adapted, Network, Pairs, networks, predict, without_adapter
@@ -482,9 +483,7 @@ def test_one_flipped_bit_of_the_weights_is_noticed(
     run = tmp_path / "run"
     shutil.copytree(trained / "run", run)
     path = run / "weights" / name
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
+    flip_bit(path, path.stat().st_size // 2)
     assert scored(run, "--output", str(tmp_path / "scores.jsonl")) == 2
     error = capsys.readouterr().err
     assert error.startswith("sipo: error: ") and str(run / "weights") in error and error.count("\n") == 1

@@ -31,6 +31,7 @@ from sipo.training import CheckpointError, TrainingWarning, checkpoint, loop, st
 from sipo.training.log import check_logs, set_aside_logs
 from sipo.training.log_reader import read_metrics
 from sipo.training.run_folder import earlier_run
+from tests.data_sets import flip_bit
 from tests.small_family import in_processes, outcomes_in_processes
 from tests.training_cases import Pairs, fit, loss, networks, predict, same, settings, untimed
 
@@ -179,12 +180,6 @@ def test_only_what_is_trained_is_saved(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- what is damaged, and what does not fit
 
 
-def _flip(path: Path, place: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[place] ^= 1
-    path.write_bytes(content)
-
-
 def _forge(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Changes a state and its hash along with it."""
     state = json.loads((folder / "state.json").read_text())
@@ -214,7 +209,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         r"model.safetensors has \d+ bytes, expected \d+",
     ),
     "flipped": (
-        lambda f: _flip(f / "process-00000.safetensors", -1),
+        lambda f: flip_bit(f / "process-00000.safetensors"),
         "process-00000.safetensors does not have the SHA-256 that state.json states",
     ),
     "no JSON": (lambda f: (f / "state.json").write_text("{"), "state.json: not JSON"),

@@ -26,6 +26,7 @@ from sipo.training.sums import (
     write_run_sums,
     write_sums,
 )
+from tests.data_sets import flip_bit
 from tests.training_cases import fit
 
 
@@ -125,12 +126,6 @@ def test_a_run_that_goes_on_removes_its_hashes_before_it_changes_its_log(
     assert not _damaged(copied)
 
 
-def _flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-
-
 def _fifo(path: Path) -> None:
     path.unlink()
     os.mkfifo(path)
@@ -139,7 +134,7 @@ def _fifo(path: Path) -> None:
 _PROMPTS = "samples/prompts.json"
 _NETWORK = "weights/unet/diffusion_pytorch_model.safetensors"
 DAMAGE: dict[str, tuple[Callable[[Path], object], str, str]] = {
-    "weights": (lambda f: _flip(f / _NETWORK), _NETWORK, f"damaged, its SHA-256 is not the one that {SUMS} states"),
+    "weights": (lambda f: flip_bit(f / _NETWORK), _NETWORK, f"damaged, its SHA-256 is not the one that {SUMS} states"),
     "no weights": (lambda f: (f / _NETWORK).unlink(), _NETWORK, f"missing, {SUMS} lists it"),
     "another": (
         lambda f: shutil.copy(f / _NETWORK, f / "weights/unet/a.safetensors"),
@@ -164,7 +159,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "damaged, line 1 is not a SHA-256, two spaces and a file's name",
     ),
     "checkpoint": (
-        lambda f: _flip(f / "checkpoints/step-00000002/model.safetensors"),
+        lambda f: flip_bit(f / "checkpoints/step-00000002/model.safetensors"),
         "checkpoints/step-00000002",
         "model.safetensors does not have the SHA-256 that state.json states",
     ),
