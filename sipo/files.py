@@ -57,6 +57,14 @@ def expand(path: str) -> str:
     return filled
 
 
+def make_folder(folder: Path, name: str) -> None:
+    """Makes a folder and its parents, if they do not exist; a FileError names it as ``name`` says if it cannot."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"{name}: {error.strerror}, expected a folder that can be written") from error
+
+
 def check_regular(path: Path) -> os.stat_result:
     """Refuses anything but a regular file, and returns its status: a FIFO would block, and a device may have no end.
 

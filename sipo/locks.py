@@ -30,7 +30,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from sipo.files import FileError, check_regular
+from sipo.files import FileError, check_regular, make_folder
 from sipo.processes import on_main
 
 LOCK = ".lock"
@@ -105,10 +105,7 @@ class _Lock:
 
     def acquire(self) -> None:
         self._made = [path for path in (self._folder, *self._folder.parents) if not path.exists()]
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise FileError(f"{self._what}: {error.strerror}, expected a folder that can be written") from error
+        make_folder(self._folder, self._what)
         status = self._folder.stat()
         key, this = (status.st_dev, status.st_ino), (os.getpid(), threading.get_ident())
         with _guard:

@@ -534,6 +534,7 @@ def test_two_processes_are_one_with_twice_the_batch(shared: Path, tmp_path: Path
         (["data.held_out=32"], "data.held_out=32: expected at least 0 and fewer than the 32 pairs there are"),
         (["loss.method=ppo"], "loss.method='ppo': expected one of diffusion_dpo, dpo_cm, sipo, sdpo"),
         (["data.dtype=bfloat16"], "data.dtype"),
+        (["data.cache=/dev/null/x"], "/dev/null/x-toy: Not a directory, expected a folder that can be written"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

@@ -20,7 +20,7 @@ from sipo.data.toy import make_toy_pairs
 from sipo.families import Family, get
 from sipo.families.toy import build_toy
 from sipo.families.tuning import adapter_off, freeze, frozen_copy, prepare_full, prepare_lora
-from sipo.files import aside, remove_leftovers
+from sipo.files import aside, make_folder, remove_leftovers
 from sipo.loss import SIPOLoss
 from sipo.processes import everywhere, from_main
 from sipo.protocols import PairDataset
@@ -230,7 +230,7 @@ def loss_beta(run: RunContext, loss_fn: SIPOLoss) -> float:
 def _made(folder: Path, make: Any) -> Any:
     """What ``make`` makes in a folder, made once: aside, and renamed when it is whole."""
     if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(folder.parent, str(folder.parent))
         remove_leftovers(folder.parent)
         with aside(folder) as place:
             make(place)

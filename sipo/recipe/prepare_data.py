@@ -14,6 +14,7 @@ from sipo.cache.reference_errors import ReferenceErrors, open_reference_errors
 from sipo.cache.savings import Cost
 from sipo.data.readers import open_pairs
 from sipo.data.records import DataError, PairReader
+from sipo.files import make_folder
 from sipo.locks import locked
 from sipo.processes import everywhere, from_all, from_main, on_main
 from sipo.progress import say
@@ -65,7 +66,7 @@ def prepare_data(
         DataError: no source, and no finished cache of it.
     """
     config, accelerator = run.config, run.accelerator
-    on_main(accelerator, lambda: run.cache.mkdir(parents=True, exist_ok=True))
+    on_main(accelerator, lambda: make_folder(run.cache, f"data.cache={config.data.cache!r}"))
     weights = run.weights(network=False, verify=verify)
     if verify and config.data.reference_errors:
         run.weights(network=True, verify=True)
