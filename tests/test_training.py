@@ -20,12 +20,11 @@ from sipo.training import (
     TrainingDivergedError,
     TrainingWarning,
     optimization,
-    train,
 )
 from sipo.training.log_reader import read_metrics, step_mean
 from sipo.training.measurements import MetricWindow
 from sipo.training.stream import StreamSampler, pair_noise, step_levels
-from tests.training_cases import Broken, Pairs, PlainLoss, fit, loss, networks, predict, same, settings
+from tests.training_cases import Broken, Pairs, PlainLoss, fit, loss, networks, same, settings
 
 LN2 = math.log(2.0)
 
@@ -46,8 +45,8 @@ def test_first_step_is_ln_2_times_the_active_share(tmp_path: Path) -> None:
 def test_training_prefers_the_chosen_and_leaves_the_reference_alone(tmp_path: Path) -> None:
     policy, reference = networks()
     untouched = copy.deepcopy(reference)
-    config = settings(tmp_path, max_train_steps=60, train_batch_size=8, logging_steps=20)
-    result = train(policy, reference, loss(), Pairs(), predict, config, accelerator=Accelerator(cpu=True))
+    options = {"max_train_steps": 60, "train_batch_size": 8, "logging_steps": 20}
+    _, result = fit(tmp_path, policy=policy, reference=reference, **options)
     assert same(reference, untouched) and not reference.training
     assert [line["step"] for line in result.history] == [1, 20, 40, 60]
     assert result.history[-1]["loss"] < 0.8 * LN2
@@ -80,13 +79,10 @@ def test_accumulation_is_one_large_step(tmp_path: Path) -> None:
     # Plain descent: AdamW's first steps would blow rounding up wherever a gradient is near 0.
     runs = []
     for name, data, batch, accumulation in (("whole", whole_data, 8, 1), ("split", split_data, 4, 2)):
-        policy, reference = networks()
-        config = settings(
-            tmp_path / name, max_train_steps=5, train_batch_size=batch, gradient_accumulation_steps=accumulation
-        )
-        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
+        policy, _ = networks()
+        options = {"max_train_steps": 5, "train_batch_size": batch, "gradient_accumulation_steps": accumulation}
         optimizer = torch.optim.SGD(policy.parameters(), lr=0.05)
-        result = train(policy, reference, loss(), data, predict, config, optimizer=optimizer, accelerator=accelerator)
+        _, result = fit(tmp_path / name, policy=policy, data=data, optimizer=optimizer, **options)
         runs.append((policy, result.history))
     assert whole_data.seen == split_data.seen and len(whole_data.seen) == 40
     (whole, whole_lines), (split, split_lines) = runs
@@ -98,12 +94,9 @@ def test_accumulation_is_one_large_step(tmp_path: Path) -> None:
 
 
 def test_gradients_are_clipped_to_the_norm(tmp_path: Path) -> None:
-    policy, reference = networks()
-    before = copy.deepcopy(policy)
-    config = settings(tmp_path, max_train_steps=1, max_grad_norm=0.25)
+    policy, before = networks()
     optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
-    accelerator = Accelerator(cpu=True)
-    result = train(policy, reference, loss(), Pairs(), predict, config, optimizer=optimizer, accelerator=accelerator)
+    _, result = fit(tmp_path, policy=policy, optimizer=optimizer, max_train_steps=1, max_grad_norm=0.25)
     assert result.history[0]["grad_norm"] > 0.25
     moved = [a - b for a, b in zip(policy.parameters(), before.parameters(), strict=True)]
     assert torch.stack([m.norm() for m in moved]).norm().item() == pytest.approx(0.25, rel=1e-4)
@@ -210,14 +203,11 @@ def test_a_broken_step_moves_nothing_and_training_goes_on(
     tmp_path: Path, asked: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(optimization, "ASKED", asked)
-    policy, reference = networks()
-    config = settings(tmp_path, max_train_steps=6, logging_steps=3, max_nonfinite_steps=2)
+    policy, _ = networks()
     # Without momentum a step without gradient is no step at all: steps 2 and 5 never happened.
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.05)
-    data = Broken((2, 5))
-    result = train(
-        policy, reference, loss(), data, predict, config, optimizer=optimizer, accelerator=Accelerator(cpu=True)
-    )
+    options = {"max_train_steps": 6, "logging_steps": 3, "max_nonfinite_steps": 2}
+    _, result = fit(tmp_path, policy=policy, data=Broken((2, 5)), optimizer=optimizer, **options)
     assert [line["nonfinite_steps"] for line in result.history] == [0, 1, 1]
     assert all(math.isfinite(line["loss"]) for line in result.history)
     assert all(p.isfinite().all() for p in policy.parameters())
@@ -314,35 +304,25 @@ def test_a_setting_out_of_range_is_named(tmp_path: Path, options: dict[str, Any]
 
 
 def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
-    policy, reference = networks()
-    config, cpu = settings(tmp_path), Accelerator(cpu=True)
+    policy, frozen = networks()
     with pytest.raises(ValueError, match="policy and reference are one module"):
-        train(policy, policy, loss(), Pairs(), predict, config, accelerator=cpu)
+        fit(tmp_path, policy=policy, reference=policy)
     with pytest.raises(ValueError, match="the data set holds 0 pairs"):
-        train(policy, reference, loss(), Pairs(0), predict, config, accelerator=cpu)
+        fit(tmp_path, data=Pairs(0))
     with pytest.raises(ValueError, match="no parameter with requires_grad=True"):
-        train(copy.deepcopy(policy).requires_grad_(False), reference, loss(), Pairs(), predict, config, accelerator=cpu)
+        fit(tmp_path, policy=frozen.requires_grad_(False))
     with pytest.raises(ValueError, match="validation_steps=2: expected pairs to validate on, or a hook"):
-        train(policy, reference, loss(), Pairs(), predict, settings(tmp_path, validation_steps=2), accelerator=cpu)
+        fit(tmp_path, validation_steps=2)
     with pytest.raises(ValueError, match="the validation set holds 0 pairs"):
-        train(policy, reference, loss(), Pairs(), predict, config, accelerator=cpu, validation=Pairs(0))
+        fit(tmp_path, validation=Pairs(0))
     with pytest.raises(ValueError, match="gradient_accumulation_steps=1: expected gradient_accumulation_steps=2"):
-        train(
-            policy,
-            reference,
-            loss(),
-            Pairs(),
-            predict,
-            settings(tmp_path, gradient_accumulation_steps=2),
-            accelerator=cpu,
-        )
+        fit(tmp_path, gradient_accumulation_steps=2, accelerator=Accelerator(cpu=True))
 
 
 @pytest.mark.parametrize("kind", [DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM])
 def test_other_ways_to_share_the_work_are_refused(tmp_path: Path, kind: DistributedType) -> None:
-    policy, reference = networks()
     accelerator = Accelerator(cpu=True)
     accelerator.state.distributed_type = kind
     message = f"^distributed_type='{kind.value}': expected one device, plain data parallelism or FSDP2$"
     with pytest.raises(ValueError, match=message):
-        train(policy, reference, loss(), Pairs(), predict, settings(tmp_path), accelerator=accelerator)
+        fit(tmp_path, accelerator=accelerator)

@@ -52,6 +52,21 @@ class Grouped(Pairs):
         return item
 
 
+SHARDED: dict[str, Any] = {
+    "max_train_steps": 6,
+    "checkpointing_steps": 3,
+    "use_ema": True,
+    "ema_decay": 0.9,
+    "validation_steps": 3,
+    "adamw": True,
+}
+SKIPPING: dict[str, Any] = {
+    "max_train_steps": 10,
+    "gradient_accumulation_steps": 2,
+    "skip_inactive": True,
+    "mask_threshold": 0.9,
+    "pairs": 1,
+}
 # What each pair of processes runs; one process then runs the same at twice the batch.
 SCENARIOS: dict[str, dict[str, Any]] = {
     "gradient": {"max_train_steps": 1, "max_grad_norm": None, "rate": 1.0},
@@ -76,36 +91,10 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "sharded adapter": {"max_train_steps": 4, "adapter": True},
     "sharded bf16": {"max_train_steps": 2, "mixed_precision": "bf16", "flow": True},
     "sharded gradient": {"max_train_steps": 1, "max_grad_norm": None, "rate": 1.0},
-    "sharded": {
-        "max_train_steps": 6,
-        "checkpointing_steps": 3,
-        "use_ema": True,
-        "ema_decay": 0.9,
-        "validation_steps": 3,
-        "adamw": True,
-    },
-    "sharded resumed": {
-        "max_train_steps": 6,
-        "checkpointing_steps": 3,
-        "use_ema": True,
-        "ema_decay": 0.9,
-        "validation_steps": 3,
-        "adamw": True,
-    },
-    "skipping": {
-        "max_train_steps": 10,
-        "gradient_accumulation_steps": 2,
-        "skip_inactive": True,
-        "mask_threshold": 0.9,
-        "pairs": 1,
-    },
-    "sharded and skipping": {
-        "max_train_steps": 10,
-        "gradient_accumulation_steps": 2,
-        "skip_inactive": True,
-        "mask_threshold": 0.9,
-        "pairs": 1,
-    },
+    "sharded": SHARDED,
+    "sharded resumed": SHARDED,
+    "skipping": SKIPPING,
+    "sharded and skipping": SKIPPING,
 }
 
 

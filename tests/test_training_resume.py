@@ -27,13 +27,13 @@ from torch import nn
 import sipo.recipe.train
 from sipo import NoiseSchedule, SIPOLoss
 from sipo.processes import OtherProcessError
-from sipo.training import CheckpointError, TrainingWarning, checkpoint, loop, storage, timesteps, train
+from sipo.training import CheckpointError, TrainingWarning, checkpoint, loop, storage, timesteps
 from sipo.training.log import check_logs, set_aside_logs
 from sipo.training.log_reader import read_metrics
 from sipo.training.run_folder import earlier_run
 from tests.data_sets import flip_bit
 from tests.small_family import in_processes, outcomes_in_processes
-from tests.training_cases import Pairs, fit, loss, networks, predict, same, settings, untimed
+from tests.training_cases import Pairs, fit, loss, networks, same, settings, untimed
 
 # Everything that a checkpoint may hold: dropout, accumulation, an augmenting data set, a moving average, a schedule,
 # statistics of timesteps, validation, and checkpoints between two log lines.
@@ -494,8 +494,7 @@ def test_the_main_process_says_what_a_folder_holds(tmp_path: Path, monkeypatch: 
         raise Reached(str(options.get("resume")))
 
     def start(accelerator: Any) -> None:
-        policy, reference = networks()
-        train(policy, reference, loss(), Pairs(), predict, settings(tmp_path), accelerator=accelerator)
+        fit(tmp_path, accelerator=accelerator)
 
     monkeypatch.setattr(loop, "check_setup", lambda *_: None)
     monkeypatch.setattr(loop, "PairForward", reached)
@@ -514,13 +513,9 @@ def test_leftovers_that_cannot_be_removed_end_all_processes(tmp_path: Path, monk
     def broken(folder: Path) -> None:
         raise PermissionError(13, "Permission denied", str(folder))
 
-    def start(accelerator: Any) -> None:
-        policy, reference = networks()
-        train(policy, reference, loss(), Pairs(), predict, settings(tmp_path), accelerator=accelerator)
-
     monkeypatch.setattr(loop, "check_setup", lambda *_: None)
     monkeypatch.setattr(storage, "clear", broken)
-    outcomes = outcomes_in_processes(2, start)
+    outcomes = outcomes_in_processes(2, lambda one: fit(tmp_path, accelerator=one))
     assert [type(outcome) for outcome in outcomes] == [PermissionError, OtherProcessError]
 
 

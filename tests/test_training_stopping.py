@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sipo.training import TrainingInterruptedError, TrainingOutOfMemoryError, stopping, storage
 from sipo.training.stopping import StopAgreement, StopRequest, release_signals
-from tests.training_cases import Pairs, fit, same
+from tests.training_cases import Pairs, Signalled, fit, same
 
 # ---------------------------------------------------------------- stopping
 
@@ -76,14 +76,8 @@ def test_a_stop_that_nobody_can_be_told_of_still_writes_a_checkpoint(tmp_path: P
 
 def test_a_signal_that_comes_twice_is_one_request(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     # A cluster manager sends it to all processes of a job, and the launcher passes on the one that it got.
-    class Launched(Pairs):
-        def __getitem__(self, index: int) -> dict[str, Any]:
-            if len(self.seen) in (5, 6):
-                os.kill(os.getpid(), signal.SIGTERM)
-            return super().__getitem__(index)
-
     with pytest.raises(TrainingInterruptedError, match="stopped by SIGTERM after step 2"):
-        fit(tmp_path, data=Launched(), max_train_steps=6)
+        fit(tmp_path, data=Signalled(5, 6), max_train_steps=6)
     assert capfd.readouterr().err.count("SIGTERM") == 1
     assert not storage.damage(tmp_path / "checkpoints/step-00000002")
 
@@ -176,13 +170,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
 
 
 def test_a_signal_in_the_last_step_is_no_interruption(tmp_path: Path) -> None:
-    class Late(Pairs):
-        def __getitem__(self, index: int) -> dict[str, Any]:
-            if len(self.seen) == 7:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return super().__getitem__(index)
-
-    _, result = fit(tmp_path, data=Late(), max_train_steps=2, validation=Pairs(4), validation_steps=2)
+    _, result = fit(tmp_path, data=Signalled(7), max_train_steps=2, validation=Pairs(4), validation_steps=2)
     assert result.steps == 2 and [line["step"] for line in result.validation] == [2]
     # Promised, and what a kill before the weights are written leaves.
     assert result.checkpoint == tmp_path / "checkpoints/step-00000002" and not storage.damage(result.checkpoint)

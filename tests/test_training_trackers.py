@@ -18,7 +18,7 @@ from accelerate.tracking import GeneralTracker, TensorBoardTracker
 from PIL import Image
 
 from sipo.data.media import write_video
-from sipo.training import TrainingConfig, TrainingWarning, train
+from sipo.training import TrainingConfig, TrainingWarning
 from sipo.training.trackers import (
     check_trackers,
     finish_trackers,
@@ -27,7 +27,7 @@ from sipo.training.trackers import (
     running_trackers,
     start_trackers,
 )
-from tests.training_cases import Pairs, fit, loss, networks, predict, settings
+from tests.training_cases import Pairs, fit, settings
 
 
 class Keeping(GeneralTracker):
@@ -72,9 +72,7 @@ def test_a_tracker_of_the_callers_sees_every_number_and_stays_open(tmp_path: Pat
     tracker = Keeping()
     accelerator = Accelerator(cpu=True, log_with=[tracker])
     accelerator.init_trackers("own")
-    policy, reference = networks()
-    config = settings(tmp_path, max_train_steps=2, validation_steps=2)
-    result = train(policy, reference, loss(), Pairs(), predict, config, accelerator=accelerator, validation=Pairs(4))
+    _, result = fit(tmp_path, accelerator=accelerator, max_train_steps=2, validation_steps=2, validation=Pairs(4))
     assert [step for step, _ in tracker.lines] == [1, 2, 2]
     assert tracker.lines[1][1]["train/loss"] == result.history[1]["loss"]
     assert tracker.lines[2][1]["validation/rewards/accuracies"] == result.validation[0]["validation/rewards/accuracies"]
@@ -105,9 +103,8 @@ def test_a_tracker_that_fails_does_not_stop_training(tmp_path: Path) -> None:
     broken, sound = Keeping("broken", broken=True), Keeping("sound")
     accelerator = Accelerator(cpu=True, log_with=[broken, sound])
     accelerator.init_trackers("own")
-    policy, reference = networks()
     with pytest.warns(TrainingWarning) as caught:
-        result = train(policy, reference, loss(), Pairs(), predict, settings(tmp_path), accelerator=accelerator)
+        _, result = fit(tmp_path, accelerator=accelerator)
     text = "tracker 'broken' failed, the run continues: ConnectionError: the service is gone"
     assert {str(warning.message) for warning in caught} == {text}
     assert [step for step, _ in sound.lines] == [1, 2, 3, 4] == [line["step"] for line in result.history]

@@ -24,7 +24,7 @@ from sipo.training.log_reader import read_metrics, step_mean
 from sipo.training.stream import pair_noise, step_levels
 from sipo.training.validation import Validation
 from sipo_kernels import METRICS
-from tests.training_cases import Pairs, fit, loss, networks, predict, same, settings, untimed
+from tests.training_cases import Pairs, Signalled, fit, loss, networks, predict, same, settings, untimed
 
 # ---------------------------------------------------------------- validation
 
@@ -101,15 +101,9 @@ def test_a_look_that_fails_costs_nothing_and_is_made_up_for(tmp_path: Path, at: 
 
 
 def test_a_stop_saves_first_and_leaves_the_validation_to_the_resumed_run(tmp_path: Path) -> None:
-    class Asking(Pairs):
-        def __getitem__(self, index: int) -> dict[str, Any]:
-            if len(self.seen) == 7:  # in the second step of 4 pairs
-                os.kill(os.getpid(), signal.SIGTERM)
-            return super().__getitem__(index)
-
     options: dict[str, Any] = {"max_train_steps": 5, "validation_steps": 2, "validation": Pairs(4)}
     with pytest.raises(TrainingInterruptedError, match="after step 2"):
-        fit(tmp_path, data=Asking(), **options)
+        fit(tmp_path, data=Signalled(7), **options)  # in the second step of 4 pairs
     assert [line.get("kind") for line in lines_of(tmp_path)] == [None, None]
     resumed, _ = fit(tmp_path, resume_from="latest", **options)
     straight, _ = fit(tmp_path / "straight", **options)

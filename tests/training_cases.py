@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import os
 import random
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,6 +82,19 @@ class Broken(Pairs):
         return item
 
 
+class Signalled(Pairs):
+    """Sends SIGTERM to this process when so many items have been read."""
+
+    def __init__(self, *after: int) -> None:
+        super().__init__()
+        self.after = after
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if len(self.seen) in self.after:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().__getitem__(index)
+
+
 class PlainSchedule:
     """The schedule protocol met by hand, without looking at a value."""
 
@@ -151,19 +166,24 @@ def settings(folder: Path, **options: Any) -> TrainingConfig:
     return TrainingConfig(output_dir=folder, **(quiet | options))
 
 
-def fit(folder: Path, *, policy: Any = None, data: Any = None, **options: Any) -> tuple[Any, TrainingResult]:
-    """One run on the CPU; the policy and the result. ``options`` are the configuration's, or :func:`train`'s own."""
+def fit(
+    folder: Path, *, policy: Any = None, data: Any = None, accelerator: Accelerator | None = None, **options: Any
+) -> tuple[Any, TrainingResult]:
+    """Trains on the CPU and returns the policy and the result.
+
+    ``options`` are the configuration's, or :func:`train`'s own.
+    """
     new, reference = networks(options.pop("dropout", 0.0))
     policy = new if policy is None else policy
     loss_fn = options.pop("loss_fn", None) or loss()
-    names = ("resume_from", "validation", "on_validation", "offload_reference", "optimizer")
-    own = {name: options.pop(name) for name in names if name in options and not isinstance(options[name], str)}
-    if "resume_from" in options:
-        own["resume_from"] = options.pop("resume_from")
+    names: tuple[str, ...] = ("resume_from", "validation", "on_validation", "offload_reference")
+    if not isinstance(options.get("optimizer"), str):
+        names += ("optimizer",)
+    own = {name: options.pop(name) for name in names if name in options}
     reference = options.pop("reference", reference)
     predictor = options.pop("predict", predict)
     config = settings(folder, **options)
-    accelerator = Accelerator(
+    accelerator = accelerator or Accelerator(
         cpu=True, mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.gradient_accumulation_steps
     )
     data = Pairs() if data is None else data
