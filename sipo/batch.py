@@ -154,18 +154,21 @@ def noisy_pairs(batch: PairBatch, schedule: Schedule) -> NoisyPairs:
         schedule: gives noisy samples and the target.
 
     Raises:
-        ValueError: a batch with fresh draws, which are still to be made.
+        ValueError: a batch with fresh draws, which are still to be made; levels that the schedule does not have.
     """
     if batch.noise is None or batch.levels is None:
         raise ValueError("a batch with fresh draws has no noise: expected PairBatch.with_draws first")
     samples = torch.cat([batch.chosen, batch.rejected])
     noise, levels = _twice(batch.noise), _twice(batch.levels)
+    try:
+        noisy = schedule.add_noise(samples, noise, **level_argument(schedule, levels))
+    except ValueError as error:  # it names the schedule's own argument
+        raise ValueError(f'the items\' "level" does not fit the schedule: {error}') from error
     if schedule.prediction_type == "epsilon":
         # The target is the noise, which both share: half the memory, and half the reads in the loss.
         target = schedule.target(batch.chosen, batch.noise, **level_argument(schedule, batch.levels))
     else:
         target = schedule.target(samples, noise, **level_argument(schedule, levels))
-    noisy = schedule.add_noise(samples, noise, **level_argument(schedule, levels))
     return NoisyPairs(noisy, levels, network_timesteps(schedule, levels), _stacked_condition(batch), target)
 
 

@@ -154,6 +154,13 @@ def test_a_batch_without_draws_is_not_noised() -> None:
         noisy_pairs(PairBatch(torch.zeros(2, 3), torch.zeros(2, 3)), FLOW)
 
 
+def test_a_level_that_the_schedule_does_not_have_is_named_by_the_items_key() -> None:
+    batch = PairBatch(torch.zeros(2, 3), torch.zeros(2, 3)).with_draws(torch.zeros(2, 3), torch.tensor([0.5, 900.0]))
+    message = """the items' "level" does not fit the schedule: sigmas[1]=900.0: expected sigma in (0, 1]"""
+    with pytest.raises(ValueError, match=re.escape(message)):
+        noisy_pairs(batch, FLOW)
+
+
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize("invert", [False, True])
 def test_a_network_is_told_what_diffusers_pipelines_tell_it(shift: float, invert: bool) -> None:

@@ -286,6 +286,17 @@ def test_overwrite_replaces_a_run_and_nothing_else(
     assert yaml.safe_load(now["config.yaml"])["training"]["max_train_steps"] == 1
 
 
+def test_overwrite_keeps_weights_that_no_run_has_written(
+    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = tmp_path / "run" / "weights"
+    weights.mkdir(parents=True)
+    (weights / "mine.safetensors").write_text("mine")
+    command = ["train", str(example("sd15")), *options(tmp_path, 1, cache=shared), "--overwrite"]
+    assert f"{weights} has no SHA256SUMS, so no run has written it, and --overwrite" in refused(capsys, *command)
+    assert (weights / "mine.safetensors").read_text() == "mine"
+
+
 # ---- Ways to train: full tuning, reference errors, averages, flows of both kinds ----
 
 

@@ -147,9 +147,15 @@ def _check_folder(training: TrainingConfig, resume: bool, overwrite: bool = Fals
     """Whether the folder has checkpoints to continue from.
 
     Raises:
-        ConfigError: it holds a run, which is neither to be resumed nor to be overwritten.
+        ConfigError: it holds a run, which is neither to be resumed nor to be overwritten; or weights alone that no run
+            has written, and that are to be overwritten.
     """
     found = earlier_run(training)
+    if overwrite and found.weights and not (found.checkpoints or found.log or (found.weights / SUMS).exists()):
+        raise ConfigError(
+            f"training.output_dir={str(training.output_dir)!r}: {found.weights} has no {SUMS}, so no run has written it, "
+            "and --overwrite does not remove it; expected another training.output_dir"
+        )
     if overwrite or not found:
         return False
     if resume and found.checkpoints:
