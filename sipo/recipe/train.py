@@ -153,8 +153,8 @@ def _check_folder(training: TrainingConfig, resume: bool, overwrite: bool = Fals
     found = earlier_run(training)
     if overwrite and found.weights and not (found.checkpoints or found.log or (found.weights / SUMS).exists()):
         raise ConfigError(
-            f"training.output_dir={str(training.output_dir)!r}: {found.weights} has no {SUMS}, so no run has written it, "
-            "and --overwrite does not remove it; expected another training.output_dir"
+            f"training.output_dir={str(training.output_dir)!r}: {found.weights} has no {SUMS}, so no run has written "
+            "it, and --overwrite does not remove it; expected another training.output_dir"
         )
     if overwrite or not found:
         return False
