@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import diffusers
+import pytest
 import torch
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from sipo.families.toy import build_toy
 
 TOYS = ("sd15", "sdxl", "sd3", "cogvideox", "cogvideox-2b", "wan")
 PROMPTS = ["a cat on the roof", "The thin red line, twice"]
+each_toy = pytest.mark.parametrize("toy", TOYS)
 HEIGHT, WIDTH, FRAMES = 32, 48, 9  # not square, so that no two sides can be mixed up
 
 _FOLDER = tempfile.TemporaryDirectory()
@@ -26,8 +28,8 @@ def family_of(toy: str) -> Family:
     return get(toy.partition("-")[0])
 
 
-def frames_of(family: Family) -> int:
-    return FRAMES if family.video else 1
+def size_of(family: Family) -> dict[str, int]:
+    return {"height": HEIGHT, "width": WIDTH, "frames": FRAMES if family.video else 1}
 
 
 @functools.cache
@@ -39,6 +41,11 @@ def folder_of(toy: str) -> Path:
 def encoders_of(toy: str) -> Any:
     """The pipeline without its network; shared between tests, which leave it as it is."""
     return family_of(toy).load_encoders(folder_of(toy))
+
+
+def load_toy(toy: str, **options: Any) -> tuple[Family, Any]:
+    """Returns the family and a network of its own."""
+    return family_of(toy), family_of(toy).load_network(folder_of(toy), **options)
 
 
 def pipeline_of(toy: str, **components: Any) -> Any:

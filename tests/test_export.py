@@ -25,11 +25,9 @@ from sipo.recipe import config
 from sipo.training import storage
 from sipo.training.sums import write_run_sums, write_sums
 from tests.data_sets import flip_bit
-from tests.family_cases import TOYS, family_of, folder_of, network_input, pipeline_of
+from tests.family_cases import each_toy, family_of, folder_of, network_input, pipeline_of
 from tests.original_names import NETWORK_CONFIGS, WIDTH, comfyui_keys, diffusers_rows, kohya_keys, patched
 from tests.test_families_tuning import lora_network
-
-each_toy = pytest.mark.parametrize("toy", TOYS)
 
 Added = dict[int, Tensor]
 

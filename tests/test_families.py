@@ -24,21 +24,20 @@ from tests.family_cases import (
     FRAMES,
     HEIGHT,
     PROMPTS,
-    TOYS,
     WIDTH,
     as_uint8,
+    each_toy,
     encoders_of,
     family_of,
     folder_of,
-    frames_of,
+    load_toy,
     network_input,
     pipeline_of,
     pixels_of,
     sampled,
+    size_of,
     stacked,
 )
-
-each_toy = pytest.mark.parametrize("toy", TOYS)
 
 
 class Wrapper(nn.Module):
@@ -78,8 +77,7 @@ def test_predict_is_the_pipelines_own_call(toy: str) -> None:
 
 @each_toy
 def test_predict_depends_on_all_it_is_given(toy: str) -> None:
-    family = family_of(toy)
-    network = family.load_network(folder_of(toy))
+    family, network = load_toy(toy)
     noisy, timesteps, condition = network_input(toy)
     with torch.no_grad():
         base = family.predict(network, noisy, timesteps, condition)
@@ -92,8 +90,7 @@ def test_predict_depends_on_all_it_is_given(toy: str) -> None:
 
 @each_toy
 def test_samples_of_a_batch_do_not_meet(toy: str) -> None:
-    family = family_of(toy)
-    network = family.load_network(folder_of(toy))
+    family, network = load_toy(toy)
     noisy, timesteps, condition = network_input(toy)
     with torch.no_grad():
         both = family.predict(network, noisy, timesteps, condition)
@@ -106,8 +103,7 @@ def test_samples_of_a_batch_do_not_meet(toy: str) -> None:
 
 @each_toy
 def test_predict_calls_the_wrapper(toy: str) -> None:
-    family = family_of(toy)
-    network = family.load_network(folder_of(toy))
+    family, network = load_toy(toy)
     wrapped = Wrapper(Wrapper(network))
     given = network_input(toy)
     with torch.no_grad():
@@ -119,8 +115,7 @@ def test_predict_calls_the_wrapper(toy: str) -> None:
 @each_toy
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_predict_stays_in_the_networks_type(toy: str, dtype: torch.dtype) -> None:
-    family = family_of(toy)
-    network = family.load_network(folder_of(toy), dtype=dtype)
+    family, network = load_toy(toy, dtype=dtype)
     assert network_dtype(network) == dtype
     noisy, timesteps, condition = network_input(toy)
     with torch.no_grad():
@@ -134,8 +129,7 @@ def test_predict_stays_in_the_networks_type(toy: str, dtype: torch.dtype) -> Non
 
 @each_toy
 def test_a_missing_condition_is_named(toy: str) -> None:
-    family = family_of(toy)
-    network = family.load_network(folder_of(toy))
+    family, network = load_toy(toy)
     noisy, timesteps, condition = network_input(toy)
     for name in condition:
         rest = {k: v for k, v in condition.items() if k != name}
@@ -266,8 +260,7 @@ def test_latents_drawn_from_the_posterior(toy: str) -> None:
 
 @each_toy
 def test_loads_in_parts(toy: str) -> None:
-    family = family_of(toy)
-    network = family.load_network(folder_of(toy), dtype=torch.bfloat16)
+    family, network = load_toy(toy, dtype=torch.bfloat16)
     assert type(network).__name__ == family.network_class
     encoders = family.load_encoders(folder_of(toy), dtype=torch.bfloat16)
     assert encoders.components[family.network] is None
@@ -489,8 +482,7 @@ def test_samples_are_the_pipelines(toy: str) -> None:
     family = family_of(toy)
     network = family.load_network(folder_of(toy)).train()
     state, scheduler = torch.get_rng_state(), repr(vars(encoders_of(toy).scheduler))
-    size = {"height": HEIGHT, "width": WIDTH, "frames": frames_of(family)}
-    found = family.sample(encoders_of(toy), Wrapper(network), PROMPTS, seed=5, steps=3, guidance=3.0, **size)
+    found = family.sample(encoders_of(toy), Wrapper(network), PROMPTS, seed=5, steps=3, guidance=3.0, **size_of(family))
     assert torch.equal(torch.get_rng_state(), state)
     assert all(module.training for module in network.modules())
     assert repr(vars(encoders_of(toy).scheduler)) == scheduler
@@ -506,26 +498,22 @@ def test_samples_are_the_pipelines(toy: str) -> None:
 
 @each_toy
 def test_samples_without_guidance(toy: str) -> None:
-    family = family_of(toy)
-    network = family.load_network(folder_of(toy))
-    size = {"height": HEIGHT, "width": WIDTH, "frames": frames_of(family)}
+    family, network = load_toy(toy)
     calls: list[int] = []
     network.register_forward_hook(lambda module, args, output: calls.append(output[0].shape[0]))
-    found = family.sample(encoders_of(toy), network, PROMPTS[:1], seed=5, steps=2, guidance=1.0, **size)
+    found = family.sample(encoders_of(toy), network, PROMPTS[:1], seed=5, steps=2, guidance=1.0, **size_of(family))
     assert set(calls) == {1} and len(calls) in (2, 3)  # no second half, no second call
     expected, _ = sampled(pipeline_of(toy), family, steps=2, guidance_scale=1.0)
     assert ((as_uint8(expected)[0].int() - found[0].int()).abs() > 1).sum() == 0
-    assert family.sample(encoders_of(toy), network, [], seed=5, **size).numel() == 0
+    assert family.sample(encoders_of(toy), network, [], seed=5, **size_of(family)).numel() == 0
 
 
 @each_toy
 def test_samples_with_encoders_of_another_type(toy: str) -> None:
-    family = family_of(toy)
-    network = family.load_network(folder_of(toy))
+    family, network = load_toy(toy)
     encoders = family.load_encoders(folder_of(toy), dtype=torch.bfloat16)
-    size = {"height": HEIGHT, "width": WIDTH, "frames": frames_of(family)}
-    found = family.sample(encoders, network, PROMPTS[:1], seed=5, steps=2, **size)
-    exact = family.sample(encoders_of(toy), network, PROMPTS[:1], seed=5, steps=2, **size)
+    found = family.sample(encoders, network, PROMPTS[:1], seed=5, steps=2, **size_of(family))
+    exact = family.sample(encoders_of(toy), network, PROMPTS[:1], seed=5, steps=2, **size_of(family))
     assert found.dtype == torch.uint8 and found.shape == exact.shape
     assert (found.float() - exact.float()).abs().mean() < 0.25 * exact.float().std()
 

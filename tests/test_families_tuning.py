@@ -25,25 +25,21 @@ from sipo.recipe.config import Config, LossConfig
 from sipo.schedule.diffusers_schedulers import setting_changes, with_settings
 from sipo.training.config import TrainingConfig
 from tests.family_cases import (
-    HEIGHT,
     PROMPTS,
-    TOYS,
-    WIDTH,
+    each_toy,
     encoders_of,
     family_of,
     folder_of,
-    frames_of,
+    load_toy,
     network_input,
     pipeline_of,
+    size_of,
 )
-
-each_toy = pytest.mark.parametrize("toy", TOYS)
 
 
 def lora_network(toy: str, *, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     """A network with an adapter that is not zero."""
-    family = family_of(toy)
-    network = family.load_network(folder_of(toy), dtype=dtype)
+    family, network = load_toy(toy, dtype=dtype)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
         arguments: dict[str, Any] = {"rank": 2, "target_modules": family.lora_targets}
@@ -57,8 +53,7 @@ def lora_network(toy: str, *, dtype: torch.dtype = torch.float32, **options: Any
 
 def sample(toy: str, network: nn.Module) -> Tensor:
     family = family_of(toy)
-    size = {"height": HEIGHT, "width": WIDTH, "frames": frames_of(family)}
-    return family.sample(encoders_of(toy), network, PROMPTS[:1], seed=3, steps=2, **size)
+    return family.sample(encoders_of(toy), network, PROMPTS[:1], seed=3, steps=2, **size_of(family))
 
 
 def no_shared_tensors(network: nn.Module) -> dict[str, Tensor]:
@@ -285,8 +280,7 @@ def test_a_saved_adapter_samples_the_same_in_its_pipeline(toy: str, tmp_path: Pa
 
 @each_toy
 def test_saved_weights_sample_the_same_in_their_pipeline(toy: str, tmp_path: Path) -> None:
-    family = family_of(toy)
-    network = family.load_network(folder_of(toy))
+    family, network = load_toy(toy)
     prepare_full(network)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -22,9 +22,8 @@ from sipo.recipe.config import Config
 from sipo.training import TrainingWarning
 from sipo.training.config import TrainingConfig
 from sipo.training.log_reader import read_metrics
-from tests.family_cases import TOYS, family_of, folder_of, network_input
+from tests.family_cases import each_toy, family_of, folder_of, network_input
 
-each_toy = pytest.mark.parametrize("toy", TOYS)
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _FOLDER = tempfile.TemporaryDirectory()
 

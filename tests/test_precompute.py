@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,28 @@ import pytest
 import torch
 
 from sipo.batch import level_argument, network_timesteps
+from sipo.cache.decode import ahead, queue_length
 from sipo.cache.finished import open_cache
 from sipo.cache.format import CacheError
 from sipo.cache.index import pairs_fingerprint
+from sipo.cache.pairs import CachedPairs, DrawnPairs
+from sipo.cache.precompute import precompute_pairs
+from sipo.cache.precompute_errors import precompute_reference_errors
+from sipo.cache.reference_errors import FixedDraws
+from sipo.data.config import DataConfig
 from sipo.data.load import BadPairError
+from sipo.data.media import read_media, resize_and_crop, write_video
+from sipo.data.readers import open_pairs
 from sipo.data.records import PairRecord
+from sipo.data.toy import make_toy_pairs
+from sipo.families import get
+from sipo.families.config import ModelConfig
+from sipo.families.toy import build_toy
 from sipo.families.vae import as_floats
 from sipo.seeds import derive_seed
 from tests.data_sets import contents
-from tests.small_family import Accelerator, Pipeline, Records, SmallFamily, build, in_processes, png
+from tests.family_cases import encoders_of
+from tests.small_family import MODEL, Accelerator, Pipeline, Records, SmallFamily, build, in_processes, png, settings
 
 
 def test_what_is_stored_is_what_the_family_makes_of_the_files(tmp_path: Path) -> None:
@@ -35,8 +49,6 @@ def test_what_is_stored_is_what_the_family_makes_of_the_files(tmp_path: Path) ->
     assert "12 pairs, 4 prompts" in summary.describe()
     cache = open_cache(tmp_path)
     assert cache.rows.tolist() == list(range(12))
-    from sipo.data.media import read_media, resize_and_crop
-
     for index in (0, 7):
         record = Records.make().records[index]
         for half, source in enumerate((record.chosen, record.rejected)):
@@ -215,8 +227,6 @@ def test_both_halves_are_flipped_and_cropped_alike(tmp_path: Path) -> None:
     reader = Records([PairRecord(row, "a", image, other) for row in range(40)])
     build(tmp_path, reader, random_flip=True, center_crop=False, latents="mode", sizes=[(16, 16)], shard_pairs=16)
     cache = open_cache(tmp_path)
-    from sipo.data.media import read_media, resize_and_crop
-
     lefts, flips = set(), 0
     for index in range(40):
         chosen, rejected, own = cache.pair(index)
@@ -282,9 +292,6 @@ def test_latents_that_are_not_finite_are_a_bad_pair(tmp_path: Path) -> None:
         def encode_pixels(self, pipeline: Any, pixels: Any, generator: Any = None) -> torch.Tensor:
             latents = super().encode_pixels(pipeline, pixels, generator)
             return latents * (1e6 if pipeline.encoded == 2 else 1.0)
-
-    from sipo.cache.precompute import precompute_pairs
-    from tests.small_family import MODEL, settings
 
     def run(skip_bad: bool, **changes: Any) -> Any:
         wanted = settings(dtype="float16", skip_bad=skip_bad, num_workers=1, **changes)
@@ -362,18 +369,6 @@ def test_latents_are_stored_in_the_type_asked_for(tmp_path: Path, dtype: str) ->
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "cogvideox", "wan"])
 def test_real_families_from_files_to_reference_errors(tmp_path: Path, name: str) -> None:
-    from sipo.cache.pairs import CachedPairs, DrawnPairs
-    from sipo.cache.precompute import precompute_pairs
-    from sipo.cache.precompute_errors import precompute_reference_errors
-    from sipo.cache.reference_errors import FixedDraws
-    from sipo.data.config import DataConfig
-    from sipo.data.media import read_media, resize_and_crop
-    from sipo.data.readers import open_pairs
-    from sipo.data.toy import make_toy_pairs
-    from sipo.families import get
-    from sipo.families.config import ModelConfig
-    from sipo.families.toy import build_toy
-
     family = get(name)
     frames = 9 if family.video else 1
     data = make_toy_pairs(tmp_path / "data", video=family.video, pairs=5, frames=frames)
@@ -436,8 +431,6 @@ def test_real_families_from_files_to_reference_errors(tmp_path: Path, name: str)
 
 def clips(folder: Path, pairs: int = 1, frames: int = 9, height: int = 40, width: int = 64) -> list[PairRecord]:
     """Random clips in files."""
-    from sipo.data.media import write_video
-
     records = []
     for row in range(pairs):
         for side in range(2):
@@ -460,9 +453,6 @@ class Clips(SmallFamily):
 
 def encode_clips(folder: Path, records: list[PairRecord], **changes: Any) -> list[torch.Tensor]:
     """What the family was given."""
-    from sipo.cache.precompute import precompute_pairs
-    from tests.small_family import MODEL, settings
-
     pipeline: Any = Pipeline()
     pipeline.given = []
     wanted = settings(frames=9, sizes=[(16, 24)], **changes)
@@ -475,8 +465,6 @@ def encode_clips(folder: Path, records: list[PairRecord], **changes: Any) -> lis
 
 
 def test_clips_are_encoded_one_at_a_time_in_eight_bits_and_cut_as_they_are_decoded(tmp_path: Path) -> None:
-    from sipo.data.media import read_media, resize_and_crop
-
     records = clips(tmp_path)
     given = encode_clips(tmp_path / "cache", records)
     assert [(pixels.dtype, list(pixels.shape)) for pixels in given] == [(torch.uint8, [1, 9, 3, 16, 24])] * 2
@@ -497,9 +485,6 @@ def test_clips_are_encoded_one_at_a_time_in_eight_bits_and_cut_as_they_are_decod
 
 
 def test_one_clip_after_the_other_gives_the_latents_that_both_at_once_give(tmp_path: Path) -> None:
-    from sipo.families import get
-    from tests.family_cases import encoders_of
-
     for name in ("wan", "cogvideox"):
         family, encoders = get(name), encoders_of(name)
         levels = torch.randint(256, (2, 9, 3, 32, 48), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
@@ -515,9 +500,6 @@ def test_one_clip_after_the_other_gives_the_latents_that_both_at_once_give(tmp_p
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3"])
 def test_shapes_of_latents_are_known_beforehand(name: str) -> None:
-    from sipo.families import get
-    from tests.family_cases import encoders_of
-
     family, encoders = get(name), encoders_of(name)
     found = family.encode_pixels(encoders, torch.zeros(1, 3, 32, 48, dtype=torch.uint8))
     assert family.latent_shape(encoders, 32, 48) == tuple(found.shape[1:])
@@ -532,8 +514,6 @@ def test_memory_of_decoded_frames_does_not_wait_for_the_collector(tmp_path: Path
     import gc
 
     import av
-
-    from sipo.data.media import read_media
 
     def decoded() -> list[Any]:
         # One without a format is empty: PyAV 17 keeps it for the next frame.
@@ -551,9 +531,6 @@ def test_memory_of_decoded_frames_does_not_wait_for_the_collector(tmp_path: Path
 
 
 def test_pairs_that_are_decoded_ahead_are_bounded_in_bytes() -> None:
-    from sipo.cache.decode import queue_length
-    from tests.small_family import settings
-
     def length(workers: int, **changes: Any) -> int:
         return queue_length(settings(**changes), workers)
 
@@ -566,9 +543,6 @@ def test_pairs_that_are_decoded_ahead_are_bounded_in_bytes() -> None:
 
 def test_no_more_results_wait_than_asked_for() -> None:
     import weakref
-    from concurrent.futures import ThreadPoolExecutor
-
-    from sipo.cache.decode import ahead
 
     alive: list[weakref.ref[Any]] = []
 

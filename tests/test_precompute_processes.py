@@ -9,10 +9,18 @@ from typing import Any
 
 import pytest
 
+from sipo import processes
+from sipo.cache import encode, precompute
+from sipo.cache.encode import PairEncoder
+from sipo.cache.existing import Existing
 from sipo.cache.finished import open_cache
-from sipo.cache.format import CacheError
+from sipo.cache.format import CacheError, ShardFolder
+from sipo.cache.savings import Cost
 from sipo.data.load import BadPairError
 from sipo.data.records import DataError
+from sipo.locks import LockedError, locked
+from sipo.processes import OtherProcessError
+from sipo.recipe.config import ConfigError, from_dict
 from tests.data_sets import contents
 from tests.small_family import Accelerator, Pipeline, Records, build, in_processes, outcomes_in_processes
 
@@ -24,9 +32,6 @@ def test_an_error_of_one_process_ends_all_with_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     """Row 6 is in the second shard, which the second of two processes encodes."""
-    from sipo.cache.format import ShardFolder
-    from sipo.processes import OtherProcessError
-
     records = Records.make().records
     if fault == "pair":
         records[5] = replace(records[5], chosen=b"no image")
@@ -62,8 +67,6 @@ def test_an_error_of_one_process_ends_all_with_one_line(
 
 
 def test_a_process_that_works_on_hears_of_an_error_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sipo import processes
-
     monkeypatch.setattr(processes, "ROUND_SECONDS", 0.0)
     done = [0, 0]
 
@@ -92,7 +95,6 @@ def test_processes_that_see_other_files_go_on_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lagging: int
 ) -> None:
     """On a network folder one of them may see a file's new times earlier than the others."""
-    from sipo.cache.existing import Existing
 
     @dataclass
     class Stated(Records):
@@ -118,9 +120,6 @@ def test_processes_hear_of_each_other_while_shards_are_only_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Reading a large cache may take longer than a collective operation waits."""
-    from sipo.cache import precompute
-    from sipo.cache.format import ShardFolder
-
     build(tmp_path)
     read, looked, most = ShardFolder.read_intact, [0, 0], [0, 0]
     me = threading.local()
@@ -152,8 +151,6 @@ def test_processes_hear_of_each_other_while_shards_are_only_compared(
 
 
 def test_processes_hear_of_each_other_while_text_is_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sipo.cache import encode, precompute
-
     monkeypatch.setattr(encode, "TEXT_BATCH", 1)
     pipeline, told = Pipeline(), []
 
@@ -170,7 +167,6 @@ def test_processes_hear_of_each_other_while_text_is_encoded(tmp_path: Path, monk
 
 def test_what_encoding_costs_is_said_before_and_refused_where_there_is_no_room(tmp_path: Path) -> None:
     """By paths the rows are known, by images in memory those that the source counts; what is there is left out."""
-    from sipo.cache.savings import Cost
 
     @dataclass
     class Paths(Records):
@@ -219,8 +215,6 @@ def test_what_encoding_costs_is_said_before_and_refused_where_there_is_no_room(t
 
 
 def test_what_a_run_will_not_see_of_a_cache_is_said() -> None:
-    from sipo.cache.savings import Cost
-
     cost = Cost(90, 10, 5, True, (1, 1), 1)
     assert cost.unused(draws=0, held_out=20, seen=80) == ""
     assert cost.unused(draws=0, held_out=20, seen=79) == (
@@ -238,9 +232,6 @@ def test_what_a_run_will_not_see_of_a_cache_is_said() -> None:
 
 def test_another_run_is_not_disturbed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One writes at a time; a finished cache is read by any number."""
-    from sipo.cache.encode import PairEncoder
-    from sipo.locks import LockedError, locked
-
     build(tmp_path)
     held, leave = threading.Event(), threading.Event()
 
@@ -269,8 +260,6 @@ def test_another_run_is_not_disturbed(tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("key", ["num_workers", "queue_mb"])
 def test_workers_and_queue_have_a_least_value_and_change_nothing(tmp_path: Path, key: str) -> None:
-    from sipo.recipe.config import ConfigError, from_dict
-
     tree: dict[str, Any] = {
         "model": {"family": "sd15", "pretrained_model_name_or_path": "p"},
         "data": {"dataset_name": "p", "cache": "c", key: 0},
