@@ -118,11 +118,13 @@ def encode_clip(
 class Builder:
     """Rows of a JSONL set: ``win/000007.png`` and ``lose/000007.png`` for row 7."""
 
-    def __init__(self, folder: Path, suffix: str = ".png") -> None:
+    def __init__(self, folder: Path, suffix: str = ".png", rows: int = 0) -> None:
         self.folder = folder
         self.suffix = suffix
         self.lines: list[Mapping[str, Any] | str] = []
         self.planted: Planted = {}
+        for _ in range(rows):
+            self.add()
 
     def paths(self, row: int) -> tuple[Path, Path]:
         return tuple(self.folder / side / f"{row:06d}{self.suffix}" for side in ("win", "lose"))  # type: ignore[return-value]
@@ -160,16 +162,9 @@ class Builder:
         return write_lines(self.folder / "pairs.jsonl", self.lines)
 
 
-def clean_images(folder: Path, rows: int = CLEAN_ROWS) -> Builder:
-    builder = Builder(folder)
-    for _ in range(rows):
-        builder.add()
-    return builder
-
-
 def faulty_images(folder: Path) -> Builder:
     """Every fault that a JSONL set of images can have, behind clean rows."""
-    builder = clean_images(folder)
+    builder = Builder(folder, rows=CLEAN_ROWS)
     builder.add_line("row", '{"prompt": "a", "chosen": ')
     builder.add_line("row", '["prompt", "chosen", "rejected"]')
     builder.add("row", prompt="\ud800")
@@ -224,16 +219,9 @@ def faulty_images(folder: Path) -> Builder:
     return builder
 
 
-def clean_clips(folder: Path, rows: int = 12) -> Builder:
-    builder = Builder(folder, ".mp4")
-    for _ in range(rows):
-        builder.add()
-    return builder
-
-
 def faulty_clips(folder: Path) -> Builder:
     """Every fault that a JSONL set of clips can have when 6 frames are wanted at the files' own rate."""
-    builder = clean_clips(folder)
+    builder = Builder(folder, ".mp4", rows=12)
     builder.add("missing")[0].unlink()
     cut_short(builder.add("undecodable")[0])
     builder.add("undecodable")[1].write_bytes(b"\x00\x00\x00\x20ftypisom")
@@ -288,10 +276,12 @@ def encoded(pixels: Tensor, folder: Path, suffix: str = ".jpg") -> bytes:
 class PickapicBuilder:
     """Rows under Pick-a-Pic's columns; the first image is preferred in every other row."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, rows: int = 0) -> None:
         self.folder = folder
         self.rows: list[dict[str, Any]] = []
         self.planted: Planted = {}
+        for _ in range(rows):
+            self.add()
 
     def add(self, kind: str = "", **columns: Any) -> dict[str, Any]:
         row = len(self.rows)
@@ -323,9 +313,7 @@ class PickapicBuilder:
 
 def faulty_pickapic(folder: Path) -> PickapicBuilder:
     folder.mkdir(parents=True, exist_ok=True)
-    builder = PickapicBuilder(folder)
-    for _ in range(6):
-        builder.add()
+    builder = PickapicBuilder(folder, 6)
     builder.add("row", has_label=False)
     builder.add("row", label_0=None, label_1=None)
     builder.add("row", label_0=1.0, label_1=1.0)
@@ -359,11 +347,13 @@ def faulty_pickapic(folder: Path) -> PickapicBuilder:
 class VideoDpoBuilder:
     """VideoDPO's two lists: clip ``2k`` is pair ``k``'s chosen sample and ``2k + 1`` its rejected sample."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, pairs: int = 0) -> None:
         self.folder = folder
         self.clips: list[Any] = []
         self.pairs: list[Any] = []
         self.planted: Planted = {}
+        for _ in range(pairs):
+            self.add()
 
     def add(self, kind: str = "", **keys: Any) -> tuple[Path, Path]:
         number = len(self.clips) // 2
@@ -391,9 +381,7 @@ class VideoDpoBuilder:
 
 
 def faulty_videodpo(folder: Path) -> VideoDpoBuilder:
-    builder = VideoDpoBuilder(folder)
-    for _ in range(6):
-        builder.add()
+    builder = VideoDpoBuilder(folder, 6)
     builder.add("index", video1=1000)
     builder.add("index", video2=-1)
     builder.add("index", video1=2, video2=3)  # another pair's clips: shifted

@@ -501,9 +501,7 @@ def test_new_times_that_another_process_has_seen_are_written_down(data: Path, mo
 
 
 def test_parquet_files_are_compared_by_sizes_and_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    builder = PickapicBuilder(tmp_path)
-    for _ in range(6):
-        builder.add()
+    builder = PickapicBuilder(tmp_path, 6)
     path = builder.save(tmp_path / "data" / "train.parquet")
     rows = PickapicReader._rows
     reads = []

@@ -26,9 +26,8 @@ from sipo.data.toy import make_toy_pairs
 from sipo.files import FileError
 from tests.data_sets import (
     CLEAN_ROWS,
+    Builder,
     Planted,
-    clean_clips,
-    clean_images,
     clip,
     encode_clip,
     faulty_clips,
@@ -97,8 +96,8 @@ def test_the_planted_sets_have_every_kind(tmp_path: Path) -> None:
 
 def test_clean_sets_have_no_findings(tmp_path: Path) -> None:
     for path, frames in (
-        (clean_images(tmp_path / "images").save(), 1),
-        (clean_clips(tmp_path / "clips").save(), 6),
+        (Builder(tmp_path / "images", rows=CLEAN_ROWS).save(), 1),
+        (Builder(tmp_path / "clips", ".mp4", rows=12).save(), 6),
         (make_toy_pairs(tmp_path / "toy", video=False), 1),
         (make_toy_pairs(tmp_path / "moving", video=True), 9),
     ):
@@ -145,7 +144,7 @@ def test_exit_code_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_the_limit_of_pixels_is_one_rule_for_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    builder = clean_images(tmp_path, 3)
+    builder = Builder(tmp_path, rows=3)
     write_image(builder.add()[1], noise(4000, 3, 32, 48))
     path = builder.save()
     assert run_check(path, frames=1, max_pixels=32 * 48, progress=False) == 0
@@ -166,7 +165,7 @@ def test_the_limit_of_pixels_is_one_rule_for_all(tmp_path: Path, capsys: pytest.
 def test_a_file_that_goes_while_it_is_looked_at_is_a_missing_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = clean_images(tmp_path, 3).save()
+    path = Builder(tmp_path, rows=3).save()
     original = check.load_pair
 
     def load_and_lose(record: PairRecord, **options: Any) -> Any:
@@ -183,7 +182,7 @@ def test_a_file_that_goes_while_it_is_looked_at_is_a_missing_one(
 
 
 def test_findings_that_nothing_is_skipped_for_leave_the_exit_code(tmp_path: Path) -> None:
-    builder = clean_images(tmp_path, 3)
+    builder = Builder(tmp_path, rows=3)
     builder.lines.append(builder.lines[0])
     path = builder.save()
     assert run_check(path, frames=1, progress=False) == 0
@@ -192,7 +191,7 @@ def test_findings_that_nothing_is_skipped_for_leave_the_exit_code(tmp_path: Path
 
 def test_frames_and_rate_decide(tmp_path: Path) -> None:
     """One set of clips of 6 frames at 8 per second, asked for different things."""
-    builder = clean_clips(tmp_path, 2)
+    builder = Builder(tmp_path, ".mp4", rows=2)
     chosen, rejected = builder.add()
     for seed, path in enumerate((chosen, rejected)):
         write_video(path, clip(75 + seed, frames=12), 16.0)
@@ -212,7 +211,7 @@ def test_frames_and_rate_decide(tmp_path: Path) -> None:
 
 
 def test_sizes_are_counted_and_small_pairs_listed(tmp_path: Path) -> None:
-    builder = clean_images(tmp_path, 3)  # of 16x24
+    builder = Builder(tmp_path, rows=3)  # of 16x24
     for side, path in enumerate(builder.add()):
         write_image(path, noise(90 + side, 3, 40, 40))
     report = check_pairs(open_pairs(builder.save()), frames=1, sizes=[(16, 24), (48, 48)])
@@ -228,14 +227,14 @@ def test_sizes_are_counted_and_small_pairs_listed(tmp_path: Path) -> None:
 
 def test_how_a_file_is_to_be_shown_is_told(tmp_path: Path) -> None:
     """One line for a pair and kind, with what was done about it; nothing is skipped for it."""
-    stills = clean_images(tmp_path / "stills", 0)
+    stills = Builder(tmp_path / "stills")
     chosen, rejected = stills.add()
     pixels = noise(5, 4, 16, 24)
     pixels[3] = 255
     pixels[3, :4] = 0
     write_rgba(chosen, pixels)
     set_density(rejected, 100, 200)
-    moving = clean_clips(tmp_path / "moving", 0)
+    moving = Builder(tmp_path / "moving", ".mp4")
     chosen, rejected = moving.add()
     encode_clip(chosen, clip(6, height=16, width=32), aspect=Fraction(1, 2))
     encode_clip(rejected, clip(7, height=32, width=16), aspect=Fraction(2))
@@ -253,7 +252,7 @@ def test_how_a_file_is_to_be_shown_is_told(tmp_path: Path) -> None:
 
 
 def test_images_that_differ_in_what_is_hidden_alone_are_the_same(tmp_path: Path) -> None:
-    builder = clean_images(tmp_path, 0)
+    builder = Builder(tmp_path)
     for seed, path in enumerate(builder.add()):
         write_rgba(path, torch.cat([noise(seed, 3, 16, 24), torch.zeros(1, 16, 24, dtype=torch.uint8)]))
     shutil.copy(*builder.add())
@@ -267,7 +266,7 @@ def test_images_that_differ_in_what_is_hidden_alone_are_the_same(tmp_path: Path)
     ("transparent", "share"), [(1, "less than 1%"), (4, "1%"), (192, "50%"), (383, "more than 99%"), (384, "100%")]
 )
 def test_few_transparent_pixels_are_not_none(tmp_path: Path, transparent: int, share: str) -> None:
-    builder = clean_images(tmp_path, 0)
+    builder = Builder(tmp_path)
     pixels = noise(5, 4, 16, 24)
     pixels[3].view(-1)[:] = 255
     pixels[3].view(-1)[:transparent] = 0
@@ -300,7 +299,7 @@ def test_senseless_options_are_refused_before_anything_is_read(
 
 def test_clips_that_start_alike_are_not_the_same(tmp_path: Path) -> None:
     """Both made from one image, as image-to-video models do; only the first frame is kept where all are decoded."""
-    builder = clean_clips(tmp_path, 0)
+    builder = Builder(tmp_path, ".mp4")
     chosen, rejected = builder.add()
     pixels = clip(5)
     write_video(chosen, pixels, 8.0)
@@ -312,7 +311,7 @@ def test_clips_that_start_alike_are_not_the_same(tmp_path: Path) -> None:
 
 
 def test_load_pair_returns_both_sides_and_raises_the_kind(tmp_path: Path) -> None:
-    builder = clean_images(tmp_path, 1)
+    builder = Builder(tmp_path, rows=1)
     (record,) = open_pairs(builder.save())
     chosen, rejected = load_pair(record)
     assert isinstance(chosen, Media)
@@ -401,7 +400,7 @@ def test_only_a_few_pairs_are_in_memory(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_an_error_of_the_reader_is_raised(tmp_path: Path) -> None:
-    builder = clean_images(tmp_path, 2)
+    builder = Builder(tmp_path, rows=2)
     path = builder.save()
     shutil.copy(path, tmp_path / "gone.jsonl")
     reader = open_pairs(tmp_path / "gone.jsonl")

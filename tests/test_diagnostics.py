@@ -46,7 +46,7 @@ from sipo.training.statistics import (
     scalars,
 )
 from sipo_kernels import METHODS
-from tests.training_cases import Broken, Pairs, PlainLoss, fit, loss, same, settings, untimed
+from tests.training_cases import Broken, Pairs, PlainLoss, events_in, fit, loss, same, settings, untimed
 
 CPU = torch.device("cpu")
 
@@ -317,10 +317,9 @@ def test_the_spread_of_gradient_norms_is_that_of_the_sample() -> None:
 
 
 def test_trackers_get_a_few_numbers(tmp_path: Path) -> None:
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    pytest.importorskip("tensorboard")
     fit(tmp_path, max_train_steps=3, train_batch_size=24, report_to="tensorboard")
-    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
+    events = events_in(tmp_path)
     names = [name for name in events.Tags()["scalars"] if name.startswith("timesteps/")]
     parts = [f"{name}_{part}" for name in ("active", "grad_sq_share") for part in ("low", "middle", "high")]
     assert sorted(names) == sorted(f"timesteps/{name}" for name in parts)

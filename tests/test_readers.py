@@ -220,9 +220,7 @@ def test_pickapic_with_a_column_of_images(tmp_path: Path) -> None:
 
 
 def test_pickapic_splits_and_several_files(tmp_path: Path) -> None:
-    builder = PickapicBuilder(tmp_path)
-    for _ in range(4):
-        builder.add()
+    builder = PickapicBuilder(tmp_path, 4)
     both = builder.rows
     for name, rows in (
         ("train-00000-of-00002", both[:1]),
@@ -274,9 +272,7 @@ class Breaking:
     def __init__(self, path: Path, monkeypatch: pytest.MonkeyPatch, every: int, error: Exception) -> None:
         import pyarrow.parquet as pq
 
-        builder = PickapicBuilder(path.parent)
-        for _ in range(20):
-            builder.add()
+        builder = PickapicBuilder(path.parent, 20)
         builder.save(path.with_suffix(".whole"))
         pq.write_table(pq.read_table(path.with_suffix(".whole")), path, row_group_size=4)
         self.path, self.every, self.error = path, every, error
@@ -407,9 +403,7 @@ def test_videodpo_rows(tmp_path: Path) -> None:
 
 
 def test_videodpo_problems_say_what_is_wrong(tmp_path: Path) -> None:
-    builder = VideoDpoBuilder(tmp_path)
-    for _ in range(5):
-        builder.add()
+    builder = VideoDpoBuilder(tmp_path, 5)
     pairs = builder.pairs
     pairs[0]["video1"] = 10
     pairs[1]["video2"] = -7
@@ -428,9 +422,7 @@ def test_videodpo_problems_say_what_is_wrong(tmp_path: Path) -> None:
 
 def test_half_a_character_in_videodpo_s_lists_is_its_row_s_fault(tmp_path: Path) -> None:
     """JSON lets it through, and no file of text in UTF-8 can hold it."""
-    builder = VideoDpoBuilder(tmp_path)
-    for _ in range(3):
-        builder.add()
+    builder = VideoDpoBuilder(tmp_path, 3)
     builder.pairs[0]["frame_caption"] = "half\ud800"
     builder.clips[2]["basic"]["clip_path"] = "half\ud800.mp4"
     found = problems(builder.save())
@@ -442,9 +434,7 @@ def test_half_a_character_in_videodpo_s_lists_is_its_row_s_fault(tmp_path: Path)
 
 def test_a_clip_that_the_published_loader_drops_shifts_nothing(tmp_path: Path) -> None:
     """That loader leaves out clips of less than a second before it counts: every later pair gets other clips."""
-    builder = VideoDpoBuilder(tmp_path)
-    for _ in range(3):
-        builder.add()
+    builder = VideoDpoBuilder(tmp_path, 3)
     builder.clips[0]["basic"]["clip_duration"] = 0.5
     builder.clips[2] = "not an item"
     records = list(open_pairs(builder.save()))

@@ -20,7 +20,7 @@ from safetensors.torch import load, load_file
 
 from sipo import cli
 from sipo.data.media import read_media, write_video
-from sipo.families import get
+from sipo.families import get_family
 from sipo.recipe import config
 from sipo.recipe.build import make_loss, open_run
 from sipo.recipe.sampling import SAMPLE_FPS
@@ -28,6 +28,7 @@ from sipo.recipe.verify import verify_run
 from sipo.training.log_reader import read_metrics
 from sipo.training.sums import SUMS
 from tests.data_sets import contents, flip_bit
+from tests.training_cases import events_in
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = ("sd15", "sdxl", "sd3", "cogvideox", "wan")
@@ -77,7 +78,7 @@ def test_a_run_leaves_what_it_says(trained: tuple[str, Path]) -> None:
     kept = config.from_dict(yaml.safe_load((run / "config.yaml").read_text()))
     assert kept == config.load_config(example(name), options(folder, 4, TRACKED))
     card = (run / "weights" / "README.md").read_text()
-    assert f"| β (`beta`) | {20 if get(name).video else 1000}:" in card and "| pairs | 28 |" in card
+    assert f"| β (`beta`) | {20 if get_family(name).video else 1000}:" in card and "| pairs | 28 |" in card
     assert cli.main(["verify", str(run)]) == 0 and not any("no hash" in item.note for item in verify_run(run))
     assert {line.split()[1] for line in (run / SUMS).read_text().splitlines()} == {
         *("config.yaml", "metrics.jsonl", "timesteps.jsonl", "samples/prompts.json")
@@ -89,10 +90,8 @@ def test_a_run_leaves_what_it_says(trained: tuple[str, Path]) -> None:
 
 
 def test_tensorboard_has_every_sample(trained: tuple[str, Path]) -> None:
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     name, folder = trained
-    events = accumulator.EventAccumulator(str(folder / "run" / "tensorboard"), size_guidance={"images": 0})
-    events.Reload()
+    events = events_in(folder / "run")
     prompts = config.load_config(example(name)).samples.validation_prompts
     assert events.Tags()["images"] == [f"samples/{number} {prompt}" for number, prompt in enumerate(prompts)]
     for tag in events.Tags()["images"]:
@@ -104,7 +103,7 @@ def test_weights_reload_in_the_pipeline_and_sample_the_same(trained: tuple[str, 
     import diffusers
 
     name, folder = trained
-    family, kept = get(name), config.load_config(example(name))
+    family, kept = get_family(name), config.load_config(example(name))
     pipeline = getattr(diffusers, family.pipeline_class).from_pretrained(folder / "cache-toy" / "model")
     pipeline.load_lora_weights(folder / "run" / "weights", weight_name="pytorch_lora_weights.safetensors")
     height, width = kept.data.sizes[0]

@@ -27,7 +27,7 @@ from sipo.training.trackers import (
     running_trackers,
     start_trackers,
 )
-from tests.training_cases import Pairs, fit, settings
+from tests.training_cases import Pairs, events_in, fit, settings
 
 
 class Keeping(GeneralTracker):
@@ -126,13 +126,6 @@ def clips(folder: Path) -> list[tuple[str, Path]]:
         write_video(path, torch.full((4, 3, 16, 32), grey, dtype=torch.uint8), fps=8)
         made.append((f"a grey, {number}", path))
     return made
-
-
-def events_in(folder: Path) -> Any:
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    events = accumulator.EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0})
-    events.Reload()
-    return events
 
 
 def test_tensorboard_has_images_and_clips(tmp_path: Path) -> None:

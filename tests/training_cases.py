@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -188,6 +189,14 @@ def fit(
     )
     data = Pairs() if data is None else data
     return policy, train(policy, reference, loss_fn, data, predictor, config, accelerator=accelerator, **own)
+
+
+def events_in(folder: Path) -> Any:
+    """Returns what TensorBoard reads back from a run's folder."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    return events
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:
