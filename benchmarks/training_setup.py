@@ -148,7 +148,7 @@ def _cached(case: TrainingCase, device: str, folder: Path) -> Setup:
     quiet()
     assert case.pixels is not None
     height, width, frames = case.pixels
-    family = families.get(case.family)
+    family = families.get_family(case.family)
     size = {"height": height, "width": width, "frames": frames}
     model = build_toy(case.family, folder / "model")
     source = make_toy_pairs(folder / "pairs", video=family.video, pairs=PAIRS, **size)
@@ -190,7 +190,7 @@ def _in_memory(case: TrainingCase, device: str) -> Setup:
     """Random latents; the network is diffusers', or a plain transformer where diffusers is not installed."""
     from sipo import families  # needs torch alone until something is loaded
 
-    family = families.get(case.family)
+    family = families.get_family(case.family)
     if family.schedule_kind == "discrete":
         schedule = NoiseSchedule.discrete(num_inference_steps=INFERENCE_STEPS)
     else:

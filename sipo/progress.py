@@ -120,7 +120,7 @@ def track(items: Iterable[_T], name: str, unit: str, progress: bool | None) -> I
             meter.update()
 
 
-class Steps:
+class StepProgress:
     """A run's optimiser steps: a bar that shows the newest log line, or a plain line for each.
 
     Args:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sipo.batch import network_timesteps
-from sipo.families import Condition, Family, get
+from sipo.families import Condition, Family, get_family
 from sipo.families.toy import build_toy
 
 TOYS = ("sd15", "sdxl", "sd3", "cogvideox", "cogvideox-2b", "wan")
@@ -25,7 +25,7 @@ _FOLDER = tempfile.TemporaryDirectory()
 
 
 def family_of(toy: str) -> Family:
-    return get(toy.partition("-")[0])
+    return get_family(toy.partition("-")[0])
 
 
 def size_of(family: Family) -> dict[str, int]:

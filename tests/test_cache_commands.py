@@ -18,7 +18,7 @@ from sipo.cache import source
 from sipo.cache.finished import open_cache
 from sipo.cache.format import INDEX, read_json, write_json
 from sipo.cache.weights import weight_hashes
-from sipo.families import get
+from sipo.families import get_family
 from sipo.families.config import ModelConfig
 from sipo.families.toy import build_toy
 from tests.changing_data import changed, drop, make_pairs, read, swap, write, written_at
@@ -203,7 +203,7 @@ def test_weights_of_a_hub_are_known_by_their_commit(tmp_path: Path, monkeypatch:
 
     def marks(revision: str | None = None) -> dict[str, str]:
         model = ModelConfig(family="sd15", pretrained_model_name_or_path="owner/name", revision=revision)
-        return weight_hashes(get("sd15"), "owner/name", model, tmp_path / "cache", network=True)
+        return weight_hashes(get_family("sd15"), "owner/name", model, tmp_path / "cache", network=True)
 
     (hub / "refs" / "main").write_text("a" * 40)
     assert marks() == {"pretrained_model_name_or_path": "owner/name", "commit": "a" * 40}
@@ -219,7 +219,7 @@ def test_files_of_a_model_that_are_read(place: Place) -> None:
 
     def names(variant: str | None, network: bool) -> set[str]:
         config = ModelConfig(family="sd15", pretrained_model_name_or_path=str(model), variant=variant)
-        return set(weight_hashes(get("sd15"), str(model), config, place.cache, network=network))
+        return set(weight_hashes(get_family("sd15"), str(model), config, place.cache, network=network))
 
     weights = "unet/diffusion_pytorch_model"
     unread = ["unet/lora.safetensors", "unet/model_ema.safetensors", "unet/old/model.safetensors", "vae/notes.json"]
@@ -239,7 +239,7 @@ def test_a_configuration_is_known_by_what_it_says_of_the_model(place: Place) -> 
 
     def mark() -> str:
         model = place.folder / "model"
-        found = weight_hashes(get("sd15"), str(model), ModelConfig("sd15", ""), place.cache, network=True)
+        found = weight_hashes(get_family("sd15"), str(model), ModelConfig("sd15", ""), place.cache, network=True)
         return found["unet/config.json"]
 
     before, config = mark(), json.loads(path.read_text())
@@ -257,7 +257,9 @@ def test_weights_are_read_once_and_again_to_verify(place: Place, monkeypatch: py
     monkeypatch.setattr(source, "file_hash", lambda path: reads.append(path) or hashed(path))
 
     def marks(**options: Any) -> dict[str, str]:
-        return weight_hashes(get("sd15"), str(model), ModelConfig("sd15", ""), place.cache, network=True, **options)
+        return weight_hashes(
+            get_family("sd15"), str(model), ModelConfig("sd15", ""), place.cache, network=True, **options
+        )
 
     before = marks()
     assert len(reads) == 2 and marks() == before and len(reads) == 2

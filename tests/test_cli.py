@@ -69,7 +69,7 @@ def test_doctor_lists_versions_devices_and_every_backend(capsys: pytest.CaptureF
     assert facts["torch"] == torch.__version__
     assert facts["python"].startswith(".".join(map(str, sys.version_info[:3])))
     assert facts["cpu"].startswith(f"{torch.get_num_threads()} threads")
-    for device, status in backends.report():
+    for device, status in backends.statuses():
         line = facts[f"{device} {status.name}"]
         if status.available:
             assert line == f"runs ({status.reason})"

@@ -17,7 +17,7 @@ import yaml
 
 from sipo.cache.savings import FULL_SIZE
 from sipo.data.readers import JsonlReader
-from sipo.families import get
+from sipo.families import get_family
 from sipo.recipe.config import ConfigError, from_dict
 from sipo.training import TrainingConfig
 from sipo.training.optimization import rate_factor
@@ -347,7 +347,7 @@ def test_numbers_in_the_text_follow_from_the_models() -> None:
         for family, (network, rank, parameters, adapted) in networks.items():
             assert sum(p.numel() for p in network.parameters()) == parameters
             network.requires_grad_(False)
-            network.add_adapter(LoraConfig(r=rank, target_modules=list(get(family).lora_targets)))
+            network.add_adapter(LoraConfig(r=rank, target_modules=list(get_family(family).lora_targets)))
             assert sum(p.numel() for p in network.parameters() if p.requires_grad) == adapted
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sipo import cli
-from sipo.families import FAMILIES, get
+from sipo.families import FAMILIES, get_family
 from sipo.families.lora_files import Adapter, read_adapter, write_adapter
 from sipo.families.tuning import load_saved, save_lora
 from sipo.recipe import config
@@ -78,7 +78,7 @@ def test_a_saved_adapter_counts_the_same_without_its_metadata(toy: str, tmp_path
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 def test_the_metadata_has_only_what_old_peft_knows(dropout: float, tmp_path: Path) -> None:
     network = lora_network("wan", alpha=ALPHA, dropout=dropout, target_modules=["to_v", "ffn.net.2", "to_k"])
-    found = metadata_of(save_lora(get("wan"), network, tmp_path))
+    found = metadata_of(save_lora(get_family("wan"), network, tmp_path))
     assert {name.removeprefix("transformer.") for name in found} <= PEFT_0_17
     assert found == {
         "transformer.r": 2,
@@ -105,7 +105,7 @@ def adapter_of(family: str, modules: Iterable[str] | None = None, alpha: float =
 
 
 def written(family: str, adapter: Adapter, format: str, folder: Path) -> dict[str, Tensor]:
-    write_adapter(get(family), adapter, folder / "lora.safetensors", format, NETWORK_CONFIGS.get(family))
+    write_adapter(get_family(family), adapter, folder / "lora.safetensors", format, NETWORK_CONFIGS.get(family))
     return load_file(folder / "lora.safetensors")
 
 
@@ -123,7 +123,7 @@ ATTENTION = {"sd15": 128, "sdxl": 560, "sd3": 24 * 4 + 13 * 4, "cogvideox": 120,
 @pytest.mark.parametrize("family", FAMILIES)
 def test_comfyui_finds_every_layer(family: str, tmp_path: Path) -> None:
     """The names of the files that were all there was before match none, but for SD3's."""
-    ends = get(family).lora_targets
+    ends = get_family(family).lora_targets
     attention = [m for m in diffusers_rows(family) if m.endswith(tuple(f".{end}" for end in ends))]
     assert len(attention) == ATTENTION[family]
     for modules in (attention, None):
@@ -192,8 +192,8 @@ def test_a_saved_adapter_counts_the_same_whatever_the_networks_alpha(saved: floa
         for name, parameter in other.named_parameters():
             if "lora_" in name:
                 parameter.zero_()
-    save_lora(get("sd3"), trained, tmp_path)
-    load_saved(get("sd3"), other, tmp_path)
+    save_lora(get_family("sd3"), trained, tmp_path)
+    load_saved(get_family("sd3"), other, tmp_path)
     torch.testing.assert_close(predictions("sd3", other), predictions("sd3", trained), rtol=1e-6, atol=1e-6)
     if saved == own:
         for (name, a), (_, b) in zip(trained.named_parameters(), other.named_parameters(), strict=True):
@@ -214,7 +214,7 @@ def test_a_scale_in_metadata_is_taken_into_the_weights(config: dict[str, Any], s
     names = {"unet.mid.to_q.lora_A.weight": torch.ones(rank, 3), "unet.mid.to_q.lora_B.weight": torch.ones(5, rank)}
     metadata = {"lora_adapter_metadata": json.dumps({f"unet.{name}": value for name, value in config.items()})}
     save_file(names, tmp_path / "lora.safetensors", metadata=metadata)
-    adapter = read_adapter(get("sd15"), tmp_path / "lora.safetensors")
+    adapter = read_adapter(get_family("sd15"), tmp_path / "lora.safetensors")
     (pair,) = adapter.layers.values()
     assert torch.equal(pair[0], torch.ones(rank, 3)) and torch.equal(pair[1], torch.full((5, rank), scale))
     assert adapter.rank == rank and adapter.target_modules == ("mid.to_q",)
@@ -265,20 +265,20 @@ def test_what_is_no_plain_lora_is_refused_in_one_line(
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     save_file(tensors, file, metadata={"lora_adapter_metadata": json.dumps(config)})
     with pytest.raises(ValueError, match=message) as caught:
-        read_adapter(get("sd15"), file)
+        read_adapter(get_family("sd15"), file)
     assert str(caught.value).startswith(f"{file}: ") and "\n" not in str(caught.value)
 
 
 def test_damaged_files_are_one_line_errors(tmp_path: Path) -> None:
-    network, whole = lora_network("sd15"), get("sd15").load_network(folder_of("sd15"))
-    lora = save_lora(get("sd15"), network, tmp_path)
+    network, whole = lora_network("sd15"), get_family("sd15").load_network(folder_of("sd15"))
+    lora = save_lora(get_family("sd15"), network, tmp_path)
     full = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
     full.parent.mkdir()
     full.write_bytes(b"half")
     lora.write_bytes(lora.read_bytes()[:-100])
     for file, into in ((lora, network), (full, whole)):
         with pytest.raises(ValueError, match=r"[Ss]afetensor|header|buffer") as caught:
-            load_saved(get("sd15"), into, tmp_path)
+            load_saved(get_family("sd15"), into, tmp_path)
         assert str(caught.value).startswith(f"{file}: ") and "\n" not in str(caught.value)
 
 
@@ -309,7 +309,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
         }
     )
     (folder / "config.yaml").write_text(yaml.safe_dump(settings.as_dict()))
-    save_lora(get("sdxl"), network, folder / "weights")
+    save_lora(get_family("sdxl"), network, folder / "weights")
     average = {name: tensor.clone() for name, tensor in network.state_dict().items() if ".lora_" in name}
     for step in (1, 2):
         weights = {name: tensor * step + 1 for name, tensor in average.items()} | {"pos_embed": torch.ones(1)}
@@ -465,7 +465,7 @@ def test_a_module_without_an_original_name_is_named(tmp_path: Path) -> None:
     factors = {f"blocks.0.norm2.lora_{letter}.weight": torch.ones(2, 2) for letter in "AB"}
     adapter = Adapter.of_tensors(factors, 1.0)
     with pytest.raises(ValueError, match=r"blocks\.0\.norm2: wan's original code has no module for it"):
-        write_adapter(get("wan"), adapter, tmp_path / "lora.safetensors", "comfyui")
+        write_adapter(get_family("wan"), adapter, tmp_path / "lora.safetensors", "comfyui")
     assert not list(tmp_path.iterdir())
 
 

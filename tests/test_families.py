@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sipo.families import FAMILIES, get
+from sipo.families import FAMILIES, get_family
 from sipo.families.network import inner_network, network_dtype
 from sipo.families.toy import build_toy
 from sipo.schedule.diffusers_schedulers import SettingError
@@ -140,14 +140,14 @@ def test_a_missing_condition_is_named(toy: str) -> None:
 
 
 def test_time_ids_are_not_rounded() -> None:
-    told = get("sdxl").own_condition((1023, 2047), (3, 5), (1024, 1000))
+    told = get_family("sdxl").own_condition((1023, 2047), (3, 5), (1024, 1000))
     assert told["time_ids"].tolist() == [1023, 2047, 3, 5, 1024, 1000]
     assert told["time_ids"].dtype == torch.float32
-    network = get("sdxl").load_network(folder_of("sdxl"), dtype=torch.bfloat16)
+    network = get_family("sdxl").load_network(folder_of("sdxl"), dtype=torch.bfloat16)
     noisy, timesteps, condition = network_input("sdxl")
     seen: list[Tensor] = []
     network.add_time_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))  # type: ignore[union-attr,func-returns-value]
-    get("sdxl").predict(network, noisy, timesteps, condition | {"time_ids": told["time_ids"].repeat(2, 1)})
+    get_family("sdxl").predict(network, noisy, timesteps, condition | {"time_ids": told["time_ids"].repeat(2, 1)})
     assert seen[0].tolist() == told["time_ids"].tolist() * 2
 
 
@@ -191,7 +191,7 @@ def test_text_has_one_shape_and_differs(toy: str) -> None:
 
 
 def test_wan_text_is_zero_after_its_end() -> None:
-    text = get("wan").encode_text(encoders_of("wan"), ["abc"])[0]["prompt_embeds"]
+    text = get_family("wan").encode_text(encoders_of("wan"), ["abc"])[0]["prompt_embeds"]
     assert bool((text[:4] != 0).any(1).all())  # a mark for the word's start, its letters merged or not, the end
     ends = int((text != 0).any(1).nonzero().max())
     assert 3 <= ends <= 5
@@ -280,10 +280,10 @@ def test_loads_in_parts(toy: str) -> None:
 
 
 def test_an_image_vae_that_overflows_in_half_precision() -> None:
-    encoders = get("sdxl").load_encoders(folder_of("sdxl"), dtype=torch.float16)
+    encoders = get_family("sdxl").load_encoders(folder_of("sdxl"), dtype=torch.float16)
     assert (encoders.vae.dtype, encoders.text_encoder.dtype) == (torch.float32, torch.float16)
     with pytest.raises(ValueError, match="its VAE overflows in vae_dtype='float16'"):
-        get("sdxl").load_encoders(folder_of("sdxl"), vae_dtype=torch.float16)
+        get_family("sdxl").load_encoders(folder_of("sdxl"), vae_dtype=torch.float16)
 
 
 @pytest.mark.parametrize(
@@ -409,11 +409,11 @@ def test_pickled_weights_are_not_loaded(tmp_path: Path) -> None:
     folder = tmp_path / "pickled"
     shutil.copytree(folder_of("sd15"), folder)
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    network = get("sd15").load_network(folder)
+    network = get_family("sd15").load_network(folder)
     torch.save(network.state_dict(), weights.with_suffix(".bin"))
     weights.unlink()
     with pytest.raises(FileNotFoundError, match=r"safetensors") as caught:
-        get("sd15").load_network(folder)
+        get_family("sd15").load_network(folder)
     assert "\n" not in str(caught.value)
 
 
@@ -469,9 +469,9 @@ def test_sizes_that_do_not_fit_are_refused(toy: str, size: tuple[int, int, int],
 
 
 def test_families_by_name() -> None:
-    assert [get(name).name for name in FAMILIES] == list(FAMILIES)
+    assert [get_family(name).name for name in FAMILIES] == list(FAMILIES)
     with pytest.raises(ValueError, match=r"family='sd1.5': expected one of sd15, .*did you mean 'sd15'"):
-        get("sd1.5")
+        get_family("sd1.5")
 
 
 # ---- Sampling and the toys themselves ----
@@ -543,7 +543,7 @@ def test_unknown_toy(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["sd15", "sd3"])
 def test_prompts_that_are_cut_are_counted_in_one_warning(name: str) -> None:
-    family = get(name)
+    family = get_family(name)
     pipeline = family.load_encoders(folder_of(name))
     most = {"sd15": 77, "sd3": 256}[name]
     with pytest.warns(UserWarning, match=f"^1 of 2 prompts are cut after {most} tokens$"):

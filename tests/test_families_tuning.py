@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sipo import SIPOLoss
 from sipo.batch import PairBatch, level_argument, noisy_pairs
 from sipo.data.config import DataConfig
-from sipo.families import FAMILIES, get
+from sipo.families import FAMILIES, get_family
 from sipo.families.config import LoraConfig, ModelConfig
 from sipo.families.network import evaluating
 from sipo.families.tuning import adapter_off, freeze, prepare_full, prepare_lora, save_full, save_lora
@@ -98,24 +98,24 @@ def test_everything_is_as_before_after_the_reference() -> None:
     assert {name: module.training for name, module in network.named_modules()} == modes
     given = network_input("sd15")
     with torch.no_grad(), evaluating(network.modules()):
-        on = get("sd15").predict(network, *given)
+        on = get_family("sd15").predict(network, *given)
         with adapter_off(network):
-            off = get("sd15").predict(network, *given)
+            off = get_family("sd15").predict(network, *given)
         network.disable_adapters()
         with adapter_off(network):
             pass
-        assert torch.equal(get("sd15").predict(network, *given), off)
+        assert torch.equal(get_family("sd15").predict(network, *given), off)
     assert not torch.equal(on, off)
     with (
         pytest.raises(ValueError, match="UNet2DConditionModel has no adapter"),
-        adapter_off(get("sd15").load_network(folder_of("sd15"))),
+        adapter_off(get_family("sd15").load_network(folder_of("sd15"))),
     ):
         pass
 
 
 def test_the_reference_is_entered_again_and_leaves_replaced_forwards_alone() -> None:
     network = lora_network("sd15")
-    given, family = network_input("sd15"), get("sd15")
+    given, family = network_input("sd15"), get_family("sd15")
     first, second = [module for module in network.modules() if isinstance(module, BaseTunerLayer)][:2]
     calls: list[str] = []
     plain = second.forward
@@ -209,10 +209,10 @@ def test_samples_are_drawn_without_dropout() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_lora_trains_the_adapter_alone_in_float32(dtype: torch.dtype) -> None:
-    network = get("wan").load_network(folder_of("wan"), dtype=dtype)
+    network = get_family("wan").load_network(folder_of("wan"), dtype=dtype)
     given = network_input("wan")
     with torch.no_grad():
-        before = get("wan").predict(network, *given)
+        before = get_family("wan").predict(network, *given)
     base = no_shared_tensors(network)
     prepare_lora(network, rank=3, alpha=6, target_modules=["to_q", "ffn.net.2"])
     trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
@@ -221,11 +221,11 @@ def test_lora_trains_the_adapter_alone_in_float32(dtype: torch.dtype) -> None:
     kept = {name.replace(".base_layer", ""): tensor for name, tensor in network.state_dict().items()}
     assert all(torch.equal(kept[name], tensor) and kept[name].dtype == tensor.dtype for name, tensor in base.items())
     with torch.no_grad():  # the adapter is zero at first
-        assert torch.equal(get("wan").predict(network, *given), before)
+        assert torch.equal(get_family("wan").predict(network, *given), before)
 
 
 def test_full_tuning_trains_everything_in_float32() -> None:
-    network = freeze(get("sd15").load_network(folder_of("sd15"), dtype=torch.bfloat16))
+    network = freeze(get_family("sd15").load_network(folder_of("sd15"), dtype=torch.bfloat16))
     assert not any(p.requires_grad for p in network.parameters())
     prepare_full(network, gradient_checkpointing=True)
     assert all(p.requires_grad and p.dtype == torch.float32 for p in network.parameters())
@@ -247,7 +247,7 @@ def test_full_tuning_trains_everything_in_float32() -> None:
     ],
 )
 def test_adapters_that_fit_nowhere_are_refused(options: dict[str, Any], text: str) -> None:
-    network = get("sd15").load_network(folder_of("sd15"))
+    network = get_family("sd15").load_network(folder_of("sd15"))
     before = [name for name, _ in network.named_parameters()]
     with pytest.raises(ValueError, match=text) as caught:
         prepare_lora(network, **({"rank": 2, "target_modules": ["to_q"]} | options))
@@ -320,7 +320,7 @@ def test_gathered_tensors_are_saved_in_place_of_the_networks(toy: str, tmp_path:
 
 
 def test_a_save_that_fails_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    family = get("sd15")
+    family = get_family("sd15")
     network, whole = lora_network("sd15"), family.load_network(folder_of("sd15"))
     save_lora(family, network, tmp_path)
     save_full(family, whole, tmp_path)
@@ -355,7 +355,7 @@ def configuration(family: str, path: str, tuning: Any) -> Config:
 
 def card_of(family: str, path: str, tuning: str) -> str:
     config = configuration(family, path, tuning)
-    return model_card(get(family), config, beta=1000.0, pairs=12, data_hash="abc123", steps=7, date="2026-01-02")
+    return model_card(get_family(family), config, beta=1000.0, pairs=12, data_hash="abc123", steps=7, date="2026-01-02")
 
 
 def test_the_card_says_what_was_done() -> None:
@@ -403,7 +403,10 @@ def test_the_cards_code_samples_as_the_run_did(
     toy: str, settings: dict[str, Any], row: str, tuning: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a prediction type or shift that the base's own scheduler has otherwise, samples would come out wrong."""
-    family, network = get(toy), lora_network(toy) if tuning == "lora" else get(toy).load_network(folder_of(toy))
+    family, network = (
+        get_family(toy),
+        lora_network(toy) if tuning == "lora" else get_family(toy).load_network(folder_of(toy)),
+    )
     (save_lora if tuning == "lora" else save_full)(family, network, tmp_path)
     scheduler = family.load_scheduler(folder_of(toy))
     config = configuration(toy, "toy", tuning)
@@ -419,7 +422,7 @@ def test_the_cards_code_samples_as_the_run_did(
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 @pytest.mark.parametrize("toy", FAMILIES)
 def test_the_cards_code_loads_the_model(toy: str, tuning: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    family = get(toy)
+    family = get_family(toy)
     if tuning == "lora":
         network = lora_network(toy, alpha=5.0)
         save_lora(family, network, tmp_path)

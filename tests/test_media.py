@@ -28,7 +28,7 @@ from sipo.data.media import (
     write_image_grid,
     write_video,
 )
-from sipo.families import get
+from sipo.families import get_family
 from tests.data_sets import clip, cut_short, damage, encode_clip, noise
 from tests.media_files import counted, encode, has_avif, picture, smooth
 
@@ -209,7 +209,7 @@ def test_sdxl_is_told_sizes_and_crops_of_the_upright_image() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     fitted = resize_and_crop(read_media(encode(picture(), "PNG", exif=exif)).pixels, 16, 16)
-    own = get("sdxl").own_condition(fitted.original_size, fitted.crop_top_left, (16, 16))
+    own = get_family("sdxl").own_condition(fitted.original_size, fitted.crop_top_left, (16, 16))
     assert own["time_ids"].tolist() == [30, 20, 4, 0, 16, 16]
 
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sipo.data.scorers import ScorerError, _Clip
-from sipo.families import get, model_files
+from sipo.families import get_family, model_files
 from sipo.files import FileError, check_safetensors
 from tests.family_cases import folder_of
 
@@ -55,7 +55,7 @@ def loaded(tmp_path: Path) -> Iterator[Callable[[Any], Any]]:
 
 
 def message_of(folder: Path | str, component: str = "unet", **options: Any) -> str:
-    family = get("sd15")
+    family = get_family("sd15")
     load = family.load_network if component == "unet" else family.load_encoders
     with pytest.raises((ValueError, OSError)) as caught:
         load(folder, **options)
@@ -158,7 +158,7 @@ def test_no_special_file_is_opened(model: Path) -> None:
         content = file.read_bytes()
         file.unlink()
         os.mkfifo(file)
-        load = get("sd15").load_scheduler if name.startswith("scheduler") else get("sd15").load_encoders
+        load = get_family("sd15").load_scheduler if name.startswith("scheduler") else get_family("sd15").load_encoders
         with pytest.raises((ValueError, OSError), match=rf"{file.name}"):
             load(model)
         file.unlink()
@@ -383,7 +383,7 @@ def test_a_hub_model_is_fetched_without_its_pickles_and_checked(hub: Any, model:
         (model / component / "pytorch_model.bin").write_bytes(b"pickle")
         (model / component / f"{name}.fp16.safetensors").write_bytes(b"of a variant")
     server = hub(model)
-    family = get("sd15")
+    family = get_family("sd15")
     assert family.load_schedule("owner/name").num_train_timesteps == 1000
     assert not any("safetensors" in path for path in server.asked)
     network = family.load_network("owner/name")
@@ -409,7 +409,7 @@ def test_a_hub_model_with_a_pickle_in_its_index_is_refused(hub: Any, model: Path
     (model / "text_encoder" / "model.safetensors.index.json").write_text(json.dumps(index))
     hub(model)
     with pytest.raises(FileError, match=r"names 'pytorch_model.bin', expected safetensors beside it"):
-        get("sd15").load_encoders("owner/name")
+        get_family("sd15").load_encoders("owner/name")
 
 
 def test_a_path_that_leads_nowhere_costs_one_request_at_most(hub: Any, tmp_path: Path) -> None:

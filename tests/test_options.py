@@ -81,9 +81,9 @@ except ConfigError as error:
 else:
     raise AssertionError("loss.dummy=-1 was accepted")
 
-from sipo.families import get
+from sipo.families import get_family
 
-card = model_card(get("sd15"), config, beta=1.0, pairs=1, data_hash="0", steps=1)
+card = model_card(get_family("sd15"), config, beta=1.0, pairs=1, data_hash="0", steps=1)
 assert "| dummy | 0.5 |" in card, card
 assert "| `dummy` | `0.25` | 0 <= dummy <= 1 | a number for a test (§9) |" in module.markdown_tables()
 print("as expected")

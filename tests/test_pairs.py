@@ -21,7 +21,7 @@ from sipo import NoiseSchedule, SIPOLoss
 from sipo.batch import PairBatch, level_argument, network_timesteps
 from sipo.cache.finished import open_cache
 from sipo.cache.format import CacheError, DamagedError
-from sipo.cache.pairs import CachedPairs, DrawnPairs, split
+from sipo.cache.pairs import CachedPairs, DrawnPairs, split_pairs
 from sipo.cache.precompute_errors import precompute_reference_errors
 from sipo.cache.reference_errors import FixedDraws, ReferenceErrors, open_reference_errors
 from sipo.cache.savings import FULL_SIZE, ModelSize, describe_savings, savings_table
@@ -173,23 +173,23 @@ def test_numbers_out_of_range(wrong: dict[str, Any]) -> None:
 
 def test_a_split_keeps_every_prompt_on_one_side(tmp_path: Path) -> None:
     cached = pairs_in(tmp_path)
-    training, validation = split(cached, 4, seed=1)  # prompts have three pairs each
+    training, validation = split_pairs(cached, 4, seed=1)  # prompts have three pairs each
     rows = [side.rows.tolist() for side in (training, validation)]
     assert len(rows[1]) == 3 and sorted(rows[0] + rows[1]) == list(range(12))
     assert rows == [sorted(side) for side in rows]
     assert not {row // 3 for row in rows[0]} & {row // 3 for row in rows[1]}
-    again = split(cached, 4, seed=1)[1]
+    again = split_pairs(cached, 4, seed=1)[1]
     assert again.rows.tolist() == rows[1]
-    chosen = {split(cached, 3, seed)[1].rows[0].item() for seed in range(20)}
+    chosen = {split_pairs(cached, 3, seed)[1].rows[0].item() for seed in range(20)}
     assert chosen == {0, 3, 6, 9}
-    assert len(split(cached, 0, 0)[0]) == 12 and len(split(cached, 0, 0)[1]) == 0
-    assert [len(side) for side in split(cached, 11, 0)] == [3, 9]
+    assert len(split_pairs(cached, 0, 0)[0]) == 12 and len(split_pairs(cached, 0, 0)[1]) == 0
+    assert [len(side) for side in split_pairs(cached, 11, 0)] == [3, 9]
 
 
 def test_a_split_does_not_depend_on_the_order(tmp_path: Path) -> None:
     cached = pairs_in(tmp_path)
     backwards = CachedPairs(cached.cache, list(range(11, -1, -1)))
-    held_out = [split(each, 6, 7)[1] for each in (cached, backwards)]
+    held_out = [split_pairs(each, 6, 7)[1] for each in (cached, backwards)]
     rows = [side.rows.tolist() for side in held_out]
     assert rows[0] == rows[1][::-1] and len(rows[0]) == 6
 
@@ -198,9 +198,9 @@ def test_a_split_that_cannot_be_made(tmp_path: Path) -> None:
     cached = pairs_in(tmp_path)
     for wrong in (-1, 12):
         with pytest.raises(ValueError, match=f"held_out={wrong}: expected at least 0 and fewer than the 12 pairs"):
-            split(cached, wrong, 0)
+            split_pairs(cached, wrong, 0)
     with pytest.raises(ValueError, match="held_out=2: every prompt has 3 pairs or more"):
-        split(cached, 2, 0)
+        split_pairs(cached, 2, 0)
 
 
 # ---- Reference errors ----

@@ -32,7 +32,7 @@ from sipo.data.media import read_media, resize_and_crop, write_video
 from sipo.data.readers import open_pairs
 from sipo.data.records import PairRecord
 from sipo.data.toy import make_toy_pairs
-from sipo.families import get
+from sipo.families import get_family
 from sipo.families.config import ModelConfig
 from sipo.families.toy import build_toy
 from sipo.families.vae import as_floats
@@ -369,7 +369,7 @@ def test_latents_are_stored_in_the_type_asked_for(tmp_path: Path, dtype: str) ->
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "cogvideox", "wan"])
 def test_real_families_from_files_to_reference_errors(tmp_path: Path, name: str) -> None:
-    family = get(name)
+    family = get_family(name)
     frames = 9 if family.video else 1
     data = make_toy_pairs(tmp_path / "data", video=family.video, pairs=5, frames=frames)
     model = ModelConfig(family=name, pretrained_model_name_or_path=str(build_toy(name, tmp_path / "model")))
@@ -486,7 +486,7 @@ def test_clips_are_encoded_one_at_a_time_in_eight_bits_and_cut_as_they_are_decod
 
 def test_one_clip_after_the_other_gives_the_latents_that_both_at_once_give(tmp_path: Path) -> None:
     for name in ("wan", "cogvideox"):
-        family, encoders = get(name), encoders_of(name)
+        family, encoders = get_family(name), encoders_of(name)
         levels = torch.randint(256, (2, 9, 3, 32, 48), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
         both = family.encode_pixels(encoders, levels, torch.Generator().manual_seed(2))
         generator = torch.Generator().manual_seed(2)
@@ -500,7 +500,7 @@ def test_one_clip_after_the_other_gives_the_latents_that_both_at_once_give(tmp_p
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3"])
 def test_shapes_of_latents_are_known_beforehand(name: str) -> None:
-    family, encoders = get(name), encoders_of(name)
+    family, encoders = get_family(name), encoders_of(name)
     found = family.encode_pixels(encoders, torch.zeros(1, 3, 32, 48, dtype=torch.uint8))
     assert family.latent_shape(encoders, 32, 48) == tuple(found.shape[1:])
 

@@ -12,7 +12,7 @@ import pytest
 from sipo import processes
 from sipo.cache import encode, precompute
 from sipo.cache.encode import PairEncoder
-from sipo.cache.existing import Existing
+from sipo.cache.existing import ExistingCache
 from sipo.cache.finished import open_cache
 from sipo.cache.format import CacheError, ShardFolder
 from sipo.cache.savings import Cost
@@ -103,9 +103,9 @@ def test_processes_that_see_other_files_go_on_together(
 
     build(tmp_path, Stated.make())
     before = contents(tmp_path)
-    is_unchanged = Existing.is_unchanged
+    is_unchanged = ExistingCache.is_unchanged
     me = threading.local()
-    monkeypatch.setattr(Existing, "is_unchanged", lambda *a: me.rank != lagging and is_unchanged(*a))
+    monkeypatch.setattr(ExistingCache, "is_unchanged", lambda *a: me.rank != lagging and is_unchanged(*a))
 
     def run(accelerator: Accelerator) -> Any:
         me.rank = accelerator.process_index

@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType
 
 from sipo import cli
 from sipo.cache.savings import Cost
-from sipo.families import get
+from sipo.families import get_family
 from sipo.families.toy import build_toy
 from sipo.recipe import config
 from sipo.recipe.build import open_run
@@ -166,7 +166,7 @@ def test_a_network_is_looked_at_without_its_weights(tmp_path: Path) -> None:
     kept = json.loads(file.read_text())
     for weights in model.rglob("*.safetensors"):
         weights.unlink()
-    family = get("cogvideox")
+    family = get_family("cogvideox")
     for changes, size, message in (
         ({}, (32, 48, 9), ""),
         ({"patch_size": 4}, (32, 48, 9), "width=48: expected a multiple of 32 pixels, by the network's patch_size=4"),

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from sipo import progress
-from sipo.progress import Meter, Steps, track
+from sipo.progress import Meter, StepProgress, track
 from tests.training_cases import Pairs, PlainLoss, fit
 
 NUMBERS = r"loss \d\.\d{3}, accuracy \d\.\d{3}, active \d\.\d{3}"
@@ -86,7 +86,7 @@ def test_numbers_that_a_loss_does_not_have_are_left_out(tmp_path: Path, capsys: 
 
 def test_seconds_a_step_and_time_left(clock: Callable[[float], None], capsys: pytest.CaptureFixture[str]) -> None:
     """The first step warms up: it is left out of the estimate as soon as there is another."""
-    steps = Steps(False, 1000, first=100)
+    steps = StepProgress(False, 1000, first=100)
     for step, seconds in ((101, 60.0), (110, 9.0), (120, 50.0)):
         clock(seconds)
         steps.show(step, "loss 0.7")

@@ -87,7 +87,7 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run_of(folder: Path, family: str = "sd15", accelerator: Any = None, **samples: Any) -> RunContext:
-    from sipo.families import get
+    from sipo.families import get_family
 
     config = Config(
         ModelConfig(family=family, pretrained_model_name_or_path=str(folder_of(family)), dtype="float32"),
@@ -98,7 +98,7 @@ def run_of(folder: Path, family: str = "sd15", accelerator: Any = None, **sample
         samples=SampleConfig(validation_prompts=PROMPTS, num_inference_steps=2, **samples),
     )
     path = str(folder_of(family))
-    return RunContext(config, get(family), accelerator or FakeAccelerator(), path, "nowhere", None)  # type: ignore[arg-type]
+    return RunContext(config, get_family(family), accelerator or FakeAccelerator(), path, "nowhere", None)  # type: ignore[arg-type]
 
 
 def network_of(family: Family) -> nn.Module:

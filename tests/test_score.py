@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sipo import NoiseSchedule, cli
 from sipo.analysis.score import PairScores, score_pairs
 from sipo.data.readers import JsonlReader
-from sipo.families import get
+from sipo.families import get_family
 from sipo.families.tuning import load_saved, save_full, save_lora
 from sipo.recipe import config
 from sipo.recipe.build import build, datasets, open_run
@@ -279,7 +279,7 @@ def test_a_run_is_scored_by_the_weights_that_it_saved(
     opened = open_run(settings)
     held_out = datasets(opened, prepare_data(opened, progress=False).cache, None)[1]
     assert held_out is not None
-    family = get("sd15")
+    family = get_family("sd15")
     pipeline = getattr(diffusers, family.pipeline_class).from_pretrained(opened.model_path)
     base = copy.deepcopy(pipeline.unet)
     pipeline.load_lora_weights(run / "weights", weight_name="pytorch_lora_weights.safetensors")
@@ -385,7 +385,7 @@ def test_another_network_under_the_same_path_is_refused(
 
 def test_weights_that_were_saved_load_as_they_were(trained: Path, tmp_path: Path) -> None:
     settings = config.load_config(trained / "run" / "config.yaml")
-    family = get("sd15")
+    family = get_family("sd15")
     for tuning in ("lora", "full"):
         model = dataclasses.replace(settings.model, tuning=tuning)
         opened = open_run(dataclasses.replace(settings, model=model))

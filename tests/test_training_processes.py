@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sipo import NoiseSchedule, SIPOLoss, processes
-from sipo.cli.errors import CommandError, describe, one_line_errors
+from sipo.cli.errors import CommandError, one_line_errors, user_message
 from sipo.locks import LockedError, locked
 from sipo.processes import OtherProcessError, is_collective, lost_connection
 from sipo.training import (
@@ -440,9 +440,9 @@ def test_errors_of_a_collective_library_are_told_from_others(error: Exception, r
 
 def test_other_errors_of_communication_are_one_line_and_mistakes_of_ours_are_not() -> None:
     gpu = "NCCL error, invalid usage. Duplicate GPU detected : rank 1 and 0"
-    assert describe(torch.distributed.DistBackendError(gpu.replace(". ", ".\n"))) == gpu
+    assert user_message(torch.distributed.DistBackendError(gpu.replace(". ", ".\n"))) == gpu
     sizes = RuntimeError(f"{_GLOO}pair.cc:456] op.preamble.length <= op.nbytes. 8 vs 4")
-    assert describe(sizes) == "" and is_collective(sizes)
+    assert user_message(sizes) == "" and is_collective(sizes)
 
 
 def test_an_error_of_its_own_outlives_that_of_a_partner_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:

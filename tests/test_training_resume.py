@@ -484,7 +484,7 @@ def test_the_main_process_says_what_a_folder_holds(tmp_path: Path, monkeypatch: 
 
     # The second process lacks what is there, and has what is not.
     monkeypatch.setattr(storage, "list_checkpoints", lambda root: listed(root) if me.rank == 0 else [])
-    chosen = in_processes(2, ranked(lambda one: storage.choose("latest", sound, one)))
+    chosen = in_processes(2, ranked(lambda one: storage.choose_checkpoint("latest", sound, one)))
     assert chosen == [sound / "step-00000004"] * 2
 
     class Reached(Exception):  # noqa: N818

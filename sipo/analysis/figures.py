@@ -195,9 +195,9 @@ def by_level(
 
     def paint(axes: Any) -> None:
         for (name, values), color in zip(named.items(), (MAIN, OTHER), strict=False):
-            axes.plot(centers(line), finite(values), color=color, marker="o", markersize=3, label=name or "_")
+            axes.plot(centers(line), nan_if_none(values), color=color, marker="o", markersize=3, label=name or "_")
             if spread is not None and color == MAIN:
-                _shade(axes, centers(line), finite(values), spread)
+                _shade(axes, centers(line), nan_if_none(values), spread)
         _levels(axes, line)
         if origin:
             axes.axhline(0, color=_INK, linewidth=0.8)
@@ -234,6 +234,6 @@ def _levels(axes: Any, line: dict[str, Any]) -> None:
     axes.set_xlabel(f"timestep t (0 clean, {top} noise)" if discrete else "σ (0 clean, 1 noise)")
 
 
-def finite(values: Sequence[float | None]) -> list[float]:
+def nan_if_none(values: Sequence[float | None]) -> list[float]:
     """Returns NaN for ``None``."""
     return [math.nan if value is None else float(value) for value in values]

@@ -12,7 +12,7 @@ from typing import Any
 
 from sipo.analysis import figures
 from sipo.analysis.facts import TAIL, is_plain
-from sipo.analysis.figures import finite
+from sipo.analysis.figures import nan_if_none
 from sipo.analysis.findings import Finding
 from sipo.analysis.page import BEGIN, Page, Picture
 from sipo.analysis.samples import sample_pictures
@@ -273,7 +273,7 @@ def _by_level(run: RunLog, head: Line, tail: Line) -> list[Picture]:
         return {"early": head[name], "late": tail[name]}
 
     def error(key: str) -> list[float]:
-        samples = zip(finite(tail[f"{key}_error_chosen"]), finite(tail[f"{key}_error_rejected"]), strict=True)
+        samples = zip(nan_if_none(tail[f"{key}_error_chosen"]), nan_if_none(tail[f"{key}_error_rejected"]), strict=True)
         return [(chosen + rejected) / 2 for chosen, rejected in samples]
 
     gaps = {"chosen": tail["chosen_gap"], "rejected": tail["rejected_gap"]}
@@ -314,7 +314,7 @@ def mask_pictures(
 
 def gradient_coefficient(line: Line, when: str) -> Picture:
     """Mean of the gradient's coefficient by noise level, and its spread."""
-    mean, square = finite(line["coef"]), finite(line["coef_sq"])
+    mean, square = nan_if_none(line["coef"]), nan_if_none(line["coef_sq"])
     spread = [math.sqrt(max(0.0, s - m * m)) for m, s in zip(mean, square, strict=True)]
     return Picture(
         f"Gradient's coefficient, {when}",
@@ -333,7 +333,9 @@ def gradient_share(line: Line, weights: Sequence[float] | None = None) -> Pictur
     """
     counts = line["count"] if weights is None else weights
     drawn = [c / (sum(counts) or 1) for c in counts]
-    squares = [d * g if d and not math.isnan(g) else 0.0 for d, g in zip(drawn, finite(line["grad_sq"]), strict=True)]
+    squares = [
+        d * g if d and not math.isnan(g) else 0.0 for d, g in zip(drawn, nan_if_none(line["grad_sq"]), strict=True)
+    ]
     total = sum(squares) or 1.0
     named = {"of the squared gradient": [s / total for s in squares], "of the pairs": drawn}
     return Picture(

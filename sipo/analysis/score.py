@@ -33,7 +33,7 @@ _FIXED = ("noise", "level", "ref_error")  # of an item with a draw of its own, i
 
 
 @dataclass(frozen=True)
-class Alone:
+class SingleDevice:
     """What :class:`PairForward` asks of an accelerator, for networks on one device with nothing wrapped around them.
 
     Attributes:
@@ -194,7 +194,7 @@ def score_pairs(
         raise ValueError("reference=None: expected a network, or AdapterOff")
     device = next(policy.parameters()).device
     loss_fn = SIPOLoss(schedule, method="diffusion_dpo", beta=beta)
-    accelerator = Alone(device) if accelerator is None else accelerator
+    accelerator = SingleDevice(device) if accelerator is None else accelerator
     forward = PairForward(loss_fn, predict, reference, accelerator, offload=False)
     groups = getattr(dataset, "groups", None) or [range(len(dataset))]
     batches = [list(group[i : i + batch_size]) for group in groups for i in range(0, len(group), batch_size)]

@@ -54,7 +54,7 @@ def flat(tree: dict[str, Any], place: str = "") -> dict[str, Any]:
 
 def in_force(settings: dict[str, Any]) -> dict[str, Any]:
     """Fills in the numbers that defaults stand for."""
-    from sipo.families import get
+    from sipo.families import get_family
     from sipo.schedule import DEFAULT_INFERENCE_STEPS
 
     if "loss.method" not in settings or "model.family" not in settings:
@@ -63,7 +63,7 @@ def in_force(settings: dict[str, Any]) -> dict[str, Any]:
         "model.lora.alpha": settings.get("model.lora.rank"),
         "loss.beta": loss_numbers(settings)[0],
         "loss.num_inference_steps": DEFAULT_INFERENCE_STEPS,
-        "samples.guidance_scale": get(settings["model.family"]).guidance,
+        "samples.guidance_scale": get_family(settings["model.family"]).guidance,
     }
     unset = {name: value for name, value in numbers.items() if name in settings and settings[name] is None}
     return settings | {name: f"{value:g} (default)" for name, value in unset.items() if is_number(value)}
@@ -71,7 +71,7 @@ def in_force(settings: dict[str, Any]) -> dict[str, Any]:
 
 def loss_numbers(settings: dict[str, Any]) -> tuple[float | None, float | None]:
     """Returns β and the mask's threshold, if the settings give them or determine their defaults."""
-    from sipo.families import get
+    from sipo.families import get_family
     from sipo_kernels import LossOptions
 
     method = settings.get("loss.method", settings.get("method"))
@@ -80,6 +80,6 @@ def loss_numbers(settings: dict[str, Any]) -> tuple[float | None, float | None]:
     options = LossOptions(method=method)
     beta = settings.get("loss.beta", settings.get("beta"))
     if beta is None and "model.family" in settings:
-        beta = options.beta_for(5 if get(settings["model.family"]).video else 4)
+        beta = options.beta_for(5 if get_family(settings["model.family"]).video else 4)
     threshold = settings.get("loss.mask_threshold", options.mask_threshold)
     return beta, 0.0 if method == "diffusion_dpo" else threshold

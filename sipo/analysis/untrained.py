@@ -13,7 +13,7 @@ from torch.utils.data import default_collate
 
 from sipo.analysis import figures
 from sipo.analysis.facts import is_plain, saturation
-from sipo.analysis.figures import finite
+from sipo.analysis.figures import nan_if_none
 from sipo.analysis.findings import Finding, sort
 from sipo.analysis.page import Page, Picture
 from sipo.analysis.report import gradient_coefficient, gradient_share, mask_pictures
@@ -56,7 +56,7 @@ class UntrainedFacts:
 
     def mean(self, name: str) -> float:
         """Mean over the noise levels of training, not over the grid."""
-        found = [(d, v) for d, v in zip(self.drawn, finite(self.line[name]), strict=True) if not math.isnan(v)]
+        found = [(d, v) for d, v in zip(self.drawn, nan_if_none(self.line[name]), strict=True) if not math.isnan(v)]
         total = sum(d for d, _ in found)
         return math.fsum(d * v for d, v in found) / total if total else math.nan
 
@@ -212,7 +212,7 @@ def _clip(found: UntrainedFacts) -> Finding | None:
 
 
 def _spread(found: UntrainedFacts) -> Finding | None:
-    shares = [d * g for d, g in zip(found.drawn, finite(found.line["grad_sq"]), strict=True) if not math.isnan(g)]
+    shares = [d * g for d, g in zip(found.drawn, nan_if_none(found.line["grad_sq"]), strict=True) if not math.isnan(g)]
     total = sum(shares)
     if not total:
         return None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sipo.cache.decode import DecodedPair, PairDecoder, ahead, queue_length
-from sipo.cache.existing import Existing, stop
+from sipo.cache.existing import ExistingCache, stop
 from sipo.cache.format import LATENTS, TEXT, UNCONDITIONAL, shard_name, text_key, trim
 from sipo.cache.index import FILES_FACT, ROWS_FACT
 from sipo.cache.savings import Cost
@@ -51,7 +51,7 @@ class PairEncoder:
         family: Family,
         load_pipeline: Callable[[], Any],
         settings: DataConfig,
-        existing: Existing,
+        existing: ExistingCache,
         state: Any,
     ) -> None:
         self.family = family

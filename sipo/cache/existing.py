@@ -38,7 +38,7 @@ from sipo.data.load import BadPairError
 from sipo.data.records import PairReader, row_name
 
 
-class Existing:
+class ExistingCache:
     """What a cache's folder holds, compared with the records that it was made from.
 
     Attributes:
@@ -139,7 +139,7 @@ class Existing:
 
     def compare(self, part: ShardSource, pool: ThreadPoolExecutor) -> None:
         """Checks whether the shards of these records exist, are whole, and still agree with the source."""
-        part.describe(self.source, pool)
+        part.read_rows(self.source, pool)
         text = self.find(shard_name(TEXT, part.number))
         facts = {} if text is None else text.facts
         part.needs_text = facts.get("source") != self.source or facts.get("prompts") != part.new_keys

@@ -135,7 +135,7 @@ class DrawnPairs:
         return item
 
 
-def split(cached: CachedPairs, held_out: int, seed: int) -> tuple[CachedPairs, CachedPairs]:
+def split_pairs(cached: CachedPairs, held_out: int, seed: int) -> tuple[CachedPairs, CachedPairs]:
     """Keeps pairs from training, for validation.
 
     All pairs of a prompt go to one side: a prompt seen in training would flatter the validation. Prompts are held

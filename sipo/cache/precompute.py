@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sipo.cache.encode import PairEncoder
-from sipo.cache.existing import Existing, read_files
+from sipo.cache.existing import ExistingCache, read_files
 from sipo.cache.index import PairsIndex, read_pairs_index, write_pairs_index
 from sipo.cache.savings import Cost
 from sipo.data.config import DataConfig
@@ -149,7 +149,7 @@ def precompute_pairs(
         """Opens the folder; compares it with the source as far as that needs no reading of either."""
         nonlocal encoder
         how = {"check_hashes": check_hashes, "verify": verify, "refuse_changes": refuse_changes}
-        existing = Existing(folder, settings, fingerprint, **how)
+        existing = ExistingCache(folder, settings, fingerprint, **how)
         existing.stale |= world > 1  # others may have recorded new times
         encoder = PairEncoder(family, load_pipeline, settings, existing, _state(reader, existing.finished))
         return existing.is_unchanged(reader, encoder.state)

@@ -193,7 +193,7 @@ class ShardSource:
     needs_latents: bool = True
     needs_text: bool = True
 
-    def describe(self, settings: str, executor: Executor) -> None:
+    def read_rows(self, settings: str, executor: Executor) -> None:
         """Fills in ``rows`` and ``seen``.
 
         Args:

@@ -56,7 +56,7 @@ def _doctor(options: argparse.Namespace) -> int:
             _line(f"{part} part", f"left out: {found['reason']}; {found['remedy']}")
     print("backends")
 
-    for device, status in backends.report():
+    for device, status in backends.statuses():
         name = f"{device} {status.name}"
         if not status.available:
             _line(name, f"cannot run: {status.reason}; {status.remedy}")

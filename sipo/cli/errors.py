@@ -101,12 +101,12 @@ def in_one_line() -> Iterator[None]:
     except Exception as error:
         if isinstance(error, BrokenPipeError) and gone_readers():
             raise
-        if message := describe(error):
+        if message := user_message(error):
             raise CommandError(message) from error
         raise
 
 
-def describe(error: Exception) -> str:
+def user_message(error: Exception) -> str:
     """What a user is told of an error, in one line; "" for one that can only be a mistake of ours."""
     import torch
 

@@ -83,7 +83,7 @@ class Media:
     interlaced: bool = False
 
 
-class First:
+class FirstFrames:
     """Selects the first ``frames`` frames.
 
     Selections share these attributes: ``frames``, how many frames to select; ``selected``, the PyAV frames so far, each
@@ -109,7 +109,7 @@ class First:
         return rate
 
 
-class Numbered(First):
+class FramesByIndex(FirstFrames):
     """Selects the frames with the given indices."""
 
     def __init__(self, indices: Sequence[int]) -> None:
@@ -129,7 +129,7 @@ class Numbered(First):
         return rate * len(self.selected) / length
 
 
-class AtRate(First):
+class FramesAtRate(FirstFrames):
     """Selects the frames nearest to the times ``0, 1/fps, 2/fps, ...``.
 
     A time halfway between two frames selects the earlier one, as does a time up to a twentieth of their distance later,
@@ -180,7 +180,7 @@ class AtRate(First):
 
 def read_clip(
     source: Path | bytes,
-    selection: First,
+    selection: FirstFrames,
     max_pixels: int = MAX_PIXELS,
     transform: Callable[[Tensor], Tensor] | None = None,
 ) -> Media:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sipo.data.clips import MAX_PIXELS, AtRate, First, Media, MediaError, Numbered, read_clip
+from sipo.data.clips import MAX_PIXELS, FirstFrames, FramesAtRate, FramesByIndex, Media, MediaError, read_clip
 from sipo.data.images import read_image
 from sipo.files import aside
 
@@ -25,7 +25,7 @@ _GAP = 2  # pixels between the images of a grid
 
 
 @dataclass(frozen=True)
-class Fitted:
+class FittedPixels:
     """Pixels that were resized and cropped for the VAE.
 
     Attributes:
@@ -79,9 +79,9 @@ def read_media(
             raise MediaError("medium", source, f"is an image, expected a clip of {frames} frames")
         return image if transform is None else replace(image, pixels=transform(image.pixels))
     if frames == 1:
-        read_clip(source, First(1, decode_all=True), max_pixels)  # raises if it is not a clip either
+        read_clip(source, FirstFrames(1, decode_all=True), max_pixels)  # raises if it is not a clip either
         raise MediaError("medium", source, "is a clip, expected an image")
-    return read_clip(source, First(frames) if fps is None else AtRate(frames, fps), max_pixels, transform)
+    return read_clip(source, FirstFrames(frames) if fps is None else FramesAtRate(frames, fps), max_pixels, transform)
 
 
 def check_request(frames: int | None, fps: float | None, max_pixels: int = MAX_PIXELS) -> None:
@@ -104,7 +104,7 @@ def probe_media(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Media:
     Raises:
         MediaError: missing, undecodable or too large.
     """
-    return read_image(source, max_pixels) or read_clip(source, First(1, decode_all=True), max_pixels)
+    return read_image(source, max_pixels) or read_clip(source, FirstFrames(1, decode_all=True), max_pixels)
 
 
 def read_spaced(source: Path | bytes, count: int, *, max_pixels: int = MAX_PIXELS) -> Media:
@@ -116,9 +116,9 @@ def read_spaced(source: Path | bytes, count: int, *, max_pixels: int = MAX_PIXEL
     image = read_image(source, max_pixels)
     if image is not None:
         return image
-    length = read_clip(source, First(0), max_pixels).length
+    length = read_clip(source, FirstFrames(0), max_pixels).length
     indices = [int((part + 0.5) * length / count) for part in range(count)] if length > count else range(length)
-    return read_clip(source, Numbered(indices), max_pixels)
+    return read_clip(source, FramesByIndex(indices), max_pixels)
 
 
 # ---- Fitting ----
@@ -143,7 +143,7 @@ def resize_and_crop(
     center_crop: bool = True,
     flip: bool = False,
     generator: torch.Generator | None = None,
-) -> Fitted:
+) -> FittedPixels:
     """Resizes to the smallest size that covers the target (bicubic, antialiased, rounded), and crops to the target.
 
     Args:
@@ -164,14 +164,14 @@ def resize_and_crop(
     cut = (slice(top, top + height), slice(left, left + width))
     values = pixels.flip(-1) if flip else pixels
     if covering == original:
-        return Fitted(values[..., cut[0], cut[1]].contiguous(), (top, left), original)
+        return FittedPixels(values[..., cut[0], cut[1]].contiguous(), (top, left), original)
     fitted = torch.empty(*values.shape[:-2], height, width, dtype=torch.uint8)
     # One colour of one frame at a time: less memory for floats, and half the time.
     for source, target in zip(values.flatten(0, -3), fitted.flatten(0, -3), strict=True):
         plane = source.to(torch.float32)[None, None]
         plane = F.interpolate(plane, covering, mode="bicubic", antialias=True, align_corners=False)[0, 0]
         target.copy_(plane[cut].round().clamp_(0.0, 255.0))
-    return Fitted(fitted, (top, left), original)
+    return FittedPixels(fitted, (top, left), original)
 
 
 # ---- Writing ----

@@ -96,7 +96,7 @@ def _run_demo(config: DemoConfig, progress: bool | None) -> dict[str, Any]:
     started = time.perf_counter()
     from accelerate import Accelerator
 
-    from sipo.demo.picture import DemoResult, Weights, draw_picture
+    from sipo.demo.picture import DemoResult, ImportanceWeights, draw_picture
     from sipo.files import write_aside
     from sipo.training import TrainingConfig, train
     from sipo.training.log_reader import step_mean
@@ -148,7 +148,7 @@ def _run_demo(config: DemoConfig, progress: bool | None) -> dict[str, Any]:
     last = loss_fn.schedule.num_train_timesteps - 1
     levels = torch.logspace(math.log10(20), math.log10(last), _WEIGHT_LEVELS, dtype=torch.float32)
     levels = levels.round().long().clamp(max=last)
-    weights = Weights(
+    weights = ImportanceWeights(
         levels.tolist(),
         weight_by_timestep(base, base, loss_fn, pairs, levels, config.seed).tolist(),
         weight_by_timestep(policy, base, loss_fn, pairs, levels, config.seed).tolist(),

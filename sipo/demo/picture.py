@@ -39,7 +39,7 @@ _STYLE: Any = {
 }
 
 
-class Weights(NamedTuple):
+class ImportanceWeights(NamedTuple):
     """Mean importance weight at each of some timesteps, of the base model and of the aligned one."""
 
     timesteps: Sequence[int]
@@ -61,7 +61,7 @@ class DemoResult(NamedTuple):
     after_scores: SampleScores
     judge_accuracy: float
     history: list[dict[str, Any]]
-    weights: Weights
+    weights: ImportanceWeights
 
 
 def draw_picture(path: Path, result: DemoResult) -> None:

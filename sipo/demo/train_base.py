@@ -19,7 +19,7 @@ import torch
 
 from sipo.demo.digits import load_digits
 from sipo.demo.model import SCHEDULER_FOLDER, build_model, build_scheduler, save_aside
-from sipo.progress import Steps
+from sipo.progress import StepProgress
 
 
 def train_base_model(
@@ -83,7 +83,7 @@ def fit(
         model.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=True
     )
     warmup = min(warmup, steps)
-    shown = Steps(True, steps, 0)
+    shown = StepProgress(True, steps, 0)
     running = math.nan
     for step in range(steps):
         for group in optimizer.param_groups:

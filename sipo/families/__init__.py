@@ -19,7 +19,7 @@ FAMILIES: dict[str, Family] = {
 """All families by their names in ``model.family`` of a configuration."""
 
 
-def get(name: str) -> Family:
+def get_family(name: str) -> Family:
     """Returns the family of a name.
 
     Raises:

@@ -13,11 +13,11 @@ from accelerate import Accelerator
 from torch import nn
 
 from sipo.cache.finished import Cache
-from sipo.cache.pairs import CachedPairs, DrawnPairs, split
+from sipo.cache.pairs import CachedPairs, DrawnPairs, split_pairs
 from sipo.cache.reference_errors import FixedDraws, ReferenceErrors
 from sipo.cache.weights import PLACE, weight_hashes
 from sipo.data.toy import make_toy_pairs
-from sipo.families import Family, get
+from sipo.families import Family, get_family
 from sipo.families.toy import build_toy
 from sipo.families.tuning import adapter_off, freeze, frozen_copy, prepare_full, prepare_lora
 from sipo.files import aside, make_folder, remove_leftovers
@@ -103,7 +103,7 @@ def open_run(config: Config, accelerator: Accelerator | None = None) -> RunConte
     """
     model, data = config.model, config.data
     try:
-        family = get(model.family)
+        family = get_family(model.family)
     except ValueError as error:
         raise ConfigError(f"model.{error}") from error
     if data.frames > 1 and not family.video:
@@ -156,7 +156,7 @@ def datasets(
     """Pairs to train on and, with ``data.held_out``, to validate on."""
     config = run.config
     try:
-        training, held_out = split(CachedPairs(cache), config.data.held_out, config.data.seed)
+        training, held_out = split_pairs(CachedPairs(cache), config.data.held_out, config.data.seed)
     except ValueError as error:
         raise ConfigError(f"data.{error}") from error
     if not config.data.draws:
@@ -167,7 +167,7 @@ def datasets(
         DrawnPairs(pairs, run.schedule, run.fixed_draws, references) if len(pairs) else None
         for pairs in (training, held_out)
     ]
-    assert drawn[0] is not None  # split leaves some
+    assert drawn[0] is not None  # split_pairs leaves some
     return drawn[0], drawn[1]
 
 

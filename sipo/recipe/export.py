@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sipo.families import Family, get
+from sipo.families import Family, get_family
 from sipo.families.lora_files import Adapter, check_format, needs_network_config, read_adapter, write_adapter
 from sipo.families.tuning import ADAPTER
 from sipo.recipe.build import model_folder
@@ -59,7 +59,7 @@ def export_run(
             raise ConfigError(f"{override}: expected {', '.join(_PLACES[:-1])} or {_PLACES[-1]}, where the model is")
     config = load_config(file, overrides)
     check_config_sum(target)
-    family = get(config.model.family)
+    family = get_family(config.model.family)
     if config.model.tuning != "lora":
         whole = target / "weights" / family.network
         raise ConfigError(f"model.tuning={config.model.tuning!r}: expected 'lora'; diffusers loads {whole} as it is")

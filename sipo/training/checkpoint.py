@@ -120,7 +120,7 @@ def load_checkpoint(
     Raises:
         CheckpointError: absent, damaged, or of another run.
     """
-    folder = storage.choose(source, root, accelerator)
+    folder = storage.choose_checkpoint(source, root, accelerator)
 
     def read() -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
         with reading(folder):

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 from sipo.files import check_regular, write_aside
 from sipo.processes import on_main
-from sipo.progress import Steps
+from sipo.progress import StepProgress
 from sipo.training.config import TrainingConfig
 from sipo.training.log_reader import metrics_fault, read_log
 from sipo.training.statistics import scalars, statistics_fault
@@ -52,7 +52,7 @@ class Recorder:
         self._statistics_path = config.statistics_path
         self._trackers = start_trackers(accelerator, config, first_step)
         on_main(accelerator, lambda: self._open(config, first_step))
-        self._shown = Steps(
+        self._shown = StepProgress(
             config.progress if accelerator.is_main_process else None, config.max_train_steps, first_step
         )
 

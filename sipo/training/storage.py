@@ -147,7 +147,7 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def choose(source: str | Path, root: Path, accelerator: Any) -> Path:
+def choose_checkpoint(source: str | Path, root: Path, accelerator: Any) -> Path:
     """Chooses the sound checkpoint to resume from; every process calls it, and one of them reads.
 
     Args:

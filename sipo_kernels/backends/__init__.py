@@ -99,7 +99,7 @@ def status(name: str, device_type: str) -> BackendStatus:
     return BackendStatus(name, True, "Triton's interpreter" if device_type == "cpu" else "compiled on first use", "")
 
 
-def report() -> list[tuple[str, BackendStatus]]:
+def statuses() -> list[tuple[str, BackendStatus]]:
     """Every backend on every device type present, for ``sipo doctor``: ``[(device type, status)]``."""
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     return [(device, status(name, device)) for device in devices for name in BACKENDS]

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 _KINDS = {"P": "p", "z": "p", "d": "f", "f": "f", "structure": "s"}
 
 
-class Loaded(NamedTuple):
+class LoadedLibrary(NamedTuple):
     """The library or a part of it, or the reason why it cannot be used.
 
     Attributes:
@@ -37,9 +37,9 @@ class Loaded(NamedTuple):
     remedy: str = ""
 
 
-def refused(reason: str) -> Loaded:
+def refused(reason: str) -> LoadedLibrary:
     """Returns that the library is refused, with the remedy."""
-    return Loaded(None, reason, rebuild(ROOT))
+    return LoadedLibrary(None, reason, rebuild(ROOT))
 
 
 def _fields(structure: type[ctypes.Structure]) -> str:

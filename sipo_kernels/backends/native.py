@@ -78,12 +78,12 @@ class CpuArgs(ctypes.Structure):
     ]
 
 
-def _load() -> native_library.Loaded:
+def _load() -> native_library.LoadedLibrary:
     """Loads the library, or says why it cannot be used."""
     path = _FOLDER / ("_native.dylib" if sys.platform == "darwin" else "_native.so")
     if not path.exists():
         if reason := build_info.part("cpu")["reason"]:
-            return native_library.Loaded(None, f"there is no native library: {reason}")
+            return native_library.LoadedLibrary(None, f"there is no native library: {reason}")
         return native_library.refused(f"{path.name} was built but does not exist")
     try:
         library = ctypes.CDLL(str(path))
@@ -99,7 +99,7 @@ def _load() -> native_library.Loaded:
     problem = native_library.difference(library.sipo_description().decode(), expected)
     if problem := problem or native_library.stale(library.sipo_sources().decode()):
         return native_library.refused(problem)
-    return native_library.Loaded(library, f"C++, {library.sipo_isa(0).decode()}")
+    return native_library.LoadedLibrary(library, f"C++, {library.sipo_isa(0).decode()}")
 
 
 LIBRARY, REASON, REMEDY = _load()

@@ -67,10 +67,10 @@ class CudaArgs(ctypes.Structure):
     ]
 
 
-def _load(library: ctypes.CDLL | None) -> native_library.Loaded:
+def _load(library: ctypes.CDLL | None) -> native_library.LoadedLibrary:
     """Prepares the CUDA part of ``library``, or says why it cannot be used."""
     if library is None:
-        return native_library.Loaded(None, native.REASON, native.REMEDY)
+        return native_library.LoadedLibrary(None, native.REASON, native.REMEDY)
     try:
         library.sipo_cuda_description.restype = ctypes.c_char_p
         library.sipo_cuda_workspace_bytes.restype = ctypes.c_int64
@@ -80,7 +80,7 @@ def _load(library: ctypes.CDLL | None) -> native_library.Loaded:
             getattr(library, name).argtypes = [ctypes.POINTER(CudaArgs)]
     except AttributeError:
         why = build_info.part("cuda").get("reason") or "the package was built without it"
-        return native_library.Loaded(None, f"the native library has no CUDA part: {why}")
+        return native_library.LoadedLibrary(None, f"the native library has no CUDA part: {why}")
     expected = native_library.description(
         f"threads {THREADS}, blocks {BLOCKS_PER_SM}, scratch {SCRATCH_BYTES}, vector {VECTOR}, "
         f"mixed {MIXED} by {ELEMENTS[MIXED]}, any {ANY} by {ELEMENTS[ANY]}",
@@ -90,7 +90,7 @@ def _load(library: ctypes.CDLL | None) -> native_library.Loaded:
     )
     if problem := native_library.difference(library.sipo_cuda_description().decode(), expected):
         return native_library.refused(problem)
-    return native_library.Loaded(library, "CUDA C++")
+    return native_library.LoadedLibrary(library, "CUDA C++")
 
 
 LIBRARY, REASON, REMEDY = _load(native.LIBRARY)
@@ -100,7 +100,7 @@ EMULATED: Gpu | None = None
 
 
 @cache
-def describe(index: int) -> Gpu:
+def read_gpu(index: int) -> Gpu:
     """What the plan needs to know of CUDA device ``index``."""
     found: Any = torch.cuda.get_device_properties(index)  # the stub does not know all that is there
     return Gpu(
@@ -203,7 +203,7 @@ def _args(
 ) -> CudaArgs:
     """Returns the arguments that forward and gradient have in common."""
     index = model.device.index or 0
-    gpu = describe(index) if EMULATED is None else EMULATED
+    gpu = read_gpu(index) if EMULATED is None else EMULATED
     call = _call(model, ref, target, grad)
     dtypes = (model.dtype, model.dtype if ref is None else ref.dtype, target.dtype)
     double_terms = accumulate_dtype(call.elements, target, model, ref) == torch.float64
