@@ -55,7 +55,9 @@ _OTHER_NAMES = {
     "training.proportion_empty_prompts": "caption_dropout",
     "training.timestep_distribution": "weighting_scheme timestep_bias_strategy",
     "training.logging_steps": "log_every logging_strategy",
-    "training.validation_steps": "eval_steps eval_strategy evaluation_strategy run_validation validate_every validation_epochs",
+    "training.validation_steps": (
+        "eval_steps eval_strategy evaluation_strategy run_validation validate_every validation_epochs"
+    ),
     "training.checkpointing_steps": "checkpoint_every save_every save_steps save_strategy",
     "training.checkpoints_total_limit": "keep_checkpoints save_total_limit",
     "training.progress": "disable_tqdm",
