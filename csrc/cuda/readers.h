@@ -27,6 +27,14 @@ template <class T> __device__ __forceinline__ const T* at(const void* base, int6
   return static_cast<const T*>(base) + i;
 }
 
+// Calls run with an element of the type that `dtype` names: all threads take the same branch.
+template <class Run> __device__ __forceinline__ void with_element(int dtype, Run run) {
+  if (dtype == kFloat32) run(float());
+  else if (dtype == kBfloat16) run(bf16());
+  else if (dtype == kFloat16) run(fp16());
+  else run(double());
+}
+
 // N elements of type T in consecutive words.
 template <class T, class Acc, int N> __device__ __forceinline__ void unpack(const Vec16* words, Acc (&out)[N]) {
   constexpr int kEach = 16 / sizeof(T);
@@ -141,7 +149,7 @@ template <class P, class T> struct Vector {
   }
 };
 
-// Each tensor has its own type, known at run time: all threads take the same branch.
+// Each tensor has its own type, known at run time.
 struct Mixed {
   static constexpr bool kTyped = false, kHalf = false;
   static constexpr int kVector = 4, kStep = 4;
@@ -159,30 +167,23 @@ struct Mixed {
   }
   template <class Acc>
   static __device__ __forceinline__ void widen_all(const Prediction& raw, int dtype, Acc (&out)[kVector]) {
-    if (dtype == kFloat32) unpack<float>(raw.part, out);
-    else if (dtype == kBfloat16) unpack<bf16>(raw.part, out);
-    else if (dtype == kFloat16) unpack<fp16>(raw.part, out);
-    else unpack<double>(raw.part, out);
-  }
-  template <class T, class Acc>
-  static __device__ __forceinline__ void store_as(void* base, int64_t i, const Acc (&x)[kVector], Policy policy) {
-    T* to = static_cast<T*>(base) + i;
-    Vec16 v[2] = {};
-    pack<T>(x, v);
-    if constexpr (sizeof(T) == 2) {
-      device::store8(to, v[0], 0, policy);
-    } else {
-      device::store16(to, v[0], policy);
-      if constexpr (sizeof(T) == 8) device::store16(to + 2, v[1], policy);
-    }
+    with_element(dtype, [&](auto element) { unpack<decltype(element)>(raw.part, out); });
   }
   template <class Acc>
   static __device__ __forceinline__ void store(void* base, int64_t i, int64_t, int dtype, const Acc (&x)[kVector],
                                                Policy policy) {
-    if (dtype == kFloat32) store_as<float>(base, i, x, policy);
-    else if (dtype == kBfloat16) store_as<bf16>(base, i, x, policy);
-    else if (dtype == kFloat16) store_as<fp16>(base, i, x, policy);
-    else store_as<double>(base, i, x, policy);
+    with_element(dtype, [&](auto element) {
+      using T = decltype(element);
+      T* to = static_cast<T*>(base) + i;
+      Vec16 v[2] = {};
+      pack<T>(x, v);
+      if constexpr (sizeof(T) == 2) {
+        device::store8(to, v[0], 0, policy);
+      } else {
+        device::store16(to, v[0], policy);
+        if constexpr (sizeof(T) == 8) device::store16(to + 2, v[1], policy);
+      }
+    });
   }
 };
 
@@ -197,26 +198,18 @@ struct Any {
   static __device__ __forceinline__ void load(Prediction& raw, const void* base, int64_t i, int64_t, int dtype, Policy,
                                               bool wanted = true) {
     if (!wanted) return;
-    if (dtype == kFloat32) raw.value = device::load1(at<float>(base, i));
-    else if (dtype == kBfloat16) raw.value = widen(device::load1(at<bf16>(base, i)));
-    else if (dtype == kFloat16) raw.value = widen(device::load1(at<fp16>(base, i)));
-    else raw.value = device::load1(at<double>(base, i));
+    with_element(dtype, [&](auto element) { raw.value = widen(device::load1(at<decltype(element)>(base, i))); });
   }
   template <class Acc>
   static __device__ __forceinline__ void widen_all(const Prediction& raw, int, Acc (&out)[1]) {
     out[0] = raw.value;
   }
-  template <class T> static __device__ __forceinline__ void store_as(void* base, int64_t i, double x) {
-    T y;
-    narrow(x, y);
-    device::store1(static_cast<T*>(base) + i, y);
-  }
   template <class Acc>
   static __device__ __forceinline__ void store(void* base, int64_t i, int64_t, int dtype, const Acc (&x)[1], Policy) {
-    if (dtype == kFloat32) store_as<float>(base, i, x[0]);
-    else if (dtype == kBfloat16) store_as<bf16>(base, i, x[0]);
-    else if (dtype == kFloat16) store_as<fp16>(base, i, x[0]);
-    else store_as<double>(base, i, x[0]);
+    with_element(dtype, [&](auto element) {
+      narrow(double(x[0]), element);
+      device::store1(static_cast<decltype(element)*>(base) + i, element);
+    });
   }
 };
 
