@@ -19,15 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from sipo import SIPOLoss, cli
-from sipo.analysis.facts import (
-    LN2,
-    accuracy_se,
-    beyond_chance,
-    describe_held_out,
-    gather,
-    held_out,
-    pairs_to_tell,
-)
+from sipo.analysis.facts import LN2, accuracy_se, beyond_chance, describe_held_out, gather, held_out, pairs_to_tell
 from sipo.analysis.findings import Finding
 from sipo.analysis.report import ends, read_run, regroup, report_run
 from sipo.analysis.untrained import UntrainedFacts, judge_untrained, untrained_page

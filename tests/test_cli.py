@@ -203,10 +203,7 @@ def test_demo_options_reach_the_demo_and_its_errors_the_user(
     assert cli.main([*arguments.split(), "--seed", "9", "--output", str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"all is well in {tmp_path}\n"
     assert cli.main(["demo"]) == 0
-    assert seen == [
-        demo.DemoConfig(tmp_path, "diffusion_dpo", 20.0, 7, 4, 1e-4, 20, 9),
-        demo.DemoConfig(),
-    ]
+    assert seen == [demo.DemoConfig(tmp_path, "diffusion_dpo", 20.0, 7, 4, 1e-4, 20, 9), demo.DemoConfig()]
     for problem in (TrainingDivergedError("step 3: it broke"), OSError(28, "No space left on device")):
         problems.append(problem)
         capsys.readouterr()

@@ -15,14 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sipo.data.media import (
-    MediaError,
-    probe_media,
-    read_media,
-    read_spaced,
-    resize_and_crop,
-    write_video,
-)
+from sipo.data.media import MediaError, probe_media, read_media, read_spaced, resize_and_crop, write_video
 from tests.data_sets import clip, cut_short, damage, encode_clip, noise
 from tests.media_files import STEP, counted, encode, has_avif, picture, smooth
 

@@ -211,10 +211,7 @@ def test_overrides_lie_over_the_file(tmp_path: Path) -> None:
         ({"loss": {"beta": "big"}}, "loss.beta='big' is a str: expected a finite number > 0"),
         ({"data": {"max_pairs": 0}}, "data.max_pairs=0: expected at least 1"),
         ({"data": {"frames": 0}}, "data.frames=0: expected at least 1"),
-        (
-            {"samples": {"guidance_scale": float("nan")}},
-            "samples.guidance_scale=nan: expected a finite number >= 0",
-        ),
+        ({"samples": {"guidance_scale": float("nan")}}, "samples.guidance_scale=nan: expected a finite number >= 0"),
         ({"samples": {"guidance_scale": -1}}, "samples.guidance_scale=-1.0: expected a finite number >= 0"),
         ({"data": {"fps": 0}}, "data.fps=0.0: expected a finite number > 0"),
         ({"data": {"fps": float("inf")}}, "data.fps=inf: expected a finite number > 0"),
@@ -316,10 +313,7 @@ MERGED = "a: &a {x: 1}\n" + "".join(
             "data:\n" + "".join(" " * level + "-\n" for level in range(1000)),
             "nested too deeply, expected YAML of at most 64 levels",
         ),
-        (
-            "training: {max_train_steps: " + "7" * 5000 + "}",
-            "not YAML: a number of thousands of digits",
-        ),
+        ("training: {max_train_steps: " + "7" * 5000 + "}", "not YAML: a number of thousands of digits"),
         ("training: {max_train_steps: 2026-13-45}", "not YAML: month must be in 1..12"),
         (
             "training: {max_train_steps: !!python/object:os.system 1}",

@@ -20,14 +20,7 @@ from sipo_kernels.backends import library as description
 from sipo_kernels.backends import native
 from sipo_kernels.backends.cuda import emulation
 from sipo_kernels.backends.cuda import launch as cuda
-from sipo_kernels.backends.cuda.plan import (
-    ANY,
-    MIXED,
-    VECTOR,
-    CudaPlan,
-    Gpu,
-    make_plan,
-)
+from sipo_kernels.backends.cuda.plan import ANY, MIXED, VECTOR, CudaPlan, Gpu, make_plan
 from sipo_kernels.backends.interface import Stats
 from sipo_kernels.inputs import Inputs
 from sipo_kernels.options import Settings

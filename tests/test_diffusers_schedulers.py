@@ -486,10 +486,7 @@ ERRORS: list[tuple[Any, type, str]] = [
             ValueError,
             f"{option}={value!r}",
         )
-        for option, value in (
-            ("use_karras_sigmas", True),
-            ("use_exponential_sigmas", True),
-        )
+        for option, value in (("use_karras_sigmas", True), ("use_exponential_sigmas", True))
     ],
     (
         lambda: read(diffusers.UniPCMultistepScheduler(**FLOW_UNIPC, use_beta_sigmas=True)),
@@ -507,11 +504,7 @@ ERRORS: list[tuple[Any, type, str]] = [
         "timestep_type='continuous'",
     ),
     (lambda: read(diffusers.DDPMScheduler(), shift=3.0), ValueError, "shift=3.0: leave it out, DDPMScheduler has no"),
-    (
-        lambda: read(diffusers.DDPMScheduler(), 0),
-        ValueError,
-        "num_inference_steps=0: expected an integer in [1, 1000]",
-    ),
+    (lambda: read(diffusers.DDPMScheduler(), 0), ValueError, "num_inference_steps=0: expected an integer in [1, 1000]"),
     (lambda: read(diffusers.DDPMScheduler(), 1001), ValueError, "num_inference_steps=1001"),
     (lambda: read(diffusers.DDPMScheduler(), 50.0), TypeError, "num_inference_steps=50.0 is a float"),
 ]

@@ -90,10 +90,7 @@ def test_all_ordered_pairs(tmp_path: Path) -> None:
     assert check_pairs(JsonlReader(tmp_path / "pairs.jsonl"), frames=1).skipped == 0
 
 
-@pytest.mark.parametrize(
-    ("margin", "expected"),
-    [(0.0, 3), (4.0, 3), (4.001, 2), (60.0, 1), (60.5, 0)],
-)
+@pytest.mark.parametrize(("margin", "expected"), [(0.0, 3), (4.0, 3), (4.001, 2), (60.0, 1), (60.5, 0)])
 def test_margin(tmp_path: Path, margin: float, expected: int) -> None:
     source = candidates(tmp_path, [30, 90], [5, 1], [7, 7], [10, 20])
     summary = label(source, tmp_path / "pairs.jsonl", level, min_margin=margin)
@@ -477,11 +474,7 @@ def test_a_single_linear_layer(clip_folder: Path, tmp_path: Path, capsys: pytest
         write_image(tmp_path / name, noise(seed, 3, 24, 24))
     source = write_lines(tmp_path / "in.jsonl", [{"prompt": "a", "candidates": names}])
     run_label(
-        source,
-        tmp_path / "out.jsonl",
-        clip=str(clip_folder),
-        aesthetic=tmp_path / "head.safetensors",
-        progress=False,
+        source, tmp_path / "out.jsonl", clip=str(clip_folder), aesthetic=tmp_path / "head.safetensors", progress=False
     )
     _, values = model_logits(clip_folder, [noise(seed, 3, 24, 24) for seed in range(4)], ["a"] * 4)
     expected = (values @ state["weight"].T + state["bias"])[:, 0]

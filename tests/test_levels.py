@@ -48,11 +48,7 @@ def flow(shift: float, steps: int, terminal: float | None = None, inverted: bool
     )
 
 
-@given(
-    st.integers(1, 10**6),
-    st.sampled_from([0.25, 1.0, 1.15, 3.0, 5.0, 17.0, 100.0]),
-    st.sampled_from([1, 2, 7, 50]),
-)
+@given(st.integers(1, 10**6), st.sampled_from([0.25, 1.0, 1.15, 3.0, 5.0, 17.0, 100.0]), st.sampled_from([1, 2, 7, 50]))
 @settings(max_examples=300, deadline=None)
 def test_flow_is_accurate_everywhere(millionths: int, shift: float, steps: int) -> None:
     sigma = millionths / 10**6

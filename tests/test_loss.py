@@ -195,11 +195,7 @@ SCHEDULE = NoiseSchedule.discrete()
         ({"nonfinite": "ignore"}, ValueError, "nonfinite='ignore'"),
         ({"backend": "cudnn"}, ValueError, "backend='cudnn': expected one of auto, eager, triton, native"),
         ({"num_inference_steps": 20}, ValueError, "num_inference_steps=20: expected None or 50"),
-        (
-            {"prediction_type": "v_prediction"},
-            ValueError,
-            "prediction_type='v_prediction': expected None or 'epsilon'",
-        ),
+        ({"prediction_type": "v_prediction"}, ValueError, "prediction_type='v_prediction': expected None or 'epsilon'"),
         ({"schedule": "sd15"}, ValueError, "scheduler str is not modelled, it has no alphas_cumprod: expected"),
     ],
 )
@@ -283,11 +279,7 @@ def test_conventions_give_the_same_logits() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (
-            {"source": "trl"},
-            ValueError,
-            "source='trl': expected one of sipo, paper, diffusers_sd, diffusers_sdxl, sum",
-        ),
+        ({"source": "trl"}, ValueError, "source='trl': expected one of sipo, paper, diffusers_sd, diffusers_sdxl, sum"),
         ({"target": "trl"}, ValueError, "target='trl'"),
         ({"target": "sum"}, ValueError, "elements=None: expected the number of elements"),
         ({"target": "sum", "elements": 0}, ValueError, "elements=0: expected an integer >= 1"),

@@ -81,18 +81,7 @@ def copy_tree(target: Path) -> Path:
 
 def build_wheel(tree: Path, target: Path, **env: str) -> zipfile.ZipFile:
     """`pip wheel` in build isolation; returns the only wheel it made."""
-    run(
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        ".",
-        "--no-deps",
-        "--wheel-dir",
-        target,
-        cwd=tree,
-        env=clean_env(**env),
-    )
+    run(sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--wheel-dir", target, cwd=tree, env=clean_env(**env))
     (wheel,) = target.glob("*.whl")
     return zipfile.ZipFile(wheel)
 
@@ -167,11 +156,7 @@ def test_wheel_with_library(native_wheel: zipfile.ZipFile) -> None:
     assert {"sipo/py.typed", "sipo_kernels/py.typed"} <= wanted
     assert any(name.startswith("sipo/demo/base/") and name.endswith(".safetensors") for name in wanted)
     assert wanted <= names
-    assert {name.split("/")[0] for name in names} == {
-        "sipo",
-        "sipo_kernels",
-        f"sipo-{sipo.__version__}.dist-info",
-    }
+    assert {name.split("/")[0] for name in names} == {"sipo", "sipo_kernels", f"sipo-{sipo.__version__}.dist-info"}
     assert names - wanted == {LIBRARY, RECORD} | {name for name in names if ".dist-info/" in name}
 
 

@@ -280,11 +280,7 @@ def test_mask_reaches_its_threshold_and_zero_disables_it() -> None:
     out = pair_loss(**batch, method="sipo", beta=1.0, mask_threshold=1.0)
     assert out.mask.tolist() == [True, True, True]  # a ratio of exactly 1 reaches 1
     batch["ratio_scale"][4] = 1e-15
-    assert pair_loss(**batch, method="sipo", beta=1.0, mask_threshold=1.0).mask.tolist() == [
-        True,
-        False,
-        True,
-    ]
+    assert pair_loss(**batch, method="sipo", beta=1.0, mask_threshold=1.0).mask.tolist() == [True, False, True]
     batch["ratio_scale"][:] = math.inf
     assert pair_loss(**batch, method="sipo", beta=1.0).mask.tolist() == [False] * 3
     assert pair_loss(**batch, method="sipo", beta=1.0, mask_threshold=0.0).mask.tolist() == [True] * 3

@@ -280,8 +280,7 @@ def test_other_prompts_are_said(tmp_path: Path) -> None:
     ValidationSamples(run)(0, network)
     other = replace(run, config=replace(run.config, samples=replace(run.config.samples, validation_prompts=["b"])))
     with pytest.warns(
-        TrainingWarning,
-        match=r"samples/prompts.json: earlier samples in this folder were drawn from different prompts",
+        TrainingWarning, match=r"samples/prompts.json: earlier samples in this folder were drawn from different prompts"
     ):
         ValidationSamples(other)(2, network)
     assert json.loads(files(tmp_path)["prompts.json"]) == ["b"]

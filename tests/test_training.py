@@ -15,12 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sipo import NoiseSchedule, SIPOLoss
-from sipo.training import (
-    TrainingConfig,
-    TrainingDivergedError,
-    TrainingWarning,
-    optimization,
-)
+from sipo.training import TrainingConfig, TrainingDivergedError, TrainingWarning, optimization
 from sipo.training.log_reader import read_metrics, step_mean
 from sipo.training.measurements import MetricWindow
 from sipo.training.stream import StreamSampler, pair_noise, step_levels

@@ -545,10 +545,7 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "no step": (lambda state: state.pop("step"), "state.json: step is missing or has an invalid value"),
     "no file": (lambda state: state["files"].pop("ema.safetensors"), "state.json: no ema.safetensors among its files"),
     "identity": (lambda state: state.update(identity=[]), "state.json: identity is missing or has an invalid value"),
-    "progress": (
-        lambda state: state.update(progress=None),
-        "state.json: progress is missing or has an invalid value",
-    ),
+    "progress": (lambda state: state.update(progress=None), "state.json: progress is missing or has an invalid value"),
     "alarms": (
         lambda state: state["progress"].update(alarms={"stalled": "x"}),
         "state.json: progress is missing or has an invalid value",
@@ -557,10 +554,7 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         lambda state: state["progress"].update(skipped=0.5),
         "state.json: progress is missing or has an invalid value",
     ),
-    "optimizer": (
-        lambda state: state.update(optimizer=3),
-        "state.json: optimizer is missing or has an invalid value",
-    ),
+    "optimizer": (lambda state: state.update(optimizer=3), "state.json: optimizer is missing or has an invalid value"),
     "groups": (
         lambda state: state["optimizer"].update(groups=[3]),
         "state.json: optimizer is missing or has an invalid value",

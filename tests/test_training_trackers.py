@@ -141,7 +141,7 @@ def test_tensorboard_has_images_and_clips(tmp_path: Path) -> None:
     assert accelerator.trackers == []
     events = events_in(tmp_path)
     assert sorted(events.Tags()["images"]) == [
-        *("samples/0 a cat, 0", "samples/0 a grey, 0", "samples/1 a cat, 1", "samples/1 a grey, 1"),
+        *("samples/0 a cat, 0", "samples/0 a grey, 0", "samples/1 a cat, 1", "samples/1 a grey, 1")
     ]
     first, second = events.Images("samples/1 a cat, 1")
     assert (first.step, second.step) == (0, 7)

@@ -183,11 +183,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "metrics.1.jsonl",
         f"not in {SUMS}, expected only files that the run has written",
     ),
-    "sums of the run": (
-        lambda f: (f / SUMS).write_text(""),
-        SUMS,
-        "damaged, it is empty",
-    ),
+    "sums of the run": (lambda f: (f / SUMS).write_text(""), SUMS, "damaged, it is empty"),
     "log": (
         lambda f: (f / "metrics.jsonl").write_text("3\n" + (f / "metrics.jsonl").read_text()),
         "metrics.jsonl",

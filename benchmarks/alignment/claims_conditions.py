@@ -124,8 +124,4 @@ def video(results: Results) -> Claim:
         listed = ", ".join(f"{NAMES[m]} {e}" for m, e in rows.items())
         sentences.append(f"{task}: from {base:+.2f}, fine-tuning {floor}, {listed}")
         holds = holds and all(e.mean - e.half > floor.mean + floor.half for e in rows.values())
-    return Claim(
-        "clips are aligned as images are",
-        f"Ink of moving digits at β = 1000: {'; '.join(sentences)}.",
-        holds,
-    )
+    return Claim("clips are aligned as images are", f"Ink of moving digits at β = 1000: {'; '.join(sentences)}.", holds)

@@ -112,12 +112,7 @@ def make_pairs(task: tasks.Task, cell: Cell, drawn: int = tasks.BASE_SAMPLES) ->
     """The pairs that a cell trains on; on-policy ones are made of so many samples of the base model."""
     images = (task.data() if cell.source == "data" else tasks.base_samples(task, CACHE, drawn))[0]
     return tasks.RewardPairs(
-        images,
-        task.rewards[cell.reward],
-        count=tasks.PAIRS,
-        noise=cell.noise,
-        fraction=cell.fraction,
-        seed=cell.seed,
+        images, task.rewards[cell.reward], count=tasks.PAIRS, noise=cell.noise, fraction=cell.fraction, seed=cell.seed
     )
 
 

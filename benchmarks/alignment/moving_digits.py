@@ -169,12 +169,7 @@ def build_model(kind: str) -> Any:
     shared = {"num_attention_heads": 4, "attention_head_dim": 24, "num_layers": 3, "in_channels": 1, "out_channels": 1}
     if _checked(kind) == "wan":
         return diffusers.WanTransformer3DModel(
-            **shared,
-            patch_size=(1, 4, 4),
-            text_dim=_TEXT_WIDTH,
-            freq_dim=64,
-            ffn_dim=384,
-            rope_max_seq_len=16,
+            **shared, patch_size=(1, 4, 4), text_dim=_TEXT_WIDTH, freq_dim=64, ffn_dim=384, rope_max_seq_len=16
         )
     return diffusers.CogVideoXTransformer3DModel(
         **shared,

@@ -9,16 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_check.context import (
-    BF16,
-    F16,
-    F32,
-    F64,
-    Context,
-    check,
-    poisoned,
-    same_bits,
-)
+from benchmarks.gpu_check.context import BF16, F16, F32, F64, Context, check, poisoned, same_bits
 from sipo_kernels import PairLossOutput, backends, pair_loss, testing
 from sipo_kernels.output import RESULTS
 
