@@ -114,11 +114,11 @@ class PairBatch:
         return len(self.chosen)
 
     def with_draws(self, noise: Tensor, levels: Tensor) -> PairBatch:
-        """The pairs at fixed draws: ``noise`` shaped as ``chosen``, and ``levels`` ``[B]``."""
+        """Returns the pairs at fixed draws: ``noise`` shaped as ``chosen``, and ``levels`` ``[B]``."""
         return replace(self, mode=BatchMode.FIXED_DRAWS, noise=noise, levels=levels)
 
     def to(self, device: torch.device) -> PairBatch:
-        """The batch on ``device``; copies do not wait. Latents of half precision become float32 there.
+        """Copies the batch to ``device`` without waiting. Latents of half precision become float32 there.
 
         They are cast after the copy, so that data loader workers and the bus carry no more bytes than a cache has.
         Noisy samples and targets then keep what half precision would round away.
@@ -201,7 +201,7 @@ def to_device(value: Any, device: torch.device) -> Any:
 
 
 def _stacked_condition(batch: PairBatch) -> Any:
-    """What both samples share, twice, and what each has of its own."""
+    """Stacks the condition: what both samples share is repeated, what each has of its own follows."""
     condition = _twice(batch.condition)
     if batch.own_condition is None:
         return condition
@@ -209,12 +209,12 @@ def _stacked_condition(batch: PairBatch) -> Any:
 
 
 def _widened(latents: Tensor) -> Tensor:
-    """Half precision in float32; other types as they are."""
+    """Casts half precision to float32; other types stay."""
     return latents.float() if latents.is_floating_point() and latents.element_size() < 4 else latents
 
 
 def _twice(value: Any) -> Any:
-    """A tensor, or each tensor of a dictionary, stacked on itself."""
+    """Stacks a tensor, or each tensor of a dictionary, on itself."""
     if isinstance(value, Tensor):
         return torch.cat([value, value])
     if isinstance(value, dict):

@@ -14,7 +14,7 @@ from sipo.files import short
 
 
 class Allowed(NamedTuple):
-    """Numbers that a field may have, as metadata of ``Annotated``."""
+    """The numbers that a field may have, as metadata of ``Annotated``."""
 
     values: Callable[[float], bool]
     expected: str
@@ -75,7 +75,7 @@ def from_yaml(value: Any, hint: Any) -> Any:
 
 
 def _kinds(hint: Any) -> tuple[Any, ...]:
-    """The types that an annotation allows."""
+    """Returns the types that an annotation allows."""
     return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
 

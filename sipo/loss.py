@@ -96,7 +96,7 @@ class SIPOLoss(torch.nn.Module):
         ref_error: Tensor | None = None,
         totals: Totals | None = None,
     ) -> PairLossOutput:
-        """The loss of one batch of ``B`` pairs, ``S = 2B`` samples (§1).
+        """Computes the loss of one batch of ``B`` pairs, ``S = 2B`` samples (§1).
 
         Args:
             model_pred: ``[S, ...]``, the policy's output: bfloat16, float16, float32 or float64, as are the
@@ -145,7 +145,7 @@ class SIPOLoss(torch.nn.Module):
         )
 
     def _expected(self, model_pred: Tensor) -> Tensor | None:
-        """What the last backward pass on this device brought; 1 at first. ``None``: nobody asks."""
+        """Returns the last backward pass's upstream gradient on this device, first 1; ``None`` without gradients."""
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not isinstance(model_pred, Tensor):
             return None
         device = model_pred.device
@@ -168,7 +168,7 @@ show_options(SIPOLoss.__init__)
 
 
 def convert_beta(value: float, *, source: str, target: str, elements: int | None = None) -> float:
-    """The same β in another convention (docs/math.md §7).
+    """Converts β to another convention (docs/math.md §7).
 
     ==================  =============================================================  =============
     convention          who writes β so                                                is

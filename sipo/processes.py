@@ -1,4 +1,4 @@
-"""Work that processes of one run share.
+"""Runs work that the processes of one run share, and passes on its errors.
 
 An error in one process is raised in all, and no process waits for one that has exited.
 """
@@ -127,7 +127,7 @@ def is_collective(error: BaseException) -> bool:
 
 
 def lost_connection(error: BaseException) -> str:
-    """What a user is told where another process does not answer any more, in one line; "" for any other error.
+    """Returns a one-line message if another process no longer answers; "" for any other error.
 
     Other errors of communication, as a port in use or a wrong setting of NCCL, are none of this.
 
@@ -147,7 +147,7 @@ def lost_connection(error: BaseException) -> str:
 
 
 def _of_gloo(error: BaseException) -> str | None:
-    """The message of an error of gloo's, which has no class of its own, without the place in its source.
+    """Returns the message of an error of gloo, which has no class of its own, without the place in its source.
 
     "[…/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:431. …"
     """

@@ -52,7 +52,7 @@ def _bar(**options: Any) -> Any:
 
 
 def duration(seconds: float) -> str:
-    """``02:05``, ``1:00:07``."""
+    """Formats seconds: ``02:05``, ``1:00:07``."""
     from tqdm.auto import tqdm
 
     return str(tqdm.format_interval(seconds))
@@ -113,7 +113,7 @@ class Meter:
 
 
 def track(items: Iterable[_T], name: str, unit: str, progress: bool | None) -> Iterator[_T]:
-    """The items, counted by a :class:`Meter` as they are done."""
+    """Yields the items, and counts them with a :class:`Meter` as they are done."""
     with Meter(name, unit, progress, len(items) if isinstance(items, Sized) else None) as meter:
         for item in items:
             yield item
@@ -121,7 +121,7 @@ def track(items: Iterable[_T], name: str, unit: str, progress: bool | None) -> I
 
 
 class StepProgress:
-    """A run's optimiser steps: a bar that shows the newest log line, or a plain line for each.
+    """Progress of a run's optimiser steps: a bar that shows the newest log line, or a plain line for each.
 
     Args:
         progress: as in the module.

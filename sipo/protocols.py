@@ -1,4 +1,4 @@
-"""What training needs of a schedule, a loss, a data set and a network; each is small enough to write by hand."""
+"""Protocols of a schedule, a loss, a data set and a network for training; each is small enough to write by hand."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Schedule(Protocol):
         """What the network predicts; "epsilon" lets both samples of a pair share one target."""
 
     def add_noise(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """``sample`` at the noise level of ``timesteps``."""
+        """Returns ``sample`` at the noise level of ``timesteps``."""
 
     def target(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the network should predict. For "epsilon" that is ``noise``, whatever ``sample`` holds."""
+        """Returns what the network should predict. For "epsilon" that is ``noise``, whatever ``sample`` holds."""
 
     def sample_levels(
         self,
@@ -45,7 +45,7 @@ class PairLossResult(Protocol):
         """Scalar, differentiable in the policy's prediction."""
 
     def metrics(self) -> dict[str, Tensor]:
-        """0-d tensors on the device, under the names of docs/math.md §8."""
+        """Returns 0-d tensors on the device, under the names of docs/math.md §8."""
 
 
 class PairLoss(Protocol):
@@ -56,7 +56,7 @@ class PairLoss(Protocol):
         """The noise schedule that the loss was made for, and that the loop trains with."""
 
     def __call__(self, model_pred: Tensor, ref_pred: Tensor, target: Tensor, timesteps: Tensor) -> PairLossResult:
-        """Loss of ``[chosen; rejected]`` stacked along dimension 0.
+        """Computes the loss of ``[chosen; rejected]`` stacked along dimension 0.
 
         Args:
             model_pred: the policy's prediction, ``[2B, ...]``.
@@ -93,10 +93,10 @@ class PairDataset(Protocol):
     """
 
     def __len__(self) -> int:
-        """Number of pairs."""
+        """Returns the number of pairs."""
 
     def __getitem__(self, index: int, /) -> dict[str, Any]:
-        """One pair."""
+        """Returns one pair."""
 
 
 class Predict(Protocol):
@@ -107,7 +107,7 @@ class Predict(Protocol):
     """
 
     def __call__(self, module: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Any) -> Tensor:
-        """Prediction for ``noisy`` ``[2B, ...]`` at ``timesteps`` ``[2B]``, ``condition`` stacked likewise.
+        """Predicts for ``noisy`` ``[2B, ...]`` at ``timesteps`` ``[2B]``, ``condition`` stacked likewise.
 
         ``noisy`` is float32 (float64 where the latents are), whatever type the network computes in. ``timesteps`` are
         what diffusers' networks take: indices, or for a flow ``σ * num_train_timesteps`` as floats, 0 to 1000 for most

@@ -65,7 +65,7 @@ _MASK = (1 << 64) - 1
 
 
 def derive_seed(seed: int, stream: int, counter: int) -> int:
-    """A well-mixed 63-bit seed for entry ``counter`` of one of a run's streams.
+    """Derives a well-mixed 63-bit seed for entry ``counter`` of one of a run's streams.
 
     Neighbouring counters give unrelated seeds in their low 32 bits too, which is all that torch's CPU
     generator looks at.
@@ -82,7 +82,7 @@ def happens(probability: float, seed: int, stream: int, counter: int) -> bool:
 
 
 def _mix(value: int) -> int:
-    """SplitMix64's finaliser: a bijection of 64-bit words in which every bit depends on all."""
+    """Applies SplitMix64's finaliser, a bijection of 64-bit words in which every bit depends on all."""
     value = (value + 0x9E3779B97F4A7C15) & _MASK
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -100,7 +100,7 @@ def seed_process(seed: int, process: int) -> None:
 
 
 def get_random_state(device: torch.device) -> tuple[dict[str, Tensor], str]:
-    """States of the process's generators: torch's as tensors, Python's and NumPy's as JSON."""
+    """Returns the states of the process's generators: torch's as tensors, Python's and NumPy's as JSON."""
     import numpy as np
 
     tensors = {"rng.torch": torch.get_rng_state()}

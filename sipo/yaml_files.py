@@ -1,4 +1,4 @@
-"""Reading YAML: a file is refused quickly, whatever it holds, and no message prints its content."""
+"""Reads YAML: any file is accepted or refused quickly, and no message prints its content."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _holds_itself(node: Any, above: set[int], sound: set[int]) -> bool:
 
 
 def _values(node: Any, known: dict[int, int]) -> int:
-    """How many values a node stands for, with aliases written out; more than allowed, where it holds itself."""
+    """Counts a node's values, with aliases written out; more than allowed if it contains itself."""
     if id(node) not in known:
         known[id(node)] = _MOST_VALUES + 1  # until it is counted
         children = node.value if isinstance(node.value, list) else []

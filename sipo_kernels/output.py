@@ -152,7 +152,7 @@ class PairLossOutput:
         return chosen & rejected & torch.isfinite(penalty)
 
     def metrics(self) -> dict[str, Tensor]:
-        """What a batch reports (§8), as 0-d tensors on the device, without a host synchronisation.
+        """Returns what a batch reports (§8), as 0-d tensors on the device, without a host synchronisation.
 
         Means run over all pairs; with ``nonfinite="skip"`` over the finite ones (0 if there are none), so that one
         broken pair does not blind the log. ``active_fraction`` always counts out of all pairs.

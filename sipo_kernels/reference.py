@@ -57,7 +57,7 @@ class ReferenceOutput(NamedTuple):
     skip_nonfinite: bool
 
     def metrics(self) -> dict[str, Tensor]:
-        """What a batch reports (§8): 0-d float64 tensors.
+        """Returns what a batch reports (§8): 0-d float64 tensors.
 
         ``loss`` is the loss as reduced (its mean for ``reduction="none"``), ``active_fraction`` counts out of
         all pairs and ``nonfinite_pairs`` is a count. Everything else is a mean over all pairs or samples;
@@ -102,7 +102,7 @@ def pair_loss(
     options: LossOptions | None = None,
     **given: Unpack[OptionValues],
 ) -> ReferenceOutput:
-    """The preference loss of one batch (§2 to §5), differentiable in ``model_pred`` alone.
+    """Computes the preference loss of one batch (§2 to §5), differentiable in ``model_pred`` alone.
 
     Args:
         model_pred: ``[S, ...]``, the policy's output, any floating-point type.
@@ -149,7 +149,7 @@ def pair_grad(
     options: LossOptions | None = None,
     **given: Unpack[OptionValues],
 ) -> Tensor:
-    """The gradient of :func:`pair_loss` in ``model_pred`` by the formula of §6, without autograd.
+    """Computes the gradient of :func:`pair_loss` in ``model_pred`` by the formula of §6, without autograd.
 
     Takes what :func:`pair_loss` takes, and
 
@@ -341,7 +341,7 @@ def _error_weight(inputs: Inputs, like: Tensor) -> Tensor:
 
 
 def _stacked(target: Tensor, model_pred: Tensor) -> Tensor:
-    """The target in float64 for all S samples: a shared one (``[B, ...]``, §1) serves both samples."""
+    """Returns the target in float64 for all S samples: a shared one (``[B, ...]``, §1) serves both samples."""
     target = target.detach().double()
     return target if target.shape[0] == model_pred.shape[0] else torch.cat([target, target])
 
@@ -360,7 +360,7 @@ def _mean_or_zero(value: Tensor) -> Tensor:
 
 
 def _per_sample(value: Tensor, like: Tensor) -> Tensor:
-    """``[S]`` shaped so that it multiplies ``[S, ...]``."""
+    """Reshapes ``[S]`` so that it multiplies ``[S, ...]``."""
     return value.reshape(-1, *[1] * (like.ndim - 1))
 
 

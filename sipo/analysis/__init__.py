@@ -1,1 +1,1 @@
-"""What a run has done, and what a run would do: reports with a verdict, and implicit rewards of pairs."""
+"""Reports on runs, before and after training: a verdict with its evidence, and implicit rewards of pairs."""

@@ -1,4 +1,4 @@
-"""The end of a run in a few numbers, and what follows from them at every β, model and data set."""
+"""A run's final state in a few numbers, and what follows from them at every β, model and data set."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SATURATED = math.log(9)
 
 @dataclass(frozen=True)
 class RunFacts:
-    """The end of a run in a few numbers (docs/math.md §8), means over its last steps, NaN where a log has none.
+    """A run's final state in a few numbers (docs/math.md §8): means over its last steps, NaN where a log has none.
 
     Attributes:
         first, last: steps that the means are over.
@@ -76,7 +76,7 @@ class RunFacts:
 
     @property
     def earned(self) -> float:
-        """How much of what the ranking is worth the loss has earned.
+        """How much of the loss reduction that the ranking makes possible has been reached.
 
         With a share ``p`` of pairs ranked right, logits of the right size bring the loss from ln 2 down to the entropy
         of ``p`` and, where they know which pairs are doubtful, below it. 1: logits that are as large as they should be.
@@ -215,7 +215,7 @@ class HeldOut:
 
 
 def held_out(validation: Sequence[dict[str, Any]]) -> HeldOut | None:
-    """The last validation of a run: not its best, as the best of many is good by luck.
+    """Returns the last validation of a run; not its best one, as the best of many is good by luck.
 
     ``None`` where the log has none, or none of a finite pair.
     """

@@ -41,7 +41,7 @@ Curves = Mapping[str, Sequence[float | None]]
 
 
 def draw(paint: Callable[[Any], None]) -> str:
-    """An SVG of what ``paint`` puts on matplotlib's axes; the same paint gives the same text."""
+    """Returns an SVG of what ``paint`` draws on matplotlib's axes; the same ``paint`` gives the same text."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -59,7 +59,7 @@ def draw(paint: Callable[[Any], None]) -> str:
 
 
 def _inline(svg: str) -> str:
-    """What goes into a page: without the file's header, sizes in points and names that other figures have too."""
+    """Strips an SVG for a page: no file header, no size in points, no names that other figures also have."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     svg = re.sub(r'(<g) id="[^"]*"', r"\1", svg)
@@ -125,7 +125,7 @@ def _shade(axes: Any, places: Sequence[float], means: Sequence[float], spread: S
 
 
 def _heights(axes: Any, level: tuple[float, str] | None, *, percent: bool, log: bool, zero: bool) -> None:
-    """The vertical axis, once all is drawn, and the level that is to be read off it."""
+    """Sets up the vertical axis once everything is drawn, and labels the reference level."""
     # Where nothing is above 0, which includes a run of NaN, matplotlib refuses a logarithmic axis.
     heights = [y for line in axes.get_lines() for y in line.get_ydata() if y > 0]
     if log and heights and max(heights) > 10 * min(heights):  # over less, a linear axis has plainer labels
@@ -160,7 +160,7 @@ def _plain_labels(axes: Any) -> None:
 
 
 def number(value: float) -> str:
-    """``0.0025``, ``1,000,000``, ``2.5·10⁻⁷``."""
+    """Formats a number for an axis: ``0.0025``, ``1,000,000``, ``2.5·10⁻⁷``."""
     if value == 0 or 1e-4 <= abs(value) < 1e7:
         return f"{value:,.10g}"
     mantissa, exponent = f"{value:.2e}".split("e")
@@ -183,7 +183,7 @@ def by_level(
     zero: bool = False,
     origin: bool = False,
 ) -> str:
-    """Curves over noise levels; lines as :mod:`sipo.training.statistics` has them.
+    """Draws curves over noise levels, from lines of :mod:`sipo.training.statistics`.
 
     Args:
         line: says what noise levels there are.

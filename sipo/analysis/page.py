@@ -77,7 +77,7 @@ class Picture:
     kind: str = ""
 
     def html(self) -> str:
-        """The figure."""
+        """Renders the figure."""
         caption = f"<figcaption>{_prose(self.caption)}</figcaption>" if self.caption else ""
         kind = f' class="{self.kind}"' if self.kind else ""
         return f"<figure{kind}><h3>{_text(self.title)}</h3>{self.content}{caption}</figure>"
@@ -102,7 +102,7 @@ class Page:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def html(self) -> str:
-        """The page."""
+        """Renders the page."""
         parts = [
             f'{BEGIN}\n<meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
@@ -141,7 +141,7 @@ def video(data: bytes, name: str) -> str:
 
 
 def side_by_side(pictures: Sequence[tuple[str, str]]) -> str:
-    """Pictures side by side, each with what is said under it."""
+    """Places pictures side by side, each with its caption below."""
     cells = (f'<div>{content}<span class="soft">{_text(name)}</span></div>' for content, name in pictures)
     return f'<div class="looks">{"".join(cells)}</div>'
 

@@ -1,4 +1,4 @@
-"""``sipo analyze RUN``: the folder of a run to a page with a verdict."""
+"""Builds the report of a run, a page with a verdict, from the run's folder: ``sipo analyze RUN``."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class RunLog:
         return value, f"{name}: no preference" + (", weights of 1" if self.weighted else "")
 
     def findings(self) -> list[Finding]:
-        """The verdict, the headline first."""
+        """Returns the verdict, headline first."""
         return judge(
             self.lines,
             self.validation,
@@ -105,7 +105,7 @@ def report_run(folder: Path, output: Path | None = None) -> tuple[Path, list[Fin
 
 
 def read_run(folder: Path) -> RunLog:
-    """Reads what there is; see :func:`report_run`."""
+    """Reads the files of a run that exist; see :func:`report_run`."""
     lines, validation = _read_metrics(folder / "metrics.jsonl")
     path = folder / "timesteps.jsonl"
     statistics = read_statistics(path) if path.exists() else []
@@ -115,7 +115,7 @@ def read_run(folder: Path) -> RunLog:
 
 
 def _per_step(statistics: Sequence[Line], settings: dict[str, Any]) -> int | None:
-    """Pairs of an optimiser step of all processes, or of one process where there are no statistics to say it."""
+    """Returns the pairs in one optimiser step of all processes, or of one process if there are no statistics."""
     if statistics:
         first, last = statistics[0], statistics[-1]
         pairs, steps = first["pairs"], first["step"]
@@ -181,7 +181,7 @@ def _seconds(lines: Sequence[Line]) -> float:
 
 
 def ends(statistics: Sequence[Line]) -> tuple[Line, Line]:
-    """The lines of the first and of the last fifth of a run, each as one, in bins wide enough for its pairs."""
+    """Merges the first and the last fifth of a run into one line each, with bins wide enough for its pairs."""
     last = statistics[-1]["step"]
     head = [line for line in statistics if line["step"] <= last / TAIL] or statistics[:1]
     tail = [line for line in statistics if line["step"] > last - last / TAIL]
@@ -302,7 +302,7 @@ def _by_level(run: RunLog, head: Line, tail: Line) -> list[Picture]:
 def mask_pictures(
     line: Line, ratio: figures.Curves, active: figures.Curves, threshold: float | None, *captions: str
 ) -> list[Picture]:
-    """The importance ratio by noise level with the mask's threshold, and the share of pairs that the mask keeps."""
+    """Draws the importance ratio by noise level with the mask's threshold, and the share of pairs kept."""
     mask = (threshold, f"mask: pairs below {threshold:g} are left out") if threshold else None
     drawn = (
         figures.by_level(line, ratio, "mean ratio, not clipped", level=mask, zero=True),
@@ -313,7 +313,7 @@ def mask_pictures(
 
 
 def gradient_coefficient(line: Line, when: str) -> Picture:
-    """Mean of the gradient's coefficient by noise level, and its spread."""
+    """Draws the mean of the gradient's coefficient by noise level, and its spread."""
     mean, square = nan_if_none(line["coef"]), nan_if_none(line["coef_sq"])
     spread = [math.sqrt(max(0.0, s - m * m)) for m, s in zip(mean, square, strict=True)]
     return Picture(
@@ -325,7 +325,7 @@ def gradient_coefficient(line: Line, when: str) -> Picture:
 
 
 def gradient_share(line: Line, weights: Sequence[float] | None = None) -> Picture:
-    """Which noise levels the gradient comes from, beside how often they are drawn.
+    """Draws how much each noise level contributes to the gradient, and how often it is drawn.
 
     Args:
         line: the statistics.

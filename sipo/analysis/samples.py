@@ -17,7 +17,7 @@ _WHOLE = -1  # in place of a prompt's number
 
 
 def sample_pictures(folder: Path, settings: dict[str, Any]) -> tuple[str, list[Picture]]:
-    """The first and the last samples of a run by prompt, with a remark; and the demo's picture."""
+    """Returns pictures of the first and the last samples of a run by prompt, and the demo's picture."""
     pictures: list[Picture] = []
     prompts = _prompts(folder, settings)
     by_step = _samples_by_step(folder / "samples", len(prompts), settings.get("data.sizes"))
@@ -52,7 +52,7 @@ def _prompts(folder: Path, settings: dict[str, Any]) -> list[str]:
 
 
 def _samples_by_step(folder: Path, count: int, sizes: Any) -> dict[int, dict[int, str]]:
-    """What a page shows of the first and of the last samples, by step and number of the prompt.
+    """Returns the first and the last samples for a page, by step and number of the prompt.
 
     A damaged file is warned of and left out. An image that is not one of ``count`` samples of the first of
     ``sizes`` is shown whole.
@@ -80,7 +80,7 @@ def _samples_by_step(folder: Path, count: int, sizes: Any) -> dict[int, dict[int
 
 
 def _cells(path: Path, data: bytes, count: int, sizes: Any) -> list[tuple[int, bytes]]:
-    """The samples in an image, each as a PNG, by number of the prompt; one that has others is whole.
+    """Splits an image grid into its samples, each as a PNG, by number of the prompt; any other image stays whole.
 
     Raises:
         OSError, ValueError, SyntaxError: it is not readable.

@@ -34,7 +34,7 @@ _FIXED = ("noise", "level", "ref_error")  # of an item with a draw of its own, i
 
 @dataclass(frozen=True)
 class SingleDevice:
-    """What :class:`PairForward` asks of an accelerator, for networks on one device with nothing wrapped around them.
+    """Stands in for an accelerator in :class:`PairForward`, for unwrapped networks on one device.
 
     Attributes:
         device: where they are.
@@ -78,7 +78,7 @@ class PairScores:
         return len(self.margin)
 
     def lines(self) -> Iterator[dict[str, Any]]:
-        """One JSON object for each pair, in the data set's order; a number that is not finite is null."""
+        """Returns one JSON object for each pair, in the data set's order; numbers that are not finite become null."""
         names = ("chosen", "chosen_se", "rejected", "rejected_se", "margin", "margin_se")
         columns = [getattr(self, name).tolist() for name in names]
         keys = [name if name.startswith("margin") else f"reward_{name}" for name in names]
@@ -87,7 +87,7 @@ class PairScores:
             yield {"index": index, **numbers}
 
     def summary(self) -> dict[str, Any]:
-        """How well the rewards agree with the labels, over the pairs whose margin is finite.
+        """Returns how well the rewards agree with the labels, over the pairs whose margin is finite.
 
         Returns:
             ``pairs`` and ``nonfinite_pairs``; ``accuracy``, the share of margins > 0, a tie ½; ``decided``, the share
@@ -122,7 +122,7 @@ class PairScores:
         }
 
     def describe(self) -> str:
-        """The summary, for a terminal."""
+        """Formats the summary for a terminal."""
         found = self.summary()
         lines = [f"{found['pairs']} pairs, {found['draws']} draws each, beta {found['beta']:g}"]
         if found["nonfinite_pairs"]:
@@ -157,7 +157,7 @@ def score_pairs(
     accelerator: Any = None,
     progress: bool | None = None,
 ) -> PairScores:
-    """Implicit rewards of every pair of a data set (docs/math.md §2, §5), each over ``draws`` draws.
+    """Computes implicit rewards of every pair of a data set (docs/math.md §2, §5), each over ``draws`` draws.
 
     A pair's levels are stratified: two from each of ``draws / 2`` equally likely parts of the distribution, so that
     fewer draws do than at random, and that each part says by itself how far its two are apart. Both samples of a
@@ -220,7 +220,7 @@ def score_pairs(
 
 
 def _over_draws(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean over draws ``[K, N]``, rows ``2i`` and ``2i + 1`` from one stratum, and its standard error.
+    """Averages over draws ``[K, N]``, rows ``2i`` and ``2i + 1`` from one stratum; returns mean and standard error.
 
     The two of a stratum are independent, so their squared difference is twice its variance, without bias. The variance
     over all draws would count what stratification has taken out: how the mean moves with the level.
@@ -230,7 +230,7 @@ def _over_draws(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _stratified(schedule: NoiseSchedule, pairs: int, draws: int, seed: int, distribution: str) -> Tensor:
-    """Noise levels ``[draws, pairs]``: rows ``2i`` and ``2i + 1`` from part ``i`` of the sorted distribution."""
+    """Draws noise levels ``[draws, pairs]``, rows ``2i`` and ``2i + 1`` from part ``i`` of the sorted distribution."""
     generator = torch.Generator().manual_seed(derive_seed(seed, RandomStream.SCORE_LEVELS, 0))
     # A large sample sorted and cut stands for the quantiles of any distribution that the schedule has.
     strata = draws // 2
@@ -249,7 +249,7 @@ def _without(item: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _mean(values: Tensor) -> tuple[float | None, float | None]:
-    """Mean and its standard error over ``[N]``; ``None`` where there are too few."""
+    """Returns the mean of ``[N]`` numbers and its standard error; ``None`` if there are too few."""
     n = len(values)
     if n == 0:
         return None, None
@@ -257,7 +257,7 @@ def _mean(values: Tensor) -> tuple[float | None, float | None]:
 
 
 def _share(values: Tensor) -> tuple[float | None, float | None]:
-    """Mean and standard error of ``[N]`` numbers from 0 to 1; the error is not 0 even where all are equal."""
+    """Returns mean and standard error of ``[N]`` numbers from 0 to 1; the error is above 0 even if all are equal."""
     if len(values) == 0:
         return None, None
     share = values.mean().item()

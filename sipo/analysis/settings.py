@@ -1,4 +1,4 @@
-"""The settings of a run as its folder has them, and as they were in force."""
+"""Reads the settings of a run from its folder, and fills in the values of defaults."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model and its data before any training: statistics by noise level, the verdict on them and the page."""
+"""Measures a model and its data before training: statistics by noise level, the verdict on them and the page."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class UntrainedFacts:
     plain: bool = True
 
     def mean(self, name: str) -> float:
-        """Mean over the noise levels of training, not over the grid."""
+        """Returns the mean over the noise levels of training, not over the grid."""
         found = [(d, v) for d, v in zip(self.drawn, nan_if_none(self.line[name]), strict=True) if not math.isnan(v)]
         total = sum(d for d, _ in found)
         return math.fsum(d * v for d, v in found) / total if total else math.nan
@@ -131,7 +131,7 @@ def _batches(
 
 
 def _within(bins: NoiseBins, level: int, rows: Sequence[int], pairs: int) -> Tensor:
-    """Noise levels in a bin, spread evenly over it from pair to pair."""
+    """Spreads noise levels evenly over a bin, from pair to pair."""
     offsets = torch.tensor([(row % pairs + 0.5) / pairs for row in rows], dtype=torch.float64)
     levels = (level + offsets) * bins.levels / bins.bins
     return levels.long() if bins.kind == "discrete" else levels.float()
@@ -141,7 +141,7 @@ def _within(bins: NoiseBins, level: int, rows: Sequence[int], pairs: int) -> Ten
 
 
 def judge_untrained(found: UntrainedFacts) -> list[Finding]:
-    """What holds before the first step, the headline first."""
+    """Returns the findings on a run before its first step, headline first."""
     rules: Sequence[Callable[[UntrainedFacts], Finding | None]] = (
         _nonfinite,
         _mask,
@@ -254,7 +254,7 @@ def _nonfinite(found: UntrainedFacts) -> Finding | None:
 def untrained_page(
     family: str, method: str, found: UntrainedFacts, findings: Sequence[Finding], settings: dict[str, Any]
 ) -> Page:
-    """The page on a model and its data before training.
+    """Builds the page on a model and its data before training.
 
     Args:
         family, method: names of the model's family and of the loss's method.

@@ -59,7 +59,7 @@ def judge(
     plain: bool = True,
     weighted: bool = False,
 ) -> list[Finding]:
-    """All that holds for a run, the headline first.
+    """Returns all findings on a run, headline first.
 
     Args:
         lines: training lines of ``metrics.jsonl``, at least one.
@@ -293,7 +293,7 @@ def _drifted(f: RunFacts) -> Finding | None:
 
 
 def _held_out(f: RunFacts, seen: HeldOut | None) -> Finding:
-    """What held-out pairs say of a policy that ranks those it is trained on."""
+    """Returns what held-out pairs show about a policy that ranks its training pairs correctly."""
     training = (
         f"training pairs: {ranked_right(f)}",
         *loss_evidence(f),

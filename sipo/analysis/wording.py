@@ -1,4 +1,4 @@
-"""Numbers of a run as phrases: the evidence and the advice that a verdict cites."""
+"""Phrases for a run's numbers: the evidence and the advice in a verdict."""
 
 from __future__ import annotations
 

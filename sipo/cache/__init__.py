@@ -1,1 +1,1 @@
-"""What is computed once of a data set and kept: latents, text embeddings and errors of the reference."""
+"""The cache: what is computed once from a data set, which is latents, text embeddings and reference errors."""

@@ -95,7 +95,7 @@ class _PairFitter:
         self.crops: dict[tuple[int, int], tuple[int, int]] = {}
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """``[3, H, W]`` to ``[3, *size]``, both uint8."""
+        """Scales and crops ``[3, H, W]`` to ``[3, *size]``, both uint8."""
         if not self.crops:
             self.size = nearest_size(pixels.shape[-2], pixels.shape[-1], self.settings.sizes)
         # A new generator for each image: frames of one size are cropped alike, in both samples.
@@ -116,7 +116,7 @@ def queue_length(settings: DataConfig, workers: int) -> int:
 def ahead(
     pool: ThreadPoolExecutor, function: Callable[[_T], _R], items: Iterable[_T | None], depth: int
 ) -> Generator[tuple[_T, _R] | None, None, None]:
-    """``(item, function(item))`` in order; beside the result that was given last, ``depth`` are computed or waiting.
+    """Yields ``(item, function(item))`` in order, while ``depth`` further results are computed or waiting.
 
     ``None`` among the items is passed on at once: it comes before the results of earlier items that are waiting.
     """

@@ -39,7 +39,7 @@ from sipo.data.records import PairReader, row_name
 
 
 class ExistingCache:
-    """What a cache's folder holds, compared with the records that it was made from.
+    """The content of a cache's folder, compared with the records that it was made from.
 
     Attributes:
         index: of the cache, if it has one that can be read.

@@ -105,7 +105,7 @@ class Cache:
         return digest([shards, self._pairs(0, len(self))])
 
     def _pairs(self, start: int, stop: int) -> list[tuple[int, str]]:
-        """Rows and prompts' keys."""
+        """Returns rows and the keys of their prompts."""
         prompts = self.prompt_of[start:stop].tolist()
         return [(row, self.prompt_keys[n]) for row, n in zip(self.rows[start:stop].tolist(), prompts, strict=True)]
 

@@ -80,12 +80,12 @@ class Shard:
         return f"{self.name}.safetensors"
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Returns the shard as JSON values."""
         return {"file": self.file, "bytes": self.bytes, "sha256": self.sha256, **self.facts}
 
     @classmethod
     def from_dict(cls, entry: dict[str, Any]) -> Shard:
-        """Undoes :meth:`as_dict`.
+        """Makes a shard from the JSON values of :meth:`as_dict`.
 
         Raises:
             KeyError, TypeError, ValueError: not a shard's.

@@ -175,7 +175,7 @@ def split_pairs(cached: CachedPairs, held_out: int, seed: int) -> tuple[CachedPa
 
 
 def _by_value(values: Tensor) -> list[list[int]]:
-    """Indices of equal values together, in the order of the values."""
+    """Groups the indices of equal values, in the order of the values."""
     return [(values == value).nonzero()[:, 0].tolist() for value in values.unique().tolist()]
 
 

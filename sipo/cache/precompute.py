@@ -75,7 +75,7 @@ class CacheSummary:
         return lines
 
     def describe(self) -> str:
-        """Two lines for a terminal."""
+        """Formats the summary in two lines for a terminal."""
         return (
             f"{self.pairs} pairs, {self.prompts} prompts, {self.bytes / 1e6:.1f} MB "
             f"({self.written} shards written, {self.kept} kept, {self.seconds:.0f} s)\n"
@@ -196,7 +196,7 @@ def precompute_pairs(
 
 
 def _state(reader: PairReader, required: bool) -> Any:
-    """What the source says of itself, JSON; ``None`` if it has nothing to say.
+    """Returns the source's own description of its state as JSON; ``None`` if it has none.
 
     Raises:
         DataError: it cannot be read; also where its state is not ``required`` and its rows cannot be read either.

@@ -81,7 +81,7 @@ def precompute_reference_errors(
     context = autocast or (nullcontext if accelerator is None else accelerator.autocast)
 
     def begin() -> list[int]:
-        """Shards of this process that are missing, damaged or of other pairs."""
+        """Returns this process's shards that are missing, damaged or of other pairs."""
         missing = [n for n in range(rank, len(cache.latents), world) if not _is_current(cache, shards, n)]
         folder.mkdir(parents=True, exist_ok=True)
         if rank == 0 and not (folder / INDEX).is_file():
@@ -134,7 +134,7 @@ def _errors_of_shards(
     num_workers: int,
     progress: bool | None,
 ) -> Iterator[tuple[int, Tensor, Tensor] | None]:
-    """For each shard its number, errors ``[n, K, 2]`` and noise levels ``[n, K]``; ``None`` after each batch before."""
+    """Yields number, errors ``[n, K, 2]`` and levels ``[n, K]`` of each shard; ``None`` after each batch before."""
     cache, device = drawn.cached.cache, next(network.parameters()).device
     batches = {number: list(_batches(cache, drawn.draws, number, batch_size)) for number in numbers}
     loader: DataLoader[Any] = DataLoader(
@@ -168,7 +168,7 @@ def _errors_of_shards(
 
 
 def _batches(cache: Cache, draws: int, number: int, batch_size: int) -> Iterator[list[int]]:
-    """Indices of a shard's items, those of one shape together."""
+    """Groups the indices of a shard's items by shape."""
     places = cache.shard_places(number)
     shapes = cache.shape_of[places.start : places.stop]
     for shape in shapes.unique().tolist():
@@ -185,7 +185,7 @@ def _errors(
     schedule: NoiseSchedule,
     context: Callable[[], AbstractContextManager[Any]],
 ) -> tuple[Tensor, Tensor]:
-    """``[B, 2]`` mean squared errors of items with fixed draws (docs/math.md §2), and their noise levels ``[B]``."""
+    """Computes ``[B, 2]`` squared errors at fixed draws (docs/math.md §2); also returns the levels ``[B]``."""
     pairs = noisy_pairs(batch, schedule)
     with torch.no_grad(), context():
         prediction = predict(network, pairs.samples, pairs.timesteps, pairs.condition)

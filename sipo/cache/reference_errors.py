@@ -93,7 +93,7 @@ class ReferenceErrors:
         self._first = [cache.shard_places(number).start for number in range(len(self.shards))]
 
     def at(self, place: int) -> tuple[Tensor, Tensor]:
-        """For the pair at a place in the cache: errors ``[K, 2]`` float64 and the noise levels ``[K]`` they are for."""
+        """Reads errors ``[K, 2]`` float64 and their noise levels ``[K]`` of the pair at a place in the cache."""
         number = int(self._shard_of[place])
         offset = place - self._first[number]
         name = self.shards[number].name

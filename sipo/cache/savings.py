@@ -75,7 +75,7 @@ class Cost:
             )
 
     def describe(self, free: int, draws: int = 0) -> str:
-        """One line.
+        """Formats the cost in one line.
 
         Args:
             free: bytes.
@@ -95,7 +95,7 @@ class Cost:
         )
 
     def unused(self, *, draws: int, held_out: int, seen: int) -> str:
-        """What of it a run does not use, and the key that leaves it out; empty where it uses all.
+        """Returns what the run will not use, and the key that leaves it out; empty if it uses everything.
 
         Args:
             draws: of each pair whose reference errors are computed; 0 for none.

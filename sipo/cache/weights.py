@@ -113,7 +113,7 @@ def _record(path: Path) -> FileRecord:
 
 
 def _parts(family: Family, folder: Path, network: bool) -> list[str]:
-    """Names of the pipeline's components, which are its subfolders."""
+    """Returns the names of the pipeline's components, which are its subfolders."""
     if network:
         return [family.network]
     index = json.loads((folder / MODEL_INDEX).read_text(encoding="utf-8"))
@@ -122,7 +122,7 @@ def _parts(family: Family, folder: Path, network: bool) -> list[str]:
 
 
 def _used(folder: Path, part: str, variant: str | None) -> list[tuple[str, Path]]:
-    """The files of a component that are read: weights of the variant where there are any, and what describes them."""
+    """Returns the files of a component that are read: its configuration, and the variant's weights if there are any."""
     files = [path for path in sorted((folder / part).glob("*")) if path.is_file()]
     weights = weight_files([path.name for path in files], variant)
     chosen = [path for path in files if path.name in weights]
@@ -131,7 +131,7 @@ def _used(folder: Path, part: str, variant: str | None) -> list[tuple[str, Path]
 
 
 def _commit(path: str, revision: str | None) -> str:
-    """The commit of a hub model in the local cache, which opening its pipeline has brought up to date."""
+    """Returns the commit of a hub model in the local cache, which opening its pipeline has brought up to date."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(path, MODEL_INDEX, revision=revision)

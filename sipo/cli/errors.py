@@ -45,7 +45,7 @@ _OF_PACKAGES |= dict.fromkeys(("aiohttp", "httpcore", "httpx", "httpx2", "reques
 
 
 class CommandError(Exception):
-    """What a user did wrong, or what went wrong, in one line."""
+    """An error for the user of a command, in one line."""
 
 
 def check_exists(target: Path) -> None:
@@ -74,7 +74,7 @@ def missing_packages(packages: Mapping[str, str]) -> str:
 
 
 def one_line_errors(work: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
-    """For a command that needs the packages of ``sipo[train]``: see :func:`in_one_line`."""
+    """Wraps a command that needs the packages of ``sipo[train]``; see :func:`in_one_line`."""
 
     @functools.wraps(work)
     def guarded(options: argparse.Namespace) -> int:
@@ -107,7 +107,7 @@ def in_one_line() -> Iterator[None]:
 
 
 def user_message(error: Exception) -> str:
-    """What a user is told of an error, in one line; "" for one that can only be a mistake of ours."""
+    """Returns the message for a user in one line; "" for an error that can only be a bug."""
     import torch
 
     from sipo.processes import OtherProcessError, is_out_of_memory, lost_connection
@@ -141,7 +141,7 @@ def user_message(error: Exception) -> str:
 
 
 def _said(error: Exception) -> str:
-    """An error's message; of one in a loader's process, which comes with its traceback, that of the error itself."""
+    """Returns an error's message; of an error in a data loader's process, the message without its traceback."""
     text = str(error).strip()
     if "Original Traceback (most recent call last)" in text:
         last = re.search(r"^[\w.]+(?:: (.*))?\Z", text.splitlines()[-1])
@@ -174,7 +174,7 @@ def _quieten() -> None:
 
 
 def gone_readers() -> list[Any]:
-    """Of standard output and standard error those that nobody reads any more."""
+    """Returns which of standard output and standard error nobody reads any more."""
     found = []
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):  # none, closed, or no file

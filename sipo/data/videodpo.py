@@ -36,7 +36,7 @@ class VideoDpoReader:
         return self.folder
 
     def state(self) -> Any:
-        """Names, sizes, times and inodes of both lists."""
+        """Lists names, sizes, times and inodes of both lists."""
         return states(self.folder, [self.folder / name for name in (METADATA, PAIRS)])
 
     def __iter__(self) -> Iterator[PairRecord]:

@@ -50,7 +50,7 @@ def load_digits() -> tuple[Digits, Digits]:
 
 
 def ink(images: Tensor) -> Tensor:
-    """Mean pixel of each image, the demo's reward: -1 is blank paper, +1 is solid ink.
+    """Returns the mean pixel of each image, the demo's reward: -1 is blank paper, +1 is solid ink.
 
     Args:
         images: ``[N, ...]`` in [-1, 1].

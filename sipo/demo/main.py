@@ -28,7 +28,7 @@ _WEIGHT_LEVELS = 28
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """What to run.
+    """Settings of the demo.
 
     Attributes:
         output: folder for ``model/``, ``metrics.jsonl``, ``timesteps.jsonl``, ``summary.json`` and ``demo.png``.
@@ -198,7 +198,7 @@ def _run_demo(config: DemoConfig, progress: bool | None) -> dict[str, Any]:
 
 
 def describe(summary: dict[str, Any], output: Path) -> str:
-    """What happened, in a few lines for the terminal."""
+    """Formats the result of the demo in a few lines for a terminal."""
     before, after = SampleScores(**summary["before"]), SampleScores(**summary["after"])
     seconds = summary["seconds"]
     return "\n".join(

@@ -1,4 +1,4 @@
-"""What the demo measures: how much ink, whether the digit is still readable, and the importance weights."""
+"""Measures the demo's results: how much ink, whether the digit is still readable, and the importance weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sipo.loss import SIPOLoss
 
 
 class SampleScores(NamedTuple):
-    """Of a set of samples: mean pixel in [-1, 1], and the share that the judge reads as requested."""
+    """Scores of a set of samples: mean pixel in [-1, 1], and the share that the judge reads as requested."""
 
     ink: float
     agreement: float
@@ -55,7 +55,7 @@ class DigitClassifier:
 def weight_by_timestep(
     policy: Any, reference: Any, loss_fn: SIPOLoss, pairs: InkPairs, timesteps: Tensor, seed: int, count: int = 128
 ) -> Tensor:
-    """Mean importance weight w(t) of docs/math.md §3, before clipping, measured on preference pairs.
+    """Measures the mean importance weight w(t) of docs/math.md §3, before clipping, on preference pairs.
 
     Args:
         policy: the network whose weights are asked for, in evaluation mode.

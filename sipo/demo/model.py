@@ -25,7 +25,7 @@ SAMPLING_STEPS = 20
 
 
 def build_model() -> Any:
-    """A class-conditional noise predictor (UNet2DModel) for ``[N, 1, 8, 8]`` digits, 0.70 M parameters."""
+    """Builds a class-conditional noise predictor (UNet2DModel) for ``[N, 1, 8, 8]`` digits, 0.70 M parameters."""
     from diffusers import UNet2DModel
 
     return UNet2DModel(
@@ -43,7 +43,7 @@ def build_model() -> Any:
 
 
 def build_scheduler() -> Any:
-    """Stable Diffusion's noise schedule (DDPMScheduler): scaled-linear, 1,000 steps, noise prediction."""
+    """Builds Stable Diffusion's noise schedule (DDPMScheduler): scaled-linear, 1,000 steps, noise prediction."""
     from diffusers import DDPMScheduler
 
     return DDPMScheduler(
@@ -57,7 +57,7 @@ def build_scheduler() -> Any:
 
 
 def load_base() -> tuple[Any, Any]:
-    """The shipped model (evaluation mode) and its noise schedule.
+    """Loads the shipped model, in evaluation mode, and its noise schedule.
 
     Raises:
         FileNotFoundError: the package was installed without its data.

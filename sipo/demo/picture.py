@@ -88,7 +88,7 @@ def draw_picture(path: Path, result: DemoResult) -> None:
 
 
 def _signed(value: float) -> str:
-    """Two decimals with a sign, and a minus as wide as the plus."""
+    """Formats two decimals with a sign, and a minus as wide as the plus."""
     return f"{value:+.2f}".replace("-", "−")
 
 
@@ -113,7 +113,7 @@ def _title(figure: Figure, result: DemoResult) -> None:
 
 
 def _grid(axes: Axes, images: Tensor, title: str) -> None:
-    """Rows of the digits 0 to 9, dark ink on light paper, one pixel of gap between samples."""
+    """Arranges the digits 0 to 9 in rows, dark ink on light paper, with one pixel between samples."""
     rows = min(_ROWS, len(images) // CLASSES)
     cell = IMAGE_SIZE + 1
     sheet = np.full((rows * cell + 1, CLASSES * cell + 1), np.nan)

@@ -107,7 +107,7 @@ def fit(
 
 
 def _noise_loss(model: Any, scheduler: Any, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of the predicted noise at uniform timesteps."""
+    """Computes the mean squared error of the predicted noise at uniform timesteps."""
     noise = torch.randn_like(images)
     timesteps = torch.randint(scheduler.config["num_train_timesteps"], (len(images),))
     noisy = scheduler.add_noise(images, noise, timesteps)

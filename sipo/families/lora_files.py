@@ -229,7 +229,7 @@ def _diffusers(family: Family, adapter: Adapter, config: Mapping[str, Any]) -> d
 
 
 def _native(family: Family, adapter: Adapter, config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """ComfyUI's general format: the names in the model's original code after "diffusion_model."."""
+    """Renames layers for ComfyUI: the names in the model's original code after "diffusion_model."."""
     return _peft_names(lora_names.original_layers(family.name, adapter.layers, config), "diffusion_model.")
 
 
@@ -242,7 +242,7 @@ def _peft_names(layers: Mapping[str, tuple[Tensor, Tensor]], start: str) -> dict
 
 
 def _kohya(family: Family, adapter: Adapter, config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """kohya-ss's format: underscores for dots, "down" for A, "up" for B, and an alpha for each layer."""
+    """Renames layers for kohya-ss: underscores for dots, "down" for A, "up" for B, and an alpha for each layer."""
     # kohya's scripts train SD1.5 with diffusers' network, and all other models with a copy of the original code.
     layers = (
         adapter.layers if family.name == "sd15" else lora_names.original_layers(family.name, adapter.layers, config)

@@ -1,4 +1,4 @@
-"""Helpers for a network that may be wrapped, has some dtype, and is called with a condition."""
+"""Helpers for a network that may be wrapped, has a dtype of its own, and is called with a condition."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""A configuration to a trained model, and the commands around it."""
+"""From a configuration to a trained model, and the commands around it."""

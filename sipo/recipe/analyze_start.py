@@ -1,4 +1,4 @@
-"""``sipo analyze CONFIG.yaml``: opens a configuration and reports on its model and data before any training."""
+"""Reports on a configuration's model and data before any training: ``sipo analyze CONFIG.yaml``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Builds what a configuration names: the model's family and schedule, data sets, network and reference, loss."""
+"""Builds what a configuration names: family and schedule, data sets, network and reference, loss."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from sipo.training.sharding import whole_dtype
 
 @dataclass(frozen=True)
 class RunContext:
-    """A configuration, and what follows from it alone.
+    """A configuration, and what follows from it alone: family, paths, schedule.
 
     Attributes:
         config: as given.
@@ -69,7 +69,7 @@ class RunContext:
         return {key: value for key, value in marks.items() if key not in PLACE} | self.weights(network=True)
 
     def weights(self, *, network: bool, verify: bool = False) -> dict[str, str]:
-        """Hashes of the files of the network, or of what encodes (:func:`sipo.cache.weights.weight_hashes`)."""
+        """Returns hashes of the network's files, or of the encoders' (:func:`sipo.cache.weights.weight_hashes`)."""
         options = {"network": network, "verify": verify}
         return from_main(
             self.accelerator,
@@ -77,12 +77,12 @@ class RunContext:
         )
 
     def scheduler_changes(self) -> dict[str, Any]:
-        """Options of the model's scheduler that the configuration sets otherwise."""
+        """Returns the options of the model's scheduler that the configuration overrides."""
         scheduler = self.family.load_scheduler(self.model_path, **self.config.model.hub_options)
         return setting_changes(scheduler, self.config.model.prediction_type, self.config.model.shift)
 
     def load_encoders(self, *, text: bool = True) -> Any:
-        """The pipeline without its network, on the CPU; without ``text``, without its text encoders as well."""
+        """Loads the pipeline without its network, on the CPU; without ``text``, also without its text encoders."""
         model, data = self.config.model, self.config.data
         types = {"dtype": getattr(torch, model.dtype), "vae_dtype": getattr(torch, data.vae_dtype)}
         options: dict[str, Any] = types | model.hub_options
@@ -129,7 +129,7 @@ def open_run(config: Config, accelerator: Accelerator | None = None) -> RunConte
 
 
 def _places(config: Config, family: Family) -> tuple[str, str]:
-    """Where the model and the pairs are; makes toys where the configuration asks for them."""
+    """Returns where the model and the pairs are; makes toys if the configuration asks for them."""
     model, data = config.model, config.data
     model_path, data_path = model.pretrained_model_name_or_path, data.dataset_name
     if model.pretrained_model_name_or_path == TOY:
@@ -142,7 +142,7 @@ def _places(config: Config, family: Family) -> tuple[str, str]:
 
 
 def model_folder(config: Config) -> str:
-    """``config.model.pretrained_model_name_or_path``, or the folder that a toy is built in."""
+    """Returns ``config.model.pretrained_model_name_or_path``, or the folder that a toy is built in."""
     return (
         str(Path(f"{config.data.cache}-toy") / "model")
         if config.model.pretrained_model_name_or_path == TOY
@@ -153,7 +153,7 @@ def model_folder(config: Config) -> str:
 def datasets(
     run: RunContext, cache: Cache, references: ReferenceErrors | None
 ) -> tuple[PairDataset, PairDataset | None]:
-    """Pairs to train on and, with ``data.held_out``, to validate on."""
+    """Returns the pairs to train on and, with ``data.held_out``, those to validate on."""
     config = run.config
     try:
         training, held_out = split_pairs(CachedPairs(cache), config.data.held_out, config.data.seed)
@@ -172,7 +172,7 @@ def datasets(
 
 
 def build(run: RunContext) -> tuple[nn.Module, ReferenceModel]:
-    """The network with what of it is trained, and the reference."""
+    """Builds the network, with the part that is trained, and the reference."""
     config, family = run.config, run.family
     model, kind = config.model, config.reference_kind
     lora = model.tuning == "lora"
@@ -198,7 +198,7 @@ def build(run: RunContext) -> tuple[nn.Module, ReferenceModel]:
 
 
 def frozen_reference(run: RunContext, network: nn.Module | None = None) -> nn.Module:
-    """A network that predicts what the policy does before training, in ``model.reference_dtype``, on the CPU.
+    """Builds a network that predicts what the policy does before training, in ``model.reference_dtype``, on the CPU.
 
     Args:
         run: of :func:`open_run`.
@@ -223,12 +223,12 @@ def make_loss(run: RunContext) -> SIPOLoss:
 
 
 def loss_beta(run: RunContext, loss_fn: SIPOLoss) -> float:
-    """The loss's β: the configured one, or the method's own for the family's images or videos."""
+    """Returns the loss's β: the configured one, or the method's default for the family's images or videos."""
     return loss_fn.options.beta_for(5 if run.family.video else 4)
 
 
 def _made(folder: Path, make: Any) -> Any:
-    """What ``make`` makes in a folder, made once: aside, and renamed when it is whole."""
+    """Has ``make`` fill a folder unless it exists; the folder appears only when it is complete."""
     if not folder.exists():
         make_folder(folder.parent, str(folder.parent))
         remove_leftovers(folder.parent)
@@ -238,7 +238,7 @@ def _made(folder: Path, make: Any) -> Any:
 
 
 def free_memory() -> None:
-    """Gives back what a network that is no longer needed held."""
+    """Frees the memory of a network that is no longer needed."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

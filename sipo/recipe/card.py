@@ -1,4 +1,4 @@
-"""The model card of a trained model: README.md beside the weights."""
+"""Writes the model card of a trained model: README.md beside the weights."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def model_card(
     scheduler: Mapping[str, Any] | None = None,
     date: str | None = None,
 ) -> str:
-    """What was trained on what, how, and how to load it; with the front matter that the hub reads.
+    """Writes what was trained on what, how, and how to load it, with the front matter that the hub reads.
 
     Folders are named by their last part alone: a path says more about a machine than about a model.
 
@@ -149,7 +149,7 @@ def _loading(family: Family, base: str, lora: bool) -> list[str]:
 
 
 def _files(family: Family, lora: bool) -> list[tuple[str, str]]:
-    """Which file is for which tool."""
+    """Lists which file is for which tool."""
     sums = ("`SHA256SUMS`, here", "`sha256sum --check SHA256SUMS`, in this folder")
     if not lora:
         return [(f"`{family.network}/`, here", "diffusers"), sums]
@@ -173,5 +173,5 @@ def _is_hub_id(path: str) -> bool:
 
 
 def _shown(path: str) -> str:
-    """A hub id whole, a folder or file by its name."""
+    """Returns a hub id whole, and a folder or file by its name."""
     return path if _is_hub_id(path) else PurePath(path).name or path

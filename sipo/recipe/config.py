@@ -42,7 +42,7 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class LossConfig(LossOptions):
-    """The ``loss`` section: the options of the loss, and what else :class:`sipo.SIPOLoss` takes.
+    """The ``loss`` section: the options of the loss, and the other arguments of :class:`sipo.SIPOLoss`.
 
     Attributes:
         num_inference_steps: steps of the sampler in the importance ratio (docs/math.md §3); ``None`` for 50.
@@ -109,7 +109,7 @@ class Config:
             raise ConfigError(f"{keys}: expected at most one half-precision type in a run")
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON and YAML values, every default filled in."""
+        """Returns JSON and YAML values, with every default filled in."""
         plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self), default=str))
         return plain
 
@@ -156,7 +156,7 @@ class Config:
         return None if self.reference_kind == "adapter_off" else self.differing_types
 
     def reference_marks(self, whole: torch.dtype | None = None) -> dict[str, Any]:
-        """What says which network the reference is and how it runs: ``reference`` of sipo.cache.reference_errors.
+        """Returns what identifies the reference and how it runs, for the functions of sipo.cache.reference_errors.
 
         Args:
             whole: see :func:`sipo.training.sharding.whole_dtype`.
@@ -248,7 +248,7 @@ def _section(kind: Any, values: Any, place: tuple[str, ...] = ()) -> Any:
 
 
 def _paths(section: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """All keys of a section and of those in it."""
+    """Yields all keys of a section and of the sections in it."""
     for name, kind in typing.get_type_hints(section).items():
         yield (*place, name)
         if dataclasses.is_dataclass(kind):

@@ -138,7 +138,7 @@ def _checkpoint(root: Path, wanted: str) -> Path:
 
 
 def _network_config(family: Family, config: Config) -> dict[str, Any]:
-    """The configuration of the run's network, from which SDXL's blocks are numbered."""
+    """Reads the configuration of the run's network, from which SDXL's blocks are numbered."""
     path = model_folder(config)
     try:
         return family.network_config(path, **config.model.hub_options)

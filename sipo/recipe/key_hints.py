@@ -1,4 +1,4 @@
-"""The key that was probably meant by one that does not exist."""
+"""Finds the key that was probably meant by one that does not exist."""
 
 from __future__ import annotations
 
@@ -96,11 +96,11 @@ def probable_key(key: tuple[str, ...], paths: Sequence[tuple[str, ...]]) -> str 
 
 
 def _with_words(name: str, paths: Sequence[tuple[str, ...]]) -> str | None:
-    """The first key that has all words of a name, in their order: ``prompts`` is in ``validation_prompts``."""
+    """Returns the first key with all words of a name, in their order: ``prompts`` is in ``validation_prompts``."""
     return next((".".join(path) for path in paths if f"_{name}_" in f"_{path[-1]}_"), None)
 
 
 def _alike(name: str, paths: Sequence[tuple[str, ...]], least: float) -> str | None:
-    """The key whose letters are nearest to a name's, if the two are at least this similar (from 0 to 1)."""
+    """Returns the key that is spelt most like a name, if the two are at least this similar (from 0 to 1)."""
     close = difflib.get_close_matches(name, [path[-1] for path in paths], n=1, cutoff=least)
     return next((".".join(path) for path in paths if path[-1] in close), None)

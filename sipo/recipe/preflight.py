@@ -1,4 +1,4 @@
-"""All checks of a configuration that need no data.
+"""Checks of a configuration that need no data.
 
 Encoding may take days. Whatever the loop, the loss or a library would refuse afterwards is refused before it, in one
 line that names the key.
@@ -27,7 +27,7 @@ Work = Literal["train", "precompute", "analyze"]
 
 
 def check_run(run: RunContext, work: Work, *, resume: bool = False) -> None:
-    """Runs all checks, in the order of ``_CHECKS``.
+    """Checks everything about a configuration that needs no data.
 
     Args:
         run: of :func:`sipo.recipe.build.open_run`, which has checked the schedule. Every process calls this.
@@ -56,7 +56,7 @@ def _check_all(run: RunContext, work: Work, resume: bool) -> None:
 
 
 def _check_training(run: RunContext, resume: bool) -> None:
-    """The loop's settings, with each other and with how its processes are joined."""
+    """Checks the loop's settings against each other and against how its processes communicate."""
     training, data, samples = run.config.training, run.config.data, run.config.samples
     _named(lambda: check_config(training, run.accelerator))
     if training.validation_steps and not data.held_out and not samples.validation_prompts:
@@ -98,7 +98,7 @@ def _check_distribution(run: RunContext) -> None:
 
 
 def _check_sampler(run: RunContext) -> None:
-    """The sampler's steps: schedulers say what they cannot do when these are set."""
+    """Checks the sampler's steps: schedulers raise an error for what they cannot do when the steps are set."""
     samples, model = run.config.samples, run.config.model
     if not samples.validation_prompts:
         return
@@ -121,7 +121,7 @@ def _check_sampler(run: RunContext) -> None:
 
 
 def _check_network(run: RunContext) -> None:
-    """Sizes, LoRA's targets and checkpointing, by the network's configuration: no weights are read."""
+    """Checks sizes, LoRA's targets and checkpointing against the network's configuration; reads no weights."""
     config, family = run.config, run.family
     model, data = config.model, config.data
     network: Any = family.empty_network(run.model_path, **model.hub_options)
@@ -143,7 +143,7 @@ def _check_network(run: RunContext) -> None:
 
 
 def _check_files(run: RunContext, work: Work) -> None:
-    """Weights exist, in safetensors; those on a hub are downloaded, the network's only where it is needed."""
+    """Checks that weights exist, in safetensors; downloads a hub's, and the network's only if it is needed."""
     options = run.config.model.hub_options
     run.family.fetch(run.model_path, network=False, **options)
     if work != "precompute" or run.config.data.reference_errors or Path(run.model_path).is_dir():
@@ -165,7 +165,7 @@ _CHECKS: tuple[tuple[Callable[[RunContext], None], tuple[Work, ...]], ...] = (
 
 
 def _named(check: Callable[[], Any]) -> None:
-    """The loop's own messages begin with a setting's name: here its section stands before it."""
+    """Puts the section before the name of a setting with which the loop's own messages begin."""
     try:
         check()
     except (ValueError, ImportError) as error:

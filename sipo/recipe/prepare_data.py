@@ -24,7 +24,7 @@ from sipo.training.sharding import round_whole
 
 
 class PreparedData(NamedTuple):
-    """What :func:`prepare_data` leaves.
+    """The result of :func:`prepare_data`.
 
     Attributes:
         cache: latents and text embeddings.
@@ -110,7 +110,7 @@ def prepare_data(
 
 
 def _say_cost(run: RunContext, cost: Cost) -> None:
-    """Says what encoding costs and what of it training will not use; refuses what cannot be trained with or stored."""
+    """Prints what encoding costs and what training will not use; refuses what cannot be trained with or stored."""
     data, training = run.config.data, run.config.training
     free = shutil.disk_usage(run.cache).free
     draws = data.draws if data.reference_errors else 0
@@ -134,7 +134,7 @@ def _say_cost(run: RunContext, cost: Cost) -> None:
 
 
 def _open_source(run: RunContext, ask: bool) -> tuple[PairReader | None, str]:
-    """The pairs, or why there are none; the same in every process.
+    """Opens the pairs, or returns why there are none; the same in every process.
 
     Args:
         run: of :func:`open_run`.
@@ -161,7 +161,7 @@ def _open_source(run: RunContext, ask: bool) -> tuple[PairReader | None, str]:
 def _references(
     run: RunContext, cache: Cache, repair: bool, refuse_changes: bool, progress: bool | None
 ) -> ReferenceErrors:
-    """The reference's errors at every draw, computed where they do not exist yet."""
+    """Opens the reference's errors at every draw, and computes those that do not exist yet."""
     config, accelerator = run.config, run.accelerator
     fixed, reference = run.fixed_draws, run.reference_marks
     found: ReferenceErrors | None = None

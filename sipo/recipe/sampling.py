@@ -1,4 +1,4 @@
-"""Samples of a run in training: from fixed prompts and seeds, drawn by all processes, each its share."""
+"""Draws a run's validation samples from fixed prompts and seeds; all processes share the work."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class ValidationSamples:
         self.prompts: list[Condition] = from_all(run.accelerator, self._load)[0]
 
     def _load(self) -> list[Condition]:
-        """What this process needs of the pipeline; in the main process, the encoded prompts."""
+        """Loads what this process needs of the pipeline; in the main process, also the encoded prompts."""
         run, prompts = self.run, self.run.config.samples.validation_prompts
         main = run.accelerator.is_main_process
         if not (main or run.accelerator.process_index < len(prompts) or is_sharded(run.accelerator)):
@@ -65,7 +65,7 @@ class ValidationSamples:
         return encoded
 
     def __call__(self, step: int, policy: nn.Module) -> None:
-        """Samples after ``step`` optimiser steps. Every process calls it, in evaluation mode and without gradients.
+        """Draws samples after ``step`` steps. Every process calls it, in evaluation mode and without gradients.
 
         Once the run has begun to train, a failure here is only a warning: the weights that samples are drawn from are
         as they were. Where the run is asked to stop meanwhile, samples are left out: a launcher gives it seconds to
@@ -93,7 +93,7 @@ class ValidationSamples:
         free_memory()  # it may have been out of it
 
     def _draw(self, policy: nn.Module) -> dict[int, Any]:
-        """This process's samples by the number of their prompt: ``[1, 3, H, W]`` uint8, or the bytes of an mp4."""
+        """Draws this process's samples by number of the prompt: ``[1, 3, H, W]`` uint8, or the bytes of an mp4."""
         run, accelerator = self.run, self.run.accelerator
         data, samples = run.config.data, run.config.samples
         count, rank, world = len(self.prompts), accelerator.process_index, accelerator.num_processes
@@ -131,14 +131,14 @@ class ValidationSamples:
         return {n: self._as_mp4(sample[0]) for n, sample in drawn.items()} if run.family.video else drawn
 
     def _as_mp4(self, clip: Tensor) -> bytes:
-        """A clip's file: far fewer bytes than its pixels, which would otherwise go from process to process."""
+        """Encodes a clip: far fewer bytes than its pixels, which would otherwise go from process to process."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "clip.mp4"
             write_video(path, clip, self.run.config.data.fps or SAMPLE_FPS)
             return path.read_bytes()
 
     def _write(self, step: int, shares: list[dict[int, Any]]) -> None:
-        """All processes' samples, and the prompts that they are of."""
+        """Writes the samples of all processes, and their prompts."""
         drawn = {number: sample for share in shares for number, sample in share.items()}
         self.folder.mkdir(parents=True, exist_ok=True)
         self._write_prompts()
@@ -179,6 +179,6 @@ _PLAIN = (_StoppedError, OtherProcessError)  # whose classes tell a user nothing
 
 
 def _break_off(module: nn.Module, args: Any) -> None:
-    """Before each call of the network."""
+    """Raises before a call of the network if the run was asked to stop."""
     if asked_to_stop():
         raise _StoppedError("asked to stop")

@@ -34,7 +34,7 @@ _UNKNOWN = "which were held out of training is unknown: "
 
 
 class ScoredRun(NamedTuple):
-    """What :func:`score_run` has done.
+    """The result of :func:`score_run`.
 
     Attributes:
         scores: of the pairs.
@@ -51,7 +51,7 @@ class ScoredRun(NamedTuple):
     hashed: bool
 
     def describe(self) -> str:
-        """What was found, for a terminal."""
+        """Formats the scores for a terminal."""
         lines = [self.scores.describe(), f"pairs: {self.pairs}"]
         unknown = "" if self.hashed else f" (no {SUMS}, so that damage would go unnoticed)"
         return "\n".join([*lines, f"weights: {self.weights}{unknown}", f"scores: {self.output}"])
@@ -126,7 +126,7 @@ def score_run(
 
 
 def _origin(folder: Path) -> dict[str, Any]:
-    """What the run has written down of its data and its network; empty where it cannot be read."""
+    """Reads what the run has recorded about its data and network; empty if it cannot be read."""
     try:
         origin = read_object(folder / TRAINED_ON)
     except (OSError, FileError):
@@ -147,7 +147,7 @@ def _check_network(run: RunContext, folder: Path, origin: dict[str, Any]) -> Non
 
 
 def _pairs(run: RunContext, of: str, folder: Path, origin: dict[str, Any]) -> tuple[CachedPairs, str]:
-    """Pairs of the cache, without draws of their own, and which they are."""
+    """Returns pairs of the cache, without draws of their own, and which ones they are."""
     cache = prepare_data(run, progress=run.config.training.progress).cache
     training, held_out = datasets(run, cache, None)
     if of == "held-out" and held_out is None:
@@ -165,7 +165,7 @@ def _pairs(run: RunContext, of: str, folder: Path, origin: dict[str, Any]) -> tu
 
 
 def _unknown_split(run: RunContext, cache: Cache, folder: Path, origin: dict[str, Any]) -> str:
-    """Why it cannot be told which pairs were held out; empty where it can."""
+    """Returns why it is unknown which pairs were held out; empty if it is known."""
     if not origin:
         return f"{folder / TRAINED_ON} cannot be read"
     now = trained_on(run, cache)
@@ -176,7 +176,7 @@ def _unknown_split(run: RunContext, cache: Cache, folder: Path, origin: dict[str
 
 
 def _prompts(path: str, config: Config, rows: set[int]) -> dict[int, str]:
-    """Prompts by row; none where the source is no longer there, as scoring needs the cache alone."""
+    """Returns prompts by row; none if the source no longer exists, as scoring needs only the cache."""
     data, last = config.data, max(rows, default=-1)
     with contextlib.suppress(DataError, OSError):
         reader = open_pairs(path, data.format, data.dataset_split_name, data.streaming)

@@ -42,7 +42,7 @@ TRAINED_ON = "trained_on.json"
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """How a run ended.
+    """The result of :func:`run_training`.
 
     Attributes:
         result: the loop's.
@@ -137,14 +137,14 @@ def run_training(
 
 
 def trained_on(run: RunContext, cache: Cache) -> dict[str, Any]:
-    """JSON values: two runs with the same ones hold out the same pairs and train the same network."""
+    """Returns JSON values that are equal for two runs if they hold out the same pairs and train the same network."""
     data = run.config.data
     split = {"data.held_out": data.held_out, "data.seed": data.seed}
     return {"data": cache.content_hash(), **split, "network": run.weights(network=True)}
 
 
 def _check_folder(training: TrainingConfig, resume: bool, overwrite: bool = False) -> bool:
-    """Whether the folder has checkpoints to continue from.
+    """Returns whether the folder has checkpoints to continue from.
 
     Raises:
         ConfigError: it holds a run, which is neither to be resumed nor to be overwritten; or weights alone that no run
@@ -172,7 +172,7 @@ def _check_folder(training: TrainingConfig, resume: bool, overwrite: bool = Fals
 
 
 def _clear_folder(training: TrainingConfig, overwrite: bool) -> None:
-    """Makes room for a run that starts: removes an earlier one if asked to, else renames its log."""
+    """Prepares the folder for a run that starts: removes an earlier run if asked to, else renames its log."""
     if not overwrite:
         set_aside_logs(check_logs(training))
     elif removed := remove_run(training):
@@ -181,7 +181,7 @@ def _clear_folder(training: TrainingConfig, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def _naming_sections() -> Iterator[None]:
-    """Inside, the loop's errors about settings name them as in the configuration: section and key."""
+    """Adds the section to the names of settings in the loop's errors, as in the configuration."""
     try:
         yield
     except ValueError as error:
@@ -192,14 +192,14 @@ def _naming_sections() -> Iterator[None]:
 
 
 def _mismatch(config: Config, network: nn.Module) -> Mismatch:
-    """What to do where policy and reference differ at the start: an error, unless their types or dropout explain it."""
+    """Returns what to do if policy and reference differ at the start: an error, unless types or dropout explain it."""
     # An adapter's own dropout changes nothing at first, as its second factor is 0.
     dropout = any(isinstance(m, nn.Dropout) and m.p > 0 and "lora_" not in n for n, m in network.named_modules())
     return "warn" if config.differing_start or dropout else "raise"
 
 
 def _identity(run: RunContext, data: str) -> dict[str, Any]:
-    """What a resumed run must share with the one it continues, beside the loop's own settings."""
+    """Returns what a resumed run must share with the one it continues, beside the loop's own settings."""
     config = run.config
     free = ("gradient_checkpointing", "reference_offload", *PLACE)
     model = {f"model.{name}": value for name, value in config.as_dict()["model"].items() if name not in free}

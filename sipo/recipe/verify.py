@@ -28,7 +28,7 @@ class VerifiedPath(NamedTuple):
     note: str = ""
 
     def describe(self) -> str:
-        """A line for a terminal."""
+        """Formats the result as a line for a terminal."""
         if self.fault:
             fault = self.fault if str(self.path) in self.fault else f"{self.path}: {self.fault}"
             return f"damaged  {fault.replace(': damaged, ', ': ', 1)}"
@@ -82,7 +82,7 @@ def verify_run(folder: Path) -> list[VerifiedPath]:
 def _verified(
     path: Path, check: Callable[[Path], str], folder: Path | None = None, sums: Mapping[str, str] | None = None
 ) -> VerifiedPath:
-    """What ``check`` says of a file; for a file of a run's ``folder``, also whether its hash is the one in ``sums``."""
+    """Returns what ``check`` finds wrong with a file; in a run's ``folder``, also compares its hash with ``sums``."""
     try:
         note = check(path)
         if folder is not None and sums is not None:

@@ -127,14 +127,14 @@ def _are_sigmas(values: Tensor) -> Tensor:
 
 
 def _right(values: Tensor, levels: Tensor, low: float, high: float) -> Tensor:
-    """Which are in range: neither NaN nor an index with a fraction is."""
+    """Returns which values are in range; NaN and an index with a fraction are not."""
     # Not every unsigned integer can be compared with an int64, and one too large for it has become negative.
     given = levels if levels.is_floating_point() or not values.is_floating_point() else values
     return levels.clamp(low, high) == given
 
 
 def _first_wrong(values: Tensor, levels: Tensor, low: float, high: float) -> int | None:
-    """Position of the first value out of range. Reads the tensor."""
+    """Returns the position of the first value out of range. Reads the tensor."""
     if levels.numel() == 0:
         return None
     # Lowest and highest first: one small operation where all is well, three times in each pass of training.

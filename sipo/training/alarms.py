@@ -44,7 +44,7 @@ def collapsing(chosen_gap: float, rejected_gap: float, ref_mse: float) -> bool:
 
 
 class _Alarm(NamedTuple):
-    """A rule over a log line's metrics, and what to say when it has held for a while: numbers, meaning, remedy."""
+    """A rule over a log line's metrics, and its message once it has held for a while: numbers, meaning, remedy."""
 
     rule: Callable[..., bool]
     needs: tuple[str, ...]
@@ -76,7 +76,7 @@ _ALARMS = {
 
 
 class AlarmWatch:
-    """Says, once per episode, what goes wrong in a run for several log lines in a row.
+    """Reports, once per episode, what goes wrong in a run for several log lines in a row.
 
     Attributes:
         lines: log lines in a row that each alarm's rule has held for; JSON values, for a checkpoint.
@@ -86,7 +86,7 @@ class AlarmWatch:
         self.lines = dict.fromkeys(_ALARMS, 0)
 
     def update(self, metrics: dict[str, Any]) -> list[str]:
-        """Takes one log line's metrics; for each alarm that goes off with it, one line that begins with its name.
+        """Takes one log line's metrics; returns, for each alarm that they set off, a line that begins with its name.
 
         A line without the numbers that a rule needs, or with NaN (no finite value in the window), counts neither way.
         """

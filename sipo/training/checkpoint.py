@@ -1,4 +1,4 @@
-"""What a checkpoint holds: tensors in safetensors, everything else in JSON, nothing pickled.
+"""The content of a checkpoint: tensors in safetensors, everything else in JSON, nothing pickled.
 
     state.json                 step, the run's identity, optimiser settings, loss scale, timestep statistics
     model.safetensors          the policy's trainable parameters and its buffers, under their own names
@@ -186,7 +186,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 
 def run_identity(config: TrainingConfig, loss_fn: PairLoss, dataset: PairDataset, processes: int) -> dict[str, Any]:
-    """What a resumed run must share with the one that it continues; JSON values by name."""
+    """Returns what a resumed run must share with the one that it continues, as JSON values by name."""
     loss: Any = repr(loss_fn) if isinstance(loss_fn, nn.Module) else type(loss_fn).__name__
     if isinstance(loss_fn, SIPOLoss):
         loss = loss_fn.settings()
@@ -274,7 +274,7 @@ def _check_identity(folder: Path, saved: dict[str, Any], wanted: dict[str, Any])
 
 
 def _difference(name: str, was: Any, now: Any) -> str:
-    """The first of two settings' parts that differs, however deep it is, and its two values."""
+    """Finds the first part in which two settings differ, however deep it is; returns its two values."""
     if isinstance(was, dict) and isinstance(now, dict):
         for key in [*was, *(key for key in now if key not in was)]:
             if key not in was or key not in now or was[key] != now[key]:

@@ -217,7 +217,7 @@ class TrainingConfig:
         return self.folder / "timesteps.jsonl"
 
     def identity(self) -> dict[str, Any]:
-        """The settings that a resumed run must share with the one that it continues, as JSON values."""
+        """Returns the settings that a resumed run must share with the one that it continues, as JSON values."""
         free = set(_FREE_ON_RESUME)
         if not self.lr_scheduler.startswith("constant"):
             free.remove("max_train_steps")

@@ -43,7 +43,7 @@ _NONE = -1.0  # in place of a maximum over no finite value
 
 
 class FirstStep:
-    """How far policy and reference are apart over the passes of a run's first step (docs/math.md §8).
+    """How far policy and reference differ over the passes of a run's first step (docs/math.md §8).
 
     Numbers stay on the device until :meth:`read`.
 
@@ -95,7 +95,7 @@ class FirstStep:
         return _ROUNDING[dtype] * (1.0 if self.same_pass else _ERRORS_SHARE)
 
     def read(self) -> dict[str, float]:
-        """The largest finite value of all passes and processes, by ``NAMES``; NaN where there is none.
+        """Returns the largest finite value of all passes and processes, by ``NAMES``; NaN where there is none.
 
         Waits for the device; every process calls it.
         """
@@ -173,5 +173,5 @@ def check_start(first: FirstStep, config: TrainingConfig, mismatch: Mismatch) ->
 
 
 def _rms(values: Tensor) -> Tensor:
-    """Root mean square of each sample, ``[S]`` float32."""
+    """Returns the root mean square of each sample, ``[S]`` float32."""
     return values.float().flatten(1).square().mean(1).sqrt()

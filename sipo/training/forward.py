@@ -22,7 +22,7 @@ from sipo_kernels import Totals
 
 @dataclass(frozen=True)
 class AdapterOff:
-    """The reference is the policy itself without its adapters (LoRA): no second network.
+    """The reference that is the policy itself without its adapters (LoRA): no second network.
 
     Attributes:
         switch: called with the policy, unwrapped; inside the context that it returns, the policy computes what it did

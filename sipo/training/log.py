@@ -25,7 +25,7 @@ _SHOWN = {"loss": "loss", "accuracy": "rewards/accuracies", "active": "active_fr
 
 
 class Recorder:
-    """Writes log lines; on the main process only, the others keep quiet.
+    """Writes log lines, in the main process only.
 
     ``metrics.jsonl`` is appended to line by line, so that a run can be watched. A resumed run first drops the lines
     after its checkpoint, and a new run keeps the log of an earlier one as ``metrics.1.jsonl``. Lines of a validation
@@ -92,7 +92,7 @@ class Recorder:
         return line
 
     def write_validation(self, step: int, values: dict[str, Any]) -> dict[str, Any]:
-        """Likewise for a validation, whose names start with "validation/".
+        """Writes a validation's numbers likewise, with names that start with "validation/".
 
         Without values, where a hook alone has run, the line has the kind "hook": a resumed run need not run it again.
         """
@@ -135,7 +135,7 @@ def _append(file: TextIO, line: dict[str, Any]) -> None:
 
 
 def check_logs(config: TrainingConfig) -> list[Path]:
-    """A run's logs that exist; nothing else may have their names, such as a FIFO, which a run would wait for.
+    """Returns a run's logs that exist; refuses anything else of their names, such as a FIFO, at which a run would wait.
 
     Raises:
         FileError: something else does.
@@ -168,7 +168,7 @@ def set_aside_logs(logs: Sequence[Path]) -> None:
 
 
 def _free_names(paths: Sequence[Path]) -> list[Path]:
-    """The paths with the next number that none of them has yet."""
+    """Returns the paths with the next number that none of them has yet."""
     for number in itertools.count(1):
         names = [path.with_name(f"{path.stem}.{number}{path.suffix}") for path in paths]
         if not any(name.exists() for name in names):
@@ -177,7 +177,7 @@ def _free_names(paths: Sequence[Path]) -> list[Path]:
 
 
 def _numbers(line: dict[str, Any], prefix: str, *names: str) -> str:
-    """What of a line is shown during a run; a loss of one's own may lack some."""
+    """Returns what is shown of a line during a run; a user's own loss may lack some."""
     values = {name: line.get(prefix + _SHOWN[name], "") for name in names}
     shown = {name: "nan" if value is None else f"{value:.3f}" for name, value in values.items() if value != ""}
     return ", ".join(f"{name} {text}" for name, text in shown.items())

@@ -1,4 +1,4 @@
-"""The logs of a run read back, for resuming and for reports: damaged lines are named and left out, the others serve.
+"""Reads the logs of a run, for resuming and for reports; damaged lines are named and left out.
 
 ``metrics.jsonl`` and ``timesteps.jsonl`` have a JSON object in each line, whose ``step`` says what it belongs to.
 """
@@ -30,7 +30,7 @@ class LogWarning(UserWarning):
 
 
 class Log(NamedTuple):
-    """What a log says.
+    """The content of a log.
 
     Attributes:
         lines: the sound ones, in order.
@@ -57,7 +57,7 @@ class Log(NamedTuple):
 
 
 def read_log(path: str | Path, fault: Callable[[dict[str, Any]], str]) -> Log:
-    """Reads a log whatever has happened to it.
+    """Reads a log, damaged or not.
 
     A last line without its end that is not whole is neither read nor named as damage: a running process is writing it,
     or one was killed there. Of lines whose steps contradict each other, those that fewest others contradict are kept.
@@ -98,7 +98,7 @@ def read_log(path: str | Path, fault: Callable[[dict[str, Any]], str]) -> Log:
 
 
 def read_metrics(path: str | Path, kind: str = "training") -> list[dict[str, Any]]:
-    """The lines of a run's ``metrics.jsonl``, in order: those of "training", or those of its "validation".
+    """Returns the lines of a run's ``metrics.jsonl``, in order: those of "training", or those of its "validation".
 
     Damaged lines are left out, with a warning that names them. Errors as for :func:`read_log`.
     """
@@ -108,12 +108,12 @@ def read_metrics(path: str | Path, kind: str = "training") -> list[dict[str, Any
 
 
 def pluck(history: Sequence[dict[str, Any]], name: str) -> list[float]:
-    """One metric over the log lines, NaN where a line has none."""
+    """Returns one metric over the log lines, NaN where a line lacks it."""
     return [math.nan if line.get(name) is None else float(line[name]) for line in history]
 
 
 def step_mean(history: Sequence[dict[str, Any]], name: str) -> float:
-    """Mean of a metric over the steps of a run from its start; lines stand for the steps since the one before."""
+    """Averages a metric over the steps from the start of a run; a line stands for the steps since the line before."""
     total, covered, previous = 0.0, 0, 0
     for line, value in zip(history, pluck(history, name), strict=True):
         if not math.isnan(value):
@@ -124,7 +124,7 @@ def step_mean(history: Sequence[dict[str, Any]], name: str) -> float:
 
 
 def metrics_fault(line: dict[str, Any]) -> str:
-    """What is wrong with a line of ``metrics.jsonl``; "" for nothing."""
+    """Returns what is wrong with a line of ``metrics.jsonl``; "" if nothing is."""
     if not isinstance(line.get("kind", "training"), str):
         return f"kind={show(line['kind'])}, expected a name"
     for name, value in line.items():
@@ -144,7 +144,7 @@ def metrics_fault(line: dict[str, Any]) -> str:
 
 
 def is_number(value: object) -> bool:
-    """Whether a JSON value is a number that can be reckoned with."""
+    """Whether a JSON value is a number of a usable size."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
@@ -154,7 +154,7 @@ def is_count(value: object, least: int = 0) -> bool:
 
 
 def show(value: object) -> str:
-    """A JSON value in a message, however large it is."""
+    """Formats a JSON value for a message, however large it is."""
     if isinstance(value, (list, dict)):
         return "[…]" if isinstance(value, list) else "{…}"
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) > MOST:
@@ -163,7 +163,7 @@ def show(value: object) -> str:
 
 
 def _parse(text: bytes, fault: Callable[[dict[str, Any]], str]) -> dict[str, Any]:
-    """The object of a line, which has a step.
+    """Parses a line to an object with a step.
 
     Raises:
         FileError: what is wrong with it, without the place.

@@ -48,7 +48,7 @@ from sipo.training.validation import OnValidation, Validation
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """How a run went.
+    """The result of a run.
 
     The policy passed to :func:`train` holds the trained weights; under FSDP2 each process holds its part.
 
@@ -274,7 +274,7 @@ class TrainingLoop:
         return list(levels.split(config.train_batch_size)[self.accelerator.process_index :: world])
 
     def _pass(self, batch: PairBatch, positions: range, levels: Tensor) -> None:
-        """Forward and backward of ``B`` pairs."""
+        """Runs forward and backward of ``B`` pairs."""
         config = self.config
         if batch.mode is not BatchMode.FRESH_DRAWS:
             if self.measured.informative is not None:
@@ -306,7 +306,7 @@ class TrainingLoop:
     # ---- After a step ----
 
     def _after(self, done: int, rate: float) -> bool:
-        """Log, checkpoint and validation, each where due and in this order; returns whether to stop here."""
+        """Logs, writes a checkpoint and validates, each where due, in this order; returns whether to stop here."""
         config = self.config
         last = done == config.max_train_steps
         asked = self.agreement.answer()

@@ -1,4 +1,4 @@
-"""What a run measures between two log lines: sums on the device, which a log line reads at once."""
+"""Measurements between two log lines: sums on the device, which are read at once when a line is due."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _COUNTED = "nonfinite_pairs"
 
 
 class Measured(NamedTuple):
-    """What was read for one log line.
+    """The numbers read for one log line.
 
     Attributes:
         metrics: the line's metrics by name.
@@ -63,14 +63,14 @@ class Measurements:
         self.skipped = 0
 
     def totals(self) -> Totals | None:
-        """Where the loss adds a pass's numbers, without the noise levels; ``None`` for one that does not add them."""
+        """Where the loss adds a pass's numbers, without the noise levels; ``None`` if it does not."""
         if not self._loss_adds:
             return None
         metrics = self._window.totals
         return Totals(metrics) if self._statistics is None else self._statistics.totals(metrics)
 
     def add(self, output: PairLossResult, levels: Tensor, shape: Sequence[int]) -> None:
-        """Adds what the loss has not added itself of a pass.
+        """Adds the numbers of a pass that the loss has not added itself.
 
         Args:
             output: the loss's.
@@ -112,7 +112,7 @@ class Measurements:
         return Measured(metrics, None if self._statistics is None else self._statistics.take(step, sums), row)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and JSON values for a checkpoint that falls between two log lines."""
+        """Returns tensors and JSON values for a checkpoint that falls between two log lines."""
         window = self._window.state()
         progress: dict[str, Any] = {"skipped": self.skipped}
         if self.informative is not None:
@@ -217,7 +217,7 @@ class MetricWindow:
         return metrics, int(longest), values[2 * n :]
 
     def state(self) -> dict[str, Tensor]:
-        """The sums, for a checkpoint that falls between two log lines."""
+        """Returns the sums, for a checkpoint that falls between two log lines."""
         return {"sums": self.totals[0], "counts": self.totals[1], "steps": self._steps}
 
     def restore(self, state: dict[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""The optimiser, its learning rate, the step that it takes and the moving average of the weights."""
+"""The optimiser, its learning rate, its step and the moving average of the weights."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def check_optimizer(config: TrainingConfig) -> None:
 
 
 def rate_factor(config: TrainingConfig, step: int) -> float:
-    """Factor of the learning rate in optimiser step ``step``, counted from 0."""
+    """Returns the factor of the learning rate in optimiser step ``step``, counted from 0."""
     if step < config.lr_warmup_steps:
         return (step + 1) / config.lr_warmup_steps
     if config.lr_scheduler.startswith("constant"):
@@ -135,7 +135,7 @@ class Average:
         self.model.step(self.parameters.values())
 
     def tensors(self) -> dict[str, Tensor]:
-        """The average by parameter, whole and on the CPU. Every process calls it."""
+        """Returns the average by parameter, whole and on the CPU. Every process calls it."""
         pairs = zip(self.parameters, self.model.shadow_params, strict=True)
         return {name: host_copy(tensor) for name, tensor in pairs}
 

@@ -1,4 +1,4 @@
-"""Before the first step: what cannot be trained is refused, and policy and optimiser are handed to accelerate."""
+"""Prepares training: refuses what cannot be trained, and hands policy and optimiser to accelerate."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PLAIN = ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU")
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
-    """The accelerator that a configuration asks for.
+    """Makes the accelerator that a configuration asks for.
 
     Raises:
         ValueError: float16 on a CPU.
@@ -35,7 +35,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
 
 
 def _check_precision(accelerator: Accelerator) -> None:
-    """accelerate takes float16 on a CPU and computes in float32, without a word."""
+    """Refuses float16 on a CPU, where accelerate would silently compute in float32."""
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("training.mixed_precision='fp16': expected 'bf16' or 'no' on a CPU")
 

@@ -1,4 +1,4 @@
-"""What an earlier run has left in ``training.output_dir``, so that no other run starts there by mistake."""
+"""Finds what an earlier run has left in ``training.output_dir``, so that no other run starts there by mistake."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights and optimiser state that FSDP2 has sharded over the processes: gathered, and sharded again.
+"""Gathers weights and optimiser state that FSDP2 has sharded over the processes, and shards them again.
 
 Every function here also serves one device and plain data parallelism, where nothing is sharded.
 """
@@ -29,7 +29,7 @@ def is_compiled(model: nn.Module) -> bool:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The network inside the wrappers of DDP and ``torch.compile``.
+    """Returns the network inside the wrappers of DDP and ``torch.compile``.
 
     accelerate's own function takes DDP out of the compiled wrapper for good, with the ``no_sync`` that accumulation
     needs, or stops at that wrapper, whose names of parameters begin with ``_orig_mod.``.
@@ -44,12 +44,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name without what ``torch.compile`` adds to it where a part of a network is compiled."""
+    """Returns a parameter's name without what ``torch.compile`` adds if a part of a network is compiled."""
     return name.replace("_orig_mod.", "")
 
 
 def whole_dtype(accelerator: Accelerator) -> torch.dtype | None:
-    """The type that FSDP2 rounds all of a policy's weights to, norms included, which autocast would leave alone.
+    """Returns the type that FSDP2 rounds all of a policy's weights to, even norms, which autocast leaves alone.
 
     ``None``: they stay as they are.
     """
@@ -69,17 +69,17 @@ def round_whole(reference: nn.Module, accelerator: Accelerator) -> nn.Module:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor's full value. Every process calls it."""
+    """Returns a tensor's full value. Every process calls it."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor, to be changed in place."""
+    """Returns this process's part of a tensor, to be changed in place."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def like(tensor: Tensor, other: Tensor) -> Tensor:
-    """A full value, dealt out as ``other`` is. Every process calls it, with the same value."""
+    """Shards a full value as ``other`` is. Every process calls it, with the same value."""
     tensor = tensor.to(other.device)
     return distribute_tensor(tensor, other.device_mesh, other.placements) if isinstance(other, DTensor) else tensor
 
@@ -95,7 +95,7 @@ def reshard(model: nn.Module) -> None:
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
-    """What training changes, by name: trainable parameters and stored buffers; frozen weights stay the caller's.
+    """Returns what training changes, by name: trainable parameters and stored buffers, no frozen weights.
 
     Names are those of the network without wrappers (:func:`unwrapped`), compiled or not.
     """
@@ -109,12 +109,12 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
 
 
 def host_copy(tensor: Tensor) -> Tensor:
-    """A copy that safetensors takes: whole, contiguous, on the CPU, sharing no memory with another."""
+    """Copies a tensor for safetensors: whole, contiguous, on the CPU, sharing no memory with another."""
     return whole(tensor).to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def gather_weights(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
-    """:func:`trained`, whole, in copies on the CPU. Every process calls it; nothing comes back without ``keep``.
+    """Returns :func:`trained`, whole, in copies on the CPU; nothing without ``keep``. Every process calls it.
 
     This gets the trained weights of a policy under FSDP2, which stays sharded after training.
     """
@@ -122,20 +122,20 @@ def gather_weights(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Undoes :func:`gather_weights`."""
+    """Loads the weights of :func:`gather_weights` into a network."""
     with torch.no_grad():
         for name, tensor in trained(model).items():
             tensor.copy_(like(weights[name], tensor))
 
 
 def gather_optimizer(optimizer: Any, keep: bool = True) -> dict[str, Any]:
-    """An optimiser's ``state_dict`` with whole tensors in copies on the CPU. Called as :func:`gather_weights` is."""
+    """Returns an optimiser's ``state_dict`` in whole copies on the CPU. Called as :func:`gather_weights` is."""
     state = optimizer.state_dict()
     return state | {"state": {number: _gathered(values, keep) for number, values in state["state"].items()}}
 
 
 def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
-    """Undoes :func:`gather_optimizer`: what is shaped as a parameter is dealt out as it."""
+    """Loads the state of :func:`gather_optimizer`; tensors shaped as a parameter are sharded as it is."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     dealt = {
         number: {k: _dealt(v, parameters[int(number)]) for k, v in values.items()}

@@ -44,7 +44,7 @@ class NoiseBins(NamedTuple):
 
     @classmethod
     def of(cls, schedule: Any, most: int) -> NoiseBins | None:
-        """At most ``most`` bins, one a training step if those are fewer; ``None`` for a schedule of no known kind."""
+        """Makes at most ``most`` bins, one a training step if those are fewer; ``None`` for an unknown schedule."""
         kind = getattr(schedule, "kind", None)
         if kind not in ("discrete", "flow"):
             return None
@@ -75,12 +75,12 @@ class TimestepStatistics:
 
     @classmethod
     def of(cls, loss_fn: Any, device: torch.device) -> TimestepStatistics | None:
-        """Those of a loss; ``None`` where its schedule has no known range of noise levels."""
+        """Makes the statistics of a loss; ``None`` if its schedule has no known range of noise levels."""
         bins = NoiseBins.of(loss_fn.schedule, BINS)
         return None if bins is None else cls(loss_fn, bins, device)
 
     def totals(self, metrics: Tensor | None = None) -> Totals:
-        """What a loss that takes ``totals`` adds a pass to, all but the pass's noise levels.
+        """The object to which a loss that takes ``totals`` adds a pass, without the pass's noise levels.
 
         Args:
             metrics: of :class:`sipo_kernels.Totals`, to be added to along with the window.
@@ -144,7 +144,7 @@ class TimestepStatistics:
 
 
 def read_statistics(path: str | Path) -> list[dict[str, Any]]:
-    """The sound lines of a run's ``timesteps.jsonl``, in order, all over the same bins; a warning names the others.
+    """Returns the sound lines of ``timesteps.jsonl``, in order, all over the same bins; warns of the others.
 
     A last line without its end is left out: a running process is writing it, or one was killed there.
 
@@ -162,7 +162,7 @@ def read_statistics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def statistics_fault(line: dict[str, Any]) -> str:
-    """What is wrong with a line of ``timesteps.jsonl``; "" for nothing."""
+    """Returns what is wrong with a line of ``timesteps.jsonl``; "" if nothing is."""
     for name in (*NoiseBins._fields, "pairs", "count", "nonfinite", *MEANS):
         if name not in line:
             return f"no {name}"
@@ -189,7 +189,7 @@ def statistics_fault(line: dict[str, Any]) -> str:
 
 
 def merge(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One line for the pairs of several, each bin's means weighted by its counts; its step is the last line's.
+    """Merges lines into one, each bin's means weighted by its counts; the step is the last line's.
 
     Raises:
         ValueError: no lines, or lines over different bins.
@@ -214,7 +214,7 @@ def merge(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def over_bins(line: dict[str, Any], name: str, bins: range | None = None) -> float:
-    """Mean of ``name`` over the pairs of some bins of a line, or of all; NaN where they have none."""
+    """Averages ``name`` over the pairs of some bins of a line, or of all; NaN if they have none."""
     wanted = range(line["bins"]) if bins is None else bins
     count = sum(line["count"][i] for i in wanted)
     total = math.fsum(line["count"][i] * line[name][i] for i in wanted if line["count"][i])
@@ -222,7 +222,7 @@ def over_bins(line: dict[str, Any], name: str, bins: range | None = None) -> flo
 
 
 def scalars(line: dict[str, Any]) -> dict[str, float]:
-    """The few numbers of a line that trackers get, for the lowest and highest tenth of noise levels and those between.
+    """Returns a line's numbers for trackers: for the lowest and highest tenth of noise levels and the rest.
 
     Returns:
         ``active_<part>``, the share of the part's pairs that take part, and ``grad_sq_share_<part>``, the part's share

@@ -1,4 +1,4 @@
-"""Handles requests to stop a run, and runs that are out of memory."""
+"""Handles requests to stop a run, and a lack of memory."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ class StopAgreement:
 
 
 def release_signals(worker: int) -> None:
-    """For a data loader's worker: signals are the main process's business.
+    """Resets a data loader worker's signal handlers: signals are the main process's business.
 
     Cluster managers send them to every process of a job, and a worker that they ended would end the run in the middle
     of a step. The loader ends its workers itself; should one hang, the second SIGTERM ends it.

@@ -1,4 +1,4 @@
-"""Folders of a run's checkpoints: written aside, renamed when whole, and known by size and hash ever after.
+"""Folders of a run's checkpoints: they appear only when complete, and are checked by size and hash.
 
     step-00000300/
         state.json      JSON values; lists every other file with its bytes and SHA-256, and has one of itself
@@ -202,7 +202,7 @@ def damage(folder: Path) -> str:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What a checkpoint's ``state.json`` says, if it is as it was written.
+    """Reads a checkpoint's ``state.json``, if it is as it was written.
 
     Raises:
         FileNotFoundError: it does not exist.

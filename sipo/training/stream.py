@@ -64,7 +64,7 @@ class StreamSampler(Sampler[list[int]]):
             raise ValueError(f"groups[{[len(g) for g in self.groups].index(0)}] is empty, expected at least one pair")
 
     def positions(self, index: int) -> range:
-        """Positions in the run's stream of this process's pairs in pass ``index``."""
+        """Returns the positions in the run's stream of this process's pairs in pass ``index``."""
         start = (index * self.world + self.rank) * self.batch_size
         return range(start, start + self.batch_size)
 
@@ -118,7 +118,7 @@ class _GroupSequence:
         self.passes: list[tuple[int, int]] = []
 
     def _start(self, epoch: int) -> int:
-        """Passes before an epoch."""
+        """Returns the number of passes before an epoch."""
         return sum(epoch * size // self.batch for size in self.sizes)
 
     def __getitem__(self, index: int) -> tuple[int, int]:
@@ -139,7 +139,7 @@ class _GroupSequence:
 
 
 def pair_noise(like: Tensor, positions: Sequence[int], seed: int, generator: torch.Generator) -> Tensor:
-    """Gaussian noise with ``like``'s shape, type and device, one seed per pair of the stream.
+    """Draws Gaussian noise with ``like``'s shape, type and device, from one seed per pair of the stream.
 
     Args:
         like: ``[B, ...]``.
@@ -160,7 +160,7 @@ def step_levels(schedule: Schedule, n: int, step: int, seed: int, distribution: 
 
 
 def drop_captions(condition: Any, unconditional: Any, positions: Sequence[int], seed: int, probability: float) -> None:
-    """Overwrites some rows of a batch's condition, on the host, by the condition of no caption.
+    """Replaces some rows of a batch's condition by the condition of no caption, on the host.
 
     Args:
         condition: tensor ``[B, ...]`` or dictionary of them.

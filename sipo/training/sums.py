@@ -1,4 +1,4 @@
-"""SHA256SUMS files: hashes of what a run has written, which tell later damage.
+"""Reads and writes SHA256SUMS files: hashes of what a run has written, which reveal later damage.
 
 Trained weights have such a file beside them, which ``sha256sum --check`` reads as well. The model card is not listed,
 as users edit it. A run that has ended has another one in its own folder, for its configuration, logs and
@@ -138,6 +138,6 @@ def _is_below(name: str) -> bool:
 
 
 def _listed(folder: Path) -> list[Path]:
-    """The files that are hashed: all regular files in a folder and below, but the card and hidden ones."""
+    """Lists the files that are hashed: all regular files in a folder and below, except the card and hidden ones."""
     found = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in (SUMS, _CARD)]
     return [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]

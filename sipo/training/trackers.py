@@ -1,4 +1,4 @@
-"""Trackers of a run: TensorBoard, Weights & Biases and whatever else accelerate knows.
+"""The trackers of a run: TensorBoard, Weights & Biases and whatever else accelerate knows.
 
 A tracker that fails once it runs does not stop training: it is a warning, and the run's own files have everything.
 """
@@ -86,7 +86,7 @@ def finish_trackers(accelerator: Any, started: Sequence[Any]) -> None:
 
 @contextmanager
 def running_trackers(accelerator: Any, config: TrainingConfig) -> Iterator[None]:
-    """Trackers run inside, for samples from before the first step. Errors as for :func:`check_trackers`."""
+    """Runs trackers inside the context, for samples before the first step. Errors as :func:`check_trackers`."""
     started = start_trackers(accelerator, config, 0)
     try:
         yield

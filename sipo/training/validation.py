@@ -1,4 +1,4 @@
-"""Validation on held-out pairs, which leaves the state of training unchanged."""
+"""Validates on held-out pairs, and leaves the state of training unchanged."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Validation:
             self.batches = [list(group[i : i + size]) for group in groups for i in range(0, len(group), size)]
 
     def __call__(self, policy: nn.Module, step: int, plain: nn.Module | None = None) -> dict[str, float]:
-        """Means by the names of docs/math.md §8, where it lists what a validation has beside; empty without pairs.
+        """Returns means by the names of docs/math.md §8, with those that only a validation has; empty without pairs.
 
         Every process calls it. NaN where no pair is finite.
 
@@ -133,7 +133,7 @@ class Validation:
 
 
 def _measuring(forward: PairForward) -> PairForward:
-    """The same passes with a loss that is a mean over pairs, of which it leaves out those that are not finite."""
+    """Copies the passes with a loss that is a mean over pairs and leaves out those that are not finite."""
     if not isinstance(forward.loss_fn, SIPOLoss):
         return forward
     loss_fn, forward = copy.copy(forward.loss_fn), copy.copy(forward)
@@ -145,14 +145,14 @@ def _measuring(forward: PairForward) -> PairForward:
 
 
 def no_preference(loss_type: str = "sigmoid", label_smoothing: float = 0.0) -> float:
-    """Loss of a pair at a logit of 0 (docs/math.md §5): ln 2 for the sigmoid."""
+    """Returns the loss of a pair at a logit of 0 (docs/math.md §5): ln 2 for the sigmoid."""
     same = torch.zeros(2, 1, dtype=torch.float32)
     options: dict[str, Any] = {"loss_type": loss_type, "label_smoothing": label_smoothing, "backend": "eager"}
     return pair_loss(same, same, same, method="diffusion_dpo", beta=1.0, **options).loss.item()
 
 
 def _no_preference(loss_fn: PairLoss, output: Any) -> dict[str, Tensor]:
-    """What ``loss`` would be if every logit were 0: pairs that are masked have none, and dpo_cm weighs the others."""
+    """Returns ``loss`` as if every logit were 0: masked pairs have none, and dpo_cm weights the others."""
     if not isinstance(loss_fn, SIPOLoss):
         return {}
     options = loss_fn.options
@@ -162,7 +162,7 @@ def _no_preference(loss_fn: PairLoss, output: Any) -> dict[str, Tensor]:
 
 
 def _weighed(metrics: dict[str, Tensor], pairs: int, *, skips: bool) -> Tensor:
-    """``[2, M + 1]``: a batch's metrics times the pairs that each is a mean over, and these; last the finite pairs.
+    """Returns ``[2, M + 1]``: metrics times the pairs that each is a mean over, and these; last the finite pairs.
 
     Args:
         metrics: of the batch.

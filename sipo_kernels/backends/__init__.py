@@ -1,4 +1,4 @@
-"""Which backend runs and why; what is missing, why, and what to do about it."""
+"""Chooses the backend; says which cannot run, why, and what to do about it."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def status(name: str, device_type: str) -> BackendStatus:
 
 
 def statuses() -> list[tuple[str, BackendStatus]]:
-    """Every backend on every device type present, for ``sipo doctor``: ``[(device type, status)]``."""
+    """Returns every backend on every device type present, for ``sipo doctor``: ``[(device type, status)]``."""
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     return [(device, status(name, device)) for device in devices for name in BACKENDS]
 
@@ -146,6 +146,6 @@ def choose(backend: str, device: torch.device) -> str:
 
 
 def module(backend: str) -> ModuleType:
-    """The module that implements a backend: ``forward``, ``gradient``, and ``mend`` for those in ``FUSED``."""
+    """Returns the module of a backend: ``forward``, ``gradient``, and ``mend`` for those in ``FUSED``."""
     name = _MODULES[backend]
     return sys.modules.get(name) or importlib.import_module(name)

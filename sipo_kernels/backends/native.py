@@ -111,7 +111,7 @@ OWN_THREADS = False
 
 
 def instruction_sets() -> list[str]:
-    """Names of the instruction sets that this build has and this processor runs, widest first."""
+    """Returns the instruction sets that this build has and this processor runs, widest first."""
     if LIBRARY is None:
         return []
     names: list[str] = []

@@ -101,7 +101,7 @@ EMULATED: Gpu | None = None
 
 @cache
 def read_gpu(index: int) -> Gpu:
-    """What the plan needs to know of CUDA device ``index``."""
+    """Reads the properties of CUDA device ``index`` that a plan needs."""
     found: Any = torch.cuda.get_device_properties(index)  # the stub does not know all that is there
     return Gpu(
         sms=found.multi_processor_count,
@@ -119,7 +119,7 @@ def _problem(index: int) -> str:
 
 
 def problem(index: int) -> str:
-    """Why CUDA device ``index`` and its driver cannot run the kernels, or nothing."""
+    """Returns why CUDA device ``index`` and its driver cannot run the kernels, or nothing."""
     return _problem(index)
 
 
@@ -142,7 +142,7 @@ def _aligned(tensor: Tensor, step: int) -> bool:
 
 
 def _reader(elements: int, model: Tensor, ref: Tensor | None, target: Tensor, grad: Tensor | None) -> int:
-    """How the kernel may read: types that it was compiled for, any mix of them 4 elements at a time, or one by one."""
+    """Chooses how the kernel reads: its compiled types, any mix of types 4 elements at a time, or one by one."""
     typed = target.dtype in _TARGETS[model.dtype] and (ref is None or ref.dtype == model.dtype)
     step = 16 // target.element_size() if typed else 4
     if elements % step or not all(_aligned(t, step) for t in (model, ref, target, grad) if t is not None):
