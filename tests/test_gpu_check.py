@@ -21,7 +21,7 @@ from benchmarks.gpu_check import __main__ as command
 from benchmarks.gpu_check import child, child_processes, device, faults, sanitizer
 from benchmarks.gpu_check.all_checks import CHECKS, Context
 from benchmarks.gpu_check.child_processes import CheckOptions, Row
-from benchmarks.gpu_check.context import CheckFailed, NotRun, poisoned, same_bits
+from benchmarks.gpu_check.context import CheckFailedError, NotRunError, poisoned, same_bits
 from sipo_kernels import backends
 from sipo_kernels.backends import native
 from sipo_kernels.output import RESULTS
@@ -85,7 +85,7 @@ def test_fractions_of_a_budget() -> None:
     context.within(0.0, 0.0, "nothing of nothing")
     assert (context.worst, context.cases) == (0.5, 2)
     for error, budget in ((2.0, 1.0), (torch.nan, 1.0), (1e-300, 0.0)):
-        with pytest.raises(CheckFailed, match="too much"):
+        with pytest.raises(CheckFailedError, match="too much"):
             context.within(error, budget, "too much")
 
 
@@ -373,16 +373,16 @@ def test_a_gpus_checks_catch_what_the_stand_in_can_show(stand_in: _StandIn) -> N
         if fault not in faults.OF_FUSED or BACKEND in backends.FUSED:
             assert faults.try_check("CUDA graph", _Dry(BACKEND, "cpu", quick=True), fault).outcome == "caught", fault
     stand_in.replays = False
-    with pytest.raises(CheckFailed, match="replay 0 on inputs 1"):
+    with pytest.raises(CheckFailedError, match="replay 0 on inputs 1"):
         dry("CUDA graph")
     stand_in.launched = stand_in.launched * 4
-    with pytest.raises(CheckFailed, match="error 8, budget 3"):
+    with pytest.raises(CheckFailedError, match="error 8, budget 3"):
         dry("launches")
     stand_in.launched = ["void at::native::fill_kernel<float>()"]
-    with pytest.raises(CheckFailed, match="no kernel of ours"):
+    with pytest.raises(CheckFailedError, match="no kernel of ours"):
         dry("launches")
     stand_in.launched = []
-    with pytest.raises(NotRun, match="the profiler recorded no kernel"):
+    with pytest.raises(NotRunError, match="the profiler recorded no kernel"):
         dry("launches")
 
 

@@ -53,7 +53,7 @@ def test_jsonl_rows_as_written(tmp_path: Path) -> None:
         ({"prompt": "a", "chosen": "x"}, "no key 'rejected'"),
         (GOOD | {"prompt": None}, "prompt=None: expected text"),
         (GOOD | {"chosen": ["x"]}, "chosen=['x']: expected text"),
-        (GOOD | {"prompt": "\ud83d!"}, "prompt='\\ud83d!': holds half a character"),
+        (GOOD | {"prompt": "\ud83d!"}, "prompt='\\ud83d!': holds an unpaired surrogate"),
         (GOOD | {"rejected": ""}, "rejected='': expected a path"),
         (GOOD | {"chosen_score": "good"}, "chosen_score='good': expected a number"),
         (GOOD | {"chosen_score": True}, "chosen_score=True: expected a number"),

@@ -17,7 +17,7 @@ import torch
 from benchmarks.gpu_check import faults
 from benchmarks.gpu_check.all_checks import CHECKS, emulate_cuda
 from benchmarks.gpu_check.child_processes import CheckOptions, Row
-from benchmarks.gpu_check.context import Context, NotRun
+from benchmarks.gpu_check.context import Context, NotRunError
 
 STICKY = 3  # exit code: an error of the device that every further call in the process would repeat
 
@@ -58,7 +58,7 @@ def _attempt(run: Callable[[Any], None], context: Any) -> tuple[str, str, list[s
         run(context)
         if context.cases == 0:
             return "fail", "it compared nothing", []
-    except NotRun as why:
+    except NotRunError as why:
         return "not run", str(why), []
     except AssertionError as broken:
         return "fail", _line(str(broken) or "assertion"), traceback.format_exc().splitlines()[-12:]

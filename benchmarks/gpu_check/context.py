@@ -27,12 +27,12 @@ DTYPES = (F32, BF16, F16, F64)
 BINS = 7
 
 
-class CheckFailed(AssertionError):  # noqa: N818
-    """The contract is broken, and how."""
+class CheckFailedError(AssertionError):
+    """A backend breaks the contract; the message says how."""
 
 
-class NotRun(Exception):  # noqa: N818
-    """Why a check cannot run here."""
+class NotRunError(Exception):
+    """A check cannot run here; the message says why."""
 
 
 @dataclass
@@ -81,10 +81,10 @@ class Context:
             return testing.run(batch, self.backend, **options)
 
     def require(self, holds: bool | Tensor, what: str) -> None:
-        """Counts a case; raises :class:`CheckFailed` with ``what`` unless it holds."""
+        """Counts a case; raises :class:`CheckFailedError` with ``what`` unless it holds."""
         self.cases += 1
         if not bool(holds):
-            raise CheckFailed(what)
+            raise CheckFailedError(what)
 
     def same(self, got: Tensor, expected: Tensor, what: str) -> None:
         """Bit for bit, NaN included."""
@@ -153,7 +153,7 @@ class Context:
             finite.log_ratio[terminal] = 0.0
             testing.assert_within_budget(batch, finite, grad, exact, truth)
         except AssertionError as error_text:
-            raise CheckFailed(f"{label}: {str(error_text).strip() or 'log_ratio out of budget'}") from None
+            raise CheckFailedError(f"{label}: {str(error_text).strip() or 'log_ratio out of budget'}") from None
 
 
 def same_bits(got: Tensor, expected: Tensor) -> bool:

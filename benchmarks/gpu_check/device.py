@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.footprint import extra_memory_mb, launched
-from benchmarks.gpu_check.context import BF16, F16, F32, CheckFailed, Context, NotRun, check, poisoned
+from benchmarks.gpu_check.context import BF16, F16, F32, CheckFailedError, Context, NotRunError, check, poisoned
 from benchmarks.machine import memory_bytes
 from sipo_kernels import PairLossOutput, Totals, backends, pair_loss, testing
 from sipo_kernels.output import RESULTS
@@ -65,7 +65,7 @@ def judge_launches(ctx: Context, names: list[str], what: str) -> None:
     """At least one launch is ours, or the count is worth nothing; three there are at most, whoever's they are."""
     short = [name[:60] for name in names]
     if not names:
-        raise NotRun("the profiler recorded no kernel on this machine")
+        raise NotRunError("the profiler recorded no kernel on this machine")
     ctx.require(any(map(is_ours, names)), f"{what}: no kernel of ours among {sorted(set(short))}")
     ctx.within(len(names), MOST_LAUNCHES, f"{what}: launches {short}")
 
@@ -100,7 +100,7 @@ def check_no_synchronisation(ctx: Context) -> None:
         try:
             result = work()[0].metrics()
         except RuntimeError as error:
-            raise CheckFailed(f"{label}: {error}") from None
+            raise CheckFailedError(f"{label}: {error}") from None
         finally:
             torch.cuda.set_sync_debug_mode("default")
         torch.cuda.synchronize()
@@ -196,7 +196,7 @@ def check_streams(ctx: Context) -> None:
 def check_device_guard(ctx: Context) -> None:
     """Tensors on the second GPU while the first is current."""
     if torch.cuda.device_count() < 2:
-        raise NotRun("needs a second GPU")
+        raise NotRunError("needs a second GPU")
     with torch.cuda.device(0):
         second = Context(ctx.backend, "cuda:1")
         second.hold(second.batch((4, 3, 97), F32))
@@ -225,7 +225,7 @@ def _hold_in_chunks(ctx: Context, samples: int, elements: int, chunk: int, share
     rows = samples // 2 if shared else samples
     needed = 2 * elements * (3 * samples + rows) + 12 * 8 * chunk + (1 << 28)
     if (free := memory_bytes(ctx.device)) < needed:
-        raise NotRun(f"needs {needed / 2**30:.0f} GiB of memory, {free / 2**30:.0f} GiB are free")
+        raise NotRunError(f"needs {needed / 2**30:.0f} GiB of memory, {free / 2**30:.0f} GiB are free")
     generator = torch.Generator(ctx.device).manual_seed(0)
     model, ref = (torch.empty(samples, elements, dtype=BF16, device=ctx.device) for _ in range(2))
     target = torch.empty(rows, elements, dtype=BF16, device=ctx.device)

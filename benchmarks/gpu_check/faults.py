@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from benchmarks.gpu_check import wrong_use  # noqa: F401 # fills FAULTS
-from benchmarks.gpu_check.context import CHECKS, Context, NotRun
+from benchmarks.gpu_check.context import CHECKS, Context, NotRunError
 from benchmarks.gpu_check.wrong_results import FAULTS, OF_FUSED
 from sipo_kernels import backends
 
@@ -56,7 +56,7 @@ def try_check(name: str, context: Context, fault: str | None) -> SelfTestRow:
             CHECKS[name].run(context)
     except AssertionError as said:
         return SelfTestRow(name, fault or "", "caught" if fault else "missed", str(said))
-    except NotRun as why:
+    except NotRunError as why:
         return SelfTestRow(name, fault or "", "not run", str(why))
     return SelfTestRow(name, fault or "", "missed" if fault else "passes", "")
 

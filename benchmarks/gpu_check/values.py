@@ -16,7 +16,7 @@ from benchmarks.gpu_check.context import (
     F16,
     F32,
     F64,
-    CheckFailed,
+    CheckFailedError,
     Context,
     check,
     describe,
@@ -98,7 +98,7 @@ def check_methods(ctx: Context) -> None:
     except FloatingPointError as error_text:
         ctx.require("[1] of 3" in str(error_text), f"nonfinite='raise' names the pair: {error_text}")
     else:
-        raise CheckFailed("nonfinite='raise' did not raise")
+        raise CheckFailedError("nonfinite='raise' did not raise")
 
 
 @check("inputs", "methods", "scaled gradient", "shifted logits")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sipo.data.media import MAX_PIXELS, MediaError, check_request, read_spaced
 from sipo.data.readers import read_lines, write_jsonl
-from sipo.data.records import DataError, PairRecord, check_data_file, has_half, row_name
+from sipo.data.records import DataError, PairRecord, check_data_file, has_unpaired_surrogate, row_name
 from sipo.data.scorers import AestheticScorer, ClipScorer, Scorer, ScorerError, load_function
 from sipo.files import check_output, short
 from sipo.progress import track
@@ -181,7 +181,7 @@ def _rows(source: Path, summary: LabelSummary, skip: Callable[[int, str], None])
             skip(row, value)
             continue
         prompt, names = value.get("prompt"), value.get("candidates", [value.get("chosen"), value.get("rejected")])
-        if not isinstance(prompt, str) or not prompt.strip() or has_half(prompt):
+        if not isinstance(prompt, str) or not prompt.strip() or has_unpaired_surrogate(prompt):
             skip(row, f"prompt={short(prompt)}: expected text")
         elif not isinstance(names, list) or len(names) < 2 or not all(isinstance(each, str) and each for each in names):
             skip(row, "expected 'candidates', a list of two paths or more, or 'chosen' and 'rejected'")

@@ -15,7 +15,7 @@ from sipo.data.records import (
     PairRecord,
     bad_row,
     check_data_file,
-    has_half,
+    has_unpaired_surrogate,
     is_finite_number,
     states,
 )
@@ -131,7 +131,7 @@ class PickapicReader:
 
 def _record(row: int, value: Mapping[str, Any]) -> PairRecord:
     prompt = value["caption"]
-    if not isinstance(prompt, str) or has_half(prompt):
+    if not isinstance(prompt, str) or has_unpaired_surrogate(prompt):
         return bad_row(row, f"caption={short(prompt)}: expected text")
     if value.get("has_label") is False:
         return bad_row(row, "has_label=False: nobody has compared this pair", prompt)

@@ -22,7 +22,7 @@ from sipo.data.records import (
     PairRecord,
     bad_row,
     check_data_file,
-    has_half,
+    has_unpaired_surrogate,
     is_finite_number,
     row_name,
     states,
@@ -137,8 +137,8 @@ class JsonlReader:
         for key in ("prompt", "chosen", "rejected"):
             if not isinstance(value.get(key), str):
                 return bad_row(row, f"{key}={short(value[key])}: expected text" if key in value else f"no key {key!r}")
-            if has_half(value[key]):
-                return bad_row(row, f"{key}={short(value[key])}: holds half a character")  # JSON allows it
+            if has_unpaired_surrogate(value[key]):
+                return bad_row(row, f"{key}={short(value[key])}: holds an unpaired surrogate")  # JSON allows it
         for key in ("chosen", "rejected"):
             if not value[key]:
                 return bad_row(row, f"{key}='': expected a path", value["prompt"])
@@ -226,6 +226,6 @@ def write_jsonl(records: Iterable[PairRecord], path: str | Path) -> None:
             if score is not None:
                 value[key] = score
         line = json.dumps(value | record.extra, ensure_ascii=False)
-        lines.append((json.dumps(value | record.extra) if has_half(line) else line) + "\n")
+        lines.append((json.dumps(value | record.extra) if has_unpaired_surrogate(line) else line) + "\n")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_aside(path, "".join(lines))

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 
 from sipo.files import FileError, check_regular
 
-_HALF = re.compile("[\ud800-\udfff]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class DataError(ValueError):
@@ -74,9 +74,9 @@ def row_name(row: int) -> str:
     return f"row {row + 1}"
 
 
-def has_half(text: str) -> bool:
+def has_unpaired_surrogate(text: str) -> bool:
     """Tells whether a text has an unpaired surrogate, which JSON allows and UTF-8 does not."""
-    return not text.isascii() and _HALF.search(text) is not None
+    return not text.isascii() and _SURROGATE.search(text) is not None
 
 
 def is_finite_number(value: Any) -> bool:

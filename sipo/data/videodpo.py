@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sipo.data.records import DataError, PairRecord, bad_row, has_half, is_finite_number, states
+from sipo.data.records import DataError, PairRecord, bad_row, has_unpaired_surrogate, is_finite_number, states
 from sipo.files import FileError, parse_json, read_text, short
 
 METADATA, PAIRS = "metadata.json", "pair.json"
@@ -99,7 +99,7 @@ def _clip(folder: Path, item: Any) -> _CaptionedClip | None:
     if not isinstance(basic, dict) or not isinstance(misc, dict):
         return None
     name, caption = basic.get("clip_path"), _caption(misc.get("frame_caption"))
-    if not isinstance(name, str) or not name or has_half(name) or caption is None:
+    if not isinstance(name, str) or not name or has_unpaired_surrogate(name) or caption is None:
         return None
     path = folder / name
     if Path(name).is_absolute() and not os.path.exists(path):  # False for names that no file can have
@@ -114,7 +114,7 @@ def _caption(value: Any) -> str | None:
     """Reads a caption, given as text or as a list that starts with it; ``None`` if there is none."""
     if isinstance(value, list) and value:
         value = value[0]
-    return value if isinstance(value, str) and not has_half(value) else None
+    return value if isinstance(value, str) and not has_unpaired_surrogate(value) else None
 
 
 def _load_list(path: Path) -> list[Any]:
