@@ -7,7 +7,8 @@ be: no metrics, no logging, no ``.item()``, no images encoded again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,7 +68,7 @@ def hand_written(
         pairs, batch_size, shuffle=True, drop_last=True, pin_memory=device.startswith("cuda")
     )
     parameters = [p for p in policy.parameters() if p.requires_grad]
-    batches = _endless(loader)
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))
     policy.train()
     for _ in range(steps):
         batch = next(batches)
@@ -93,11 +94,6 @@ def hand_written(
         torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad()
-
-
-def _endless(loader: DataLoader[Any]) -> Iterator[Any]:
-    while True:
-        yield from loader
 
 
 def _draw(batch: dict[str, Any], latents: Tensor, levels: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:

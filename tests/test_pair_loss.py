@@ -235,15 +235,11 @@ def test_reference_errors_in_place_of_the_reference(backend: str, dtype: torch.d
 # ---- Invariances -----------------------------------------------------------------------------------------------------
 
 
-def _swap(x: torch.Tensor) -> torch.Tensor:
-    return torch.cat(x.chunk(2)[::-1])
-
-
 @settings(max_examples=15)
 @given(shape=sizes, dtype=st.sampled_from([F32, BF16]), seed=st.integers(0, 1000))
 def test_swapping_negates_diffusion_dpo(backend: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> None:
     batch = make_batch(shape, (dtype,) * 3, seed=seed, device=DEVICE)
-    swapped = Batch(*(_swap(t.detach()) for t in batch[:4]))
+    swapped = Batch(*(torch.cat(t.detach().chunk(2)[::-1]) for t in batch[:4]))
     swapped.model_pred.requires_grad_()
     out, _ = run(batch, backend, method="diffusion_dpo", beta=7.0)
     other, _ = run(swapped, backend, method="diffusion_dpo", beta=7.0)

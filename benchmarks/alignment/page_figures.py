@@ -337,7 +337,8 @@ def transfer(results: Results) -> Figure:
     rows = [Cell(method=m, source=s, reward=r) for s in ("data", "base") for r in ("ink", "slant") for m in METHODS]
     rows = [cell for cell in rows if results.has(cell)]
     columns = [(source, name) for source in ("data", "base") for name in ("ink", "slant")]
-    values = np.array([[_accuracy(results, cell, *column) for column in columns] for cell in rows])
+    runs = [results.of(cell) for cell in rows]
+    values = np.array([[estimate([r["accuracy"][s][n] for r in each]).mean for s, n in columns] for each in runs])
     figure, axes = plt.subplots(figsize=(7.6, 1.7 + 0.34 * len(rows)), layout="constrained")
     axes.imshow(values, cmap="RdBu", vmin=0, vmax=1, aspect="auto")
     for (y, x), value in np.ndenumerate(values):
@@ -348,10 +349,6 @@ def transfer(results: Results) -> Figure:
     labels = [f"{NAMES[c.method]}, {c.reward} of {source[c.source]}" for c in rows]
     axes.set_yticks(range(len(rows)), labels, fontsize=8)
     return _finish(figure, "Held-out pairs that the implicit reward ranks right, β = 1000")
-
-
-def _accuracy(results: Results, cell: Cell, source: str, name: str) -> float:
-    return estimate([r["accuracy"][source][name] for r in results.of(cell)]).mean
 
 
 FIGURES: dict[str, Draw] = {
