@@ -242,8 +242,8 @@ def test_full_tuning_trains_everything_in_float32() -> None:
         ({"target_modules": ["attentions"]}, "target_modules: 'attentions' is no linear layer"),
         ({"target_modules": []}, r"target_modules=\[\]: expected at least one"),
         ({"rank": 0}, "rank=0: expected at least 1"),
-        ({"alpha": 0.0}, "alpha=0: expected a finite number > 0"),
-        ({"dropout": 1.0}, "dropout=1: expected at least 0 and less than 1"),
+        ({"alpha": 0.0}, "alpha=0.0: expected a finite number > 0"),
+        ({"dropout": 1.0}, "dropout=1.0: expected a number >= 0 and < 1"),
     ],
 )
 def test_adapters_that_fit_nowhere_are_refused(options: dict[str, Any], text: str) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sipo.families import lora_names
 from sipo.families.base import Family
+from sipo.families.config import LoraConfig
 from sipo.files import check_safetensors, one_line, parse_json, save_tensors
 
 FORMATS = ("diffusers", "kohya", "comfyui")
@@ -75,7 +76,7 @@ class Adapter:
         ranks = sorted({len(pair["A"]) for pair in factors.values()})
         if len(ranks) > 1:
             raise ValueError(f"layers of ranks {ranks}, expected one rank")
-        check_lora(ranks[0], None, dropout)
+        LoraConfig(ranks[0], dropout=dropout)  # refuses values that no adapter can have
         layers = {module: (pair["A"], scaled(pair["B"], scale)) for module, pair in sorted(factors.items())}
         return cls(layers, tuple(sorted(target_modules)) or tuple(layers), dropout)
 
@@ -88,16 +89,6 @@ class Adapter:
 def scaled(tensor: Tensor, scale: float) -> Tensor:
     """Multiplies a float32 tensor by a scale, rounded once; exact if the scale is a power of two."""
     return tensor if scale == 1 else (tensor.double() * scale).float()
-
-
-def check_lora(rank: int, alpha: float | None, dropout: float) -> None:
-    """Refuses values that no adapter can have, with a ValueError that names the value."""
-    if rank < 1:
-        raise ValueError(f"rank={rank}: expected at least 1")
-    if alpha is not None and not 0 < alpha < math.inf:
-        raise ValueError(f"alpha={alpha:g}: expected a finite number > 0")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout={dropout:g}: expected at least 0 and less than 1")
 
 
 def formats_of(family: Family) -> tuple[str, ...]:
@@ -186,7 +177,7 @@ def _scale(config: Mapping[str, Any], rank: int) -> float:
     if config.get("r", rank) != rank:
         raise ValueError(f"its metadata has r={config['r']!r}, expected {rank}, the rank of its weights")
     alpha = _number(config, "lora_alpha", rank)
-    check_lora(rank, alpha, 0.0)
+    LoraConfig(rank, alpha)  # refuses values that no adapter can have
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 

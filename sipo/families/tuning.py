@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from sipo.families.base import Family
-from sipo.families.lora_files import Adapter, check_lora, read_adapter, scaled, write_adapter
+from sipo.families.config import LoraConfig
+from sipo.families.lora_files import Adapter, read_adapter, scaled, write_adapter
 from sipo.families.network import evaluating, inner_network
 from sipo.files import aside, load_tensors
 from sipo.processes import is_out_of_memory
@@ -50,15 +51,15 @@ def prepare_lora(
         gradient_checkpointing: whether to trade time for memory in the backward pass.
 
     Raises:
-        ValueError: rank, alpha or dropout is out of range, or a target matches no such module.
+        TypeError, ValueError: rank, alpha or dropout is not as it should be, or a target matches no such module.
     """
+    import peft
     from diffusers.training_utils import cast_training_params
-    from peft import LoraConfig
 
-    check_lora(rank, alpha, dropout)
+    LoraConfig(rank, alpha, dropout)  # refuses values that no adapter can have
     check_targets(network, target_modules)
     network.requires_grad_(False)
-    config = LoraConfig(
+    config = peft.LoraConfig(
         r=rank,
         lora_alpha=rank if alpha is None else alpha,  # type: ignore[arg-type] # declared int, and only divided
         lora_dropout=dropout,
