@@ -21,6 +21,7 @@ from sipo.protocols import PairDataset, Predict
 from sipo.schedule import NoiseSchedule
 from sipo.seeds import RandomStream, derive_seed
 from sipo.training.forward import PairForward, ReferenceModel
+from sipo.training.stream import batches_in_order
 
 DRAWS = 16
 """Draws of noise and noise level for each pair."""
@@ -196,8 +197,7 @@ def score_pairs(
     loss_fn = SIPOLoss(schedule, method="diffusion_dpo", beta=beta)
     accelerator = SingleDevice(device) if accelerator is None else accelerator
     forward = PairForward(loss_fn, predict, reference, accelerator, offload=False)
-    groups = getattr(dataset, "groups", None) or [range(len(dataset))]
-    batches = [list(group[i : i + batch_size]) for group in groups for i in range(0, len(group), batch_size)]
+    batches = batches_in_order(dataset, batch_size)
     loader: DataLoader[Any] = DataLoader(
         dataset,  # type: ignore[arg-type]
         batch_sampler=batches,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from sipo.families.network import evaluating
 from sipo.protocols import PairDataset
 from sipo.training.forward import PairForward
 from sipo.training.statistics import NoiseBins, TimestepStatistics
-from sipo.training.stream import step_levels
+from sipo.training.stream import batches_in_order, step_levels
 
 PAIRS, LEVELS = 32, 50
 
@@ -91,13 +91,13 @@ def measure_untrained(
     bins = NoiseBins.of(loss_fn.schedule, levels)
     assert bins is not None  # every family's schedule has a known kind
     statistics = TimestepStatistics(loss_fn, bins, device)
-    groups = getattr(dataset, "groups", None) or [range(len(dataset))]
-    measured = [[row for row in group if row < pairs] for group in groups]
-    count = sum(len(rows) for rows in measured)
+    batches = batches_in_order(dataset, batch_size, pairs)
+    count = sum(map(len, batches))
     highest = torch.zeros((), dtype=torch.float32, device=device)
     dropped = torch.zeros((), dtype=torch.bool, device=device)
     with torch.no_grad(), evaluating(policy.modules()):
-        for rows, batch in _batches(dataset, measured, batch_size):
+        for rows in batches:
+            batch = PairBatch.of_items(default_collate([dataset[row] for row in rows]))
             for level in range(bins.bins):
                 noise_levels = _within(bins, level, rows, count)
                 positions = [row * bins.bins + level for row in rows]
@@ -118,16 +118,6 @@ def measure_untrained(
         threshold=0.0 if loss_fn.options.method == "diffusion_dpo" else loss_fn.options.mask_threshold,
         plain=is_plain(loss_fn.options.loss_type, loss_fn.options.label_smoothing),
     )
-
-
-def _batches(
-    dataset: PairDataset, groups: Sequence[Sequence[int]], size: int
-) -> Iterator[tuple[Sequence[int], PairBatch]]:
-    """Yields rows and their batch; the pairs of a batch have one shape."""
-    for group in groups:
-        for start in range(0, len(group), size):
-            rows = group[start : start + size]
-            yield rows, PairBatch.of_items(default_collate([dataset[row] for row in rows]))
 
 
 def _within(bins: NoiseBins, level: int, rows: Sequence[int], pairs: int) -> Tensor:

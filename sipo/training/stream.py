@@ -20,8 +20,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from sipo.protocols import Schedule
+from sipo.protocols import PairDataset, Schedule
 from sipo.seeds import RandomStream, derive_seed, happens
+
+
+def batches_in_order(dataset: PairDataset, size: int, pairs: int | None = None) -> list[list[int]]:
+    """Divides a data set, or its first ``pairs``, into batches of at most ``size`` indices of one group each."""
+    groups = getattr(dataset, "groups", None) or [range(len(dataset))]
+    parts = [[index for index in group if pairs is None or index < pairs] for group in groups]
+    return [part[start : start + size] for part in parts for start in range(0, len(part), size)]
 
 
 class StreamSampler(Sampler[list[int]]):

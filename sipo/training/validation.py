@@ -22,7 +22,7 @@ from sipo.training.config import TrainingConfig
 from sipo.training.forward import PairForward
 from sipo.training.sharding import is_compiled, reshard, unwrapped
 from sipo.training.stopping import release_signals
-from sipo.training.stream import step_levels
+from sipo.training.stream import batches_in_order, step_levels
 from sipo_kernels import pair_loss
 
 OnValidation = Callable[[int, nn.Module], None]
@@ -71,9 +71,7 @@ class Validation:
             seed = derive_seed(config.seed, RandomStream.VALIDATION, 0)
             distribution = config.timestep_distribution
             self.levels = step_levels(forward.schedule, len(dataset), 0, seed, distribution)
-            groups = getattr(dataset, "groups", None) or [range(len(dataset))]
-            size = config.train_batch_size
-            self.batches = [list(group[i : i + size]) for group in groups for i in range(0, len(group), size)]
+            self.batches = batches_in_order(dataset, config.train_batch_size)
 
     def __call__(self, policy: nn.Module, step: int, plain: nn.Module | None = None) -> dict[str, float]:
         """Returns means by the names of docs/math.md §8, with those that only a validation has; empty without pairs.
