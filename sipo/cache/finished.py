@@ -43,7 +43,7 @@ class Cache:
         latents: the shards of latents, by number.
     """
 
-    def __init__(self, folder: Path, index: PairsIndex, check_hashes: bool = True) -> None:
+    def __init__(self, folder: Path, index: PairsIndex) -> None:
         self.folder = folder
         self.fingerprint = index.fingerprint
         self.path = index.path
@@ -51,7 +51,7 @@ class Cache:
         latents, text = index.latents, index.text
         # All of this is copied into every worker process: pairs in tensors, and no facts that nobody asks for again.
         self.latents = [replace(shard, facts={"own": shard.facts["own"]}) for shard in latents]
-        self._reader = ShardReader(folder, [*self.latents, *(replace(shard, facts={}) for shard in text)], check_hashes)
+        self._reader = ShardReader(folder, [*self.latents, *(replace(shard, facts={}) for shard in text)])
         self._text_shapes = index.text_shapes
         self.prompt_keys = [key for shard in text for key in shard.facts["prompts"]]
         self._text_names = [shard.name for shard in text]
@@ -115,14 +115,15 @@ class Cache:
         }
 
 
-def open_cache(folder: str | Path, fingerprint: Mapping[str, Any] | None = None, *, check_hashes: bool = True) -> Cache:
-    """Opens a cache for reading, after checking its index and the size of each of its files.
+def open_cache(folder: str | Path, fingerprint: Mapping[str, Any] | None = None) -> Cache:
+    """Opens a cache for reading, after checking its index and the size of each file.
+
+    A process compares the hash of a shard when it first uses it.
 
     Args:
         folder: the cache's.
         fingerprint: what its content is expected to depend on (:func:`sipo.cache.index.pairs_fingerprint`);
             ``None`` takes it as it is.
-        check_hashes: compare each shard's hash too, when a process first uses it.
 
     Raises:
         CacheError: no cache, an unfinished one, one of other settings, a file cut short.
@@ -134,7 +135,7 @@ def open_cache(folder: str | Path, fingerprint: Mapping[str, Any] | None = None,
     if not index.complete:
         raise CacheError(f"{folder}: a cache that is not finished; `sipo precompute` continues where it stopped")
     try:
-        cache = Cache(folder, index, check_hashes)
+        cache = Cache(folder, index)
     except (KeyError, TypeError, ValueError) as error:
         problem = f"not a whole index ({type(error).__name__}: {error})"
         raise DamagedError(f"{folder / INDEX}: {problem}; {REMEDY}") from error

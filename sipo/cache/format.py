@@ -258,16 +258,16 @@ class ShardFolder:
 class ShardReader:
     """Reads tensors of shards, which it opens when first needed and maps into memory; may be sent to other processes.
 
+    Each process reads a shard once, before it uses its first tensor, and compares its hash.
+
     Args:
         folder: where the shards are.
         shards: all of them.
-        check_hashes: read a shard once in each process, before its first tensor is used, and compare its hash.
     """
 
-    def __init__(self, folder: Path, shards: Sequence[Shard], check_hashes: bool = True) -> None:
+    def __init__(self, folder: Path, shards: Sequence[Shard]) -> None:
         self.folder = folder
         self.shards = {shard.name: shard for shard in shards}
-        self.check_hashes = check_hashes
         self._checked: dict[str, tuple[int, ...]] = {}  # by name, the file as it was when it was compared
         self._open: OrderedDict[str, Any] = OrderedDict()
 
@@ -291,7 +291,7 @@ class ShardReader:
             return self._open[name]
         path, shard = self._path(name), self.shards[name]
         try:
-            if self.check_hashes and self._checked.get(name) != _identity(path):
+            if self._checked.get(name) != _identity(path):
                 self._check(path, shard)
             file = safe_open(path, framework="pt")
         except (OSError, SafetensorError) as error:

@@ -84,11 +84,11 @@ class ReferenceErrors:
         fingerprint: what they depend on.
     """
 
-    def __init__(self, cache: Cache, folder: Path, index: dict[str, Any], check_hashes: bool = True) -> None:
+    def __init__(self, cache: Cache, folder: Path, index: dict[str, Any]) -> None:
         self.folder = folder
         self.fingerprint: dict[str, Any] = index["fingerprint"]
         self.shards = [Shard.from_dict(entry) for entry in index["shards"]]
-        self._reader = ShardReader(folder, self.shards, check_hashes)
+        self._reader = ShardReader(folder, self.shards)
         self._shard_of = cache.shard_of
         self._first = [cache.shard_places(number).start for number in range(len(self.shards))]
 
@@ -117,11 +117,7 @@ def reference_fingerprint(
 
 
 def open_reference_errors(
-    cache: Cache,
-    schedule: NoiseSchedule,
-    fixed: FixedDraws,
-    reference: Mapping[str, Any],
-    check_hashes: bool = True,
+    cache: Cache, schedule: NoiseSchedule, fixed: FixedDraws, reference: Mapping[str, Any]
 ) -> ReferenceErrors:
     """Opens what :func:`sipo.cache.precompute_errors.precompute_reference_errors` wrote for the same arguments.
 
@@ -145,7 +141,7 @@ def open_reference_errors(
             f"{folder}: errors of {len(index['shards'])} shards of pairs, expected {len(cache.latents)}; "
             "`sipo precompute` rebuilds them"
         )
-    references = ReferenceErrors(cache, folder, index, check_hashes)
+    references = ReferenceErrors(cache, folder, index)
     ShardFolder(folder).check_sizes(references.shards)
     for number, shard in enumerate(references.shards):
         if shard.facts["inputs"] != cache.shard_digest(number):

@@ -157,7 +157,6 @@ def describe_savings(
     pairs: int,
     draws: int,
     seen: int,
-    weight_bytes: int = 2,
     stored_bytes: int = 2,
     gradient_checkpointing: bool = False,
 ) -> Savings:
@@ -171,13 +170,12 @@ def describe_savings(
         pairs: in the cache.
         draws: for each pair.
         seen: pairs that training sees, repetitions counted: steps times the global batch.
-        weight_bytes: of one of the reference's weights.
         stored_bytes: of one number in the cache.
         gradient_checkpointing: the policy's backward pass then makes its forward pass again.
     """
     policy = 4 if gradient_checkpointing else 3
     return Savings(
-        reference_bytes=size.parameters * weight_bytes,
+        reference_bytes=size.parameters * 2,  # in half precision
         error_bytes=pairs * draws * _ERROR_BYTES,
         latent_bytes=2 * pairs * prod(size.latents) * stored_bytes,
         text_bytes=pairs * sum(map(prod, size.text)) * stored_bytes,

@@ -22,15 +22,11 @@ from sipo.demo.model import SCHEDULER_FOLDER, build_model, build_scheduler, save
 from sipo.progress import StepProgress
 
 
-def train_base_model(
-    steps: int = 2500, batch_size: int = 64, learning_rate: float = 2e-3, seed: int = 0
-) -> tuple[Any, float]:
+def train_base_model(steps: int, seed: int) -> tuple[Any, float]:
     """Trains from scratch on the training digits.
 
     Args:
         steps: optimiser steps.
-        batch_size: images per step.
-        learning_rate: AdamW's peak.
         seed: of initialisation, data order, noise and timesteps.
 
     Returns:
@@ -41,10 +37,10 @@ def train_base_model(
     model, scheduler = build_model(), build_scheduler()
 
     def loss() -> torch.Tensor:
-        index = torch.randint(len(digits.labels), (batch_size,))
+        index = torch.randint(len(digits.labels), (64,))
         return _noise_loss(model, scheduler, digits.images[index], digits.labels[index])
 
-    averaged = fit(model, loss, steps, learning_rate, warmup=100, weight_decay=1e-3, name="base model")
+    averaged = fit(model, loss, steps, learning_rate=2e-3, warmup=100, weight_decay=1e-3, name="base model")
     repeats = 20
     with torch.no_grad():
         losses = [_noise_loss(averaged, scheduler, *held_out) for _ in range(repeats)]
