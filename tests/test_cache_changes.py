@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -530,10 +531,7 @@ def test_parquet_files_are_compared_by_sizes_and_times(tmp_path: Path, monkeypat
 def test_a_source_that_cannot_be_reached_is_told_before_encoders_are_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def unreachable(*args: Any, **options: Any) -> Any:
-        raise OSError("timed out")
-
-    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", unreachable)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", Mock(side_effect=OSError("timed out")))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "none"))
     loaded: list[int] = []
     with pytest.raises(DataError, match=r"no hub id that answers \(timed out\)$"):

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import safetensors
@@ -28,13 +29,6 @@ from sipo.locks import LockWarning
 from sipo.processes import OtherProcessError
 from sipo.recipe.config import Config
 from sipo.training import TrainingConfig, TrainingDivergedError, TrainingInterruptedError
-
-
-def _raiser(error: BaseException) -> Callable[..., Any]:
-    def fail(*args: Any, **options: Any) -> Any:
-        raise error
-
-    return fail
 
 
 class Broken(Dataset[int]):
@@ -96,7 +90,7 @@ ONE_LINE = [
 def test_what_a_user_can_mend_is_one_line(
     make: Callable[[], Exception], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sipo.data.check.run_check", _raiser(make()))
+    monkeypatch.setattr("sipo.data.check.run_check", Mock(side_effect=make()))
     assert cli.main(["data", "check", "nowhere"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("sipo: error: ") and error.count("\n") == 1
@@ -126,13 +120,13 @@ def test_a_lack_of_memory_is_no_fault_of_the_file_that_is_read(reading: Any, err
     "mistake", [AssertionError("x"), AttributeError("x"), KeyError("x"), TypeError("x"), RuntimeError("shapes differ")]
 )
 def test_mistakes_of_ours_keep_their_traceback(mistake: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sipo.data.check.run_check", _raiser(mistake))
+    monkeypatch.setattr("sipo.data.check.run_check", Mock(side_effect=mistake))
     with pytest.raises(type(mistake)):
         cli.main(["data", "check", "nowhere"])
 
 
 def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("sipo.data.check.run_check", _raiser(KeyboardInterrupt()))
+    monkeypatch.setattr("sipo.data.check.run_check", Mock(side_effect=KeyboardInterrupt()))
     assert cli.main(["data", "check", "nowhere"]) == 130
     assert capsys.readouterr().err == "sipo: interrupted\n"
 
@@ -141,7 +135,7 @@ def test_demo_and_reports_have_the_same_errors(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("sipo.demo.main.run_demo", "sipo.analysis.report.report_run"):
-        monkeypatch.setattr(name, _raiser(safetensors.SafetensorError("damaged")))
+        monkeypatch.setattr(name, Mock(side_effect=safetensors.SafetensorError("damaged")))
     for command in (["demo"], ["analyze", str(tmp_path)]):
         assert cli.main(command) == 2
         assert capsys.readouterr().err == "sipo: error: safetensors: damaged\n"
@@ -241,7 +235,7 @@ def test_a_run_that_stops_keeps_its_status_where_nobody_can_be_told(monkeypatch:
     )
     stopped = TrainingInterruptedError(3, Path("nowhere"), "SIGINT")
     monkeypatch.setattr("sipo.recipe.config.load_config", lambda *_: config)
-    monkeypatch.setattr("sipo.recipe.train.run_training", _raiser(stopped))
+    monkeypatch.setattr("sipo.recipe.train.run_training", Mock(side_effect=stopped))
     with unread("stderr"):
         assert cli.main(["train", "config.yaml"]) == 130
 
@@ -273,7 +267,7 @@ def test_a_process_whose_output_nobody_reads_ends_quietly() -> None:
 def test_debug_shows_the_traceback_that_a_one_line_error_hides(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sipo.recipe.verify.verify_run", _raiser(CacheError("damaged")))
+    monkeypatch.setattr("sipo.recipe.verify.verify_run", Mock(side_effect=CacheError("damaged")))
     assert cli.main([*arguments, "nowhere"]) == 2
     *before, last = capsys.readouterr().err.splitlines()
     assert last == "sipo: error: damaged"

@@ -7,7 +7,7 @@ import struct
 import sys
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from unittest.mock import Mock
 
 import av
 import pytest
@@ -132,11 +132,7 @@ def test_memory_that_does_not_suffice_names_the_file(
 ) -> None:
     path = tmp_path / "clip.mp4"
     write_video(path, counted(5), 8.0)
-
-    def fail(*arguments: Any) -> Any:
-        raise error
-
-    monkeypatch.setattr("sipo.data.clips._rgb", fail)
+    monkeypatch.setattr("sipo.data.clips._rgb", Mock(side_effect=error))
     with pytest.raises(RuntimeError if reason is None else MediaError) as caught:
         read_media(path, 5)
     assert reason is None or str(caught.value) == f"{path}: cannot be decoded: {reason}"

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -175,11 +176,8 @@ def test_file_systems_without_modes_and_without_syncing_folders(
         synced.append(handle)
         fsync(handle)
 
-    def chmod(*args: Any, **options: Any) -> None:
-        raise OSError(number, os.strerror(number))
-
     monkeypatch.setattr(os, "fsync", sync)
-    monkeypatch.setattr(os, "chmod", chmod)
+    monkeypatch.setattr(os, "chmod", Mock(side_effect=OSError(number, os.strerror(number))))
     with files.aside(tmp_path / "network", durable=True) as place:
         place.mkdir()
         (place / "a").touch(0o600)
@@ -187,11 +185,8 @@ def test_file_systems_without_modes_and_without_syncing_folders(
 
 
 def test_a_file_that_cannot_be_synced_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def sync(handle: int) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
     (tmp_path / "a").touch()
-    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(errno.EIO, os.strerror(errno.EIO))))
     for path in (tmp_path, tmp_path / "a"):
         with pytest.raises(OSError, match="Input/output error") as caught:
             files.sync(path)

@@ -14,6 +14,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -218,12 +219,9 @@ def test_something_else_of_the_locks_name_is_refused(tmp_path: Path, kind: str) 
 
 
 def test_a_full_disk_names_the_file_and_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*args: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(os, "pwrite", full)
+        patch.setattr(os, "pwrite", Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
         with pytest.raises(OSError, match="No space left on device") as caught, locked(folder, WHAT):
             pass
     assert caught.value.filename == str(folder / LOCK) and not folder.exists()
@@ -318,10 +316,7 @@ def test_of_two_machines_that_come_at_once_the_last_to_write_has_it(
 
 @pytest.mark.filterwarnings("ignore:.*held this lock")
 def test_a_file_system_without_locks(tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    def none(*args: Any) -> None:
-        raise OSError(errno.ENOLCK, "no locks available")
-
-    monkeypatch.setattr(fcntl, "lockf", none)
+    monkeypatch.setattr(fcntl, "lockf", Mock(side_effect=OSError(errno.ENOLCK, "no locks available")))
     with holder(tmp_path) as pid:
         assert f"by process {pid} since" in refused(tmp_path)
         assert there(tmp_path)["pid"] == pid

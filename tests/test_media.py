@@ -9,6 +9,7 @@ import warnings
 import zlib
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import av
 import pytest
@@ -473,13 +474,11 @@ def test_names_that_cannot_be_printed_are_escaped(name: str) -> None:
 
 
 def test_a_file_that_may_not_be_read_is_a_missing_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*arguments: Any, **options: Any) -> Any:
-        raise PermissionError(13, "Permission denied", str(tmp_path / "image.png"))
-
+    refused = PermissionError(13, "Permission denied", str(tmp_path / "image.png"))
     write_image(tmp_path / "image.png", noise(1, 3, 8, 8))
     for place in ("PIL.Image.open", "pathlib.Path.stat"):
         with monkeypatch.context() as patch:
-            patch.setattr(place, refuse)
+            patch.setattr(place, Mock(side_effect=refused))
             with pytest.raises(MediaError, match=r"image\.png: cannot be read: Permission denied$") as caught:
                 read_media(tmp_path / "image.png")
         assert caught.value.kind == "missing"

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from accelerate.utils import DistributedType
@@ -29,13 +30,9 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture
 def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Runs a command's checks; whatever would look at data is an error of its own."""
-
-    def prepare_data(*args: Any, **options: Any) -> Any:
-        raise AssertionError("data is prepared")
-
     # The module that defines it comes last: the others, if imported only now, would take this one for theirs.
     for module in ("sipo.recipe.train", "sipo.recipe.analyze_start", "sipo.recipe.prepare_data"):
-        monkeypatch.setattr(f"{module}.prepare_data", prepare_data)
+        monkeypatch.setattr(f"{module}.prepare_data", Mock(side_effect=AssertionError("data is prepared")))
 
     def run(command: str, family: str, *overrides: str, model: Path | None = None) -> int:
         example = ROOT / "examples" / "toy" / f"{family}.yaml"

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -192,10 +193,7 @@ def test_samples_are_drawn_in_the_precision_of_training(tmp_path: Path) -> None:
 def test_a_look_that_fails_in_training_is_a_warning(tmp_path: Path) -> None:
     run = run_of(tmp_path)
     look = ValidationSamples(run)
-
-    def fail(*_: Any) -> None:
-        raise torch.OutOfMemoryError("out of memory.\n  Tried to allocate 2 GiB")
-
+    fail = Mock(side_effect=torch.OutOfMemoryError("out of memory.\n  Tried to allocate 2 GiB"))
     policy = network_of(run.family).train()
     hook = policy.mid_block.register_forward_hook(fail)  # type: ignore[union-attr, arg-type]
     with pytest.raises(torch.OutOfMemoryError):
@@ -265,11 +263,8 @@ def test_a_stop_that_another_process_was_asked_for_is_named_plainly(
 def test_a_process_that_is_gone_ends_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """There is no training without it."""
     look, policy = ValidationSamples(run_of(tmp_path)), network_of(run_of(tmp_path).family)
-
-    def gone(*_: Any) -> None:
-        raise RuntimeError("[/a/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:431")
-
-    monkeypatch.setattr(looks, "from_all", gone)
+    gone = RuntimeError("[/a/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:431")
+    monkeypatch.setattr(looks, "from_all", Mock(side_effect=gone))
     with pytest.raises(RuntimeError, match="Connection closed by peer"):
         look(3, policy)
 

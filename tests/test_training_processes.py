@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -446,15 +447,9 @@ def test_other_errors_of_communication_are_one_line_and_mistakes_of_ours_are_not
 
 
 def test_an_error_of_its_own_outlives_that_of_a_partner_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    def gone(*_: Any) -> None:
-        raise RuntimeError(f"{_GLOO}pair.cc:553] {_CLOSED}")
-
-    def work() -> None:
-        raise ValueError("row 3: damaged")
-
-    monkeypatch.setattr(processes, "gathered", gone)
+    monkeypatch.setattr(processes, "gathered", Mock(side_effect=RuntimeError(f"{_GLOO}pair.cc:553] {_CLOSED}")))
     with pytest.raises(ValueError, match="row 3: damaged"):
-        processes.everywhere(SimpleNamespace(num_processes=2), work)
+        processes.everywhere(SimpleNamespace(num_processes=2), Mock(side_effect=ValueError("row 3: damaged")))
     with pytest.raises(RuntimeError, match="Connection closed by peer"):
         processes.everywhere(SimpleNamespace(num_processes=2), lambda: None)
 

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -510,11 +511,8 @@ def test_the_main_process_says_what_a_folder_holds(tmp_path: Path, monkeypatch: 
 
 
 def test_leftovers_that_cannot_be_removed_end_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(folder: Path) -> None:
-        raise PermissionError(13, "Permission denied", str(folder))
-
     monkeypatch.setattr(loop, "check_setup", lambda *_: None)
-    monkeypatch.setattr(storage, "clear", broken)
+    monkeypatch.setattr(storage, "clear", Mock(side_effect=PermissionError(13, "Permission denied")))
     outcomes = outcomes_in_processes(2, lambda one: fit(tmp_path, accelerator=one))
     assert [type(outcome) for outcome in outcomes] == [PermissionError, OtherProcessError]
 
