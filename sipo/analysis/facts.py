@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sipo.training.log_reader import pluck
+from sipo.training.log_reader import metric_values
 
 LN2 = math.log(2)
 
@@ -140,7 +140,7 @@ def gather(
     covered = sum(weights)
 
     def mean(name: str) -> tuple[float, float]:
-        found = [(v, w) for v, w in zip(pluck(tail, name), weights, strict=True) if not math.isnan(v)]
+        found = [(v, w) for v, w in zip(metric_values(tail, name), weights, strict=True) if not math.isnan(v)]
         total = sum(w for _, w in found)
         if not total:
             return math.nan, math.nan
@@ -173,7 +173,7 @@ def gather(
         accuracy_se=accuracy_se(accuracy, pairs),
         loss_se=0.0 if math.isnan(loss_se) else loss_se,
         chosen_gap_se=0.0 if math.isnan(chosen_gap_se) else chosen_gap_se,
-        start_active=pluck(lines, "active_fraction")[0] if masks else 1.0,
+        start_active=metric_values(lines, "active_fraction")[0] if masks else 1.0,
         start_pairs=since[0] * pairs_per_step,
         beta=beta,
         broken_pairs=sum(int(line.get("nonfinite_pairs") or 0) for line in lines),
@@ -223,7 +223,7 @@ def held_out(validation: Sequence[dict[str, Any]]) -> HeldOut | None:
         return None
     line = validation[-1]
     names = ("pairs", "rewards/accuracies", "loss", "no_preference_loss", "active_fraction")
-    pairs, accuracy, loss, without, active = (pluck([line], f"validation/{name}")[0] for name in names)
+    pairs, accuracy, loss, without, active = (metric_values([line], f"validation/{name}")[0] for name in names)
     if math.isnan(accuracy) or not pairs >= 1:
         return None
     active = 1.0 if math.isnan(active) else active or math.nan  # a loss of one's own that drops no pairs
@@ -236,7 +236,7 @@ def describe_held_out(validation: Sequence[dict[str, Any]]) -> str:
     if seen is None:
         return "no pair is finite"
     chance = "more than by chance" if seen.ranks else "no more than chance explains"
-    loss = pluck(validation[-1:], "validation/loss")[0]
+    loss = metric_values(validation[-1:], "validation/loss")[0]
     share = f"{100 * seen.accuracy:.1f} ± {100 * seen.se:.1f} % of {seen.pairs:,} pairs"
     return f"loss {loss:.4f}, {share} ranked right, {chance}"
 

@@ -19,7 +19,7 @@ from sipo.analysis.samples import sample_pictures
 from sipo.analysis.settings import in_force, loss_numbers, read_settings
 from sipo.analysis.verdicts import judge
 from sipo.files import check_output, write_aside
-from sipo.training.log_reader import metrics_fault, pluck, read_log
+from sipo.training.log_reader import metric_values, metrics_fault, read_log
 from sipo.training.statistics import MEANS, merge, over_bins, read_statistics
 from sipo.training.validation import no_preference
 
@@ -131,7 +131,7 @@ def _read_metrics(path: Path) -> tuple[list[Line], list[Line]]:
     if not path.exists():
         raise ValueError(f"{path.parent}: no metrics.jsonl, expected the folder of a run")
     log = read_log(path, metrics_fault)
-    log.complain(path)
+    log.warn(path)
     training, validation = (
         [line for line in log.lines if line.get("kind", "training") == kind] for kind in ("training", "validation")
     )
@@ -176,7 +176,7 @@ def run_page(run: RunLog, findings: Sequence[Finding]) -> Page:
 
 def _seconds(lines: Sequence[Line]) -> float:
     """Returns the seconds of training, including those before each resume, where the clock of a line restarts."""
-    clock = [second for second in pluck(lines, "seconds") if not math.isnan(second)]
+    clock = [second for second in metric_values(lines, "seconds") if not math.isnan(second)]
     return sum(now for now, after in pairwise([*clock, 0.0]) if after < now)
 
 
@@ -207,14 +207,14 @@ def regroup(line: Line, bins: int) -> Line:
 
 def _curves(run: RunLog) -> list[Picture]:
     lines = run.lines
-    steps = pluck(lines, "step")
+    steps = metric_values(lines, "step")
 
     def held_out(name: str) -> tuple[list[float], list[float], str] | None:
-        values = pluck(run.validation, f"validation/{name}")
-        return None if all(map(math.isnan, values)) else (pluck(run.validation, "step"), values, "held out")
+        values = metric_values(run.validation, f"validation/{name}")
+        return None if all(map(math.isnan, values)) else (metric_values(run.validation, "step"), values, "held out")
 
     def get(name: str) -> list[float]:
-        return pluck(lines, name)
+        return metric_values(lines, name)
 
     def curve(title: str, named: dict[str, list[float]], label: str, caption: str, **options: Any) -> Picture:
         return Picture(title, figures.curves(steps, named, label, **options), caption)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sipo.cache.decode import DecodedPair, PairDecoder, ahead, queue_length
-from sipo.cache.existing import ExistingCache, stop
+from sipo.cache.existing import ExistingCache, bad_pair
 from sipo.cache.format import LATENTS, TEXT, UNCONDITIONAL, shard_name, text_key, trim
 from sipo.cache.index import FILES_FACT, ROWS_FACT
 from sipo.cache.savings import Cost
@@ -181,7 +181,7 @@ class PairEncoder:
 
     def _skip(self, source: ShardSource, row: int, kind: str, reason: str) -> None:
         if not self.settings.skip_bad:
-            raise stop(row, kind, reason, source.change)
+            raise bad_pair(row, kind, reason, source.change)
         source.skipped.append((row, kind, reason))
 
     def _flush(self, source: ShardSource) -> Generator[None, None, None]:

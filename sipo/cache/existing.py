@@ -242,7 +242,7 @@ class ExistingCache:
         """Raises for the first pair that was left out under ``data.skip_bad=true``, where it is false now."""
         if not self.settings.skip_bad:
             for row, kind, reason in shard.facts["skipped"]:
-                raise stop(row, kind, reason)
+                raise bad_pair(row, kind, reason)
 
     def _changed(self, change: str) -> None:
         """Records a change for the report, or refuses it."""
@@ -262,7 +262,7 @@ def _rows(rows: list[RowFacts]) -> str:
     return row_name(rows[0][0]) if len(rows) == 1 else f"rows {rows[0][0] + 1} to {rows[-1][0] + 1}"
 
 
-def stop(row: int, kind: str, reason: str, change: str = "") -> BadPairError:
+def bad_pair(row: int, kind: str, reason: str, change: str = "") -> BadPairError:
     """Makes the error of a pair that cannot be used and may not be left out.
 
     Args:

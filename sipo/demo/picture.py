@@ -14,7 +14,7 @@ from torch import Tensor
 from sipo.demo.digits import CLASSES, IMAGE_SIZE, ink
 from sipo.demo.measure import SampleScores
 from sipo.files import aside
-from sipo.training.log_reader import pluck
+from sipo.training.log_reader import metric_values
 
 BEFORE, AFTER, LIMIT, TEXT = "#8d939c", "#1f5fa8", "#b8501a", "#22262b"
 _ROWS = 7
@@ -168,20 +168,20 @@ def _agreement(axes: Axes, result: DemoResult) -> None:
 
 
 def _loss(axes: Axes, result: DemoResult) -> None:
-    steps = pluck(result.history, "step")
-    axes.plot(steps, pluck(result.history, "loss"), color=AFTER)
+    steps = metric_values(result.history, "step")
+    axes.plot(steps, metric_values(result.history, "loss"), color=AFTER)
     axes.axhline(np.log(2), color=BEFORE, linewidth=1.0, linestyle=(0, (4, 3)))
     axes.text(steps[-1], np.log(2), "ln 2: no preference yet", ha="right", va="bottom", fontsize=9.5, bbox=_PAPER)
-    axes.set_ylim(0, max(0.78, np.nanmax(pluck(result.history, "loss")) * 1.1))
+    axes.set_ylim(0, max(0.78, np.nanmax(metric_values(result.history, "loss")) * 1.1))
     axes.set_title("Training loss")
     axes.set_xlabel("optimiser step")
     axes.set_ylabel("loss (nats per pair)")
 
 
 def _fractions(axes: Axes, result: DemoResult) -> None:
-    steps = pluck(result.history, "step")
-    axes.plot(steps, pluck(result.history, "rewards/accuracies"), color=AFTER, label="reward accuracy")
-    axes.plot(steps, pluck(result.history, "active_fraction"), color=LIMIT, label="active pairs")
+    steps = metric_values(result.history, "step")
+    axes.plot(steps, metric_values(result.history, "rewards/accuracies"), color=AFTER, label="reward accuracy")
+    axes.plot(steps, metric_values(result.history, "active_fraction"), color=LIMIT, label="active pairs")
     axes.set_ylim(0, 1.05)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0%", "25%", "50%", "75%", "100%"])
     axes.set_title("Pairs ranked right, and pairs that train")

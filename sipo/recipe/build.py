@@ -66,9 +66,9 @@ class RunContext:
     def reference_marks(self) -> dict[str, Any]:
         """What says which reference the errors are of, for the functions of ``sipo.cache.reference_errors``."""
         marks = self.config.reference_marks(whole_dtype(self.accelerator))
-        return {key: value for key, value in marks.items() if key not in PLACE} | self.weights(network=True)
+        return {key: value for key, value in marks.items() if key not in PLACE} | self.weight_hashes(network=True)
 
-    def weights(self, *, network: bool, verify: bool = False) -> dict[str, str]:
+    def weight_hashes(self, *, network: bool, verify: bool = False) -> dict[str, str]:
         """Returns hashes of the network's files, or of the encoders' (:func:`sipo.cache.weights.weight_hashes`)."""
         options = {"network": network, "verify": verify}
         return from_main(

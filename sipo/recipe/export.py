@@ -116,7 +116,7 @@ def _of_weights(family: Family, folder: Path) -> tuple[Path, Adapter]:
 def _of_checkpoint(family: Family, config: Config, folder: Path) -> Adapter:
     lora, tag = config.model.lora, f".{ADAPTER}."
     # SD3 and CogVideoX have buffers beside the adapter.
-    tensors = {name.replace(tag, "."): t for name, t in checkpoint.weights(folder).items() if ".lora_" in name}
+    tensors = {name.replace(tag, "."): t for name, t in checkpoint.read_weights(folder).items() if ".lora_" in name}
     scale = 1.0 if lora.alpha is None else lora.alpha / lora.rank
     targets = lora.target_modules or family.lora_targets
     try:

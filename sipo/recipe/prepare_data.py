@@ -67,9 +67,9 @@ def prepare_data(
     """
     config, accelerator = run.config, run.accelerator
     on_main(accelerator, lambda: make_folder(run.cache, f"data.cache={config.data.cache!r}"))
-    weights = run.weights(network=False, verify=verify)
+    weights = run.weight_hashes(network=False, verify=verify)
     if verify and config.data.reference_errors:
-        run.weights(network=True, verify=True)
+        run.weight_hashes(network=True, verify=True)
     fingerprint, summary = pairs_fingerprint(config.model, config.data, weights), None
     whole = from_main(accelerator, lambda: pairs_are_whole(run.cache, fingerprint))
     reader, missing = _open_source(run, ask=whole)

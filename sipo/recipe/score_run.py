@@ -138,7 +138,7 @@ def _check_network(run: RunContext, folder: Path, origin: dict[str, Any]) -> Non
     """Refuses another network than the one that the weights were trained from."""
     if not origin:
         return
-    was, now = origin["network"], run.weights(network=True)
+    was, now = origin["network"], run.weight_hashes(network=True)
     for name in sorted(was.keys() | now.keys()):
         if was.get(name) != now.get(name):
             change = f"{name} is {now.get(name)}, was {was.get(name)}"  # of a hub

@@ -140,7 +140,7 @@ def trained_on(run: RunContext, cache: Cache) -> dict[str, Any]:
     """Returns JSON values that are equal for two runs if they hold out the same pairs and train the same network."""
     data = run.config.data
     split = {"data.held_out": data.held_out, "data.seed": data.seed}
-    return {"data": cache.content_hash(), **split, "network": run.weights(network=True)}
+    return {"data": cache.content_hash(), **split, "network": run.weight_hashes(network=True)}
 
 
 def _check_folder(training: TrainingConfig, resume: bool, overwrite: bool = False) -> bool:
@@ -205,7 +205,7 @@ def _identity(run: RunContext, data: str) -> dict[str, Any]:
     model = {f"model.{name}": value for name, value in config.as_dict()["model"].items() if name not in free}
     # In which type the reference is held makes no other run of one that predicts as the policy does.
     model["model.reference_dtype"] = config.model.reference_dtype if config.differing_start else "as the policy's"
-    weights = {f"model.{name}": value for name, value in run.weights(network=True).items()}
+    weights = {f"model.{name}": value for name, value in run.weight_hashes(network=True).items()}
     draws = {f"data.{name}": getattr(config.data, name) for name in ("draws", "held_out", "seed")}
     return {**model, **weights, **draws, "model.reference": config.reference_kind, "data": data}
 

@@ -175,7 +175,7 @@ def reading(folder: Path) -> Iterator[None]:
         raise CheckpointError(f"{folder}: does not fit this run ({name}{reason})") from error
 
 
-def weights(folder: Path) -> dict[str, Tensor]:
+def read_weights(folder: Path) -> dict[str, Tensor]:
     """Returns a checkpoint's weights for use: the moving average if it has one, otherwise the weights.
 
     Raises:

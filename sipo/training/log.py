@@ -155,7 +155,7 @@ def _keep_lines(path: Path, fault: Callable[[dict[str, Any]], str], last_step: i
     if log.damage:
         (copy,) = _free_names([path])
         shutil.copyfile(path, copy)  # without its mode, which not every file system can set
-        log.complain(path, f"; the log as it was is {copy.name}")
+        log.warn(path, f"; the log as it was is {copy.name}")
     kept = (text for text, line in zip(log.texts, log.lines, strict=True) if line["step"] <= last_step)
     write_aside(path, b"".join(kept))
 

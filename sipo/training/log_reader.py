@@ -42,7 +42,7 @@ class Log(NamedTuple):
     texts: list[bytes]
     damage: list[str]
 
-    def complain(self, path: Path, more: str = "") -> None:
+    def warn(self, path: Path, more: str = "") -> None:
         """Warns of the damage in one line, if there is any.
 
         Args:
@@ -103,11 +103,11 @@ def read_metrics(path: str | Path, kind: str = "training") -> list[dict[str, Any
     Damaged lines are left out, with a warning that names them. Errors as for :func:`read_log`.
     """
     log = read_log(path, metrics_fault)
-    log.complain(Path(path))
+    log.warn(Path(path))
     return [line for line in log.lines if line.get("kind", "training") == kind]
 
 
-def pluck(history: Sequence[dict[str, Any]], name: str) -> list[float]:
+def metric_values(history: Sequence[dict[str, Any]], name: str) -> list[float]:
     """Returns one metric over the log lines, NaN where a line lacks it."""
     return [math.nan if line.get(name) is None else float(line[name]) for line in history]
 
@@ -115,7 +115,7 @@ def pluck(history: Sequence[dict[str, Any]], name: str) -> list[float]:
 def step_mean(history: Sequence[dict[str, Any]], name: str) -> float:
     """Averages a metric over the steps from the start of a run; a line stands for the steps since the line before."""
     total, covered, previous = 0.0, 0, 0
-    for line, value in zip(history, pluck(history, name), strict=True):
+    for line, value in zip(history, metric_values(history, name), strict=True):
         if not math.isnan(value):
             total += value * (line["step"] - previous)
             covered += line["step"] - previous

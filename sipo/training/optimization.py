@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sipo.training.config import TrainingConfig
 from sipo.training.measurements import Measurements
-from sipo.training.sharding import host_copy, like, local, plain_name, whole
+from sipo.training.sharding import host_copy, local_part, plain_name, shard_like, whole
 
 ASKED = ("cpu",)
 """Devices where a number is read at each step, since reading takes no synchronisation there. Tests empty it."""
@@ -109,7 +109,7 @@ class WeightUpdates:
         if self._accelerator.device.type not in ASKED or broken:
             for parameter in self._parameters:
                 if parameter.grad is not None:
-                    local(parameter.grad).masked_fill_(broken, 0.0)
+                    local_part(parameter.grad).masked_fill_(broken, 0.0)
         self._optimizer.step()
         self._optimizer.zero_grad()
         if self.average is not None:
@@ -142,5 +142,5 @@ class Average:
     def load(self, tensors: dict[str, Tensor], steps: int) -> None:
         """Undoes :meth:`tensors`, after ``steps`` updates."""
         for name, shadow in zip(self.parameters, self.model.shadow_params, strict=True):
-            shadow.copy_(like(tensors[name], shadow))
+            shadow.copy_(shard_like(tensors[name], shadow))
         self.model.optimization_step = steps

@@ -73,12 +73,12 @@ def whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
     """Returns this process's part of a tensor, to be changed in place."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def like(tensor: Tensor, other: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
     """Shards a full value as ``other`` is. Every process calls it, with the same value."""
     tensor = tensor.to(other.device)
     return distribute_tensor(tensor, other.device_mesh, other.placements) if isinstance(other, DTensor) else tensor
@@ -125,7 +125,7 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
     """Loads the weights of :func:`gather_weights` into a network."""
     with torch.no_grad():
         for name, tensor in trained(model).items():
-            tensor.copy_(like(weights[name], tensor))
+            tensor.copy_(shard_like(weights[name], tensor))
 
 
 def gather_optimizer(optimizer: Any, keep: bool = True) -> dict[str, Any]:
@@ -158,5 +158,5 @@ def _gathered(values: dict[str, Any], keep: bool) -> dict[str, Any]:
 
 def _dealt(value: Any, parameter: Tensor) -> Any:
     if isinstance(parameter, DTensor) and isinstance(value, Tensor) and value.shape == parameter.shape:
-        return like(value, parameter)
+        return shard_like(value, parameter)
     return value

@@ -157,7 +157,7 @@ def read_statistics(path: str | Path) -> list[dict[str, Any]]:
     bins = [NoiseBins(*(line[name] for name in NoiseBins._fields)) for line in log.lines]
     usual = Counter(bins).most_common(1)[0][0] if bins else None
     strays = [f"step {line['step']} (other bins)" for line, own in zip(log.lines, bins, strict=True) if own != usual]
-    log._replace(damage=log.damage + strays).complain(Path(path))
+    log._replace(damage=log.damage + strays).warn(Path(path))
     return [line for line, own in zip(log.lines, bins, strict=True) if own == usual]
 
 
