@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -53,6 +54,14 @@ def fresh_accelerate() -> Iterator[None]:
 
 GOLDEN_FILES = Path(__file__).parent / "golden"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def assert_refused(call: Callable[[], Any], error: type[Exception], message: str) -> None:
+    """Checks that a call raises an error of this type, whose message has one line and contains this text."""
+    with pytest.raises(error) as caught:
+        call()
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def _implementations() -> list[str]:

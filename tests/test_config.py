@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import assert_refused
 
 from sipo.recipe.config import ConfigError, from_dict, load_config
 from sipo.recipe.key_hints import _OTHER_NAMES
@@ -218,10 +219,7 @@ def test_overrides_lie_over_the_file(tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_are_named_in_one_line(sections: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        from_dict(tree(**sections))
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert_refused(lambda: from_dict(tree(**sections)), ConfigError, message)
 
 
 @pytest.mark.parametrize(
