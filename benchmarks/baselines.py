@@ -35,7 +35,7 @@ def published(
     beta: float,
     ref_error: Tensor | None = None,
 ) -> Tensor:
-    """The loss block of a Diffusion-DPO script with SIPO's weights, in whatever type the inputs have.
+    """Computes the loss as a Diffusion-DPO script does, with SIPO's weights, in the type of the inputs.
 
     A target that a pair shares is read where it lies: a script's ``torch.cat`` would copy it.
     """
@@ -51,20 +51,20 @@ def published(
 
 
 def _mean_squares(pred: Tensor, target: Tensor) -> Tensor:
-    """``[S]`` mean squared differences."""
+    """Returns ``[S]`` mean squared differences."""
     shared = target.shape != pred.shape
     difference = (pred.unflatten(0, (2, -1)) - target).flatten(0, 1) if shared else pred - target
     return difference.pow(2).mean(dim=list(range(1, pred.ndim)))
 
 
 def upcast(model_pred: Tensor, ref_pred: Tensor | None, target: Tensor, *rest: Any) -> Tensor:
-    """:func:`published` after ``.float()`` on every prediction and the target, as careful scripts do."""
+    """Runs :func:`published` after ``.float()`` on every prediction and the target, as careful scripts do."""
     ref = None if ref_pred is None else ref_pred.float()
     return published(model_pred.float(), ref, target.float(), *rest)
 
 
 def truth(batch: LossInputs) -> tuple[Tensor, Tensor]:
-    """Loss, and ``model_pred``'s gradient for the batch's upstream gradient, in float64.
+    """Returns the loss, and ``model_pred``'s gradient for the batch's upstream gradient, in float64.
 
     What every implementation is checked with before it is timed.
     """
@@ -77,7 +77,7 @@ def truth(batch: LossInputs) -> tuple[Tensor, Tensor]:
 
 
 def available(device: str) -> tuple[list[str], dict[str, str]]:
-    """Our backends that can run on ``device``, and those that cannot: name → why.
+    """Returns our backends that can run on ``device``, and those that cannot: name → why.
 
     Triton's interpreter on a CPU is for tests and not counted as running.
     """
@@ -94,7 +94,7 @@ def available(device: str) -> tuple[list[str], dict[str, str]]:
 
 
 def implementations(batch: LossInputs, device: str, autotune: bool) -> dict[str, Callable[[], Tensor]]:
-    """Name → a function that makes the loss of the batch. Compilation waits for the first call."""
+    """Returns name → a function that makes the loss of the batch. Compilation waits for the first call."""
     torch._dynamo.reset()  # every case is compiled for its own sizes, and earlier CUDA graphs give their memory back
     model, ref, target, scale, ref_error, _ = batch
     tensors = model, ref, target, scale, BETA, ref_error

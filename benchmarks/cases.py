@@ -110,7 +110,7 @@ class Case:
         return f"{self.label}, {count(self.pairs)}, {self.types}, {upstream}{self.mode}"
 
     def fields(self) -> dict[str, Any]:
-        """The case's part of a results entry; :meth:`of` reads it."""
+        """Returns the case's part of a results entry; :meth:`of` reads it."""
         return {
             "label": self.label,
             "shape": list(self.shape),
@@ -125,7 +125,7 @@ class Case:
 
     @classmethod
     def of(cls, entry: Mapping[str, Any]) -> Case:
-        """The case of a results entry."""
+        """Returns the case of a results entry."""
         names = ("label", "pairs", "dtype", "target", "shared_target", "ref_error", "upstream", "mode")
         return cls(sample=tuple(entry["shape"][1:]), **{name: entry[name] for name in names})
 
@@ -147,17 +147,17 @@ class LossInputs(NamedTuple):
 
 
 def count(pairs: int) -> str:
-    """``"1 pair"``, ``"4 pairs"``."""
+    """Formats the number of pairs: ``"1 pair"``, ``"4 pairs"``."""
     return f"{pairs} pair{'s' if pairs != 1 else ''}"
 
 
 def fraction(number: float) -> str:
-    """``"1/8"``, ``"1"``."""
+    """Formats a number as a fraction: ``"1/8"``, ``"1"``."""
     return str(Fraction(number).limit_denominator(1000))
 
 
 def table_cases() -> Iterator[Case]:
-    """The 16 cells of the headline table."""
+    """Yields the 16 cells of the headline table."""
     for label, pairs in TABLE:
         for target in (TARGET, TRAINED):
             for upstream in (UPSTREAM, 1.0):
@@ -177,13 +177,13 @@ def training_cases() -> Iterator[Case]:
 
 
 def float32_video_cases() -> Iterator[Case]:
-    """Videos whose network is in float32."""
+    """Yields videos whose network is in float32."""
     for label, pairs in FLOAT32_VIDEO:
         yield Case(label, SHAPES[label], pairs, "float32", "float32", upstream=UPSTREAM)
 
 
 def headline_cases() -> dict[str, list[Case]]:
-    """What is quoted, by group."""
+    """Returns what is quoted, by group."""
     return {
         "table": list(table_cases()),
         "other training cases": list(training_cases()),
@@ -197,7 +197,7 @@ def is_headline(case: Case) -> bool:
 
 
 def kernel_cases() -> Iterator[Case]:
-    """All cases of the kernel benchmark, most telling first: a run that is cut off keeps the breadth.
+    """Yields all cases of the kernel benchmark, most telling first: a run that is cut off keeps the breadth.
 
     After the headline cases all tensors are of one type and the upstream gradient is 1: bfloat16 before float32 before
     float16; 4 pairs before 1 before 16; small latents before large.
@@ -214,7 +214,7 @@ def kernel_cases() -> Iterator[Case]:
 
 
 def sweep_cases(low: int, high: int, dtypes: tuple[str, ...], pairs: int = 4) -> Iterator[Case]:
-    """Predictions of 2^low … 2^high elements, 4 pairs, with the target and the upstream gradient of training."""
+    """Yields 4 pairs of 2^low … 2^high elements, with the target and the upstream gradient of training."""
     for dtype in dtypes:
         for power in range(low, high + 1):
             yield Case(f"2^{power}", (2**power // (2 * pairs),), pairs, dtype, TARGET, upstream=UPSTREAM)

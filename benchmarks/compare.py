@@ -49,7 +49,7 @@ class Change(NamedTuple):
 
 
 def key(entry: dict[str, Any]) -> str:
-    """The case as text: what has to be equal in both files."""
+    """Returns the case as text: what has to be equal in both files."""
     parts = []
     for name in KEY:
         value = entry.get(name)
@@ -61,7 +61,7 @@ def key(entry: dict[str, Any]) -> str:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Why the two files do not measure the same thing; empty if they do."""
+    """Returns why the two files do not measure the same thing; empty if they do."""
     fields = ("device", "device_type", "threads", "multiprocessors")
     pairs = [("kind", old["kind"], new["kind"])]
     pairs += [(field, old["machine"].get(field), new["machine"].get(field)) for field in fields]
@@ -69,7 +69,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def notes(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
-    """What a reader has to know before believing the table."""
+    """Yields what a reader has to know before believing the table."""
     for field in ("torch", "triton", "driver", "cuda", "python", "native", "clocks"):
         before, now = old["machine"].get(field), new["machine"].get(field)
         if before != now:
@@ -86,13 +86,13 @@ def notes(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
 
 
 def copy_bandwidth(results: dict[str, Any]) -> float | None:
-    """The run's median copy bandwidth, GB/s."""
+    """Returns the run's median copy bandwidth, GB/s."""
     median: float | None = results.get("copy_bandwidth_gb_s", {}).get("median")
     return median
 
 
 def changes(old: dict[str, Any], new: dict[str, Any], percent: float) -> list[Change]:
-    """Every time that both files have."""
+    """Returns every time that both files have."""
     before = {key(entry): entry for entry in old["cases"]}
     rates = copy_bandwidth(old), copy_bandwidth(new)
     machine = new["machine"]

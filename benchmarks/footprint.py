@@ -17,7 +17,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 
 def extra_memory_mb(call: Call, *, device: str, before: Call | None = None) -> float:
-    """Peak of torch's allocations during one call beyond what was there before, in MB (1e6 bytes).
+    """Returns the peak of torch's allocations during one call beyond what was there before, in MB (1e6 bytes).
 
     A GPU's allocator counts; on a CPU the profiler's record of allocations is summed in order of time. What is not
     torch's (a C++ library's scratch on the stack, Triton's module) is not in it.
@@ -42,7 +42,7 @@ def extra_memory_mb(call: Call, *, device: str, before: Call | None = None) -> f
 
 
 def launched(call: Call, before: Call = lambda: None) -> list[str]:
-    """Names of the kernels, copies and fills that one call gives the GPU, by torch's profiler.
+    """Returns names of the kernels, copies and fills that one call gives the GPU, by torch's profiler.
 
     ``before`` runs before the call, outside the profile. Profile last: what the profiler loads may slow down launches
     from then on.
@@ -61,6 +61,6 @@ def launched(call: Call, before: Call = lambda: None) -> list[str]:
 
 
 def launches_in(trace: dict[str, Any]) -> list[str]:
-    """Names of the kernels, copies and fills in a Chrome trace of torch's profiler."""
+    """Returns names of the kernels, copies and fills in a Chrome trace of torch's profiler."""
     kinds = ("kernel", "gpu_memcpy", "gpu_memset")
     return [event["name"] for event in trace["traceEvents"] if event.get("cat") in kinds]

@@ -39,7 +39,7 @@ Call = Callable[[], Any]
 
 
 def calls_of(case: Case, device: str) -> dict[str, Call]:
-    """What is timed: name → one call."""
+    """Returns the calls that are timed, by name."""
     batch = make_inputs(case, device)
     before = make_before(batch)
     loss = baselines.ours(backends.choose("auto", torch.device(device)), batch)
@@ -52,7 +52,7 @@ def calls_of(case: Case, device: str) -> dict[str, Call]:
 
 
 def _training_pass(batch: LossInputs, device: str) -> dict[str, Call]:
-    """A pass of ``sipo.training``'s loop without its networks, and its parts."""
+    """Returns calls for a pass of ``sipo.training``'s loop without its networks, and for its parts."""
     loss_fn = SIPOLoss(NoiseSchedule.discrete())
     statistics = TimestepStatistics.of(loss_fn, torch.device(device))
     assert statistics is not None
@@ -85,7 +85,7 @@ def _loop(call: Call) -> None:
 
 
 def measure_case(case: Case, device: str, seconds: float) -> dict[str, Any]:
-    """One entry of the results file."""
+    """Measures one case, and returns its entry in the results file."""
     calls = calls_of(case, device)
     loops = {name: functools.partial(_loop, call) for name, call in calls.items()}
     failed = timing.warm_up(loops, device=device)

@@ -34,7 +34,7 @@ QUICK = r"^(SD1.5, 1 pair|SDXL, 4 pairs), bfloat16, (float32 target, )?upstream"
 
 
 def why_not(case: Case, device: str, everything: bool) -> str | None:
-    """Why a case is left out by default; ``None`` if it is not. A GPU measures all."""
+    """Returns why a case is left out by default; ``None`` if it is not. A GPU measures all."""
     if device == "cuda" or everything:
         return None
     if case.dtype == "float16":
@@ -56,7 +56,7 @@ def why_not(case: Case, device: str, everything: bool) -> str | None:
 
 
 def autotuned(choice: str, device: str) -> Callable[[Case], bool]:
-    """Which cases torch.compile also gets max-autotune for: it compiles for seconds, so not all by default."""
+    """Returns which cases torch.compile also gets max-autotune for: it compiles for seconds, so not all by default."""
     table = list(table_cases())
 
     def chosen(case: Case) -> bool:

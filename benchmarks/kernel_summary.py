@@ -17,7 +17,7 @@ STATES = ("cold", "in turn")
 
 
 def summarize(results: dict[str, Any]) -> dict[str, Any]:
-    """Ratios of the headline cases, forward + backward, by the medians of wall time; below 1 ours is slower.
+    """Returns ratios of the headline cases, forward + backward, by the medians of wall time; below 1 ours is slower.
 
     Args:
         results: a kernel results file.
@@ -56,7 +56,7 @@ def _of_group(results: dict[str, Any], cases: Sequence[Case], state: str) -> dic
 
 
 def table(results: dict[str, Any]) -> str:
-    """The headline cases as README.md quotes them: Markdown, a row for each, times *cold* / *in turn*."""
+    """Formats the headline cases as README.md quotes them: Markdown, a row for each, times *cold* / *in turn*."""
     entries = {(Case.of(entry), entry["state"]): entry["results"] for entry in results["cases"]}
     lines = [
         "| batch | target | upstream | torch.compile, ms | ours, ms | as fast as torch.compile | as torch |",
@@ -78,7 +78,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def _target(case: Case) -> str:
-    """``"float32, shared, errors given"``."""
+    """Describes a target: ``"float32, shared, errors given"``."""
     given = [case.target] + ["shared"] * case.shared_target + ["errors given"] * case.ref_error
     return ", ".join(given) + ("" if case.dtype == TRAINED else f" (predictions {case.dtype})")
 
@@ -88,7 +88,7 @@ def _ratios(rival: Sequence[float | None], ours: Sequence[float | None]) -> list
 
 
 def _cell(values: Sequence[float | None], unit: str = "", lost: bool = False) -> str:
-    """``"0.47 / 0.15"``; a dash where a state was not measured, bold where a ratio is below 1."""
+    """Formats a cell: ``"0.47 / 0.15"``; a dash if a state was not measured, bold if a ratio is below 1."""
     texts = []
     for value in values:
         text = "–" if value is None else f"{value:.2f}{unit}" if value < 10 else f"{value:.3g}{unit}"

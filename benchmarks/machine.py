@@ -21,12 +21,12 @@ BUSY_CORES = 0.1
 
 
 def default_device() -> str:
-    """``"cuda"`` where torch sees a GPU, else ``"cpu"``."""
+    """Returns ``"cuda"`` where torch sees a GPU, else ``"cpu"``."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def cache_bytes(device: str) -> int:
-    """Size of the last cache before memory: a GPU's L2, a CPU's largest (32 MiB where the system does not say)."""
+    """Returns the size of the last cache before memory: a GPU's L2, a CPU's largest (32 MiB if unknown)."""
     if torch.device(device).type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     files = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
@@ -76,7 +76,7 @@ def describe(device: str) -> dict[str, Any]:
 
 
 def caption(info: dict[str, Any]) -> str:
-    """One line for tables and pictures: device, versions, date, commit."""
+    """Returns one line for tables and pictures: device, versions, date, commit."""
     parts = [info["device"]]
     if info.get("device_type") == "cuda":
         parts.append(f"CUDA {info.get('cuda')}, driver {info.get('driver')}")
@@ -87,7 +87,7 @@ def caption(info: dict[str, Any]) -> str:
 
 
 def memory_bytes(device: str) -> int:
-    """Memory that can be had now: free on a GPU, available on a CPU (0 where the system does not say)."""
+    """Returns the memory that can be had now: free on a GPU, available on a CPU (0 if the system does not say)."""
     if torch.device(device).type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     available = re.search(r"^MemAvailable: *(\d+)", _read(Path("/proc/meminfo")), re.MULTILINE)
@@ -95,7 +95,7 @@ def memory_bytes(device: str) -> int:
 
 
 def disturbed(entries: Sequence[Mapping[str, Any]]) -> int:
-    """How many entries of a results file were measured while other processes were busy."""
+    """Returns how many entries of a results file were measured while other processes were busy."""
     return sum((entry.get("others_cores") or 0) > BUSY_CORES for entry in entries)
 
 
@@ -109,7 +109,7 @@ class OthersLoad:
         self._start = self._snapshot()
 
     def cores(self) -> float | None:
-        """Average since the object was made."""
+        """Returns the average since the object was made."""
         now = self._snapshot()
         if now is None or self._start is None:
             return None
@@ -129,13 +129,13 @@ class OthersLoad:
 
 
 def processor() -> str:
-    """The CPU's model name."""
+    """Returns the CPU's model name."""
     names = re.findall(r"^model name\s*: (.*)", _read(Path("/proc/cpuinfo")), re.MULTILINE)
     return names[0].strip() if names else platform.processor() or platform.machine()
 
 
 def commit() -> str:
-    """Short hash with ``+changes`` for an edited tree; ``SIPO_COMMIT`` where there is no git, else ``"unknown"``."""
+    """Returns the short hash, with ``+changes`` for an edited tree; ``SIPO_COMMIT`` without git, else ``"unknown"``."""
 
     def git(*args: str) -> str:
         try:
@@ -168,7 +168,7 @@ def _version(package: str) -> str | None:
 
 
 def _nvidia_smi(fields: str) -> str | None:
-    """A query, which changes nothing; ``None`` where the tool does not exist or does not answer."""
+    """Runs a query, which changes nothing; ``None`` if the tool does not exist or does not answer."""
     try:
         done = subprocess.run(
             ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"],

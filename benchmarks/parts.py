@@ -42,7 +42,7 @@ Call = Callable[[], Any]
 
 
 def calls_of(case: Case, batch: LossInputs) -> dict[str, Call]:
-    """What is timed, by name."""
+    """Returns the calls that are timed, by name."""
     whole = make_calls(case, batch, "cpu", autotune=False)
     forward = baselines.ours("native", batch)
     model = batch.model_pred.detach()
@@ -70,7 +70,7 @@ def calls_of(case: Case, batch: LossInputs) -> dict[str, Call]:
 
 
 def bytes_of(case: Case) -> dict[str, int]:
-    """The bytes that each part has to move, from memory or, where it reads again, from a cache."""
+    """Returns the bytes that each part has to move, from memory or, where it reads again, from a cache."""
     return {
         COMPILE: case.floor_bytes,
         CALL: case.floor_bytes,
@@ -82,7 +82,7 @@ def bytes_of(case: Case) -> dict[str, int]:
 
 
 def page_faults(calls: Mapping[str, Call], before: Call, runs: int = FAULT_RUNS) -> dict[str, dict[str, Any]]:
-    """Minor page faults of this process during one call, in turns: median and quartiles, by name."""
+    """Counts minor page faults of this process during one call, in turns: median and quartiles, by name."""
 
     def so_far() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -98,7 +98,7 @@ def page_faults(calls: Mapping[str, Call], before: Call, runs: int = FAULT_RUNS)
 
 
 def measure_parts(case: Case, seconds: float, copy: timing.CopyBandwidth) -> tuple[dict[str, Any], dict[str, str]]:
-    """One entry of the results file, and the parts that failed: name → why."""
+    """Measures a case; returns its entry in the results file, and the parts that failed: name → why."""
     batch = make_inputs(case, "cpu")
     calls, before = calls_of(case, batch), make_before(batch)
     failed = timing.warm_up(calls, device="cpu", before=before)

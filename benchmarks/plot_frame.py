@@ -37,7 +37,7 @@ Entry = dict[str, Any]
 
 
 def load(paths: Sequence[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """File stem and results; files of one kind and device become one, under the first one's stem and machine.
+    """Loads results files by stem; files of one kind and device become one, under the first one's stem and machine.
 
     Where two have the same entry, the later file's counts.
     """
@@ -53,38 +53,38 @@ def load(paths: Sequence[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def pick(results: dict[str, Any], **fields: Any) -> list[Entry]:
-    """Entries whose fields have these values."""
+    """Returns the entries whose fields have these values."""
     return [entry for entry in results["cases"] if all(entry.get(key) == value for key, value in fields.items())]
 
 
 def implementations(entries: list[Entry]) -> list[str]:
-    """All that occur, in the order of ``STYLES``."""
+    """Returns all that occur, in the order of ``STYLES``."""
     names = {name for entry in entries for name in entry["results"]}
     return [name for name in STYLES if name in names] + sorted(names - set(STYLES))
 
 
 def style(name: str) -> tuple[str, str]:
-    """Colour and marker of an implementation."""
+    """Returns the colour and marker of an implementation."""
     return STYLES.get(name, OTHER_STYLE)
 
 
 def paler(color: str, share: float) -> tuple[float, ...]:
-    """``color`` mixed with that share of white."""
+    """Mixes ``color`` with that share of white."""
     return tuple(part + (1 - part) * share for part in to_rgb(color))
 
 
 def copy_of(results: dict[str, Any]) -> float:
-    """The run's median copy bandwidth, GB/s."""
+    """Returns the run's median copy bandwidth, GB/s."""
     return float(results["copy_bandwidth_gb_s"]["median"])
 
 
 def place(entry: Entry) -> str:
-    """``"SDXL, 4 pairs"``."""
+    """Formats a case's place: ``"SDXL, 4 pairs"``."""
     return f"{entry['label']}, {count(entry['pairs'])}" if entry.get("pairs") else str(entry["label"])
 
 
 def described(entry: Entry) -> str:
-    """``"SDXL, 4 pairs, bfloat16, float32 target, upstream 1/8"``."""
+    """Formats a case: ``"SDXL, 4 pairs, bfloat16, float32 target, upstream 1/8"``."""
     case = Case.of(entry)
     return case.name.removesuffix(f", {case.mode}")
 

@@ -53,7 +53,7 @@ TICKS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
 
 
 def ratios(entry: Entry, auto: str) -> dict[str, tuple[float, bool]]:
-    """How many times as fast as each of ``RIVALS`` ours is, and whether the difference shows.
+    """Returns how many times as fast as each of ``RIVALS`` ours is, and whether the difference shows.
 
     By the medians of wall time; below 1 ours is slower. It does not show where the quartiles overlap.
     """
@@ -69,7 +69,7 @@ def ratios(entry: Entry, auto: str) -> dict[str, tuple[float, bool]]:
 
 
 def plot_headline(results: dict[str, Any], path: Path) -> Path | None:
-    """Bars for each case that is quoted, forward + backward, cold beside in turn; where ours is slower, in red."""
+    """Draws bars for each case that is quoted, forward + backward, cold beside in turn; slower ones in red."""
     wanted = [case for group in headline_cases().values() for case in group]
     entries = {(Case.of(entry), entry["state"]): entry for entry in results["cases"]}
     panels = {
@@ -101,7 +101,7 @@ def plot_speedup(results: dict[str, Any], dtype: str, state: str, path: Path) ->
 def _speedups(
     results: dict[str, Any], panels: dict[str, dict[str, Entry]], rows: list[str], path: Path, title: str
 ) -> Path | None:
-    """Panels of bars: title → label of a row → entry. ``rows`` from top to bottom, without those that have no entry."""
+    """Draws panels of bars: title → label of a row → entry. ``rows`` from top to bottom; rows without an entry go."""
     auto = results["auto"]
     panels = {name: entries for name, entries in panels.items() if entries}
     every = [ratios(entry, auto) for entries in panels.values() for entry in entries.values()]
@@ -152,7 +152,7 @@ def _speedup_bars(ax: Axes, row: int, against: dict[str, tuple[float, bool]], sh
 
 
 def plot_bandwidth(results: dict[str, Any], state: str, path: Path) -> Path | None:
-    """Bytes that have to move against bytes a second, under the line that a copy reaches on the same machine."""
+    """Draws bytes that have to move against bytes a second, under the machine's copy bandwidth."""
     modes = [mode for mode in (BOTH, FORWARD) if pick(results, mode=mode, state=state)]
     if not modes:
         return None
@@ -195,7 +195,7 @@ def plot_bandwidth(results: dict[str, Any], state: str, path: Path) -> Path | No
 
 
 def _markers(names: list[str], line: Literal["-", "none"] = "none") -> list[Line2D]:
-    """The legend's entries for implementations."""
+    """Returns the legend's entries for implementations."""
     return [
         Line2D([], [], color=style(name)[0], marker=style(name)[1], markersize=5.5, linestyle=line, label=name)
         for name in names
@@ -203,7 +203,7 @@ def _markers(names: list[str], line: Literal["-", "none"] = "none") -> list[Line
 
 
 def plot_memory(results: dict[str, Any], path: Path) -> Path | None:
-    """Memory beyond the inputs at the peak of one call, against the gradient's own: training's types, largest first."""
+    """Draws memory beyond the inputs at the peak of one call, against the gradient's own: largest first."""
     training = {"dtype": TRAINED, "target": TARGET, "ref_error": False, "upstream": UPSTREAM, "mode": BOTH}
     entries = sorted(pick(results, state="cold", **training), key=lambda entry: -int(entry["elements"]))
     extras = {name: [entry["results"].get(name, {}).get("extra_mb") for entry in entries]
@@ -237,7 +237,7 @@ def plot_memory(results: dict[str, Any], path: Path) -> Path | None:
 
 
 def plot_sweep(results: dict[str, Any], dtype: str, path: Path) -> Path | None:
-    """Time, and share of the copy bandwidth, by size; cold and warm caches side by side."""
+    """Draws time, and share of the copy bandwidth, by size; cold and warm caches side by side."""
     states = [state for state in ("cold", "warm") if pick(results, dtype=dtype, state=state)]
     if not states:
         return None

@@ -13,7 +13,7 @@ from benchmarks.plot_frame import Entry, implementations, paler, place, save, st
 
 
 def plot_times(results: dict[str, Any], entries: list[Entry], title: str, path: Path) -> Path | None:
-    """Median times with quartiles, a panel for each entry: wall, and on a GPU the host's and the device's part."""
+    """Draws median times with quartiles, a panel an entry: wall, and on a GPU the host's and the device's part."""
     if not entries:
         return None
     everything = [result for entry in entries for result in entry["results"].values()]
@@ -49,7 +49,7 @@ def _time_bars(ax: Axes, row: int, name: str, result: dict[str, Any], kinds: lis
 
 
 def plot_step(results: dict[str, Any], path: Path) -> Path | None:
-    """A training step with each loss, and beside it the loss alone with its share of the step."""
+    """Draws a training step with each loss, and beside it the loss alone with its share of the step."""
     entries = results["cases"]
     if not entries:
         return None
@@ -84,7 +84,7 @@ def plot_step(results: dict[str, Any], path: Path) -> Path | None:
 
 
 def _bar(ax: Axes, y: float, color: Any, time: dict[str, Any], text: str, height: float = 0.66) -> None:
-    """A bar up to the median, a line from quartile to quartile, and a label."""
+    """Draws a bar up to the median, a line from quartile to quartile, and a label."""
     low, high = time["quartiles"]
     ax.barh(y, time["median"], height, color=color)
     ax.plot([low, high], [y, y], color="black", linewidth=1)

@@ -27,13 +27,13 @@ class LevelComparison(NamedTuple):
     factors: list[float]
 
     def cells(self) -> list[str]:
-        """Of the first and last step that is not terminal, the smallest and the largest."""
+        """Returns the smallest and the largest of the first and last step that is not terminal."""
         first, *_, last = self.factors
         return [f"{value:.3f}" for value in (first, last, min(self.factors), max(self.factors))]
 
 
 def sigmas_of(scheduler: Any) -> Tensor:
-    """Levels that a sampler visits, the last 0: σ of a flow, σ/α of a discrete schedule; float64."""
+    """Returns the levels that a sampler visits, the last 0: σ of a flow, σ/α of a discrete schedule; float64."""
     if hasattr(scheduler, "sigmas"):
         return torch.as_tensor(scheduler.sigmas, dtype=torch.float64).unique_consecutive()
     # DDIM's and PNDM's step is T // steps, whatever the spacing
@@ -64,7 +64,7 @@ def compare(name: str, scheduler: Any, **options: Any) -> LevelComparison:
 
 
 def rows() -> list[LevelComparison]:
-    """The samplers of the families' published models, and others that users put in their place."""
+    """Returns the samplers of the families' published models, and others that users put in their place."""
     import diffusers as d
 
     sd: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -91,7 +91,7 @@ def rows() -> list[LevelComparison]:
 
 
 def markdown() -> str:
-    """The table of docs/math.md §3."""
+    """Returns the table of docs/math.md §3."""
     head = "| sampler | first step | last step | smallest | largest |\n|---|---|---|---|---|\n"
     return head + "".join(f"| {' | '.join([row.name, *row.cells()])} |\n" for row in rows())
 

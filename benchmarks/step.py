@@ -60,30 +60,30 @@ class Step:
         self.upstream = torch.tensor(case.upstream, device=device)
 
     def predict(self) -> tuple[Tensor, Tensor]:
-        """Outputs of policy and reference."""
+        """Returns the outputs of policy and reference."""
         inputs = self.latents, self.timesteps, self.text
         model_pred = self.policy(*inputs)
         with torch.no_grad():
             return model_pred, self.reference(*inputs)
 
     def run(self, loss: Loss) -> None:
-        """Forward, reference, loss, backward, AdamW."""
+        """Runs forward, reference, loss, backward and AdamW."""
         loss(self.batch(*self.predict())).backward(self.upstream)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
     def batch(self, model_pred: Tensor, ref_pred: Tensor) -> LossInputs:
-        """The loss's inputs."""
+        """Returns the loss's inputs."""
         return LossInputs(model_pred, ref_pred, self.target, self.ratio_scale, None, self.upstream)
 
     def frozen(self) -> LossInputs:
-        """The loss's inputs in this step, cut off from the networks."""
+        """Returns the loss's inputs in this step, cut off from the networks."""
         model_pred, ref_pred = self.predict()
         return self.batch(model_pred.detach().requires_grad_(), ref_pred)
 
 
 def losses(device: str) -> dict[str, Loss]:
-    """Name → loss of a batch; the trivial one first."""
+    """Returns name → loss of a batch; the trivial one first."""
     auto = backends.choose("auto", torch.device(device))
     expected = torch.ones((), dtype=pair_dtype(torch.device(device)), device=device)
 
@@ -102,7 +102,7 @@ def losses(device: str) -> dict[str, Loss]:
 def measure_case(
     case: StepCase, device: str, seconds: float, copy_gb_s: float
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """One entry of the results file, and the losses that were left out: name → why."""
+    """Measures one case; returns its entry in the results file, and the losses left out: name → why."""
     torch._dynamo.reset()
     step = Step(case, device)
     functions = losses(device)
@@ -154,7 +154,7 @@ def _alone(direct: dict[str, Any]) -> float:
 
 
 def _errors(loss: Loss, batch: LossInputs) -> tuple[float, float]:
-    """Errors of loss and gradient against float64 on the step's own tensors: absolute, and relative in the L2 norm."""
+    """Returns errors of loss and gradient against float64 on the step's tensors: absolute, and relative in L2."""
     true_loss, true_grad = baselines.truth(batch)
     value = loss(batch)
     (grad,) = torch.autograd.grad(value, batch.model_pred, batch.upstream)
@@ -165,7 +165,7 @@ def _errors(loss: Loss, batch: LossInputs) -> tuple[float, float]:
 def _time_directly(
     functions: dict[str, Loss], batch: LossInputs, device: str, seconds: float
 ) -> dict[str, timing.Times]:
-    """Forward and backward of each loss alone, caches cold as a network leaves them."""
+    """Times forward and backward of each loss alone, caches cold as a network leaves them."""
 
     def work(function: Loss) -> None:
         torch.autograd.grad(function(batch), batch.model_pred, batch.upstream)

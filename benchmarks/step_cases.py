@@ -30,7 +30,7 @@ class StepCase(Case):
     text_tokens: int
 
     def fields(self) -> dict[str, Any]:
-        """The case's part of a results entry."""
+        """Returns the case's part of a results entry."""
         return {**super().fields(), "mode": MODE, "state": "in turn"}
 
 

@@ -20,7 +20,7 @@ def _say_once(line: str) -> None:
 
 
 def make_network(case: StepCase, device: str, dtype: torch.dtype) -> tuple[nn.Module, str]:
-    """A transformer of the case's size that maps ``(latents, timesteps, text)`` to its output, and what it is."""
+    """Makes a transformer of the case's size from ``(latents, timesteps, text)`` to its output; also names it."""
     width = case.heads * case.head_dim
     try:
         from diffusers import WanTransformer3DModel

@@ -62,7 +62,7 @@ class Suite:
         cls, kind: str, args: argparse.Namespace, seconds: Mapping[str, float], budget: Mapping[str, float],
         **options: Any,
     ) -> Suite:  # fmt: skip
-        """The run that the options of the command line ask for; ``seconds`` and ``budget`` are the defaults."""
+        """Returns the run that the options of the command line ask for; ``seconds`` and ``budget`` are the defaults."""
         output = args.output or default_output(kind, args.device, partial=bool(args.quick or args.only))
         limit = budget[args.device] if args.budget is None else args.budget
         each = args.seconds if args.seconds is not None else seconds[args.device] / (3 if args.quick else 1)
@@ -94,7 +94,7 @@ class Suite:
         return self.results
 
     def spent(self) -> float:
-        """Seconds since the run began."""
+        """Returns the seconds since the run began."""
         return time.perf_counter() - self.started
 
     def run(
@@ -227,7 +227,7 @@ class Suite:
 
 
 def make_calls(case: Case, batch: LossInputs, device: str, autotune: bool) -> dict[str, Callable[[], Tensor]]:
-    """Name → the work that is timed: the loss, and in that mode ``backward``; returns the loss, detached."""
+    """Returns name → the timed work: the loss, and in that mode ``backward``; it returns the loss, detached."""
 
     def forward(function: Callable[[], Tensor]) -> Tensor:
         with torch.no_grad():
@@ -244,7 +244,7 @@ def make_calls(case: Case, batch: LossInputs, device: str, autotune: bool) -> di
 
 
 def make_before(batch: LossInputs) -> Callable[[], None]:
-    """What precedes every call: no gradient there yet, and a new step for CUDA graphs."""
+    """Returns what runs before every call: it clears the gradient, and begins a new step for CUDA graphs."""
     model = batch.model_pred
 
     def before() -> None:

@@ -73,7 +73,7 @@ class Times:
 
 
 def summary(values: list[float]) -> dict[str, Any]:
-    """``{"median", "quartiles": [low, high], "runs"}`` of ``values``, in their own unit."""
+    """Returns ``{"median", "quartiles": [low, high], "runs"}`` of ``values``, in their own unit."""
     low, high = values[0], values[0]
     if len(values) > 1:
         low, _, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -204,12 +204,12 @@ class _Turns:
         self.spent[name] += time.perf_counter() - start
 
     def progress(self, name: str) -> float:
-        """1 and more when ``name`` has had its time and its runs; a slow one has when it ran three times."""
+        """Returns 1 or more once ``name`` has had its time and its runs; a slow one, once it ran three times."""
         time_had, runs = self.spent[name] / self.share, self.runs[name]
         return max(min(time_had, runs / self.min_runs), min(time_had / PATIENCE, runs / min(3, self.min_runs)))
 
     def draw(self) -> list[str]:
-        """The next turn; empty when all have what is due to them."""
+        """Returns the next turn; empty once all have had theirs."""
         progress = {name: self.progress(name) for name in self.spent}
         least = min(progress.values(), default=1.0)
         if least >= 1:
@@ -227,7 +227,7 @@ class _Turns:
 
 
 def _wall_once(call: Call, device: str) -> tuple[float, float]:
-    """Milliseconds until the result is there, and until the call returned."""
+    """Times one call: milliseconds until the result is there, and until the call returned."""
     sync(device)
     start = time.perf_counter()
     call()
@@ -264,7 +264,7 @@ def _device_once(call: Call, hold_ms: float) -> tuple[float, bool]:
 
 @lru_cache(maxsize=1)
 def _cycles_per_ms() -> float:
-    """How many of ``torch.cuda._sleep``'s cycles take a millisecond."""
+    """Returns how many of ``torch.cuda._sleep``'s cycles take a millisecond."""
     cycles, rates = 5_000_000, []
     for _ in range(4):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -278,7 +278,7 @@ def _cycles_per_ms() -> float:
 
 @lru_cache(maxsize=2)
 def _flusher(device: str) -> Call:
-    """A function that leaves nothing of anybody's in the caches: writes a large buffer, then reads it.
+    """Returns a function that empties the caches of useful data: it writes a large buffer, then reads it.
 
     The read comes last, so that the timed call finds clean lines and is not charged for writing ours back.
     """
@@ -312,7 +312,7 @@ class CopyBandwidth:
         return statistics.median(rates)
 
     def _copy(self) -> float:
-        """Milliseconds of one copy."""
+        """Returns milliseconds of one copy."""
 
         def copy() -> None:
             self._target.copy_(self._source)
@@ -328,7 +328,7 @@ class CopyBandwidth:
         return statistics.median(rate for rates in self._rates.values() for rate in rates)
 
     def summary(self) -> dict[str, Any]:
-        """Median, quartiles and runs over all, the same for each moment, and the copy's size."""
+        """Returns median, quartiles and runs over all, the same for each moment, and the copy's size."""
         everything = [rate for rates in self._rates.values() for rate in rates]
         return {
             **summary(everything),

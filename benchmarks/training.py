@@ -69,7 +69,7 @@ TINY = [
 def measure_case(
     case: TrainingCase, device: str, seconds: float, folder: Path
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """One entry of the results file, and the implementations that were left out: name → why.
+    """Measures one case; returns its entry in the results file, and the implementations left out: name → why.
 
     Raises:
         ImportError: a package is missing that the case needs.
@@ -115,7 +115,7 @@ def measure_case(
 def _rounds(
     calls: Mapping[str, Callable[[int], None]], clock: Clock, seconds: float
 ) -> dict[str, list[tuple[list[float], list[float]]]]:
-    """Name → for each round, milliseconds of each counted step on the device and on the host."""
+    """Returns name → for each round, milliseconds of each counted step on the device and on the host."""
     chunk = SKIPPED + COUNTED + 1
     order, draw = list(calls), random.Random(0)
     for call in calls.values():  # what is made once: AdamW's moments, buffers, modules

@@ -25,7 +25,7 @@ Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def diffusion_dpo(model_pred: Tensor, ref_pred: Tensor, target: Tensor, beta: float) -> Tensor:
-    """The published loss: -log σ(-β/2 · (chosen sample's gap - rejected sample's gap)), mean over pairs."""
+    """Computes the published loss: -log σ(-β/2 · (chosen sample's gap - rejected sample's gap)), mean over pairs."""
     dims = list(range(1, model_pred.ndim))
     model_error = (model_pred.float() - target).pow(2).mean(dims)
     ref_error = (ref_pred.float() - target).pow(2).mean(dims)
@@ -97,7 +97,7 @@ def hand_written(
 
 
 def _draw(batch: dict[str, Any], latents: Tensor, levels: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-    """Noise and noise levels, which both samples of a pair share; the items' own where they have them."""
+    """Returns noise and noise levels, which both samples of a pair share; the items' own if they have them."""
     half, device = len(latents) // 2, latents.device
     if "noise" in batch:
         noise, level = batch["noise"].to(device), batch["level"].to(device)

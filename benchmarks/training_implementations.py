@@ -173,7 +173,7 @@ class Bench:
         )
 
     def gradient(self, way: Implementation) -> Tensor:
-        """The clipped gradient ``[P]`` of one step on fixed draws; weights stay as they are."""
+        """Returns the clipped gradient ``[P]`` of one step on fixed draws; weights stay as they are."""
         items = sorted(range(len(self.setup.drawn)), key=lambda i: -float(self.setup.drawn[i]["level"]))
         source = self.setup.with_errors if way.reference == "errors" else self.setup.drawn
         # The noisiest: there SIPO's mask lets pairs through.
@@ -222,7 +222,7 @@ class Bench:
         return errors, failed
 
     def resident_mb(self, way: Implementation) -> float:
-        """Weights, reference and AdamW's moments between two steps, in MB (1e6 bytes)."""
+        """Returns the size of weights, reference and AdamW's moments between two steps, in MB (1e6 bytes)."""
         trained = self.trained[way.lora]
         tensors: list[Any] = [*trained.policy.parameters(), *trained.policy.buffers()]
         if way.reference == "copy":

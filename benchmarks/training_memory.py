@@ -124,7 +124,7 @@ def watch(steps: int, device: str, folder: Path) -> list[dict[str, Any]]:
 
 
 def resident_mb() -> float:
-    """This process's resident memory in MB (1e6 bytes); its highest so far where the system has no ``/proc``."""
+    """Returns this process's resident memory in MB (1e6 bytes); its highest so far if there is no ``/proc``."""
     statm = Path("/proc/self/statm")
     if statm.exists():
         return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6

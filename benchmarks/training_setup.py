@@ -96,7 +96,7 @@ def make_setup(case: TrainingCase, device: str, folder: Path) -> Setup:
 
 
 def lora_networks(setup: Setup, device: str) -> tuple[nn.Module, nn.Module]:
-    """A policy with adapters on the frozen base, and the frozen base alone.
+    """Returns a policy with adapters on the frozen base, and the frozen base alone.
 
     Raises:
         ImportError: peft is missing, or diffusers.
@@ -111,14 +111,14 @@ def lora_networks(setup: Setup, device: str) -> tuple[nn.Module, nn.Module]:
 
 
 def reference_for(base: nn.Module, case: TrainingCase) -> nn.Module:
-    """A frozen copy, in bfloat16 where the case is."""
+    """Returns a frozen copy, in bfloat16 where the case is."""
     from sipo.families.tuning import frozen_copy
 
     return frozen_copy(base, torch.bfloat16 if case.precision == "bf16" else None)
 
 
 def quiet() -> None:
-    """No progress bars of a toy's loading and saving."""
+    """Hides the progress bars of a toy's loading and saving."""
     import diffusers
     import transformers
 
@@ -128,7 +128,7 @@ def quiet() -> None:
 
 
 def _cached(case: TrainingCase, device: str, folder: Path) -> Setup:
-    """Toy pairs of images or clips, encoded by the family's toy pipeline into a cache, reference errors beside it."""
+    """Encodes toy pairs of images or clips with the family's toy pipeline into a cache, with reference errors."""
     missing = [name for name in FAMILY_NEEDS if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"{', '.join(missing)}: not installed, expected for a cache of toy pairs")
@@ -187,7 +187,7 @@ def _cached(case: TrainingCase, device: str, folder: Path) -> Setup:
 
 
 def _in_memory(case: TrainingCase, device: str) -> Setup:
-    """Random latents; the network is diffusers', or a plain transformer where diffusers is not installed."""
+    """Makes random latents; the network is diffusers', or a plain transformer if diffusers is not installed."""
     from sipo import families  # needs torch alone until something is loaded
 
     family = families.get_family(case.family)
@@ -229,7 +229,7 @@ def _reference_error(
 
 
 def _plain(case: TrainingCase, device: str) -> nn.Module:
-    """``benchmarks.step``'s plain transformer, about as wide and as deep as the case's network."""
+    """Returns ``benchmarks.step``'s plain transformer, about as wide and as deep as the case's network."""
     channels, *_ = case.sample
     tokens, width = case.text
     size = SimpleNamespace(

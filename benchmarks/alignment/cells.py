@@ -61,11 +61,11 @@ class Cell:
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Cell:
-        """The cell that a record of a results file is of."""
+        """Returns the cell that a record of a results file is of."""
         return cls(**{field.name: record[field.name] for field in fields(cls)})
 
     def like(self, **changes: Any) -> Cell:
-        """This cell with some fields changed."""
+        """Returns this cell with some fields changed."""
         return replace(self, **changes)
 
 
@@ -82,17 +82,17 @@ def _sft(base: Cell) -> Cell:
 
 
 def smoke() -> list[Cell]:
-    """A few cells that ``make test`` runs with fewer steps."""
+    """Returns a few cells that ``make test`` runs with fewer steps."""
     return [Cell(), Cell(method="diffusion_dpo"), _sft(Cell())]
 
 
 def quick() -> list[Cell]:
-    """Digits, ink: four methods, five β, three seeds, and the floor."""
+    """Returns the cells on digits and ink: four methods, five β, three seeds, and the floor."""
     return list(_seeded([_sft(Cell()), *_methods(Cell(), BETAS)]))
 
 
 def standard() -> list[Cell]:
-    """Everything, most wanted first."""
+    """Returns all cells, the most wanted first."""
     digits = Cell()
     on_policy, slanted = digits.like(source="base"), digits.like(reward="slant")
     dpo = digits.like(method="diffusion_dpo")

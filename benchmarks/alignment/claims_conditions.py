@@ -38,7 +38,7 @@ def threshold_and_stride(results: Results) -> Claim:
 
 
 def _changed(results: Results, **changes: Any) -> tuple[list[Estimate], str]:
-    """What a changed condition does to each method's reward at β = 1000, seed by seed; and the same as text."""
+    """Returns what a changed condition does to each method's reward at β = 1000, seed by seed; and the same as text."""
     found_by = {m: results.difference(reward, Cell(method=m).like(**changes), Cell(method=m)) for m in METHODS}
     return list(found_by.values()), ", ".join(f"{NAMES[m]} {e}" for m, e in found_by.items())
 

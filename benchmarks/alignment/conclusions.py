@@ -43,7 +43,7 @@ CLAIMS = (
 
 
 def all_claims(results: Results) -> list[Claim]:
-    """Those that the cells there are enough for."""
+    """Returns the claims for which there are enough cells."""
     made = []
     for make in CLAIMS:
         try:

@@ -29,11 +29,11 @@ class Estimate:
         return f"{self.mean:+.2f} ± {self.half:.2f}"
 
     def percent(self) -> str:
-        """In per cent."""
+        """Formats the estimate in per cent."""
         return f"{100 * self.mean:.0f} ± {100 * self.half:.0f} %"
 
     def plain(self, digits: int = 2) -> str:
-        """Without a sign."""
+        """Formats the estimate without a sign."""
         return f"{self.mean:.{digits}f} ± {self.half:.{digits}f}"
 
 
@@ -55,7 +55,7 @@ class Results:
             self.records.setdefault(Cell.of(record).like(seed=0), []).append(record)
 
     def of(self, cell: Cell) -> list[dict[str, Any]]:
-        """The records of a cell's seeds.
+        """Returns the records of a cell's seeds.
 
         Raises:
             MissingCellsError: fewer than three.
@@ -66,15 +66,15 @@ class Results:
         return sorted(found, key=lambda record: record["seed"])
 
     def values(self, what: What, cell: Cell) -> list[float]:
-        """A number of each seed that did not diverge."""
+        """Returns a number of each seed that did not diverge."""
         return [what(record) for record in self.of(cell) if not record.get("diverged")]
 
     def estimate(self, what: What, cell: Cell) -> Estimate:
-        """Mean and interval over seeds."""
+        """Returns the mean and interval over seeds."""
         return estimate(self.values(what, cell))
 
     def difference(self, what: What, a: Cell, b: Cell) -> Estimate:
-        """Of two cells, paired by seed: they share pairs, noise and initial noise of the samples."""
+        """Returns the difference of two cells, paired by seed: they share pairs, noise and initial noise."""
         first, second = ({r["seed"]: what(r) for r in self.of(c) if not r.get("diverged")} for c in (a, b))
         return estimate([first[seed] - second[seed] for seed in first.keys() & second.keys()])
 
@@ -84,7 +84,7 @@ class Results:
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Mean of independent values, with its interval."""
+    """Returns the mean of independent values, with its interval."""
     n = len(values)
     if n == 0:
         return Estimate(math.nan, math.nan, 0)
@@ -93,50 +93,50 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def reward(record: dict[str, Any]) -> float:
-    """Mean true reward of the samples, the one that was trained for."""
+    """Returns the mean of the reward that was trained for, over the samples."""
     return float(record["rewards"][record["reward"]])
 
 
 def agreement(record: dict[str, Any]) -> float:
-    """Share of samples that are read as the class asked for."""
+    """Returns the share of samples that are read as the class asked for."""
     return float(record["agreement"])
 
 
 def distance(record: dict[str, Any]) -> float:
-    """Fréchet distance to the real data."""
+    """Returns the Fréchet distance to the real data."""
     return float(record["distance"])
 
 
 def diversity(record: dict[str, Any]) -> float:
-    """Mean distance within a class, of the real data's."""
+    """Returns the mean distance within a class, relative to that of the real data."""
     return float(record["diversity"])
 
 
 def held_out(record: dict[str, Any]) -> float:
-    """Implicit preference accuracy on held-out real pairs, by the reward trained for."""
+    """Returns the implicit preference accuracy on held-out real pairs, by the reward trained for."""
     return float(record["accuracy"]["data"][record["reward"]])
 
 
 def active_at_end(record: dict[str, Any]) -> float:
-    """Share of pairs that still train, over the last 50 steps."""
+    """Returns the share of pairs that still train, over the last 50 steps."""
     return float(np.mean(record["curve"]["active_fraction"][-5:]))
 
 
 def grad_norm(record: dict[str, Any]) -> float:
-    """Mean norm of the gradient before clipping, over the second half of the run."""
+    """Returns the mean norm of the gradient before clipping, over the second half of the run."""
     return float(record["grad_norm"]["mean"])
 
 
 def grad_norm_spread(record: dict[str, Any]) -> float:
-    """Its standard deviation over steps, as a share of the mean."""
+    """Returns the standard deviation of the gradient's norm over steps, as a share of the mean."""
     return float(record["grad_norm"]["std"] / record["grad_norm"]["mean"])
 
 
 def chosen_gap(record: dict[str, Any]) -> float:
-    """How much larger than the reference's the chosen samples' error is at the end, as a share of it."""
+    """Returns how much larger than the reference's the chosen samples' error is at the end, as a share of it."""
     return float(record["end"]["chosen_gap"] / record["end"]["ref_mse"])
 
 
 def rejected_gap(record: dict[str, Any]) -> float:
-    """The same of the rejected samples."""
+    """Returns the same share for the rejected samples."""
     return float(record["end"]["rejected_gap"] / record["end"]["ref_mse"])

@@ -109,7 +109,7 @@ def run_cell(cell: Cell, *, steps: int | None = None, samples: int | None = None
 
 
 def make_pairs(task: tasks.Task, cell: Cell, drawn: int = tasks.BASE_SAMPLES) -> tasks.RewardPairs:
-    """The pairs that a cell trains on; on-policy ones are made of so many samples of the base model."""
+    """Returns the pairs that a cell trains on; on-policy ones are made of so many samples of the base model."""
     images = (task.data() if cell.source == "data" else tasks.base_samples(task, CACHE, drawn))[0]
     return tasks.RewardPairs(
         images, task.rewards[cell.reward], count=tasks.PAIRS, noise=cell.noise, fraction=cell.fraction, seed=cell.seed
@@ -141,7 +141,7 @@ def _real_features(name: str) -> Any:
 
 @functools.cache
 def measure_base(name: str) -> dict[str, Any]:
-    """:func:`measure_samples` of a task's base model, with the real data's rewards: where every run starts from."""
+    """Runs :func:`measure_samples` on a task's base model, and adds the real data's rewards: every run's start."""
     task = tasks.get(name)
     model, scheduler = task.load_base()
     classes = torch.arange(task.samples) % CLASSES
@@ -155,7 +155,7 @@ def measure_base(name: str) -> dict[str, Any]:
 def preference_accuracy(
     task: tasks.Task, policy: Any, base: Any, scheduler: Any, seed: int, drawn: int = tasks.BASE_SAMPLES
 ) -> dict[str, dict[str, float]]:
-    """How often the model's implicit reward agrees with each true reward, on held-out pairs from each source.
+    """Returns how often the model's implicit reward agrees with each true reward, on held-out pairs from each source.
 
     Returns:
         ``{source: {reward: share}}``: of real pairs, and pairs from the base model, that nothing was trained on.
@@ -215,5 +215,5 @@ def _rounded(value: Any) -> Any:
 
 
 def _thinned(line: dict[str, Any]) -> dict[str, Any]:
-    """What the figures need of a merged line, with four digits."""
+    """Returns what the figures need of a merged line, with four digits."""
     return {name: [_rounded(x) for x in line[name]] for name in _STATISTICS}

@@ -18,7 +18,7 @@ PAIRS = 8
 
 
 def levels_of(schedule: Any, count: int = 12) -> Tensor:
-    """Noise levels to look at, closer together where the signal is nearly clean; ``[count]``."""
+    """Returns the noise levels ``[count]`` to look at, closer together where the signal is nearly clean."""
     top = float(schedule.num_train_timesteps - 1) if schedule.kind == "discrete" else 1.0
     fractions = torch.logspace(-2, 0, count, dtype=torch.float64)
     return (fractions * top).round().long() if schedule.kind == "discrete" else fractions.float()
@@ -27,7 +27,7 @@ def levels_of(schedule: Any, count: int = 12) -> Tensor:
 def gradient_spread(
     task: Task, policy: nn.Module, reference: nn.Module, losses: dict[str, Any], pairs: RewardPairs, seed: int
 ) -> dict[str, Any]:
-    """Variance and mean of the weights' gradient at each noise level.
+    """Returns the variance and mean of the weights' gradient at each noise level.
 
     For a level and a loss, the gradients g_k of :data:`BATCHES` batches: ``variance`` is the mean of ‖g_k − ḡ‖² with
     Bessel's correction (the trace of the covariance of a batch's gradient), ``signal`` is ‖ḡ‖² less what that variance

@@ -23,7 +23,7 @@ from sipo.files import write_aside
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A results file, or an empty one where there is none.
+    """Loads a results file, or returns an empty one if there is none.
 
     Raises:
         ValueError: a file of something else.
@@ -75,7 +75,7 @@ def run_grid(
 
 
 def describe(record: dict[str, Any]) -> str:
-    """A cell in a few words."""
+    """Describes a cell in a few words."""
     cell = Cell.of(record)
     changed = [f"{f.name}={getattr(cell, f.name)}" for f in fields(Cell) if getattr(cell, f.name) != f.default]
     text = " ".join(changed) or "the default cell"
@@ -88,7 +88,7 @@ def describe(record: dict[str, Any]) -> str:
 def _finished(
     cells: Sequence[Cell], workers: int, steps: int | None, samples: int | None
 ) -> Iterator[tuple[Cell, dict[str, Any], dict[str, Any]]]:
-    """Cells with their records and their task's base, as they finish."""
+    """Yields cells with their records and their task's base, as they finish."""
     if not workers:
         for cell in cells:
             yield cell, *_work(cell, steps, samples)

@@ -54,7 +54,7 @@ _LEAST_INK = 2.0  # in fully inked pixels; the faintest real digit has 11
 
 @functools.cache
 def load_moving(kind: str) -> tuple[Digits, Digits]:
-    """The clips to learn from (4,311) and those held out (1,080), three of each digit: always the same ones.
+    """Loads the clips to learn from (4,311) and those held out (1,080), three of each digit: always the same.
 
     Their ``images`` are ``[N, *CLIP_SHAPE[kind]]``. The held-out clips are of the digits that the demo holds out, with
     motions of their own.
@@ -74,7 +74,7 @@ def _moving(digits: Digits, shape: tuple[int, ...], seed: int) -> Digits:
 
 
 def random_paths(count: int, generator: torch.Generator) -> Tensor:
-    """Where digits are, frame by frame: an even way, and jitter on it.
+    """Returns where digits are, frame by frame: an even way, and jitter on it.
 
     Each component of the velocity is uniform in [-1, 1] pixels per frame, and the start uniform where the whole way
     stays on the canvas. The jitter of a clip's positions is normal, of a deviation 0.8·u² pixels with u uniform in
@@ -104,7 +104,7 @@ def render(images: Tensor, paths: Tensor) -> Tensor:
 
 
 def _shift(frames: Tensor, offset: Tensor, size: int) -> Tensor:
-    """Ink ``[N, F or 1, H, W]`` on an empty canvas of ``size``, moved by ``offset`` ``[N, F, 2]`` rows and columns."""
+    """Moves ink ``[N, F or 1, H, W]`` on an empty canvas of ``size`` by ``offset`` ``[N, F, 2]`` rows and columns."""
 
     def hat(length: int, shift: Tensor) -> Tensor:  # [N, F, size, length]: how much of each pixel falls on which
         distance = torch.arange(size)[:, None] - torch.arange(length)[None, :] - shift[..., None, None]
@@ -118,12 +118,12 @@ def _shift(frames: Tensor, offset: Tensor, size: int) -> Tensor:
 
 
 def ink(clips: Tensor) -> Tensor:
-    """Mean pixel of each clip of either layout, ``[N]``: -1 is blank paper, about -0.73 a real clip."""
+    """Returns the mean pixel of each clip of either layout, ``[N]``: -1 is blank paper, about -0.73 a real clip."""
     return clips.flatten(1).mean(dim=1)
 
 
 def smoothness(clips: Tensor) -> Tensor:
-    """How evenly the digit moves: minus the mean squared second difference of its centre of mass.
+    """Returns how evenly the digit moves: minus the mean squared second difference of its centre of mass.
 
     In pixels² per frame⁴: 0 is a constant velocity (also none), below -1 plainly jerky. The mass is each frame's ink,
     ``(pixel + 1) / 2``. A clip with a frame of less than two full pixels of it has no digit to follow and gets
@@ -141,7 +141,7 @@ def smoothness(clips: Tensor) -> Tensor:
 
 
 def _frames(clips: Tensor) -> Tensor:
-    """Ink ``[N, F, 12, 12]`` in [0, 1] of clips of either layout."""
+    """Returns ink ``[N, F, 12, 12]`` in [0, 1] of clips of either layout."""
     if list(clips.shape[1:]) not in [list(shape) for shape in CLIP_SHAPE.values()]:
         expected = " or ".join(str(["N", *shape]).replace("'", "") for shape in CLIP_SHAPE.values())
         raise ValueError(f"clips have shape {list(clips.shape)}: expected {expected}")
@@ -163,7 +163,7 @@ def _centres(clips: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def build_model(kind: str) -> Any:
-    """An untrained network: 3 blocks of width 96, patches of 4x4 pixels, that is 9 tokens a frame."""
+    """Builds an untrained network: 3 blocks of width 96, patches of 4x4 pixels, that is 9 tokens a frame."""
     import diffusers
 
     shared = {"num_attention_heads": 4, "attention_head_dim": 24, "num_layers": 3, "in_channels": 1, "out_channels": 1}
@@ -185,7 +185,7 @@ def build_model(kind: str) -> Any:
 
 
 def build_scheduler(kind: str) -> Any:
-    """CogVideoX 2B's noise schedule (v-prediction, SNR divided by 3, none at the end), or a flow shifted by 3."""
+    """Builds CogVideoX 2B's schedule (v-prediction, SNR divided by 3, none at the end), or a flow shifted by 3."""
     import diffusers
 
     if _checked(kind) == "wan":
@@ -204,7 +204,7 @@ def build_scheduler(kind: str) -> Any:
 
 
 def load_base(kind: str) -> tuple[Any, Any]:
-    """The shipped network (float32, evaluation mode) and its diffusers scheduler.
+    """Loads the shipped network (float32, evaluation mode) and its diffusers scheduler.
 
     Raises:
         FileNotFoundError: no weights there.
@@ -224,7 +224,7 @@ def load_base(kind: str) -> tuple[Any, Any]:
 
 
 def predict(kind: str) -> Predict:
-    """How the loop calls a network of this kind; ``condition`` holds digits ``[N]``."""
+    """Calls a network of this kind, as the loop does; ``condition`` holds digits ``[N]``."""
     family = FAMILIES[_checked(kind)]
 
     def call(module: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Any) -> Tensor:
@@ -303,7 +303,7 @@ class ClipJudge:
         self.accuracy = (self.read(held_out.images) == held_out.labels).double().mean().item()
 
     def read(self, clips: Tensor) -> Tensor:
-        """The digits ``[N]`` int64 that clips of either layout show."""
+        """Returns the digits ``[N]`` int64 that clips of either layout show."""
         return torch.from_numpy(self._classifier.predict(_aligned(clips).numpy()))
 
     def features(self, clips: Tensor) -> Any:
@@ -317,11 +317,11 @@ class ClipJudge:
 
 
 def _ways(clips: Tensor) -> Any:
-    """``[N, 10]`` float64 as NumPy has it: the centres of mass of a clip's frames."""
+    """Returns ``[N, 10]`` float64 as NumPy has it: the centres of mass of a clip's frames."""
     return _centres(clips)[0].flatten(1).double().numpy()
 
 
 def _aligned(clips: Tensor) -> Tensor:
-    """``[N, 144]``: the digit that the frames of a clip agree on, in the middle of the canvas."""
+    """Returns ``[N, 144]``: the digit that the frames of a clip agree on, in the middle of the canvas."""
     offset = (CANVAS - 1) / 2.0 - _centres(clips)[0]
     return _shift(_frames(clips), offset, CANVAS).mean(dim=1).flatten(1)

@@ -86,7 +86,7 @@ def draw_all(content: dict[str, Any], folder: Path) -> Iterator[Path]:
 
 
 def _over(axes: Axes, results: Results, cells: Sequence[Cell], xs: Sequence[float], what: What, method: str) -> None:
-    """One method's line over ``xs``, with the 95 % interval of the mean over seeds."""
+    """Draws one method's line over ``xs``, with the 95 % interval of the mean over seeds."""
     colour, marker = STYLES[method]
     estimates = [results.estimate(what, cell) for cell in cells]
     mean, half = (np.array([getattr(e, name) for e in estimates]) for name in ("mean", "half"))
@@ -95,7 +95,7 @@ def _over(axes: Axes, results: Results, cells: Sequence[Cell], xs: Sequence[floa
 
 
 def _floor(axes: Axes, results: Results, task: Cell, what: What, base: float | None) -> None:
-    """Horizontal lines for the base model and for supervised fine-tuning."""
+    """Draws horizontal lines for the base model and for supervised fine-tuning."""
     if base is not None:
         axes.axhline(base, color=BASE, linewidth=1, linestyle=(0, (1, 2)), label="base model")
     cell = task.like(method=SFT, beta=0.0)
@@ -106,7 +106,7 @@ def _floor(axes: Axes, results: Results, task: Cell, what: What, base: float | N
 
 
 def _methods_over_beta(axes: Axes, results: Results, title: str, what: What, label: str) -> None:
-    """A panel with a line for each method over β."""
+    """Draws a panel with a line for each method over β."""
     for method in METHODS:
         _over(axes, results, [Cell(method=method, beta=b) for b in BETAS], BETAS, what, method)
     axes.set(title=title, ylabel=label)
@@ -136,7 +136,7 @@ def _finish(figure: Figure, title: str, axes: Axes | None = None, columns: int =
 
 
 def beta(results: Results) -> Figure:
-    """Every method over β: what is gained, and what it costs."""
+    """Draws every method over β: what is gained, and what it costs."""
     base = results.bases["digits"]
     panels = (
         ("True reward: mean ink", reward, base["rewards"]["ink"], "mean pixel, −1 to 1"),
@@ -157,7 +157,7 @@ def beta(results: Results) -> Figure:
 
 
 def frontier(results: Results) -> Figure:
-    """Reward gained against what it costs: each method's points over β, one curve for all of them?"""
+    """Draws the reward gained against its cost: each method's points over β, to see whether they are one curve."""
     tasks = [Cell()] + [Cell(task=name) for name in ("moving-cogvideox", "moving-wan")]
     tasks = [task for task in tasks if all(results.has(task.like(method=m, beta=b)) for m in METHODS for b in BETAS)]
     if not tasks:
@@ -188,7 +188,7 @@ def frontier(results: Results) -> Figure:
 
 
 def gradient(results: Results) -> Figure:
-    """Where the variance of the weights' gradient sits, what it is worth, and what clip and mask take away."""
+    """Draws where the variance of the weights' gradient sits, what it is worth, and what clip and mask take away."""
     records = results.of(Cell(method="diffusion_dpo"))
     levels = records[0]["probe"]["levels"]
     figure, grid = plt.subplots(1, 3, figsize=(12.5, 4.3), layout="constrained")
@@ -218,7 +218,7 @@ def gradient(results: Results) -> Figure:
 
 
 def training(results: Results) -> Figure:
-    """The gradient's norm and its spread, and what becomes of the errors."""
+    """Draws the gradient's norm and its spread, and what becomes of the errors."""
     panels = (
         ("Norm of the gradient / β", lambda r: grad_norm(r) / r["beta"], "before clipping"),
         ("Its spread over steps", grad_norm_spread, "standard deviation / mean"),
@@ -235,7 +235,7 @@ def training(results: Results) -> Figure:
 
 
 def weights(results: Results) -> Figure:
-    """Importance weights by timestep: for pairs from the data and from the base model, and as training moves them."""
+    """Draws importance weights by timestep, for pairs from the data and from the base model, before and after."""
 
     def line(axes: Axes, cell: Cell, window: str, colour: str, label: str, style: str = "-") -> None:
         bins = [[np.nan if x is None else x for x in r["timesteps"][window]["ratio"]] for r in results.of(cell)]
@@ -260,7 +260,7 @@ def weights(results: Results) -> Figure:
 
 
 def _comparison(results: Results, rows: Sequence[tuple[str, Cell]], against: Cell, title: str) -> Figure:
-    """What each row has more or less than one of them, seed by seed, with the interval of the mean difference."""
+    """Draws what each row has more or less than one of them, seed by seed, with the interval of the mean difference."""
     rows = [row for row in rows if results.has(row[1])]
     if len(rows) < 3:
         raise MissingCellsError(f"{title}: {len(rows)} rows, expected at least 3")
@@ -287,7 +287,7 @@ def _comparison(results: Results, rows: Sequence[tuple[str, Cell]], against: Cel
 
 
 def parts(results: Results) -> Figure:
-    """Which parts of SIPO do the work."""
+    """Draws which parts of SIPO do the work."""
     sipo = Cell()
     rows = [("Diffusion-DPO", sipo.like(method="diffusion_dpo")), ("SIPO", sipo)]
     rows += [(part, sipo.like(variant=part)) for part in PARTS if part != "ratio to the reference"]
@@ -298,7 +298,7 @@ def parts(results: Results) -> Figure:
 
 
 def relatives(results: Results) -> Figure:
-    """The relatives beside the methods."""
+    """Draws the relatives beside the methods."""
     dpo = Cell(method="diffusion_dpo")
     rows = [(NAMES[method], dpo.like(method=method)) for method in METHODS]
     rows += [(name, dpo.like(variant=name)) for name in RELATIVES]
@@ -308,7 +308,7 @@ def relatives(results: Results) -> Figure:
 
 
 def conditions(results: Results) -> Figure:
-    """Wrong labels, fewer pairs, longer training."""
+    """Draws wrong labels, fewer pairs, longer training."""
     panels: list[tuple[str, list[tuple[str, dict[str, Any]]]]] = [
         ("Wrong labels", [("0", {}), ("10 %", {"noise": 0.1}), ("30 %", {"noise": 0.3})]),
         ("Pairs", [("400", {"fraction": 0.1}), ("2,000", {"fraction": 0.5}), ("4,000", {})]),
@@ -333,7 +333,7 @@ def conditions(results: Results) -> Figure:
 
 
 def transfer(results: Results) -> Figure:
-    """What the implicit reward knows: accuracy on held-out pairs of each source, by each reward."""
+    """Draws what the implicit reward knows: accuracy on held-out pairs of each source, by each reward."""
     rows = [Cell(method=m, source=s, reward=r) for s in ("data", "base") for r in ("ink", "slant") for m in METHODS]
     rows = [cell for cell in rows if results.has(cell)]
     columns = [(source, name) for source in ("data", "base") for name in ("ink", "slant")]

@@ -77,7 +77,7 @@ class Task:
 
 
 def slant(images: Tensor) -> Tensor:
-    """How far digits lean to the right: the shear of their ink, in columns per row upwards.
+    """Returns how far digits lean to the right: the shear of their ink, in columns per row upwards.
 
     Covariance of a pixel's column and height over the variance of its height, weighted by ink.
 
@@ -136,7 +136,7 @@ DIGITS = Task(
 
 @functools.cache
 def get(name: str) -> Task:
-    """A task by its name: "digits", "moving-cogvideox" or "moving-wan".
+    """Returns a task by its name: "digits", "moving-cogvideox" or "moving-wan".
 
     Raises:
         ValueError: another name.
@@ -190,7 +190,7 @@ class RewardPairs(DigitPairs):
 
 
 def base_samples(task: Task, cache: Path, count: int = BASE_SAMPLES) -> tuple[Digits, Digits]:
-    """Samples of the base model, four fifths to learn from and one held out; computed once and kept in ``cache``."""
+    """Draws samples of the base model, four fifths for learning, one fifth held out; kept in ``cache``."""
     path = cache / f"{task.name}-{count}.safetensors"
     if not path.exists():
         model, scheduler = task.load_base()
@@ -204,7 +204,7 @@ def base_samples(task: Task, cache: Path, count: int = BASE_SAMPLES) -> tuple[Di
 
 
 def frechet_distance(a: Any, b: Any) -> float:
-    """Squared Fréchet distance of two sets of features ``[N, d]``: of Gaussians with their means and covariances."""
+    """Computes the squared Fréchet distance of two sets ``[N, d]``: of Gaussians with their means and covariances."""
     difference = a.mean(0) - b.mean(0)
     first, second = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     # trace of (AB)^½ by the eigenvalues of a symmetric matrix: A^½ B A^½
@@ -215,7 +215,7 @@ def frechet_distance(a: Any, b: Any) -> float:
 
 
 def spread_within(features: Any, classes: Tensor) -> float:
-    """Mean distance of two samples of one class, over classes."""
+    """Returns the mean distance of two samples of one class, over classes."""
     means = []
     for c in range(CLASSES):
         own = torch.from_numpy(np.asarray(features)[(classes == c).numpy()])

@@ -71,7 +71,7 @@ def train(kind: str, steps: int, batch_size: int = 32, learning_rate: float = 2e
 
 @torch.no_grad()
 def held_out_loss(kind: str, model: Any, held_out: Digits, seed: int = 0) -> float:
-    """The training loss on other clips, with one draw of noise and noise level for each."""
+    """Returns the training loss on other clips, with one draw of noise and noise level for each."""
     schedule = NoiseSchedule.from_scheduler(build_scheduler(kind))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -96,7 +96,7 @@ def save(kind: str, model: Any, folder: Path) -> None:
 
 
 def describe(kind: str, count: int = 400, seed: int = 0) -> str:
-    """How good the shipped model of a kind is, by ``count`` samples of it, beside the clips held out."""
+    """Returns how good the shipped model of a kind is, by ``count`` samples of it, beside the clips held out."""
     data, held_out = load_moving(kind)
     judge = ClipJudge(data, held_out)
     model, scheduler = load_base(kind)

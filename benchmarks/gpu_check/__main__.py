@@ -166,7 +166,7 @@ def build(device: str) -> Row:
 
 
 def _recorded(record: Path) -> dict[str, Any]:
-    """What the last build says about the CUDA part; empty where there is no record."""
+    """Returns what the last build says about the CUDA part; empty where there is no record."""
     try:
         return dict(json.loads(record.read_text(encoding="utf-8"))["parts"]["cuda"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -174,7 +174,7 @@ def _recorded(record: Path) -> dict[str, Any]:
 
 
 def imports() -> Row:
-    """``sipo`` and these checks import where none of what they can do without is installed."""
+    """Returns whether ``sipo`` and these checks import where none of what they can do without is installed."""
     script = (
         "import sys\n"
         "class Refuse:\n"
@@ -227,7 +227,7 @@ class Report:
             self._write(complete=False)
 
     def end(self) -> int:
-        """The table, the file, and the exit code."""
+        """Prints the table, writes the file, and returns the exit code."""
         self._write(complete=True)
         numbers = f"{'cases':>6} {'worst':>7} {'half':>7} {'seconds':>8}"
         print(f"\n{'check':24} {'backend':14} {'outcome':8} {numbers}  reason")
@@ -282,7 +282,7 @@ def _nvcc() -> str | None:
 
 
 def _self_test(names: Sequence[str], options: CheckOptions) -> int:
-    """Every check with every fault that it names, and a crash that must end one check only."""
+    """Runs every check with every fault that it names, and with a crash that must end only one check."""
     from benchmarks.gpu_check import faults
     from benchmarks.gpu_check.all_checks import emulate_cuda
 

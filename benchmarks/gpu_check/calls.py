@@ -19,7 +19,7 @@ Options = dict[str, Any]
 
 
 def _layouts(x: Tensor) -> dict[str, Tensor]:
-    """The values of ``x`` ``[S, C, F, H, W]`` in the strides that networks produce."""
+    """Yields the values of ``x`` ``[S, C, F, H, W]`` in the strides that networks produce."""
     wide = x.new_zeros(x.shape[0], 2 * x.shape[1], *x.shape[2:])
     wide[:, x.shape[1] :] = x
     batch = x.new_zeros(2 * x.shape[0], *x.shape[1:])
@@ -197,14 +197,14 @@ def check_expected(ctx: Context) -> None:
 
 
 def _like(batch: testing.Batch, reduction: str, each: list[float]) -> Tensor:
-    """An upstream gradient as autograd brings it: in the loss's type, a scalar or one for each pair."""
+    """Makes an upstream gradient as autograd does: in the loss's type, a scalar or one for each pair."""
     wide = F64 in (batch.model_pred.dtype, batch.ref_pred.dtype, batch.target.dtype)
     upstream = torch.tensor(each, dtype=F64 if wide else F32, device=batch.model_pred.device)
     return upstream if reduction == "none" else upstream[0]
 
 
 def _calm(grad: Tensor) -> Tensor:
-    """Every NaN the same one."""
+    """Replaces every NaN by the same NaN."""
     return torch.where(grad.isnan(), math.nan, grad)
 
 

@@ -68,7 +68,7 @@ def _attempt(run: Callable[[Any], None], context: Any) -> tuple[str, str, list[s
 
 
 def _device_error() -> str | None:
-    """What the device complains about once it has done everything, or ``None``."""
+    """Returns what the device complains about once it has done everything, or ``None``."""
     try:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()

@@ -84,7 +84,7 @@ def command(*arguments: str) -> list[str]:
 
 
 def environment(options: CheckOptions) -> dict[str, str]:
-    """A child's: this checkout first on the path, Triton interpreted on a CPU and compiled on a GPU."""
+    """Returns the environment of a child: this checkout first on the path, Triton interpreted on a CPU."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     found = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "1" if options.device == "cpu" else "0"}
     found.pop("SIPO_BACKEND", None)
@@ -92,14 +92,14 @@ def environment(options: CheckOptions) -> dict[str, str]:
 
 
 def no_more(options: CheckOptions) -> str:
-    """Why nothing more may be started; empty if it may."""
+    """Returns why nothing more may be started; empty if it may."""
     if STOP.is_set():
         return "interrupted"
     return "out of time (--seconds)" if options.deadline is not None and time.monotonic() > options.deadline else ""
 
 
 def run_checks(names: Sequence[str], backend: str, options: CheckOptions) -> list[Row]:
-    """The checks in children, one child after the other as long as they die; a row for every check."""
+    """Runs the checks in child processes, one after the other as each dies; returns a row for every check."""
     rows: list[Row] = []
     remaining = list(names)
     while remaining:
@@ -113,7 +113,7 @@ def run_checks(names: Sequence[str], backend: str, options: CheckOptions) -> lis
 
 
 def _one_child(names: list[str], backend: str, options: CheckOptions) -> list[Row]:
-    """At least one row: of each check that the child finished, and of the one that ended it."""
+    """Runs a child; returns a row of each check that it finished, and of the one that ended it."""
     with tempfile.TemporaryDirectory() as folder:
         report, log = Path(folder) / "report", Path(folder) / "log"
         report.touch()
@@ -139,7 +139,7 @@ def _one_child(names: list[str], backend: str, options: CheckOptions) -> list[Ro
 
 
 def _wait(process: subprocess.Popen[bytes], report: Path, limit: float) -> str:
-    """Waits until the child ends or a check takes too long; how it ended."""
+    """Waits until the child ends or a check takes too long; returns how it ended."""
     size, since, allowed = 0, time.monotonic(), START_LIMIT
     while process.poll() is None:
         time.sleep(0.05)
@@ -161,7 +161,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _read(text: str) -> tuple[list[Row], str | None]:
-    """Rows of a child's report, and the check that it had begun and not finished."""
+    """Reads the rows of a child's report, and the check that it had begun and not finished."""
     rows, running = [], None
     for line in text.splitlines():
         try:

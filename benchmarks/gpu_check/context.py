@@ -61,22 +61,22 @@ class Context:
         return self.device != "cpu"
 
     def batch(self, shape: tuple[int, ...], *dtypes: torch.dtype, **options: Any) -> Batch:
-        """``testing.make_batch`` on this device; one dtype stands for all three."""
+        """Returns ``testing.make_batch`` on this device; one dtype stands for all three."""
         kinds = dtypes * 3 if len(dtypes) == 1 else dtypes or (F32, F32, F32)
         return testing.make_batch(shape, kinds, device=self.device, **options)  # type: ignore[arg-type]
 
     def cell(self, value: float) -> Tensor:
-        """What ``expected_upstream`` may be, and the backward pass writes."""
+        """Returns a cell for ``expected_upstream``, which the backward pass writes."""
         device = torch.device(self.device)
         return torch.tensor(value, dtype=pair_dtype(device), device=device)
 
     def totals(self, timesteps: Tensor, top: float = 1000.0) -> Totals:
-        """Empty running sums, with these timesteps."""
+        """Returns empty running sums, with these timesteps."""
         levels = torch.zeros(len(STATISTICS), BINS, device=self.device)
         return Totals(torch.zeros(2, len(METRICS), device=self.device), levels, timesteps.to(self.device), top)
 
     def run(self, batch: Batch, **options: Any) -> tuple[PairLossOutput, Tensor]:
-        """Forward and backward over poisoned memory."""
+        """Runs forward and backward over poisoned memory."""
         with poisoned():
             return testing.run(batch, self.backend, **options)
 
@@ -157,7 +157,7 @@ class Context:
 
 
 def same_bits(got: Tensor, expected: Tensor) -> bool:
-    """Equal in type, shape and every bit."""
+    """Whether two tensors are equal in type, shape and every bit."""
     if got.dtype != expected.dtype or got.shape != expected.shape:
         return False
     raw = [t.detach().reshape(-1).contiguous().view(torch.uint8) for t in (got, expected)]

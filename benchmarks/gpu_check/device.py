@@ -115,7 +115,7 @@ def check_no_synchronisation(ctx: Context) -> None:
 
 
 def capture(work: Callable[[], tuple[PairLossOutput, Tensor]]) -> tuple[Callable[[], None], PairLossOutput, Tensor]:
-    """A CUDA graph of ``work``: how to replay it, and the output and gradient that a replay fills."""
+    """Captures a CUDA graph of ``work``; returns how to replay it, and the output and gradient that a replay fills."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

@@ -73,12 +73,12 @@ def small_cases(ctx: Context) -> None:
 
 
 def find_tool() -> str | None:
-    """compute-sanitizer's path, from the search path or the usual place."""
+    """Finds compute-sanitizer, on the search path or in the usual place."""
     return shutil.which("compute-sanitizer") or shutil.which(USUAL)
 
 
 def run_tool(tool: str, backends: list[str], options: CheckOptions, limit: float) -> Row:
-    """The small cases of all ``backends`` under one tool."""
+    """Runs the small cases of all ``backends`` under one tool."""
     name, where = f"compute-sanitizer {tool}", ", ".join(backends)
     if options.device == "cpu":
         return Row(name, where, "not run", "needs a GPU")
@@ -105,7 +105,7 @@ def run_tool(tool: str, backends: list[str], options: CheckOptions, limit: float
 
 
 def judge(name: str, where: str, output: str, code: int) -> Row:
-    """What a tool's output means: only a whole run with a summary and no finding of ours passes."""
+    """Judges a tool's output: only a whole run with a summary and no finding of ours passes."""
     said = [line for line in output.splitlines() if line.startswith("=========")]
     summaries = re.findall(r"^========= (?:ERROR|RACECHECK) SUMMARY: (\d+)", output, re.MULTILINE)
     compared = sum(int(n) for n in re.findall(r"^sanitizer cases: (\d+) comparisons", output, re.MULTILINE))
@@ -127,7 +127,7 @@ def judge(name: str, where: str, output: str, code: int) -> Row:
 
 
 def findings(said: list[str]) -> tuple[list[list[str]], list[list[str]]]:
-    """Findings in our kernels and in others', each with the lines that belong to it.
+    """Returns findings in our kernels and in others', each with the lines that belong to it.
 
     A finding begins at the margin ("========= Invalid __global__ read ...") and goes on indented. Which kernel it is
     about says its first line (races) or the line "at KERNEL+0x... in FILE"; the host's backtrace names other things.
@@ -150,7 +150,7 @@ def findings(said: list[str]) -> tuple[list[list[str]], list[list[str]]]:
 
 
 def run_small_cases(backends: list[str], device: str) -> int:
-    """What runs under a tool: prints how much was compared; the process's exit code."""
+    """Runs the small cases under a tool, prints how much was compared, and returns the process's exit code."""
     for backend in backends:
         context = Context(backend, device)
         small_cases(context)

@@ -33,18 +33,18 @@ class Faulty:
         self.real = module
 
     def forward(self, inputs: Inputs, settings: Settings, **options: Any) -> Stats:
-        """``options``: with_grad, expected and totals, as far as they are given."""
+        """Runs forward with ``options`` with_grad, expected and totals, as far as they are given."""
         return self.changed(self.real.forward(inputs, settings, **options), inputs)
 
     def changed(self, stats: Stats, inputs: Inputs) -> Stats:
-        """What the forward pass returns, with the fault."""
+        """Returns the results of the forward pass with the fault."""
         return stats
 
     def gradient(self, model: Tensor, target: Tensor, coef: Tensor, upstream: Tensor) -> Tensor:
         return self.real.gradient(model, target, coef, upstream)
 
     def mend(self, grad: Tensor, model: Tensor, target: Tensor, *rest: Any) -> Tensor:
-        """``rest``: coef, upstream, numbers and what is remembered."""
+        """Corrects the gradient; ``rest`` is coef, upstream, numbers and what is remembered."""
         return self.real.mend(grad, model, target, *rest)
 
 
