@@ -69,7 +69,7 @@ def from_yaml(value: Any, hint: Any) -> Any:
         if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
             with contextlib.suppress(ValueError):
                 return float(value)
-        if isinstance(value, list) and get_origin(kind) in (list, tuple):
+        if isinstance(value, list) and get_origin(kind) in (list, tuple) and _fits(value, kind):
             return get_origin(kind)(from_yaml(item, get_args(kind)[0]) for item in value)
     return value
 
