@@ -192,7 +192,7 @@ def write_pairs_index(
             )
     pairs = sum(len(shard.facts["pairs"]) for shard in latents)
     if pairs == 0:
-        raise CacheError(f"{shards.path}: none of {records} rows is a pair that can be used")
+        raise CacheError(f"{path}: none of {records} rows is a pair that can be used")
     skipped = [entry for shard in latents for entry in shard.facts["skipped"]]
     content = {
         "path": path,
