@@ -147,7 +147,7 @@ def side_by_side(pictures: Sequence[tuple[str, str]]) -> str:
 
 
 def describe(findings: Sequence[Finding]) -> str:
-    """Formats the same verdict for a terminal."""
+    """Formats the verdict for a terminal."""
     lines = []
     for finding in findings:
         lines.append(f"{_TITLES[finding.severity].upper()}: {finding.sentence}")

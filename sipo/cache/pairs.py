@@ -56,7 +56,7 @@ class CachedPairs:
 
     @property
     def unconditional(self) -> Condition:
-        """What caption dropout puts in the place of a pair's text embeddings."""
+        """The condition that replaces a pair's text embeddings in caption dropout."""
         return self.cache.unconditional()
 
     def __len__(self) -> int:
@@ -109,7 +109,7 @@ class DrawnPairs:
 
     @property
     def unconditional(self) -> Condition:
-        """What stands in the place of a dropped caption's text embeddings."""
+        """The condition that replaces a dropped caption's text embeddings."""
         return self.cached.unconditional
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""Errors that a user of the command line can do something about, in one line each; bugs keep their traceback."""
+"""Errors that a user of the command line can do something about take one line each; bugs keep their traceback."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def one_line_errors(work: Callable[[argparse.Namespace], int]) -> Callable[[argp
 
 @contextlib.contextmanager
 def in_one_line() -> Iterator[None]:
-    """Errors that a user can do something about become a :class:`CommandError`.
+    """Turns errors that a user can do something about into a :class:`CommandError`.
 
     Raises:
         BrokenPipeError: nobody reads what is printed.
@@ -155,7 +155,7 @@ def _said(error: Exception) -> str:
 
 
 def _quieten() -> None:
-    """Leaves out what diffusers and transformers print about every component that is loaded; downloads keep their bars.
+    """Hides what diffusers and transformers print about every component that is loaded; downloads keep their bars.
 
     Nor is a line wanted for each image processor that could do with torchvision, or for each image whose EXIF data are
     damaged, and whose pixels are not.
@@ -186,14 +186,14 @@ def gone_readers() -> list[Any]:
 
 
 def print_nowhere(streams: list[Any]) -> None:
-    """Lets streams that nobody reads end in nothing: the interpreter writes what is left in them when it ends."""
+    """Redirects streams that nobody reads to the null device: the interpreter flushes them when it ends."""
     with open(os.devnull, "wb") as nowhere:
         for stream in streams:
             os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def tell(line: str = "") -> None:
-    """Prints a line on standard error, or what is left there; where nobody reads it any more, that is no error."""
+    """Prints a line on standard error, or flushes it; it is no error if nobody reads it any more."""
     if sys.stderr is None or sys.stderr.closed:
         return
     try:

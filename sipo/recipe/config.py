@@ -27,7 +27,7 @@ from sipo_kernels.options import LossOptions, check_choice
 
 _LONGEST = 300  # letters of a message's part that a user has written
 TOY = "toy"
-"""In place of a model's or data set's path: a small one, made on the spot from a configuration."""
+"""Replaces the path of a model or data set: a small one is then made from the configuration."""
 
 # The type that training.mixed_precision rounds weights in float32 to.
 _COMPUTED = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -85,7 +85,7 @@ class SampleConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A run of ``sipo train``."""
+    """The configuration of a run of ``sipo train``."""
 
     model: ModelConfig
     data: DataConfig

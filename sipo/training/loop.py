@@ -154,7 +154,7 @@ def train(
 
 
 class TrainingLoop:
-    """One :func:`train` call: :meth:`run` takes the steps, and after each :meth:`_after` logs, saves and validates."""
+    """The loop of one :func:`train` call: :meth:`run` takes the steps; :meth:`_after` logs, saves and validates."""
 
     recorder: Recorder
     agreement: StopAgreement

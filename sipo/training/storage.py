@@ -232,7 +232,7 @@ def _is_entry(item: tuple[str, Any]) -> bool:
 
 
 def _discard(folder: Path) -> None:
-    """Removes a checkpoint in such an order that no half of it keeps the name."""
+    """Removes a checkpoint in such an order that no incomplete one keeps its name."""
     aside = folder.with_name(f".{folder.name}.tmp")
     remove(aside)
     os.replace(folder, aside)

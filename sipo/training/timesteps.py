@@ -1,4 +1,4 @@
-"""Draws noise levels at which the mask lets pairs through (docs/math.md §4).
+"""Draws noise levels at which the mask keeps pairs (docs/math.md §4).
 
 The mask drops a pair whose smaller importance ratio is below a threshold, which depends above all on the noise level.
 So the run keeps the mean of that ratio for each bin of noise levels, and skips bins whose mean is below the threshold.
