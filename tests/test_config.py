@@ -129,6 +129,8 @@ def test_overrides_lie_over_the_file(tmp_path: Path) -> None:
         ({"training": {"eps": 1}}, "training.eps: no such key, did you mean training.adam_epsilon?"),
         ({"training": {"lr_decay": 1}}, "training.lr_decay: no such key, expected one of max_train_steps, "),
         ({"loss": {"winner_preserving": 1}}, "no such key, did you mean loss.safeguard?"),
+        ({"loss": {"f_divergence_type": "js"}}, "no such key, did you mean loss.loss_type?"),
+        ({"model": {"sft": True}}, "no such key, did you mean loss.method=sft?"),
         ({"loss": {"reduction": "sum"}}, "loss.reduction='sum': expected 'mean', the only one whose gradient"),
         ({"loss": {"reduction": "none"}}, "loss.reduction='none': expected 'mean', the only one whose gradient"),
         (
