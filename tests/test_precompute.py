@@ -283,7 +283,7 @@ def test_bad_pairs_are_left_out_when_told_and_counted(tmp_path: Path) -> None:
 
 def test_a_cache_without_a_pair_is_an_error(tmp_path: Path) -> None:
     reader = Records([replace(record, tie=True) for record in Records.make(3).records])
-    with pytest.raises(CacheError, match="^nowhere: none of 3 rows is a pair that can be used"):
+    with pytest.raises(CacheError, match=r"^nowhere: none of 3 rows is a pair that can be used"):
         build(tmp_path, reader)
 
 
