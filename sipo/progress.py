@@ -31,6 +31,26 @@ def bars(progress: bool | None) -> bool:
 _printing = contextlib.suppress(OSError)
 
 
+class _Terminal:
+    """Standard error for bars, without errors: one inside tqdm would leave tqdm's lock held, for all threads."""
+
+    def write(self, text: str) -> None:
+        with _printing:
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with _printing:
+            sys.stderr.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+    def __eq__(self, other: object) -> bool:
+        return other is self or other is sys.stderr  # so that tqdm.write clears the bar first
+
+    __hash__ = object.__hash__
+
+
 def say(text: str) -> None:
     """Prints a line on standard error, above a progress bar that is shown."""
     with _printing:
@@ -46,9 +66,7 @@ def say(text: str) -> None:
 def _bar(**options: Any) -> Any:
     from tqdm.auto import tqdm
 
-    with _printing:
-        return tqdm(dynamic_ncols=True, **options)
-    return None
+    return tqdm(dynamic_ncols=True, file=_Terminal(), **options)
 
 
 def duration(seconds: float) -> str:
@@ -83,16 +101,14 @@ class Meter:
         """Counts ``count`` more."""
         self._done += count
         if self._bar is not None:
-            with _printing:
-                self._bar.update(count)
+            self._bar.update(count)
         elif self._lines and time.monotonic() - self._last >= EVERY:
             self._say()
 
     def close(self) -> None:
         """Ends the bar; where lines were printed, the last has the whole count."""
         if self._bar is not None:
-            with _printing:
-                self._bar.close()
+            self._bar.close()
         if self._said and self._said < self._done:
             self._say()
 
@@ -141,8 +157,7 @@ class StepProgress:
     def advance(self) -> None:
         """Counts a step."""
         if self._bar is not None:
-            with _printing:
-                self._bar.update(1)
+            self._bar.update(1)
 
     def show(self, step: int, numbers: str, more: str = "") -> None:
         """Shows a log line.
@@ -154,8 +169,7 @@ class StepProgress:
         """
         if self._bar is not None:
             self._bar.bar_format = _STEPS % (numbers and f", {numbers}", more and f", {more}")
-            with _printing:
-                self._bar.refresh()
+            self._bar.refresh()
         if not self._lines:
             return
         (before, then), now = self._line, time.monotonic()
@@ -177,5 +191,4 @@ class StepProgress:
     def close(self) -> None:
         """Ends the bar."""
         if self._bar is not None:
-            with _printing:
-                self._bar.close()
+            self._bar.close()

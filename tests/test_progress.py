@@ -13,10 +13,12 @@ import sys
 import termios
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tqdm.auto import tqdm
 
 from sipo import progress
 from sipo.progress import Meter, StepProgress, track
@@ -128,6 +130,9 @@ def test_what_cannot_be_printed_ends_no_run(tmp_path: Path, monkeypatch: pytest.
     results = [fit(tmp_path / str(wanted), max_train_steps=2, progress=wanted)[1] for wanted in (False, True)]
     monkeypatch.undo()
     assert [line["step"] for result in results for line in result.history] == [1, 2, 1, 2]
+    with ThreadPoolExecutor(1) as other:  # another thread's bar would wait for ever for a lock that is still held
+        held = other.submit(lambda: [not lock.acquire(False) or lock.release() for lock in tqdm.get_lock().locks])
+        assert not any(held.result())
 
 
 @pytest.mark.parametrize(("columns", "left", "bar"), [(140, True, True), (56, True, False), (44, False, False)])
@@ -157,8 +162,6 @@ def test_the_bar_of_other_work_yields_as_well(monkeypatch: pytest.MonkeyPatch) -
 
 def test_lines_take_no_lock_that_killed_processes_keep(capsys: pytest.CaptureFixture[str]) -> None:
     """tqdm's lock is shared with forked processes: one that is killed while it prints would stop all others."""
-    from tqdm.auto import tqdm
-
     lock = tqdm.get_lock()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(lock), "acquire", lambda *_: pytest.fail("takes tqdm's lock"))
