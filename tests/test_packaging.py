@@ -59,8 +59,8 @@ def project_files() -> list[Path]:
 
 
 def clean_env(**changes: str) -> dict[str, str]:
-    """The environment without what would change how the package behaves."""
-    drop = ("SIPO_", "PYTHONPATH", "TRITON_", "CXXFLAGS", "LDFLAGS", *CUDA_SWITCHES)
+    """The environment without what would change how the package behaves, or what a ``make`` in a test does."""
+    drop = ("SIPO_", "PYTHONPATH", "TRITON_", "CXXFLAGS", "LDFLAGS", "MAKE", "MFLAGS", "VENV", "PINS", *CUDA_SWITCHES)
     return {**{name: value for name, value in os.environ.items() if not name.startswith(drop)}, **changes}
 
 
