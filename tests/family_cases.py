@@ -14,18 +14,17 @@ from torch import Tensor
 
 from sipo.batch import network_timesteps
 from sipo.families import Condition, Family, get_family
-from sipo.families.toy import build_toy
+from sipo.families.toy import TOYS, build_toy
 
-TOYS = ("sd15", "sdxl", "sd3", "cogvideox", "cogvideox-2b", "wan")
 PROMPTS = ["a cat on the roof", "The thin red line, twice"]
-each_toy = pytest.mark.parametrize("toy", TOYS)
+each_toy = pytest.mark.parametrize("toy", list(TOYS))
 HEIGHT, WIDTH, FRAMES = 32, 48, 9  # not square, so that no two sides can be mixed up
 
 _FOLDER = tempfile.TemporaryDirectory()
 
 
 def family_of(toy: str) -> Family:
-    return get_family(toy.partition("-")[0])
+    return get_family(TOYS[toy].family)
 
 
 def size_of(family: Family) -> dict[str, int]:

@@ -1,0 +1,60 @@
+"""Builds small pipelines of every family with random weights, from the real classes.
+
+For tests and examples: nothing is downloaded, a network's forward takes milliseconds, and an image of 32x32 pixels has
+a few latents. Text encoders, VAE and network have the same parts, scaling and schedules as the full-size ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from sipo.families.toy import stable_diffusion, video
+from sipo.files import aside
+
+
+class Toy(NamedTuple):
+    """A small pipeline: the name of its family, and the function that builds it."""
+
+    family: str
+    build: Callable[[], Any]
+
+
+TOYS: dict[str, Toy] = {
+    "sd15": Toy("sd15", stable_diffusion.sd15),
+    "sdxl": Toy("sdxl", stable_diffusion.sdxl),
+    "sd3": Toy("sd3", stable_diffusion.sd3),
+    "cogvideox": Toy("cogvideox", video.cogvideox),
+    "cogvideox-2b": Toy("cogvideox", lambda: video.cogvideox(rotary=False)),
+    "wan": Toy("wan", video.wan),
+}
+"""All toys by name. A family's first toy has the family's name; others are variants that differ in their parts."""
+
+
+def build_toy(name: str, folder: str | Path, seed: int = 0) -> Path:
+    """Writes a family's toy pipeline with random weights, in diffusers' layout.
+
+    Args:
+        name: a key of :data:`TOYS`.
+        folder: output folder; replaced if it exists.
+        seed: seed of the weights. The same name and seed give the same bytes; torch's generators are not changed.
+
+    Returns:
+        ``folder``.
+
+    Raises:
+        ValueError: the name is not known.
+    """
+    if name not in TOYS:
+        raise ValueError(f"toy={name!r}: expected one of {', '.join(TOYS)}")
+    folder = Path(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipeline = TOYS[name].build()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with aside(folder) as place:
+        pipeline.save_pretrained(place, safe_serialization=True)
+    return folder
