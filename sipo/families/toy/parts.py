@@ -10,6 +10,19 @@ WIDTH = 32
 BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 TRANSFORMER: dict[str, Any] = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16}
 
+_DECODER: dict[str, Any] = {  # a text encoder that was a language model
+    "hidden_size": WIDTH,
+    "intermediate_size": 2 * WIDTH,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+}
+_CHAT = (  # one line of text for each message; an answer without thinking begins with an empty thought
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
 _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'\"()-/"
 
 
@@ -25,6 +38,51 @@ def image_vae(**options: Any) -> Any:
         sample_size=32,
         **options,
     )
+
+
+def gemma_tokenizer() -> Any:
+    """Makes Gemma 2's tokenizer with a vocabulary of single letters and of bytes for all other characters."""
+    from transformers import GemmaTokenizer
+
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
+    pieces += sorted({*_LETTERS, *_LETTERS.upper()})
+    return GemmaTokenizer(vocab={piece: number for number, piece in enumerate(pieces)}, add_bos_token=True)
+
+
+def gemma(tokenizer: Any) -> Any:
+    from transformers import Gemma2Config, Gemma2Model
+
+    config = Gemma2Config(
+        vocab_size=len(tokenizer),
+        **_DECODER,
+        query_pre_attn_scalar=16,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return Gemma2Model(config).eval()
+
+
+def qwen_tokenizer() -> Any:
+    """Makes Qwen's tokenizer with a vocabulary of single bytes, and the tokens and the template of a chat."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2Tokenizer
+
+    chat = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    letters = sorted(ByteLevel.alphabet())
+    tokenizer = Qwen2Tokenizer(
+        vocab={piece: number for number, piece in enumerate([*letters, "<|endoftext|>", *chat])},
+        merges=[],
+        extra_special_tokens=chat,
+    )
+    tokenizer.chat_template = _CHAT
+    return tokenizer
+
+
+def qwen3(tokenizer: Any) -> Any:
+    from transformers import Qwen3Config, Qwen3Model
+
+    return Qwen3Model(Qwen3Config(vocab_size=len(tokenizer), **_DECODER)).eval()
 
 
 def clip_tokenizer() -> Any:
