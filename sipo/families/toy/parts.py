@@ -18,7 +18,7 @@ _DECODER: dict[str, Any] = {  # a text encoder that was a language model
     "num_key_value_heads": 1,
     "head_dim": 16,
 }
-_CHAT = (  # one line of text for each message; an answer without thinking begins with an empty thought
+_CHAT = (  # as published: without thinking, the answer begins with an empty thought
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
