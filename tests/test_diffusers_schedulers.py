@@ -17,7 +17,8 @@ from torch import Tensor
 from benchmarks.previous_level import markdown, rows
 from sipo import NoiseSchedule
 from sipo.batch import level_argument
-from sipo.schedule.diffusers_schedulers import SettingError, check_sampler, with_settings
+from sipo.schedule.diffusers_schedulers import check_sampler, with_settings
+from sipo.schedule.levels import SettingError
 from tests.schedule_cases import ALL_STEPS, BY_NAME, SD, close, latents, table
 
 SCHEDULERS: list[tuple[str, Any]] = [

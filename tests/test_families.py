@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sipo.families import FAMILIES, get_family
 from sipo.families.network import inner_network, network_dtype
 from sipo.families.toy import build_toy
-from sipo.schedule.diffusers_schedulers import SettingError
+from sipo.schedule.levels import SettingError
 from tests.data_sets import contents
 from tests.family_cases import (
     FRAMES,
@@ -330,8 +330,9 @@ def test_schedule_with_a_users_settings() -> None:
         ("sd3", {"prediction_type": "epsilon"}, "prediction_type='epsilon': expected 'flow_prediction'"),
         ("wan", {"prediction_type": "epsilon"}, "prediction_type='epsilon': expected 'flow_prediction' or 'sample'"),
     ):
-        with pytest.raises(SettingError, match="^" + re.escape(message)):
+        with pytest.raises(SettingError, match="^" + re.escape(message)) as caught:
             load(toy, **settings)
+        assert caught.value.name == next(iter(settings))
     assert load("sd15", prediction_type="sample").prediction_type == "sample"
     with pytest.raises(SettingError, match=r"^prediction_type='sample': expected another, PNDMScheduler cannot"):
         load("sd15", prediction_type="sample", sampled=True)
@@ -364,6 +365,18 @@ def test_dynamic_shift_goes_by_the_sizes(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(ValueError, match="use_dynamic_shifting=True: expected image_seq_len=") as caught:
         family_of("wan").load_schedule(folder, sizes=[(64, 64)])
     assert str(caught.value).startswith(f"{folder}: ") and "\n" not in str(caught.value)
+
+
+def test_a_number_out_of_range_is_the_users_or_the_files(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match=r"^num_inference_steps=1001: expected an integer in \[1, 1000\]") as caught:
+        family_of("sd15").load_schedule(folder_of("sd15"), 1001)
+    assert caught.value.name == "num_inference_steps"
+    folder = with_scheduler("sd3", tmp_path / "sd3", shift=-1.0)
+    with pytest.raises(
+        ValueError, match=rf"^{re.escape(str(folder))}: shift=-1\.0: expected a finite number > 0$"
+    ) as file:
+        family_of("sd3").load_schedule(folder)
+    assert type(file.value) is ValueError
 
 
 def test_schedulers_that_cannot_be_used_are_named_in_one_line(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import re
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import sipo.schedule.noise_schedule
 from sipo import NoiseSchedule, SIPOLoss
 from sipo.batch import level_argument as at
+from sipo.schedule.levels import SettingError
 from sipo_kernels.testing import RatioScaleCase, golden_cases
 from tests.schedule_cases import ALL_STEPS, BY_NAME, GOLDEN, SD, close, from_config, latents, table
 
@@ -160,6 +162,14 @@ def test_shift_of_one_leaves_the_draws_alone() -> None:
         shifted = "shifted" if name == "uniform" else "shifted_logit_normal"
         plain = schedule.sample_levels(100, seeded(), distribution=name)
         close(schedule.sample_levels(100, seeded(), distribution=shifted), plain, rtol=1e-6)
+
+
+def test_a_setting_that_is_refused_is_named_and_can_be_sent_to_other_processes() -> None:
+    for name, options in (("num_inference_steps", {"num_inference_steps": 0}), ("shift", {"shift": math.inf})):
+        with pytest.raises(SettingError) as caught:
+            NoiseSchedule.flow(**options)  # type: ignore[arg-type]
+        sent = pickle.loads(pickle.dumps(caught.value))
+        assert (sent.name, str(sent)) == (name, str(caught.value)) and str(sent).startswith(f"{name}=")
 
 
 def test_timesteps_go_where_they_are_wanted() -> None:

@@ -25,7 +25,8 @@ from sipo.families.vae import check_latent_affine
 from sipo.files import FileError, one_line, read_object
 from sipo.processes import is_out_of_memory
 from sipo.schedule import DEFAULT_INFERENCE_STEPS, NoiseSchedule
-from sipo.schedule.diffusers_schedulers import SettingError, check_sampler, with_settings
+from sipo.schedule.diffusers_schedulers import check_sampler, with_settings
+from sipo.schedule.levels import SettingError
 
 TEXT_ENCODER = "text_encoder"
 """Prefix of the names of a pipeline's text encoders."""
@@ -197,6 +198,7 @@ class PipelineLoader(ABC):
         """
         own = self.load_scheduler(path, **options)
         class_name = type(own).__name__
+        given = {"num_inference_steps": num_inference_steps, "prediction_type": prediction_type, "shift": shift}
         try:
             scheduler = with_settings(own, prediction_type, shift)
             if sampled and scheduler is not own:
@@ -206,8 +208,8 @@ class PipelineLoader(ABC):
                 for length in [self.image_seq_len(*size) for size in sizes] or [None]
             ]
         except ValueError as error:
-            if isinstance(error, SettingError) or str(error).startswith("num_inference_steps="):
-                raise SettingError(str(error)) from error
+            if isinstance(error, SettingError) and given.get(error.name) is not None:
+                raise
             raise ValueError(f"{path}: {error}") from error
         schedule = schedules[0]
         for size, other in zip(sizes, schedules, strict=False):

@@ -26,7 +26,8 @@ from sipo.processes import everywhere, from_main
 from sipo.protocols import PairDataset
 from sipo.recipe.config import TOY, Config, ConfigError
 from sipo.schedule import DEFAULT_INFERENCE_STEPS, NoiseSchedule
-from sipo.schedule.diffusers_schedulers import SettingError, setting_changes, with_settings
+from sipo.schedule.diffusers_schedulers import setting_changes, with_settings
+from sipo.schedule.levels import SettingError
 from sipo.training import AdapterOff, ReferenceModel, TrainingWarning, make_accelerator
 from sipo.training.sharding import whole_dtype
 
@@ -121,7 +122,7 @@ def open_run(config: Config, accelerator: Accelerator | None = None) -> RunConte
         try:
             return family.load_schedule(model_path, steps, sampled=sampled, sizes=data.sizes, **settings)
         except SettingError as error:
-            section = "loss" if str(error).startswith("num_inference_steps=") else "model"
+            section = "loss" if error.name == "num_inference_steps" else "model"
             raise ConfigError(f"{section}.{error}") from error
 
     schedule = everywhere(accelerator, load_schedule)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sipo.schedule.levels import PREDICTIONS, check_count, check_positive
+from sipo.schedule.levels import PREDICTIONS, SettingError, check_count, check_positive
 
 _FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
 # Options of a flow scheduler with which its grid of σ is not that of docs/math.md §3.
@@ -45,10 +45,6 @@ _REFUSED = {
     "PiflowScheduler": "its network predicts several levels at once",
     "RFD4ProteinaScheduler": "it is for protein structures",
 }
-
-
-class SettingError(ValueError):
-    """A user's setting does not fit the scheduler; the one-line message begins with the setting's name."""
 
 
 class ScheduleArguments(NamedTuple):
@@ -89,7 +85,7 @@ def read_scheduler(scheduler: Any, shift: float | None = None, image_seq_len: in
             expected = f"expected one with alphas_cumprod or use_flow_sigmas, or {', '.join(_FLOW)}"
             raise ValueError(f"scheduler {name} is not modelled, {reason}: {expected}")
         if shift is not None:
-            raise SettingError(f"shift={shift!r}: leave it out, {name} has no flow schedule")
+            raise SettingError("shift", f"={shift!r}: leave it out, {name} has no flow schedule")
         if option("timestep_type") == "continuous":
             raise ValueError(f"{name} has timestep_type='continuous': expected 'discrete' timesteps")
         return ScheduleArguments(option("prediction_type", "epsilon"), table)
@@ -126,13 +122,13 @@ def setting_changes(scheduler: Any, prediction_type: str | None = None, shift: f
         if prediction_type not in expected:
             *others, last = map(repr, expected)
             choice = f"{', '.join(others)} or {last}" if others else last
-            raise SettingError(f"prediction_type={prediction_type!r}: expected {choice}, {name} has no other")
+            raise SettingError("prediction_type", f"={prediction_type!r}: expected {choice}, {name} has no other")
         if has_option:
             changes["prediction_type"] = prediction_type
     if shift is not None:
         check_positive("shift", shift)
         if kind != "flow":
-            raise SettingError(f"shift={shift!r}: leave it out, {name} has no flow schedule")
+            raise SettingError("shift", f"={shift!r}: leave it out, {name} has no flow schedule")
         changes["flow_shift" if _option(config, "use_flow_sigmas") else "shift"] = shift
         if _option(config, "use_dynamic_shifting"):
             changes["use_dynamic_shifting"] = False
@@ -148,8 +144,8 @@ def with_settings(scheduler: Any, prediction_type: str | None = None, shift: flo
         shift: ``k`` of a flow; it turns off dynamic shifting.
 
     Raises:
-        SettingError: A setting that the scheduler does not have.
-        TypeError, ValueError: A ``shift`` that is not finite and > 0.
+        SettingError: A setting that the scheduler does not have, or a ``shift`` that is not finite and > 0.
+        TypeError: A ``shift`` that is not a number.
     """
     changes = setting_changes(scheduler, prediction_type, shift)
     return type(scheduler).from_config(scheduler.config, **changes) if changes else scheduler
@@ -167,7 +163,7 @@ def check_sampler(scheduler: Any) -> None:
         if "prediction_type" in str(error):
             given = _option(scheduler.config, "prediction_type")
             message = f"expected another, {type(scheduler).__name__} cannot sample with it"
-            raise SettingError(f"prediction_type={given!r}: {message}") from error
+            raise SettingError("prediction_type", f"={given!r}: {message}") from error
 
 
 def _option(config: Any, key: str, default: Any = None) -> Any:

@@ -30,6 +30,22 @@ BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 ROUNDING = 4
 
 
+class SettingError(ValueError):
+    """A setting has a wrong value, or one that does not fit the scheduler; one line that begins with its name.
+
+    Attributes:
+        name: Of the setting.
+    """
+
+    def __init__(self, name: str, text: str) -> None:
+        """Takes the name, and what follows it in the message."""
+        super().__init__(name, text)
+        self.name = name
+
+    def __str__(self) -> str:
+        return "".join(self.args)
+
+
 def vp_alphas_cumprod(
     num_train_timesteps: int,
     beta_start: float,
@@ -95,11 +111,11 @@ def check_discrete(
     invert_sigmas: bool,
     alphas_cumprod: Tensor | None,
 ) -> None:
-    """Raises ValueError for a discrete schedule with an option of a flow, or without a table of its length."""
+    """Raises SettingError for an option of a flow, and ValueError where the table is missing or of another length."""
     given = {"shift": shift, "shift_terminal": shift_terminal, "invert_sigmas": invert_sigmas}
     for (name, value), default in zip(given.items(), (1, None, False), strict=True):
         if value != default:
-            raise ValueError(f"{name}={value!r}: expected it only for a flow schedule")
+            raise SettingError(name, f"={value!r}: expected it only for a flow schedule")
     if alphas_cumprod is None:
         raise ValueError(f"alphas_cumprod=None: expected the table [{num_train_timesteps}] of a discrete schedule")
     if list(alphas_cumprod.shape) != [num_train_timesteps]:
@@ -133,15 +149,16 @@ def terminal_stretch(shift: float, num_inference_steps: int, shift_terminal: flo
     It is 1 without ``shift_terminal``: the grid is not stretched.
 
     Raises:
-        TypeError, ValueError: ``shift_terminal`` outside (0, 1), or a sampler of one step, which has no such level.
+        TypeError, SettingError: ``shift_terminal`` outside (0, 1), or a sampler of one step, which has no such level.
     """
     if shift_terminal is None:
         return 1.0
     check_positive("shift_terminal", shift_terminal)
     if shift_terminal >= 1:
-        raise ValueError(f"shift_terminal={shift_terminal!r}: expected a number in (0, 1)")
+        raise SettingError("shift_terminal", f"={shift_terminal!r}: expected a number in (0, 1)")
     if num_inference_steps < 2:
-        raise ValueError(f"num_inference_steps={num_inference_steps!r} with shift_terminal: expected at least 2")
+        text = f"={num_inference_steps!r} with shift_terminal: expected at least 2"
+        raise SettingError("num_inference_steps", text)
     return (1 - shift_terminal) * (num_inference_steps + shift - 1) / (num_inference_steps - 1)
 
 
@@ -223,17 +240,17 @@ def draw_levels(
 
 
 def check_count(name: str, value: object, low: int, high: int | None = None) -> None:
-    """Raises TypeError or ValueError unless ``value`` is an integer from ``low`` to ``high``."""
+    """Raises TypeError or SettingError unless ``value`` is an integer from ``low`` to ``high``."""
     expected = f"an integer >= {low}" if high is None else f"an integer in [{low}, {high}]"
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}: expected {expected}")
     if value < low or (high is not None and value > high):
-        raise ValueError(f"{name}={value!r}: expected {expected}")
+        raise SettingError(name, f"={value!r}: expected {expected}")
 
 
 def check_positive(name: str, value: object) -> None:
-    """Raises TypeError or ValueError unless ``value`` is a finite number above 0."""
+    """Raises TypeError or SettingError unless ``value`` is a finite number above 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}: expected a finite number > 0")
     if not 0 < value < math.inf:
-        raise ValueError(f"{name}={value!r}: expected a finite number > 0")
+        raise SettingError(name, f"={value!r}: expected a finite number > 0")

@@ -15,6 +15,7 @@ from torch import Tensor
 from sipo.schedule.diffusers_schedulers import read_scheduler
 from sipo.schedule.levels import (
     PREDICTIONS,
+    SettingError,
     check_count,
     check_discrete,
     check_positive,
@@ -79,12 +80,17 @@ class NoiseSchedule:
         invert_sigmas: bool = False,
         alphas_cumprod: Tensor | None = None,
     ) -> None:
-        """Takes the results of the named constructors, which are to be preferred."""
+        """Takes the results of the named constructors, which are to be preferred.
+
+        Raises:
+            TypeError, ValueError: A value outside its range; most are :class:`sipo.schedule.levels.SettingError`, which
+                has the argument's name.
+        """
         check_choice("kind", kind, tuple(PREDICTIONS))
         spelt_out = "flow_prediction" if prediction_type == "flow" else prediction_type  # "flow" is short for it
         if spelt_out not in PREDICTIONS[kind]:
             expected = f"one of {', '.join(PREDICTIONS[kind])} for a {kind} schedule"
-            raise ValueError(f"prediction_type={prediction_type!r}: expected {expected}")
+            raise SettingError("prediction_type", f"={prediction_type!r}: expected {expected}")
         check_count("num_train_timesteps", num_train_timesteps, 1)
         most_steps = num_train_timesteps if kind == "discrete" else None
         check_count("num_inference_steps", num_inference_steps, 1, most_steps)
