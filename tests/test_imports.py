@@ -43,7 +43,6 @@ SAME_MODULES = {
     "config": "the settings of one section of the YAML, in the package that uses them",
     "launch": "one for each compiled backend: calls its kernels",
     "plan": "one for each compiled backend: chooses its kernels' launch parameters",
-    "toy": "small random stand-ins: of models in families, of data sets in data",
 }
 
 # Files of tests that test the benchmarks. All others import the package alone.

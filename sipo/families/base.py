@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -12,186 +11,54 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sipo.families.loading import TEXT_ENCODER, VAE, PipelineLoader
-from sipo.families.network import POOLED, PROMPT, Condition, evaluating, inner_network, network_dtype, predicting_in
-from sipo.families.vae import LATENT_PIXELS, as_floats, latent_affine
+from sipo.families.encoding import PipelineEncoder
+from sipo.families.loading import TEXT_ENCODER, VAE
+from sipo.families.network import Condition, evaluating, inner_network, network_dtype, predicting_in
+from sipo.families.packing import pack, unpack
+from sipo.families.vae import PipelineVae
 from sipo.schedule import DEFAULT_INFERENCE_STEPS
 
 
-class PromptWarning(UserWarning):
-    """Prompts are longer than the text encoder's limit."""
-
-
-class Family(PipelineLoader):
+class Family(PipelineEncoder):
     """One family of diffusion models: its diffusers classes, and how to call them.
 
     A family has no state and no weights: its methods take the pipeline or the network. Latents are scaled, and laid out
-    as the network takes them (``latent_layout``).
+    as ``latent_layout`` says; a network that takes tokens gets them from :meth:`pack`.
+
+    Most families are a table of attributes and :meth:`network_inputs`; a method is overridden where a model has a rule
+    of its own.
 
     Attributes:
-        latent_layout: dimensions of one sample's latents: "CHW", "FCHW" or "CFHW".
+        token_side: side in latents of one of the network's tokens; ``None`` for a network that takes latents.
+        negated: whether the network predicts the negative of what the schedule says.
+        float32_conditions: names in a condition that stay float32; the rest is cast to the network's dtype.
         lora_targets: modules that LoRA adapts unless a configuration names others.
-        guidance: classifier-free guidance scale for samples in validation.
-        side_multiple: height and width in pixels are multiples of it.
-        frame_stride: the number of frames of a clip is a multiple of it, plus one.
-        text_options: further arguments of the pipeline's ``encode_prompt``.
+        guidance: guidance scale for samples in validation; also what a network with a guidance embedding is told in
+            training.
+        sampler_needs_vae: whether the pipeline reads from its VAE while it samples latents.
     """
 
-    latent_layout: ClassVar[str] = "CHW"
+    token_side: ClassVar[int | None] = None
+    negated: ClassVar[bool] = False
+    float32_conditions: ClassVar[tuple[str, ...]] = ()
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     guidance: ClassVar[float]
-    side_multiple: ClassVar[int]
-    frame_stride: ClassVar[int] = 1
-    text_options: ClassVar[Mapping[str, Any]] = {}
-
-    # ---- Encoding ----
-
-    @torch.no_grad()
-    def encode_text(self, pipeline: Any, prompts: Sequence[str]) -> list[Condition]:
-        """Encodes text: one dictionary of embeddings for each prompt, without a batch dimension, on the CPU.
-
-        Every prompt's tensors have the same shapes: ``prompt_embeds [L, D]`` padded to the family's length, and in some
-        families ``pooled_prompt_embeds [D']``, in the text encoders' dtype.
-
-        Warns:
-            PromptWarning: prompts are cut; says how many.
-        """
-        if not prompts:
-            return []
-        self._warn_of_cut_prompts(pipeline, prompts)
-        encoded = pipeline.encode_prompt(
-            prompt=list(prompts),
-            device=pipeline.text_encoder.device,
-            do_classifier_free_guidance=False,
-            **self.text_options,
-        )
-        # (prompts, negative) or (prompts, negative, pooled, negative pooled)
-        tensors = {PROMPT: encoded[0]} if len(encoded) == 2 else {PROMPT: encoded[0], POOLED: encoded[2]}
-        host = {name: tensor.cpu() for name, tensor in tensors.items()}
-        return [{name: tensor[i].clone() for name, tensor in host.items()} for i in range(len(prompts))]
-
-    def _warn_of_cut_prompts(self, pipeline: Any, prompts: Sequence[str]) -> None:
-        """Warns once with the number of prompts that are cut; diffusers prints the rest of each."""
-        tokenizer = getattr(pipeline, "tokenizer_3", None) or getattr(pipeline, "tokenizer", None)
-        most = self.text_options.get("max_sequence_length") or getattr(tokenizer, "model_max_length", None)
-        if tokenizer is None or most is None:
-            return
-        number = sum(len(tokens) > most for tokens in tokenizer(list(prompts)).input_ids)
-        if number:
-            text = f"{number} of {len(prompts)} prompts are cut after {most} tokens"
-            warnings.warn(text, PromptWarning, stacklevel=3)
-
-    def encode_prompts(self, pipeline: Any, prompts: Sequence[str]) -> list[Condition]:
-        """Encodes prompts for :meth:`sample`, which then needs no text encoders.
-
-        Returns:
-            For each prompt arguments of the pipeline by name, ``[1, ...]`` on the CPU: the embeddings of
-            :meth:`encode_text`, and with the prefix ``negative_`` those of :meth:`encode_unconditional`.
-        """
-        if not prompts:
-            return []
-        encoded, empty = self.encode_text(pipeline, prompts), self.encode_unconditional(pipeline)
-        negative = {f"negative_{name}": tensor[None] for name, tensor in empty.items()}
-        return [{name: tensor[None] for name, tensor in each.items()} | negative for each in encoded]
-
-    def encode_unconditional(self, pipeline: Any) -> Condition:
-        """Encodes the empty prompt, for guidance and for dropped captions, as :meth:`encode_text` does."""
-        return self.encode_text(pipeline, [""])[0]
-
-    @torch.no_grad()
-    def encode_pixels(self, pipeline: Any, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Encodes images ``[N, 3, H, W]`` or clips ``[N, F, 3, H, W]`` into latents.
-
-        Args:
-            pipeline: from :meth:`load_encoders`.
-            pixels: uint8, or any float dtype in [-1, 1]; on any device. Converted to floats on the VAE's device.
-            generator: to draw from the posterior; ``None`` takes its mode.
-
-        Returns:
-            ``[N, *latent_layout]`` float32 on the VAE's device, scaled as the network takes them.
-        """
-        vae = pipeline.vae
-        pixels = as_floats(pixels.to(vae.device)).to(vae.dtype)
-        posterior = vae.encode(pixels.transpose(1, 2) if self.video else pixels).latent_dist
-        latents = (posterior.mode() if generator is None else posterior.sample(generator)).float()
-        mean, scale = latent_affine(vae.config, latents)
-        latents = (latents - mean) * scale
-        return latents.transpose(1, 2).contiguous() if self.latent_layout == "FCHW" else latents
-
-    def latent_shape(self, pipeline: Any, height: int, width: int, frames: int = 1) -> tuple[int, ...]:
-        """Returns the shape of one sample's latents, from the VAE's configuration."""
-        config = pipeline.vae.config
-        factor = getattr(pipeline, "vae_scale_factor_spatial", None) or pipeline.vae_scale_factor
-        sides = {
-            "C": getattr(config, "latent_channels", None) or config.z_dim,
-            "F": (frames - 1) // self.frame_stride + 1,
-            "H": height // factor,
-            "W": width // factor,
-        }
-        return tuple(sides[axis] for axis in self.latent_layout)
-
-    @torch.no_grad()
-    def decode_latents(self, pipeline: Any, latents: Tensor) -> Tensor:
-        """Decodes latents of :meth:`encode_pixels` into float32 pixels, about in [-1, 1]."""
-        vae = pipeline.vae
-        latents = latents.to(vae.device, torch.float32)
-        if self.latent_layout == "FCHW":
-            latents = latents.transpose(1, 2)
-        mean, scale = latent_affine(vae.config, latents)
-        pixels = vae.decode((latents / scale + mean).to(vae.dtype), return_dict=False)[0].float()
-        return pixels.transpose(1, 2) if self.video else pixels
-
-    def own_condition(
-        self, original_size: tuple[int, int], crop_top_left: tuple[int, int], size: tuple[int, int]
-    ) -> Condition:
-        """Returns a network's further inputs about one image (SDXL's time ids); sizes are (height, width)."""
-        return {}
-
-    def check_size(self, height: int, width: int, frames: int) -> None:
-        """Refuses a size in pixels that the family's VAE or networks cannot take.
-
-        Raises:
-            ValueError: names the nearest size that fits.
-        """
-        multiple, stride = self.side_multiple, self.frame_stride
-        nearest = [max(multiple, round(side / multiple) * multiple) for side in (height, width)]
-        nearest_frames = max(0, round((frames - 1) / stride)) * stride + 1 if self.video else 1
-        if [height, width, frames] == [*nearest, nearest_frames]:
-            return
-        clips = f" and {stride}k+1 frames" if self.video else " and 1 frame"
-        raise ValueError(
-            f"height={height}, width={width}, frames={frames}: expected multiples of {multiple} pixels{clips}; "
-            f"the nearest is height={nearest[0]}, width={nearest[1]}, frames={nearest_frames}"
-        )
-
-    def check_network_size(self, config: Any, height: int, width: int, frames: int) -> None:
-        """Refuses a size in pixels that this network cannot take, though other networks of the family can.
-
-        Args:
-            config: the network's configuration.
-            height, width, frames: in pixels and frames; accepted by :meth:`check_size`.
-
-        Raises:
-            ValueError: says which sizes the network takes.
-        """
-        patch = getattr(config, "patch_size", None) or 1
-        rows, columns = patch[-2:] if isinstance(patch, (list, tuple)) else (patch, patch)
-        for name, side, part in (("height", height, rows), ("width", width, columns)):
-            if side % (LATENT_PIXELS * part):
-                expected = f"a multiple of {LATENT_PIXELS * part} pixels, by the network's patch_size={patch}"
-                raise ValueError(f"{name}={side}: expected {expected}")
+    sampler_needs_vae: ClassVar[bool] = False
 
     # ---- The network's call ----
 
-    @abstractmethod
-    def predict(self, module: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Any) -> Tensor:
+    def predict(
+        self, module: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Any, *, guidance: float | None = None
+    ) -> Tensor:
         """Meets :class:`sipo.protocols.Predict`: ``module`` may be wrapped (DDP) or hold adapters.
 
         Args:
             module: the network, called as a module.
             noisy: ``[N, *latent_layout]``.
-            timesteps: ``[N]``, indices or σ · 1000 of a flow, as the pipeline passes them.
-            condition: tensors ``[N, ...]`` under the names of :meth:`encode_text` and :meth:`own_condition`.
+            timesteps: ``[N]``, indices or σ · 1000 of a flow, as the schedule has them.
+            condition: tensors ``[N, ...]`` under the names of :meth:`encode_text`, :meth:`encode_condition_image` and
+                :meth:`own_condition`.
+            guidance: what a network with a guidance embedding is told; :attr:`guidance` if left out.
 
         Returns:
             The prediction in the schedule's parameterisation, shaped as ``noisy``.
@@ -199,6 +66,50 @@ class Family(PipelineLoader):
         Raises:
             ValueError: a tensor of the condition is missing.
         """
+        network = inner_network(module)
+        dtype = network_dtype(network)
+        held = dict(condition) if isinstance(condition, Mapping) else {}
+        for name, tensor in held.items():
+            if tensor.is_floating_point() and name not in self.float32_conditions:
+                held[name] = tensor.to(dtype)
+        told = self.guidance if guidance is None else guidance
+        inputs = self.network_inputs(network.config, noisy.to(dtype), self.network_time(timesteps), held, told)
+        output = module(**inputs, return_dict=False)[0]
+        prediction: Tensor = self.unpack(output, noisy.shape)
+        return -prediction if self.negated else prediction
+
+    @abstractmethod
+    def network_inputs(
+        self, config: Any, noisy: Tensor, time: Tensor, condition: Condition, guidance: float
+    ) -> dict[str, Any]:
+        """Returns the arguments of the network's call by name, as the model's pipeline passes them.
+
+        Args:
+            config: the network's configuration.
+            noisy: ``[N, *latent_layout]`` in the network's dtype; :meth:`pack` makes tokens of it.
+            time: ``[N]``, of :meth:`network_time`.
+            condition: tensors ``[N, ...]`` by name, in the network's dtype but for ``float32_conditions``.
+            guidance: for a guidance embedding.
+        """
+
+    def network_time(self, timesteps: Tensor) -> Tensor:
+        """Converts timesteps ``[N]``, as :meth:`predict` takes them, to what the network is told."""
+        return timesteps
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """Makes the tokens of latents ``[N, C, H, W]``: ``[N, L, D]``; without ``token_side`` the latents stay."""
+        return latents if self.token_side is None else pack(latents, self.token_side)
+
+    def unpack(self, output: Any, shape: Sequence[int]) -> Any:
+        """Lays out the network's output as latents of ``shape``, without the tokens of a condition image."""
+        return output if self.token_side is None else unpack(output, shape, self.token_side)
+
+    def image_seq_len(self, height: int, width: int) -> int | None:
+        """See :meth:`PipelineLoader.image_seq_len`: the number of tokens, for a network that takes tokens."""
+        if self.token_side is None:
+            return None
+        side = self.latent_pixels * self.token_side
+        return (height // side) * (width // side)
 
     # ---- Sampling ----
 
@@ -209,6 +120,7 @@ class Family(PipelineLoader):
         network: nn.Module,
         prompts: Sequence[str] | Sequence[Condition],
         *,
+        images: Sequence[Tensor] | None = None,
         seed: int,
         height: int,
         width: int,
@@ -227,6 +139,7 @@ class Family(PipelineLoader):
                 are used only for prompts that are strings.
             network: the trained network, wrapped or not; the sampler runs on its device and in its dtype.
             prompts: one sample for each; strings, or results of :meth:`encode_prompts`.
+            images: uint8 ``[3, H, W]``, the image that each sample is an edit of.
             seed: for the first prompt; the next one has ``seed + 1``, and so on.
             height, width, frames: in pixels and frames, see :meth:`check_size`.
             steps: number of steps of the sampler.
@@ -240,36 +153,57 @@ class Family(PipelineLoader):
         self.check_size(height, width, frames)
         network = inner_network(network)
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-        conditions: Any = prompts if len(texts) < len(prompts) else self.encode_prompts(pipeline, texts)
+        conditions: Any = prompts if len(texts) < len(prompts) else self.encode_prompts(pipeline, texts, images)
         size = {"height": height, "width": width} | ({"num_frames": frames} if self.video else {})
-        sampler = self._sampler(pipeline, network)
+        sampler = self._sampler(pipeline, network, with_vae=self.sampler_needs_vae or images is not None)
         device, dtype = next(network.parameters()).device, network_dtype(network)
+        scale = self.guidance if guidance is None else guidance
         pictures = []
         with evaluating(network.modules()):
             for i, condition in enumerate(conditions):
+                given = {
+                    name: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+                    for name, tensor in condition.items()
+                }
                 with autocast(), predicting_in(network, dtype):
-                    latents = sampler(
-                        **{name: tensor.to(device, dtype) for name, tensor in condition.items()},
+                    output = sampler(
+                        **self._sampler_arguments(given, scale, None if images is None else images[i]),
                         **size,
                         num_inference_steps=steps,
-                        guidance_scale=self.guidance if guidance is None else guidance,
                         generator=torch.Generator().manual_seed(seed + i),
                         output_type="latent",
                         return_dict=False,
                     )[0]
+                latents = self._sampled_latents(pipeline, output, height, width)
                 pixels = self.decode_latents(pipeline, latents)
                 pictures.append((pixels / 2 + 0.5).clamp(0, 1).mul(255).round().to("cpu", torch.uint8))
         return torch.cat(pictures) if pictures else torch.empty(0, dtype=torch.uint8)
 
-    def _sampler(self, pipeline: Any, network: nn.Module) -> Any:
+    def _sampler_arguments(self, condition: Condition, guidance: float, image: Tensor | None) -> dict[str, Any]:
+        """Returns the pipeline's arguments for one sample of a condition of :meth:`encode_prompts`."""
+        from PIL import Image
+
+        picture = {} if image is None else {"image": Image.fromarray(image.permute(1, 2, 0).cpu().numpy())}
+        return {**condition, **picture, "guidance_scale": guidance}
+
+    def _sampled_latents(self, pipeline: Any, output: Tensor, height: int, width: int) -> Tensor:
+        """Lays out the latents that the pipeline sampled as those of :meth:`encode_pixels`."""
+        if self.token_side is None:
+            return output
+        latents: Tensor = self.unpack(output, (len(output), *self.latent_shape(pipeline, height, width)))
+        return latents
+
+    def _sampler(self, pipeline: Any, network: nn.Module, *, with_vae: bool) -> Any:
         """Returns a copy of the pipeline with only ``network``, which then determines its device and dtype.
 
         The copy is shallow, with its own scheduler; the original pipeline is not changed.
         """
         sampler = copy.copy(pipeline)
-        encoders = {name: None for name in pipeline.components if name.startswith((TEXT_ENCODER, VAE))}
+        others: dict[str, Any] = {name: None for name in pipeline.components if name.startswith((TEXT_ENCODER, VAE))}
+        if with_vae:
+            others[VAE] = PipelineVae(pipeline.vae)
         scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
-        sampler.register_modules(**encoders, scheduler=scheduler, **{self.network: network})
+        sampler.register_modules(**others, scheduler=scheduler, **{self.network: network})
         sampler.set_progress_bar_config(disable=True)
         return sampler
 

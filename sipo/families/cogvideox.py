@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sipo.families.base import Family
-from sipo.families.network import PROMPT, inner_network, network_dtype, pick
-from sipo.families.vae import LATENT_PIXELS
+from sipo.families.network import PROMPT, Condition, pick
 
 
 class CogVideoX(Family):
@@ -37,16 +36,16 @@ class CogVideoX(Family):
     def check_network_size(self, config: Any, height: int, width: int, frames: int) -> None:
         """See :meth:`Family.check_network_size`: learned positions have one size."""
         super().check_network_size(config, height, width, frames)
-        learned = [LATENT_PIXELS * side for side in (config.sample_height, config.sample_width)]
+        learned = [self.latent_pixels * side for side in (config.sample_height, config.sample_width)]
         if config.use_learned_positional_embeddings and [height, width] != learned:
             expected = f"height={learned[0]}, width={learned[1]}, whose positions the network has learned"
             raise ValueError(f"height={height}, width={width}: expected {expected}")
 
-    def predict(self, module: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Any) -> Tensor:
-        """See :meth:`Family.predict`."""
+    def network_inputs(
+        self, config: Any, noisy: Tensor, time: Tensor, condition: Condition, guidance: float
+    ) -> dict[str, Any]:
+        """See :meth:`Family.network_inputs`."""
         (text,) = pick(condition, PROMPT)
-        network = inner_network(module)
-        config, dtype = network.config, network_dtype(network)
         rotary = None
         if config.use_rotary_positional_embeddings:
             _, frames, _, height, width = noisy.shape
@@ -58,14 +57,7 @@ class CogVideoX(Family):
                 frames,
                 noisy.device,
             )
-        prediction: Tensor = module(
-            hidden_states=noisy.to(dtype),
-            encoder_hidden_states=text.to(dtype),
-            timestep=timesteps,
-            image_rotary_emb=rotary,
-            return_dict=False,
-        )[0]
-        return prediction
+        return {"hidden_states": noisy, "encoder_hidden_states": text, "timestep": time, "image_rotary_emb": rotary}
 
 
 @lru_cache(maxsize=16)

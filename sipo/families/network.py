@@ -12,8 +12,11 @@ from torch import Tensor, nn
 Condition = dict[str, Tensor]
 """Inputs of a network besides the noisy latents: tensors by name, stacked along dimension 0."""
 
-PROMPT, POOLED = "prompt_embeds", "pooled_prompt_embeds"
+PROMPT, PROMPT_MASK, POOLED = "prompt_embeds", "prompt_embeds_mask", "pooled_prompt_embeds"
 """Names in a condition, which diffusers' pipelines use for their arguments too."""
+
+CONDITION_LATENTS = "condition_latents"
+"""Name in a condition of the latents of a condition image."""
 
 
 def inner_network(module: nn.Module) -> Any:
@@ -64,7 +67,10 @@ def predicting_in(network: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """
 
     def cast(module: nn.Module, args: Any, output: Any) -> Any:
-        return (output[0].to(dtype), *output[1:]) if isinstance(output, tuple) else output
+        if not isinstance(output, tuple):
+            return output
+        first = output[0].to(dtype) if isinstance(output[0], Tensor) else [each.to(dtype) for each in output[0]]
+        return (first, *output[1:])
 
     hook = network.register_forward_hook(cast)
     try:

@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from sipo.families.base import Family
-from sipo.families.network import POOLED, PROMPT, inner_network, network_dtype, pick
-from sipo.families.vae import LATENT_PIXELS
+from sipo.families.network import POOLED, PROMPT, Condition, pick
 
 
 class StableDiffusion3(Family):
@@ -37,20 +36,19 @@ class StableDiffusion3(Family):
     def check_network_size(self, config: Any, height: int, width: int, frames: int) -> None:
         """See :meth:`Family.check_network_size`: the table of positions is limited."""
         super().check_network_size(config, height, width, frames)
-        most = config.pos_embed_max_size * config.patch_size * LATENT_PIXELS if config.pos_embed_max_size else None
+        most = config.pos_embed_max_size * config.patch_size * self.latent_pixels if config.pos_embed_max_size else None
         if most is not None and max(height, width) > most:
             table = f"by the network's pos_embed_max_size={config.pos_embed_max_size}"
             raise ValueError(f"height={height}, width={width}: expected at most {most} pixels a side, {table}")
 
-    def predict(self, module: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Any) -> Tensor:
-        """See :meth:`Family.predict`."""
+    def network_inputs(
+        self, config: Any, noisy: Tensor, time: Tensor, condition: Condition, guidance: float
+    ) -> dict[str, Any]:
+        """See :meth:`Family.network_inputs`."""
         text, pooled = pick(condition, PROMPT, POOLED)
-        dtype = network_dtype(inner_network(module))
-        prediction: Tensor = module(
-            hidden_states=noisy.to(dtype),
-            timestep=timesteps,
-            encoder_hidden_states=text.to(dtype),
-            pooled_projections=pooled.to(dtype),
-            return_dict=False,
-        )[0]
-        return prediction
+        return {
+            "hidden_states": noisy,
+            "timestep": time,
+            "encoder_hidden_states": text,
+            "pooled_projections": pooled,
+        }

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sipo.families.base import Family
-from sipo.families.network import POOLED, PROMPT, Condition, inner_network, network_dtype, pick
+from sipo.families.network import POOLED, PROMPT, Condition, pick
 
 TIME_IDS = "time_ids"
 
@@ -28,14 +28,12 @@ class StableDiffusion(Family):
     _without = ("safety_checker", "feature_extractor")
     _pipeline_options: ClassVar[Mapping[str, Any]] = {"requires_safety_checker": False}
 
-    def predict(self, module: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Any) -> Tensor:
-        """See :meth:`Family.predict`."""
+    def network_inputs(
+        self, config: Any, noisy: Tensor, time: Tensor, condition: Condition, guidance: float
+    ) -> dict[str, Any]:
+        """See :meth:`Family.network_inputs`."""
         (text,) = pick(condition, PROMPT)
-        dtype = network_dtype(inner_network(module))
-        prediction: Tensor = module(
-            noisy.to(dtype), timesteps, encoder_hidden_states=text.to(dtype), return_dict=False
-        )[0]
-        return prediction
+        return {"sample": noisy, "timestep": time, "encoder_hidden_states": text}
 
 
 class StableDiffusionXL(Family):
@@ -47,6 +45,7 @@ class StableDiffusionXL(Family):
     network = "unet"
     guidance = 5.0
     side_multiple = 8
+    float32_conditions = (TIME_IDS,)  # bfloat16 cannot hold 1023
     _pipeline_options: ClassVar[Mapping[str, Any]] = {"add_watermarker": False}
 
     def encode_unconditional(self, pipeline: Any) -> Condition:
@@ -59,18 +58,17 @@ class StableDiffusionXL(Family):
     def own_condition(
         self, original_size: tuple[int, int], crop_top_left: tuple[int, int], size: tuple[int, int]
     ) -> Condition:
-        """Returns ``time_ids [6]``, which always stay float32: bfloat16 cannot hold 1023."""
+        """Returns ``time_ids [6]`` float32: original size, crop and size."""
         return {TIME_IDS: torch.tensor([*original_size, *crop_top_left, *size], dtype=torch.float32)}
 
-    def predict(self, module: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Any) -> Tensor:
-        """See :meth:`Family.predict`."""
+    def network_inputs(
+        self, config: Any, noisy: Tensor, time: Tensor, condition: Condition, guidance: float
+    ) -> dict[str, Any]:
+        """See :meth:`Family.network_inputs`."""
         text, pooled, time_ids = pick(condition, PROMPT, POOLED, TIME_IDS)
-        dtype = network_dtype(inner_network(module))
-        prediction: Tensor = module(
-            noisy.to(dtype),
-            timesteps,
-            encoder_hidden_states=text.to(dtype),
-            added_cond_kwargs={"text_embeds": pooled.to(dtype), TIME_IDS: time_ids},
-            return_dict=False,
-        )[0]
-        return prediction
+        return {
+            "sample": noisy,
+            "timestep": time,
+            "encoder_hidden_states": text,
+            "added_cond_kwargs": {"text_embeds": pooled, TIME_IDS: time_ids},
+        }

@@ -1,19 +1,17 @@
-"""Conversions around a VAE: pixels to floats, and the mean and scale of its latents."""
+"""What surrounds a VAE: pixels as floats, encoding, and the mean and scale of its latents."""
 
 from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sipo.files import FileError
-
-LATENT_PIXELS = 8
-"""Height and width of one latent in pixels, for the VAE of every family."""
 
 
 def as_floats(pixels: Tensor) -> Tensor:
@@ -25,14 +23,59 @@ def as_floats(pixels: Tensor) -> Tensor:
     return pixels.to(torch.float32).div_(half).sub_(1.0)
 
 
-def latent_affine(config: Any, latents: Tensor) -> tuple[Tensor | float, Tensor | float]:
-    """Returns mean and scale of a VAE's latents ``[N, C, ...]``: the network takes ``(latents - mean) * scale``."""
+def latent_affine(vae: Any, latents: Tensor) -> tuple[Tensor | float, Tensor | float]:
+    """Returns mean and scale of a VAE's latents ``[N, C, ...]``: the network takes ``(latents - mean) * scale``.
+
+    They are the running statistics of the VAE's batch norm if it has one, else the numbers of its configuration, for
+    each channel or for all.
+    """
+    config, shape = vae.config, (1, -1, *[1] * (latents.ndim - 2))
+    if hasattr(vae, "bn"):
+        mean, variance = (tensor.to(latents).view(shape) for tensor in (vae.bn.running_mean, vae.bn.running_var))
+        return mean, (variance + config.batch_norm_eps).rsqrt()
     mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
     scale = getattr(config, "scaling_factor", None) or 1.0
     if mean is None or std is None:
         return getattr(config, "shift_factor", None) or 0.0, scale
-    shape = (1, -1, *[1] * (latents.ndim - 2))
     return latents.new_tensor(mean).view(shape), scale / latents.new_tensor(std).view(shape)
+
+
+def encode(vae: Any, pixels: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Encodes pixels in a VAE's own type.
+
+    Args:
+        vae: a VAE of diffusers, on its device.
+        pixels: floats in [-1, 1], laid out as the VAE takes them, on any device and in any type.
+        generator: to draw from the posterior; ``None`` takes its mode. A VAE without a posterior needs none.
+
+    Returns:
+        Latents as the VAE gives them, float32.
+    """
+    encoded = vae.encode(pixels.to(vae.device, vae.dtype))
+    posterior = getattr(encoded, "latent_dist", None)
+    if posterior is None:
+        latents: Tensor = encoded.latent
+    else:
+        latents = posterior.mode() if generator is None else posterior.sample(generator)
+    return latents.float()
+
+
+class PipelineVae:
+    """A VAE for a pipeline that runs in another type: encodes in its own type, and answers in the pipeline's.
+
+    It is not a module, so that the pipeline takes device and dtype from its network.
+    """
+
+    def __init__(self, vae: Any) -> None:
+        self._vae = vae
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._vae, name)
+
+    def encode(self, pixels: Tensor) -> Any:
+        """Encodes pixels as the VAE's own method does; the posterior is always its mode."""
+        latents = encode(self._vae, pixels, None).to(pixels.device, pixels.dtype)
+        return SimpleNamespace(latents=latents)
 
 
 def check_latent_affine(file: Path, config: Mapping[str, Any]) -> None:

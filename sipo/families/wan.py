@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from sipo.families.base import Family
-from sipo.families.network import PROMPT, inner_network, network_dtype, pick
-from sipo.families.vae import LATENT_PIXELS
+from sipo.families.network import PROMPT, Condition, pick
 
 
 class Wan(Family):
@@ -37,20 +36,15 @@ class Wan(Family):
     def check_network_size(self, config: Any, height: int, width: int, frames: int) -> None:
         """See :meth:`Family.check_network_size`: the table of rotary embeddings is limited."""
         super().check_network_size(config, height, width, frames)
-        parts = [(frames - 1) // self.frame_stride + 1, height // LATENT_PIXELS, width // LATENT_PIXELS]
+        parts = [(frames - 1) // self.frame_stride + 1, height // self.latent_pixels, width // self.latent_pixels]
         patches = [count // part for count, part in zip(parts, config.patch_size, strict=True)]
         if max(patches) > config.rope_max_seq_len:
             expected = f"at most {config.rope_max_seq_len} patches each way, by the network's rope_max_seq_len"
             raise ValueError(f"height={height}, width={width}, frames={frames}: expected {expected}")
 
-    def predict(self, module: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Any) -> Tensor:
-        """See :meth:`Family.predict`."""
+    def network_inputs(
+        self, config: Any, noisy: Tensor, time: Tensor, condition: Condition, guidance: float
+    ) -> dict[str, Any]:
+        """See :meth:`Family.network_inputs`."""
         (text,) = pick(condition, PROMPT)
-        dtype = network_dtype(inner_network(module))
-        prediction: Tensor = module(
-            hidden_states=noisy.to(dtype),
-            timestep=timesteps,
-            encoder_hidden_states=text.to(dtype),
-            return_dict=False,
-        )[0]
-        return prediction
+        return {"hidden_states": noisy, "timestep": time, "encoder_hidden_states": text}

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sipo.families.toy import stable_diffusion, video
+from sipo.families.toy import stable_diffusion_toys, video_toys
 from sipo.files import aside
 
 
@@ -24,12 +24,12 @@ class Toy(NamedTuple):
 
 
 TOYS: dict[str, Toy] = {
-    "sd15": Toy("sd15", stable_diffusion.sd15),
-    "sdxl": Toy("sdxl", stable_diffusion.sdxl),
-    "sd3": Toy("sd3", stable_diffusion.sd3),
-    "cogvideox": Toy("cogvideox", video.cogvideox),
-    "cogvideox-2b": Toy("cogvideox", lambda: video.cogvideox(rotary=False)),
-    "wan": Toy("wan", video.wan),
+    "sd15": Toy("sd15", stable_diffusion_toys.sd15),
+    "sdxl": Toy("sdxl", stable_diffusion_toys.sdxl),
+    "sd3": Toy("sd3", stable_diffusion_toys.sd3),
+    "cogvideox": Toy("cogvideox", video_toys.cogvideox),
+    "cogvideox-2b": Toy("cogvideox", lambda: video_toys.cogvideox(rotary=False)),
+    "wan": Toy("wan", video_toys.wan),
 }
 """All toys by name. A family's first toy has the family's name; others are variants that differ in their parts."""
 

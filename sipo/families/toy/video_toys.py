@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sipo.families.toy.parts import BETAS, TRANSFORMER, WIDTH, t5, t5_tokenizer
+from sipo.families.toy.components import BETAS, TRANSFORMER, WIDTH, t5, t5_tokenizer
 
 
 def cogvideox(rotary: bool = True) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sipo.families.toy.parts import BETAS, TRANSFORMER, WIDTH, clip, clip_tokenizer, image_vae, t5, t5_tokenizer
+from sipo.families.toy.components import BETAS, TRANSFORMER, WIDTH, clip, clip_tokenizer, image_vae, t5, t5_tokenizer
 
 _UNET: dict[str, Any] = {"sample_size": 4, "block_out_channels": (16, 32), "norm_num_groups": 8}
 
