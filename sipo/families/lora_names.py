@@ -59,7 +59,45 @@ _COGVIDEOX = (
     (r"time_embedding\.(linear_[12])", r"time_embedding_\1"),
     (r"(patch_embed\.proj|patch_embed\.text_proj|norm_out\.linear|proj_out)", r"\1"),
 )
-_TABLES: dict[str, Sequence[tuple[str, str]]] = {"sd3": _SD3, "wan": _WAN, "cogvideox": _COGVIDEOX}
+# FLUX.1, and Chroma, which has no modulation layers but one module that makes all of them.
+_FLUX = (
+    (r"transformer_blocks\.(\d+)\.attn\.to_([qkv])", r"double_blocks.\1.img_attn.qkv#\2"),
+    (r"transformer_blocks\.(\d+)\.attn\.add_([qkv])_proj", r"double_blocks.\1.txt_attn.qkv#\2"),
+    (r"transformer_blocks\.(\d+)\.attn\.to_out\.0", r"double_blocks.\1.img_attn.proj"),
+    (r"transformer_blocks\.(\d+)\.attn\.to_add_out", r"double_blocks.\1.txt_attn.proj"),
+    (r"transformer_blocks\.(\d+)\.ff\.net\.0\.proj", r"double_blocks.\1.img_mlp.0"),
+    (r"transformer_blocks\.(\d+)\.ff\.net\.2", r"double_blocks.\1.img_mlp.2"),
+    (r"transformer_blocks\.(\d+)\.ff_context\.net\.0\.proj", r"double_blocks.\1.txt_mlp.0"),
+    (r"transformer_blocks\.(\d+)\.ff_context\.net\.2", r"double_blocks.\1.txt_mlp.2"),
+    (r"transformer_blocks\.(\d+)\.norm1\.linear", r"double_blocks.\1.img_mod.lin"),
+    (r"transformer_blocks\.(\d+)\.norm1_context\.linear", r"double_blocks.\1.txt_mod.lin"),
+    (r"single_transformer_blocks\.(\d+)\.attn\.to_([qkv])", r"single_blocks.\1.linear1#\2"),
+    (r"single_transformer_blocks\.(\d+)\.proj_mlp", r"single_blocks.\1.linear1#m"),
+    (r"single_transformer_blocks\.(\d+)\.proj_out", r"single_blocks.\1.linear2"),
+    (r"single_transformer_blocks\.(\d+)\.norm\.linear", r"single_blocks.\1.modulation.lin"),
+    (r"time_text_embed\.timestep_embedder\.linear_1", "time_in.in_layer"),
+    (r"time_text_embed\.timestep_embedder\.linear_2", "time_in.out_layer"),
+    (r"time_text_embed\.guidance_embedder\.linear_1", "guidance_in.in_layer"),
+    (r"time_text_embed\.guidance_embedder\.linear_2", "guidance_in.out_layer"),
+    (r"time_text_embed\.text_embedder\.linear_1", "vector_in.in_layer"),
+    (r"time_text_embed\.text_embedder\.linear_2", "vector_in.out_layer"),
+    (r"distilled_guidance_layer\.(in_proj|out_proj)", r"distilled_guidance_layer.\1"),
+    (r"distilled_guidance_layer\.layers\.(\d+)\.linear_1", r"distilled_guidance_layer.layers.\1.in_layer"),
+    (r"distilled_guidance_layer\.layers\.(\d+)\.linear_2", r"distilled_guidance_layer.layers.\1.out_layer"),
+    (r"x_embedder", "img_in"),
+    (r"context_embedder", "txt_in"),
+    (r"norm_out\.linear", "final_layer.adaLN_modulation.1"),
+    (r"proj_out", "final_layer.linear"),
+)
+_TABLES: dict[str, Sequence[tuple[str, str]]] = {
+    "sd3": _SD3,
+    "flux": _FLUX,
+    "flux-kontext": _FLUX,
+    "chroma": _FLUX,
+    "cogvideox": _COGVIDEOX,
+    "wan": _WAN,
+}
+_SHIFT_BEFORE_SCALE = ("sd3", "flux", "flux-kontext")  # in the last modulation layer; diffusers has the scale first
 
 # The UNets of SD1.5 and SDXL: the original code numbers their blocks consecutively.
 _UNET_ENDS = {
@@ -102,23 +140,29 @@ def original_layers(family: str, layers: Layers, config: Mapping[str, Any]) -> d
         if part:
             parts.setdefault(name, {})[part] = (a, b)
             continue
-        if family == "sd3" and "adaLN_modulation" in name and len(b) == 2 * a.shape[1]:
-            b = torch.cat(b.chunk(2)[::-1])  # shift, then scale; diffusers has the scale first
+        if family in _SHIFT_BEFORE_SCALE and "adaLN_modulation" in name and len(b) == 2 * a.shape[1]:
+            b = torch.cat(b.chunk(2)[::-1])
         plain[name] = (a, b)
-    return plain | {name: _stacked(held) for name, held in parts.items()}
+    return plain | {name: _stacked(held, "qkvm" if name.endswith("linear1") else "qkv") for name, held in parts.items()}
 
 
-def _stacked(parts: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Stacks the layers of queries, keys and values into one, with zeros for a part that is not adapted."""
-    (rows,) = {len(b) for _, b in parts.values()}
-    total = sum(len(a) for a, _ in parts.values())
-    up, column = torch.zeros(3 * rows, total, dtype=torch.float32), 0
-    for place, part in enumerate("qkv"):
+def _stacked(parts: Mapping[str, tuple[Tensor, Tensor]], order: str) -> tuple[Tensor, Tensor]:
+    """Stacks layers into one, with zeros for a part that is not adapted.
+
+    Queries, keys and values have equally many rows; "m", a feed-forward part's first layer, has four times as many.
+    """
+    heights = {part: 4 if part == "m" else 1 for part in order}
+    part, (_, b) = next(iter(parts.items()))
+    rows = len(b) // heights[part]
+    up = torch.zeros(rows * sum(heights.values()), sum(len(a) for a, _ in parts.values()), dtype=torch.float32)
+    row = column = 0
+    for part, height in heights.items():
         if part in parts:
             b = parts[part][1]
-            up[place * rows : (place + 1) * rows, column : column + b.shape[1]] = b
+            up[row : row + len(b), column : column + b.shape[1]] = b
             column += b.shape[1]
-    return torch.cat([parts[part][0] for part in "qkv" if part in parts]), up
+        row += height * rows
+    return torch.cat([parts[part][0] for part in order if part in parts]), up
 
 
 def _original(family: str, module: str, config: Mapping[str, Any]) -> str:
