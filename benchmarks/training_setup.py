@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import default_collate
 
 from benchmarks.step_network import PLAIN, make_network
 from sipo import NoiseSchedule
-from sipo.batch import PairBatch, noisy_pairs
+from sipo.batch import PairBatch, collate, noisy_pairs
 
 if TYPE_CHECKING:  # accelerate comes with it
     from sipo.protocols import Predict
@@ -222,7 +221,7 @@ def _reference_error(
     item: Any, network: nn.Module, predict: Predict, schedule: NoiseSchedule, device: str, precision: str
 ) -> Tensor:
     """``[2]`` float64 on the CPU: chosen sample's and rejected sample's mean squared error at the item's draw."""
-    pairs = noisy_pairs(PairBatch.of_items(default_collate([item])).to(torch.device(device)), schedule)
+    pairs = noisy_pairs(PairBatch.of_items(collate([item])).to(torch.device(device)), schedule)
     with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
         prediction = predict(network, pairs.samples, pairs.timesteps, pairs.condition)
     return (prediction.double() - pairs.target.double()).square().flatten(1).mean(1).cpu()

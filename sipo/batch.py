@@ -5,12 +5,15 @@ Training, reference errors, scoring and the demo all noise and stack pairs here.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import default_collate
 
 from sipo.protocols import Schedule
 
@@ -89,7 +92,7 @@ class PairBatch:
 
     @classmethod
     def of_items(cls, items: dict[str, Any]) -> PairBatch:
-        """Builds a batch from what ``default_collate`` makes of items (:class:`sipo.protocols.PairDataset`).
+        """Builds a batch from what :func:`collate` makes of items (:class:`sipo.protocols.PairDataset`).
 
         Raises:
             TypeError: items that are no dictionaries, or hold values of the wrong type.
@@ -189,6 +192,43 @@ def network_timesteps(schedule: Any, levels: Tensor) -> Tensor:
     if getattr(schedule, "kind", None) != "flow":
         return levels
     return (1 - levels if getattr(schedule, "invert_sigmas", False) else levels) * schedule.num_train_timesteps
+
+
+def collate(items: Sequence[Any]) -> Any:
+    """Stacks items as torch's ``default_collate`` does, after padding the ragged tensors of their conditions.
+
+    Args:
+        items: of a :class:`sipo.protocols.PairDataset`.
+    """
+    conditions = [item.get("condition") if isinstance(item, dict) else None for item in items]
+    if not all(isinstance(condition, dict) for condition in conditions):
+        return default_collate(items)
+    lengths = {
+        name: max(len(condition[name]) for condition in conditions)
+        for name in conditions[0]
+        if is_ragged(name, conditions[0])
+    }
+    return default_collate(
+        [
+            item | {"condition": item["condition"] | {n: padded(item["condition"][n], to) for n, to in lengths.items()}}
+            for item in items
+        ]
+    )
+
+
+def is_ragged(name: str, condition: Mapping[str, Any]) -> bool:
+    """Tells whether the length of a condition's tensor differs between items.
+
+    Such a tensor ``<name> [L, ...]`` comes with ``<name>_mask [L]``, bool. Both are stored without padding; in a batch
+    they are padded to the longest, and the mask is ``False`` in the padding.
+    """
+    return f"{name}_mask" in condition or (name.endswith("_mask") and name.removesuffix("_mask") in condition)
+
+
+def padded(tensor: Tensor, length: int, dim: int = 0) -> Tensor:
+    """Appends zeros, ``False`` for booleans, until a dimension has ``length``."""
+    missing = length - tensor.shape[dim]
+    return F.pad(tensor, (0, 0) * (tensor.ndim - 1 - dim) + (0, missing)) if missing else tensor
 
 
 def to_device(value: Any, device: torch.device) -> Any:

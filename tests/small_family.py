@@ -44,7 +44,9 @@ class SmallFamily(Family):
     name = "small"
     pipeline_class = network_class = network = "none"
 
-    def encode_text(self, pipeline: Any, prompts: Sequence[str]) -> list[Condition]:
+    def encode_text(
+        self, pipeline: Any, prompts: Sequence[str], images: Sequence[Tensor] | None = None
+    ) -> list[Condition]:
         pipeline.prompts += prompts
         return [self._embed(prompt) for prompt in prompts]
 
@@ -78,13 +80,30 @@ class SmallFamily(Family):
         if height % 8 or width % 8:
             raise ValueError(f"height={height}, width={width}: expected multiples of 8")
 
-    def predict(self, module: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Any) -> Tensor:
+    def predict(
+        self, module: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Any, *, guidance: float | None = None
+    ) -> Tensor:
         dtype = next(module.parameters()).dtype
         out: Tensor = module(noisy.to(dtype), timesteps, {k: v.to(dtype) for k, v in condition.items()})
         return out
 
+    def network_inputs(self, *args: Any) -> dict[str, Any]:
+        raise NotImplementedError
+
     def sample(self, *args: Any, **kwargs: Any) -> Tensor:
         raise NotImplementedError
+
+
+class RaggedFamily(SmallFamily):
+    """The same without the zeros: as many tokens as words and one more, of which the last is all zeros, and a mask."""
+
+    def _embed(self, prompt: str) -> Condition:
+        whole, length = super()._embed(prompt), min(TOKENS, 1 + len(prompt.split()))
+        whole["prompt_embeds"][length - 1] = 0.0
+        return whole | {
+            "prompt_embeds": whole["prompt_embeds"][:length],
+            "prompt_embeds_mask": torch.ones(length, dtype=torch.bool),
+        }
 
 
 class Network(nn.Module):
@@ -100,7 +119,9 @@ class Network(nn.Module):
             self.outward = nn.Conv2d(6, 3, 3, padding=1)
 
     def forward(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
-        text = torch.cat([condition["prompt_embeds"].mean(1), condition["pooled"]], dim=1)
+        tokens, mask = condition["prompt_embeds"], condition.get("prompt_embeds_mask")
+        mean = tokens.mean(1) if mask is None else (tokens * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        text = torch.cat([mean, condition["pooled"]], dim=1)
         shift = self.text(text) + self.own(condition["time_ids"] / 64) + (timesteps / 1000)[:, None].to(noisy.dtype)
         out: Tensor = self.outward(torch.nn.functional.silu(self.inward(noisy) + shift[:, :, None, None]))
         return out
@@ -151,7 +172,12 @@ def settings(**changes: Any) -> DataConfig:
 
 
 def build(
-    folder: Path, reader: Any = None, pipeline: Pipeline | None = None, accelerator: Any = None, **changes: Any
+    folder: Path,
+    reader: Any = None,
+    pipeline: Pipeline | None = None,
+    accelerator: Any = None,
+    family: Family | None = None,
+    **changes: Any,
 ) -> CacheSummary:
     """Runs :func:`precompute_pairs`; some of the changes are its own arguments."""
     names = ("check_hashes", "verify", "refuse_changes", "on_cost")
@@ -159,7 +185,7 @@ def build(
     pipeline, encoded = pipeline or Pipeline(), settings(**changes)
     return precompute_pairs(
         Records.make() if reader is None else reader,
-        SmallFamily(),
+        family or SmallFamily(),
         lambda: pipeline,
         folder,
         **own,

@@ -11,9 +11,10 @@ import pytest
 import torch
 from conftest import assert_refused
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from sipo import NoiseSchedule
-from sipo.batch import BatchMode, PairBatch, level_argument, network_timesteps, noisy_pairs
+from sipo.batch import BatchMode, PairBatch, collate, level_argument, network_timesteps, noisy_pairs
 
 FLOW = NoiseSchedule.flow(3.0)
 V = NoiseSchedule.discrete(prediction_type="v_prediction")
@@ -109,6 +110,27 @@ def test_items_say_the_mode(mode: BatchMode) -> None:
 def test_items_lack_a_sample() -> None:
     with pytest.raises(ValueError, match="an item has the keys chosen: expected 'rejected' among them"):
         PairBatch.of_items({"chosen": torch.zeros(2, 3)})
+
+
+def test_ragged_tensors_are_padded_to_the_longest_and_all_else_is_stacked() -> None:
+    def item(length: int) -> dict[str, Any]:
+        text = {"text": torch.full((length, 2), 1.5), "text_mask": torch.ones(length, dtype=torch.bool)}
+        return {"chosen": torch.full((3,), float(length)), "condition": text | {"pooled": torch.arange(4)}}
+
+    items = [item(length) for length in (2, 5, 1)]
+    batch = collate(items)
+    assert torch.equal(batch["condition"]["text_mask"].sum(1), torch.tensor([2, 5, 1]))
+    assert torch.equal(batch["condition"]["text"], 1.5 * batch["condition"]["text_mask"][..., None].expand(3, 5, 2))
+    assert batch["condition"]["text_mask"].dtype == torch.bool
+    assert torch.equal(batch["condition"]["pooled"], torch.arange(4).expand(3, 4))
+    assert torch.equal(batch["chosen"], torch.tensor([2.0, 5.0, 1.0])[:, None].expand(3, 3))
+    assert items[2]["condition"]["text"].shape == (1, 2)  # a data set may give an item twice
+    plain = [{"chosen": torch.zeros(3), "condition": torch.full((2,), i)} for i in range(2)]
+    assert torch.equal(collate(plain)["condition"], default_collate(plain)["condition"])
+    for each in items:  # without a mask, the network would take padding for text
+        del each["condition"]["text_mask"]
+    with pytest.raises(RuntimeError, match="equal size"):
+        collate(items)
 
 
 def test_a_batch_moves_as_a_whole_and_latents_of_half_precision_are_widened() -> None:

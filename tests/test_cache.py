@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from sipo.batch import padded
 from sipo.cache.finished import open_cache
 from sipo.cache.format import (
     INDEX,
@@ -17,7 +18,6 @@ from sipo.cache.format import (
     DamagedError,
     ShardFolder,
     ShardReader,
-    pad,
     read_json,
     text_key,
     trim,
@@ -40,7 +40,7 @@ def test_trimmed_text_comes_back_exactly(rows: int) -> None:
     text = torch.randn(8, 4, generator=torch.Generator().manual_seed(rows))
     text[rows:] = 0.0
     assert trim(text).shape[0] == rows
-    assert torch.equal(pad(trim(text), text.shape), text)
+    assert torch.equal(padded(trim(text), len(text)), text)
 
 
 def test_only_rows_of_positive_zeros_at_the_end_are_trimmed() -> None:
@@ -48,7 +48,7 @@ def test_only_rows_of_positive_zeros_at_the_end_are_trimmed() -> None:
     text[1, 2] = 1.0  # zeros before and after
     text[3] = -0.0  # bits that are not zero
     assert trim(text).shape[0] == 4
-    assert torch.equal(torch.signbit(pad(trim(text), text.shape)), torch.signbit(text))
+    assert torch.equal(torch.signbit(padded(trim(text), len(text))), torch.signbit(text))
     for kept in (torch.zeros(5), torch.zeros(5, 3, dtype=torch.int64)):  # a pooled vector; token ids
         assert trim(kept) is kept
 
@@ -125,7 +125,7 @@ def test_a_folder_without_a_finished_cache(tmp_path: Path) -> None:
         open_cache(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "[1]", '{"format": 6}', '{"format": 6, "complete": true, "fingerprint": {}}'])
+@pytest.mark.parametrize("text", ["", "[1]", '{"format": 7}', '{"format": 7, "complete": true, "fingerprint": {}}'])
 def test_an_index_that_is_none(tmp_path: Path, text: str) -> None:
     (tmp_path / INDEX).write_text(text)
     with pytest.raises(DamagedError, match=r"index\.json: .*`sipo precompute` rebuilds it"):
@@ -137,7 +137,7 @@ def test_an_index_of_another_format(tmp_path: Path) -> None:
     index = read_json(tmp_path / INDEX)
     assert index is not None
     write_json(tmp_path / INDEX, index | {"format": 99})
-    with pytest.raises(CacheError, match=r"cache format 99, expected 6: .*use another folder, or delete this one"):
+    with pytest.raises(CacheError, match=r"cache format 99, expected 7: .*use another folder, or delete this one"):
         open_cache(tmp_path)
 
 

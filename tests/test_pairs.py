@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import threading
 from collections import Counter
 from dataclasses import replace
@@ -14,25 +15,37 @@ import pytest
 import torch
 from accelerate import Accelerator as Trainer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader
 
 import sipo.recipe.prepare_data
 from sipo import NoiseSchedule, SIPOLoss
-from sipo.batch import PairBatch, level_argument, network_timesteps
+from sipo.batch import PairBatch, collate, level_argument, network_timesteps
 from sipo.cache.finished import open_cache
 from sipo.cache.format import CacheError, DamagedError
 from sipo.cache.pairs import CachedPairs, DrawnPairs, split_pairs
 from sipo.cache.precompute_errors import precompute_reference_errors
 from sipo.cache.reference_errors import FixedDraws, ReferenceErrors, open_reference_errors
-from sipo.cache.savings import FULL_SIZE, ModelSize, describe_savings, savings_table
+from sipo.cache.savings import FULL_SIZE, Cost, ModelSize, describe_savings, savings_table
 from sipo.data.config import DataConfig
 from sipo.families.config import ModelConfig
 from sipo.processes import OtherProcessError
 from sipo.recipe.config import Config
 from sipo.training.config import TrainingConfig
 from sipo.training.forward import PairForward
+from sipo.training.stream import pair_loader
 from tests.data_sets import contents
-from tests.small_family import Accelerator, Network, Records, SmallFamily, build, in_processes, outcomes_in_processes
+from tests.small_family import (
+    Accelerator,
+    Network,
+    Pipeline,
+    RaggedFamily,
+    Records,
+    SmallFamily,
+    build,
+    in_processes,
+    outcomes_in_processes,
+)
+from tests.training_cases import fit, untimed
 
 DISCRETE = NoiseSchedule.discrete(num_inference_steps=50)
 FLOW = NoiseSchedule.flow(shift=3.0)
@@ -41,6 +54,13 @@ REFERENCE = {"path": "nowhere", "revision": None, "dtype": "float32"}
 
 def pairs_in(folder: Path, two_sizes: bool = False, **changes: Any) -> CachedPairs:
     build(folder, Records.make(two_sizes=two_sizes), **changes)
+    return CachedPairs(open_cache(folder))
+
+
+def ragged_pairs_in(folder: Path) -> CachedPairs:
+    costs: list[Cost] = []
+    build(folder, family=RaggedFamily(), on_cost=costs.append)
+    assert costs[0].prompt_bytes == 4 * (512 * 4 + 512 + 4)
     return CachedPairs(open_cache(folder))
 
 
@@ -114,6 +134,69 @@ def test_workers_give_the_same_items(tmp_path: Path, method: str) -> None:
         assert same(one, other)
     assert alone[0]["chosen"].dtype == torch.bfloat16 and alone[0]["noise"].dtype == torch.float32
     assert alone[0]["level"].shape == (5,)
+
+
+# ---- Ragged text ----
+
+
+def test_ragged_text_is_stored_without_padding_and_padded_in_the_batch(tmp_path: Path) -> None:
+    cached = ragged_pairs_in(tmp_path)
+    family, records = RaggedFamily(), Records.make().records
+    for index, record in enumerate(records):
+        (wanted,) = family.encode_text(Pipeline(), [record.prompt])
+        assert wanted["prompt_embeds"][-1].eq(0).all()  # a row of zeros that is text
+        assert same(cached[index]["condition"], wanted)
+    assert same(cached.unconditional, family.encode_unconditional(None))
+    lengths = [len(cached[index]["condition"]["prompt_embeds"]) for index in range(12)]
+    assert set(lengths) == {2, 3, 4, 5}
+    config = TrainingConfig(max_train_steps=1, output_dir="unused", dataloader_num_workers=2)
+    (items,) = pair_loader(cached, [[0, 11, 4]], config, torch.device("cpu"))
+    batch = PairBatch.of_items(items)
+    assert batch.condition["prompt_embeds"].shape == (3, 5, 4)
+    assert batch.condition["prompt_embeds_mask"].sum(1).tolist() == [lengths[index] for index in (0, 11, 4)]
+
+
+def test_reference_errors_do_not_depend_on_the_padding(tmp_path: Path) -> None:
+    cached = ragged_pairs_in(tmp_path)
+    alone = reference_errors(cached, batch_size=1)  # nothing is padded
+    wanted = torch.cat([alone.at(place)[0] for place in range(12)])
+    for path in alone.folder.iterdir():
+        path.unlink()
+    found = reference_errors(cached, batch_size=7)
+    torch.testing.assert_close(torch.cat([found.at(place)[0] for place in range(12)]), wanted, rtol=1e-6, atol=0)
+    drawn = DrawnPairs(cached, DISCRETE, FixedDraws(3, 2, "uniform", 0.3), found)
+    lengths = {len(drawn[index]["condition"]["prompt_embeds"]) for index in range(36)}
+    assert lengths == {1, 2, 3, 4, 5}  # captions are dropped, and the empty one has one token
+    batch = PairBatch.of_items(collate([drawn[index] for index in range(36)]))
+    gap = PairForward(SIPOLoss(DISCRETE), SmallFamily().predict, None, Trainer(cpu=True), offload=False)(
+        Network(), batch, [], torch.empty(0), seed=0
+    )[0].error_gap  # type: ignore[attr-defined]
+    assert gap.abs().max() < 1e-6 * wanted.min()
+
+
+def test_training_on_ragged_text_resumes_where_it_stopped(tmp_path: Path) -> None:
+    cached = ragged_pairs_in(tmp_path / "cache")
+
+    def run(folder: str, **options: Any) -> tuple[Network, list[dict[str, Any]]]:
+        options = {"train_batch_size": 5, "proportion_empty_prompts": 0.4, "checkpointing_steps": 2} | options
+        policy, result = fit(
+            tmp_path / folder,
+            policy=Network(),
+            reference=Network(),
+            data=cached,
+            predict=SmallFamily().predict,
+            identity={"data": cached.cache.content_hash()},
+            max_train_steps=6,
+            **options,
+        )
+        return policy, untimed(result.history)
+
+    whole, history = run("whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "half")
+    shutil.rmtree(tmp_path / "half" / "checkpoints" / "step-00000006")
+    rest, later = run("half", resume_from="latest")
+    assert later == history[4:] and len(later) == 2
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), rest.parameters(), strict=True))
 
 
 # ---- Draws ----
@@ -260,7 +343,7 @@ def test_losses_are_those_with_the_reference_present(
             parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)).to(weights)
     references = reference_errors(cached, schedule, network=reference, batch_size=36, accelerator=trainer)
     drawn = DrawnPairs(cached, schedule, FixedDraws(3, 2, "uniform", 0.3), references)
-    batch = default_collate([drawn[index] for index in range(len(drawn))])
+    batch = collate([drawn[index] for index in range(len(drawn))])
     assert batch["ref_error"].dtype == torch.float64 and batch["ref_error"].shape == (36, 2)
     loss_fn = SIPOLoss(schedule, method=method, mask_threshold=0.5, reduction="none")
 
@@ -286,7 +369,7 @@ def test_a_bfloat16_cache_trains_as_its_values_in_float32(tmp_path: Path, traine
     """Workers pass items on in the cache's type; on the device they are what a copy in float32 would have been."""
     cached = pairs_in(tmp_path, dtype="bfloat16")
     drawn = DrawnPairs(cached, DISCRETE, FixedDraws(2, 2))
-    batch = default_collate([drawn[index] for index in range(8)])
+    batch = collate([drawn[index] for index in range(8)])
     wide = batch | {name: batch[name].float() for name in ("chosen", "rejected")}
     wide["condition"] = {name: tensor.float() for name, tensor in batch["condition"].items()}
     sent = [sum(t.numel() * t.element_size() for t in (b["chosen"], b["rejected"])) for b in (batch, wide)]
@@ -311,7 +394,7 @@ def test_with_the_policy_equal_to_the_reference_the_gap_vanishes(tmp_path: Path)
     cached = pairs_in(tmp_path)
     network = Network()
     drawn = DrawnPairs(cached, DISCRETE, FixedDraws(3, 2, "uniform", 0.3), reference_errors(cached, network=network))
-    batch = default_collate([drawn[index] for index in range(len(drawn))])
+    batch = collate([drawn[index] for index in range(len(drawn))])
     prediction, target, timesteps = forward(batch, DISCRETE, network)
     stacked = torch.cat([batch["ref_error"][:, 0], batch["ref_error"][:, 1]])
     out = SIPOLoss(DISCRETE, method="diffusion_dpo")(prediction, None, target, timesteps, ref_error=stacked)

@@ -312,6 +312,24 @@ def test_an_unconditional_that_does_not_fit_is_refused() -> None:
         drop_captions(condition, {"a": torch.ones(3)}, range(8), 0, 0.99)
 
 
+@pytest.mark.parametrize("empty", [1, 3, 5])
+def test_ragged_text_is_replaced_whatever_the_lengths(empty: int) -> None:
+    lengths = torch.tensor([3, 2] * 8)
+    mask = torch.arange(3) < lengths[:, None]
+    condition = {"text": mask[..., None].float().expand(16, 3, 2).contiguous(), "text_mask": mask}
+    before = {name: tensor.clone() for name, tensor in condition.items()}
+    unconditional = {"text": torch.full((empty, 2), 7.0), "text_mask": torch.ones(empty, dtype=torch.bool)}
+    drop_captions(condition, unconditional, range(16), 0, 0.5)
+    dropped = condition["text"][:, 0, 0] == 7
+    assert 3 < dropped.sum() < 13 and condition["text"].shape == (16, max(3, empty), 2)
+    assert torch.equal(condition["text_mask"].sum(1), torch.where(dropped, empty, lengths))
+    assert torch.equal(condition["text"][..., 0] != 0, condition["text_mask"])
+    for name, kept in condition.items():
+        assert torch.equal(kept[~dropped][:, :3], before[name][~dropped])
+    with pytest.raises(ValueError, match=r"unconditional\['text'\] is \[\d, 3\], expected one row of condition"):
+        drop_captions(condition, unconditional | {"text": torch.ones(1, 3)}, range(16), 0, 0.5)
+
+
 # ---------------------------------------------------------------- the reference
 
 

@@ -177,7 +177,7 @@ def fit(
     new, reference = networks(options.pop("dropout", 0.0))
     policy = new if policy is None else policy
     loss_fn = options.pop("loss_fn", None) or loss()
-    names: tuple[str, ...] = ("resume_from", "validation", "on_validation", "offload_reference")
+    names: tuple[str, ...] = ("resume_from", "validation", "on_validation", "offload_reference", "identity")
     if not isinstance(options.get("optimizer"), str):
         names += ("optimizer",)
     own = {name: options.pop(name) for name in names if name in options}

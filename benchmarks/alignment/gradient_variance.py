@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import default_collate
 
 from benchmarks.alignment.tasks import RewardPairs, Task
-from sipo.batch import PairBatch, level_argument, noisy_pairs
+from sipo.batch import PairBatch, collate, level_argument, noisy_pairs
 
 BATCHES = 8
 """Small batches at each level, of :data:`PAIRS` pairs."""
@@ -58,7 +57,7 @@ def gradient_spread(
         active: dict[str, list[float]] = {name: [] for name in losses}
         for _ in range(BATCHES):
             items = [pairs[int(i)] for i in torch.randint(len(pairs), (PAIRS,), generator=generator)]
-            batch = PairBatch.of_items(default_collate(items))
+            batch = PairBatch.of_items(collate(items))
             noise = torch.randn(batch.chosen.shape, generator=generator)
             noisy = noisy_pairs(batch.with_draws(noise, level.repeat(PAIRS)).to(device), schedule)
             with torch.no_grad():

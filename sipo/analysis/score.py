@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader
 
 from sipo.analysis.facts import accuracy_se, beyond_chance
-from sipo.batch import PairBatch
+from sipo.batch import PairBatch, collate
 from sipo.families.network import evaluating
 from sipo.loss import SIPOLoss
 from sipo.progress import track
@@ -201,7 +201,7 @@ def score_pairs(
     loader: DataLoader[Any] = DataLoader(
         dataset,  # type: ignore[arg-type]
         batch_sampler=batches,
-        collate_fn=lambda items: default_collate([_without(item, _FIXED) for item in items]),
+        collate_fn=lambda items: collate([_without(item, _FIXED) for item in items]),
     )
     levels = _stratified(schedule, len(dataset), draws, seed, distribution)
     noise_seed = derive_seed(seed, RandomStream.SCORE_NOISE, 0)

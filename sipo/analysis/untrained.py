@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import default_collate
 
 from sipo.analysis import figures
 from sipo.analysis.facts import is_plain, saturation
@@ -19,7 +18,7 @@ from sipo.analysis.page import Page, Picture
 from sipo.analysis.report import gradient_coefficient, gradient_share, mask_pictures
 from sipo.analysis.verdicts import LOOSE
 from sipo.analysis.wording import percent
-from sipo.batch import PairBatch
+from sipo.batch import PairBatch, collate
 from sipo.families.network import evaluating
 from sipo.protocols import PairDataset
 from sipo.training.forward import PairForward
@@ -97,7 +96,7 @@ def measure_untrained(
     dropped = torch.zeros((), dtype=torch.bool, device=device)
     with torch.no_grad(), evaluating(policy.modules()):
         for rows in batches:
-            batch = PairBatch.of_items(default_collate([dataset[row] for row in rows]))
+            batch = PairBatch.of_items(collate([dataset[row] for row in rows]))
             for level in range(bins.bins):
                 noise_levels = _within(bins, level, rows, count)
                 positions = [row * bins.bins + level for row in rows]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sipo.batch import is_ragged
 from sipo.cache.decode import DecodedPair, PairDecoder, ahead, queue_length
 from sipo.cache.existing import ExistingCache, bad_pair
 from sipo.cache.format import LATENTS, TEXT, UNCONDITIONAL, shard_name, text_key, trim
@@ -27,6 +28,9 @@ from sipo.seeds import RandomStream, derive_seed
 
 TEXT_BATCH = 16
 """Prompts in one call of the text encoders."""
+
+LONGEST_TEXT = 512
+"""Tokens that are taken for the length of ragged text whose family names no limit, before any is encoded."""
 
 
 class PairEncoder:
@@ -88,7 +92,8 @@ class PairEncoder:
         settings, pipeline = self.settings, self.pipeline()
         latents = [prod(self.family.latent_shape(pipeline, *size, settings.frames)) for size in settings.sizes]
         unconditional = self.shards.require(UNCONDITIONAL)
-        text = sum(map(prod, unconditional.facts["shapes"].values()))
+        longest = self.family.text_options.get("max_sequence_length", LONGEST_TEXT)
+        text = sum(prod(longest if n is None else n for n in shape) for shape in unconditional.facts["shapes"].values())
         names = {path.stem for path in self.shards.path.glob(f"{LATENTS}-*.json")}
         shards = [shard for name in sorted(names) if (shard := self.shards.read(name)) is not None]
         encoded = {s.name: len(s.facts["pairs"]) for s in shards if s.facts["source"] == self.existing.source}
@@ -231,14 +236,16 @@ class PairEncoder:
 
     def _write_text(self, name: str, conditions: dict[str, Condition], facts: dict[str, Any]) -> None:
         tensors: dict[str, Tensor] = {}
-        shapes: dict[str, list[int]] = {}
+        shapes: dict[str, list[int | None]] = {}
         for key, condition in conditions.items():
             cast = {n: t.to(self.dtype) if t.is_floating_point() else t for n, t in condition.items()}
             for tensor_name, tensor in cast.items():
                 if not tensor.isfinite().all():
                     raise ValueError(f"{tensor_name} of a prompt in {name} is not finite in {self.dtype}")
-                if shapes.setdefault(tensor_name, list(tensor.shape)) != list(tensor.shape):
-                    raise ValueError(f"{tensor_name} has shape {list(tensor.shape)}, expected {shapes[tensor_name]}")
-                tensors[f"{key}.{tensor_name}" if key else tensor_name] = trim(tensor)
+                ragged = is_ragged(tensor_name, condition)
+                shape: list[int | None] = [None, *tensor.shape[1:]] if ragged else [*tensor.shape]
+                if shapes.setdefault(tensor_name, shape) != shape:
+                    raise ValueError(f"{tensor_name} has shape {shape}, expected {shapes[tensor_name]}")
+                tensors[f"{key}.{tensor_name}" if key else tensor_name] = tensor if ragged else trim(tensor)
         self.existing.begin_change()
         self.shards.write(name, tensors, facts | {"shapes": shapes})

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sipo.batch import padded
 from sipo.cache.format import (
     INDEX,
     REMEDY,
@@ -20,7 +21,6 @@ from sipo.cache.format import (
     ShardFolder,
     ShardReader,
     digest,
-    pad,
 )
 from sipo.cache.index import PairsIndex, read_pairs_index
 from sipo.families.network import Condition
@@ -79,7 +79,7 @@ class Cache:
         return chosen, rejected, own
 
     def text(self, index: int) -> Condition:
-        """Reads the text embeddings of a pair's prompt, in their full length."""
+        """Reads the text embeddings of a pair's prompt, in their full length; ragged tensors as they are stored."""
         place = int(self.prompt_of[index])
         return self._text(self._text_names[int(self._text_shard_of[place])], f"{self.prompt_keys[place]}.")
 
@@ -110,9 +110,11 @@ class Cache:
         return [(row, self.prompt_keys[n]) for row, n in zip(self.rows[start:stop].tolist(), prompts, strict=True)]
 
     def _text(self, shard: str, prefix: str) -> Condition:
-        return {
-            name: pad(self._reader.tensor(shard, f"{prefix}{name}"), shape) for name, shape in self._text_shapes.items()
-        }
+        condition = {}
+        for name, shape in self._text_shapes.items():
+            tensor = self._reader.tensor(shard, f"{prefix}{name}")
+            condition[name] = tensor if shape[:1] in ([], [None]) else padded(tensor, shape[0])
+        return condition
 
 
 def open_cache(folder: str | Path, fingerprint: Mapping[str, Any] | None = None) -> Cache:

@@ -3,7 +3,8 @@
 A cache is a folder. A shard is a safetensors file with a JSON file of the same name beside it:
 
     latents-00000.safetensors   <row>.chosen, <row>.rejected and <row>.own.<name> (both samples') of some of the pairs
-    text-00000.safetensors      <key>.<name> for the prompts that no earlier shard has; trailing rows of zeros left out
+    text-00000.safetensors      <key>.<name> for the prompts that no earlier shard has; trailing rows of zeros left out;
+                                of ragged tensors (batch.py) every row is kept
     unconditional.safetensors   <name> of what caption dropout puts in a prompt's place
     index.json                  what the content depends on, and the size, hash and content of every shard
     files.json                  names of the source's files, and a digest of their sizes and times
@@ -36,7 +37,7 @@ from torch import Tensor
 from sipo.files import FileError, file_hash, parse_json, read_text, save_tensors, write_aside
 
 # Changes whenever the layout of the files changes, or how pixels and text are encoded.
-FORMAT = 6
+FORMAT = 7
 INDEX = "index.json"
 FILES = "files.json"
 LATENTS, TEXT, UNCONDITIONAL = "latents", "text", "unconditional"
@@ -334,15 +335,11 @@ def text_key(prompt: str) -> str:
 
 
 def trim(tensor: Tensor) -> Tensor:
-    """Removes the rows at the end of a sequence ``[L, ...]`` that are all zeros (+0); :func:`pad` undoes it."""
+    """Removes the rows at the end of a sequence ``[L, ...]`` that are all zeros (+0).
+
+    :func:`sipo.batch.padded` undoes it.
+    """
     if tensor.ndim < 2 or not tensor.is_floating_point():
         return tensor
     filled = ((tensor != 0) | torch.signbit(tensor)).flatten(1).any(1).nonzero()
     return tensor[: int(filled[-1]) + 1 if len(filled) else 0]
-
-
-def pad(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """Appends rows of zeros up to ``shape``."""
-    if tensor.ndim < 2 or tensor.shape[0] == shape[0]:
-        return tensor
-    return torch.cat([tensor, tensor.new_zeros(shape[0] - tensor.shape[0], *tensor.shape[1:])])

@@ -104,7 +104,7 @@ class PairsIndex:
         records: rows of the source that were looked at.
         ties: rows without a preference.
         skipped: by reason, how many pairs were left out because they could not be used.
-        text_shapes: of a prompt's embeddings, by name.
+        text_shapes: of a prompt's embeddings, by name; the length of a ragged tensor is ``None``.
         text: shards of text, that of the empty prompt first.
         latents: shards of latents, by number.
     """
@@ -117,7 +117,7 @@ class PairsIndex:
     records: int = 0
     ties: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
-    text_shapes: dict[str, list[int]] = field(default_factory=dict)
+    text_shapes: dict[str, list[int | None]] = field(default_factory=dict)
     text: list[Shard] = field(default_factory=list)
     latents: list[Shard] = field(default_factory=list)
 
@@ -183,7 +183,7 @@ def write_pairs_index(
     """
     latents = [shards.require(shard_name(LATENTS, n)) for n in range(count)]
     text = [shards.require(name) for name in (UNCONDITIONAL, *(shard_name(TEXT, n) for n in range(count)))]
-    shapes: dict[str, list[int]] = text[0].facts["shapes"]
+    shapes: dict[str, list[int | None]] = text[0].facts["shapes"]
     for shard in text:
         if shard.facts["prompts"] and shard.facts["shapes"] != shapes:
             raise CacheError(

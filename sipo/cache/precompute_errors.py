@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader
 
-from sipo.batch import PairBatch, noisy_pairs
+from sipo.batch import PairBatch, collate, noisy_pairs
 from sipo.cache.finished import Cache
 from sipo.cache.format import INDEX, Shard, ShardFolder, shard_name
 from sipo.cache.pairs import CachedPairs, DrawnPairs
@@ -142,7 +142,7 @@ def _errors_of_shards(
         batch_sampler=[batch for number in numbers for batch in batches[number]],
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
-        collate_fn=default_collate,
+        collate_fn=collate,
     )
     items = iter(loader)
     for number in track(numbers, "reference errors", "shards", progress):

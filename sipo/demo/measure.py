@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
 
-from sipo.batch import PairBatch, level_argument, noisy_pairs
+from sipo.batch import PairBatch, collate, level_argument, noisy_pairs
 from sipo.demo.digits import Digits, InkPairs, ink
 from sipo.demo.model import predict
 from sipo.loss import SIPOLoss
@@ -71,7 +70,7 @@ def weight_by_timestep(
     """
     generator = torch.Generator().manual_seed(seed)
     items = [pairs[i] for i in range(min(count, len(pairs)))]
-    batch = PairBatch.of_items(default_collate(items)).to(policy.device)
+    batch = PairBatch.of_items(collate(items)).to(policy.device)
     noise = torch.randn(batch.chosen.shape, generator=generator, dtype=torch.float32).to(policy.device)
     means = []
     for timestep in timesteps.tolist():

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from sipo.batch import BatchMode, PairBatch
 from sipo.locks import locked
@@ -41,8 +40,8 @@ from sipo.training.optimization import WeightUpdates, make_optimizer
 from sipo.training.preparation import check_setup, make_accelerator, prepare
 from sipo.training.run_folder import earlier_run
 from sipo.training.sharding import reshard, unwrapped
-from sipo.training.stopping import StopAgreement, StopRequest, memory_advice, release_signals
-from sipo.training.stream import StreamSampler, drop_captions, step_levels
+from sipo.training.stopping import StopAgreement, StopRequest, memory_advice
+from sipo.training.stream import StreamSampler, drop_captions, pair_loader, step_levels
 from sipo.training.validation import OnValidation, Validation
 
 
@@ -232,15 +231,9 @@ class TrainingLoop:
             accelerator.num_processes,
             getattr(self.dataset, "groups", None),
         )
-        loader: DataLoader[Any] = DataLoader(
-            self.dataset,  # type: ignore[arg-type]
-            batch_sampler=sampler,
-            num_workers=config.dataloader_num_workers,
-            pin_memory=self.device.type == "cuda",
-            worker_init_fn=release_signals,
-            # The loader draws a seed from it whenever it starts, and a resumed run starts it again.
-            generator=torch.Generator().manual_seed(derive_seed(config.seed, RandomStream.WORKERS, first)),
-        )
+        # The loader draws a seed from it whenever it starts, and a resumed run starts it again.
+        generator = torch.Generator().manual_seed(derive_seed(config.seed, RandomStream.WORKERS, first))
+        loader = pair_loader(self.dataset, sampler, config, self.device, generator)
         for items, number in zip(loader, sampler.passes, strict=True):
             yield PairBatch.of_items(items), sampler.positions(number)
 

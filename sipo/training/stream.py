@@ -18,10 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 
+from sipo.batch import collate, is_ragged, padded
 from sipo.protocols import PairDataset, Schedule
 from sipo.seeds import RandomStream, derive_seed, happens
+from sipo.training.config import TrainingConfig
+from sipo.training.stopping import release_signals
 
 
 def batches_in_order(dataset: PairDataset, size: int, pairs: int | None = None) -> list[list[int]]:
@@ -145,6 +148,33 @@ class _GroupSequence:
         return self.passes[index - self._start(epoch)]
 
 
+def pair_loader(
+    dataset: PairDataset,
+    batches: Any,
+    config: TrainingConfig,
+    device: torch.device,
+    generator: torch.Generator | None = None,
+) -> DataLoader[Any]:
+    """Loads batches of a data set's items, each as :func:`sipo.batch.collate` makes it.
+
+    Args:
+        dataset: the pairs.
+        batches: lists of indices.
+        config: number of the loader's processes.
+        device: that batches are copied to later.
+        generator: of the seed that the loader draws when it starts.
+    """
+    return DataLoader(
+        dataset,  # type: ignore[arg-type]
+        batch_sampler=batches,
+        num_workers=config.dataloader_num_workers,
+        pin_memory=device.type == "cuda",
+        collate_fn=collate,
+        worker_init_fn=release_signals,
+        generator=generator,
+    )
+
+
 def pair_noise(like: Tensor, positions: Sequence[int], seed: int, generator: torch.Generator) -> Tensor:
     """Draws Gaussian noise with ``like``'s shape, type and device, from one seed per pair of the stream.
 
@@ -167,7 +197,9 @@ def step_levels(schedule: Schedule, n: int, step: int, seed: int, distribution: 
 
 
 def drop_captions(condition: Any, unconditional: Any, positions: Sequence[int], seed: int, probability: float) -> None:
-    """Replaces some rows of a batch's condition by the condition of no caption, on the host.
+    """Replaces some rows of a batch's condition by the condition of no caption, on the host, in place.
+
+    Ragged tensors (:func:`sipo.batch.is_ragged`) become as long as the longer of both.
 
     Args:
         condition: tensor ``[B, ...]`` or dictionary of them.
@@ -188,6 +220,10 @@ def drop_captions(condition: Any, unconditional: Any, positions: Sequence[int], 
     if isinstance(condition, dict) and isinstance(unconditional, dict):
         for name in condition.keys() ^ unconditional.keys():
             raise ValueError(f"{name!r} is in one of condition and unconditional, expected the same names in both")
+        for name in (name for name in condition if is_ragged(name, condition)):
+            length = max(condition[name].shape[1], len(unconditional[name]))
+            condition[name] = padded(condition[name], length, dim=1)
+            unconditional = unconditional | {name: padded(unconditional[name], length)}
         pairs = [(f"[{name!r}]", condition[name], unconditional[name]) for name in condition]
     for name, kept, empty in pairs:
         if not isinstance(kept, Tensor) or not isinstance(empty, Tensor) or kept.shape[1:] != empty.shape:

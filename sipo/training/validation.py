@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from sipo.batch import PairBatch
 from sipo.loss import SIPOLoss
@@ -21,8 +20,7 @@ from sipo.seeds import RandomStream, derive_seed, preserve_random_state
 from sipo.training.config import TrainingConfig
 from sipo.training.forward import PairForward
 from sipo.training.sharding import is_compiled, reshard, unwrapped
-from sipo.training.stopping import release_signals
-from sipo.training.stream import batches_in_order, step_levels
+from sipo.training.stream import batches_in_order, pair_loader, step_levels
 from sipo_kernels import pair_loss
 
 OnValidation = Callable[[int, nn.Module], None]
@@ -98,13 +96,8 @@ class Validation:
         own = self.batches[rank::world]
         # Under FSDP2 a forward pass takes all processes: one that has run out goes along, and counts nothing.
         idle = -(-len(self.batches) // world) - len(own)
-        loader: DataLoader[Any] = DataLoader(
-            self.dataset,  # type: ignore[arg-type]
-            batch_sampler=own + self.batches[:1] * idle,
-            num_workers=self.config.dataloader_num_workers,
-            pin_memory=self.accelerator.device.type == "cuda",
-            worker_init_fn=release_signals,
-        )
+        batches = own + self.batches[:1] * idle
+        loader = pair_loader(self.dataset, batches, self.config, self.accelerator.device)  # type: ignore[arg-type]
         names: list[str] = []
         sums: Tensor | None = None
         seed = derive_seed(self.config.seed, RandomStream.VALIDATION, 1)
