@@ -85,6 +85,27 @@ def _wan(depth: int = 30) -> Iterator[str]:
         yield from (f"blocks.{i}.ffn.0", f"blocks.{i}.ffn.2")
 
 
+def _flux(chroma: bool, depth: int = 2) -> Iterator[str]:
+    """FLUX.1, or Chroma. Two blocks of each kind: diffusers' converter takes single blocks only in full width."""
+    yield from ("img_in", "txt_in", "final_layer.linear")
+    if chroma:
+        yield from ("distilled_guidance_layer.in_proj", "distilled_guidance_layer.out_proj")
+        for i in range(depth):
+            yield from (f"distilled_guidance_layer.layers.{i}.{part}_layer" for part in ("in", "out"))
+    else:
+        yield "final_layer.adaLN_modulation.1"
+        for embedder in ("time_in", "vector_in", "guidance_in"):
+            yield from (f"{embedder}.in_layer", f"{embedder}.out_layer")
+    for i in range(depth):
+        for side in ("img", "txt"):
+            yield from (f"double_blocks.{i}.{side}_{part}" for part in ("attn.qkv", "attn.proj", "mlp.0", "mlp.2"))
+            if not chroma:
+                yield f"double_blocks.{i}.{side}_mod.lin"
+        yield from (f"single_blocks.{i}.linear1", f"single_blocks.{i}.linear2")
+        if not chroma:
+            yield f"single_blocks.{i}.modulation.lin"
+
+
 # CogVideoX: ComfyUI's class (comfy/ldm/cogvideo/model.py) against diffusers'; nobody else has names for it.
 COGVIDEOX = {
     "patch_embed.proj": "patch_embed.proj",
@@ -113,6 +134,9 @@ MODULES = {
     "sd15": list(_unet([1, 1, 1, 0], 1, [0, 1, 1, 1], added=False)),
     "sdxl": list(_unet([0, 2, 10], 10, [10, 2, 0], added=True)),
     "sd3": list(_sd3()),
+    "flux": list(_flux(chroma=False)),
+    "flux-kontext": list(_flux(chroma=False)),
+    "chroma": list(_flux(chroma=True)),
     "wan": list(_wan()),
     "cogvideox": list(COGVIDEOX),
 }
@@ -131,10 +155,12 @@ def original_rows(family: str) -> Rows:
     """The rows of every weight by its original name, numbered through."""
     rows, first = {}, 0
     for module in MODULES[family]:
-        count = WIDTH * (3 if module.endswith("qkv") else 1)
+        count = WIDTH * (3 if module.endswith(("qkv", "modulation.lin")) else 6 if module.endswith("_mod.lin") else 1)
         if "adaLN_modulation" in module:  # shift and scale of the last layers, and six of the others
             last = module.startswith(("final_layer", "joint_blocks.23.context_block"))
             count = WIDTH * (2 if last else 6)
+        elif module.endswith("linear1"):  # queries, keys and values, and four times as much of the feed-forward part
+            count = 7 * 3072
         rows[module] = list(range(first, first + count))
         first += count
     return rows
@@ -157,6 +183,17 @@ def diffusers_rows(family: str) -> Rows:
     if family == "sd3":
         weights[f"{start}pos_embed"] = torch.zeros(1)
         converted = converters.convert_sd3_transformer_checkpoint_to_diffusers(weights)
+    elif family in ("flux", "flux-kontext", "chroma"):
+        norms = [f"double_blocks.{i}.{side}_attn" for i in range(2) for side in ("img", "txt")]
+        norms = [
+            f"{place}.norm.{part}_norm"
+            for place in (*norms, "single_blocks.0", "single_blocks.1")
+            for part in ("query", "key")
+        ]
+        norms += [f"distilled_guidance_layer.norms.{i}" for i in range(2)]
+        weights |= {f"{start}{norm}.scale": torch.zeros(0) for norm in norms}
+        name = "chroma" if family == "chroma" else "flux"
+        converted = getattr(converters, f"convert_{name}_transformer_checkpoint_to_diffusers")(weights)
     elif family == "wan":
         converted = converters.convert_wan_transformer_to_diffusers(weights)
     else:
@@ -164,7 +201,7 @@ def diffusers_rows(family: str) -> Rows:
     return {
         name.removesuffix(".weight"): [int(row) for row in tensor.flatten()]
         for name, tensor in converted.items()
-        if name.endswith(".weight")
+        if name.endswith(".weight") and tensor.numel()
     }
 
 
@@ -180,10 +217,12 @@ def comfyui_keys(family: str) -> Rows:
             processor = module.replace(".to_", ".processor.to_")
             processor = processor.removesuffix(".0") if processor.endswith(".to_out.0") else processor
             keys[processor] = keys[f"unet.{processor}"] = rows
-    if family == "sd3":
+    if family in ("sd3", "flux", "flux-kontext", "chroma"):
         for module, rows in diffusers_rows(family).items():
-            keys[f"transformer.{module}"] = keys[f"base_model.model.{module}"] = rows
+            keys[f"transformer.{module}"] = rows
             keys[f"lora_transformer_{module.replace('.', '_')}"] = rows
+            if family == "sd3":
+                keys[f"base_model.model.{module}"] = rows
     return keys
 
 
