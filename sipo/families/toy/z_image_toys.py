@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sipo.families.toy.parts import WIDTH, image_vae, qwen3, qwen_tokenizer
+from sipo.families.toy.components import WIDTH, image_vae, qwen3, qwen_tokenizer
 
 
 def z_image() -> Any:

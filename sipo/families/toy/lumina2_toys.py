@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sipo.families.toy.parts import WIDTH, gemma, gemma_tokenizer, image_vae
+from sipo.families.toy.components import WIDTH, gemma, gemma_tokenizer, image_vae
 
 
 def lumina2() -> Any:

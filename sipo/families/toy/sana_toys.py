@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sipo.families.toy.parts import TRANSFORMER, WIDTH, gemma, gemma_tokenizer
+from sipo.families.toy.components import TRANSFORMER, WIDTH, gemma, gemma_tokenizer
 
 
 def sana() -> Any:
