@@ -55,6 +55,8 @@ class ModelConfig:
         prediction_type: what the network was trained to predict; overrides the scheduler, for samples too.
         shift: of a flow's noise levels, ``k`` of docs/math.md §3; overrides the scheduler's own, dynamic or not, for
             samples too.
+        guidance_scale: what a network with a guidance embedding (FLUX.1 dev, FLUX.2 dev) is told in training; ``None``
+            is the family's guidance scale for samples.
     """
 
     family: str
@@ -70,6 +72,7 @@ class ModelConfig:
     gradient_checkpointing: bool = False
     prediction_type: Literal["epsilon", "v_prediction", "sample", "flow_prediction"] | None = None
     shift: Positive | None = None
+    guidance_scale: Positive | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -24,7 +24,7 @@ from sipo.families.model_files import (
 from sipo.families.vae import check_latent_affine
 from sipo.files import FileError, one_line, read_object
 from sipo.processes import is_out_of_memory
-from sipo.schedule import DEFAULT_INFERENCE_STEPS, NoiseSchedule
+from sipo.schedule import DEFAULT_INFERENCE_STEPS, NoiseSchedule, linear_mu
 from sipo.schedule.diffusers_schedulers import check_sampler, with_settings
 from sipo.schedule.levels import SettingError
 
@@ -37,6 +37,7 @@ TOKENIZER = "tokenizer"
 VAE = "vae"
 """Name of a pipeline's VAE."""
 
+_FAMILY_OF: dict[str, str] = {}  # names of families by their pipeline's class, for messages
 _UPCAST = "force_upcast"  # key in the configuration of an image VAE; true by default
 
 
@@ -60,6 +61,10 @@ class PipelineLoader(ABC):
     schedule_kind: ClassVar[str] = "discrete"
     _without: ClassVar[tuple[str, ...]] = ()  # components that are left out beside the network
     _pipeline_options: ClassVar[Mapping[str, Any]] = {}  # arguments of the pipeline's class
+
+    def __init_subclass__(cls) -> None:
+        if hasattr(cls, "pipeline_class"):
+            _FAMILY_OF[cls.pipeline_class] = cls.name
 
     def load_network(self, path: str | Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
         """Loads only the network, in eval mode.
@@ -204,8 +209,8 @@ class PipelineLoader(ABC):
             if sampled and scheduler is not own:
                 check_sampler(scheduler)
             schedules = [
-                NoiseSchedule.from_scheduler(scheduler, num_inference_steps, image_seq_len=length)
-                for length in [self.image_seq_len(*size) for size in sizes] or [None]
+                NoiseSchedule.from_scheduler(scheduler, num_inference_steps, mu=mu)
+                for mu in [self.timestep_mu(scheduler.config, *size, num_inference_steps) for size in sizes] or [None]
             ]
         except ValueError as error:
             if isinstance(error, SettingError) and given.get(error.name) is not None:
@@ -245,6 +250,23 @@ class PipelineLoader(ABC):
         """Returns the number of tokens of an image for dynamic shifting; ``None`` if the family has none."""
         return None
 
+    def timestep_mu(self, config: Any, height: int, width: int, num_inference_steps: int) -> float | None:
+        """Returns μ, which the family's pipeline passes to ``set_timesteps``; only dynamic shifting uses it.
+
+        Args:
+            config: the scheduler's.
+            height, width: of an image in pixels.
+            num_inference_steps: steps of the sampler; FLUX.2's pipelines need it.
+
+        Returns:
+            μ, or ``None`` if the pipeline passes none.
+
+        Raises:
+            ValueError: a configuration that gives no μ.
+        """
+        length = self.image_seq_len(height, width)
+        return linear_mu(config, length) if config.get("use_dynamic_shifting") and length is not None else None
+
     def _open(
         self, path: str | Path, revision: str | None = None, variant: str | None = None
     ) -> tuple[Path, dict[str, Any]]:
@@ -257,13 +279,20 @@ class PipelineLoader(ABC):
     def _check_index(self, path: str | Path, index: Mapping[str, Any]) -> None:
         class_name = index.get("_class_name")
         if class_name != self.pipeline_class:
-            raise ValueError(f"{path}: holds a {class_name}, expected a {self.pipeline_class} for family {self.name!r}")
+            other = _FAMILY_OF.get(str(class_name))
+            hint = "" if other is None else f"; family {other!r} takes it"
+            expected = f"expected a {self.pipeline_class} for family {self.name!r}"
+            raise ValueError(f"{path}: holds a {class_name}, {expected}{hint}")
 
     def _check_network(self, path: str | Path, network: Any) -> None:
-        inputs, outputs = network.config.in_channels, network.config.out_channels
+        inputs, outputs = self._channels(network.config)
         if inputs != outputs:  # an inpainting or image-to-video network
             channels = f"takes {inputs} channels and gives {outputs}"
             raise ValueError(f"{path}: its {self.network} {channels}, expected as many as it takes")
+
+    def _channels(self, config: Any) -> tuple[int, int]:
+        """Returns how many channels a network takes and gives, by its configuration."""
+        return config.in_channels, config.in_channels if config.out_channels is None else config.out_channels
 
 
 def _present(index: Mapping[str, Any]) -> list[tuple[str, list[Any]]]:

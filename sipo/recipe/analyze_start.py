@@ -70,9 +70,7 @@ def measure_run(run: RunContext, *, pairs: int, levels: int) -> UntrainedFacts:
     dataset, _ = datasets(run, cache, None)
     policy, reference = build(run)
     policy.to(run.accelerator.device)
-    forward = PairForward(
-        loss_fn, run.family.predict, reference, run.accelerator, offload=run.config.model.reference_offload
-    )
+    forward = PairForward(loss_fn, run.predict, reference, run.accelerator, offload=run.config.model.reference_offload)
     return measure_untrained(
         policy,
         forward,

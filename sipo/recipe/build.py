@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from sipo.families.tuning import adapter_off, freeze, frozen_copy, prepare_full,
 from sipo.files import aside, make_folder, remove_leftovers
 from sipo.loss import SIPOLoss
 from sipo.processes import everywhere, from_main
-from sipo.protocols import PairDataset
+from sipo.protocols import PairDataset, Predict
 from sipo.recipe.config import TOY, Config, ConfigError
 from sipo.schedule import DEFAULT_INFERENCE_STEPS, NoiseSchedule
 from sipo.schedule.diffusers_schedulers import setting_changes, with_settings
@@ -56,6 +57,11 @@ class RunContext:
     def cache(self) -> Path:
         """Folder of latents, text embeddings and reference errors."""
         return Path(self.config.data.cache)
+
+    @property
+    def predict(self) -> Predict:
+        """The family's call of a network, with the guidance that the configuration tells it."""
+        return partial(self.family.predict, guidance=self.config.model.guidance_scale)
 
     @property
     def fixed_draws(self) -> FixedDraws:

@@ -169,6 +169,8 @@ class Config:
         dtype = self.policy_dtype if self.differing_types is None else self.reference_dtype
         if whole is not None:
             dtype = f"{str(whole).removeprefix('torch.')}, norms too"
+        if self.model.guidance_scale is not None:
+            marks["guidance_scale"] = self.model.guidance_scale
         return marks | {"dtype": dtype, "mixed_precision": self.training.mixed_precision}
 
 

@@ -138,6 +138,10 @@ def _check_network(run: RunContext) -> None:
             check_targets(network, family.lora_targets if targets is None else targets)
         except ValueError as error:
             raise ConfigError(f"model.lora.{error}") from error
+    if model.guidance_scale is not None and not getattr(network.config, "guidance_embeds", False):
+        raise ConfigError(
+            f"model.guidance_scale={model.guidance_scale}: leave it out, the network has no guidance embedding"
+        )
     if model.gradient_checkpointing and not getattr(network, "_supports_gradient_checkpointing", False):
         raise ConfigError(f"model.gradient_checkpointing=True: expected False, {family.network_class} has none")
 

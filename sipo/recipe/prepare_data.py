@@ -184,7 +184,7 @@ def _references(
         found = precompute_reference_errors(
             cache,
             network,
-            run.family.predict,
+            run.predict,
             run.schedule,
             fixed,
             reference,

@@ -112,7 +112,7 @@ def score_run(
         reference,
         run.schedule,
         pairs,
-        run.family.predict,
+        run.predict,
         beta=loss_beta(run, loss_fn),
         draws=draws,
         seed=seed,

@@ -117,7 +117,7 @@ def run_training(
                     reference,
                     loss_fn,
                     pairs,
-                    run.family.predict,
+                    run.predict,
                     training,
                     accelerator=accelerator,
                     resume_from=storage.LATEST if resuming else None,
