@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sipo.families.toy.parts import TRANSFORMER, WIDTH, clip, clip_tokenizer, image_vae, t5, t5_tokenizer
+from sipo.families.toy.components import TRANSFORMER, WIDTH, clip, clip_tokenizer, image_vae, t5, t5_tokenizer
 
 _NETWORK: dict[str, Any] = {
     **TRANSFORMER,
