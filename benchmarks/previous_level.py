@@ -44,7 +44,7 @@ def sigmas_of(scheduler: Any) -> Tensor:
 
 def compare(name: str, scheduler: Any, **options: Any) -> LevelComparison:
     """Sets a scheduler's steps and compares every step that neither side has as terminal."""
-    schedule = NoiseSchedule.from_scheduler(scheduler, STEPS)
+    schedule = NoiseSchedule.from_scheduler(scheduler, STEPS, mu=options.get("mu"))
     scheduler.set_timesteps(**(options or {"num_inference_steps": STEPS}))
     sigma = sigmas_of(scheduler)
     if schedule.kind == "flow":
@@ -75,7 +75,9 @@ def rows() -> list[LevelComparison]:
         "timestep_spacing": "trailing",
     }
     flow: dict[str, Any] = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
-    uniform = {"sigmas": np.linspace(1, 1 / STEPS, STEPS).tolist()}
+    qwen: dict[str, Any] = {"use_dynamic_shifting": True, "shift_terminal": 0.02}
+    uniform: dict[str, Any] = {"sigmas": np.linspace(1, 1 / STEPS, STEPS).tolist()}
+    euler = d.FlowMatchEulerDiscreteScheduler
     return [
         compare("PNDM, as in SD 1.5", d.PNDMScheduler(**leading, skip_prk_steps=True)),
         compare("Euler, leading, as in SDXL", d.EulerDiscreteScheduler(**leading)),
@@ -83,10 +85,12 @@ def rows() -> list[LevelComparison]:
         compare("Euler, linspace", d.EulerDiscreteScheduler(**sd)),
         compare("DPM-Solver++, linspace", d.DPMSolverMultistepScheduler(**sd)),
         compare("DPM-Solver++, Karras", d.DPMSolverMultistepScheduler(**sd, use_karras_sigmas=True)),
-        compare("FlowMatchEuler, shift 3, as in SD 3", d.FlowMatchEulerDiscreteScheduler(shift=3.0)),
-        compare("the same with σ = 1, …, 1/50 given, as Flux", d.FlowMatchEulerDiscreteScheduler(shift=3.0), **uniform),
+        compare("FlowMatchEuler, shift 3, as in SD 3", euler(shift=3.0)),
+        compare("the same with σ = 1, …, 1/50 given, as Z-Image", euler(shift=3.0), **uniform),
+        compare("the same with μ = 0.7, as FLUX", euler(use_dynamic_shifting=True), mu=0.7, **uniform),
+        compare("the same, stretched to 0.02, as Qwen-Image", euler(**qwen), mu=0.7, **uniform),
         compare("UniPC, flow_shift 3, as in Wan", d.UniPCMultistepScheduler(**flow)),
-        compare("DPM-Solver++, flow_shift 3", d.DPMSolverMultistepScheduler(**flow)),
+        compare("DPM-Solver++, flow_shift 3, as in SANA", d.DPMSolverMultistepScheduler(**flow)),
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import math
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 from benchmarks.previous_level import markdown, rows
 from sipo import NoiseSchedule
 from sipo.batch import level_argument
+from sipo.schedule import empirical_mu, linear_mu
 from sipo.schedule.diffusers_schedulers import check_sampler, with_settings
 from sipo.schedule.levels import SettingError
 from tests.schedule_cases import ALL_STEPS, BY_NAME, SD, close, latents, table
@@ -267,6 +269,8 @@ def test_dynamic_shift_of_a_resolution(name: str, options: dict[str, Any], token
     schedule = NoiseSchedule.from_scheduler(scheduler, 10, image_seq_len=tokens)
     assert schedule.shift == pytest.approx(shift, rel=1e-12)
     mu = shift if options.get("time_shift_type") == "linear" else math.log(shift)
+    assert linear_mu(scheduler.config, tokens) == pytest.approx(mu, rel=1e-12)
+    assert NoiseSchedule.from_scheduler(scheduler, 10, mu=mu).shift == pytest.approx(shift, rel=1e-12)
     check_grid(scheduler, schedule, mu=mu)
     # one that was named is taken as it is
     assert NoiseSchedule.from_scheduler(scheduler, shift=2.0, image_seq_len=tokens).shift == 2.0
@@ -279,17 +283,21 @@ def test_dynamic_shift_of_solvers_has_the_pipelines_defaults() -> None:
 
 
 def check_grid(scheduler: Any, schedule: NoiseSchedule, **options: Any) -> None:
-    """Every step of the sampler, on the grid that pipelines ask for: Euler's step with the schedule's own target leads
-    from its noisy sample at one level to that at the next, and ratio_scale is that of these two levels."""
+    """Every step of the sampler, on the grid that pipelines ask for: its levels are those of math.md §3, ratio_scale is
+    that of two of them in a row, and Euler's step with the schedule's own target leads from the noisy sample at one to
+    that at the next."""
     steps = schedule.num_inference_steps
     scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps).tolist(), **options)
     sigma = (1 - scheduler.sigmas if schedule.invert_sigmas else scheduler.sigmas).double().clamp(0, 1)
     assert sigma[0] == 1 and sigma[-1] == 0 and len(sigma) == steps + 1
-    snr = ((1 - sigma) / sigma) ** 2
-    exact = 0.5 * (snr[1:-1] - snr[:-2]) * sigma[:-2] ** 2
-    scale = schedule.ratio_scale(sigmas=sigma[:-1].float())
-    assert scale[-1] == math.inf
-    close(scale[:-1], exact, rtol=2e-5)  # the grid is float32
+    u, k = torch.arange(steps, 0, -1).double() / steps, schedule.shift
+    levels = k * u / (1 + (k - 1) * u)
+    if schedule.shift_terminal is not None:
+        levels = 1 - (1 - levels) * (1 - schedule.shift_terminal) / (1 - levels[-1])
+    close(sigma[:-1], levels, rtol=0, atol=2e-7)  # the sampler's are float32, and differences of their SNR less exact
+    snr = ((1 - levels) / levels) ** 2
+    close(schedule.ratio_scale(sigmas=levels[:-1]), 0.5 * snr.diff() * levels[:-1] ** 2, rtol=1e-10)
+    assert schedule.ratio_scale(sigmas=sigma[-2:-1].float()) == math.inf
     sample, noise = (each.double() for each in latents(1))
     velocity = schedule.target(sample, noise, sigmas=sigma[:1])
     for now, then, step in zip(sigma[:-1], sigma[1:], scheduler.sigmas.diff(), strict=True):
@@ -317,6 +325,51 @@ def test_the_grid_of_a_flow_is_the_samplers(name: str, options: dict[str, Any]) 
     assert (schedule.shift, schedule.shift_terminal) == (options["shift"], options.get("shift_terminal"))
     assert schedule.invert_sigmas == options.get("invert_sigmas", False)
     check_grid(scheduler, schedule)
+
+
+def test_mu_of_flux2_depends_on_tokens_and_steps() -> None:
+    """The lines at 10 and at 200 steps by hand, and diffusers' own function where it has one."""
+    assert empirical_mu(4096, 10) == pytest.approx(8.73809524e-05 * 4096 + 1.89833333, rel=1e-12)
+    assert empirical_mu(4096, 200) == pytest.approx(0.00016927 * 4096 + 0.45666666, rel=1e-12)
+    assert empirical_mu(4301, 10) == empirical_mu(4301, 50) == pytest.approx(0.00016927 * 4301 + 0.45666666, rel=1e-12)
+    if not hasattr(diffusers, "Flux2Pipeline"):
+        pytest.skip("this diffusers has no FLUX.2")
+    own = importlib.import_module("diffusers.pipelines.flux2.pipeline_flux2").compute_empirical_mu
+    for tokens in (1, 1024, 4096, 4300, 4301, 8100):
+        for steps in (1, 4, 28, 50, 1000):
+            assert empirical_mu(tokens, steps) == pytest.approx(own(tokens, steps), rel=1e-12)
+
+
+FLUX = {"use_dynamic_shifting": True, "shift": 3.0, "base_shift": 0.5, "max_shift": 1.15}
+PUBLISHED: dict[str, tuple[dict[str, Any], Any]] = {
+    "FLUX.1-dev": (FLUX, lambda config, steps: linear_mu(config, 4096)),
+    "FLUX.1-dev at 832 by 1216": (FLUX, lambda config, steps: linear_mu(config, 52 * 76)),
+    "FLUX.1-schnell": ({"shift": 1.0}, lambda config, steps: None),
+    "FLUX.2": (FLUX, lambda config, steps: empirical_mu(4096, steps)),
+    "FLUX.2 at 1440 by 1440": (FLUX, lambda config, steps: empirical_mu(8100, steps)),
+    "Qwen-Image": (
+        QWEN | {"use_dynamic_shifting": True, "shift_terminal": 0.02},
+        lambda config, steps: linear_mu(config, 83 * 104),
+    ),
+    "Qwen-Image, linear": (
+        QWEN | {"use_dynamic_shifting": True, "shift_terminal": 0.02, "time_shift_type": "linear"},
+        lambda config, steps: linear_mu(config, 4096),
+    ),
+    "Z-Image-Turbo": ({"shift": 3.0}, lambda config, steps: linear_mu(config, 4096)),  # passed, and not used
+    "Z-Image, Lumina 2": ({"shift": 6.0}, lambda config, steps: linear_mu(config, 4096)),
+}
+
+
+@pytest.mark.parametrize("steps", [8, 50])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_grid_of_a_published_model_is_its_pipelines(name: str, steps: int) -> None:
+    """With the levels from 1 to 1/n and the mu that its pipeline passes to the scheduler."""
+    options, mu_of = PUBLISHED[name]
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**options)
+    mu = mu_of(scheduler.config, steps)
+    schedule = NoiseSchedule.from_scheduler(scheduler, steps, mu=mu)
+    assert (schedule.shift == options.get("shift")) == ("use_dynamic_shifting" not in options)
+    check_grid(scheduler, schedule, mu=mu)
 
 
 def test_flows_of_other_classes() -> None:
@@ -435,7 +488,7 @@ ERRORS: list[tuple[Any, type, str]] = [
             lambda kind=kind: read(DYNAMIC(use_dynamic_shifting=True, time_shift_type=kind)),
             ValueError,
             f"use_dynamic_shifting=True: expected image_seq_len=, the number of tokens of the resolution trained on, "
-            f"or shift=, which is {shift} there",
+            f"mu= of its pipeline, or shift=, which is {shift} there",
         )
         for kind, shift in (("exponential", "exp(mu)"), ("linear", "mu"))
     ],
@@ -457,6 +510,16 @@ ERRORS: list[tuple[Any, type, str]] = [
         lambda: read(DYNAMIC(use_dynamic_shifting=True), image_seq_len=10**9),
         ValueError,
         "image_seq_len=1000000000: expected fewer tokens, the shift exp(mu) is not finite",
+    ),
+    (
+        lambda: read(DYNAMIC(use_dynamic_shifting=True), mu=1000.0),
+        ValueError,
+        "mu=1000.0: expected less, the shift exp(mu) is not finite",
+    ),
+    (
+        lambda: read(DYNAMIC(use_dynamic_shifting=True, time_shift_type="linear"), mu=-0.5),
+        ValueError,
+        "shift=-0.5: expected a finite number > 0",
     ),
     (
         lambda: read(DYNAMIC(use_dynamic_shifting=True, time_shift_type="linear"), image_seq_len=10**400),

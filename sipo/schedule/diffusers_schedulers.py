@@ -58,13 +58,48 @@ class ScheduleArguments(NamedTuple):
     invert_sigmas: bool = False
 
 
-def read_scheduler(scheduler: Any, shift: float | None = None, image_seq_len: int | None = None) -> ScheduleArguments:
+def linear_mu(config: Any, image_seq_len: int) -> float:
+    """Returns μ of a resolution, as most of diffusers' pipelines do: linear in the number of the image's tokens.
+
+    Args:
+        config: The scheduler's, which has two points of the line; what it lacks has the pipelines' defaults.
+        image_seq_len: Number of the image's tokens.
+
+    Raises:
+        TypeError, ValueError: A number that is not an integer >= 1, or two points that are one.
+    """
+    check_count("image_seq_len", image_seq_len, 1)
+    base, most = _option(config, "base_image_seq_len", 256), _option(config, "max_image_seq_len", 4096)
+    low, high = _option(config, "base_shift", 0.5), _option(config, "max_shift", 1.15)
+    if base == most:
+        raise ValueError(f"base_image_seq_len={base!r}: expected another than max_image_seq_len")
+    slope = (high - low) / (most - base)
+    return float(image_seq_len * slope + (low - slope * base))
+
+
+def empirical_mu(image_seq_len: int, num_inference_steps: int) -> float:
+    """Returns μ of a resolution and a number of steps, as FLUX.2's pipelines do.
+
+    It is linear in the number of the image's tokens, and up to 4300 tokens also in the number of steps: the two lines
+    are those for 10 and for 200 steps. Above, it is that for 200 steps.
+    """
+    many = 0.00016927 * image_seq_len + 0.45666666
+    if image_seq_len > 4300:
+        return many
+    few = 8.73809524e-05 * image_seq_len + 1.89833333
+    return few + (many - few) * (num_inference_steps - 10) / 190
+
+
+def read_scheduler(
+    scheduler: Any, shift: float | None = None, image_seq_len: int | None = None, mu: float | None = None
+) -> ScheduleArguments:
     """Reads a scheduler: a flow is known by the name of its class or of a base class, others by ``alphas_cumprod``.
 
     Args:
         scheduler: A diffusers scheduler, with its ``config``.
         shift: In place of the scheduler's own; only for flow schedulers.
-        image_seq_len: Number of the image's tokens, from which ``use_dynamic_shifting`` derives the shift.
+        image_seq_len: Number of the image's tokens, from which ``use_dynamic_shifting`` derives μ.
+        mu: μ itself, in place of it.
 
     Raises:
         TypeError: A number of the wrong type, or a class in place of a scheduler.
@@ -94,7 +129,20 @@ def read_scheduler(scheduler: Any, shift: float | None = None, image_seq_len: in
         if option(key):
             raise ValueError(f"{name} has {key}={option(key)!r}: expected a flow schedule without it")
     if shift is None and option("use_dynamic_shifting", False):
-        shift = _dynamic_shift(name, config, image_seq_len)
+        linear = option("time_shift_type", "exponential") == "linear"
+        formula = "mu" if linear else "exp(mu)"
+        if mu is None and image_seq_len is None:
+            raise ValueError(
+                f"{name} has use_dynamic_shifting=True: expected image_seq_len=, the number of tokens of the "
+                f"resolution trained on, mu= of its pipeline, or shift=, which is {formula} there"
+            )
+        try:
+            mu = linear_mu(config, image_seq_len) if mu is None else mu
+            shift = mu if linear else math.exp(mu)
+        except OverflowError as error:
+            tokens = f"image_seq_len={image_seq_len}: expected fewer tokens"
+            given = f"mu={mu!r}: expected less" if image_seq_len is None else tokens
+            raise ValueError(f"{given}, the shift {formula} is not finite") from error
     elif shift is None and option("use_flow_sigmas", False):
         shift = option("flow_shift", 1.0)
     elif shift is None:
@@ -180,29 +228,3 @@ def _is_flow(scheduler: Any) -> bool:
     names, config = _bases(scheduler), getattr(scheduler, "config", None)
     solver = _option(config, "use_flow_sigmas", False) and not any(name in _REFUSED for name in names)
     return config is not None and (bool(solver) or any(name in _FLOW for name in names))
-
-
-def _dynamic_shift(name: str, config: Any, image_seq_len: int | None) -> float:
-    """Returns ``k`` for a resolution, as ``calculate_shift`` of diffusers' pipelines does, with their defaults.
-
-    μ is linear in the number of tokens; k is exp(μ), or with ``time_shift_type="linear"`` μ itself.
-    """
-    linear = _option(config, "time_shift_type", "exponential") == "linear"
-    formula = "mu" if linear else "exp(mu)"
-    if image_seq_len is None:
-        raise ValueError(
-            f"{name} has use_dynamic_shifting=True: expected image_seq_len=, the number of tokens of the resolution "
-            f"trained on, or shift=, which is {formula} there"
-        )
-    check_count("image_seq_len", image_seq_len, 1)
-    base, most = _option(config, "base_image_seq_len", 256), _option(config, "max_image_seq_len", 4096)
-    low, high = _option(config, "base_shift", 0.5), _option(config, "max_shift", 1.15)
-    if base == most:
-        raise ValueError(f"{name} has base_image_seq_len={base!r}: expected another than max_image_seq_len")
-    slope = (high - low) / (most - base)
-    try:
-        mu = image_seq_len * slope + (low - slope * base)
-        return float(mu) if linear else math.exp(mu)
-    except OverflowError as error:
-        message = f"expected fewer tokens, the shift {formula} is not finite"
-        raise ValueError(f"image_seq_len={image_seq_len}: {message}") from error

@@ -120,6 +120,7 @@ class NoiseSchedule:
         *,
         shift: float | None = None,
         image_seq_len: int | None = None,
+        mu: float | None = None,
     ) -> NoiseSchedule:
         """Reads the schedule of a diffusers scheduler, or of a subclass of one.
 
@@ -136,14 +137,16 @@ class NoiseSchedule:
                 are the same.
             shift: ``k`` in place of the scheduler's.
             image_seq_len: Number of tokens of the resolution trained on, (height / 16) · (width / 16) for Stable
-                Diffusion 3 and Flux. With ``use_dynamic_shifting`` it determines ``k``, as in diffusers' pipelines;
-                such a scheduler needs it or ``shift``. Others ignore it.
+                Diffusion 3 and Flux. With ``use_dynamic_shifting`` it determines ``k``, as in most of diffusers'
+                pipelines; such a scheduler needs it, ``mu`` or ``shift``. Others ignore it.
+            mu: What the model's pipeline passes to ``set_timesteps(mu=)``, in place of ``image_seq_len``. For FLUX.2
+                it is :func:`sipo.schedule.empirical_mu`, which depends on the number of steps as well.
 
         Raises:
             TypeError: A number of the wrong type.
             ValueError: A scheduler that is not modelled (with the reason), or an option of it that is not.
         """
-        read = read_scheduler(scheduler, shift, image_seq_len)
+        read = read_scheduler(scheduler, shift, image_seq_len, mu)
         if prediction_type is not None:
             read = read._replace(prediction_type=prediction_type)
         if read.alphas_cumprod is not None:
