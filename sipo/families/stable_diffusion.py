@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.5 and SDXL: UNets on two-dimensional latents, with CLIP text encoders."""
+"""Stable Diffusion 1.x, 2.x and XL: UNets on two-dimensional latents, with CLIP text encoders."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TIME_IDS = "time_ids"
 
 
 class StableDiffusion(Family):
-    """Stable Diffusion 1.5: ε-prediction, latents at 1/8 of the resolution, one text encoder of 77 tokens."""
+    """Stable Diffusion 1.x and 2.x: one text encoder of 77 tokens; ε-prediction, or v-prediction for 2.x at 768."""
 
     name = "sd15"
     pipeline_class = "StableDiffusionPipeline"

@@ -10,7 +10,21 @@ _UNET: dict[str, Any] = {"sample_size": 4, "block_out_channels": (16, 32), "norm
 
 
 def sd15() -> Any:
-    from diffusers import PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import PNDMScheduler
+
+    return _stable_diffusion(PNDMScheduler(**BETAS, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1))
+
+
+def sd21() -> Any:
+    from diffusers import DDIMScheduler
+
+    options: dict[str, Any] = {"set_alpha_to_one": False, "steps_offset": 1, "clip_sample": False}
+    scheduler = DDIMScheduler(**BETAS, **options, prediction_type="v_prediction")
+    return _stable_diffusion(scheduler, use_linear_projection=True, upcast_attention=True)
+
+
+def _stable_diffusion(scheduler: Any, **network_options: Any) -> Any:
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
     tokenizer = clip_tokenizer()
     return StableDiffusionPipeline(
@@ -24,8 +38,9 @@ def sd15() -> Any:
             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
             cross_attention_dim=WIDTH,
             attention_head_dim=2,
+            **network_options,
         ),
-        scheduler=PNDMScheduler(**BETAS, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1),
+        scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
