@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,13 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from sipo.batch import network_timesteps
+from sipo.batch import collate, network_timesteps
 from sipo.families import Condition, Family, get_family
 from sipo.families.toy import TOYS, build_toy
 
 PROMPTS = ["a cat on the roof", "The thin red line, twice"]
+SAMPLED: dict[str, dict[str, Any]] = {"sana": {"use_resolution_binning": False}}  # further arguments of a pipeline
 each_toy = pytest.mark.parametrize("toy", list(TOYS))
-HEIGHT, WIDTH, FRAMES = 32, 48, 9  # not square, so that no two sides can be mixed up
+FRAMES = 9
 
 _FOLDER = tempfile.TemporaryDirectory()
 
@@ -27,8 +29,15 @@ def family_of(toy: str) -> Family:
     return get_family(TOYS[toy].family)
 
 
+def sides_of(family: Family) -> tuple[int, int]:
+    """Height and width in pixels: not square, so that no two sides can be mixed up."""
+    side = max(16, family.side_multiple)
+    return 2 * side, 3 * side
+
+
 def size_of(family: Family) -> dict[str, int]:
-    return {"height": HEIGHT, "width": WIDTH, "frames": FRAMES if family.video else 1}
+    height, width = sides_of(family)
+    return {"height": height, "width": width, "frames": FRAMES if family.video else 1}
 
 
 @functools.cache
@@ -56,14 +65,15 @@ def pipeline_of(toy: str, **components: Any) -> Any:
 
 def pixels_of(family: Family, n: int = 2, seed: int = 0) -> Tensor:
     """Random pixels in [-1, 1]."""
-    shape = (n, FRAMES, 3, HEIGHT, WIDTH) if family.video else (n, 3, HEIGHT, WIDTH)
+    shape = (n, FRAMES, 3, *sides_of(family)) if family.video else (n, 3, *sides_of(family))
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
 def stacked(family: Family, conditions: list[Condition], own: bool = True) -> Condition:
     """Conditions of several samples as one batch, with what the network is told beside the prompt."""
-    told = family.own_condition((HEIGHT, WIDTH), (0, 0), (HEIGHT, WIDTH)) if own else {}
-    return {name: torch.stack([(c | told)[name] for c in conditions]) for name in conditions[0] | told}
+    told = family.own_condition(sides_of(family), (0, 0), sides_of(family)) if own else {}
+    batch: Condition = collate([{"condition": condition | told} for condition in conditions])["condition"]
+    return batch
 
 
 def network_input(toy: str, n: int = 2) -> tuple[Tensor, Tensor, Condition]:
@@ -71,34 +81,62 @@ def network_input(toy: str, n: int = 2) -> tuple[Tensor, Tensor, Condition]:
     family = family_of(toy)
     latents = family.encode_pixels(encoders_of(toy), pixels_of(family, n))
     generator = torch.Generator().manual_seed(1)
-    schedule = family.load_schedule(folder_of(toy))
+    schedule = family.load_schedule(folder_of(toy), sizes=[sides_of(family)])
     timesteps = network_timesteps(schedule, schedule.sample_levels(n, generator))
     noisy = latents + torch.randn(latents.shape, generator=generator)
     return noisy, timesteps, stacked(family, family.encode_text(encoders_of(toy), PROMPTS[:n]))
 
 
 class Call(NamedTuple):
-    """One call of the network by the real pipeline."""
+    """One call of the network by the real pipeline: its arguments by name, and the scheduler's timestep."""
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    output: Tensor
+    arguments: dict[str, Any]
+    output: Any
+    timestep: Tensor
 
-    def given(self, name: str, position: int | None = None) -> Any:
-        return self.args[position] if position is not None and len(self.args) > position else self.kwargs[name]
+    def given(self, *names: str) -> Any:
+        """The argument of the first of these names that there is: networks differ in theirs."""
+        return next((self.arguments[name] for name in names if self.arguments.get(name) is not None), None)
+
+    def noisy(self, family: Family) -> Tensor:
+        """The latents that the network was given."""
+        latents = self.given("sample", "hidden_states", "x")
+        if isinstance(latents, list):
+            return torch.stack(latents).squeeze(2)
+        if family.token_side is None:
+            return latents
+        shape = family.latent_shape(encoders_of(family.name), **size_of(family))
+        return family.unpack(latents, (len(latents), *shape))
+
+    def texts(self) -> list[Tensor]:
+        """The embeddings of each text, without padding."""
+        texts, mask = self.given("encoder_hidden_states", "cap_feats"), self.given("encoder_attention_mask")
+        return list(texts) if mask is None else [rows[kept.bool()] for rows, kept in zip(texts, mask, strict=True)]
+
+
+def asked(family: Family, calls: list[Call], number: int, prompts: list[Condition]) -> list[Condition]:
+    """The conditions that a call has rows for: one for each prompt, unconditional ones, or both."""
+    unconditional = [family.encode_unconditional(encoders_of(family.name))] * len(prompts)
+    if len(calls[number].noisy(family)) == len(prompts):  # prompts first
+        alike = [i for i, call in enumerate(calls) if torch.equal(call.timestep, calls[number].timestep)]
+        return unconditional if number == alike[0] + 1 else prompts
+    return prompts + unconditional if family.name == "z-image" else unconditional + prompts
 
 
 def sampled(pipeline: Any, family: Family, steps: int = 3, seed: int = 5, **options: Any) -> tuple[Any, list[Call]]:
     """What the real pipeline samples with guidance, and how it called the network meanwhile."""
-    calls: list[Call] = []
+    calls: list[tuple[dict[str, Any], Any]] = []
     network = getattr(pipeline, family.network)
+    names = list(inspect.signature(network.forward).parameters)
 
     def record(module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        calls.append(Call(args, kwargs, output[0].clone()))
+        kept = output[0].clone() if isinstance(output[0], Tensor) else [each.clone() for each in output[0]]
+        calls.append((dict(zip(names, args, strict=False)) | kwargs, kept))
 
     hook = network.register_forward_hook(record, with_kwargs=True)
     try:
-        size = {"height": HEIGHT, "width": WIDTH} | ({"num_frames": FRAMES} if family.video else {})
+        height, width = sides_of(family)
+        size = {"height": height, "width": width} | ({"num_frames": FRAMES} if family.video else {})
         arguments: dict[str, Any] = {
             "prompt": PROMPTS[0],
             "guidance_scale": 3.0,
@@ -107,10 +145,12 @@ def sampled(pipeline: Any, family: Family, steps: int = 3, seed: int = 5, **opti
             "generator": torch.Generator().manual_seed(seed),
             "return_dict": False,
         }
-        output = pipeline(**(arguments | size | options))[0]
+        output = pipeline(**(arguments | size | SAMPLED.get(family.name, {}) | options))[0]
     finally:
         hook.remove()
-    return output, calls
+    timesteps = pipeline.scheduler.timesteps
+    per_step = len(calls) // len(timesteps)
+    return output, [Call(*call, timesteps[i // per_step]) for i, call in enumerate(calls)]
 
 
 def as_uint8(pixels: Tensor) -> Tensor:

@@ -17,15 +17,15 @@ from torch import Tensor, nn
 
 from sipo.families import FAMILIES, get_family
 from sipo.families.network import inner_network, network_dtype
+from sipo.families.packing import stack_patches
 from sipo.families.toy import build_toy
 from sipo.schedule.levels import SettingError
 from tests.data_sets import contents
 from tests.family_cases import (
     FRAMES,
-    HEIGHT,
     PROMPTS,
-    WIDTH,
     as_uint8,
+    asked,
     each_toy,
     encoders_of,
     family_of,
@@ -35,6 +35,7 @@ from tests.family_cases import (
     pipeline_of,
     pixels_of,
     sampled,
+    sides_of,
     size_of,
     stacked,
 )
@@ -60,19 +61,19 @@ class Wrapper(nn.Module):
 def test_predict_is_the_pipelines_own_call(toy: str) -> None:
     family = family_of(toy)
     pipeline = pipeline_of(toy)
-    _, calls = sampled(pipeline, family)
-    encoders = encoders_of(toy)
-    conditional, unconditional = family.encode_text(encoders, PROMPTS[:1])[0], family.encode_unconditional(encoders)
-    per_step = 2 if toy == "wan" else 1  # Wan's pipeline calls once for each, prompt first
-    assert len(calls) >= 3 * per_step  # PNDM takes a step more
-    for i, call in enumerate(calls):
-        noisy = call.given("sample" if family.network == "unet" else "hidden_states", 0)
-        given = torch.as_tensor(call.given("timestep", 1)).reshape(-1).expand(noisy.shape[0])
-        assert torch.equal(given, given.round()) or toy == "sd3"
-        halves = [unconditional, conditional] if per_step == 1 else [(conditional, unconditional)[i % 2]]
+    _, calls = sampled(pipeline, family, guidance_scale=3.0)
+    prompts = family.encode_text(encoders_of(toy), PROMPTS[:1])
+    assert len(calls) >= 3  # PNDM takes a step more, and some pipelines call once for each condition
+    for number, call in enumerate(calls):
+        noisy = call.noisy(family)
+        timesteps = call.timestep.expand(len(noisy))
+        told = torch.as_tensor(call.given("timestep", "t")).reshape(-1).expand(len(noisy))
+        assert torch.equal(family.network_time(timesteps), told)
+        conditions = stacked(family, asked(family, calls, number, prompts))
         with torch.no_grad():
-            found = family.predict(pipeline.components[family.network], noisy, given, stacked(family, halves))
-        assert found.shape == noisy.shape and torch.equal(found, call.output)
+            found = family.predict(getattr(pipeline, family.network), noisy, timesteps, conditions, guidance=3.0)
+        expected = family.unpack(call.output, noisy.shape)
+        assert found.shape == noisy.shape and torch.equal(found, -expected if family.negated else expected)
 
 
 @each_toy
@@ -157,21 +158,19 @@ def test_time_ids_are_not_rounded() -> None:
 @each_toy
 def test_text_is_what_the_pipeline_gives_its_network(toy: str) -> None:
     family = family_of(toy)
-    _, calls = sampled(pipeline_of(toy), family, steps=2, prompt=PROMPTS)
-    pairs = [family.encode_text(encoders_of(toy), PROMPTS), [family.encode_unconditional(encoders_of(toy))] * 2]
-    ours = {k: torch.stack([c[k] for c in pairs[1] + pairs[0]]) for k in pairs[0][0]}
-    if toy == "wan":
-        theirs = torch.cat([calls[1].kwargs["encoder_hidden_states"], calls[0].kwargs["encoder_hidden_states"]])
-    else:
-        theirs = calls[0].kwargs["encoder_hidden_states"]
-    torch.testing.assert_close(ours["prompt_embeds"], theirs, rtol=1e-5, atol=1e-6)
+    _, calls = sampled(pipeline_of(toy), family, steps=2, prompt=list(PROMPTS))
+    prompts = family.encode_text(encoders_of(toy), PROMPTS)
+    conditions = [condition for number in (0, 1) for condition in asked(family, calls, number, prompts)]
+    theirs = [text for call in calls[:2] for text in call.texts()]
+    torch.testing.assert_close([c["prompt_embeds"] for c in conditions], theirs, rtol=1e-5, atol=1e-6)
+    ours = {k: torch.stack([c[k] for c in conditions[:4]]) for k in conditions[0] if k.startswith("pooled")}
     if toy == "sdxl":
-        added = calls[0].kwargs["added_cond_kwargs"]
+        added = calls[0].given("added_cond_kwargs")
         torch.testing.assert_close(ours["pooled_prompt_embeds"], added["text_embeds"], rtol=1e-5, atol=1e-6)
-        told = family.own_condition((HEIGHT, WIDTH), (0, 0), (HEIGHT, WIDTH))
+        told = family.own_condition(sides_of(family), (0, 0), sides_of(family))
         assert torch.equal(added["time_ids"], told["time_ids"].repeat(4, 1))
     if toy == "sd3":
-        pooled = calls[0].kwargs["pooled_projections"]
+        pooled = calls[0].given("pooled_projections")
         torch.testing.assert_close(ours["pooled_prompt_embeds"], pooled, rtol=1e-5, atol=1e-6)
 
 
@@ -180,10 +179,19 @@ def test_text_has_one_shape_and_differs(toy: str) -> None:
     family = family_of(toy)
     long = "word " * 900
     encoded = family.encode_text(encoders_of(toy), ["", "x", PROMPTS[0], long])
-    length = {"sd15": 77, "sdxl": 77, "sd3": 77 + 256, "cogvideox": 226, "wan": 512}[family.name]
+    lengths = {"sd15": 77, "sdxl": 77, "sd3": 77 + 256, "flux2": 512, "flux2-klein": 512, "cogvideox": 226, "wan": 512}
+    lengths |= {"z-image": 512, "lumina2": 256, "sana": 300}
+    length, width = lengths[family.name], encoded[0]["prompt_embeds"].shape[-1]
+    ragged = "prompt_embeds_mask" in encoded[0]
+    assert sorted({len(condition["prompt_embeds"]) for condition in encoded})[-1] == length
+    assert len({len(condition["prompt_embeds"]) for condition in encoded}) == (4 if ragged else 1)
     for condition in encoded:
-        assert condition["prompt_embeds"].shape == (length, encoded[0]["prompt_embeds"].shape[-1])
-        assert {k: v.shape for k, v in condition.items()} == {k: v.shape for k, v in encoded[0].items()}
+        if ragged:
+            mask = condition.pop("prompt_embeds_mask")
+            assert mask.dtype == torch.bool and mask.all() and mask.shape == condition["prompt_embeds"].shape[:1]
+        assert condition["prompt_embeds"].shape[1:] == (width,)
+        if not ragged:
+            assert {k: v.shape for k, v in condition.items()} == {k: v.shape for k, v in encoded[0].items()}
         assert all(not t.requires_grad and t.device.type == "cpu" for t in condition.values())
     for name in encoded[0]:
         assert not torch.equal(encoded[1][name], encoded[2][name])
@@ -205,8 +213,10 @@ def test_latents_are_scaled_as_the_pipeline_decodes_them(toy: str) -> None:
     pixels = pixels_of(family, 1)
     encoders = encoders_of(toy)
     latents = family.encode_pixels(encoders, pixels)
-    raw = encoders.vae.encode(pixels.transpose(1, 2) if family.video else pixels).latent_dist.mode()
-    channels, sides, length = raw.shape[1], [HEIGHT // 8, WIDTH // 8], [(FRAMES - 1) // 4 + 1]
+    encoded = encoders.vae.encode(pixels.transpose(1, 2) if family.video else pixels)
+    raw = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
+    channels, length = raw.shape[1] * family.vae_patch**2, [(FRAMES - 1) // 4 + 1]
+    sides = [side // family.latent_pixels for side in sides_of(family)]
     layout = {"CHW": [channels, *sides], "FCHW": [*length, channels, *sides], "CFHW": [channels, *length, *sides]}
     assert list(latents.shape) == [1, *layout[family.latent_layout]]
     assert latents.dtype == torch.float32
@@ -220,7 +230,7 @@ def test_latents_are_scaled_as_the_pipeline_decodes_them(toy: str) -> None:
 
     pipeline.vae.decode = record
     pipeline.scheduler.__class__ = _still(pipeline.scheduler)
-    decoded, _ = sampled(pipeline, family, steps=1, latents=latents)
+    decoded, _ = sampled(pipeline, family, steps=1, latents=family.pack(latents))
     torch.testing.assert_close(given[0], raw, rtol=1e-4, atol=1e-5)
     ours = family.decode_latents(encoders, latents)
     torch.testing.assert_close((ours / 2 + 0.5).clamp(0, 1), decoded, rtol=1e-4, atol=1e-4)
@@ -244,14 +254,21 @@ def test_latents_drawn_from_the_posterior(toy: str) -> None:
     mode = family.encode_pixels(encoders, pixels)
     draws = [family.encode_pixels(encoders, pixels, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4)]
     assert torch.equal(draws[0], draws[1])
+    encoded = encoders.vae.encode(pixels.transpose(1, 2) if family.video else pixels)
+    if not hasattr(encoded, "latent_dist"):  # SANA's VAE
+        assert torch.equal(draws[0], mode) and torch.equal(draws[2], mode)
+        return
     assert not torch.equal(draws[0], draws[2])
-    posterior = encoders.vae.encode(pixels.transpose(1, 2) if family.video else pixels).latent_dist
+    posterior = encoded.latent_dist
     many = [family.encode_pixels(encoders, pixels, torch.Generator().manual_seed(seed)) - mode for seed in range(12)]
     spread = torch.stack(many).square().mean().sqrt()
     config = encoders.vae.config
-    std = torch.tensor(config.latents_std) if toy == "wan" else torch.tensor(1 / config.scaling_factor)
-    shape = (1, -1, *[1] * (posterior.std.ndim - 2))
-    expected = (posterior.std / std.reshape(shape)).square().mean().sqrt()
+    if family.vae_patch > 1:
+        std = encoders.vae.bn.running_var.sqrt()
+    else:
+        std = torch.tensor(config.latents_std) if toy == "wan" else torch.tensor(1 / config.scaling_factor)
+    ours = posterior.std if family.vae_patch == 1 else stack_patches(posterior.std, family.vae_patch)
+    expected = (ours / std.reshape(1, -1, *[1] * (ours.ndim - 2))).square().mean().sqrt()
     torch.testing.assert_close(spread, expected, rtol=0.1, atol=0)
 
 
@@ -290,6 +307,7 @@ def test_an_image_vae_that_overflows_in_half_precision() -> None:
     ("toy", "kind", "prediction", "shift"),
     [
         ("sd15", "discrete", "epsilon", 1),
+        ("sd21", "discrete", "v_prediction", 1),
         ("sdxl", "discrete", "epsilon", 1),
         ("sd3", "flow", "flow", 3),
         ("cogvideox", "discrete", "v_prediction", 1),
@@ -357,8 +375,8 @@ def test_dynamic_shift_goes_by_the_sizes(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(diffusers.FlowMatchEulerDiscreteScheduler, "set_timesteps", recorded)
     pipeline, network = family.load_encoders(folder), family.load_network(folder)
-    family.sample(pipeline, network, ["a"], seed=0, height=HEIGHT, width=WIDTH, steps=1)
-    shift = family.load_schedule(folder, sizes=[(HEIGHT, WIDTH)]).shift
+    family.sample(pipeline, network, ["a"], seed=0, steps=1, **size_of(family))
+    shift = family.load_schedule(folder, sizes=[sides_of(family)]).shift
     assert [math.exp(mu) for mu in asked] == pytest.approx([shift], rel=1e-12)
     # Wan's pipeline has no dynamic shifting
     folder = with_scheduler("wan", tmp_path / "wan", use_dynamic_shifting=True)
@@ -513,10 +531,11 @@ def test_samples_are_the_pipelines(toy: str) -> None:
 def test_samples_without_guidance(toy: str) -> None:
     family, network = load_toy(toy)
     calls: list[int] = []
-    network.register_forward_hook(lambda module, args, output: calls.append(output[0].shape[0]))
-    found = family.sample(encoders_of(toy), network, PROMPTS[:1], seed=5, steps=2, guidance=1.0, **size_of(family))
+    network.register_forward_hook(lambda module, args, output: calls.append(len(output[0])))
+    none = 0.0 if family.name == "z-image" else 1.0
+    found = family.sample(encoders_of(toy), network, PROMPTS[:1], seed=5, steps=2, guidance=none, **size_of(family))
     assert set(calls) == {1} and len(calls) in (2, 3)  # no second half, no second call
-    expected, _ = sampled(pipeline_of(toy), family, steps=2, guidance_scale=1.0)
+    expected, _ = sampled(pipeline_of(toy), family, steps=2, guidance_scale=none)
     assert ((as_uint8(expected)[0].int() - found[0].int()).abs() > 1).sum() == 0
     assert family.sample(encoders_of(toy), network, [], seed=5, **size_of(family)).numel() == 0
 

@@ -292,7 +292,7 @@ class PipelineLoader(ABC):
 
     def _channels(self, config: Any) -> tuple[int, int]:
         """Returns how many channels a network takes and gives, by its configuration."""
-        return config.in_channels, config.in_channels if config.out_channels is None else config.out_channels
+        return config.in_channels, getattr(config, "out_channels", None) or config.in_channels
 
 
 def _present(index: Mapping[str, Any]) -> list[tuple[str, list[Any]]]:
