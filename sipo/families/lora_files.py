@@ -235,9 +235,8 @@ def _peft_names(layers: Mapping[str, tuple[Tensor, Tensor]], start: str) -> dict
 def _kohya(family: Family, adapter: Adapter, config: Mapping[str, Any]) -> dict[str, Tensor]:
     """Renames layers for kohya-ss: underscores for dots, "down" for A, "up" for B, and an alpha for each layer."""
     # kohya's scripts train SD1.5 with diffusers' network, and all other models with a copy of the original code.
-    layers = (
-        adapter.layers if family.name == "sd15" else lora_names.original_layers(family.name, adapter.layers, config)
-    )
+    kept = family.name in ("sd15", *_QWEN_IMAGE)
+    layers = adapter.layers if kept else lora_names.original_layers(family.name, adapter.layers, config)
     tensors: dict[str, Tensor] = {}
     for module, (a, b) in layers.items():
         name = f"lora_unet_{module.replace('.', '_')}"
@@ -249,12 +248,14 @@ def _kohya(family: Family, adapter: Adapter, config: Mapping[str, Any]) -> dict[
     return tensors
 
 
-_KOHYA: dict[str, _Writer] = dict.fromkeys(("sd15", "sdxl", "sd3", "wan"), _kohya)
-# ComfyUI reads kohya's names for UNets, and diffusers' names for SD3.
+_QWEN_IMAGE = ("qwen-image", "qwen-image-edit", "qwen-image-edit-plus")  # its original names are diffusers'
+_KOHYA: dict[str, _Writer] = dict.fromkeys(("sd15", "sdxl", "sd3", "wan", *_QWEN_IMAGE), _kohya)
+# ComfyUI reads kohya's names for UNets, and diffusers' names for SD3 and Qwen-Image.
 _COMFYUI: dict[str, _Writer] = {
     "sd15": _kohya,
     "sdxl": _kohya,
     "sd3": _diffusers,
     "cogvideox": _native,
     "wan": _native,
+    **dict.fromkeys(_QWEN_IMAGE, _diffusers),
 }
