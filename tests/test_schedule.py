@@ -153,7 +153,8 @@ def test_nothing_follows_torchs_default_type() -> None:
 def test_largest_draw_is_one_and_not_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "rand", lambda *size, **kwargs: torch.zeros(*size))
     for distribution in ("uniform", "shifted"):
-        assert NoiseSchedule.flow(1.15).sample_levels(2, distribution=distribution).tolist() == [1.0, 1.0]
+        for schedule in (NoiseSchedule.flow(1.15), flow_schedule(terminal=0.02)):
+            assert schedule.sample_levels(2, distribution=distribution).tolist() == [1.0, 1.0]
 
 
 def test_shift_of_one_leaves_the_draws_alone() -> None:
@@ -170,6 +171,21 @@ def test_a_setting_that_is_refused_is_named_and_can_be_sent_to_other_processes()
             NoiseSchedule.flow(**options)  # type: ignore[arg-type]
         sent = pickle.loads(pickle.dumps(caught.value))
         assert (sent.name, str(sent)) == (name, str(caught.value)) and str(sent).startswith(f"{name}=")
+
+
+def test_shifted_draws_are_stretched_as_the_grid_of_many_steps_is() -> None:
+    schedule, plain = flow_schedule(terminal=0.3), flow_schedule()
+    for distribution in ("uniform", "logit_normal"):
+        drawn = schedule.sample_levels(50, seeded(), distribution=distribution)
+        assert torch.equal(drawn, plain.sample_levels(50, seeded(), distribution=distribution))
+    u = schedule.sample_levels(50, seeded(), distribution="uniform")
+    shifted = schedule.sample_levels(50, seeded(), distribution="shifted")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, shift_terminal=0.3)
+    steps = 10**5
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps).tolist())
+    grid = scheduler.sigmas[((1 - u) * steps).long()]
+    close(shifted, grid, rtol=1e-3)
+    assert grid.min() > 0.3 and shifted.min() > 0.3
 
 
 def test_timesteps_go_where_they_are_wanted() -> None:
@@ -324,10 +340,10 @@ def schedule_and_argument(kind: str) -> tuple[NoiseSchedule, str, Tensor]:
     return schedule, name, levels
 
 
-def flow_schedule(*, inverted: bool = False) -> NoiseSchedule:
+def flow_schedule(*, inverted: bool = False, terminal: float | None = None) -> NoiseSchedule:
     return NoiseSchedule(
         "flow", prediction_type="flow", num_inference_steps=50, num_train_timesteps=1000, shift=3.0,
-        invert_sigmas=inverted,
+        shift_terminal=terminal, invert_sigmas=inverted,
     )  # fmt: skip
 
 

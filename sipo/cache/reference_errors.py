@@ -108,10 +108,18 @@ def reference_fingerprint(
     The arguments are those of :func:`sipo.cache.precompute_errors.precompute_reference_errors`.
     """
     levels = schedule.invert_sigmas if schedule.kind == "flow" else digest(_alphas(schedule))
+    terminal = [] if schedule.shift_terminal is None else [schedule.shift_terminal]
     return {
         **{f"reference.{key}": value for key, value in reference.items()},
         **dataclasses.asdict(fixed),
-        "schedule": [schedule.prediction_type, schedule.kind, schedule.num_train_timesteps, schedule.shift, levels],
+        "schedule": [
+            schedule.prediction_type,
+            schedule.kind,
+            schedule.num_train_timesteps,
+            schedule.shift,
+            levels,
+            *terminal,
+        ],
         "cache": digest(cache.fingerprint),
     }
 

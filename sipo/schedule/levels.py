@@ -218,6 +218,7 @@ def draw_levels(
     kind: str,
     num_train_timesteps: int,
     shift: float,
+    shift_terminal: float | None,
     n: int,
     generator: torch.Generator | None,
     distribution: str,
@@ -236,6 +237,8 @@ def draw_levels(
         u = 1 - torch.rand(n, generator=generator, device=drawn_on, dtype=torch.float32)  # rand is in [0, 1)
     if distribution.startswith("shifted"):  # the shift keeps 0 and 1 where they are
         u = (shift * u / (1 + (shift - 1) * u)).clamp(max=1)
+        if shift_terminal is not None:
+            u = (shift_terminal + (1 - shift_terminal) * u).clamp(max=1)
     return u.to(out_device)
 
 

@@ -316,9 +316,9 @@ class NoiseSchedule:
         ``shifted_logit_normal`` logit-normal, then shifted         SD3 with ``"logit_normal"``
         ======================== ================================== ==========================================
 
-        Shifted is σ = k·u / (1 + (k − 1)·u) with k = ``shift``; it is not stretched to ``shift_terminal``. (SD3's
-        scripts shift because the scheduler's own table of σ, from which they pick, is shifted; Flux's is not, as it
-        shifts dynamically.)
+        Shifted is σ = k·u / (1 + (k − 1)·u) with k = ``shift``; with ``shift_terminal`` τ it is then stretched to
+        (τ, 1] as τ + (1 − τ)·σ, the grid of a sampler with many steps. (SD3's scripts shift because the scheduler's own
+        table of σ, from which they pick, is shifted; Flux's is not, as it shifts dynamically.)
 
         Args:
             n: How many.
@@ -332,7 +332,8 @@ class NoiseSchedule:
         Raises:
             TypeError, ValueError: ``n`` < 1 or an unknown distribution.
         """
-        return draw_levels(self.kind, self.num_train_timesteps, self.shift, n, generator, distribution, device)
+        draws = n, generator, distribution, device
+        return draw_levels(self.kind, self.num_train_timesteps, self.shift, self.shift_terminal, *draws)
 
     def settings(self) -> dict[str, Any]:
         """Returns all that the schedule's numbers depend on, as JSON values; part of a checkpoint's identity."""
