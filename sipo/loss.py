@@ -94,6 +94,7 @@ class SIPOLoss(torch.nn.Module):
         sigmas: Tensor | None = None,
         error_weight: Tensor | None = None,
         ref_error: Tensor | None = None,
+        error_mask: Tensor | None = None,
         totals: Totals | None = None,
     ) -> PairLossOutput:
         """Computes the loss of one batch of ``B`` pairs, ``S = 2B`` samples (§1).
@@ -108,6 +109,8 @@ class SIPOLoss(torch.nn.Module):
             sigmas: Shaped likewise, in place of ``timesteps``: σ in (0, 1] of a flow.
             error_weight: ``[S]``, the ω(λ_t) of Diffusion-DPO (§5).
             ref_error: ``[S]``, errors of the reference computed beforehand.
+            error_mask: Which elements count (bool), or their weights ≥ 0 (§2): ``[S, ...]`` or ``[B, ...]``, with 1 in
+                place of any dimension after the first.
             totals: Running sums that the batch's metrics, and its sums by noise level, are added to (§8).
 
         Returns:
@@ -138,6 +141,7 @@ class SIPOLoss(torch.nn.Module):
             ratio_scale=ratio_scale,
             error_weight=error_weight,
             ref_error=ref_error,
+            error_mask=error_mask,
             expected_upstream=self._expected(model_pred),
             totals=totals,
             backend=self.backend,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sipo_kernels.layout import DTYPES, has_lazy_bit, pair_dtype
+from sipo_kernels.options import Settings
 from sipo_kernels.output import METRICS, STATISTICS, Totals
 
 
@@ -26,16 +27,18 @@ class Inputs(NamedTuple):
     ratio_scale: Tensor | None = None
     error_weight: Tensor | None = None
     ref_error: Tensor | None = None
+    error_mask: Tensor | None = None
 
 
-def _check_tensor(name: str, value: object) -> Tensor:
+def _check_tensor(name: str, value: object, *, allow_bool: bool = False) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}: expected a torch.Tensor")
     if value.layout != torch.strided or value.is_nested:
         layout = "nested" if value.is_nested else value.layout
         raise TypeError(f"{name} has layout {layout}: expected a dense (strided) tensor")
-    if value.dtype not in DTYPES:
-        raise TypeError(f"{name} has dtype {value.dtype}: expected float32, bfloat16, float16 or float64")
+    if value.dtype not in DTYPES and not (allow_bool and value.dtype == torch.bool):
+        expected = "bool, " * allow_bool + "float32, bfloat16, float16 or float64"
+        raise TypeError(f"{name} has dtype {value.dtype}: expected {expected}")
     return value
 
 
@@ -58,7 +61,7 @@ def _check_per_sample(name: str, value: object, samples: int, device: torch.devi
     _check_beside(name, tensor, device)
 
 
-def check_tensors(inputs: Inputs, method: str) -> None:
+def check_tensors(inputs: Inputs, settings: Settings) -> None:
     """Checks types, shapes, devices and gradient requirements of what a call was given as its tensors.
 
     Raises:
@@ -66,7 +69,7 @@ def check_tensors(inputs: Inputs, method: str) -> None:
         ValueError: Shapes or devices do not fit, an input is missing or one too many, or an input other than
             ``model_pred`` requires a gradient.
     """
-    model_pred, ref_pred, target, ratio_scale, error_weight, ref_error = inputs
+    model_pred, ref_pred, target, ratio_scale, error_weight, ref_error, error_mask = inputs
     model = _check_tensor("model_pred", model_pred)
     shape, device = model.shape, model.device  # asking a tensor for them costs as much as the check
     if not shape or model.numel() == 0:
@@ -97,11 +100,28 @@ def check_tensors(inputs: Inputs, method: str) -> None:
 
     if ratio_scale is not None:
         _check_per_sample("ratio_scale", ratio_scale, samples, device)
-    elif method != "diffusion_dpo":
-        needed = f"method {method!r} needs ratio_scale[{samples}]"
+    elif settings.method != "diffusion_dpo":
+        needed = f"method {settings.method!r} needs ratio_scale[{samples}]"
         raise ValueError(f"ratio_scale=None: {needed}, only diffusion_dpo does not")
     if error_weight is not None:
         _check_per_sample("error_weight", error_weight, samples, device)
+    if error_mask is not None:
+        _check_mask(error_mask, model)
+        if settings.safeguard is not None and error_mask.dtype != torch.bool:
+            raise ValueError(
+                f"error_mask has dtype {error_mask.dtype} beside safeguard={settings.safeguard!r}: expected bool"
+            )
+
+
+def _check_mask(value: object, model: Tensor) -> None:
+    mask, shape = _check_tensor("error_mask", value, allow_bool=True), model.shape
+    fits = mask.ndim == len(shape) and mask.shape[0] in (shape[0], shape[0] // 2)
+    if not fits or any(have not in (1, want) for have, want in zip(mask.shape[1:], shape[1:], strict=True)):
+        raise ValueError(
+            f"error_mask has shape {list(mask.shape)}: expected {list(shape)}, or {[shape[0] // 2, *shape[1:]]} shared "
+            "by each pair, with 1 in place of any dimension after the first"
+        )
+    _check_beside("error_mask", mask, model.device)
 
 
 def check_extras(expected_upstream: object, totals: object, model_pred: Tensor) -> None:

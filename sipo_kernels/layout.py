@@ -80,20 +80,41 @@ def _with_sample_strides(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
     return _empty_dense(tensor, strides).copy_(tensor)
 
 
-def agree(model_pred: Tensor, target: Tensor, ref_pred: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+def full_mask(error_mask: Tensor, model_pred: Tensor) -> Tensor:
+    """Returns ``error_mask`` as backends read it: ``[S, ...]`` or ``[B, ...]`` in full, bool or else float32.
+
+    It is a copy in ``model_pred``'s layout unless it is all that already.
+    """
+    dtype = torch.bool if error_mask.dtype == torch.bool else torch.float32
+    if error_mask.dtype == dtype and error_mask.shape[1:] == model_pred.shape[1:]:
+        return error_mask
+    return torch.empty_like(model_pred[: error_mask.shape[0]], dtype=dtype).copy_(error_mask)
+
+
+def mask_sums(error_mask: Tensor, samples: int) -> Tensor:
+    """Returns Σw of each sample (§2), ``[S]``, for a mask from :func:`full_mask`."""
+    sums = error_mask.reshape(error_mask.shape[0], -1).sum(1, dtype=pair_dtype(error_mask.device))
+    return sums.repeat(samples // error_mask.shape[0])
+
+
+def agree(
+    model_pred: Tensor, target: Tensor, ref_pred: Tensor | None = None, error_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Returns the large inputs in one common layout of dense samples; copies only what differs from ``model_pred``.
 
     Samples need not be adjacent in memory: a slice along dimension 0, or part of the channels, is read in place.
     """
-    if model_pred.is_contiguous() and target.is_contiguous() and (ref_pred is None or ref_pred.is_contiguous()):
-        return model_pred, target, ref_pred
+    inputs = (model_pred, target, ref_pred, error_mask)
+    if all(tensor is None or tensor.is_contiguous() for tensor in inputs):
+        return inputs
     strides = dense_sample_strides(model_pred)
     if strides is None:
         model_pred = model_pred.contiguous()
         strides = dense_sample_strides(model_pred)
         assert strides is not None  # contiguous is dense
     ref_pred = None if ref_pred is None else _with_sample_strides(ref_pred, strides)
-    return model_pred, _with_sample_strides(target, strides), ref_pred
+    error_mask = None if error_mask is None else _with_sample_strides(error_mask, strides)
+    return model_pred, _with_sample_strides(target, strides), ref_pred, error_mask
 
 
 def empty_grad(model_pred: Tensor) -> Tensor:

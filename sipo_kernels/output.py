@@ -201,14 +201,14 @@ def level_bins(pair_levels: Tensor, bins: int, top: float) -> Tensor:
     return place.nan_to_num(0.0).clamp(0, bins - 1).long()
 
 
-def add_levels(levels: Tensor, bins: Tensor, output: Any, coef_unit: float) -> None:
+def add_levels(levels: Tensor, bins: Tensor, output: Any, coef_unit: Tensor | float) -> None:
     """Adds a batch to sums by noise level, ``[len(STATISTICS), n]`` float32.
 
     Args:
         levels: the sums.
         bins: ``[B]``, each pair's.
         output: with the fields of :class:`PairLossOutput`, ``clip_range`` left out or not.
-        coef_unit: The factor that turns a sample's coefficient into §8's ``k``.
+        coef_unit: The factor that turns a sample's coefficient into §8's ``k``: a number, or ``[S]``.
     """
     ratio = output.log_ratio.exp()
     coef = output.coef * coef_unit
@@ -240,7 +240,7 @@ def add_metrics(totals: Tensor, values: Tensor, pairs: Tensor | float = 1.0) -> 
     totals += torch.stack([torch.where(finite, products, 0.0), finite * pairs])
 
 
-def add_totals(totals: Totals, output: PairLossOutput, coef_unit: float) -> None:
+def add_totals(totals: Totals, output: PairLossOutput, coef_unit: Tensor | float) -> None:
     """Adds a batch to ``totals``, as a kernel does, for an output that no kernel made."""
     with torch.no_grad():
         if totals.metrics is not None:

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from sipo_kernels import backends
 from sipo_kernels.backends.interface import Stats, empty_stats
 from sipo_kernels.inputs import Inputs, check_extras, check_tensors
-from sipo_kernels.layout import empty_grad, has_lazy_bit
+from sipo_kernels.layout import empty_grad, full_mask, has_lazy_bit, mask_sums
 from sipo_kernels.options import LossOptions, OptionValues, Settings, make_settings, settings_of, show_options
 from sipo_kernels.output import COEF_ROW, PairLossOutput, Totals, add_totals
 
@@ -37,24 +37,30 @@ _SETTINGS_SCHEMA = ", ".join(f"{_SCHEMA_TYPES[str(f.type)]} {f.name}" for f in d
 _OPS = torch.library.Library("sipo", "DEF")
 _OPS.define(
     "pair_loss(Tensor model_pred, Tensor? ref_pred, Tensor target, Tensor? ratio_scale, Tensor? error_weight, "
-    f"Tensor? ref_error, {_SETTINGS_SCHEMA}, str backend) -> (Tensor loss, Tensor samples, Tensor logits, Tensor mask)"
+    f"Tensor? ref_error, Tensor? error_mask, {_SETTINGS_SCHEMA}, str backend) -> "
+    "(Tensor loss, Tensor samples, Tensor logits, Tensor mask)"
 )
-_OPS.define("pair_grad(Tensor model_pred, Tensor target, Tensor coef, Tensor upstream, str backend) -> Tensor")
+_OPS.define(
+    "pair_grad(Tensor model_pred, Tensor target, Tensor coef, Tensor upstream, Tensor? error_mask, str backend) "
+    "-> Tensor"
+)
+_TENSORS = len(Inputs._fields)
 
 
 def _pair_loss_op(*args: Any) -> tuple[Tensor, ...]:
-    return backends.module(args[-1]).forward(Inputs(*args[:6]), Settings(*args[6:-1]))[:4]
+    return backends.module(args[-1]).forward(Inputs(*args[:_TENSORS]), Settings(*args[_TENSORS:-1]))[:4]
 
 
 def _pair_loss_fake(*args: Any) -> tuple[Tensor, ...]:
-    return empty_stats(Inputs(*args[:6]), Settings(*args[6:-1]), False)[:4]
+    return empty_stats(Inputs(*args[:_TENSORS]), Settings(*args[_TENSORS:-1]), False)[:4]
 
 
-def _pair_grad_op(model_pred: Tensor, target: Tensor, coef: Tensor, upstream: Tensor, backend: str) -> Tensor:
-    return backends.module(backend).gradient(model_pred, target, coef, upstream)
+def _pair_grad_op(*args: Any) -> Tensor:
+    *tensors, error_mask, backend = args
+    return backends.module(backend).gradient(*tensors, error_mask=error_mask)
 
 
-def _pair_grad_fake(model_pred: Tensor, target: Tensor, coef: Tensor, upstream: Tensor, backend: str) -> Tensor:
+def _pair_grad_fake(model_pred: Tensor, *_: Any) -> Tensor:
     return empty_grad(model_pred)
 
 
@@ -107,7 +113,7 @@ class PairLossFunction(torch.autograd.Function):
     def forward(ctx: Any, model_pred: Tensor, inputs: Inputs, settings: Settings, backend: str) -> tuple[Tensor, ...]:
         outputs = torch.ops.sipo.pair_loss(model_pred, *inputs[1:], *settings.values().values(), backend)
         samples = outputs[1]
-        ctx.save_for_backward(model_pred, inputs.target, samples)
+        ctx.save_for_backward(model_pred, inputs.target, samples, inputs.error_mask)
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
         ctx.backend = backend
@@ -118,8 +124,10 @@ class PairLossFunction(torch.autograd.Function):
         _refuse_higher_order(upstream)
         if upstream is None or not ctx.needs_input_grad[0]:
             return None, None, None, None
-        model_pred, target, samples = ctx.saved_tensors
-        return torch.ops.sipo.pair_grad(model_pred, target, samples[COEF_ROW], upstream, ctx.backend), None, None, None
+        model_pred, target, samples, error_mask = ctx.saved_tensors
+        coef = samples[COEF_ROW]
+        grad = torch.ops.sipo.pair_grad(model_pred, target, coef, upstream, error_mask, ctx.backend)
+        return grad, None, None, None
 
 
 class _DirectCall:
@@ -159,7 +167,7 @@ class DirectPairLossFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, model_pred: Tensor, call: _DirectCall) -> Tensor:
         ctx.module, ctx.backend = call.run(), call.backend
-        ctx.save_for_backward(model_pred, call.inputs.target, call.stats.samples)
+        ctx.save_for_backward(model_pred, call.inputs.target, call.stats.samples, call.inputs.error_mask)
         ctx.set_materialize_grads(False)
         ctx.fused_grad = call.stats.grad if call.fuse else None
         ctx.numbers = call.stats.numbers
@@ -171,15 +179,16 @@ class DirectPairLossFunction(torch.autograd.Function):
         _refuse_higher_order(upstream)
         if upstream is None or not ctx.needs_input_grad[0]:
             return None, None
-        model_pred, target, samples = ctx.saved_tensors
+        model_pred, target, samples, error_mask = ctx.saved_tensors
         coef = samples[COEF_ROW]
         grad, ctx.fused_grad = ctx.fused_grad, None  # handed out once: autograd may accumulate into what it is given
         if not _is_ordinary(upstream):
             del grad  # the operator makes another
-            return torch.ops.sipo.pair_grad(model_pred, target, coef, upstream, ctx.backend), None
+            return torch.ops.sipo.pair_grad(model_pred, target, coef, upstream, error_mask, ctx.backend), None
+        given = (model_pred, target, coef, upstream)
         if grad is None:
-            return ctx.module.gradient(model_pred, target, coef, upstream), None
-        return ctx.module.mend(grad, model_pred, target, coef, upstream, ctx.numbers, ctx.remembered), None
+            return ctx.module.gradient(*given, error_mask=error_mask), None
+        return ctx.module.mend(grad, *given, ctx.numbers, ctx.remembered, error_mask=error_mask), None
 
 
 def pair_loss(
@@ -190,6 +199,7 @@ def pair_loss(
     ratio_scale: Tensor | None = None,
     error_weight: Tensor | None = None,
     ref_error: Tensor | None = None,
+    error_mask: Tensor | None = None,
     expected_upstream: Tensor | float | None = None,
     totals: Totals | None = None,
     backend: str = "auto",
@@ -209,6 +219,9 @@ def pair_loss(
             ``diffusion_dpo`` does without.
         error_weight: ``[S]`` optional weight of each sample's gap (ω(λ_t) of Diffusion-DPO).
         ref_error: ``[S]`` reference errors computed beforehand, in place of ``ref_pred``.
+        error_mask: which elements count, and how much (§2): bool, or weights ≥ 0, which are read in float32.
+            ``[S, ...]``, or ``[B, ...]`` if the chosen and the rejected sample share it, with 1 in place of any
+            dimension after the first. Values are not checked; a weight that is not finite makes its pair not finite.
         expected_upstream: the upstream gradient that ``backward`` will bring: 1/n under accumulation, times a loss
             scale. The gradient is made for it in the forward pass; where another one comes it is made again, to the
             same bits. A number, or a 0-d float64 tensor on ``model_pred``'s device (float32 where the device has no
@@ -232,7 +245,7 @@ def pair_loss(
         NotImplementedError: under a ``torch.func`` transform, or with an input that has a tangent (forward-mode AD).
         FloatingPointError: ``nonfinite="raise"`` and a pair that is not finite.
     """
-    inputs = Inputs(model_pred, ref_pred, target, ratio_scale, error_weight, ref_error)
+    inputs = Inputs(model_pred, ref_pred, target, ratio_scale, error_weight, ref_error, error_mask)
     compiling = torch.compiler.is_compiling()
     if not compiling and torch._C._are_functorch_transforms_active():
         raise NotImplementedError(
@@ -243,7 +256,10 @@ def pair_loss(
     # check_tensors refuses a model_pred that is no batch.
     ndim = model_pred.ndim if isinstance(model_pred, Tensor) and model_pred.ndim else 4
     settings = (make_settings if compiling else settings_of)(ndim, options, given)
-    check_tensors(inputs, settings.method)
+    check_tensors(inputs, settings)
+    if error_mask is not None:
+        error_mask = full_mask(error_mask, model_pred)
+        inputs = inputs._replace(error_mask=error_mask)
     if expected_upstream is not None or totals is not None:
         check_extras(expected_upstream, totals, model_pred)
     selected = backends.choose(backend, model_pred.device)
@@ -272,8 +288,8 @@ def pair_loss(
         loss, samples, logits, mask, clip_range, settings.loss_type, settings.skip_nonfinite, numbers
     )
     if totals is not None and numbers is None:  # no kernel has added to them
-        pairs = logits.shape[0]
-        add_totals(totals, output, model_pred[0].numel() / (settings.beta * settings.loss_scale(pairs)))
+        elements = model_pred[0].numel() if error_mask is None else mask_sums(error_mask, model_pred.shape[0])
+        add_totals(totals, output, elements / (settings.beta * settings.loss_scale(logits.shape[0])))
     if settings.nonfinite == "raise":
         broken = (~output.finite_pairs()).nonzero().flatten().tolist()
         if broken:

@@ -99,6 +99,7 @@ def pair_loss(
     ratio_scale: Tensor | None = None,
     error_weight: Tensor | None = None,
     ref_error: Tensor | None = None,
+    error_mask: Tensor | None = None,
     options: LossOptions | None = None,
     **given: Unpack[OptionValues],
 ) -> ReferenceOutput:
@@ -113,6 +114,8 @@ def pair_loss(
         error_weight: ``[S]``, the ``c`` of §5, 1 where it is left out.
         ref_error: ``[S]``, the reference's errors computed beforehand, in place of ``ref_pred``. The gap is
             then a plain difference.
+        error_mask: ``[S, ...]`` or ``[B, ...]``, with 1 in place of any dimension after the first: which elements
+            count (bool), or their weights w ≥ 0 (§2), which are rounded to float32.
         options: The options of the loss, in place of keyword arguments.
         **given: The fields of :class:`~sipo_kernels.LossOptions` by name. With ``safeguard``, what autograd makes of
             the loss is what :func:`pair_grad` returns, and not the derivative of the loss's value (§6, relatives).
@@ -125,14 +128,14 @@ def pair_loss(
         ValueError: As :func:`sipo_kernels.pair_loss`.
         FloatingPointError: With ``nonfinite="raise"``, naming the pairs that are not finite.
     """
-    inputs = Inputs(model_pred, ref_pred, target, ratio_scale, error_weight, ref_error)
+    inputs = Inputs(model_pred, ref_pred, target, ratio_scale, error_weight, ref_error, error_mask)
     settings = _checked_settings(inputs, options, given)
-    # Where a sample's coefficient (§6) is 0 its gradient is exact zeros, whatever the sample holds, while
-    # autograd would make 0 · inf = NaN of it: such samples are cut off from the graph. That takes their
+    # Where a sample's coefficient (§6) or an element's weight is 0 the gradient is exact zeros, whatever the sample
+    # holds, while autograd would make 0 · inf = NaN of it: such elements are cut off from the graph. That takes the
     # coefficients first.
     with torch.no_grad():
         coefficient = _coefficient(inputs, settings, _evaluate(inputs, settings))
-    takes_part = _per_sample(coefficient != 0, inputs.model_pred)
+    takes_part = _per_sample(coefficient != 0, inputs.model_pred) & (_weights(inputs) != 0)
     gated = torch.where(takes_part, inputs.model_pred, inputs.model_pred.detach())
     return _evaluate(inputs._replace(model_pred=gated), settings)
 
@@ -145,6 +148,7 @@ def pair_grad(
     ratio_scale: Tensor | None = None,
     error_weight: Tensor | None = None,
     ref_error: Tensor | None = None,
+    error_mask: Tensor | None = None,
     grad_output: Tensor | None = None,
     options: LossOptions | None = None,
     **given: Unpack[OptionValues],
@@ -158,13 +162,13 @@ def pair_grad(
             if left out.
 
     Returns:
-        Float64, shaped as ``model_pred``: exact zeros in each sample whose coefficient is 0, whatever it
-        holds.
+        Float64, shaped as ``model_pred``: exact zeros in each sample whose coefficient is 0 and in each element
+        whose weight is 0, whatever they hold.
 
     Raises:
         TypeError, ValueError, FloatingPointError: As :func:`pair_loss`.
     """
-    inputs = Inputs(model_pred, ref_pred, target, ratio_scale, error_weight, ref_error)
+    inputs = Inputs(model_pred, ref_pred, target, ratio_scale, error_weight, ref_error, error_mask)
     settings = _checked_settings(inputs, options, given)
     with torch.no_grad():
         coefficient = _coefficient(inputs, settings, _evaluate(inputs, settings))
@@ -172,16 +176,16 @@ def pair_grad(
             upstream = grad_output.double().expand(coefficient.shape[0] // 2)
             # an infinite upstream gradient (loss scaling that overflowed) leaves a coefficient of 0 alone
             coefficient = torch.where(coefficient == 0, coefficient, torch.cat([upstream, upstream]) * coefficient)
-        d = _error(inputs)
+        d, w = _error(inputs), _weights(inputs)
         coefficient = _per_sample(coefficient, d)
-        return torch.where(coefficient == 0, 0.0, coefficient * d)
+        return torch.where((coefficient == 0) | (w == 0), 0.0, coefficient * w * d)
 
 
 def _checked_settings(inputs: Inputs, options: LossOptions | None, given: Mapping[str, Any]) -> Settings:
     model_pred = inputs.model_pred
     ndim = model_pred.ndim if isinstance(model_pred, Tensor) and model_pred.ndim else 4
     settings = make_settings(ndim, options, given)
-    check_tensors(inputs, settings.method)
+    check_tensors(inputs, settings)
     return settings
 
 
@@ -190,19 +194,21 @@ def _evaluate(inputs: Inputs, settings: Settings) -> ReferenceOutput:
     method = settings.method
     returned = stats_dtype(*inputs[:3])  # the type of a backend's results, which decides what is finite
     inputs = inputs._replace(model_pred=inputs.model_pred.double())
+    w = _weights(inputs)
 
     # §2: errors and error gap
     target = _stacked(inputs.target, inputs.model_pred)
     d = _error(inputs)
-    model_error = _mean_over_elements(d**2)
+    model_error = _mean_over_elements(d**2, w)
     if inputs.ref_pred is not None:
         ref_pred = inputs.ref_pred.detach().double()
         d_ref = ref_pred - target
-        ref_error = _mean_over_elements(d_ref**2)
-        error_gap = _mean_over_elements((inputs.model_pred - ref_pred) * (d + d_ref))
+        ref_error = _mean_over_elements(d_ref**2, w)
+        error_gap = _mean_over_elements((inputs.model_pred - ref_pred) * (d + d_ref), w)
     else:
         assert inputs.ref_error is not None  # checked; this is for the type checker
-        ref_error = inputs.ref_error.detach().double()
+        # the mean over no elements is 0 for the reference too
+        ref_error = torch.where(_sum(w) == 0, 0.0, inputs.ref_error.detach().double())
         error_gap = model_error - ref_error
 
     # §3: log importance ratio. Nothing that follows lets a gradient through.
@@ -274,14 +280,14 @@ def _coefficient(inputs: Inputs, settings: Settings, out: ReferenceOutput) -> Te
     a, b = _placement(settings.method, out.weight)
     c = _error_weight(inputs, out.weight)
     pairs = len(out.mask)
-    elements = inputs.model_pred[0].numel()
     divisor = pairs if settings.reduction == "mean" else 1
     g = b * _pull(settings, out.logits) * 0.5 * settings.beta / divisor
     g = torch.where(out.mask, g, 0.0)
     share = torch.ones_like(g) if settings.safeguard is None else _rejected_share(inputs, settings.safeguard, a * c)
+    counted = _sum(_weights(inputs))
     # chosen once more after the product, which is NaN where an infinite c meets a masked pair
-    coefficient = torch.cat([g, -g * share]) * a * c * (2 / elements)
-    return torch.where(torch.cat([out.mask, out.mask]), coefficient, 0.0)
+    coefficient = torch.cat([g, -g * share]) * a * c * (2 / counted)
+    return torch.where(torch.cat([out.mask, out.mask]) & (counted != 0), coefficient, 0.0)
 
 
 def _logit_loss(settings: Settings, z: Tensor) -> Tensor:
@@ -317,7 +323,9 @@ def _pull(settings: Settings, z: Tensor) -> Tensor:
 
 def _rejected_share(inputs: Inputs, safeguard: float, a: Tensor) -> Tensor:
     """§6, relatives: λ ``[B]``, by which ``safeguard`` scales the rejected sample's gradient; ``a`` is a · c."""
-    g_chosen, g_rejected = (_per_sample(a, inputs.model_pred) * _error(inputs)).detach().reshape(len(a), -1).chunk(2)
+    w, d = _weights(inputs), _error(inputs).detach()
+    g = torch.where(w == 0, 0.0, _per_sample(a / _sum(w), d) * w * d)
+    g_chosen, g_rejected = g.reshape(len(a), -1).chunk(2)
     inner = (g_chosen * g_rejected).sum(1)
     share = (1 - safeguard) * (g_chosen**2).sum(1) / inner
     return torch.where((inner > 0) & (share < 1), share, 1.0)
@@ -340,10 +348,17 @@ def _error_weight(inputs: Inputs, like: Tensor) -> Tensor:
     return torch.ones_like(like) if inputs.error_weight is None else inputs.error_weight.detach().double()
 
 
-def _stacked(target: Tensor, model_pred: Tensor) -> Tensor:
-    """Returns the target in float64 for all S samples: a shared one (``[B, ...]``, §1) serves both samples."""
-    target = target.detach().double()
-    return target if target.shape[0] == model_pred.shape[0] else torch.cat([target, target])
+def _stacked(shared: Tensor, model_pred: Tensor) -> Tensor:
+    """Returns a tensor in float64 for all S samples: one of ``[B, ...]`` (§1) serves both samples of a pair."""
+    shared = shared.detach().double()
+    return shared if shared.shape[0] == model_pred.shape[0] else torch.cat([shared, shared])
+
+
+def _weights(inputs: Inputs) -> Tensor:
+    """§2: w ``[S, ...]``, 1 without a mask."""
+    if inputs.error_mask is None:
+        return torch.ones_like(inputs.model_pred, dtype=torch.float64)
+    return _stacked(inputs.error_mask.float(), inputs.model_pred).expand(inputs.model_pred.shape)
 
 
 def _error(inputs: Inputs) -> Tensor:
@@ -351,8 +366,15 @@ def _error(inputs: Inputs) -> Tensor:
     return inputs.model_pred.double() - _stacked(inputs.target, inputs.model_pred)
 
 
-def _mean_over_elements(value: Tensor) -> Tensor:
-    return value.flatten(1).mean(1) if value.ndim > 1 else value
+def _sum(value: Tensor) -> Tensor:
+    """Returns the sum over each sample's elements, ``[S]``."""
+    return value.reshape(len(value), -1).sum(1)
+
+
+def _mean_over_elements(value: Tensor, w: Tensor) -> Tensor:
+    """§2: mean_D, Σ(w·x)/Σw; 0 where Σw is 0."""
+    total = _sum(w)
+    return _sum(torch.where(w == 0, 0.0, w * value)) / torch.where(total == 0, 1.0, total)
 
 
 def _mean_or_zero(value: Tensor) -> Tensor:

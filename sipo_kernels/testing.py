@@ -34,6 +34,7 @@ class Batch(NamedTuple):
     target: Tensor
     ratio_scale: Tensor
     error_weight: Tensor | None = None
+    error_mask: Tensor | None = None
 
 
 def make_batch(
@@ -44,6 +45,7 @@ def make_batch(
     distance: float = 0.1,
     shared_target: bool = False,
     weighted: bool = False,
+    mask: str | None = None,
     seed: int = 0,
     device: str = "cpu",
 ) -> Batch:
@@ -56,6 +58,8 @@ def make_batch(
         distance: Distance of the reference from the policy, relative to ``scale``.
         shared_target: Whether the target is ``[B, ...]``, shared by the two samples of a pair.
         weighted: Whether to add an ``error_weight``.
+        mask: Whether to add an ``error_mask``: ``"bool"`` or ``"weights"``, of ``[S, ...]``; with ``"shared "`` before
+            it ``[B, ...]``. A third of it is 0.
         seed: Seed of the values, which are drawn in float64 and rounded.
         device: Device of the tensors.
     """
@@ -71,12 +75,18 @@ def make_batch(
     # Gives ratios on both sides of the mask's threshold and of the clip.
     ratio_scale = 0.12 * torch.rand(shape[0], generator=g, dtype=torch.float64) / scale**2
     error_weight = 0.5 + torch.rand(shape[0], generator=g, dtype=torch.float64) if weighted else None
+    error_mask = None
+    if mask is not None:
+        rows = shape[0] // 2 if mask.startswith("shared ") else shape[0]
+        weights = (torch.rand(rows, *shape[1:], generator=g) - 1 / 3).clamp(min=0)
+        error_mask = weights > 0 if mask.endswith("bool") else weights
     return Batch(
         model.to(dtypes[0]).to(device).requires_grad_(),
         ref.to(dtypes[1]).to(device),
         target.to(dtypes[2]).to(device),
         ratio_scale.to(device),
         None if error_weight is None else error_weight.to(device),
+        None if error_mask is None else error_mask.to(device),
     )
 
 

@@ -480,19 +480,20 @@ def _values(**options: Any) -> list[Any]:
 
 
 def _op_samples(backend: str) -> list[tuple[Any, tuple[Any, ...]]]:
-    batch = make_batch((4, 3, 5), (BF16, F32, F32), weighted=True, device=DEVICE)
-    model, ref, target, scale, weight = (t.detach() for t in batch)
+    batch = make_batch((4, 3, 5), (BF16, F32, F32), weighted=True, mask="bool", device=DEVICE)
+    model, ref, target, scale, weight, mask = (t.detach() for t in batch)
     last = make_batch((4, 2, 3, 5), device=DEVICE)
     nhwc = [t.detach().contiguous(memory_format=torch.channels_last) for t in last[:3]]
     op, grad = torch.ops.sipo.pair_loss, torch.ops.sipo.pair_grad
     dmpo: dict[str, Any] = {"loss_type": "dmpo", "label_smoothing": 0.1, "safeguard": 0.5}
     calls: list[tuple[Any, tuple[Any, ...]]] = [
-        (op, (model, ref, target, scale, weight, None, *_values(method="sipo"), backend)),
-        (op, (model, None, target, scale, None, scale,
+        (op, (model, ref, target, scale, weight, None, None, *_values(method="sipo"), backend)),
+        (op, (model, None, target, scale, None, scale, mask,
               *_values(method="dpo_cm", reduction="none", nonfinite="skip", **dmpo), backend)),
-        (op, (*nhwc, None, None, None, *_values(method="diffusion_dpo", reduction="sum", loss_type="hinge"), backend)),
-        (grad, (model, target, torch.tensor([1.0, 0.0, -2.0, 0.5]), torch.tensor(3.0), backend)),
-        (grad, (nhwc[0], nhwc[2][:2], torch.ones(4), torch.tensor([3.0, 0.0]), backend)),
+        (op, (*nhwc, None, None, None, None,
+              *_values(method="diffusion_dpo", reduction="sum", loss_type="hinge"), backend)),
+        (grad, (model, target, torch.tensor([1.0, 0.0, -2.0, 0.5]), torch.tensor(3.0), None, backend)),
+        (grad, (nhwc[0], nhwc[2][:2], torch.ones(4), torch.tensor([3.0, 0.0]), nhwc[1][:2], backend)),
     ]  # fmt: skip
     return [(op, tuple(a.to(DEVICE) if isinstance(a, torch.Tensor) else a for a in args)) for op, args in calls]
 
@@ -764,9 +765,9 @@ def test_a_gradient_that_is_made_again_does_not_wait_for_the_one_before(monkeypa
     module = backends.module(backend)
     gone, gradient = [], module.gradient
 
-    def watch(*arguments: Any) -> torch.Tensor:
+    def watch(*arguments: Any, error_mask: torch.Tensor | None) -> torch.Tensor:
         gone.append(held() is None)
-        return gradient(*arguments)
+        return gradient(*arguments, error_mask=error_mask)
 
     monkeypatch.setattr(module, "gradient", watch)
     upstream = torch.tensor(0.125 - 0.25j).conj().imag  # behind a negative bit

@@ -55,7 +55,7 @@ def test_the_imaginary_part_of_a_conjugate(backend: str) -> None:
 
 def test_the_negative_bit_of_reference_errors_timesteps_and_upstream(backend: str) -> None:
     batch = make_batch((6, 3, 7), device=DEVICE)
-    model, _, target, scale, _ = batch
+    model, _, target, scale = batch[:4]
     errors, upstream = run(batch, backend, **OPTIONS)[0].ref_error, torch.tensor([0.5, -2.0, 3.0], device=DEVICE)
     levels = [torch.zeros(len(STATISTICS), 4, device=DEVICE) for _ in range(2)]
     timesteps = torch.tensor([-1.0, 0.3, 0.9], device=DEVICE).neg()  # −(−1) is in the last bin, −1 in the first

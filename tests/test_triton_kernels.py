@@ -238,8 +238,8 @@ def _settings(**changes: Any) -> Settings:
 
 
 def _inputs(batch: Batch, ref_error: torch.Tensor | None = None) -> Inputs:
-    model, ref, target, scale, weight = (None if t is None else t.detach() for t in batch)
-    return Inputs(model, ref if ref_error is None else None, target, scale, weight, ref_error)
+    model, ref, target, scale, weight, mask = (None if t is None else t.detach() for t in batch)
+    return Inputs(model, ref if ref_error is None else None, target, scale, weight, ref_error, mask)
 
 
 def _forward(

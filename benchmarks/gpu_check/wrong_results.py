@@ -40,12 +40,12 @@ class Faulty:
         """Returns the results of the forward pass with the fault."""
         return stats
 
-    def gradient(self, model: Tensor, target: Tensor, coef: Tensor, upstream: Tensor) -> Tensor:
-        return self.real.gradient(model, target, coef, upstream)
+    def gradient(self, model: Tensor, target: Tensor, coef: Tensor, upstream: Tensor, **mask: Any) -> Tensor:
+        return self.real.gradient(model, target, coef, upstream, **mask)
 
-    def mend(self, grad: Tensor, model: Tensor, target: Tensor, *rest: Any) -> Tensor:
+    def mend(self, grad: Tensor, model: Tensor, target: Tensor, *rest: Any, **mask: Any) -> Tensor:
         """Corrects the gradient; ``rest`` is coef, upstream, numbers and what is remembered."""
-        return self.real.mend(grad, model, target, *rest)
+        return self.real.mend(grad, model, target, *rest, **mask)
 
 
 def made_for(numbers: Tensor, upstream: Tensor) -> bool:
@@ -64,12 +64,12 @@ class _Gradient(Faulty):
             return stats
         return stats._replace(grad=self.spoil(stats.grad, inputs.model_pred, inputs.target, stats.samples[COEF_ROW]))
 
-    def gradient(self, model: Tensor, target: Tensor, coef: Tensor, upstream: Tensor) -> Tensor:
-        return self.spoil(super().gradient(model, target, coef, upstream), model, target, coef)
+    def gradient(self, model: Tensor, target: Tensor, coef: Tensor, upstream: Tensor, **mask: Any) -> Tensor:
+        return self.spoil(super().gradient(model, target, coef, upstream, **mask), model, target, coef)
 
-    def mend(self, grad: Tensor, model: Tensor, target: Tensor, *rest: Any) -> Tensor:
+    def mend(self, grad: Tensor, model: Tensor, target: Tensor, *rest: Any, **mask: Any) -> Tensor:
         coef, upstream, numbers = rest[:3]
-        mended = super().mend(grad, model, target, *rest)
+        mended = super().mend(grad, model, target, *rest, **mask)
         return mended if made_for(numbers, upstream) else self.spoil(mended, model, target, coef)
 
 
@@ -80,7 +80,8 @@ class ScaledGradient(Faulty, fault="scaled gradient"):
         stats.samples[COEF_ROW] *= 1.001
         if stats.grad.numel() and stats.numbers is not None:
             coef, upstream = stats.samples[COEF_ROW], stats.numbers[-1].clone()
-            stats = stats._replace(grad=self.real.gradient(inputs.model_pred, inputs.target, coef, upstream))
+            grad = self.real.gradient(inputs.model_pred, inputs.target, coef, upstream, error_mask=inputs.error_mask)
+            stats = stats._replace(grad=grad)
         return stats
 
 
@@ -143,11 +144,11 @@ class TwiceHandedOut(Faulty, fault="gradient handed out twice"):
         type(self).last = stats.grad if stats.grad.numel() else None
         return stats
 
-    def gradient(self, model: Tensor, target: Tensor, coef: Tensor, upstream: Tensor) -> Tensor:
+    def gradient(self, model: Tensor, target: Tensor, coef: Tensor, upstream: Tensor, **mask: Any) -> Tensor:
         kept = type(self).last
         if kept is not None and kept.shape == model.shape:
             return kept
-        type(self).last = super().gradient(model, target, coef, upstream)
+        type(self).last = super().gradient(model, target, coef, upstream, **mask)
         return type(self).last  # type: ignore[return-value]
 
 
@@ -160,10 +161,10 @@ class UpstreamIgnored(Faulty, fault="upstream ignored"):
     def forward(self, inputs: Inputs, settings: Settings, **options: Any) -> Stats:
         return super().forward(inputs, settings, **{**options, "expected": 1.0})
 
-    def gradient(self, model: Tensor, target: Tensor, coef: Tensor, upstream: Tensor) -> Tensor:
-        return super().gradient(model, target, coef, torch.ones_like(upstream))
+    def gradient(self, model: Tensor, target: Tensor, coef: Tensor, upstream: Tensor, **mask: Any) -> Tensor:
+        return super().gradient(model, target, coef, torch.ones_like(upstream), **mask)
 
-    def mend(self, grad: Tensor, *rest: Any) -> Tensor:
+    def mend(self, grad: Tensor, *rest: Any, **mask: Any) -> Tensor:
         return grad
 
 
@@ -181,7 +182,7 @@ class ExpectationIgnored(Faulty, fault="expectation ignored", fused=True):
 class MendSkipped(Faulty, fault="mend skipped", fused=True):
     """The gradient that the forward pass made is handed out whatever came."""
 
-    def mend(self, grad: Tensor, *rest: Any) -> Tensor:
+    def mend(self, grad: Tensor, *rest: Any, **mask: Any) -> Tensor:
         *_, upstream, _, remembered = rest
         if remembered is not None:
             remembered.copy_(upstream.flatten()[0])
@@ -191,10 +192,10 @@ class MendSkipped(Faulty, fault="mend skipped", fused=True):
 class MendScales(Faulty, fault="mend scales", fused=True):
     """What was made for another upstream gradient, and rounded, is scaled and rounded again."""
 
-    def mend(self, grad: Tensor, model: Tensor, target: Tensor, *rest: Any) -> Tensor:
+    def mend(self, grad: Tensor, model: Tensor, target: Tensor, *rest: Any, **mask: Any) -> Tensor:
         coef, upstream, numbers, _ = rest
         rounded = grad.clone()
-        mended = super().mend(grad, model, target, *rest)
+        mended = super().mend(grad, model, target, *rest, **mask)
         if made_for(numbers, upstream) or not bool(torch.isfinite(upstream / numbers[-1]).all()):
             return mended
         factor = (upstream / numbers[-1]).expand(len(coef) // 2).repeat(2)
@@ -204,34 +205,34 @@ class MendScales(Faulty, fault="mend scales", fused=True):
 class MendsOnePair(Faulty, fault="mend mixes pairs", fused=True):
     """Where pairs have upstream gradients of their own, the last one's comes to all that differ."""
 
-    def mend(self, grad: Tensor, model: Tensor, target: Tensor, *rest: Any) -> Tensor:
+    def mend(self, grad: Tensor, model: Tensor, target: Tensor, *rest: Any, **mask: Any) -> Tensor:
         coef, upstream, numbers, remembered = rest
         if upstream.ndim:
             upstream = upstream[-1:].expand(upstream.shape)
-        return super().mend(grad, model, target, coef, upstream, numbers, remembered)
+        return super().mend(grad, model, target, coef, upstream, numbers, remembered, **mask)
 
 
 class MendsBeside(Faulty, fault="mend beside", fused=True):
     """A second gradient is made beside the first."""
 
-    def mend(self, grad: Tensor, model: Tensor, target: Tensor, *rest: Any) -> Tensor:
+    def mend(self, grad: Tensor, model: Tensor, target: Tensor, *rest: Any, **mask: Any) -> Tensor:
         coef, upstream, numbers, _ = rest
-        return grad if made_for(numbers, upstream) else self.real.gradient(model, target, coef, upstream)
+        return grad if made_for(numbers, upstream) else self.real.gradient(model, target, coef, upstream, **mask)
 
 
 class NothingRemembered(Faulty, fault="nothing remembered", fused=True):
     """What came is not kept for the next call."""
 
-    def mend(self, grad: Tensor, model: Tensor, target: Tensor, *rest: Any) -> Tensor:
+    def mend(self, grad: Tensor, model: Tensor, target: Tensor, *rest: Any, **mask: Any) -> Tensor:
         coef, upstream, numbers, _ = rest
-        return super().mend(grad, model, target, coef, upstream, numbers, None)
+        return super().mend(grad, model, target, coef, upstream, numbers, None, **mask)
 
 
 class InfinityRemembered(Faulty, fault="infinity remembered", fused=True):
     """What came is kept whatever it is."""
 
-    def mend(self, grad: Tensor, *rest: Any) -> Tensor:
-        mended = super().mend(grad, *rest)
+    def mend(self, grad: Tensor, *rest: Any, **mask: Any) -> Tensor:
+        mended = super().mend(grad, *rest, **mask)
         *_, upstream, _, remembered = rest
         if remembered is not None:
             remembered.copy_(upstream.flatten()[0])

@@ -21,9 +21,9 @@ from sipo_kernels.options import Settings
 class AllocatesACopy(Faulty, fault="allocates a copy"):
     """A copy of the policy's output is alive beside the gradient."""
 
-    def gradient(self, model: Tensor, target: Tensor, coef: Tensor, upstream: Tensor) -> Tensor:
+    def gradient(self, model: Tensor, target: Tensor, coef: Tensor, upstream: Tensor, **mask: Any) -> Tensor:
         copy = model.clone()
-        return super().gradient(copy, target, coef, upstream)
+        return super().gradient(copy, target, coef, upstream, **mask)
 
     def forward(self, inputs: Inputs, settings: Settings, **options: Any) -> Stats:
         copy = inputs.model_pred.detach().clone()
@@ -62,9 +62,9 @@ class ReadsOnTheHost(Faulty, fault="reads on the host"):
 class ComparesOnTheHost(Faulty, fault="compares on the host", fused=True):
     """Whether to mend is decided by the host, which waits for both numbers."""
 
-    def mend(self, grad: Tensor, *rest: Any) -> Tensor:
+    def mend(self, grad: Tensor, *rest: Any, **mask: Any) -> Tensor:
         *_, upstream, numbers, _ = rest
-        return grad if made_for(numbers, upstream) else super().mend(grad, *rest)
+        return grad if made_for(numbers, upstream) else super().mend(grad, *rest, **mask)
 
 
 class WaitsForTheDevice(Faulty, fault="waits for the device"):
@@ -89,11 +89,11 @@ class FrozenInputs(Faulty, fault="frozen inputs"):
         first = inputs._replace(model_pred=self._first(inputs.model_pred), target=self._first(inputs.target))
         return super().forward(first, settings, **options)
 
-    def gradient(self, model: Tensor, target: Tensor, coef: Tensor, upstream: Tensor) -> Tensor:
-        return super().gradient(self._first(model), self._first(target), coef, upstream)
+    def gradient(self, model: Tensor, target: Tensor, coef: Tensor, upstream: Tensor, **mask: Any) -> Tensor:
+        return super().gradient(self._first(model), self._first(target), coef, upstream, **mask)
 
-    def mend(self, grad: Tensor, model: Tensor, target: Tensor, *rest: Any) -> Tensor:
-        return super().mend(grad, self._first(model), self._first(target), *rest)
+    def mend(self, grad: Tensor, model: Tensor, target: Tensor, *rest: Any, **mask: Any) -> Tensor:
+        return super().mend(grad, self._first(model), self._first(target), *rest, **mask)
 
 
 class FrozenExpectation(Faulty, fault="frozen expectation", fused=True):
@@ -117,9 +117,9 @@ class FrozenExpectation(Faulty, fault="frozen expectation", fused=True):
 class AnotherStream(Faulty, fault="another stream"):
     """Runs in a separate stream, with which the caller's stream does not synchronise."""
 
-    def gradient(self, model: Tensor, target: Tensor, coef: Tensor, upstream: Tensor) -> Tensor:
+    def gradient(self, model: Tensor, target: Tensor, coef: Tensor, upstream: Tensor, **mask: Any) -> Tensor:
         with self._aside():
-            return super().gradient(model, target, coef, upstream)
+            return super().gradient(model, target, coef, upstream, **mask)
 
     def forward(self, inputs: Inputs, settings: Settings, **options: Any) -> Stats:
         with self._aside():

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sipo_kernels.backends.interface import Stats, scaled_coef
 from sipo_kernels.inputs import Inputs
-from sipo_kernels.layout import accumulate_dtype, empty_grad, pair_dtype, stats_dtype
+from sipo_kernels.layout import accumulate_dtype, empty_grad, mask_sums, pair_dtype, stats_dtype
 from sipo_kernels.options import Settings
 from sipo_kernels.output import Totals
 
@@ -29,26 +29,43 @@ def _errors(
     ref_pred: Tensor | None,
     target: Tensor,
     ref_error: Tensor | None,
+    error_mask: Tensor | None,
     inner: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Returns §2's errors of policy and reference and their gap, ``[2, B]`` each.
+) -> tuple[Tensor | int, Tensor, Tensor, Tensor, Tensor | None]:
+    """Returns §2's Σw (D without a mask), errors of policy and reference and their gap, ``[2, B]`` each.
 
-    With ``inner``, the fourth is §6's mean_D(d_w · d_l), ``[B]``.
+    With ``inner``, the fifth is §6's Σ(w_w · d_w · w_l · d_l)/Σw_l, ``[B]``.
     """
     pairs = model_pred.shape[0] // 2
     term, out = accumulate_dtype(model_pred[0].numel(), target, model_pred, ref_pred), pair_dtype(model_pred.device)
     model, goal = _as_pairs(model_pred, pairs, term), _as_pairs(target, pairs, term)
+    ref = model if ref_pred is None else _as_pairs(ref_pred, pairs, term)
+    counted: Tensor | int = model.shape[-1]
+    if error_mask is not None:
+        counted = mask_sums(error_mask, 2 * pairs).reshape(2, pairs)
+        weight = _as_pairs(error_mask, pairs, error_mask.dtype)
+        # What has no weight becomes 0 in every input, so that nothing that stood there is left.
+        model, goal, ref = (torch.where(weight != 0, x, 0) for x in (model, goal, ref))
+
+    def mean(value: Tensor) -> Tensor:
+        if isinstance(counted, int):
+            return value.mean(-1, dtype=out)
+        return torch.where(counted == 0, 0, (weight * value).sum(-1, dtype=out) / counted)
+
     d = model - goal
-    model_error = (d * d).mean(-1, dtype=out)
-    alignment = (d[0] * d[1]).mean(-1, dtype=out) if inner else None
+    model_error = mean(d * d)
+    alignment = None
+    if inner:  # beside the safeguard a mask is boolean: d, which is 0 where the mask is False, is w · d
+        product = d[0] * d[1]
+        alignment = product.mean(-1, dtype=out) if isinstance(counted, int) else product.sum(-1, dtype=out) / counted[1]
     if ref_pred is None:
         assert ref_error is not None  # inputs.py
         given = ref_error.to(out).reshape(2, pairs)
-        return model_error, given, model_error - given, alignment
-    ref = _as_pairs(ref_pred, pairs, term)
+        if error_mask is not None:
+            given = torch.where(counted == 0, 0, given)
+        return counted, model_error, given, model_error - given, alignment
     d_ref = ref - goal
-    error_gap = ((model - ref) * (d + d_ref)).mean(-1, dtype=out)
-    return model_error, (d_ref * d_ref).mean(-1, dtype=out), error_gap, alignment
+    return counted, model_error, mean(d_ref * d_ref), mean((model - ref) * (d + d_ref)), alignment
 
 
 def _logit_loss(z: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
@@ -89,10 +106,10 @@ def forward(
         expected: The upstream gradient to make it for: a number, or a 0-d ``pair_dtype`` tensor on the device.
         totals: Running sums to add the batch's numbers to.
     """
-    model_pred, ref_pred, target, ratio_scale, error_weight, ref_error = inputs
+    model_pred, ref_pred, target, ratio_scale, error_weight, ref_error, error_mask = inputs
     samples, pairs = model_pred.shape[0], model_pred.shape[0] // 2
-    model_error, ref_err, error_gap, alignment = _errors(
-        model_pred, ref_pred, target, ref_error, settings.safeguard is not None
+    counted, model_error, ref_err, error_gap, alignment = _errors(
+        model_pred, ref_pred, target, ref_error, error_mask, settings.safeguard is not None
     )
     real = model_error.dtype
 
@@ -142,22 +159,28 @@ def forward(
         inner = a[0] * a[1] * alignment
         room = (1 - settings.safeguard) * a[0] * a[0] * model_error[0] / inner
         share = torch.where((inner > 0) & (room < 1), room, 1)
-    coef = torch.where(mask, torch.stack([g, -g * share]) * a * (2.0 / model_pred[0].numel()), 0)
+    counts = mask if error_mask is None else mask & (counted != 0)
+    coef = torch.where(counts, torch.stack([g, -g * share]) * a * (2.0 / counted), 0)
 
     rows = (model_error, ref_err, error_gap, log_ratio, weight, reward, coef)
     per_sample = torch.stack([x.reshape(samples) for x in rows]).to(dtype)
     return Stats(loss.to(dtype), per_sample, logits.to(dtype), mask, model_pred.new_empty(0))
 
 
-def gradient(model_pred: Tensor, target: Tensor, coef: Tensor, upstream: Tensor) -> Tensor:
-    """Returns §6's gradient ``coef · upstream · (model_pred − target)`` in ``model_pred``'s dtype and layout.
+def gradient(
+    model_pred: Tensor, target: Tensor, coef: Tensor, upstream: Tensor, error_mask: Tensor | None = None
+) -> Tensor:
+    """Returns §6's gradient ``coef · upstream · w · (model_pred − target)`` in ``model_pred``'s dtype and layout.
 
-    It is exactly 0 where ``coef`` is 0. ``upstream`` is 0-d or ``[B]``, like the loss.
+    It is exactly 0 where ``coef`` or ``w`` is 0. ``upstream`` is 0-d or ``[B]``, like the loss.
     """
     acc = stats_dtype(model_pred, target)
     c = scaled_coef(coef, upstream).to(acc).reshape(-1, *[1] * (model_pred.ndim - 1))
     # In place: no other tensor of the gradient's size is made, or one if the gradient is in half precision.
     grad = torch.empty_like(model_pred, dtype=acc).copy_(model_pred)
     grad.unflatten(0, (-1, target.shape[0])).sub_(target)
+    if error_mask is not None:
+        masked = grad.unflatten(0, (-1, error_mask.shape[0]))
+        masked.mul_(error_mask).masked_fill_(error_mask == 0, 0)  # NaN · 0 is NaN
     grad.mul_(c).masked_fill_(c == 0, 0)
     return grad if acc == model_pred.dtype else empty_grad(model_pred).copy_(grad)

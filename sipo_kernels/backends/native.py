@@ -218,12 +218,14 @@ def forward(
     totals: Totals | None = None,
 ) -> Stats:
     """See :func:`sipo_kernels.backends.eager.forward`; with ``with_grad`` the gradient comes out of the same call."""
-    model, goal, ref = agree(inputs.model_pred, inputs.target, inputs.ref_pred)
+    if inputs.error_mask is not None:
+        raise NotImplementedError("backend 'native' has no error_mask yet: expected None, or another backend")
+    model, goal, ref, _ = agree(inputs.model_pred, inputs.target, inputs.ref_pred)
     stats = empty_stats(inputs, settings, with_grad)
     filled = _to_fill(stats.grad, model, inputs.model_pred) if with_grad else None
     samples = model.shape[0]
     elements = model.numel() // samples
-    numbers = [t if t is None else t.contiguous() for t in inputs[3:]]
+    numbers = [t if t is None else t.contiguous() for t in inputs[3:6]]
     template = _template(
         samples,
         elements,
@@ -254,6 +256,7 @@ def mend(
     upstream: Tensor,
     numbers: Tensor,
     remembered: Tensor | None = None,
+    error_mask: Tensor | None = None,
 ) -> Tensor:
     """Corrects the gradient that a fused ``forward`` made, if another upstream gradient than it expected came.
 
@@ -267,6 +270,8 @@ def mend(
         remembered: 0-d ``pair_dtype``, which is set to the upstream gradient that came, if that is finite, for the next
             ``forward`` to expect.
     """
+    if error_mask is not None:
+        raise NotImplementedError("backend 'native' has no error_mask yet: expected None, or another backend")
     came, made_for = (upstream if upstream.ndim == 0 else upstream[0]).item(), numbers.tolist()[-1]
     if remembered is not None and came != remembered.item() and math.isfinite(came):
         remembered.fill_(came)
@@ -275,8 +280,12 @@ def mend(
     return _write_gradient(grad, model_pred, target, coef, upstream)
 
 
-def gradient(model_pred: Tensor, target: Tensor, coef: Tensor, upstream: Tensor) -> Tensor:
+def gradient(
+    model_pred: Tensor, target: Tensor, coef: Tensor, upstream: Tensor, error_mask: Tensor | None = None
+) -> Tensor:
     """See :func:`sipo_kernels.backends.eager.gradient`."""
+    if error_mask is not None:
+        raise NotImplementedError("backend 'native' has no error_mask yet: expected None, or another backend")
     return _write_gradient(empty_grad(model_pred), model_pred, target, coef, upstream)
 
 
@@ -290,7 +299,7 @@ def _to_fill(grad: Tensor, model: Tensor, model_pred: Tensor) -> Tensor:
 
 
 def _write_gradient(grad: Tensor, model_pred: Tensor, target: Tensor, coef: Tensor, upstream: Tensor) -> Tensor:
-    model, goal, _ = agree(model_pred, target)
+    model, goal, *_ = agree(model_pred, target)
     filled = _to_fill(grad, model, model_pred)
     coef = scaled_coef(coef, upstream)
     samples, double = model.shape[0], coef.dtype == torch.float64

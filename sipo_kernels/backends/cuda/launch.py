@@ -236,7 +236,9 @@ def forward(
 ) -> Stats:
     """See :func:`sipo_kernels.backends.eager.forward`; with ``with_grad`` the gradient comes out of the same launch."""
     assert LIBRARY is not None  # backends.choose
-    model, goal, ref = agree(inputs.model_pred, inputs.target, inputs.ref_pred)
+    if inputs.error_mask is not None:
+        raise NotImplementedError("backend 'cuda' has no error_mask yet: expected None, or another backend")
+    model, goal, ref, _ = agree(inputs.model_pred, inputs.target, inputs.ref_pred)
     stats = empty_stats(inputs, settings, with_grad)
     filled = dense_like(model, stats.grad) if with_grad else None
     args = _args(model, ref, goal, filled, settings)
@@ -258,9 +260,11 @@ def forward(
     return stats
 
 
-def gradient(model_pred: Tensor, target: Tensor, coef: Tensor, upstream: Tensor) -> Tensor:
+def gradient(
+    model_pred: Tensor, target: Tensor, coef: Tensor, upstream: Tensor, error_mask: Tensor | None = None
+) -> Tensor:
     """See :func:`sipo_kernels.backends.eager.gradient`: one launch."""
-    return mend(empty_grad(model_pred), model_pred, target, coef, upstream, None)
+    return mend(empty_grad(model_pred), model_pred, target, coef, upstream, None, error_mask=error_mask)
 
 
 def mend(
@@ -271,12 +275,15 @@ def mend(
     upstream: Tensor,
     numbers: Tensor | None,
     remembered: Tensor | None = None,
+    error_mask: Tensor | None = None,
 ) -> Tensor:
     """See :func:`sipo_kernels.backends.native.mend`: one launch, which compares the upstream gradients on the device.
 
     With ``numbers=None``, ``grad`` is written whatever came.
     """
-    model, goal, _ = agree(model_pred, target)
+    if error_mask is not None:
+        raise NotImplementedError("backend 'cuda' has no error_mask yet: expected None, or another backend")
+    model, goal, *_ = agree(model_pred, target)
     filled = dense_like(model, grad)
     args = _args(model, None, goal, filled)
     coef = coef.contiguous()

@@ -50,7 +50,9 @@ def forward(
     totals: Totals | None = None,
 ) -> Stats:
     """See :func:`sipo_kernels.backends.eager.forward`: one launch makes gradient, metrics and running sums too."""
-    model, goal, ref = agree(inputs.model_pred, inputs.target, inputs.ref_pred)
+    if inputs.error_mask is not None:
+        raise NotImplementedError("backend 'triton' has no error_mask yet: expected None, or another backend")
+    model, goal, ref, _ = agree(inputs.model_pred, inputs.target, inputs.ref_pred)
     samples, pairs, elements = model.shape[0], model.shape[0] // 2, model.numel() // model.shape[0]
     acc, device = accumulate_dtype(elements, goal, model, ref), model.device
     block = triton_plan.block(acc, model, ref, goal)
@@ -62,7 +64,7 @@ def forward(
     partial = torch.empty(sums * plan.parts, dtype=acc, device=device)
     records = torch.empty(RECORD * pairs, dtype=torch.float64, device=device)
     tickets = torch.zeros(2 + pairs, dtype=torch.int32, device=device)
-    scale, weight, given = (t if t is None else t.contiguous() for t in inputs[3:])
+    scale, weight, given = (t if t is None else t.contiguous() for t in inputs[3:6])
     metrics, levels, pair_levels, top = totals or Totals()
 
     def pointer(tensor: Tensor | None) -> Tensor:  # a tensor that is not given is not read, but Triton needs one
@@ -140,9 +142,11 @@ def forward(
     return stats
 
 
-def gradient(model_pred: Tensor, target: Tensor, coef: Tensor, upstream: Tensor) -> Tensor:
+def gradient(
+    model_pred: Tensor, target: Tensor, coef: Tensor, upstream: Tensor, error_mask: Tensor | None = None
+) -> Tensor:
     """See :func:`sipo_kernels.backends.eager.gradient`: one launch."""
-    return mend(empty_grad(model_pred), model_pred, target, coef, upstream, None)
+    return mend(empty_grad(model_pred), model_pred, target, coef, upstream, None, error_mask=error_mask)
 
 
 def mend(
@@ -153,13 +157,16 @@ def mend(
     upstream: Tensor,
     numbers: Tensor | None,
     remembered: Tensor | None = None,
+    error_mask: Tensor | None = None,
 ) -> Tensor:
     """See :func:`sipo_kernels.backends.native.mend`: one launch, which the host does not wait for.
 
     It reads ``upstream`` and ``numbers`` alone if what came is what was expected. With ``numbers=None``, ``grad`` is
     written whatever came.
     """
-    model, goal, _ = agree(model_pred, target)
+    if error_mask is not None:
+        raise NotImplementedError("backend 'triton' has no error_mask yet: expected None, or another backend")
+    model, goal, *_ = agree(model_pred, target)
     filled = dense_like(model, grad)
     mends = numbers is not None and filled is grad  # else the kernel fills a buffer, with the whole gradient
     samples, elements = model.shape[0], model.numel() // model.shape[0]
