@@ -106,6 +106,18 @@ def _flux(chroma: bool, depth: int = 2) -> Iterator[str]:
             yield f"single_blocks.{i}.modulation.lin"
 
 
+def _qwen_image(depth: int = 2) -> Iterator[str]:
+    """Qwen-Image and its editing models, which were published with diffusers' names."""
+    yield from ("img_in", "txt_in", "norm_out.linear", "proj_out")
+    yield from (f"time_text_embed.timestep_embedder.linear_{i}" for i in (1, 2))
+    for i in range(depth):
+        block = f"transformer_blocks.{i}"
+        yield from (f"{block}.attn.{part}" for part in ("to_q", "to_k", "to_v", "to_out.0", "to_add_out"))
+        yield from (f"{block}.attn.add_{part}_proj" for part in "qkv")
+        for side in ("img", "txt"):
+            yield from (f"{block}.{side}_mlp.net.0.proj", f"{block}.{side}_mlp.net.2", f"{block}.{side}_mod.1")
+
+
 # CogVideoX: ComfyUI's class (comfy/ldm/cogvideo/model.py) against diffusers'; nobody else has names for it.
 COGVIDEOX = {
     "patch_embed.proj": "patch_embed.proj",
@@ -130,6 +142,7 @@ for _i in range(30):
         )
     }
 
+QWEN_IMAGE = ("qwen-image", "qwen-image-edit", "qwen-image-edit-plus")
 MODULES = {
     "sd15": list(_unet([1, 1, 1, 0], 1, [0, 1, 1, 1], added=False)),
     "sdxl": list(_unet([0, 2, 10], 10, [10, 2, 0], added=True)),
@@ -139,6 +152,7 @@ MODULES = {
     "chroma": list(_flux(chroma=True)),
     "wan": list(_wan()),
     "cogvideox": list(COGVIDEOX),
+    **{family: list(_qwen_image()) for family in QWEN_IMAGE},
 }
 NETWORK_CONFIGS: dict[str, dict[str, Any]] = {
     "sd15": {"layers_per_block": 2},
@@ -169,11 +183,16 @@ def original_rows(family: str) -> Rows:
 @functools.cache
 def diffusers_rows(family: str) -> Rows:
     """Which of these rows diffusers puts where, by its modules."""
+    from diffusers import QwenImageTransformer2DModel
     from diffusers.loaders import single_file_utils as converters
 
     original = original_rows(family)
     if family == "cogvideox":
         return {theirs: original[ours] for ours, theirs in COGVIDEOX.items()}
+    if family in QWEN_IMAGE:  # nothing is converted
+        with torch.device("meta"):
+            network = QwenImageTransformer2DModel(num_layers=2)
+        return {name: original[name] for name, module in network.named_modules() if isinstance(module, torch.nn.Linear)}
     start = "model.diffusion_model."
     weights = {
         f"{start}{module}.{kind}": torch.tensor(rows, dtype=torch.float64)[:, None]
@@ -223,6 +242,9 @@ def comfyui_keys(family: str) -> Rows:
             keys[f"lora_transformer_{module.replace('.', '_')}"] = rows
             if family == "sd3":
                 keys[f"base_model.model.{module}"] = rows
+    if family in QWEN_IMAGE:
+        for module, rows in original_rows(family).items():
+            keys[module] = keys[f"transformer.{module}"] = keys[f"lycoris_{module.replace('.', '_')}"] = rows
     return keys
 
 

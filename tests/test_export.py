@@ -26,7 +26,7 @@ from sipo.training import storage
 from sipo.training.sums import write_run_sums, write_sums
 from tests.data_sets import flip_bit
 from tests.family_cases import each_toy, family_of, folder_of, network_input, pipeline_of
-from tests.original_names import NETWORK_CONFIGS, WIDTH, comfyui_keys, diffusers_rows, kohya_keys, patched
+from tests.original_names import NETWORK_CONFIGS, QWEN_IMAGE, WIDTH, comfyui_keys, diffusers_rows, kohya_keys, patched
 from tests.test_families_tuning import lora_network
 
 Added = dict[int, Tensor]
@@ -118,11 +118,12 @@ def assert_adds(found: Added, expected: Added) -> None:
 
 # The attention layers that are adapted by default, as many as the published models have.
 ATTENTION = {"sd15": 128, "sdxl": 560, "sd3": 24 * 4 + 13 * 4, "cogvideox": 120, "wan": 240}
+ATTENTION |= dict.fromkeys(QWEN_IMAGE, 2 * 4)  # of 60 layers, 2
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_comfyui_finds_every_layer(family: str, tmp_path: Path) -> None:
-    """The names of the files that were all there was before match none, but for SD3's."""
+    """The names of the files that were all there was before match none, but for SD3's and Qwen-Image's."""
     ends = get_family(family).lora_targets
     attention = [m for m in diffusers_rows(family) if m.endswith(tuple(f".{end}" for end in ends))]
     assert len(attention) == ATTENTION[family]
@@ -130,10 +131,10 @@ def test_comfyui_finds_every_layer(family: str, tmp_path: Path) -> None:
         adapter, expected = adapter_of(family, modules)
         assert_adds(patched(comfyui_keys(family), written(family, adapter, "comfyui", tmp_path)), expected)
         before = patched(comfyui_keys(family), written(family, adapter, "diffusers", tmp_path))
-        assert len(before) == (len(expected) if family == "sd3" else 0)
+        assert len(before) == (len(expected) if family in ("sd3", *QWEN_IMAGE) else 0)
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "wan"])
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "wan", "qwen-image"])
 def test_kohyas_scripts_find_every_layer(family: str, tmp_path: Path) -> None:
     adapter, expected = adapter_of(family)
     tensors = written(family, adapter, "kohya", tmp_path)
@@ -167,6 +168,11 @@ ROUND_TRIPS = [
     ("sdxl", "kohya", ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_out", "conv2")),
     ("wan", "comfyui", ("to_q", "to_k", "to_v", "to_out.0")),
     ("wan", "kohya", ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")),  # it reads no fewer
+    (
+        "qwen-image",
+        "kohya",
+        ("to_q", "to_out.0", "add_k_proj", "to_add_out", "img_mlp.net.0.proj", "img_mod.1", "txt_in"),
+    ),
 ]
 
 
