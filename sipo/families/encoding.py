@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from sipo.families.loading import PipelineLoader
+from sipo.families.loading import TOKENIZER, PipelineLoader
 from sipo.families.network import CONDITION_LATENTS, POOLED, PROMPT, PROMPT_MASK, Condition
 from sipo.families.packing import stack_patches, unstack_patches
 from sipo.families.vae import as_floats, encode, latent_affine
@@ -94,7 +94,8 @@ class PipelineEncoder(PipelineLoader):
 
     def _prompt_lengths(self, pipeline: Any, prompts: Sequence[str]) -> tuple[Sequence[int], int | None]:
         """Returns each prompt's length in tokens, and the most that the pipeline encodes (``None``: no limit)."""
-        tokenizer = getattr(pipeline, "tokenizer_3", None) or getattr(pipeline, "tokenizer", None)
+        tokenizers = (getattr(pipeline, f"{TOKENIZER}{end}", None) for end in ("_3", "_2", ""))
+        tokenizer = next((held for held in tokenizers if held is not None), None)  # T5's is the last one
         most = self.text_options.get("max_sequence_length") or getattr(tokenizer, "model_max_length", None)
         if tokenizer is None or most is None:
             return [], None

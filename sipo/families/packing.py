@@ -37,9 +37,10 @@ def pack(latents: Tensor, side: int) -> Tensor:
         side: of a square, in latents.
 
     Returns:
-        ``[N, H / side · W / side, C · side²]``.
+        ``[N, H / side · W / side, C · side²]``, contiguous as the pipelines' own: in half precision, a product rounds
+        otherwise in another layout.
     """
-    return stack_patches(latents, side).flatten(2).transpose(1, 2)
+    return stack_patches(latents, side).flatten(2).transpose(1, 2).contiguous()
 
 
 def unpack(tokens: Tensor, shape: Sequence[int], side: int) -> Tensor:

@@ -1,0 +1,54 @@
+"""Chroma: FLUX.1's architecture without CLIP and without a guidance scale, sampled with a negative prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sipo.families.flux import Flux, token_positions
+from sipo.families.network import PROMPT, Condition, pick
+
+_MASK = "prompt_attention_mask"  # as the pipeline's argument is called
+
+
+class Chroma(Flux):
+    """Chroma: 512 tokens of T5 with a mask, 1 for the prompt's tokens and one more.
+
+    The mask is kept as the pipeline makes it. Up to diffusers 0.42 it is a float mask, which is added to the scores of
+    attention: tokens with 0 count less, but are not left out. So all 512 tokens are stored.
+    """
+
+    name = "chroma"
+    pipeline_class = "ChromaPipeline"
+    network_class = "ChromaTransformer2DModel"
+    guidance = 5.0
+    negative_prompt = ""
+
+    def _text_tensors(
+        self, pipeline: Any, prompts: list[str], images: Sequence[Tensor] | None
+    ) -> Mapping[str, Tensor | Sequence[Tensor]]:
+        text, _, mask, *_ = pipeline.encode_prompt(
+            prompt=prompts,
+            device=pipeline.text_encoder.device,
+            do_classifier_free_guidance=False,
+            **self.text_options,
+        )
+        return {PROMPT: text, _MASK: mask}
+
+    def network_inputs(
+        self, config: Any, noisy: Tensor, time: Tensor, condition: Condition, guidance: float
+    ) -> dict[str, Any]:
+        """See :meth:`Family.network_inputs`."""
+        text, mask = pick(condition, PROMPT, _MASK)
+        tokens = self.pack(noisy)
+        return {
+            "hidden_states": tokens,
+            "timestep": time.to(noisy.dtype) / 1000,
+            "encoder_hidden_states": text,
+            "txt_ids": torch.zeros(text.shape[1], 3, device=noisy.device, dtype=torch.float32),
+            "img_ids": token_positions(noisy),
+            "attention_mask": torch.cat([mask, mask.new_ones(tokens.shape[:2])], dim=1),
+        }
