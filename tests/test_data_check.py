@@ -18,7 +18,7 @@ from PIL import Image
 from sipo import cli
 from sipo.data import check
 from sipo.data.check import NOTED, SKIPPED, check_pairs, run_check
-from sipo.data.load import BadPairError, load_pair
+from sipo.data.load import BadPairError, load_condition_image, load_pair
 from sipo.data.media import Media, write_image, write_video
 from sipo.data.readers import open_pairs
 from sipo.data.records import PairRecord
@@ -308,6 +308,34 @@ def test_clips_that_start_alike_are_not_the_same(tmp_path: Path) -> None:
     reader = open_pairs(builder.save())
     assert check_pairs(reader, frames=None).findings == []
     assert check_pairs(reader, frames=6).findings == []
+
+
+def test_condition_images_are_checked_and_are_part_of_the_prompt(tmp_path: Path) -> None:
+    builder = Builder(tmp_path)
+    for row in range(5):
+        write_image(tmp_path / f"from/{row}.png", noise(50 + row, 3, 9, 31))  # of any shape
+        builder.add(prompt="make it red", condition_image=f"from/{row}.png")
+    (tmp_path / "from/1.png").unlink()
+    (tmp_path / "from/2.png").write_bytes(b"no image")
+    write_video(tmp_path / "from/3.mp4", clip(0), 8.0)
+    builder.lines[3] = {**builder.lines[3], "condition_image": "from/3.mp4"}  # type: ignore[dict-item]
+    for image in ("from/0.png", "from/4.png"):
+        builder.lines.append({**builder.lines[0], "condition_image": image})  # type: ignore[dict-item]
+    reader = open_pairs(builder.save())
+    for frames in (1, None):
+        findings = check_pairs(reader, frames=frames).findings
+        assert [(f.row, f.kind) for f in findings] == [
+            (1, "missing"),
+            (2, "undecodable"),
+            (3, "medium"),
+            (5, "duplicate"),
+            (6, "reused"),
+            (6, "reused"),
+        ]
+        assert all(finding.text.startswith("condition_image: ") for finding in findings[:3])
+    with pytest.raises(BadPairError, match=r"condition_image: .*9x31 pixels, expected at most 278") as caught:
+        load_condition_image(next(iter(reader)), max_pixels=278)
+    assert caught.value.kind == "large"
 
 
 def test_load_pair_returns_both_sides_and_raises_the_kind(tmp_path: Path) -> None:

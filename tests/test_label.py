@@ -99,6 +99,17 @@ def test_margin(tmp_path: Path, margin: float, expected: int) -> None:
     assert all(better - worse >= margin for _, better, worse in found)
 
 
+def test_condition_images_stay_with_their_prompts(tmp_path: Path) -> None:
+    names = flat(tmp_path, [50, 10])
+    lines = [{"prompt": "a", "candidates": names, "condition_image": image} for image in ("from/a.png", 7)]
+    source = write_lines(tmp_path / "candidates.jsonl", lines)
+    summary = label(source, tmp_path / "out" / "pairs.jsonl", level, skip_bad=True)
+    assert summary.skipped == ["row 2: condition_image=7: expected a path"]
+    (record,) = JsonlReader(tmp_path / "out" / "pairs.jsonl")
+    assert isinstance(record.condition_image, Path) and record.extra == {}
+    assert record.condition_image.resolve() == tmp_path / "from/a.png"  # though the file is in another folder
+
+
 def test_existing_pairs_are_labelled_again(tmp_path: Path) -> None:
     """The rejected one of the second row is the better one, whatever the file said."""
     names = flat(tmp_path, [50, 10, 60, 70])

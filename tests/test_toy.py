@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sipo.data.check import check_pairs
 from sipo.data.media import Media, read_media
 from sipo.data.readers import JsonlReader
 from sipo.data.toy import FPS, make_toy_pairs
@@ -26,6 +27,24 @@ def test_the_same_arguments_give_the_same_files(tmp_path: Path, video: bool) -> 
     make_toy_pairs(tmp_path / "other", video=video, pairs=16, seed=1)
     other = contents(tmp_path / "other")
     assert other.keys() == sets[0].keys() and sum(other[name] == sets[0][name] for name in other) == 0
+
+
+def test_condition_images_have_the_shape_without_its_colour(tmp_path: Path) -> None:
+    plain, edits = (
+        make_toy_pairs(tmp_path / need, video=False, pairs=6, condition_image=need)  # type: ignore[arg-type]
+        for need in ("none", "optional")
+    )
+    for record, same in zip(JsonlReader(edits), JsonlReader(plain), strict=True):
+        assert (record.condition_image is not None) == (record.row % 2 == 1)
+        for side, source in same.sources.items():
+            assert torch.equal(read_media(record.sources[side]).pixels, read_media(source).pixels)
+    path = make_toy_pairs(tmp_path / "all", video=False, pairs=6, condition_image="required")
+    for record in JsonlReader(path):
+        assert record.condition_image is not None and record.prompt.startswith("make the ")
+        grey, chosen = read_media(record.condition_image).pixels.float(), read_media(record.chosen).pixels.float()
+        assert torch.equal(grey[0], grey[1]) and torch.equal(grey[1], grey[2])
+        torch.testing.assert_close(grey[0], chosen.mean(0), atol=1.0, rtol=0)
+    assert check_pairs(JsonlReader(path), sizes=[(32, 32)]).findings == []
 
 
 @pytest.mark.parametrize("video", [False, True])

@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from sipo.data.load import BadPairError, file_digest, format_size, hashed, load_pair
+from sipo.data.load import BadPairError, file_digest, format_size, hashed, load_condition_image, load_pair
 from sipo.data.media import MAX_PIXELS, Media, check_request, nearest_size
 from sipo.data.readers import Format, open_pairs
 from sipo.data.records import PairReader, PairRecord, row_name
@@ -129,7 +129,8 @@ def check_pairs(
     """Reads and decodes every pair.
 
     A duplicate has the prompt and both files' contents of an earlier row; a contradiction has these files swapped. A
-    file that an earlier row has under another prompt is listed as well: it was made for at most one of them.
+    file that an earlier row has under another prompt is listed as well: it was made for at most one of them. Rows with
+    different condition images count as rows with different prompts.
 
     In VideoDPO's lists, captions reveal an index shift. Other sources have only file names, and a shift is suspected
     only if these are inconsistent: chosen and rejected have the same number in all but a few rows (a tenth), or in all
@@ -208,7 +209,7 @@ def run_check(
 class _Examined:
     bad: BadPairError | None = None
     notes: tuple[tuple[str, str], ...] = ()
-    digests: tuple[bytes, bytes] = (b"", b"")
+    digests: tuple[bytes, ...] = ()
     size: tuple[int, int] | None = None
 
 
@@ -219,12 +220,13 @@ def _examine(
     sizes: Sequence[tuple[int, int]] | None,
     max_pixels: int,
 ) -> _Examined:
-    """Loads one pair and collects the findings that need no other row."""
+    """Loads one pair with its condition image, and collects the findings that need no other row."""
     try:
         # Hashes suffice to compare both samples: no clip need be in memory.
         transform = None if frames is None else hashed
         chosen, rejected = load_pair(record, frames=frames, fps=fps, max_pixels=max_pixels, transform=transform)
-        digests = (file_digest(record.chosen), file_digest(record.rejected))
+        condition = load_condition_image(record, max_pixels=max_pixels)
+        digests = tuple(map(file_digest, record.sources.values()))
     except BadPairError as error:
         return _Examined(error)
     notes = []
@@ -236,7 +238,8 @@ def _examine(
     size = nearest_size(*shapes[0], sizes) if sizes else None
     if size is not None and any(height < size[0] or width < size[1] for height, width in shapes):
         notes.append(("enlarged", f"{format_size(min(shapes))} is enlarged to {format_size(size)}"))
-    notes += _notes_on_files({"chosen": chosen, "rejected": rejected})
+    sides = {"chosen": chosen, "rejected": rejected}
+    notes += _notes_on_files(sides if condition is None else sides | {"condition_image": condition})
     return _Examined(None, tuple(notes), digests, size)
 
 
@@ -293,10 +296,10 @@ class _Notes:
         self._files: dict[bytes, tuple[int, bytes]] = {}
         self._numbers: dict[tuple[str, int], list[tuple[int, int, int]]] = {}
 
-    def add(self, record: PairRecord, digests: tuple[bytes, bytes]) -> Iterator[tuple[str, str]]:
+    def add(self, record: PairRecord, digests: tuple[bytes, ...]) -> Iterator[tuple[str, str]]:
         """Adds a row; yields what it has in common with earlier rows."""
-        prompt = hashlib.blake2b(record.prompt.encode(), digest_size=16).digest()
-        chosen, rejected = digests
+        chosen, rejected, *condition = digests
+        prompt = hashlib.blake2b(b"".join([record.prompt.encode(), *condition]), digest_size=16).digest()
         same, swapped = prompt + chosen + rejected, prompt + rejected + chosen
         if same in self._pairs:
             yield "duplicate", f"is {row_name(self._pairs[same])} again"

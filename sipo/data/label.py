@@ -66,7 +66,8 @@ def label(
 
     Args:
         source: JSONL with ``prompt`` and ``candidates``, a list of two paths or more, in each line; or with ``prompt``,
-            ``chosen`` and ``rejected``, which are scored again. Paths are relative to the file. Further keys are kept.
+            ``chosen`` and ``rejected``, which are scored again. Paths are relative to the file. ``condition_image`` and
+            further keys are kept.
         output: the JSONL file to write. The output of an earlier labelling is replaced, any other file is not.
         scorer: see :mod:`sipo.data.scorers`.
         pairs: "best-worst": one pair for each prompt, of the highest and the lowest score. "all": a pair of every two
@@ -168,26 +169,31 @@ class _Row:
     row: int
     prompt: str
     candidates: list[Path]
+    condition_image: Path | None
     extra: dict[str, Any]
     scores: list[float] = field(default_factory=list)
     problem: str = ""
 
 
 def _rows(source: Path, summary: LabelSummary, skip: Callable[[int, str], None]) -> Iterator[_Row]:
-    known = ("prompt", "candidates", "chosen", "rejected", "chosen_score", "rejected_score")
+    known = ("prompt", "candidates", "chosen", "rejected", "condition_image", "chosen_score", "rejected_score")
     for row, value in read_lines(source):
         summary.rows += 1
         if isinstance(value, str):
             skip(row, value)
             continue
         prompt, names = value.get("prompt"), value.get("candidates", [value.get("chosen"), value.get("rejected")])
+        image = value.get("condition_image")
         if not isinstance(prompt, str) or not prompt.strip() or has_unpaired_surrogate(prompt):
             skip(row, f"prompt={short(prompt)}: expected text")
         elif not isinstance(names, list) or len(names) < 2 or not all(isinstance(each, str) and each for each in names):
             skip(row, "expected 'candidates', a list of two paths or more, or 'chosen' and 'rejected'")
+        elif image is not None and not (isinstance(image, str) and image):
+            skip(row, f"condition_image={short(image)}: expected a path")
         else:
             extra = {key: item for key, item in value.items() if key not in known}
-            yield _Row(row, prompt, [source.parent / name for name in names], extra)
+            candidates = [source.parent / name for name in names]
+            yield _Row(row, prompt, candidates, None if image is None else source.parent / image, extra)
 
 
 def _score(
@@ -249,4 +255,6 @@ def _pairs(row: _Row, pairs: Choice, min_margin: float, summary: LabelSummary) -
             continue
         summary.pairs += 1
         chosen, rejected = row.candidates[best], row.candidates[worst]
-        yield PairRecord(row.row, row.prompt, chosen, rejected, row.scores[best], row.scores[worst], extra=row.extra)
+        scores = (row.scores[best], row.scores[worst])
+        image, extra = row.condition_image, row.extra
+        yield PairRecord(row.row, row.prompt, chosen, rejected, *scores, condition_image=image, extra=extra)

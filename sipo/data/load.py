@@ -87,6 +87,27 @@ def load_pair(
     return chosen, rejected
 
 
+def load_condition_image(
+    record: PairRecord, *, max_pixels: int = MAX_PIXELS, transform: Callable[[Tensor], Tensor] | None = None
+) -> Media | None:
+    """Decodes the image that both samples of a pair are edits of; ``None`` if there is none.
+
+    Args:
+        record: from a reader.
+        max_pixels: of the image.
+        transform: as for :func:`sipo.data.media.read_media`.
+
+    Raises:
+        BadPairError: missing or undecodable, a clip, or of too many pixels.
+    """
+    if record.condition_image is None:
+        return None
+    try:
+        return read_media(record.condition_image, max_pixels=max_pixels, transform=transform)
+    except MediaError as error:
+        raise BadPairError(error.kind, f"condition_image: {error}") from error
+
+
 def _read_samples(
     record: PairRecord,
     frames: int | None,

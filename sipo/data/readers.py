@@ -34,7 +34,7 @@ Format = Literal["auto", "jsonl", "pickapic", "videodpo"]
 
 _JSONL_SUFFIXES = (".jsonl", ".ndjson")
 _JSONL_NAME = "pairs.jsonl"
-_PAIR_KEYS = ("prompt", "chosen", "rejected", "chosen_score", "rejected_score")
+_PAIR_KEYS = ("prompt", "chosen", "rejected", "condition_image", "chosen_score", "rejected_score")
 _LONGEST_LINE = 1 << 24  # bytes of a row of JSONL; a longer line means another kind of file
 _DEEPEST = 64  # levels of nesting in a row of JSONL
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -109,7 +109,7 @@ def _jsonl_in(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class JsonlReader:
-    """Reads one JSON object a line: ``prompt``, ``chosen``, ``rejected`` and, if there are any, both scores.
+    """Reads one JSON object a line: ``prompt``, ``chosen``, ``rejected``; optional are ``condition_image`` and scores.
 
     Paths are relative to the file's folder. Equal scores are a tie. A record's row is its line number minus one; empty
     lines are skipped. Further keys go to ``extra``.
@@ -134,12 +134,13 @@ class JsonlReader:
         if isinstance(value, str):
             return bad_row(row, value)
         extra = {key: item for key, item in value.items() if key not in _PAIR_KEYS}
-        for key in ("prompt", "chosen", "rejected"):
+        paths = ["chosen", "rejected"] + ["condition_image"] * (value.get("condition_image") is not None)
+        for key in ("prompt", *paths):
             if not isinstance(value.get(key), str):
                 return bad_row(row, f"{key}={short(value[key])}: expected text" if key in value else f"no key {key!r}")
             if has_unpaired_surrogate(value[key]):
                 return bad_row(row, f"{key}={short(value[key])}: holds an unpaired surrogate")  # JSON allows it
-        for key in ("chosen", "rejected"):
+        for key in paths:
             if not value[key]:
                 return bad_row(row, f"{key}='': expected a path", value["prompt"])
         for key in ("chosen_score", "rejected_score"):
@@ -149,9 +150,10 @@ class JsonlReader:
         if better is not None and worse is not None and better < worse:
             problem = f"chosen_score={short(better)} is below rejected_score={short(worse)}"
             return bad_row(row, problem, value["prompt"])
-        sides = (self.root / value["chosen"], self.root / value["rejected"])
+        sources = {key: self.root / value[key] for key in paths}
         tie = better is not None and better == worse
-        return PairRecord(row, value["prompt"], *sides, better, worse, tie, extra=extra)
+        scores = {"chosen_score": better, "rejected_score": worse}
+        return PairRecord(row, value["prompt"], **sources, **scores, tie=tie, extra=extra)
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
@@ -218,7 +220,7 @@ def write_jsonl(records: Iterable[PairRecord], path: str | Path) -> None:
         if record.problem:
             raise DataError(f"{row_name(record.row)}: {record.problem}, expected a pair")
         value: dict[str, Any] = {"prompt": record.prompt}
-        for key, source in (("chosen", record.chosen), ("rejected", record.rejected)):
+        for key, source in record.sources.items():
             if isinstance(source, bytes):
                 raise DataError(f"{row_name(record.row)}: {key} is {len(source)} bytes in memory, expected a file")
             value[key] = Path(os.path.relpath(source, path.parent)).as_posix()

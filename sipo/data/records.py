@@ -36,6 +36,7 @@ class PairRecord:
         problem: what is wrong with the row itself, such as a missing label or an index out of range; the other fields
             may then be empty.
         problem_kind: with ``problem``: "index" if the row refers to the wrong clip or to none, else "row".
+        condition_image: the image that both samples are edits of, if there is one.
         extra: all other values of the row, unchanged.
     """
 
@@ -48,7 +49,14 @@ class PairRecord:
     tie: bool = False
     problem: str = ""
     problem_kind: Literal["row", "index"] = "row"
+    condition_image: Path | bytes | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def sources(self) -> dict[str, Path | bytes]:
+        """Both samples and, if there is one, the condition image, by name."""
+        sides: dict[str, Path | bytes] = {"chosen": self.chosen, "rejected": self.rejected}
+        return sides if self.condition_image is None else sides | {"condition_image": self.condition_image}
 
 
 class PairReader(Protocol):

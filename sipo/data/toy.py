@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -35,6 +37,7 @@ def make_toy_pairs(
     height: int = 32,
     width: int = 32,
     frames: int = 9,
+    condition_image: Literal["none", "optional", "required"] = "none",
 ) -> Path:
     """Writes PNG images, or MP4 clips at 8 frames per second, and a JSONL file that pairs them.
 
@@ -48,6 +51,8 @@ def make_toy_pairs(
         seed: of places and colours.
         height, width: in pixels; even for clips.
         frames: number of frames of a clip.
+        condition_image: as a family has it: "required" adds the image without its colour to every pair, as the image
+            that both samples are edits of, and "optional" to every second one.
 
     Returns:
         The path of the JSONL file.
@@ -69,7 +74,12 @@ def make_toy_pairs(
             else:
                 write_image(paths[side], eight_bit[0])
         motion = " moving to the right" if video else ""
-        records.append(PairRecord(row, f"a {colour} {shape}{motion}", paths["chosen"], paths["rejected"]))
+        record = PairRecord(row, f"a {colour} {shape}{motion}", paths["chosen"], paths["rejected"])
+        if condition_image == "required" or (condition_image == "optional" and row % 2):
+            path = folder / "condition" / f"{row:05d}.png"
+            write_image(path, grey[0].expand(3, -1, -1).mul(255.0).round().to(torch.uint8))
+            record = replace(record, prompt=f"make the {shape} {colour}{motion}", condition_image=path)
+        records.append(record)
     path = folder / "pairs.jsonl"
     write_jsonl(records, path)
     return path
