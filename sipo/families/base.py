@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +32,7 @@ class Family(PipelineEncoder):
     Attributes:
         token_side: side in latents of one of the network's tokens; ``None`` for a network that takes latents.
         negated: whether the network predicts the negative of what the schedule says.
+        time_in_network_dtype: whether timesteps are rounded to the network's dtype before :meth:`network_time`.
         float32_conditions: names in a condition that stay float32; the rest is cast to the network's dtype.
         lora_targets: modules that LoRA adapts unless a configuration names others.
         guidance: guidance scale for samples in validation; also what a network with a guidance embedding is told in
@@ -40,6 +42,7 @@ class Family(PipelineEncoder):
 
     token_side: ClassVar[int | None] = None
     negated: ClassVar[bool] = False
+    time_in_network_dtype: ClassVar[bool] = False
     float32_conditions: ClassVar[tuple[str, ...]] = ()
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     guidance: ClassVar[float]
@@ -73,7 +76,8 @@ class Family(PipelineEncoder):
             if tensor.is_floating_point() and name not in self.float32_conditions:
                 held[name] = tensor.to(dtype)
         told = self.guidance if guidance is None else guidance
-        inputs = self.network_inputs(network.config, noisy.to(dtype), self.network_time(timesteps), held, told)
+        time = self.network_time(timesteps.to(dtype) if self.time_in_network_dtype else timesteps)
+        inputs = self.network_inputs(network.config, noisy.to(dtype), time, held, told)
         output = module(**inputs, return_dict=False)[0]
         prediction: Tensor = self.unpack(output, noisy.shape)
         return -prediction if self.negated else prediction
@@ -91,6 +95,10 @@ class Family(PipelineEncoder):
             condition: tensors ``[N, ...]`` by name, in the network's dtype but for ``float32_conditions``.
             guidance: for a guidance embedding.
         """
+
+    def networks_in(self, network: nn.Module) -> dict[str, nn.Module]:
+        """Returns the networks in what :meth:`load_network` returns, without wrappers, by their pipeline's names."""
+        return dict(network.named_children()) if self.experts else {self.network: network}
 
     def network_time(self, timesteps: Tensor) -> Tensor:
         """Converts timesteps ``[N]``, as :meth:`predict` takes them, to what the network is told."""
@@ -165,7 +173,9 @@ class Family(PipelineEncoder):
                     name: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
                     for name, tensor in condition.items()
                 }
-                with autocast(), predicting_in(network, dtype):
+                with autocast(), contextlib.ExitStack() as stack:
+                    for part in self.networks_in(network).values():
+                        stack.enter_context(predicting_in(part, dtype))
                     output = sampler(
                         **self._sampler_arguments(given, scale, None if images is None else images[i]),
                         **size,
@@ -203,7 +213,7 @@ class Family(PipelineEncoder):
         if with_vae:
             others[VAE] = PipelineVae(pipeline.vae)
         scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
-        sampler.register_modules(**others, scheduler=scheduler, **{self.network: network})
+        sampler.register_modules(**others, scheduler=scheduler, **self.networks_in(network))
         sampler.set_progress_bar_config(disable=True)
         return sampler
 

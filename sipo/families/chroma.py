@@ -46,7 +46,7 @@ class Chroma(Flux):
         tokens = self.pack(noisy)
         return {
             "hidden_states": tokens,
-            "timestep": time.to(noisy.dtype) / 1000,
+            "timestep": time,
             "encoder_hidden_states": text,
             "txt_ids": torch.zeros(text.shape[1], 3, device=noisy.device, dtype=torch.float32),
             "img_ids": token_positions(noisy),

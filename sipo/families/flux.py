@@ -20,6 +20,7 @@ class Flux(Family):
     network_class = "FluxTransformer2DModel"
     network = "transformer"
     token_side = 2
+    time_in_network_dtype = True
     lora_targets = (
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
@@ -42,17 +43,21 @@ class Flux(Family):
     def network_inputs(
         self, config: Any, noisy: Tensor, time: Tensor, condition: Condition, guidance: float
     ) -> dict[str, Any]:
-        """See :meth:`Family.network_inputs`: the network is told σ, rounded in its dtype before it is divided."""
+        """See :meth:`Family.network_inputs`."""
         text, pooled = pick(condition, PROMPT, POOLED)
         return {
             "hidden_states": self.pack(noisy),
-            "timestep": time.to(noisy.dtype) / 1000,
+            "timestep": time,
             "guidance": torch.full_like(time, guidance, dtype=torch.float32) if config.guidance_embeds else None,
             "pooled_projections": pooled,
             "encoder_hidden_states": text,
             "txt_ids": torch.zeros(text.shape[1], 3, device=noisy.device, dtype=torch.float32),
             "img_ids": token_positions(noisy),
         }
+
+    def network_time(self, timesteps: Tensor) -> Tensor:
+        """See :meth:`Family.network_time`: the network is told σ."""
+        return timesteps / 1000
 
 
 class FluxKontext(Flux):
