@@ -22,6 +22,7 @@ class QwenImage(Family):
     network_class = "QwenImageTransformer2DModel"
     network = "transformer"
     token_side = 2
+    time_in_network_dtype = True
     vae_frames = True
     negative_prompt = " "
     guidance = 4.0
