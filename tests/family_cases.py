@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
+import math
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,18 +13,37 @@ from typing import Any, NamedTuple
 import diffusers
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from sipo.batch import collate, network_timesteps
 from sipo.families import Condition, Family, get_family
+from sipo.families.experts import ExpertNetworks
+from sipo.families.network import CONDITION_LATENTS
 from sipo.families.toy import TOYS, build_toy
 
 PROMPTS = ["a cat on the roof", "The thin red line, twice"]
-SAMPLED: dict[str, dict[str, Any]] = {"sana": {"use_resolution_binning": False}}  # further arguments of a pipeline
+QWEN_IMAGE_EDIT = {"qwen-image-edit": "edit", "qwen-image-edit-plus": "edit_plus"}
+SAMPLED: dict[str, dict[str, Any]] = {  # further arguments of a pipeline
+    "sana": {"use_resolution_binning": False},
+    **{family: {"negative_prompt": " "} for family in ("qwen-image", *QWEN_IMAGE_EDIT)},
+}
 each_toy = pytest.mark.parametrize("toy", list(TOYS))
 FRAMES = 9
 
 _FOLDER = tempfile.TemporaryDirectory()
+
+
+def _toy_dimensions(area: int, ratio: float) -> tuple[int, int]:
+    width = math.sqrt(32 * 48 * ratio)
+    return round(width / 16) * 16, round(width / ratio / 16) * 16
+
+
+# Qwen-Image's pipelines enlarge the image that they edit to about a million pixels, which would take seconds.
+for _name, _more in (("edit", (None,)), ("edit_plus", ())):
+    importlib.import_module(f"diffusers.pipelines.qwenimage.pipeline_qwenimage_{_name}").calculate_dimensions = (
+        lambda area, ratio, more=_more: (*_toy_dimensions(area, ratio), *more)
+    )
 
 
 def family_of(toy: str) -> Family:
@@ -63,10 +84,39 @@ def pipeline_of(toy: str, **components: Any) -> Any:
     return pipeline
 
 
+def network_of(pipeline: Any, family: Family) -> Any:
+    """What the family makes of a whole pipeline's network or networks."""
+    parts = {name: getattr(pipeline, name) for name in family.networks}
+    return ExpertNetworks(parts, pipeline.config.boundary_ratio) if family.experts else parts[family.network]
+
+
 def pixels_of(family: Family, n: int = 2, seed: int = 0) -> Tensor:
     """Random pixels in [-1, 1]."""
     shape = (n, FRAMES, 3, *sides_of(family)) if family.video else (n, 3, *sides_of(family))
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def images_of(family: Family, n: int = 2) -> list[Tensor] | None:
+    """Random images to edit, ``[3, H, W]`` uint8, for a family that needs them."""
+    if family.condition_image != "required":
+        return None
+    generator = torch.Generator().manual_seed(2)
+    size = (3, *sides_of(family))
+    return [torch.randint(256, size, dtype=torch.uint8, generator=generator) for _ in range(n)]
+
+
+def sample_of(family: Family, n: int = 2) -> dict[str, Any]:
+    """Size and images to call ``sample`` with."""
+    return {**size_of(family), "images": images_of(family, n)}
+
+
+def conditions_of(toy: str, prompts: list[str]) -> list[Condition]:
+    """What the network is told of each prompt, and of its image."""
+    family, encoders = family_of(toy), encoders_of(toy)
+    images = images_of(family, len(prompts))
+    texts = family.encode_text(encoders, prompts, images)
+    latents = family.encode_condition_image(encoders, torch.stack(images)) if images else [{}] * len(texts)
+    return [text | image for text, image in zip(texts, latents, strict=True)]
 
 
 def stacked(family: Family, conditions: list[Condition], own: bool = True) -> Condition:
@@ -84,7 +134,7 @@ def network_input(toy: str, n: int = 2) -> tuple[Tensor, Tensor, Condition]:
     schedule = family.load_schedule(folder_of(toy), sizes=[sides_of(family)])
     timesteps = network_timesteps(schedule, schedule.sample_levels(n, generator))
     noisy = latents + torch.randn(latents.shape, generator=generator)
-    return noisy, timesteps, stacked(family, family.encode_text(encoders_of(toy), PROMPTS[:n]))
+    return noisy, timesteps, stacked(family, conditions_of(toy, PROMPTS[:n]))
 
 
 class Call(NamedTuple):
@@ -108,15 +158,22 @@ class Call(NamedTuple):
         shape = family.latent_shape(encoders_of(family.name), **size_of(family))
         return family.unpack(latents, (len(latents), *shape))
 
+    def condition_latents(self, family: Family) -> dict[str, Tensor]:
+        """The latents of the image to edit, as the pipeline encoded them."""
+        noisy = self.noisy(family)
+        tokens = self.given("hidden_states")[:, family.pack(noisy).shape[1] :]
+        return {CONDITION_LATENTS: family.unpack(tokens, noisy.shape)}
+
     def texts(self) -> list[Tensor]:
         """The embeddings of each text, without padding."""
-        texts, mask = self.given("encoder_hidden_states", "cap_feats"), self.given("encoder_attention_mask")
+        texts = self.given("encoder_hidden_states", "cap_feats")
+        mask = self.given("encoder_attention_mask", "encoder_hidden_states_mask")
         return list(texts) if mask is None else [rows[kept.bool()] for rows, kept in zip(texts, mask, strict=True)]
 
 
 def asked(family: Family, calls: list[Call], number: int, prompts: list[Condition]) -> list[Condition]:
     """The conditions that a call has rows for: one for each prompt, unconditional ones, or both."""
-    unconditional = [family.encode_unconditional(encoders_of(family.name))] * len(prompts)
+    unconditional = conditions_of(family.name, [family.negative_prompt or ""] * len(prompts))
     if len(calls[number].noisy(family)) == len(prompts):  # prompts first
         alike = [i for i, call in enumerate(calls) if torch.equal(call.timestep, calls[number].timestep)]
         return unconditional if number == alike[0] + 1 else prompts
@@ -126,31 +183,41 @@ def asked(family: Family, calls: list[Call], number: int, prompts: list[Conditio
 def sampled(pipeline: Any, family: Family, steps: int = 3, seed: int = 5, **options: Any) -> tuple[Any, list[Call]]:
     """What the real pipeline samples with guidance, and how it called the network meanwhile."""
     calls: list[tuple[dict[str, Any], Any]] = []
-    network = getattr(pipeline, family.network)
-    names = list(inspect.signature(network.forward).parameters)
+    images = images_of(family)
+    networks = [getattr(pipeline, name) for name in family.networks]
+    names = list(inspect.signature(networks[0].forward).parameters)
 
     def record(module: Any, args: Any, kwargs: Any, output: Any) -> None:
         kept = output[0].clone() if isinstance(output[0], Tensor) else [each.clone() for each in output[0]]
         calls.append((dict(zip(names, args, strict=False)) | kwargs, kept))
 
-    hook = network.register_forward_hook(record, with_kwargs=True)
+    hooks = [network.register_forward_hook(record, with_kwargs=True) for network in networks]
     try:
         height, width = sides_of(family)
         size = {"height": height, "width": width} | ({"num_frames": FRAMES} if family.video else {})
         arguments: dict[str, Any] = {
             "prompt": PROMPTS[0],
             "guidance_scale": 3.0,
+            **({"image": as_picture(images[0])} if images else {}),
             "num_inference_steps": steps,
             "output_type": "pt",
             "generator": torch.Generator().manual_seed(seed),
             "return_dict": False,
         }
-        output = pipeline(**(arguments | size | SAMPLED.get(family.name, {}) | options))[0]
+        arguments |= size | SAMPLED.get(family.name, {}) | options
+        if family.name.startswith("qwen-image"):
+            arguments["true_cfg_scale"] = arguments.pop("guidance_scale")
+        output = pipeline(**arguments)[0]
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
     timesteps = pipeline.scheduler.timesteps
     per_step = len(calls) // len(timesteps)
     return output, [Call(*call, timesteps[i // per_step]) for i, call in enumerate(calls)]
+
+
+def as_picture(image: Tensor) -> Any:
+    return Image.fromarray(image.permute(1, 2, 0).numpy())
 
 
 def as_uint8(pixels: Tensor) -> Tensor:

@@ -24,16 +24,21 @@ from tests.data_sets import contents
 from tests.family_cases import (
     FRAMES,
     PROMPTS,
+    as_picture,
     as_uint8,
     asked,
+    conditions_of,
     each_toy,
     encoders_of,
     family_of,
     folder_of,
+    images_of,
     load_toy,
     network_input,
+    network_of,
     pipeline_of,
     pixels_of,
+    sample_of,
     sampled,
     sides_of,
     size_of,
@@ -62,7 +67,7 @@ def test_predict_is_the_pipelines_own_call(toy: str) -> None:
     family = family_of(toy)
     pipeline = pipeline_of(toy)
     _, calls = sampled(pipeline, family, guidance_scale=3.0)
-    prompts = family.encode_text(encoders_of(toy), PROMPTS[:1])
+    prompts, network = conditions_of(toy, PROMPTS[:1]), network_of(pipeline, family)
     assert len(calls) >= 3  # PNDM takes a step more, and some pipelines call once for each condition
     for number, call in enumerate(calls):
         noisy = call.noisy(family)
@@ -70,8 +75,12 @@ def test_predict_is_the_pipelines_own_call(toy: str) -> None:
         told = torch.as_tensor(call.given("timestep", "t")).reshape(-1).expand(len(noisy))
         assert torch.equal(family.network_time(timesteps), told)
         conditions = stacked(family, asked(family, calls, number, prompts))
+        if family.condition_image == "required":
+            theirs = call.condition_latents(family)
+            torch.testing.assert_close({name: conditions[name] for name in theirs}, theirs, rtol=1e-5, atol=1e-6)
+            conditions |= theirs
         with torch.no_grad():
-            found = family.predict(getattr(pipeline, family.network), noisy, timesteps, conditions, guidance=3.0)
+            found = family.predict(network, noisy, timesteps, conditions, guidance=3.0)
         expected = family.unpack(call.output, noisy.shape)
         assert found.shape == noisy.shape and torch.equal(found, -expected if family.negated else expected)
 
@@ -85,7 +94,8 @@ def test_predict_depends_on_all_it_is_given(toy: str) -> None:
         assert not torch.equal(base, family.predict(network, noisy, timesteps.flip(0), condition))
         assert not torch.equal(base, family.predict(network, noisy.flip(-1), timesteps, condition).flip(-1))
         for name, tensor in condition.items():
-            changed = condition | {name: tensor + 1}
+            other = tensor & (torch.arange(tensor.shape[1]) < 3) if tensor.dtype == torch.bool else tensor + 1
+            changed = condition | {name: other}
             assert not torch.equal(base, family.predict(network, noisy, timesteps, changed)), name
 
 
@@ -120,7 +130,8 @@ def test_predict_stays_in_the_networks_type(toy: str, dtype: torch.dtype) -> Non
     assert network_dtype(network) == dtype
     noisy, timesteps, condition = network_input(toy)
     with torch.no_grad():
-        low = family.predict(network, noisy.bfloat16(), timesteps, {k: v.bfloat16() for k, v in condition.items()})
+        rounded = {k: v.bfloat16() if v.is_floating_point() else v for k, v in condition.items()}
+        low = family.predict(network, noisy.bfloat16(), timesteps, rounded)
         high = family.predict(network, noisy, timesteps, condition)
         exact = family.predict(family.load_network(folder_of(toy)), noisy, timesteps, condition)
     assert low.dtype == high.dtype == dtype
@@ -158,8 +169,9 @@ def test_time_ids_are_not_rounded() -> None:
 @each_toy
 def test_text_is_what_the_pipeline_gives_its_network(toy: str) -> None:
     family = family_of(toy)
-    _, calls = sampled(pipeline_of(toy), family, steps=2, prompt=list(PROMPTS))
-    prompts = family.encode_text(encoders_of(toy), PROMPTS)
+    texts = PROMPTS[:1] if family.condition_image == "required" else PROMPTS  # a pipeline that edits takes one image
+    _, calls = sampled(pipeline_of(toy), family, steps=2, prompt=list(texts))
+    prompts = conditions_of(toy, texts)
     conditions = [condition for number in (0, 1) for condition in asked(family, calls, number, prompts)]
     theirs = [text for call in calls[:2] for text in call.texts()]
     torch.testing.assert_close([c["prompt_embeds"] for c in conditions], theirs, rtol=1e-5, atol=1e-6)
@@ -178,9 +190,9 @@ def test_text_is_what_the_pipeline_gives_its_network(toy: str) -> None:
 def test_text_has_one_shape_and_differs(toy: str) -> None:
     family = family_of(toy)
     long = "word " * 900
-    encoded = family.encode_text(encoders_of(toy), ["", "x", PROMPTS[0], long])
+    encoded = family.encode_text(encoders_of(toy), ["", "x", PROMPTS[0], long], images_of(family, 4))
     lengths = {"sd15": 77, "sdxl": 77, "sd3": 77 + 256, "flux2": 512, "flux2-klein": 512, "cogvideox": 226, "wan": 512}
-    lengths |= {"z-image": 512, "lumina2": 256, "sana": 300}
+    lengths |= {"z-image": 512, "lumina2": 256, "sana": 300, "wan2.2": 512}
     length, width = lengths[family.name], encoded[0]["prompt_embeds"].shape[-1]
     ragged = "prompt_embeds_mask" in encoded[0]
     assert sorted({len(condition["prompt_embeds"]) for condition in encoded})[-1] == length
@@ -230,7 +242,8 @@ def test_latents_are_scaled_as_the_pipeline_decodes_them(toy: str) -> None:
 
     pipeline.vae.decode = record
     pipeline.scheduler.__class__ = _still(pipeline.scheduler)
-    decoded, _ = sampled(pipeline, family, steps=1, latents=family.pack(latents))
+    given_latents = latents if family.vae_patch > 1 else family.pack(latents)  # FLUX.2's pipelines pack them
+    decoded, _ = sampled(pipeline, family, steps=1, latents=given_latents)
     torch.testing.assert_close(given[0], raw, rtol=1e-4, atol=1e-5)
     ours = family.decode_latents(encoders, latents)
     torch.testing.assert_close((ours / 2 + 0.5).clamp(0, 1), decoded, rtol=1e-4, atol=1e-4)
@@ -266,7 +279,7 @@ def test_latents_drawn_from_the_posterior(toy: str) -> None:
     if family.vae_patch > 1:
         std = encoders.vae.bn.running_var.sqrt()
     else:
-        std = torch.tensor(config.latents_std) if toy == "wan" else torch.tensor(1 / config.scaling_factor)
+        std = torch.tensor(config.latents_std) if "latents_std" in config else torch.tensor(1 / config.scaling_factor)
     ours = posterior.std if family.vae_patch == 1 else stack_patches(posterior.std, family.vae_patch)
     expected = (ours / std.reshape(1, -1, *[1] * (ours.ndim - 2))).square().mean().sqrt()
     torch.testing.assert_close(spread, expected, rtol=0.1, atol=0)
@@ -278,9 +291,10 @@ def test_latents_drawn_from_the_posterior(toy: str) -> None:
 @each_toy
 def test_loads_in_parts(toy: str) -> None:
     family, network = load_toy(toy, dtype=torch.bfloat16)
-    assert type(network).__name__ == family.network_class
+    parts = family.networks_in(network)
+    assert [type(part).__name__ for part in parts.values()] == [family.network_class] * len(family.networks)
     encoders = family.load_encoders(folder_of(toy), dtype=torch.bfloat16)
-    assert encoders.components[family.network] is None
+    assert all(encoders.components[name] is None for name in parts)
     modules = {name: m for name, m in encoders.components.items() if isinstance(m, nn.Module)}
     assert len(modules) >= 2
     for name, module in modules.items():
@@ -290,7 +304,7 @@ def test_loads_in_parts(toy: str) -> None:
     without = family.load_encoders(folder_of(toy), vae_dtype=torch.bfloat16, text=False)
     held = {name: m for name, m in without.components.items() if isinstance(m, nn.Module)}
     assert held.keys() == {"vae"} and held["vae"].dtype == torch.bfloat16
-    whole = getattr(pipeline_of(toy), family.network)
+    whole = network_of(pipeline_of(toy), family)
     mine = network.state_dict()
     for name, tensor in whole.state_dict().items():  # diffusers keeps some of Wan's in float32
         assert torch.equal(mine[name], tensor.to(mine[name].dtype))
@@ -419,7 +433,7 @@ def test_schedulers_that_cannot_be_used_are_named_in_one_line(tmp_path: Path) ->
 @each_toy
 def test_wrong_folders_are_named_in_one_line(toy: str, tmp_path: Path) -> None:
     family = family_of(toy)
-    other = folder_of("wan" if toy != "wan" else "sd15")
+    other = folder_of("sd15" if family.pipeline_class == "WanPipeline" else "wan")
     cases: list[tuple[Path, type[Exception], str]] = [
         (tmp_path / "absent", FileNotFoundError, "no such folder"),
         (tmp_path, FileNotFoundError, "model_index.json"),
@@ -451,7 +465,8 @@ def test_pickled_weights_are_not_loaded(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("toy", "file", "changes", "text"),
     [
-        ("wan", "model_index.json", {"boundary_ratio": 0.9}, "boundary_ratio=0.9, a Wan 2.2"),
+        ("wan", "model_index.json", {"boundary_ratio": 0.9}, "boundary_ratio=0.9, expected none; family 'wan2.2' takes it"),
+        ("wan2.2", "model_index.json", {"boundary_ratio": None}, "boundary_ratio=None, expected a Wan 2.2 with two"),
         ("cogvideox", "transformer/config.json", {"in_channels": 8}, "takes 8 channels and gives 4"),
         ("cogvideox", "transformer/config.json", {"patch_size_t": 2}, "patch_size_t=2, a CogVideoX 1.5"),
         ("sd3", "scheduler/scheduler_config.json", {"num_train_timesteps": 500}, "has 500 timesteps, expected 1000"),
@@ -513,14 +528,17 @@ def test_samples_are_the_pipelines(toy: str) -> None:
     family = family_of(toy)
     network = family.load_network(folder_of(toy)).train()
     state, scheduler = torch.get_rng_state(), repr(vars(encoders_of(toy).scheduler))
-    found = family.sample(encoders_of(toy), Wrapper(network), PROMPTS, seed=5, steps=3, guidance=3.0, **size_of(family))
+    found = family.sample(
+        encoders_of(toy), Wrapper(network), PROMPTS, seed=5, steps=3, guidance=3.0, **sample_of(family)
+    )
     assert torch.equal(torch.get_rng_state(), state)
     assert all(module.training for module in network.modules())
     assert repr(vars(encoders_of(toy).scheduler)) == scheduler
     assert encoders_of(toy).components[family.network] is None
     assert encoders_of(toy).text_encoder is not None
     for i, prompt in enumerate(PROMPTS):
-        expected, _ = sampled(pipeline_of(toy), family, seed=5 + i, prompt=prompt)
+        image = {"image": as_picture(images[i])} if (images := images_of(family)) else {}
+        expected, _ = sampled(pipeline_of(toy), family, seed=5 + i, prompt=prompt, **image)
         difference = (as_uint8(expected)[0].int() - found[i].int()).abs()
         assert difference.max() <= 1  # one rounding of a half
         assert (difference > 0).float().mean() < 0.001
@@ -533,7 +551,9 @@ def test_samples_without_guidance(toy: str) -> None:
     calls: list[int] = []
     network.register_forward_hook(lambda module, args, output: calls.append(len(output[0])))
     none = 0.0 if family.name == "z-image" else 1.0
-    found = family.sample(encoders_of(toy), network, PROMPTS[:1], seed=5, steps=2, guidance=none, **size_of(family))
+    found = family.sample(
+        encoders_of(toy), network, PROMPTS[:1], seed=5, steps=2, guidance=none, **sample_of(family, 1)
+    )
     assert set(calls) == {1} and len(calls) in (2, 3)  # no second half, no second call
     expected, _ = sampled(pipeline_of(toy), family, steps=2, guidance_scale=none)
     assert ((as_uint8(expected)[0].int() - found[0].int()).abs() > 1).sum() == 0
@@ -544,8 +564,8 @@ def test_samples_without_guidance(toy: str) -> None:
 def test_samples_with_encoders_of_another_type(toy: str) -> None:
     family, network = load_toy(toy)
     encoders = family.load_encoders(folder_of(toy), dtype=torch.bfloat16)
-    found = family.sample(encoders, network, PROMPTS[:1], seed=5, steps=2, **size_of(family))
-    exact = family.sample(encoders_of(toy), network, PROMPTS[:1], seed=5, steps=2, **size_of(family))
+    found = family.sample(encoders, network, PROMPTS[:1], seed=5, steps=2, **sample_of(family, 1))
+    exact = family.sample(encoders_of(toy), network, PROMPTS[:1], seed=5, steps=2, **sample_of(family, 1))
     assert found.dtype == torch.uint8 and found.shape == exact.shape
     assert (found.float() - exact.float()).abs().mean() < 0.25 * exact.float().std()
 

@@ -33,7 +33,7 @@ from tests.family_cases import (
     load_toy,
     network_input,
     pipeline_of,
-    size_of,
+    sample_of,
 )
 
 
@@ -53,7 +53,7 @@ def lora_network(toy: str, *, dtype: torch.dtype = torch.float32, **options: Any
 
 def sample(toy: str, network: nn.Module) -> Tensor:
     family = family_of(toy)
-    return family.sample(encoders_of(toy), network, PROMPTS[:1], seed=3, steps=2, **size_of(family))
+    return family.sample(encoders_of(toy), network, PROMPTS[:1], seed=3, steps=2, **sample_of(family, 1))
 
 
 def no_shared_tensors(network: nn.Module) -> dict[str, Tensor]:
