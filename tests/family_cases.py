@@ -26,6 +26,7 @@ PROMPTS = ["a cat on the roof", "The thin red line, twice"]
 QWEN_IMAGE_EDIT = {"qwen-image-edit": "edit", "qwen-image-edit-plus": "edit_plus"}
 SAMPLED: dict[str, dict[str, Any]] = {  # further arguments of a pipeline
     "sana": {"use_resolution_binning": False},
+    "flux-kontext": {"max_area": 32 * 48, "_auto_resize": False},
     **{family: {"negative_prompt": " "} for family in ("qwen-image", *QWEN_IMAGE_EDIT)},
 }
 each_toy = pytest.mark.parametrize("toy", list(TOYS))

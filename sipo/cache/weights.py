@@ -115,9 +115,9 @@ def _record(path: Path) -> FileRecord:
 def _parts(family: Family, folder: Path, network: bool) -> list[str]:
     """Returns the names of the pipeline's components, which are its subfolders."""
     if network:
-        return [family.network]
+        return list(family.networks)
     index = json.loads((folder / MODEL_INDEX).read_text(encoding="utf-8"))
-    left_out = {family.network, *family._without, "scheduler"}  # noise levels are no part of what is encoded
+    left_out = {*family.networks, *family._without, "scheduler"}  # noise levels are no part of what is encoded
     return [name for name, value in index.items() if isinstance(value, list) and all(value) and name not in left_out]
 
 

@@ -5,16 +5,36 @@ from __future__ import annotations
 import difflib
 
 from sipo.families.base import Family
+from sipo.families.chroma import Chroma
 from sipo.families.cogvideox import CogVideoX
+from sipo.families.flux import Flux, FluxKontext
+from sipo.families.flux2 import Flux2, Flux2Klein
 from sipo.families.network import Condition
+from sipo.families.qwen_image import QwenImage, QwenImageEdit, QwenImageEditPlus
 from sipo.families.sd3 import StableDiffusion3
 from sipo.families.stable_diffusion import StableDiffusion, StableDiffusionXL
-from sipo.families.wan import Wan
+from sipo.families.wan import Wan, Wan22
 
-__all__ = ["FAMILIES", "Condition", "Family", "get"]
+__all__ = ["FAMILIES", "Condition", "Family", "get_family"]
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (StableDiffusion(), StableDiffusionXL(), StableDiffusion3(), CogVideoX(), Wan())
+    family.name: family
+    for family in (
+        StableDiffusion(),
+        StableDiffusionXL(),
+        StableDiffusion3(),
+        Flux(),
+        FluxKontext(),
+        Chroma(),
+        Flux2(),
+        Flux2Klein(),
+        QwenImage(),
+        QwenImageEdit(),
+        QwenImageEditPlus(),
+        CogVideoX(),
+        Wan(),
+        Wan22(),
+    )
 }
 """All families by their names in ``model.family`` of a configuration."""
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from sipo.families.experts import ExpertNetworks
 from sipo.families.model_files import (
     CONFIG,
     MODEL_INDEX,
@@ -24,7 +25,7 @@ from sipo.families.model_files import (
 from sipo.families.vae import check_latent_affine
 from sipo.files import FileError, one_line, read_object
 from sipo.processes import is_out_of_memory
-from sipo.schedule import DEFAULT_INFERENCE_STEPS, NoiseSchedule, linear_mu
+from sipo.schedule import DEFAULT_INFERENCE_STEPS, NoiseSchedule, SizeDependentSchedule, linear_mu
 from sipo.schedule.diffusers_schedulers import check_sampler, with_settings
 from sipo.schedule.levels import SettingError
 
@@ -49,7 +50,10 @@ class PipelineLoader(ABC):
         pipeline_class: name of diffusers' pipeline, whose ``encode_prompt`` is used here too.
         network_class: name of diffusers' class of the trained network.
         network: the pipeline's component that is trained, "unet" or "transformer".
+        experts: the components that are trained if there are several by noise level, high noise first
+            (:class:`sipo.families.experts.ExpertNetworks`).
         video: whether a sample has frames.
+        latent_pixels: height and width of one latent in pixels.
         schedule_kind: "discrete" or "flow", as :class:`sipo.NoiseSchedule` has it.
     """
 
@@ -57,14 +61,21 @@ class PipelineLoader(ABC):
     pipeline_class: ClassVar[str]
     network_class: ClassVar[str]
     network: ClassVar[str]
+    experts: ClassVar[tuple[str, ...]] = ()
     video: ClassVar[bool] = False
+    latent_pixels: ClassVar[int] = 8
     schedule_kind: ClassVar[str] = "discrete"
     _without: ClassVar[tuple[str, ...]] = ()  # components that are left out beside the network
     _pipeline_options: ClassVar[Mapping[str, Any]] = {}  # arguments of the pipeline's class
 
     def __init_subclass__(cls) -> None:
         if hasattr(cls, "pipeline_class"):
-            _FAMILY_OF[cls.pipeline_class] = cls.name
+            _FAMILY_OF.setdefault(cls.pipeline_class, cls.name)
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """The pipeline's components that are trained."""
+        return self.experts or (self.network,)
 
     def load_network(self, path: str | Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
         """Loads only the network, in eval mode.
@@ -78,12 +89,15 @@ class PipelineLoader(ABC):
             FileNotFoundError: there is no model at the path; one line that names it.
             ValueError: the pipeline or its network is of another family; a file is damaged or a pickle.
         """
-        self.network_config(path, **options)  # refuses a network of another class
+        for name in self.networks:
+            self.network_config(path, name, **options)  # refuses a network of another class
         folder, variant = self.fetch(path, network=True, **options), options.get("variant")
         with _naming_path(path):
-            network = load_module(folder / self.network, "diffusers", self.network_class, dtype, variant)
-        self._check_network(path, network)
-        return network
+            parts = {
+                name: load_module(folder / name, "diffusers", self.network_class, dtype, variant)
+                for name in self.networks
+            }
+        return self._whole_network(path, parts, **options)
 
     def empty_network(self, path: str | Path, **options: Any) -> nn.Module:
         """Makes the network from its configuration, without weights (on the meta device).
@@ -92,24 +106,38 @@ class PipelineLoader(ABC):
         """
         import diffusers
 
-        config = self.network_config(path, **options)
-        try:
-            with torch.device("meta"):
-                network: nn.Module = getattr(diffusers, self.network_class).from_config(config)
-        except Exception as error:  # the file may hold any values
-            reason = f"{type(error).__name__}: {one_line(error)}"
-            file = f"{path}: its {self.network}/{CONFIG}"
-            raise ValueError(f"{file} describes no {self.network_class} ({reason})") from error
-        self._check_network(path, network)
-        return network
+        parts: dict[str, nn.Module] = {}
+        for name in self.networks:
+            config = self.network_config(path, name, **options)
+            try:
+                with torch.device("meta"):
+                    parts[name] = getattr(diffusers, self.network_class).from_config(config)
+            except Exception as error:  # the file may hold any values
+                reason = f"{type(error).__name__}: {one_line(error)}"
+                file = f"{path}: its {name}/{CONFIG}"
+                raise ValueError(f"{file} describes no {self.network_class} ({reason})") from error
+        return self._whole_network(path, parts, **options)
 
-    def network_config(self, path: str | Path, **options: Any) -> dict[str, Any]:
-        """Reads the network's configuration. Arguments and errors as for :meth:`load_network`."""
+    def _whole_network(self, path: str | Path, parts: dict[str, nn.Module], **options: Any) -> nn.Module:
+        """Checks the networks of a pipeline, and makes one module of several."""
+        for network in parts.values():
+            self._check_network(path, network)
+        if not self.experts:
+            return parts[self.network]
+        _, index = self._open(path, **options)
+        return ExpertNetworks(parts, index["boundary_ratio"])
+
+    def network_config(self, path: str | Path, name: str | None = None, **options: Any) -> dict[str, Any]:
+        """Reads the configuration of the network, or of the one of several that ``name`` says.
+
+        Other arguments and errors are those of :meth:`load_network`.
+        """
         folder, index = self._open(path, **options)
-        entry = index.get(self.network)
+        name = name or self.network
+        entry = index.get(name)
         if not isinstance(entry, list) or entry[1:] != [self.network_class]:
-            raise ValueError(f"{path}: its {self.network} is {entry!r}, expected a {self.network_class}")
-        return read_object(folder / self.network / CONFIG)
+            raise ValueError(f"{path}: its {name} is {entry!r}, expected a {self.network_class}")
+        return read_object(folder / name / CONFIG)
 
     def load_encoders(
         self,
@@ -130,7 +158,7 @@ class PipelineLoader(ABC):
 
         folder, variant = self.fetch(path, network=False, **options), options.get("variant")
         _, index = self._open(path, **options)
-        modules: dict[str, Any] = dict.fromkeys((self.network, *self._without))
+        modules: dict[str, Any] = dict.fromkeys((*self.networks, *self._without))
         if not text:
             modules |= dict.fromkeys(name for name in index if name.startswith(TEXT_ENCODER))
         vae_config = read_object(folder / VAE / CONFIG)
@@ -166,11 +194,12 @@ class PipelineLoader(ABC):
             The local folder. Errors as for :meth:`load_network`.
         """
         folder, index = self._open(path, **options)
-        left_out = (self.network, *self._without)
-        components = [self.network] if network else [name for name, _ in _present(index) if name not in left_out]
+        left_out = (*self.networks, *self._without)
+        components = list(self.networks) if network else [name for name, _ in _present(index) if name not in left_out]
         variant = options.get("variant")
-        if self.network not in index:
-            raise ValueError(f"{path}: has no {self.network}, expected a whole {self.pipeline_class}")
+        for name in self.networks:
+            if name not in index:
+                raise ValueError(f"{path}: has no {name}, expected a whole {self.pipeline_class}")
         fetch_weights(path, components, **options)
         check_model(folder, index, components, variant)
         return folder
@@ -196,9 +225,11 @@ class PipelineLoader(ABC):
             sampled: whether samples are drawn with that ``prediction_type``; some schedulers support only some.
             sizes: heights and widths in pixels to train at; dynamic shifting depends on them.
 
+        Returns:
+            The schedule; a :class:`sipo.schedule.SizeDependentSchedule` if the sizes differ in their shift.
+
         Raises:
-            FileNotFoundError, ValueError: as for :meth:`load_network`; the scheduler is not supported, or it shifts the
-                sizes differently.
+            FileNotFoundError, ValueError: as for :meth:`load_network`; the scheduler is not supported.
             SettingError: the scheduler does not have a setting, or not so many steps.
         """
         own = self.load_scheduler(path, **options)
@@ -217,12 +248,6 @@ class PipelineLoader(ABC):
                 raise
             raise ValueError(f"{path}: {error}") from error
         schedule = schedules[0]
-        for size, other in zip(sizes, schedules, strict=False):
-            if other.shift != schedule.shift:
-                raise ValueError(
-                    f"{path}: its {class_name} has shift {schedule.shift:.4g} at {list(sizes[0])} and "
-                    f"{other.shift:.4g} at {list(size)}: expected sizes with one shift, or a shift for all of them"
-                )
         if schedule.invert_sigmas:  # no network of these families is told the share of data
             raise ValueError(f"{path}: its {class_name} has invert_sigmas=True, expected a model without it")
         if schedule.kind != self.schedule_kind:
@@ -230,7 +255,10 @@ class PipelineLoader(ABC):
             raise ValueError(f"{path}: its {class_name} is a {schedule.kind} schedule, {expected}")
         if schedule.kind == "flow" and schedule.num_train_timesteps != 1000:
             raise ValueError(f"{path}: its {class_name} has {schedule.num_train_timesteps} timesteps, expected 1000")
-        return schedule
+        if all(other.shift == schedule.shift for other in schedules):
+            return schedule
+        latents = [(height // self.latent_pixels, width // self.latent_pixels) for height, width in sizes]
+        return SizeDependentSchedule(dict(zip(latents, schedules, strict=True)))
 
     def load_scheduler(self, path: str | Path, **options: Any) -> Any:
         """Loads the model's scheduler. Arguments and errors as for :meth:`load_network`."""

@@ -176,6 +176,7 @@ def save_lora(
 ) -> Path:
     """Writes the adapter as ``pytorch_lora_weights.safetensors``, for ``pipeline.load_lora_weights(folder)``.
 
+    The second of two experts has its file in a subfolder of its name (:func:`lora_file`).
     The scale alpha / rank is multiplied into the weights (``lora_files.py`` says why).
 
     Args:
@@ -185,23 +186,37 @@ def save_lora(
         state: the network's tensors by name, if the network itself holds only a part of them (FSDP).
 
     Returns:
-        The path of the file.
+        The path of the file; of the first network's, if there are several.
     """
-    from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
     from peft.utils import get_peft_model_state_dict
 
     inner = inner_network(network)
     if not hasattr(inner, "peft_config"):
         raise ValueError(f"{type(inner).__name__} has no adapter to save: expected prepare_lora's")
-    layers = get_peft_model_state_dict(inner, state_dict=None if state is None else dict(state), adapter_name=ADAPTER)
-    config = inner.peft_config[ADAPTER]
-    options = {"target_modules": config.target_modules, "dropout": config.lora_dropout}
-    adapter = Adapter.of_tensors(layers, config.lora_alpha / config.r, **options)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / LORA_WEIGHT_NAME_SAFE
-    write_adapter(family, adapter, file)
-    return file
+    for name, part in family.networks_in(inner).items():
+        layers = get_peft_model_state_dict(part, state_dict=_part_of(state, family, name), adapter_name=ADAPTER)
+        config = inner.peft_config[ADAPTER]
+        options = {"target_modules": config.target_modules, "dropout": config.lora_dropout}
+        adapter = Adapter.of_tensors(layers, config.lora_alpha / config.r, **options)
+        file = lora_file(family, folder, name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_adapter(family, adapter, file)
+    return lora_file(family, folder, family.network)
+
+
+def lora_file(family: Family, folder: str | Path, name: str) -> Path:
+    """Returns the file of one network's adapter: in the folder itself, or in a subfolder for an expert at low noise."""
+    from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+
+    return Path(folder) / ("" if name == family.network else name) / LORA_WEIGHT_NAME_SAFE
+
+
+def _part_of(state: Mapping[str, Tensor] | None, family: Family, name: str) -> dict[str, Tensor] | None:
+    """Returns the tensors of one of a family's networks."""
+    if state is None:
+        return None
+    start = f"{name}." if family.experts else ""
+    return {key.removeprefix(start): tensor for key, tensor in state.items() if key.startswith(start)}
 
 
 def save_full(
@@ -216,17 +231,18 @@ def save_full(
     """
     import diffusers
 
-    whole = inner_network(network)
-    if state is not None:  # an empty network of the original class takes the gathered tensors
-        with torch.device("meta"):
-            whole = getattr(diffusers, family.network_class).from_config(whole.config)
-        whole.load_state_dict(dict(state), assign=True)
     folder = Path(folder)
-    final = folder / family.network
     folder.mkdir(parents=True, exist_ok=True)
-    with aside(final, durable=True) as place:
-        whole.save_pretrained(place, safe_serialization=True)
-    return final
+    parts: dict[str, Any] = family.networks_in(inner_network(network))
+    for name, whole in parts.items():
+        tensors = _part_of(state, family, name)
+        if tensors is not None:  # an empty network of the original class takes the gathered tensors
+            with torch.device("meta"):
+                whole = getattr(diffusers, family.network_class).from_config(whole.config)
+            whole.load_state_dict(tensors, assign=True)
+        with aside(folder / name, durable=True) as place:
+            whole.save_pretrained(place, safe_serialization=True)
+    return folder / family.network
 
 
 def load_saved(family: Family, network: nn.Module, folder: str | Path) -> None:
@@ -244,17 +260,16 @@ def load_saved(family: Family, network: nn.Module, folder: str | Path) -> None:
         FileNotFoundError: the folder has no such weights.
         ValueError: the weights are of another network, adapter or rank, or a file is damaged.
     """
-    if hasattr(network, "peft_config"):
-        _load_lora(family, network, Path(folder))
-    else:
-        _load_full(family, network, Path(folder))
+    for name, part in family.networks_in(network).items():
+        if hasattr(network, "peft_config"):
+            _load_lora(family, part, lora_file(family, folder, name))
+        else:
+            _load_full(part, Path(folder) / name)
 
 
-def _load_lora(family: Family, network: Any, folder: Path) -> None:
-    from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+def _load_lora(family: Family, network: Any, file: Path) -> None:
     from peft.utils import set_peft_model_state_dict
 
-    file = folder / LORA_WEIGHT_NAME_SAFE
     adapter, config = read_adapter(family, file), network.peft_config[ADAPTER]
     tensors = {}
     for module, (a, b) in adapter.layers.items():
@@ -267,11 +282,11 @@ def _load_lora(family: Family, network: Any, folder: Path) -> None:
             raise RuntimeError(f"{wrong[0]} is in one of them alone")
 
 
-def _load_full(family: Family, network: nn.Module, folder: Path) -> None:
-    files = sorted((folder / family.network).glob("*.safetensors"))
+def _load_full(network: nn.Module, folder: Path) -> None:
+    files = sorted(folder.glob("*.safetensors"))
     if not files:
         expected = "expected the weights of a run with full tuning"
-        raise FileNotFoundError(f"{folder}: no {family.network}/*.safetensors, {expected}")
+        raise FileNotFoundError(f"{folder.parent}: no {folder.name}/*.safetensors, {expected}")
     state: dict[str, Tensor] = {}
     for file in files:
         state |= load_tensors(file)

@@ -1,4 +1,4 @@
-"""Wan 2.1 text to video: rectified flow on clips, with UMT5 as text encoder."""
+"""Wan 2.1 and Wan 2.2 A14B, text to video: rectified flow on clips, with UMT5 as text encoder."""
 
 from __future__ import annotations
 
@@ -29,9 +29,12 @@ class Wan(Family):
 
     def _check_index(self, path: str | Path, index: Mapping[str, Any]) -> None:
         super()._check_index(path, index)
-        for option in ("boundary_ratio", "expand_timesteps"):  # two networks, or a timestep per token
-            if index.get(option):
-                raise ValueError(f"{path}: {option}={index[option]!r}, a Wan 2.2: expected a Wan 2.1 without it")
+        boundary = index.get("boundary_ratio")
+        if bool(boundary) != bool(self.experts):
+            expected = "a Wan 2.2 with two networks" if self.experts else "none; family 'wan2.2' takes it"
+            raise ValueError(f"{path}: boundary_ratio={boundary!r}, expected {expected}")
+        if index.get("expand_timesteps"):
+            raise ValueError(f"{path}: expand_timesteps=True, a Wan 2.2 5B: expected a model without it")
 
     def check_network_size(self, config: Any, height: int, width: int, frames: int) -> None:
         """See :meth:`Family.check_network_size`: the table of rotary embeddings is limited."""
@@ -48,3 +51,10 @@ class Wan(Family):
         """See :meth:`Family.network_inputs`."""
         (text,) = pick(condition, PROMPT)
         return {"hidden_states": noisy, "timestep": time, "encoder_hidden_states": text}
+
+
+class Wan22(Wan):
+    """Wan 2.2 A14B (text to video): one network for high noise levels, and one for low ones."""
+
+    name = "wan2.2"
+    experts = ("transformer", "transformer_2")

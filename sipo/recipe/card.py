@@ -141,10 +141,16 @@ def _loading(family: Family, base: str, lora: bool) -> list[str]:
         # Named: before diffusers 0.40, a folder is looked through for it only where it may go online.
         file = json.dumps(LORA_WEIGHT_NAME_SAFE)
         lines += [f"pipeline.load_lora_weights({here}, weight_name={file})  # the folder that this file is in"]
+        for name in family.experts[1:]:
+            options = f"subfolder={json.dumps(name)}, weight_name={file}, load_into_{name}=True"
+            lines += [f"pipeline.load_lora_weights({here}, {options})"]
     else:
-        loaded = f"{family.network_class}.from_pretrained({here}, subfolder={json.dumps(family.network)})"
-        lines += ["", f"{family.network} = {loaded}  # the folder that this file is in"]
-        lines += [f"pipeline = {pipeline}.from_pretrained({where}, {family.network}={family.network})"]
+        lines += [""]
+        for name in family.networks:
+            loaded = f"{family.network_class}.from_pretrained({here}, subfolder={json.dumps(name)})"
+            lines += [f"{name} = {loaded}  # the folder that this file is in"]
+        networks = ", ".join(f"{name}={name}" for name in family.networks)
+        lines += [f"pipeline = {pipeline}.from_pretrained({where}, {networks})"]
     return lines
 
 

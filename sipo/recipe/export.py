@@ -60,6 +60,11 @@ def export_run(
     config = load_config(file, overrides)
     check_config_sum(target)
     family = get_family(config.model.family)
+    if family.experts:
+        files = target / "weights"
+        raise ConfigError(
+            f"model.family={family.name!r}: has a file for each network in {files}, in diffusers' format alone"
+        )
     if config.model.tuning != "lora":
         whole = target / "weights" / family.network
         raise ConfigError(f"model.tuning={config.model.tuning!r}: expected 'lora'; diffusers loads {whole} as it is")

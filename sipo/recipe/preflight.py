@@ -138,6 +138,9 @@ def _check_network(run: RunContext) -> None:
             check_targets(network, family.lora_targets if targets is None else targets)
         except ValueError as error:
             raise ConfigError(f"model.lora.{error}") from error
+    if family.experts and run.accelerator.num_processes > 1:
+        # A step that draws one network's levels alone leaves the other without gradients, for which DDP would wait.
+        raise ConfigError(f"model.family={model.family!r}: expected one process, it trains several networks")
     if model.guidance_scale is not None and not getattr(network.config, "guidance_embeds", False):
         raise ConfigError(
             f"model.guidance_scale={model.guidance_scale}: leave it out, the network has no guidance embedding"

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sipo.families.toy import stable_diffusion_toys, video_toys
+from sipo.families.toy import flux2_toys, flux_toys, qwen_image_toys, stable_diffusion_toys, video_toys
 from sipo.files import aside
 
 
@@ -25,11 +25,23 @@ class Toy(NamedTuple):
 
 TOYS: dict[str, Toy] = {
     "sd15": Toy("sd15", stable_diffusion_toys.sd15),
+    "sd21": Toy("sd15", stable_diffusion_toys.sd21),
     "sdxl": Toy("sdxl", stable_diffusion_toys.sdxl),
     "sd3": Toy("sd3", stable_diffusion_toys.sd3),
+    "flux": Toy("flux", flux_toys.dev),
+    "flux-schnell": Toy("flux", flux_toys.schnell),
+    "flux-kontext": Toy("flux-kontext", flux_toys.kontext),
+    "chroma": Toy("chroma", flux_toys.chroma),
+    "flux2": Toy("flux2", flux2_toys.dev),
+    "flux2-klein": Toy("flux2-klein", flux2_toys.klein),
+    "qwen-image": Toy("qwen-image", qwen_image_toys.qwen_image),
+    "qwen-image-edit": Toy("qwen-image-edit", qwen_image_toys.qwen_image_edit),
+    "qwen-image-edit-plus": Toy("qwen-image-edit-plus", qwen_image_toys.qwen_image_edit_plus),
+    "qwen-image-edit-2511": Toy("qwen-image-edit-plus", lambda: qwen_image_toys.qwen_image_edit_plus(zero_cond_t=True)),
     "cogvideox": Toy("cogvideox", video_toys.cogvideox),
     "cogvideox-2b": Toy("cogvideox", lambda: video_toys.cogvideox(rotary=False)),
     "wan": Toy("wan", video_toys.wan),
+    "wan2.2": Toy("wan2.2", lambda: video_toys.wan(experts=True)),
 }
 """All toys by name. A family's first toy has the family's name; others are variants that differ in their parts."""
 

@@ -50,14 +50,19 @@ def cogvideox(rotary: bool = True) -> Any:
     )
 
 
-def wan() -> Any:
+def wan(experts: bool = False) -> Any:
     from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+
+    def network() -> Any:
+        return WanTransformer3DModel(**TRANSFORMER, text_dim=WIDTH, freq_dim=32, ffn_dim=64, rope_max_seq_len=64)
 
     tokenizer = t5_tokenizer()
     return WanPipeline(
         tokenizer=tokenizer,
         text_encoder=t5(tokenizer, multilingual=True),
         vae=AutoencoderKLWan(base_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
-        transformer=WanTransformer3DModel(**TRANSFORMER, text_dim=WIDTH, freq_dim=32, ffn_dim=64, rope_max_seq_len=64),
+        transformer=network(),
+        transformer_2=network() if experts else None,
         scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        boundary_ratio=0.875 if experts else None,
     )
