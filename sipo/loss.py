@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sipo.schedule import DEFAULT_INFERENCE_STEPS, NoiseSchedule
+from sipo.schedule import DEFAULT_INFERENCE_STEPS, NoiseSchedule, schedule_for
 from sipo.schedule.levels import check_count, check_positive
 from sipo_kernels import PairLossOutput, Totals, pair_loss
 from sipo_kernels.backends import BACKENDS
@@ -122,7 +122,7 @@ class SIPOLoss(torch.nn.Module):
                 that is neither 4-D nor 5-D.
             FloatingPointError: ``nonfinite="raise"`` and a pair that is not finite.
         """
-        ratio_scale = self.schedule.ratio_scale(timesteps, sigmas=sigmas)
+        ratio_scale = schedule_for(self.schedule, model_pred).ratio_scale(timesteps, sigmas=sigmas)
         # anything but a batch is left to pair_loss to refuse
         if isinstance(model_pred, Tensor) and model_pred.ndim > 0:
             samples, scales = model_pred.shape[0], ratio_scale.shape[0]

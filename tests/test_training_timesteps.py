@@ -18,6 +18,7 @@ from sipo.training.timesteps import BINS, EXPLORATION, LEAST_PAIRS, MEMORY, Info
 from tests.training_cases import Pairs, fit, loss, same, untimed
 
 CPU = torch.device("cpu")
+SCHEDULE = NoiseSchedule.discrete()
 
 
 class Output(NamedTuple):
@@ -25,7 +26,7 @@ class Output(NamedTuple):
 
 
 def informative(schedule: NoiseSchedule | None = None, **options: Any) -> InformativeTimesteps:
-    loss_fn = SIPOLoss(schedule or NoiseSchedule.discrete(), beta=1.0, **options)
+    loss_fn = SIPOLoss(schedule or SCHEDULE, beta=1.0, **options)
     return InformativeTimesteps(loss_fn, CPU, 0, "uniform")
 
 
@@ -86,7 +87,7 @@ def test_a_running_mean_forgets() -> None:
 
 def test_with_nothing_known_draws_are_those_of_all() -> None:
     statistics = informative()
-    assert torch.equal(statistics.sample(64, 3), step_levels(statistics.schedule, 64, 3, 0, "uniform"))
+    assert torch.equal(statistics.sample(SCHEDULE, 64, 3), step_levels(SCHEDULE, 64, 3, 0, "uniform"))
     assert statistics.share == 1.0
 
 
@@ -99,7 +100,7 @@ def low_until(statistics: InformativeTimesteps, bins: int) -> None:
 def test_bins_under_the_threshold_are_left_out_but_for_the_exploration() -> None:
     statistics = informative()
     low_until(statistics, 60)
-    drawn = torch.cat([statistics.sample(100, step) for step in range(100)])
+    drawn = torch.cat([statistics.sample(SCHEDULE, 100, step) for step in range(100)])
     low = (drawn < 600).float().mean().item()
     # Exploration draws from all levels, of which 60 % are low; four standard errors.
     expected = 0.6 * EXPLORATION
@@ -107,8 +108,8 @@ def test_bins_under_the_threshold_are_left_out_but_for_the_exploration() -> None
     high = drawn[drawn >= 600].float()
     assert high.mean().item() == pytest.approx(799.5, abs=5) and high.min() == 600 and high.max() == 999
     assert statistics.share == pytest.approx(0.4)
-    assert torch.equal(statistics.sample(100, 7), drawn[700:800])  # a function of the step
-    assert not torch.equal(statistics.sample(100, 8), drawn[700:800])
+    assert torch.equal(statistics.sample(SCHEDULE, 100, 7), drawn[700:800])  # a function of the step
+    assert not torch.equal(statistics.sample(SCHEDULE, 100, 8), drawn[700:800])
 
 
 def test_few_pairs_leave_a_bin_in_and_all_bins_are_never_left_out() -> None:
@@ -121,9 +122,9 @@ def test_few_pairs_leave_a_bin_in_and_all_bins_are_never_left_out() -> None:
     assert statistics.share == pytest.approx(0.99)
     low_until(statistics, BINS)
     assert statistics.share == 1.0
-    assert torch.equal(statistics.sample(8, 0), step_levels(statistics.schedule, 8, 0, 0, "uniform"))
+    assert torch.equal(statistics.sample(SCHEDULE, 8, 0), step_levels(SCHEDULE, 8, 0, 0, "uniform"))
     low_until(statistics, BINS - 1)  # one level in a hundred: some pairs find none in their draws, and keep the first
-    drawn = statistics.sample(2000, 0)
+    drawn = statistics.sample(SCHEDULE, 2000, 0)
     assert 0.2 < (drawn >= 990).float().mean().item() < 0.4
 
 
@@ -135,7 +136,7 @@ def test_a_bin_that_recovers_comes_back() -> None:
     assert statistics.share == 0.5
     shares = []
     for step in range(100):
-        drawn = statistics.sample(512, step)
+        drawn = statistics.sample(SCHEDULE, 512, step)
         statistics.add(drawn, Output(torch.zeros(1024)))  # ratios of 1 everywhere from now on
         read(statistics)
         shares.append(statistics.share)
@@ -144,10 +145,11 @@ def test_a_bin_that_recovers_comes_back() -> None:
 
 
 def test_sampling_follows_the_distribution_of_a_flow() -> None:
-    statistics = InformativeTimesteps(SIPOLoss(NoiseSchedule.flow(shift=3.0), beta=1.0), CPU, 0, "shifted_logit_normal")
+    schedule = NoiseSchedule.flow(shift=3.0)
+    statistics = InformativeTimesteps(SIPOLoss(schedule, beta=1.0), CPU, 0, "shifted_logit_normal")
     low_until(statistics, 50)
-    drawn = torch.cat([statistics.sample(1000, step) for step in range(20)])
-    plain = torch.cat([step_levels(statistics.schedule, 1000, s, 1, "shifted_logit_normal") for s in range(20)])
+    drawn = torch.cat([statistics.sample(schedule, 1000, step) for step in range(20)])
+    plain = torch.cat([step_levels(schedule, 1000, s, 1, "shifted_logit_normal") for s in range(20)])
     assert drawn.dtype == plain.dtype == torch.float32
     expected = plain[plain >= 0.5]
     assert drawn[drawn >= 0.5].mean().item() == pytest.approx(expected.mean().item(), abs=0.006)

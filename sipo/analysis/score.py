@@ -18,7 +18,7 @@ from sipo.families.network import evaluating
 from sipo.loss import SIPOLoss
 from sipo.progress import track
 from sipo.protocols import PairDataset, Predict
-from sipo.schedule import NoiseSchedule
+from sipo.schedule import NoiseSchedule, schedule_for
 from sipo.seeds import RandomStream, derive_seed
 from sipo.training.forward import PairForward, ReferenceModel
 from sipo.training.stream import batches_in_order
@@ -203,15 +203,18 @@ def score_pairs(
         batch_sampler=batches,
         collate_fn=lambda items: collate([_without(item, _FIXED) for item in items]),
     )
-    levels = _stratified(schedule, len(dataset), draws, seed, distribution)
+    levels: dict[NoiseSchedule, Tensor] = {}  # by the schedule of a size
     noise_seed = derive_seed(seed, RandomStream.SCORE_NOISE, 0)
     gaps = torch.empty(2, draws, len(dataset), dtype=torch.float64)  # chosen samples' and rejected samples'
     with torch.no_grad(), evaluating(policy.modules()):
         for rows, batch in zip(batches, track(loader, "scoring", "batches", progress), strict=True):
             pairs, found = PairBatch.of_items(batch), []
+            own = schedule_for(schedule, pairs.chosen)
+            if own not in levels:
+                levels[own] = _stratified(own, len(dataset), draws, seed, distribution)
             for draw in range(draws):
                 positions = [row * draws + draw for row in rows]
-                output, _ = forward(policy, pairs, positions, levels[draw, rows], seed=noise_seed)
+                output, _ = forward(policy, pairs, positions, levels[own][draw, rows], seed=noise_seed)
                 found.append(output.error_gap.double().view(2, -1))  # type: ignore[attr-defined]
             gaps[:, :, rows] = torch.stack(found, dim=1).cpu()  # one wait for the device a batch
     chosen, rejected = -0.5 * beta * gaps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from sipo.analysis.wording import percent
 from sipo.batch import PairBatch, collate
 from sipo.families.network import evaluating
 from sipo.protocols import PairDataset
+from sipo.schedule import NoiseSchedule, schedule_for
 from sipo.training.forward import PairForward
 from sipo.training.statistics import NoiseBins, TimestepStatistics
 from sipo.training.stream import batches_in_order, step_levels
@@ -92,11 +94,13 @@ def measure_untrained(
     statistics = TimestepStatistics(loss_fn, bins, device)
     batches = batches_in_order(dataset, batch_size, pairs)
     count = sum(map(len, batches))
+    pairs_of: Counter[NoiseSchedule] = Counter()  # by the schedule of their size
     highest = torch.zeros((), dtype=torch.float32, device=device)
     dropped = torch.zeros((), dtype=torch.bool, device=device)
     with torch.no_grad(), evaluating(policy.modules()):
         for rows in batches:
             batch = PairBatch.of_items(collate([dataset[row] for row in rows]))
+            pairs_of[schedule_for(loss_fn.schedule, batch.chosen)] += len(rows)
             for level in range(bins.bins):
                 noise_levels = _within(bins, level, rows, count)
                 positions = [row * bins.bins + level for row in rows]
@@ -108,10 +112,10 @@ def measure_untrained(
                 dropped |= out.any()
     line = statistics.take(0, statistics.window.flatten().tolist())
     assert line is not None
-    drawn = step_levels(loss_fn.schedule, _DRAWN, 0, seed, distribution)
+    drawn = torch.cat([step_levels(each, _DRAWN * n // count, 0, seed, distribution) for each, n in pairs_of.items()])
     return UntrainedFacts(
         line=line,
-        drawn=(torch.bincount(bins(drawn), minlength=bins.bins) / _DRAWN).tolist(),
+        drawn=(torch.bincount(bins(drawn), minlength=bins.bins) / len(drawn)).tolist(),
         highest=highest.item() if dropped else None,
         beta=beta,
         threshold=0.0 if loss_fn.options.method == "diffusion_dpo" else loss_fn.options.mask_threshold,

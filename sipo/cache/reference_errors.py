@@ -23,7 +23,7 @@ from sipo.cache.finished import Cache
 from sipo.cache.format import INDEX, CacheError, DamagedError, Shard, ShardFolder, ShardReader, digest
 from sipo.cache.index import check_fingerprint
 from sipo.protocols import Schedule
-from sipo.schedule import NoiseSchedule
+from sipo.schedule import NoiseSchedule, SizeDependentSchedule
 from sipo.seeds import RandomStream, derive_seed
 
 FOLDER = "references"
@@ -108,6 +108,7 @@ def reference_fingerprint(
     The arguments are those of :func:`sipo.cache.precompute_errors.precompute_reference_errors`.
     """
     levels = schedule.invert_sigmas if schedule.kind == "flow" else digest(_alphas(schedule))
+    shift = schedule.settings()["shift"] if isinstance(schedule, SizeDependentSchedule) else schedule.shift
     terminal = [] if schedule.shift_terminal is None else [schedule.shift_terminal]
     return {
         **{f"reference.{key}": value for key, value in reference.items()},
@@ -116,7 +117,7 @@ def reference_fingerprint(
             schedule.prediction_type,
             schedule.kind,
             schedule.num_train_timesteps,
-            schedule.shift,
+            shift,
             levels,
             *terminal,
         ],

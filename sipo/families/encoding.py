@@ -24,7 +24,6 @@ class PipelineEncoder(PipelineLoader):
 
     Attributes:
         latent_layout: dimensions of one sample's latents: "CHW", "FCHW" or "CFHW".
-        latent_pixels: height and width of one latent in pixels.
         vae_patch: side of the squares of the VAE's latents that are stacked into one latent; 1 for none.
         vae_frames: whether the VAE of an image family takes frames; an image is then a clip of one frame to it.
         condition_image: whether pairs have an image that both samples are edits of: "none", "optional", "required".
@@ -37,7 +36,6 @@ class PipelineEncoder(PipelineLoader):
     """
 
     latent_layout: ClassVar[str] = "CHW"
-    latent_pixels: ClassVar[int] = 8
     vae_patch: ClassVar[int] = 1
     vae_frames: ClassVar[bool] = False
     condition_image: ClassVar[Literal["none", "optional", "required"]] = "none"

@@ -357,7 +357,7 @@ class NoiseSchedule:
             f"{name}={value:.12g}" if isinstance(value, float) else f"{name}={value!r}"
             for name, value in self.settings().items()
         )
-        return f"NoiseSchedule({', '.join(fields)})"
+        return f"{type(self).__name__}({', '.join(fields)})"
 
     def _table(self, name: str, device: torch.device) -> Tensor:
         # Cached by device, so that a call uploads nothing. A device first seen in compiled code costs a recompilation.

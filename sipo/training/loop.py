@@ -21,6 +21,7 @@ from sipo.batch import BatchMode, PairBatch
 from sipo.locks import locked
 from sipo.processes import from_main
 from sipo.protocols import PairDataset, PairLoss, PairLossResult, Predict
+from sipo.schedule import schedule_for
 from sipo.seeds import RandomStream, derive_seed, seed_process
 from sipo.training import checkpoint
 from sipo.training.alarms import AlarmWatch
@@ -244,11 +245,12 @@ class TrainingLoop:
         config = self.config
         rate = self.updates.set_rate(step)
         self.forward.first = FirstStep(self.accelerator) if step == 0 else None
-        for number, levels in enumerate(self._levels(step)):
+        for number in range(config.gradient_accumulation_steps):
             if number == config.gradient_accumulation_steps - 1:
                 self.agreement.ask()
             with self.accelerator.accumulate(self.policy):
-                self._pass(*next(batches), levels)
+                batch, positions = next(batches)
+                self._pass(batch, positions, self._levels(step, number, batch))
         if self.forward.first is not None:
             self.start = check_start(self.forward.first, config, self.mismatch)
             self.forward.first = None
@@ -256,15 +258,16 @@ class TrainingLoop:
         self.backwards = 0
         return rate
 
-    def _levels(self, step: int) -> list[Tensor]:
-        """This process's noise levels of each pass of an optimiser step."""
+    def _levels(self, step: int, number: int, batch: PairBatch) -> Tensor:
+        """This process's noise levels in a pass of an optimiser step, whose draws are the same whatever the size."""
         config, world = self.config, self.accelerator.num_processes
+        schedule = schedule_for(self.forward.schedule, batch.chosen)
         n = config.train_batch_size * config.gradient_accumulation_steps * world
         if self.measured.informative is not None:
-            levels = self.measured.informative.sample(n, step)
+            levels = self.measured.informative.sample(schedule, n, step)
         else:
-            levels = step_levels(self.forward.schedule, n, step, config.seed, config.timestep_distribution)
-        return list(levels.split(config.train_batch_size)[self.accelerator.process_index :: world])
+            levels = step_levels(schedule, n, step, config.seed, config.timestep_distribution)
+        return levels.split(config.train_batch_size)[number * world + self.accelerator.process_index]
 
     def _pass(self, batch: PairBatch, positions: range, levels: Tensor) -> None:
         """Runs forward and backward of ``B`` pairs."""

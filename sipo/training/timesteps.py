@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sipo.protocols import PairLoss
+from sipo.protocols import PairLoss, Schedule
 from sipo.seeds import RandomStream, derive_seed
 from sipo.training.statistics import NoiseBins
 from sipo.training.stream import step_levels
@@ -55,7 +55,6 @@ class InformativeTimesteps:
 
     def __init__(self, loss_fn: PairLoss, device: torch.device, seed: int, distribution: str) -> None:
         schedule: Any = loss_fn.schedule
-        self.schedule = schedule
         options = getattr(loss_fn, "options", None)
         self.threshold = 0.0
         if isinstance(options, LossOptions) and options.method != "diffusion_dpo":
@@ -75,13 +74,13 @@ class InformativeTimesteps:
         self.means = [0.0] * self.bins
         self.counts = [0.0] * self.bins
 
-    def sample(self, n: int, step: int) -> Tensor:
+    def sample(self, schedule: Schedule, n: int, step: int) -> Tensor:
         """Draws the noise levels of all ``n`` pairs of an optimiser step; ``[n]`` on the CPU."""
         skipped = torch.tensor(self._skipped())
         if not skipped.any():
-            return step_levels(self.schedule, n, step, self.seed, self.distribution)
+            return step_levels(schedule, n, step, self.seed, self.distribution)
         generator = torch.Generator().manual_seed(derive_seed(self.seed, RandomStream.LEVELS, step))
-        drawn = self.schedule.sample_levels(_ROUNDS * n, generator, distribution=self.distribution)
+        drawn = schedule.sample_levels(_ROUNDS * n, generator, distribution=self.distribution)
         drawn = drawn.view(_ROUNDS, n)
         taken = ~skipped[self.bin_of(drawn)]
         taken[0] |= torch.rand(n, generator=generator, dtype=torch.float32) < EXPLORATION

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sipo.batch import PairBatch
 from sipo.loss import SIPOLoss
 from sipo.protocols import PairDataset, PairLoss
+from sipo.schedule import schedule_for
 from sipo.seeds import RandomStream, derive_seed, preserve_random_state
 from sipo.training.config import TrainingConfig
 from sipo.training.forward import PairForward
@@ -63,13 +64,7 @@ class Validation:
         self.forward = _measuring(forward)
         self.config = config
         self.accelerator = accelerator
-        self.levels = torch.empty(0, dtype=torch.float32)
-        self.batches: list[list[int]] = []
-        if dataset is not None:
-            seed = derive_seed(config.seed, RandomStream.VALIDATION, 0)
-            distribution = config.timestep_distribution
-            self.levels = step_levels(forward.schedule, len(dataset), 0, seed, distribution)
-            self.batches = batches_in_order(dataset, config.train_batch_size)
+        self.batches = [] if dataset is None else batches_in_order(dataset, config.train_batch_size)
 
     def __call__(self, policy: nn.Module, step: int, plain: nn.Module | None = None) -> dict[str, float]:
         """Returns means by the names of docs/math.md §8, with those that only a validation has; empty without pairs.
@@ -91,6 +86,13 @@ class Validation:
             reshard(network)
         return metrics
 
+    def _levels(self, batch: PairBatch) -> Tensor:
+        """Noise levels of all pairs, as if they had the size of the batch's; the draws are the same for every size."""
+        assert self.dataset is not None
+        schedule = schedule_for(self.forward.schedule, batch.chosen)
+        seed = derive_seed(self.config.seed, RandomStream.VALIDATION, 0)
+        return step_levels(schedule, len(self.dataset), 0, seed, self.config.timestep_distribution)
+
     def _measure(self, network: nn.Module) -> dict[str, float]:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         own = self.batches[rank::world]
@@ -101,9 +103,10 @@ class Validation:
         names: list[str] = []
         sums: Tensor | None = None
         seed = derive_seed(self.config.seed, RandomStream.VALIDATION, 1)
-        for number, batch in enumerate(loader):
+        for number, items in enumerate(loader):
             rows = own[number] if number < len(own) else self.batches[0]
-            output, _ = self.forward(network, PairBatch.of_items(batch), rows, self.levels[rows], seed=seed)
+            batch = PairBatch.of_items(items)
+            output, _ = self.forward(network, batch, rows, self._levels(batch)[rows], seed=seed)
             metrics = output.metrics() | _no_preference(self.forward.loss_fn, output)
             names = list(metrics)
             counted = _weighed(metrics, len(rows), skips=getattr(output, "skip_nonfinite", False))
