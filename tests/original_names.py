@@ -118,6 +118,19 @@ def _qwen_image(depth: int = 2) -> Iterator[str]:
             yield from (f"{block}.{side}_mlp.net.0.proj", f"{block}.{side}_mlp.net.2", f"{block}.{side}_mod.1")
 
 
+def _flux2(guidance: bool, double: int, single: int) -> Iterator[str]:
+    """FLUX.2; klein is told no guidance scale."""
+    yield from ("img_in", "txt_in", "final_layer.linear", "final_layer.adaLN_modulation.1", "time_in.in_layer")
+    yield from ("time_in.out_layer", *(("guidance_in.in_layer", "guidance_in.out_layer") if guidance else ()))
+    yield from (f"{name}.lin" for name in ("double_stream_modulation_img", "double_stream_modulation_txt"))
+    yield "single_stream_modulation.lin"
+    for i in range(double):
+        for side in ("img", "txt"):
+            yield from (f"double_blocks.{i}.{side}_{part}" for part in ("attn.qkv", "attn.proj", "mlp.0", "mlp.2"))
+    for i in range(single):
+        yield from (f"single_blocks.{i}.linear1", f"single_blocks.{i}.linear2")
+
+
 # CogVideoX: ComfyUI's class (comfy/ldm/cogvideo/model.py) against diffusers'; nobody else has names for it.
 COGVIDEOX = {
     "patch_embed.proj": "patch_embed.proj",
@@ -150,6 +163,8 @@ MODULES = {
     "flux": list(_flux(chroma=False)),
     "flux-kontext": list(_flux(chroma=False)),
     "chroma": list(_flux(chroma=True)),
+    "flux2": list(_flux2(True, 8, 48)),
+    "flux2-klein": list(_flux2(False, 5, 20)),
     "wan": list(_wan()),
     "cogvideox": list(COGVIDEOX),
     **{family: list(_qwen_image()) for family in QWEN_IMAGE},
@@ -173,7 +188,9 @@ def original_rows(family: str) -> Rows:
         if "adaLN_modulation" in module:  # shift and scale of the last layers, and six of the others
             last = module.startswith(("final_layer", "joint_blocks.23.context_block"))
             count = WIDTH * (2 if last else 6)
-        elif module.endswith("linear1"):  # queries, keys and values, and four times as much of the feed-forward part
+        elif module.endswith("linear1") and not family.startswith(
+            "flux2"
+        ):  # queries, keys and values, and four times as much of the feed-forward part
             count = 7 * 3072
         rows[module] = list(range(first, first + count))
         first += count
@@ -213,6 +230,10 @@ def diffusers_rows(family: str) -> Rows:
         weights |= {f"{start}{norm}.scale": torch.zeros(0) for norm in norms}
         name = "chroma" if family == "chroma" else "flux"
         converted = getattr(converters, f"convert_{name}_transformer_checkpoint_to_diffusers")(weights)
+    elif family.startswith("flux2"):
+        converted = converters.convert_flux2_transformer_checkpoint_to_diffusers(
+            {name.removeprefix(start): weight for name, weight in weights.items()}
+        )
     elif family == "wan":
         converted = converters.convert_wan_transformer_to_diffusers(weights)
     else:

@@ -248,14 +248,18 @@ def _kohya(family: Family, adapter: Adapter, config: Mapping[str, Any]) -> dict[
     return tensors
 
 
+_FLUX = ("flux", "flux-kontext", "chroma")
+_FLUX2 = ("flux2", "flux2-klein")
 _QWEN_IMAGE = ("qwen-image", "qwen-image-edit", "qwen-image-edit-plus")  # its original names are diffusers'
-_KOHYA: dict[str, _Writer] = dict.fromkeys(("sd15", "sdxl", "sd3", "wan", *_QWEN_IMAGE), _kohya)
-# ComfyUI reads kohya's names for UNets, and diffusers' names for SD3 and Qwen-Image.
+_KOHYA: dict[str, _Writer] = dict.fromkeys(("sd15", "sdxl", "sd3", *_FLUX, *_FLUX2, "wan", *_QWEN_IMAGE), _kohya)
+# ComfyUI reads kohya's names for UNets, and diffusers' names for SD3, FLUX.1 and Qwen-Image.
 _COMFYUI: dict[str, _Writer] = {
     "sd15": _kohya,
     "sdxl": _kohya,
     "sd3": _diffusers,
+    **dict.fromkeys(_FLUX, _diffusers),
     "cogvideox": _native,
     "wan": _native,
+    **dict.fromkeys(_FLUX2, _native),
     **dict.fromkeys(_QWEN_IMAGE, _diffusers),
 }

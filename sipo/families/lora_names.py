@@ -89,15 +89,33 @@ _FLUX = (
     (r"norm_out\.linear", "final_layer.adaLN_modulation.1"),
     (r"proj_out", "final_layer.linear"),
 )
+# FLUX.2, whose blocks share their modulation layers, and whose single blocks are fused in diffusers too.
+_FLUX2 = (
+    *_FLUX,
+    (r"transformer_blocks\.(\d+)\.ff\.linear_in", r"double_blocks.\1.img_mlp.0"),
+    (r"transformer_blocks\.(\d+)\.ff\.linear_out", r"double_blocks.\1.img_mlp.2"),
+    (r"transformer_blocks\.(\d+)\.ff_context\.linear_in", r"double_blocks.\1.txt_mlp.0"),
+    (r"transformer_blocks\.(\d+)\.ff_context\.linear_out", r"double_blocks.\1.txt_mlp.2"),
+    (r"single_transformer_blocks\.(\d+)\.attn\.to_qkv_mlp_proj", r"single_blocks.\1.linear1"),
+    (r"single_transformer_blocks\.(\d+)\.attn\.to_out", r"single_blocks.\1.linear2"),
+    (r"(double_stream_modulation_(?:img|txt)|single_stream_modulation)\.linear", r"\1.lin"),
+    (r"time_guidance_embed\.timestep_embedder\.linear_1", "time_in.in_layer"),
+    (r"time_guidance_embed\.timestep_embedder\.linear_2", "time_in.out_layer"),
+    (r"time_guidance_embed\.guidance_embedder\.linear_1", "guidance_in.in_layer"),
+    (r"time_guidance_embed\.guidance_embedder\.linear_2", "guidance_in.out_layer"),
+)
 _TABLES: dict[str, Sequence[tuple[str, str]]] = {
     "sd3": _SD3,
     "flux": _FLUX,
     "flux-kontext": _FLUX,
     "chroma": _FLUX,
+    "flux2": _FLUX2,
+    "flux2-klein": _FLUX2,
     "cogvideox": _COGVIDEOX,
     "wan": _WAN,
 }
-_SHIFT_BEFORE_SCALE = ("sd3", "flux", "flux-kontext")  # in the last modulation layer; diffusers has the scale first
+# Families whose last modulation layer has the shift first in the original code; diffusers has the scale first.
+_SHIFT_BEFORE_SCALE = ("sd3", "flux", "flux-kontext", "flux2", "flux2-klein")
 
 # The UNets of SD1.5 and SDXL: the original code numbers their blocks consecutively.
 _UNET_ENDS = {
