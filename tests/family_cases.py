@@ -21,6 +21,7 @@ from sipo.families import Condition, Family, get_family
 from sipo.families.experts import ExpertNetworks
 from sipo.families.network import CONDITION_LATENTS
 from sipo.families.toy import TOYS, build_toy
+from sipo.families.tuning import lora_file
 
 PROMPTS = ["a cat on the roof", "The thin red line, twice"]
 QWEN_IMAGE_EDIT = {"qwen-image-edit": "edit", "qwen-image-edit-plus": "edit_plus"}
@@ -91,10 +92,24 @@ def network_of(pipeline: Any, family: Family) -> Any:
     return ExpertNetworks(parts, pipeline.config.boundary_ratio) if family.experts else parts[family.network]
 
 
+def load_adapters(pipeline: Any, family: Family, folder: Path) -> Any:
+    """Loads a saved adapter into a whole pipeline; returns what the family makes of its network or networks."""
+    for name in family.networks:
+        options = {} if name == family.network else {f"load_into_{name}": True}
+        file = lora_file(family, folder, name)
+        pipeline.load_lora_weights(file.parent, weight_name=file.name, **options)
+    return network_of(pipeline, family)
+
+
 def pixels_of(family: Family, n: int = 2, seed: int = 0) -> Tensor:
     """Random pixels in [-1, 1]."""
     shape = (n, FRAMES, 3, *sides_of(family)) if family.video else (n, 3, *sides_of(family))
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def for_vae(family: Family, pixels: Tensor) -> Tensor:
+    """Pixels as the family's VAE takes them."""
+    return pixels.transpose(1, 2) if family.video else pixels[:, :, None] if family.vae_frames else pixels
 
 
 def images_of(family: Family, n: int = 2) -> list[Tensor] | None:
@@ -175,6 +190,8 @@ class Call(NamedTuple):
 def asked(family: Family, calls: list[Call], number: int, prompts: list[Condition]) -> list[Condition]:
     """The conditions that a call has rows for: one for each prompt, unconditional ones, or both."""
     unconditional = conditions_of(family.name, [family.negative_prompt or ""] * len(prompts))
+    if not family.text_sees_image:  # some have an instruction before each prompt, but not before the negative one
+        unconditional = [each | family.encode_unconditional(encoders_of(family.name)) for each in unconditional]
     if len(calls[number].noisy(family)) == len(prompts):  # prompts first
         alike = [i for i, call in enumerate(calls) if torch.equal(call.timestep, calls[number].timestep)]
         return unconditional if number == alike[0] + 1 else prompts
@@ -208,6 +225,8 @@ def sampled(pipeline: Any, family: Family, steps: int = 3, seed: int = 5, **opti
         arguments |= size | SAMPLED.get(family.name, {}) | options
         if family.name.startswith("qwen-image"):
             arguments["true_cfg_scale"] = arguments.pop("guidance_scale")
+            if isinstance(arguments["prompt"], list):
+                arguments["negative_prompt"] = [" "] * len(arguments["prompt"])
         output = pipeline(**arguments)[0]
     finally:
         for hook in hooks:

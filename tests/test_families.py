@@ -33,6 +33,7 @@ from tests.family_cases import (
     encoders_of,
     family_of,
     folder_of,
+    for_vae,
     images_of,
     load_toy,
     network_input,
@@ -197,6 +198,7 @@ def test_text_has_one_shape_and_differs(toy: str) -> None:
     lengths = {"sd15": 77, "sdxl": 77, "sd3": 77 + 256, "flux2": 512, "flux2-klein": 512, "cogvideox": 226, "wan": 512}
     lengths |= {"flux": 512, "flux-kontext": 512, "chroma": 512}
     lengths |= {"z-image": 512, "lumina2": 256, "sana": 300, "wan2.2": 512}
+    lengths |= {"qwen-image": 512, "qwen-image-edit": 3614, "qwen-image-edit-plus": 3622}  # uncut where it edits
     length, width = lengths[family.name], encoded[0]["prompt_embeds"].shape[-1]
     ragged = "prompt_embeds_mask" in encoded[0]
     assert sorted({len(condition["prompt_embeds"]) for condition in encoded})[-1] == length
@@ -229,7 +231,7 @@ def test_latents_are_scaled_as_the_pipeline_decodes_them(toy: str) -> None:
     pixels = pixels_of(family, 1)
     encoders = encoders_of(toy)
     latents = family.encode_pixels(encoders, pixels)
-    encoded = encoders.vae.encode(pixels.transpose(1, 2) if family.video else pixels)
+    encoded = encoders.vae.encode(for_vae(family, pixels))
     raw = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
     channels, length = raw.shape[1] * family.vae_patch**2, [(FRAMES - 1) // 4 + 1]
     sides = [side // family.latent_pixels for side in sides_of(family)]
@@ -271,7 +273,7 @@ def test_latents_drawn_from_the_posterior(toy: str) -> None:
     mode = family.encode_pixels(encoders, pixels)
     draws = [family.encode_pixels(encoders, pixels, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4)]
     assert torch.equal(draws[0], draws[1])
-    encoded = encoders.vae.encode(pixels.transpose(1, 2) if family.video else pixels)
+    encoded = encoders.vae.encode(for_vae(family, pixels))
     if not hasattr(encoded, "latent_dist"):  # SANA's VAE
         assert torch.equal(draws[0], mode) and torch.equal(draws[2], mode)
         return
@@ -283,7 +285,7 @@ def test_latents_drawn_from_the_posterior(toy: str) -> None:
     if family.vae_patch > 1:
         std = encoders.vae.bn.running_var.sqrt()
     else:
-        std = torch.tensor(config.latents_std) if "latents_std" in config else torch.tensor(1 / config.scaling_factor)
+        std = torch.tensor(config.latents_std) if config.get("latents_std") else torch.tensor(1 / config.scaling_factor)
     ours = posterior.std if family.vae_patch == 1 else stack_patches(posterior.std, family.vae_patch)
     expected = (ours / std.reshape(1, -1, *[1] * (ours.ndim - 2))).square().mean().sqrt()
     torch.testing.assert_close(spread, expected, rtol=0.1, atol=0)
@@ -471,7 +473,12 @@ def test_pickled_weights_are_not_loaded(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("toy", "file", "changes", "text"),
     [
-        ("wan", "model_index.json", {"boundary_ratio": 0.9}, "boundary_ratio=0.9, expected none; family 'wan2.2' takes it"),
+        (
+            "wan",
+            "model_index.json",
+            {"boundary_ratio": 0.9},
+            "boundary_ratio=0.9, expected none; family 'wan2.2' takes it",
+        ),
         ("wan2.2", "model_index.json", {"boundary_ratio": None}, "boundary_ratio=None, expected a Wan 2.2 with two"),
         ("cogvideox", "transformer/config.json", {"in_channels": 8}, "takes 8 channels and gives 4"),
         ("cogvideox", "transformer/config.json", {"patch_size_t": 2}, "patch_size_t=2, a CogVideoX 1.5"),
@@ -555,7 +562,8 @@ def test_samples_are_the_pipelines(toy: str) -> None:
 def test_samples_without_guidance(toy: str) -> None:
     family, network = load_toy(toy)
     calls: list[int] = []
-    network.register_forward_hook(lambda module, args, output: calls.append(len(output[0])))
+    for part in family.networks_in(network).values():
+        part.register_forward_hook(lambda module, args, output: calls.append(len(output[0])))
     none = 0.0 if family.name == "z-image" else 1.0
     found = family.sample(
         encoders_of(toy), network, PROMPTS[:1], seed=5, steps=2, guidance=none, **sample_of(family, 1)

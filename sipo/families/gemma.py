@@ -1,0 +1,60 @@
+"""What Lumina Image 2.0 and SANA have in common: text from Gemma 2, with a mask and an instruction before the prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from sipo.batch import padded
+from sipo.families.base import Family
+from sipo.families.network import PROMPT, PROMPT_MASK, Condition, pick
+
+
+class GemmaFamily(Family):
+    """A family with Gemma 2 as text encoder: an instruction stands before each prompt, but not before the negative one.
+
+    Text is stored without padding. The network gets it padded to the pipeline's length, so that a prediction has the
+    same bits whatever the other prompts of the batch.
+    """
+
+    network = "transformer"
+    schedule_kind = "flow"
+    text_options: ClassVar[Mapping[str, Any]]
+
+    def _instruction(self, pipeline: Any) -> dict[str, Any]:
+        """Returns the instruction as an argument of ``encode_prompt``, for pipelines that do not take their own."""
+        return {}
+
+    def _text_tensors(self, pipeline: Any, prompts: list[str], images: Sequence[Tensor] | None) -> Mapping[str, Tensor]:
+        text, mask, *_ = pipeline.encode_prompt(
+            prompts,
+            do_classifier_free_guidance=False,
+            device=pipeline.text_encoder.device,
+            **self._instruction(pipeline),
+            **self.text_options,
+        )
+        return {PROMPT: text, PROMPT_MASK: mask}
+
+    @torch.no_grad()
+    def encode_unconditional(self, pipeline: Any) -> Condition:
+        """See :meth:`Family.encode_unconditional`: without the instruction, which the pipeline leaves out here."""
+        device = pipeline.text_encoder.device
+        *_, text, mask = pipeline.encode_prompt("", negative_prompt="", device=device, **self.text_options)
+        tokens = mask[0].bool().cpu()
+        return {PROMPT: text[0].cpu()[tokens], PROMPT_MASK: tokens[tokens]}
+
+    def _padded_text(self, condition: Condition, prefix: str = "") -> tuple[Tensor, Tensor]:
+        """Returns embeddings ``[N, L, D]`` and mask ``[N, L]`` at the pipeline's length."""
+        length = self.text_options["max_sequence_length"]
+        text, mask = (padded(tensor, length, 1) for tensor in pick(condition, prefix + PROMPT, prefix + PROMPT_MASK))
+        return text, mask
+
+    def _sampler_arguments(self, condition: Condition, guidance: float, image: Tensor | None) -> dict[str, Any]:
+        arguments: dict[str, Any] = {"guidance_scale": guidance}
+        for prefix in ("", "negative_"):
+            text, mask = self._padded_text(condition, prefix)
+            arguments |= {f"{prefix}prompt_embeds": text, f"{prefix}prompt_attention_mask": mask}
+        return arguments
