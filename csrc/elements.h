@@ -8,10 +8,10 @@
 
 namespace sipo {
 
-// ELEMENT_TYPES of sipo_kernels/backends/library.py. Only noise levels may be integers.
+// ELEMENT_TYPES of sipo_kernels/backends/library.py. Only noise levels may be integers, and only a mask is bool.
 #define SIPO_DTYPES(X) \
   X(kFloat32, "float32") X(kBfloat16, "bfloat16") X(kFloat16, "float16") X(kFloat64, "float64") \
-  X(kInt64, "int64") X(kInt32, "int32")
+  X(kInt64, "int64") X(kInt32, "int32") X(kBool, "bool")
 enum Dtype : int { SIPO_DTYPES(SIPO_CONSTANT) };
 constexpr int kDtypes = kInt64;  // number of types that samples can have
 

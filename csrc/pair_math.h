@@ -38,6 +38,7 @@ struct Settings { SIPO_SETTINGS(SIPO_DECLARE) };
 struct Sample {  // in: errors, scale and weight of one sample; out: the rest
   double model_error, ref_error, error_gap;
   double ratio_scale, error_weight;
+  double elements;  // Σw (§2); without a mask D
   double log_ratio, ratio, weight, reward, coef;
 };
 
@@ -103,7 +104,8 @@ SIPO_HD Placement place(const Sample& chosen, const Sample& rejected, const Sett
   return p;
 }
 
-// §6, relatives: the share of the rejected sample's gradient that is kept. `inner` is mean_D(d_w · d_l).
+// §6, relatives: the share of the rejected sample's gradient that is kept. `inner` is mean_D(d_w · d_l), with a mask
+// Σ(w_w · d_w · w_l · d_l)/Σw_l.
 SIPO_HD double rejected_share(const Sample& chosen, const Sample& rejected, const Settings& s, double inner) {
   const Placement p = place(chosen, rejected, s);
   const double aligned = p.a_w * p.a_l * inner;
@@ -119,9 +121,9 @@ SIPO_HD bool all_finite(const Sample& chosen, const Sample& rejected, double log
              nothing(penalty) == 0;
 }
 
-// §4 to §6 of one pair of weighed samples, whose coefficients it sets. `elements` is D, the size of one
-// sample; `share` is that of the rejected sample's gradient, 1 without the safeguard.
-SIPO_HD Pair judge(Sample& chosen, Sample& rejected, const Settings& s, double elements, double share) {
+// §4 to §6 of one pair of weighed samples, whose coefficients it sets. `share` is that of the rejected sample's
+// gradient, 1 without the safeguard.
+SIPO_HD Pair judge(Sample& chosen, Sample& rejected, const Settings& s, double share) {
   Pair p;
   p.mask =
       s.method == kDiffusionDpo || s.mask_threshold <= 0 || smaller(chosen.ratio, rejected.ratio) >= s.mask_threshold;
@@ -137,8 +139,8 @@ SIPO_HD Pair judge(Sample& chosen, Sample& rejected, const Settings& s, double e
   }
 
   const double g = b * of_logit.pull * 0.5 * s.beta * s.loss_scale;  // §6
-  chosen.coef = p.mask ? g * a_w * (2.0 / elements) : 0.0;
-  rejected.coef = p.mask ? -g * share * a_l * (2.0 / elements) : 0.0;
+  chosen.coef = p.mask && chosen.elements != 0 ? g * a_w * (2.0 / chosen.elements) : 0.0;
+  rejected.coef = p.mask && rejected.elements != 0 ? -g * share * a_l * (2.0 / rejected.elements) : 0.0;
   return p;
 }
 
@@ -158,12 +160,11 @@ SIPO_HD double upstream_coef(double coef, double upstream, bool wide) {
 }
 
 // §3 to §6 of one pair; `inner` is read with the safeguard alone.
-SIPO_HD Pair pair_math(Sample& chosen, Sample& rejected, const Settings& s, double elements, bool has_ratio,
-                       double inner) {
+SIPO_HD Pair pair_math(Sample& chosen, Sample& rejected, const Settings& s, bool has_ratio, double inner) {
   weigh(chosen, s, has_ratio);
   weigh(rejected, s, has_ratio);
   set_rewards(chosen, rejected, s);
-  return judge(chosen, rejected, s, elements, s.safeguard < 0 ? 1.0 : rejected_share(chosen, rejected, s, inner));
+  return judge(chosen, rejected, s, s.safeguard < 0 ? 1.0 : rejected_share(chosen, rejected, s, inner));
 }
 
 }  // namespace sipo

@@ -90,8 +90,9 @@ SIPO_HD int level_bin(double level, int bins, double top) {
 
 // What one pair adds to its bin: rows[kStatistics]. If a number is not finite in float, only `nonfinite` counts.
 SIPO_HD void pair_statistics(const Sample& chosen, const Sample& rejected, const Pair& p, const Settings& s,
-                             double elements, double* rows) {
-  const double unit = elements / (s.beta * s.loss_scale), k_w = chosen.coef * unit, k_l = rejected.coef * unit;
+                             double* rows) {
+  const double scale = s.beta * s.loss_scale;
+  const double k_w = chosen.coef * (chosen.elements / scale), k_l = rejected.coef * (rejected.elements / scale);
   rows[kModelErrorChosen] = chosen.model_error, rows[kModelErrorRejected] = rejected.model_error;
   rows[kRefErrorChosen] = chosen.ref_error, rows[kRefErrorRejected] = rejected.ref_error;
   rows[kLevelChosenGap] = chosen.error_gap, rows[kLevelRejectedGap] = rejected.error_gap;

@@ -11,6 +11,7 @@ namespace sipo {
   X(const void*, model) X(const void*, ref) /* null if ref_error is given */ X(const void*, target) \
   X(int64_t, model_stride) X(int64_t, ref_stride) X(int64_t, target_stride) \
   X(int64_t, pairs) X(int64_t, elements) \
+  X(const void*, error_mask) /* null: every element counts */ X(int64_t, error_mask_stride) \
   X(const void*, ratio_scale) X(const void*, error_weight) X(const void*, ref_error) /* each [S] or null */ \
   /* Results, float or double. */ \
   X(void*, loss) X(void*, samples) /* [kSampleRows][S] */ X(void*, logits) X(void*, numbers) /* [kMetrics + 1] */ \
@@ -27,6 +28,7 @@ namespace sipo {
   X(int32_t, ratio_scale_dtype) X(int32_t, error_weight_dtype) X(int32_t, ref_error_dtype) X(int32_t, pair_levels_dtype) \
   X(int32_t, bins) \
   X(int32_t, target_shared) /* target is [B, ...] */ \
+  X(int32_t, error_mask_dtype) /* kBool or kFloat32 */ X(int32_t, error_mask_shared) /* it is [B, ...] */ \
   X(int32_t, wide_sums) /* sum in double, whatever the types */ \
   X(int32_t, loss_per_pair) \
   X(int32_t, threads) \

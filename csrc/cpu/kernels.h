@@ -7,17 +7,25 @@
 
 namespace sipo {
 
-// Σ d², Σ d_ref², Σ (m − r)(d + d_ref) over n elements. If `r` is null, only the first is computed.
-using ReduceFn = void (*)(const void* m, const void* r, const void* t, int64_t n, double sums[3]);
-// Σ (m_w − t_w) · (m_l − t_l) over n elements, in double.
-using InnerFn = double (*)(const void* m_w, const void* t_w, const void* m_l, const void* t_l, int64_t n);
-// g = coef · (m − t), in m's type. `stream`: write past the caches.
-using GradFn = void (*)(const void* m, const void* t, void* g, int64_t n, double coef, bool stream);
+// Each has a variant with the elements' weights w (§2), null in the other. An element whose weight is 0 adds exactly 0,
+// whatever the other inputs hold there.
+
+// Σ w·d², Σ w·d_ref², Σ w·(m − r)(d + d_ref), Σ w over n elements. If `r` is null, the second and the third are 0; the
+// last is written by the variant with weights alone.
+using ReduceFn = void (*)(const void* m, const void* r, const void* t, const float* w, int64_t n, double sums[4]);
+// Σ (m_w − t_w) · (m_l − t_l) over n elements, in double. The weights of both samples are 0 or 1.
+using InnerFn = double (*)(const void* m_w, const void* t_w, const float* w_w, const void* m_l, const void* t_l,
+                           const float* w_l, int64_t n);
+// g = coef · (w · (m − t)), in m's type. `stream`: write past the caches.
+using GradFn = void (*)(const void* m, const void* t, const float* w, void* g, int64_t n, double coef, bool stream);
 
 struct Kernels {
-  ReduceFn reduce[2][kDtypes][kDtypes][kDtypes];  // [wide][model][ref][target]; wide: sums in double, see layout.py
-  InnerFn inner[kDtypes][kDtypes];                // [model][target]
-  GradFn grad[kDtypes][kDtypes];                  // [model][target]
+  // [weighted][wide][model][ref][target]; wide: sums in double, see layout.py
+  ReduceFn reduce[2][2][kDtypes][kDtypes][kDtypes];
+  InnerFn inner[2][kDtypes][kDtypes];  // [weighted][model][target]
+  GradFn grad[2][kDtypes][kDtypes];    // [weighted][model][target]
+  // 0 and 1 of a boolean mask as weights.
+  void (*weights)(const uint8_t* mask, float* w, int64_t n);
 };
 
 const Kernels& portable_kernels();

@@ -166,17 +166,19 @@ struct Group {
   }
 };
 
-using Sums = double[3];  // of reduce, by chunk
+using Sums = double[4];  // of reduce, by chunk
 
 Sample read_sample(const CpuArgs& a, const Sums* partial, int64_t s, int64_t chunks) {
-  Sums sums = {0, 0, 0};
+  Sums sums = {0, 0, 0, 0};
   for (int64_t c = 0; c < chunks; ++c)
-    for (int k = 0; k < 3; ++k) sums[k] += partial[s * chunks + c][k];
-  const double n = double(a.elements);
+    for (int k = 0; k < (a.error_mask ? 4 : 3); ++k) sums[k] += partial[s * chunks + c][k];
   Sample x{};
-  x.model_error = sums[0] / n;
-  x.ref_error = a.ref ? sums[1] / n : get(a.ref_error, s, a.ref_error_dtype);
-  x.error_gap = a.ref ? sums[2] / n : x.model_error - x.ref_error;
+  const double n = x.elements = a.error_mask ? sums[3] : double(a.elements);
+  if (n != 0) {
+    x.model_error = sums[0] / n;
+    x.ref_error = a.ref ? sums[1] / n : get(a.ref_error, s, a.ref_error_dtype);
+    x.error_gap = a.ref ? sums[2] / n : x.model_error - x.ref_error;
+  }
   x.ratio_scale = a.ratio_scale ? get(a.ratio_scale, s, a.ratio_scale_dtype) : 0.0;
   x.error_weight = a.error_weight ? get(a.error_weight, s, a.error_weight_dtype) : 1.0;
   return x;
@@ -187,23 +189,38 @@ void write_sample(const CpuArgs& a, int64_t s, const Sample& x) {
   for (int i = 0; i < kSampleRows; ++i) put(a.samples, i * 2 * a.pairs + s, rows[i], a.settings.double_stats);
 }
 
+// The weights of a chunk of a sample, those of a boolean mask in `buffer`; null without a mask.
+const float* weights_of(const CpuArgs& a, const Kernels& k, int64_t pair, int64_t s, int64_t begin, int64_t n,
+                        float* buffer) {
+  if (!a.error_mask) return nullptr;
+  const int64_t at = (a.error_mask_shared ? pair : s) * a.error_mask_stride + begin;
+  if (a.error_mask_dtype == kFloat32) return static_cast<const float*>(a.error_mask) + at;
+  k.weights(static_cast<const uint8_t*>(a.error_mask) + at, buffer, n);
+  return buffer;
+}
+
 void reduce_unit(const CpuArgs& a, const Kernels& k, int64_t pair, int64_t s, int64_t chunk, Sums& sums) {
   const int64_t begin = chunk * kChunk, n = std::min(kChunk, a.elements - begin);
   const int64_t t = a.target_shared ? pair : s;
   const void* ref = a.ref ? at(a.ref, s * a.ref_stride + begin, a.ref_dtype) : nullptr;
-  k.reduce[a.wide_sums][a.model_dtype][a.ref_dtype][a.target_dtype](
+  float buffer[kChunk];
+  const float* w = weights_of(a, k, pair, s, begin, n, buffer);
+  k.reduce[w != nullptr][a.wide_sums][a.model_dtype][a.ref_dtype][a.target_dtype](
       at(a.model, s * a.model_stride + begin, a.model_dtype), ref,
-      at(a.target, t * a.target_stride + begin, a.target_dtype), n, sums);
+      at(a.target, t * a.target_stride + begin, a.target_dtype), w, n, sums);
 }
 
 // §6, relatives: what this chunk of a pair adds to Σ d_w · d_l. The chosen sample should still be in cache.
 double inner_unit(const CpuArgs& a, const Kernels& k, int64_t pair, int64_t chunk) {
   const int64_t begin = chunk * kChunk, n = std::min(kChunk, a.elements - begin), rejected = pair + a.pairs;
-  return k.inner[a.model_dtype][a.target_dtype](
+  float buffers[2][kChunk];
+  const float* w = weights_of(a, k, pair, pair, begin, n, buffers[0]);
+  return k.inner[w != nullptr][a.model_dtype][a.target_dtype](
       at(a.model, pair * a.model_stride + begin, a.model_dtype),
-      at(a.target, pair * a.target_stride + begin, a.target_dtype),
+      at(a.target, pair * a.target_stride + begin, a.target_dtype), w,
       at(a.model, rejected * a.model_stride + begin, a.model_dtype),
-      at(a.target, (a.target_shared ? pair : rejected) * a.target_stride + begin, a.target_dtype), n);
+      at(a.target, (a.target_shared ? pair : rejected) * a.target_stride + begin, a.target_dtype),
+      weights_of(a, k, pair, rejected, begin, n, buffers[1]), n);
 }
 
 void grad_unit(const CpuArgs& a, const Kernels& k, int64_t pair, int64_t s, int64_t chunk, double coef, bool stream) {
@@ -214,9 +231,11 @@ void grad_unit(const CpuArgs& a, const Kernels& k, int64_t pair, int64_t s, int6
     std::memset(out, 0, n * kBytesOf[a.model_dtype]);
     return;
   }
-  k.grad[a.model_dtype][a.target_dtype](at(a.model, s * a.model_stride + begin, a.model_dtype),
-                                        at(a.target, t * a.target_stride + begin, a.target_dtype), out, n, coef,
-                                        stream);
+  float buffer[kChunk];
+  const float* w = weights_of(a, k, pair, s, begin, n, buffer);
+  k.grad[w != nullptr][a.model_dtype][a.target_dtype](at(a.model, s * a.model_stride + begin, a.model_dtype),
+                                                      at(a.target, t * a.target_stride + begin, a.target_dtype), w,
+                                                      out, n, coef, stream);
 }
 
 // §8 of a whole batch: metrics, and what each pair adds to running sums.
@@ -230,7 +249,7 @@ class Report {
     for (int k = 0; k < kFacts; ++k) sums_[k] += facts[k];
     if (!a_.levels) return;
     double rows[kStatistics];
-    pair_statistics(chosen, rejected, p, a_.settings, double(a_.elements), rows);
+    pair_statistics(chosen, rejected, p, a_.settings, rows);
     float* const bin = a_.levels + level_bin(get(a_.pair_levels, pair, a_.pair_levels_dtype), a_.bins, a_.top);
     for (int i = 0; i < kStatistics; ++i) bin[i * a_.bins] += float(rows[i]);
   }
@@ -301,8 +320,8 @@ SIPO_API int sipo_pair_loss(const CpuArgs* args) {
         rejected = read_sample(a, partial.get(), i + a.pairs, chunks);
         known = i;
         double product = 0;  // mean_D(d_w · d_l)
-        for (int64_t c = 0; safeguarded && c < chunks; ++c) product += inner[i * chunks + c] / double(a.elements);
-        return pair_math(chosen, rejected, a.settings, double(a.elements), a.ratio_scale != nullptr, product);
+        for (int64_t c = 0; safeguarded && c < chunks; ++c) product += inner[i * chunks + c] / rejected.elements;
+        return pair_math(chosen, rejected, a.settings, a.ratio_scale != nullptr, product);
       };
       if (a.grad) {
         for (int64_t u = end - 1; u >= begin; --u) {

@@ -53,6 +53,7 @@ struct Settling {
     x.error_gap = a.ref ? device::load_shared_result(of + 2) / a.size : x.model_error - x.ref_error;
     x.ratio_scale = number(a.ratio_scale, s, 0.0);
     x.error_weight = number(a.error_weight, s, 1.0);
+    x.elements = a.size;
     x.reward = x.coef = 0;
     weigh(x, a.settings, a.ratio_scale.data != nullptr);
     const double rows[kRewardRow] = {x.model_error, x.ref_error, x.error_gap, x.log_ratio, x.weight};
@@ -75,10 +76,10 @@ struct Settling {
   __device__ __forceinline__ void pair(int64_t i) const {
     Sample chosen = a.work.samples[i], rejected = a.work.samples[i + a.pairs];
     const Settings s = settings();
-    const double n = device::opaque(a.size);
     double share = 1;  // of the rejected sample's gradient (§6, relatives)
-    if (a.safeguarded) share = rejected_share(chosen, rejected, s, device::load_shared_result(sums_of(i) + 6) / n);
-    const Pair p = judge(chosen, rejected, s, n, share);
+    if (a.safeguarded)
+      share = rejected_share(chosen, rejected, s, device::load_shared_result(sums_of(i) + 6) / rejected.elements);
+    const Pair p = judge(chosen, rejected, s, share);
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
       const int64_t row = i + side * a.pairs;
@@ -117,7 +118,7 @@ struct Settling {
     PairReport& to = a.work.reports[i];
     pair_facts(chosen, rejected, p, a.settings, to.facts);
     if (!a.levels) return;
-    pair_statistics(chosen, rejected, p, a.settings, a.size, to.statistics);
+    pair_statistics(chosen, rejected, p, a.settings, to.statistics);
     to.bin = level_bin(noise_level(a.pair_levels, i), bins, a.top);
   }
 

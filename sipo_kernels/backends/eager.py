@@ -180,7 +180,8 @@ def gradient(
     grad = torch.empty_like(model_pred, dtype=acc).copy_(model_pred)
     grad.unflatten(0, (-1, target.shape[0])).sub_(target)
     if error_mask is not None:
-        masked = grad.unflatten(0, (-1, error_mask.shape[0]))
-        masked.mul_(error_mask).masked_fill_(error_mask == 0, 0)  # NaN · 0 is NaN
+        grad.unflatten(0, (-1, error_mask.shape[0])).mul_(error_mask)
     grad.mul_(c).masked_fill_(c == 0, 0)
+    if error_mask is not None:
+        grad.unflatten(0, (-1, error_mask.shape[0])).masked_fill_(error_mask == 0, 0)
     return grad if acc == model_pred.dtype else empty_grad(model_pred).copy_(grad)

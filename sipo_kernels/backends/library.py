@@ -17,7 +17,7 @@ from sipo_kernels.options import LOSS_TYPES, METHODS, RATIOS
 from sipo_kernels.output import METRICS, SAMPLE_ROWS, STATISTICS
 
 # In the order of their codes. Only noise levels may be integers.
-ELEMENT_TYPES = (*DTYPES, torch.int64, torch.int32)
+ELEMENT_TYPES = (*DTYPES, torch.int64, torch.int32, torch.bool)
 ROOT = Path(__file__).resolve().parents[2]
 # By the code of ctypes: pointers, floating-point numbers and structures; all others are integers.
 _KINDS = {"P": "p", "z": "p", "d": "f", "f": "f", "structure": "s"}

@@ -67,6 +67,8 @@ class CpuArgs(ctypes.Structure):
     _fields_ = [
         *fields(ctypes.c_void_p, "model ref target"),
         *fields(ctypes.c_int64, "model_stride ref_stride target_stride pairs elements"),
+        ("error_mask", ctypes.c_void_p),
+        ("error_mask_stride", ctypes.c_int64),
         *fields(ctypes.c_void_p, "ratio_scale error_weight ref_error loss samples logits numbers coef mask grad"),
         *fields(ctypes.c_void_p, "metrics levels pair_levels"),
         *fields(ctypes.c_double, "top upstream"),
@@ -74,7 +76,8 @@ class CpuArgs(ctypes.Structure):
         ("settings", CSettings),
         *fields(ctypes.c_int32, "model_dtype ref_dtype target_dtype"),
         *fields(ctypes.c_int32, "ratio_scale_dtype error_weight_dtype ref_error_dtype pair_levels_dtype"),
-        *fields(ctypes.c_int32, "bins target_shared wide_sums loss_per_pair threads own_threads"),
+        *fields(ctypes.c_int32, "bins target_shared error_mask_dtype error_mask_shared"),
+        *fields(ctypes.c_int32, "wide_sums loss_per_pair threads own_threads"),
     ]
 
 
@@ -194,9 +197,14 @@ def _template(
     return bytes(args)
 
 
-def _args(template: bytes, model: Tensor, ref: Tensor | None, target: Tensor, grad: Tensor | None) -> CpuArgs:
+def _args(
+    template: bytes, model: Tensor, ref: Tensor | None, target: Tensor, grad: Tensor | None, error_mask: Tensor | None
+) -> CpuArgs:
     args = CpuArgs.from_buffer_copy(template)
     set_tensors(args, model, ref, target, grad)
+    if error_mask is not None:
+        args.error_mask, args.error_mask_stride = error_mask.data_ptr(), error_mask.stride(0)
+        args.error_mask_dtype, args.error_mask_shared = CODE[error_mask.dtype], error_mask.shape[0] != model.shape[0]
     if ISA is not None:
         args.isa = ISA.encode()
     args.threads, args.own_threads = torch.get_num_threads(), OWN_THREADS
@@ -218,9 +226,7 @@ def forward(
     totals: Totals | None = None,
 ) -> Stats:
     """See :func:`sipo_kernels.backends.eager.forward`; with ``with_grad`` the gradient comes out of the same call."""
-    if inputs.error_mask is not None:
-        raise NotImplementedError("backend 'native' has no error_mask yet: expected None, or another backend")
-    model, goal, ref, _ = agree(inputs.model_pred, inputs.target, inputs.ref_pred)
+    model, goal, ref, error_mask = agree(inputs.model_pred, inputs.target, inputs.ref_pred, inputs.error_mask)
     stats = empty_stats(inputs, settings, with_grad)
     filled = _to_fill(stats.grad, model, inputs.model_pred) if with_grad else None
     samples = model.shape[0]
@@ -235,7 +241,7 @@ def forward(
         accumulate_dtype(elements, goal, model, ref) == torch.float64,
         stats.logits.dtype == torch.float64,
     )
-    args = _args(template, model, ref, goal, filled)
+    args = _args(template, model, ref, goal, filled, error_mask)
     args.ratio_scale, args.error_weight, args.ref_error = map(_pointer, numbers)
     args.upstream = expected if isinstance(expected, float) else float(expected)
     set_results(args, stats)
@@ -265,28 +271,24 @@ def mend(
 
     Args:
         grad: The gradient that ``forward`` returned.
-        model_pred, target, coef, upstream: As for :func:`sipo_kernels.backends.eager.gradient`.
+        model_pred, target, coef, upstream, error_mask: As for :func:`sipo_kernels.backends.eager.gradient`.
         numbers: Of the same ``forward``; the last is the upstream gradient that it expected.
         remembered: 0-d ``pair_dtype``, which is set to the upstream gradient that came, if that is finite, for the next
             ``forward`` to expect.
     """
-    if error_mask is not None:
-        raise NotImplementedError("backend 'native' has no error_mask yet: expected None, or another backend")
     came, made_for = (upstream if upstream.ndim == 0 else upstream[0]).item(), numbers.tolist()[-1]
     if remembered is not None and came != remembered.item() and math.isfinite(came):
         remembered.fill_(came)
     if came == made_for and (upstream.ndim == 0 or bool((upstream == made_for).all())):
         return grad
-    return _write_gradient(grad, model_pred, target, coef, upstream)
+    return _write_gradient(grad, model_pred, target, coef, upstream, error_mask)
 
 
 def gradient(
     model_pred: Tensor, target: Tensor, coef: Tensor, upstream: Tensor, error_mask: Tensor | None = None
 ) -> Tensor:
     """See :func:`sipo_kernels.backends.eager.gradient`."""
-    if error_mask is not None:
-        raise NotImplementedError("backend 'native' has no error_mask yet: expected None, or another backend")
-    return _write_gradient(empty_grad(model_pred), model_pred, target, coef, upstream)
+    return _write_gradient(empty_grad(model_pred), model_pred, target, coef, upstream, error_mask)
 
 
 def _to_fill(grad: Tensor, model: Tensor, model_pred: Tensor) -> Tensor:
@@ -298,14 +300,16 @@ def _to_fill(grad: Tensor, model: Tensor, model_pred: Tensor) -> Tensor:
     return model if model is not model_pred and not lies_as(model, grad) else dense_like(model, grad)
 
 
-def _write_gradient(grad: Tensor, model_pred: Tensor, target: Tensor, coef: Tensor, upstream: Tensor) -> Tensor:
-    model, goal, *_ = agree(model_pred, target)
+def _write_gradient(
+    grad: Tensor, model_pred: Tensor, target: Tensor, coef: Tensor, upstream: Tensor, error_mask: Tensor | None
+) -> Tensor:
+    model, goal, _, error_mask = agree(model_pred, target, None, error_mask)
     filled = _to_fill(grad, model, model_pred)
     coef = scaled_coef(coef, upstream)
     samples, double = model.shape[0], coef.dtype == torch.float64
     dtypes = (model.dtype, None, goal.dtype)
     template = _template(samples, model.numel() // samples, goal.shape[0] != samples, dtypes, None, False, double)
-    args = _args(template, model, None, goal, filled)
+    args = _args(template, model, None, goal, filled, error_mask)
     args.coef = coef.data_ptr()
     _run("sipo_pair_grad", args)
     return grad if filled is grad else grad.copy_(filled)
