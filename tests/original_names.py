@@ -131,6 +131,17 @@ def _flux2(guidance: bool, double: int, single: int) -> Iterator[str]:
         yield from (f"single_blocks.{i}.linear1", f"single_blocks.{i}.linear2")
 
 
+def _lumina2(modulation: int, depth: int = 2) -> Iterator[str]:
+    """Lumina Image 2.0 and Z-Image, with fewer layers."""
+    yield from ("x_embedder", "t_embedder.mlp.0", "t_embedder.mlp.2", "cap_embedder.1")
+    yield from ("final_layer.linear", "final_layer.adaLN_modulation.1")
+    for block in ("noise_refiner.0", "context_refiner.0", *(f"layers.{i}" for i in range(depth))):
+        yield from (f"{block}.attention.qkv", f"{block}.attention.out")
+        yield from (f"{block}.feed_forward.w{i}" for i in (1, 2, 3))
+        if not block.startswith("context"):
+            yield f"{block}.adaLN_modulation.{modulation}"
+
+
 # CogVideoX: ComfyUI's class (comfy/ldm/cogvideo/model.py) against diffusers'; nobody else has names for it.
 COGVIDEOX = {
     "patch_embed.proj": "patch_embed.proj",
@@ -155,6 +166,7 @@ for _i in range(30):
         )
     }
 
+FLUX = ("flux", "flux-kontext", "chroma")
 QWEN_IMAGE = ("qwen-image", "qwen-image-edit", "qwen-image-edit-plus")
 MODULES = {
     "sd15": list(_unet([1, 1, 1, 0], 1, [0, 1, 1, 1], added=False)),
@@ -168,8 +180,11 @@ MODULES = {
     "wan": list(_wan()),
     "cogvideox": list(COGVIDEOX),
     **{family: list(_qwen_image()) for family in QWEN_IMAGE},
+    "z-image": list(_lumina2(0)),
+    "lumina2": list(_lumina2(1)),
 }
 NETWORK_CONFIGS: dict[str, dict[str, Any]] = {
+    "lumina2": {"num_attention_heads": 24, "num_kv_heads": 8},
     "sd15": {"layers_per_block": 2},
     "sdxl": {
         "layers_per_block": 2,
@@ -185,7 +200,9 @@ def original_rows(family: str) -> Rows:
     rows, first = {}, 0
     for module in MODULES[family]:
         count = WIDTH * (3 if module.endswith(("qkv", "modulation.lin")) else 6 if module.endswith("_mod.lin") else 1)
-        if "adaLN_modulation" in module:  # shift and scale of the last layers, and six of the others
+        if family == "lumina2" and module.endswith("qkv"):
+            count = 2304 + 768 + 768
+        elif "adaLN_modulation" in module:  # shift and scale of the last layers, and six of the others
             last = module.startswith(("final_layer", "joint_blocks.23.context_block"))
             count = WIDTH * (2 if last else 6)
         elif module.endswith("linear1") and not family.startswith(
@@ -219,7 +236,7 @@ def diffusers_rows(family: str) -> Rows:
     if family == "sd3":
         weights[f"{start}pos_embed"] = torch.zeros(1)
         converted = converters.convert_sd3_transformer_checkpoint_to_diffusers(weights)
-    elif family in ("flux", "flux-kontext", "chroma"):
+    elif family in FLUX:
         norms = [f"double_blocks.{i}.{side}_attn" for i in range(2) for side in ("img", "txt")]
         norms = [
             f"{place}.norm.{part}_norm"
@@ -234,6 +251,10 @@ def diffusers_rows(family: str) -> Rows:
         converted = converters.convert_flux2_transformer_checkpoint_to_diffusers(
             {name.removeprefix(start): weight for name, weight in weights.items()}
         )
+    elif family == "z-image":
+        converted = converters.convert_z_image_transformer_checkpoint_to_diffusers(weights)
+    elif family == "lumina2":
+        converted = converters.convert_lumina2_to_diffusers(weights)
     elif family == "wan":
         converted = converters.convert_wan_transformer_to_diffusers(weights)
     else:
@@ -257,12 +278,15 @@ def comfyui_keys(family: str) -> Rows:
             processor = module.replace(".to_", ".processor.to_")
             processor = processor.removesuffix(".0") if processor.endswith(".to_out.0") else processor
             keys[processor] = keys[f"unet.{processor}"] = rows
-    if family in ("sd3", "flux", "flux-kontext", "chroma"):
+    if family in ("sd3", *FLUX):
         for module, rows in diffusers_rows(family).items():
             keys[f"transformer.{module}"] = rows
             keys[f"lora_transformer_{module.replace('.', '_')}"] = rows
             if family == "sd3":
                 keys[f"base_model.model.{module}"] = rows
+    if family == "z-image":
+        for module, rows in diffusers_rows(family).items():
+            keys[module] = keys[f"transformer.{module}"] = keys[f"diffusion_model.{module}"] = rows
     if family in QWEN_IMAGE:
         for module, rows in original_rows(family).items():
             keys[module] = keys[f"transformer.{module}"] = keys[f"lycoris_{module.replace('.', '_')}"] = rows
@@ -270,8 +294,8 @@ def comfyui_keys(family: str) -> Rows:
 
 
 def kohya_keys(family: str) -> Rows:
-    """The names in the files of kohya-ss's scripts: of diffusers' network for SD1.5, of the original one otherwise."""
-    modules = diffusers_rows(family) if family == "sd15" else original_rows(family)
+    """The names in the files of kohya-ss's scripts: of diffusers' network for some, of the original one otherwise."""
+    modules = diffusers_rows(family) if family in ("sd15", "z-image") else original_rows(family)
     return {f"lora_unet_{module.replace('.', '_')}": rows for module, rows in modules.items()}
 
 

@@ -19,14 +19,23 @@ from torch import Tensor
 
 from sipo import cli
 from sipo.families import FAMILIES, get_family
-from sipo.families.lora_files import Adapter, read_adapter, write_adapter
+from sipo.families.lora_files import Adapter, formats_of, read_adapter, write_adapter
 from sipo.families.tuning import load_saved, save_lora
 from sipo.recipe import config
 from sipo.training import storage
 from sipo.training.sums import write_run_sums, write_sums
 from tests.data_sets import flip_bit
-from tests.family_cases import each_toy, family_of, folder_of, network_input, pipeline_of
-from tests.original_names import NETWORK_CONFIGS, QWEN_IMAGE, WIDTH, comfyui_keys, diffusers_rows, kohya_keys, patched
+from tests.family_cases import each_toy, family_of, folder_of, load_adapters, network_input, pipeline_of
+from tests.original_names import (
+    FLUX,
+    NETWORK_CONFIGS,
+    QWEN_IMAGE,
+    WIDTH,
+    comfyui_keys,
+    diffusers_rows,
+    kohya_keys,
+    patched,
+)
 from tests.test_families_tuning import lora_network
 
 Added = dict[int, Tensor]
@@ -64,14 +73,14 @@ def metadata_of(file: Path) -> dict[str, Any]:
 def test_a_saved_adapter_counts_the_same_without_its_metadata(toy: str, tmp_path: Path) -> None:
     """With it: ``test_families_tuning.py``."""
     family, network = family_of(toy), lora_network(toy, rank=3, alpha=ALPHA)
-    file = save_lora(family, network, tmp_path)
-    save_file(load_file(file), file)  # as a reader sees it that knows nothing of metadata
+    save_lora(family, network, tmp_path)
+    for file in tmp_path.rglob("*.safetensors"):
+        save_file(load_file(file), file)  # as a reader sees it that knows nothing of metadata
     expected = predictions(toy, network)
-    pipeline = pipeline_of(toy)
-    pipeline.load_lora_weights(tmp_path, weight_name=file.name)
-    found = predictions(toy, getattr(pipeline, family.network))
+    found = predictions(toy, load_adapters(pipeline_of(toy), family, tmp_path))
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
-    network.disable_adapters()
+    for part in family.networks_in(network).values():
+        part.disable_adapters()
     assert (predictions(toy, network) - expected).abs().max() > 1e-2
 
 
@@ -118,12 +127,15 @@ def assert_adds(found: Added, expected: Added) -> None:
 
 # The attention layers that are adapted by default, as many as the published models have.
 ATTENTION = {"sd15": 128, "sdxl": 560, "sd3": 24 * 4 + 13 * 4, "cogvideox": 120, "wan": 240}
+ATTENTION |= dict.fromkeys(FLUX, 2 * 12 + 2 * 3)  # and feed-forward layers, of two blocks of each kind
+ATTENTION |= {"flux2": 8 * 4 + 48, "flux2-klein": 5 * 4 + 20}
 ATTENTION |= dict.fromkeys(QWEN_IMAGE, 2 * 4)  # of 60 layers, 2
+ATTENTION |= {"z-image": 4 * 4, "lumina2": 4 * 4}  # two layers and two refiners
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [name for name in FAMILIES if "comfyui" in formats_of(get_family(name))])
 def test_comfyui_finds_every_layer(family: str, tmp_path: Path) -> None:
-    """The names of the files that were all there was before match none, but for SD3's and Qwen-Image's."""
+    """Of files with diffusers' names it finds all or nothing."""
     ends = get_family(family).lora_targets
     attention = [m for m in diffusers_rows(family) if m.endswith(tuple(f".{end}" for end in ends))]
     assert len(attention) == ATTENTION[family]
@@ -131,10 +143,10 @@ def test_comfyui_finds_every_layer(family: str, tmp_path: Path) -> None:
         adapter, expected = adapter_of(family, modules)
         assert_adds(patched(comfyui_keys(family), written(family, adapter, "comfyui", tmp_path)), expected)
         before = patched(comfyui_keys(family), written(family, adapter, "diffusers", tmp_path))
-        assert len(before) == (len(expected) if family in ("sd3", *QWEN_IMAGE) else 0)
+        assert len(before) == (len(expected) if family in ("sd3", *FLUX, *QWEN_IMAGE, "z-image") else 0)
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "wan", "qwen-image"])
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", *FLUX, "flux2", "wan", "qwen-image", "z-image", "lumina2"])
 def test_kohyas_scripts_find_every_layer(family: str, tmp_path: Path) -> None:
     adapter, expected = adapter_of(family)
     tensors = written(family, adapter, "kohya", tmp_path)
@@ -153,6 +165,40 @@ def test_parts_of_sd3s_attention_are_filled_up_with_zeros(tmp_path: Path) -> Non
     assert_adds(found, expected)
 
 
+def test_parts_of_lumina2s_attention_are_filled_up_with_zeros(tmp_path: Path) -> None:
+    """Its queries have three times as many rows as its keys and its values."""
+    for parts in (["to_q"], ["to_v"], ["to_v", "to_k"]):
+        adapter, expected = adapter_of("lumina2", [f"layers.1.attn.{part}" for part in parts])
+        found = patched(comfyui_keys("lumina2"), written("lumina2", adapter, "comfyui", tmp_path))
+        assert len(found) == 3840
+        assert not torch.stack([found.pop(row) for row in found.keys() - expected.keys()]).any()
+        assert_adds(found, expected)
+
+
+def test_parts_of_fluxs_single_blocks_are_filled_up_with_zeros(tmp_path: Path) -> None:
+    for parts in (["attn.to_k"], ["proj_mlp"], ["proj_mlp", "attn.to_v"]):
+        modules = [f"single_transformer_blocks.1.{part}" for part in parts]
+        adapter, expected = adapter_of("flux", modules)
+        found = patched(kohya_keys("flux"), written("flux", adapter, "kohya", tmp_path))
+        assert len(found) == 7 * 3072
+        assert not torch.stack([found.pop(row) for row in found.keys() - expected.keys()]).any()
+        assert_adds(found, expected)
+
+
+def test_diffusers_reads_kohyas_flux_in_full_width(tmp_path: Path) -> None:
+    """Its converter takes no toy: it has the width of the published network."""
+    from diffusers import FluxPipeline
+
+    adapter, _ = adapter_of("flux")
+    write_adapter(get_family("flux"), adapter, tmp_path / "lora.safetensors", "kohya")
+    read: Any = FluxPipeline.lora_state_dict(tmp_path, weight_name="lora.safetensors")
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in read.items()}
+    assert tensors.keys() == {f"{module}.lora_{letter}.weight" for module in adapter.layers for letter in "AB"}
+    for module, (a, b) in adapter.layers.items():
+        product = tensors[f"{module}.lora_B.weight"] @ tensors[f"{module}.lora_A.weight"]
+        torch.testing.assert_close(product, b @ a, rtol=1e-5, atol=1e-5)
+
+
 def test_kohyas_names_of_sd15_are_those_that_diffusers_makes(tmp_path: Path) -> None:
     from diffusers.utils import convert_state_dict_to_kohya
 
@@ -166,8 +212,19 @@ def test_kohyas_names_of_sd15_are_those_that_diffusers_makes(tmp_path: Path) -> 
 ROUND_TRIPS = [
     ("sd15", "kohya", ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "conv1")),
     ("sdxl", "kohya", ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_out", "conv2")),
+    (
+        "flux2",
+        "kohya",
+        ("to_q", "to_k", "to_v", "to_add_out", "ff.linear_in", "to_qkv_mlp_proj", "x_embedder"),
+    ),
+    (
+        "flux2",
+        "comfyui",
+        ("to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "ff_context.linear_out", "to_qkv_mlp_proj"),
+    ),
     ("wan", "comfyui", ("to_q", "to_k", "to_v", "to_out.0")),
     ("wan", "kohya", ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")),  # it reads no fewer
+    ("z-image", "kohya", ("to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "adaLN_modulation.0", "cap_embedder.1")),
     (
         "qwen-image",
         "kohya",

@@ -106,7 +106,7 @@ def check_format(family: Family, format: str) -> None:
 
 def needs_network_config(family: Family, format: str) -> bool:
     """Tells whether :func:`write_adapter` needs the network's configuration for a format."""
-    return family.name == "sdxl" and format != "diffusers"
+    return family.name in ("sdxl", "lumina2") and format != "diffusers"
 
 
 def write_adapter(
@@ -234,8 +234,8 @@ def _peft_names(layers: Mapping[str, tuple[Tensor, Tensor]], start: str) -> dict
 
 def _kohya(family: Family, adapter: Adapter, config: Mapping[str, Any]) -> dict[str, Tensor]:
     """Renames layers for kohya-ss: underscores for dots, "down" for A, "up" for B, and an alpha for each layer."""
-    # kohya's scripts train SD1.5 with diffusers' network, and all other models with a copy of the original code.
-    kept = family.name in ("sd15", *_QWEN_IMAGE)
+    # kohya's scripts train these with diffusers' module names, and all other models with a copy of the original code.
+    kept = family.name in ("sd15", "z-image", *_QWEN_IMAGE)
     layers = adapter.layers if kept else lora_names.original_layers(family.name, adapter.layers, config)
     tensors: dict[str, Tensor] = {}
     for module, (a, b) in layers.items():
@@ -251,8 +251,10 @@ def _kohya(family: Family, adapter: Adapter, config: Mapping[str, Any]) -> dict[
 _FLUX = ("flux", "flux-kontext", "chroma")
 _FLUX2 = ("flux2", "flux2-klein")
 _QWEN_IMAGE = ("qwen-image", "qwen-image-edit", "qwen-image-edit-plus")  # its original names are diffusers'
-_KOHYA: dict[str, _Writer] = dict.fromkeys(("sd15", "sdxl", "sd3", *_FLUX, *_FLUX2, "wan", *_QWEN_IMAGE), _kohya)
-# ComfyUI reads kohya's names for UNets, and diffusers' names for SD3, FLUX.1 and Qwen-Image.
+_KOHYA: dict[str, _Writer] = dict.fromkeys(
+    ("sd15", "sdxl", "sd3", *_FLUX, *_FLUX2, "wan", *_QWEN_IMAGE, "z-image", "lumina2"), _kohya
+)
+# ComfyUI reads kohya's names for UNets, and diffusers' names for SD3, FLUX.1, Qwen-Image and Z-Image. It has no SANA.
 _COMFYUI: dict[str, _Writer] = {
     "sd15": _kohya,
     "sdxl": _kohya,
@@ -262,4 +264,6 @@ _COMFYUI: dict[str, _Writer] = {
     "wan": _native,
     **dict.fromkeys(_FLUX2, _native),
     **dict.fromkeys(_QWEN_IMAGE, _diffusers),
+    "z-image": _diffusers,
+    "lumina2": _native,
 }

@@ -104,6 +104,18 @@ _FLUX2 = (
     (r"time_guidance_embed\.guidance_embedder\.linear_1", "guidance_in.in_layer"),
     (r"time_guidance_embed\.guidance_embedder\.linear_2", "guidance_in.out_layer"),
 )
+_LUMINA2 = (
+    (r"((?:noise_refiner|context_refiner|layers)\.\d+)\.attn\.to_([qkv])", r"\1.attention.qkv#\2"),
+    (r"((?:noise_refiner|context_refiner|layers)\.\d+)\.attn\.to_out\.0", r"\1.attention.out"),
+    (r"((?:noise_refiner|context_refiner|layers)\.\d+)\.feed_forward\.linear_([123])", r"\1.feed_forward.w\2"),
+    (r"((?:noise_refiner|layers)\.\d+)\.norm1\.linear", r"\1.adaLN_modulation.1"),
+    (r"time_caption_embed\.caption_embedder\.1", "cap_embedder.1"),
+    (r"time_caption_embed\.timestep_embedder\.linear_1", "t_embedder.mlp.0"),
+    (r"time_caption_embed\.timestep_embedder\.linear_2", "t_embedder.mlp.2"),
+    (r"x_embedder", "x_embedder"),
+    (r"norm_out\.linear_1", "final_layer.adaLN_modulation.1"),
+    (r"norm_out\.linear_2", "final_layer.linear"),
+)
 _TABLES: dict[str, Sequence[tuple[str, str]]] = {
     "sd3": _SD3,
     "flux": _FLUX,
@@ -111,6 +123,7 @@ _TABLES: dict[str, Sequence[tuple[str, str]]] = {
     "chroma": _FLUX,
     "flux2": _FLUX2,
     "flux2-klein": _FLUX2,
+    "lumina2": _LUMINA2,
     "cogvideox": _COGVIDEOX,
     "wan": _WAN,
 }
@@ -146,7 +159,7 @@ def original_layers(family: str, layers: Layers, config: Mapping[str, Any]) -> d
     Args:
         family: the family's name.
         layers: by diffusers' names, ``(A [rank, in, ...], B [out, rank, ...])``.
-        config: the network's configuration, needed only for SDXL.
+        config: the network's configuration, needed only for SDXL and Lumina 2.
 
     Raises:
         ValueError: a module has no original name.
@@ -161,15 +174,17 @@ def original_layers(family: str, layers: Layers, config: Mapping[str, Any]) -> d
         if family in _SHIFT_BEFORE_SCALE and "adaLN_modulation" in name and len(b) == 2 * a.shape[1]:
             b = torch.cat(b.chunk(2)[::-1])
         plain[name] = (a, b)
-    return plain | {name: _stacked(held, "qkvm" if name.endswith("linear1") else "qkv") for name, held in parts.items()}
+    heights = dict.fromkeys("qkv", 1)
+    if family == "lumina2":
+        heights = {"q": config["num_attention_heads"], "k": config["num_kv_heads"], "v": config["num_kv_heads"]}
+    with_mlp = heights | {"m": 4}  # the feed-forward part's first layer
+    return plain | {
+        name: _stacked(held, with_mlp if name.endswith("linear1") else heights) for name, held in parts.items()
+    }
 
 
-def _stacked(parts: Mapping[str, tuple[Tensor, Tensor]], order: str) -> tuple[Tensor, Tensor]:
-    """Stacks layers into one, with zeros for a part that is not adapted.
-
-    Queries, keys and values have equally many rows; "m", a feed-forward part's first layer, has four times as many.
-    """
-    heights = {part: 4 if part == "m" else 1 for part in order}
+def _stacked(parts: Mapping[str, tuple[Tensor, Tensor]], heights: Mapping[str, int]) -> tuple[Tensor, Tensor]:
+    """Stacks layers into one, with zeros for a part that is not adapted; ``heights`` are the parts' relative rows."""
     part, (_, b) = next(iter(parts.items()))
     rows = len(b) // heights[part]
     up = torch.zeros(rows * sum(heights.values()), sum(len(a) for a, _ in parts.values()), dtype=torch.float32)
@@ -180,7 +195,7 @@ def _stacked(parts: Mapping[str, tuple[Tensor, Tensor]], order: str) -> tuple[Te
             up[row : row + len(b), column : column + b.shape[1]] = b
             column += b.shape[1]
         row += height * rows
-    return torch.cat([parts[part][0] for part in order if part in parts]), up
+    return torch.cat([parts[part][0] for part in heights if part in parts]), up
 
 
 def _original(family: str, module: str, config: Mapping[str, Any]) -> str:
