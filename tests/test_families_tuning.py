@@ -30,10 +30,13 @@ from tests.family_cases import (
     encoders_of,
     family_of,
     folder_of,
+    load_adapters,
     load_toy,
     network_input,
+    network_of,
     pipeline_of,
     sample_of,
+    sides_of,
 )
 
 
@@ -169,7 +172,7 @@ def test_the_reference_between_forward_and_backward_changes_no_gradient(toy: str
 @each_toy
 def test_a_step_of_the_loss_moves_the_policy_and_not_the_reference(toy: str) -> None:
     family = family_of(toy)
-    schedule = family.load_schedule(folder_of(toy))
+    schedule = family.load_schedule(folder_of(toy), sizes=[sides_of(family)])
     loss_fn = SIPOLoss(schedule, method="diffusion_dpo", beta=200.0)
     network = family.load_network(folder_of(toy))
     with torch.random.fork_rng(devices=[]):
@@ -264,10 +267,8 @@ def test_a_saved_adapter_samples_the_same_in_its_pipeline(toy: str, tmp_path: Pa
     network = lora_network(toy, alpha=4.0)  # a scale of 2, which must be found again: by a power of two, to the bit
     trained = sample(toy, network)
     assert save_lora(family, network, tmp_path) == tmp_path / "pytorch_lora_weights.safetensors"
-    assert os.listdir(tmp_path) == ["pytorch_lora_weights.safetensors"]
-    pipeline = pipeline_of(toy)
-    pipeline.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
-    loaded = getattr(pipeline, family.network)
+    assert sorted(os.listdir(tmp_path)) == sorted(["pytorch_lora_weights.safetensors", *family.experts[1:]])
+    loaded = load_adapters(pipeline_of(toy), family, tmp_path)
     given = network_input(toy)
     with torch.no_grad():
         torch.testing.assert_close(
@@ -289,11 +290,10 @@ def test_saved_weights_sample_the_same_in_their_pipeline(toy: str, tmp_path: Pat
     trained = sample(toy, network)
     for _ in range(2):  # the second time over the first
         assert save_full(family, network, tmp_path) == tmp_path / family.network
-        assert os.listdir(tmp_path) == [family.network]
+        assert sorted(os.listdir(tmp_path)) == sorted(family.networks)
     network_class = getattr(diffusers, family.network_class)
-    loaded = network_class.from_pretrained(tmp_path, subfolder=family.network)
-    pipeline = pipeline_of(toy, **{family.network: loaded})
-    assert torch.equal(sample(toy, getattr(pipeline, family.network)), trained)
+    loaded = {name: network_class.from_pretrained(tmp_path, subfolder=name) for name in family.networks}
+    assert torch.equal(sample(toy, network_of(pipeline_of(toy, **loaded), family)), trained)
     assert not torch.equal(sample(toy, family.load_network(folder_of(toy))), trained)
 
 
@@ -306,17 +306,18 @@ def test_gathered_tensors_are_saved_in_place_of_the_networks(toy: str, tmp_path:
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             parameter += "lora_" in name
-    pipeline = pipeline_of(toy)
-    pipeline.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
-    assert torch.equal(sample(toy, getattr(pipeline, family.network)), sample(toy, network))
+    loaded = load_adapters(pipeline_of(toy), family, tmp_path)
+    assert torch.equal(sample(toy, loaded), sample(toy, network))
 
     network = family.load_network(folder_of(toy))
     state = {name: tensor * 1.01 for name, tensor in no_shared_tensors(network).items()}
     save_full(family, network, tmp_path, state=state)
-    loaded = getattr(diffusers, family.network_class).from_pretrained(tmp_path, subfolder=family.network)
-    assert type(loaded) is type(network)
-    assert dict(loaded.config).keys() == dict(network.config).keys()
-    assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.state_dict().items())
+    for name, part in family.networks_in(network).items():
+        loaded = getattr(diffusers, family.network_class).from_pretrained(tmp_path, subfolder=name)
+        assert type(loaded) is type(part)
+        assert dict(loaded.config).keys() == dict(part.config).keys()
+        start = f"{name}." if family.experts else ""
+        assert all(torch.equal(tensor, state[start + key]) for key, tensor in loaded.state_dict().items())
 
 
 def test_a_save_that_fails_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -437,7 +438,7 @@ def test_the_cards_code_loads_the_model(toy: str, tuning: str, tmp_path: Path, m
     exec(code, names)
     given = network_input(toy)
     with torch.no_grad():
-        found = family.predict(getattr(names["pipeline"], family.network), *given)
+        found = family.predict(network_of(names["pipeline"], family), *given)
         expected = family.predict(network, *given)
     # LoRA's scale of 2.5 is rounded into the weights, so single elements may be a few units in the last place apart.
     assert (found - expected).norm() <= (1e-6 if tuning == "lora" else 0.0) * expected.norm()
