@@ -407,6 +407,25 @@ def test_dynamic_shift_goes_by_the_sizes(tmp_path: Path, monkeypatch: pytest.Mon
     assert str(caught.value).startswith(f"{folder}: ") and "\n" not in str(caught.value)
 
 
+LEAVE_THE_LEVELS_TO_THE_SCHEDULER = ("sd3", "wan", "wan2.2", "sana")  # math.md §3 has how far off its grid is
+
+
+@pytest.mark.parametrize(
+    "toy",
+    [toy for toy in TOYS if family_of(toy).schedule_kind == "flow" and toy not in LEAVE_THE_LEVELS_TO_THE_SCHEDULER],
+)
+def test_the_pipeline_visits_the_levels_of_the_schedule(toy: str) -> None:
+    family, pipeline = family_of(toy), pipeline_of(toy)
+    sampled(pipeline, family, steps=4)
+    schedule = family.load_schedule(folder_of(toy), 4, sizes=[sides_of(family)])
+    u, k = torch.tensor([1, 0.75, 0.5, 0.25], dtype=torch.float64), schedule.shift
+    levels = k * u / (1 + (k - 1) * u)
+    if schedule.shift_terminal is not None:
+        levels = 1 - (1 - levels) * (1 - schedule.shift_terminal) / (1 - levels[-1])
+    visited = pipeline.scheduler.sigmas[:-1].double()
+    torch.testing.assert_close(visited, levels, rtol=0, atol=2e-7)
+
+
 def test_a_number_out_of_range_is_the_users_or_the_files(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match=r"^num_inference_steps=1001: expected an integer in \[1, 1000\]") as caught:
         family_of("sd15").load_schedule(folder_of("sd15"), 1001)

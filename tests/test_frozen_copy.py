@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sipo import cli
 from sipo.data.config import DataConfig
 from sipo.families.config import ModelConfig
-from sipo.families.tuning import freeze, frozen_copy
+from sipo.families.tuning import freeze, frozen_copy, save_full
 from sipo.recipe.build import RunContext, build, frozen_reference, open_run
 from sipo.recipe.config import Config
 from sipo.training import TrainingWarning
@@ -40,7 +40,7 @@ def trained_toy(toy: str) -> Path:
         for name, parameter in network.named_parameters():
             if parameter.ndim == 1 or "norm" in name or "table" in name:
                 parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
-    network.save_pretrained(folder / family.network, safe_serialization=True)
+    save_full(family, network, folder)
     return folder
 
 

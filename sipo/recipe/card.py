@@ -142,8 +142,7 @@ def _loading(family: Family, base: str, lora: bool) -> list[str]:
         file = json.dumps(LORA_WEIGHT_NAME_SAFE)
         lines += [f"pipeline.load_lora_weights({here}, weight_name={file})  # the folder that this file is in"]
         for name in family.experts[1:]:
-            options = f"subfolder={json.dumps(name)}, weight_name={file}, load_into_{name}=True"
-            lines += [f"pipeline.load_lora_weights({here}, {options})"]
+            lines += [f'pipeline.load_lora_weights("./{name}", weight_name={file}, load_into_{name}=True)']
     else:
         lines += [""]
         for name in family.networks:
