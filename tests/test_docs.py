@@ -411,3 +411,13 @@ def test_the_drop_in_of_the_front_page_gives_what_stood_there_before() -> None:
     assert printed == shown.text
     listed = re.search(r"((?:^# .*\n)+)metrics = out\.metrics\(\)", programs[1].text, re.M)
     assert listed and re.findall(r"[\w/]+", listed[1].partition(":")[0]) == list(metrics)
+
+
+def test_the_pages_list_every_family() -> None:
+    from sipo.families import FAMILIES
+
+    page = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([^`]+)` \| .* \| `(\w+)`", page, re.MULTILINE)
+    assert rows == [(family.name, family.pipeline_class) for family in FAMILIES.values()]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"\[`([^`]+)`\]\(examples/([^)]+)\.yaml\)", readme) == [(name, name) for name in FAMILIES]
