@@ -29,7 +29,7 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 CAPABILITIES = (80, 90, 100)
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 TL = {torch.float32: tl.float32, torch.float64: tl.float64}
-STRIDES = ("elements", "model_stride", "ref_stride", "target_stride")
+STRIDES = ("elements", "model_stride", "ref_stride", "target_stride", "error_mask_stride")
 COUNTS = ("pairs", "parts", "tiles", "distance", "keep", "bins", "pair_level_stride", "upstream_stride")
 # Name of each variant: kernel, and what it does beside its work.
 VARIANTS = {
@@ -50,6 +50,7 @@ MIXES = {
 SHARED = {"SHARED_TARGET": True}
 TOTALS = {"METRICS_TOO": True, "LEVELS": True, "EXPECTED_ON_DEVICE": True}
 RELATIVES = {"LOSS_TYPE": LOSS_TYPES.index("dmpo"), "SMOOTHED": True, "SAFEGUARDED": True}
+MASK, WEIGHTS = {"HAS_ERROR_MASK": "i1"}, {"HAS_ERROR_MASK": "fp32"}  # instead of True, the type of its elements
 # What is compiled for each capability: name, variant, mix, constants other than those of a plain SIPO batch.
 COMPILED: list[tuple[str, str, str, dict[str, Any]]] = [
     *((f"{variant}-{mix}", variant, mix, {}) for mix in ("bf16", "fp32", "mixed") for variant in VARIANTS),
@@ -59,6 +60,9 @@ COMPILED: list[tuple[str, str, str, dict[str, Any]]] = [
     # What takes the most registers: float64 everywhere, and all that a call can ask for with sums in float64.
     ("fused-fp64", "fused", "fp64", {}),
     ("fused-relatives", "fused", "small", RELATIVES | TOTALS),
+    *((f"{variant}-{mix}-mask", variant, mix, SHARED | MASK) for mix in ("bf16", "mixed") for variant in VARIANTS),
+    ("fused-relatives-mask", "fused", "small", RELATIVES | TOTALS | MASK),
+    *((f"fused-{mix}-weights", "fused", mix, TOTALS | WEIGHTS) for mix in ("bf16", "mixed", "fp64")),
 ]
 
 
@@ -89,6 +93,7 @@ def compile_for(variant: str, mix: str, capability: int, **changes: Any) -> Any:
         "HAS_SCALE": True,
         "HAS_WEIGHT": True,
         "SHARED_TARGET": False,
+        "SHARED_ERROR_MASK": changes.get("SHARED_TARGET", False),
         "WITH_GRAD": extra,
         "EXPECTED_ON_DEVICE": False,
         "METRICS_TOO": False,
@@ -98,11 +103,13 @@ def compile_for(variant: str, mix: str, capability: int, **changes: Any) -> Any:
         "ACC": grad_acc if kernel is passes.pair_backward else TL[acc],
         "GRAD_ACC": grad_acc,
         "PARTS": triton_plan.MAX_PARTS,
-        "BLOCK": triton_plan.block(acc, *inputs),
+        "BLOCK": triton_plan.block(acc, *inputs, error_mask=torch.empty(0) if "HAS_ERROR_MASK" in changes else None),
         "FOLD": FOLD[acc],
     } | changes
+    constants["HAS_ERROR_MASK"] = "HAS_ERROR_MASK" in changes
     statistics = "fp64" if "fp64" in names else "fp32"
     pointers = {"model": model, "ref": ref, "target": target, "grad": model, "partial": str(TL[acc])}
+    pointers |= {"error_mask": changes.get("HAS_ERROR_MASK", "i1")}
     pointers |= {"tickets": "i32", "records": "fp64", "mask": "i1", "expected": "fp64", "remembered": "fp64"}
     pointers |= {"metrics": "fp32", "levels": "fp32", "pair_levels": "i64"}
     signature: dict[str, str] = {}

@@ -53,7 +53,7 @@ STATISTIC_COUNT = tl.constexpr(len(STATISTICS))
 STATISTIC_COLUMNS = tl.constexpr(32)
 ROWS = tl.constexpr(8)  # pairs at a time: few, for a thread holds all numbers of the pairs whose columns it makes
 # A pair's record, rows of [RECORD, B]. Each number of a sample takes two rows: the chosen sample's, then the
-# rejected's.
+# rejected's. With an error mask, coef is that of §6 times Σw.
 _OF_SAMPLES = ("model_error", "ref_error", "error_gap", "ratio", "weight", "reward", "coef")
 _OF_PAIR = ("logits", "loss", "active", "finite")
 MODEL_ERROR = tl.constexpr(2 * _OF_SAMPLES.index("model_error"))

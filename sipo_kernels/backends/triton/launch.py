@@ -50,17 +50,16 @@ def forward(
     totals: Totals | None = None,
 ) -> Stats:
     """See :func:`sipo_kernels.backends.eager.forward`: one launch makes gradient, metrics and running sums too."""
-    if inputs.error_mask is not None:
-        raise NotImplementedError("backend 'triton' has no error_mask yet: expected None, or another backend")
-    model, goal, ref, _ = agree(inputs.model_pred, inputs.target, inputs.ref_pred)
+    model, goal, ref, error_mask = agree(inputs.model_pred, inputs.target, inputs.ref_pred, inputs.error_mask)
     samples, pairs, elements = model.shape[0], model.shape[0] // 2, model.numel() // model.shape[0]
     acc, device = accumulate_dtype(elements, goal, model, ref), model.device
-    block = triton_plan.block(acc, model, ref, goal)
-    plan = triton_plan.plan(pairs, elements, block, triton_plan.kept_bytes(model, goal), triton_plan.device_of(model))
+    block = triton_plan.block(acc, model, ref, goal, error_mask=error_mask)
+    kept_bytes = triton_plan.kept_bytes(model, goal, error_mask)
+    plan = triton_plan.plan(pairs, elements, block, kept_bytes, triton_plan.device_of(model))
     stats = empty_stats(inputs, settings, with_grad)
     filled = dense_like(model, stats.grad) if with_grad else stats.grad
     safeguarded = settings.safeguard is not None
-    sums = 3 * samples + (pairs if safeguarded else 0)
+    sums = (3 if error_mask is None else 4) * samples + (pairs if safeguarded else 0)
     partial = torch.empty(sums * plan.parts, dtype=acc, device=device)
     records = torch.empty(RECORD * pairs, dtype=torch.float64, device=device)
     tickets = torch.zeros(2 + pairs, dtype=torch.int32, device=device)
@@ -113,6 +112,8 @@ def forward(
             settings.safeguard if safeguarded else 0.0,
             top,
             0.0 if isinstance(expected, Tensor) else float(expected),
+            pointer(error_mask),
+            0 if error_mask is None else error_mask.stride(0),
             METHOD=METHODS.index(settings.method),
             LOSS_TYPE=LOSS_TYPES.index(settings.loss_type),
             SMOOTHED=settings.smoothing > 0,
@@ -125,6 +126,8 @@ def forward(
             HAS_SCALE=scale is not None,
             HAS_WEIGHT=weight is not None,
             SHARED_TARGET=goal.shape[0] != samples,
+            HAS_ERROR_MASK=error_mask is not None,
+            SHARED_ERROR_MASK=error_mask is not None and error_mask.shape[0] != samples,
             WITH_GRAD=with_grad,
             EXPECTED_ON_DEVICE=isinstance(expected, Tensor),
             METRICS_TOO=metrics is not None,
@@ -164,13 +167,11 @@ def mend(
     It reads ``upstream`` and ``numbers`` alone if what came is what was expected. With ``numbers=None``, ``grad`` is
     written whatever came.
     """
-    if error_mask is not None:
-        raise NotImplementedError("backend 'triton' has no error_mask yet: expected None, or another backend")
-    model, goal, *_ = agree(model_pred, target)
+    model, goal, _, error_mask = agree(model_pred, target, error_mask=error_mask)
     filled = dense_like(model, grad)
     mends = numbers is not None and filled is grad  # else the kernel fills a buffer, with the whole gradient
     samples, elements = model.shape[0], model.numel() // model.shape[0]
-    block = triton_plan.block(accumulate_dtype(elements, goal, model), model, goal)
+    block = triton_plan.block(accumulate_dtype(elements, goal, model), model, goal, error_mask=error_mask)
     parts, tiles = triton_plan.split(elements, block)
     programs = samples * parts
     if mends:
@@ -191,10 +192,14 @@ def mend(
             samples // 2,
             parts,
             tiles,
+            coef if error_mask is None else error_mask,
+            0 if error_mask is None else error_mask.stride(0),
             MEND=mends,
             REMEMBER=remembered is not None,
             PER_PAIR=upstream.ndim == 1,
             SHARED_TARGET=goal.shape[0] != samples,
+            HAS_ERROR_MASK=error_mask is not None,
+            SHARED_ERROR_MASK=error_mask is not None and error_mask.shape[0] != samples,
             ACC=_TL[stats_dtype(model, goal)],
             BLOCK=block,
             num_warps=WARPS,

@@ -52,9 +52,9 @@ def row(tensor, sample, stride):
 
 
 @triton.jit
-def inner_sums(partial, pair, pairs, parts):
+def inner_sums(partial, pair, pairs, parts, HAS_ERROR_MASK: tl.constexpr):
     """Returns the address of a pair's sums of ``inner_part``, which follow those of ``reduce_part``."""
-    return row(row(partial, 2 * pairs, parts * 3), pair, parts)
+    return row(row(partial, 2 * pairs, parts * (4 if HAS_ERROR_MASK else 3)), pair, parts)
 
 
 @triton.jit
@@ -63,37 +63,61 @@ def _fold(x, FOLD: tl.constexpr):
 
 
 @triton.jit
+def _weighted(w, x):
+    """Returns w · x, which is 0 where w is 0, whatever x is. ``w`` is bool or float32."""
+    if w.dtype == tl.int1:
+        return tl.where(w, x, 0.0)
+    return tl.where(w == 0, 0.0, w.to(x.dtype) * x)
+
+
+@triton.jit
 def reduce_part(
     m_row,
     r_row,
     t_row,
+    w_row,
     start,
     tiles,
     elements,
     HAS_REF: tl.constexpr,
+    HAS_ERROR_MASK: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
     FOLD: tl.constexpr,
-    EVICT: tl.constexpr,  # how policy and target are to be cached
+    EVICT: tl.constexpr,  # how policy, target and error mask are to be cached
 ):
-    """Returns one item's part of §2's sums: Σ d², Σ d_ref², Σ (m − r)(d + d_ref)."""
+    """Returns one item's part of §2's sums: Σ w·d², Σ w·d_ref², Σ w·(m − r)(d + d_ref), and with HAS_ERROR_MASK Σ w."""
     e = tl.full([BLOCK // FOLD], 0.0, ACC)
     f = tl.full([BLOCK // FOLD], 0.0, ACC)
     g = tl.full([BLOCK // FOLD], 0.0, ACC)
+    n = tl.full([BLOCK // FOLD], 0.0, ACC)
     for tile in range(tiles):
         at = start + tile * BLOCK + tl.arange(0, BLOCK)
         inside = at < elements
         m = widen(tl.load(m_row + at, mask=inside, other=0.0, eviction_policy=EVICT), ACC)
         t = widen(tl.load(t_row + at, mask=inside, other=0.0, eviction_policy=EVICT), ACC)
         d = m - t
-        e += _fold(d * d, FOLD)
+        square = d * d
+        if HAS_ERROR_MASK:
+            w = tl.load(w_row + at, mask=inside, other=0, eviction_policy=EVICT)
+            n += _fold(w.to(ACC), FOLD)
+            square = _weighted(w, square)
+        e += _fold(square, FOLD)
         if HAS_REF:
             r = widen(tl.load(r_row + at, mask=inside, other=0.0, eviction_policy="evict_first"), ACC)
             d_ref = r - t
-            f += _fold(d_ref * d_ref, FOLD)
-            g += _fold((m - r) * (d + d_ref), FOLD)
+            square = d_ref * d_ref
+            product = (m - r) * (d + d_ref)
+            if HAS_ERROR_MASK:
+                square = _weighted(w, square)
+                product = _weighted(w, product)
+            f += _fold(square, FOLD)
+            g += _fold(product, FOLD)
     # In float64 from here on: each accumulator has seen a few dozen terms, and the threads' are many.
-    return tl.sum(e.to(tl.float64), 0), tl.sum(f.to(tl.float64), 0), tl.sum(g.to(tl.float64), 0)
+    counted = tl.full([], 0.0, tl.float64)
+    if HAS_ERROR_MASK:
+        counted = tl.sum(n.to(tl.float64), 0)
+    return tl.sum(e.to(tl.float64), 0), tl.sum(f.to(tl.float64), 0), tl.sum(g.to(tl.float64), 0), counted
 
 
 @triton.jit
@@ -102,14 +126,17 @@ def inner_part(
     t_chosen,
     m_rejected,
     t_rejected,
+    w_chosen,
+    w_rejected,
     start,
     tiles,
     elements,
+    HAS_ERROR_MASK: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
     FOLD: tl.constexpr,
 ):
-    """Returns one part's share of Σ d_w · d_l (§6, relatives), from memory that was just read."""
+    """Returns one part's share of Σ w_w · w_l · d_w · d_l (§6, relatives), from memory that was just read."""
     total = tl.full([BLOCK // FOLD], 0.0, ACC)
     for tile in range(tiles):
         at = start + tile * BLOCK + tl.arange(0, BLOCK)
@@ -118,13 +145,20 @@ def inner_part(
         chosen -= widen(tl.load(t_chosen + at, mask=inside, other=0.0), ACC)
         rejected = widen(tl.load(m_rejected + at, mask=inside, other=0.0), ACC)
         rejected -= widen(tl.load(t_rejected + at, mask=inside, other=0.0), ACC)
-        total += _fold(chosen * rejected, FOLD)
+        product = chosen * rejected
+        if HAS_ERROR_MASK:
+            # Beside the safeguard, masks are bool.
+            w = tl.load(w_chosen + at, mask=inside, other=0) & tl.load(w_rejected + at, mask=inside, other=0)
+            product = _weighted(w, product)
+        total += _fold(product, FOLD)
     return tl.sum(total.to(tl.float64), 0)
 
 
 @triton.jit
-def write_part(m_row, t_row, g_row, c, start, tiles, elements, BLOCK: tl.constexpr):
-    """Writes one item of §6's gradient, c · (m − t); if c is 0, exact zeros, and nothing is read."""
+def write_part(
+    m_row, t_row, w_row, g_row, c, start, tiles, elements, HAS_ERROR_MASK: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Writes one item of §6's gradient, c · w · (m − t); if c is 0, exact zeros, and nothing is read."""
     for tile in range(tiles):
         at = start + tile * BLOCK + tl.arange(0, BLOCK)
         inside = at < elements
@@ -133,7 +167,10 @@ def write_part(m_row, t_row, g_row, c, start, tiles, elements, BLOCK: tl.constex
         else:
             m = widen(tl.load(m_row + at, mask=inside, other=0.0, eviction_policy="evict_first"), c.dtype)
             t = widen(tl.load(t_row + at, mask=inside, other=0.0, eviction_policy="evict_first"), c.dtype)
-            grad = c * (m - t)
+            d = m - t
+            if HAS_ERROR_MASK:
+                d = _weighted(tl.load(w_row + at, mask=inside, other=0, eviction_policy="evict_first"), d)
+            grad = c * d
         tl.store(g_row + at, _narrow(grad, g_row.dtype.element_ty), mask=inside, cache_modifier=".cs")
 
 
@@ -163,16 +200,20 @@ def _log_ratio(scale, error):  # §3: an infinite scale is the terminal step, al
 
 
 @triton.jit
-def _sum_partials(partial, both, parts, PARTS: tl.constexpr):
-    """Returns the three sums of a pair's two samples, added in float64 and in a fixed order."""
+def _sum_partials(partial, both, parts, HAS_ERROR_MASK: tl.constexpr, PARTS: tl.constexpr):
+    """Returns the sums of a pair's two samples, added in float64 and in a fixed order."""
     at = tl.arange(0, PARTS)[None, :]
     inside = at < parts
-    sums = row(partial, both, parts * 3)[:, None] + at * 3
+    SUMS: tl.constexpr = 4 if HAS_ERROR_MASK else 3
+    sums = row(partial, both, parts * SUMS)[:, None] + at * SUMS
     # .cg: past the first-level cache, which is not coherent with what other programs just wrote.
     e = tl.sum(tl.load(sums, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float64), 1)
     f = tl.sum(tl.load(sums + 1, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float64), 1)
     g = tl.sum(tl.load(sums + 2, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float64), 1)
-    return e, f, g
+    counted = tl.full([2], 0.0, tl.float64)
+    if HAS_ERROR_MASK:
+        counted = tl.sum(tl.load(sums + 3, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float64), 1)
+    return e, f, g, counted
 
 
 @triton.jit
@@ -199,12 +240,16 @@ def _logit_loss(z, smoothing, log_label, log_other, LOSS_TYPE: tl.constexpr, SMO
 
 
 @triton.jit
-def _rejected_share(partial, a, model_error, safeguard, pair, pairs, parts, elements, PARTS: tl.constexpr):
+def _rejected_share(
+    partial, a, model_error, safeguard, pair, pairs, parts, n, HAS_ERROR_MASK: tl.constexpr, PARTS: tl.constexpr
+):
     """Returns [1, λ] of §6, relatives: the factors of the two samples' gradients. ``a`` is a · c."""
     at = tl.arange(0, PARTS)
-    sums = inner_sums(partial, pair, pairs, parts)
-    inner = tl.sum(tl.load(sums + at, mask=at < parts, other=0.0, cache_modifier=".cg").to(tl.float64), 0) / elements
+    sums = inner_sums(partial, pair, pairs, parts, HAS_ERROR_MASK)
     chosen = tl.arange(0, 2) == 0
+    if HAS_ERROR_MASK:
+        n = tl.sum(tl.where(chosen, 0.0, n), 0)  # of the rejected sample
+    inner = tl.sum(tl.load(sums + at, mask=at < parts, other=0.0, cache_modifier=".cg").to(tl.float64), 0) / n
     a_chosen, a_rejected = tl.sum(tl.where(chosen, a, 0.0), 0), tl.sum(tl.where(chosen, 0.0, a), 0)
     aligned = a_chosen * a_rejected * inner
     room = (1.0 - safeguard) * a_chosen * a_chosen * tl.sum(tl.where(chosen, model_error, 0.0), 0) / aligned
@@ -244,6 +289,7 @@ def finish_pair(
     HAS_REF: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
+    HAS_ERROR_MASK: tl.constexpr,
     PARTS: tl.constexpr,
 ):
     """Computes §2 to §6 of one pair in float64, stores its results and returns the numbers for §8.
@@ -252,14 +298,19 @@ def finish_pair(
     """
     both = pair + tl.arange(0, 2) * pairs
     sign = 1.0 - 2.0 * tl.arange(0, 2).to(tl.float64)
-    n = tl.full([], 0.0, tl.float64) + elements
-    error, ref_err, gap = _sum_partials(partial, both, parts, PARTS)
+    error, ref_err, gap, counted = _sum_partials(partial, both, parts, HAS_ERROR_MASK, PARTS)
+    if HAS_ERROR_MASK:  # the mean over no elements is 0
+        n = tl.where(counted == 0, 1.0, counted)
+    else:
+        n = tl.full([], 0.0, tl.float64) + elements
     error /= n
     if HAS_REF:
         ref_err /= n
         gap /= n
     else:
         ref_err = tl.load(ref_error + both).to(tl.float64)
+        if HAS_ERROR_MASK:
+            ref_err = tl.where(counted == 0, 0.0, ref_err)
         gap = error - ref_err
 
     # §3, §4
@@ -274,7 +325,7 @@ def finish_pair(
     if MASKS:
         active = tl.reduce(ratio, 0, _nan_min) >= mask_threshold
     else:
-        active = n > 0
+        active = elements > 0
 
     # §5
     a = tl.full([2], 1.0, tl.float64)
@@ -299,8 +350,10 @@ def finish_pair(
     # §6
     g = b * pull * (0.5 * beta * loss_scale) * (2.0 / n)
     if SAFEGUARDED:
-        g *= _rejected_share(partial, a, error, safeguard, pair, pairs, parts, n, PARTS)
+        g *= _rejected_share(partial, a, error, safeguard, pair, pairs, parts, n, HAS_ERROR_MASK, PARTS)
     coef = tl.where(active, sign * g * a, 0.0)
+    if HAS_ERROR_MASK:
+        coef = tl.where(counted == 0, 0.0, coef)
 
     at = samples + both
     stride = 2 * pairs
@@ -313,7 +366,9 @@ def finish_pair(
     tl.store(at + COEF_ROW * stride, coef)
     tl.store(logits + pair, z)
     tl.store(mask + pair, active)
-    return error, ref_err, gap, ratio, weight, reward, coef, z, pair_loss, active, whole
+    # §8 frees a coefficient of the number of elements, which with an error mask is each sample's own.
+    k = coef * n if HAS_ERROR_MASK else coef
+    return error, ref_err, gap, ratio, weight, reward, k, z, pair_loss, active, whole
 
 
 @triton.jit

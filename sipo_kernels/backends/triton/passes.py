@@ -66,7 +66,7 @@ def pair_forward(
     ref_error,
     expected,  # [] float64, where EXPECTED_ON_DEVICE
     pair_levels,  # [B] or longer, where LEVELS
-    partial,  # [S, parts, 3], and with SAFEGUARDED then [B, parts]
+    partial,  # [S, parts, 3], or 4 with HAS_ERROR_MASK; and with SAFEGUARDED then [B, parts]
     records,  # [RECORD, B] float64: see batch_report.py
     tickets,  # [2 + B] int32, zero: steps handed out; pairs done; of each pair, items reduced, plus 1 when it is done
     loss,  # [] or [B]
@@ -99,6 +99,8 @@ def pair_forward(
     safeguard: tl.float64,
     top: tl.float64,
     expected_number: tl.float64,
+    error_mask,  # bool or float32, where HAS_ERROR_MASK
+    error_mask_stride,
     METHOD: tl.constexpr,
     LOSS_TYPE: tl.constexpr,
     SMOOTHED: tl.constexpr,
@@ -111,6 +113,8 @@ def pair_forward(
     HAS_SCALE: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     SHARED_TARGET: tl.constexpr,
+    HAS_ERROR_MASK: tl.constexpr,
+    SHARED_ERROR_MASK: tl.constexpr,
     WITH_GRAD: tl.constexpr,
     EXPECTED_ON_DEVICE: tl.constexpr,
     METRICS_TOO: tl.constexpr,
@@ -134,31 +138,43 @@ def pair_forward(
             m_row = row(model, sample, model_stride)
             r_row = row(ref, sample, ref_stride)
             t_row = row(target, pair if SHARED_TARGET else sample, target_stride)
+            w_row = row(error_mask, pair if SHARED_ERROR_MASK else sample, error_mask_stride)
             start = part.to(tl.int64) * tiles * BLOCK
             if WITH_GRAD:
                 if item >= per_pair - keep:
-                    e, f, g = reduce_part(
-                        m_row, r_row, t_row, start, tiles, elements, HAS_REF, ACC, BLOCK, FOLD, "evict_last"
-                    )
+                    e, f, g, n = reduce_part(
+                        m_row, r_row, t_row, w_row, start, tiles, elements, HAS_REF, HAS_ERROR_MASK, ACC, BLOCK, FOLD,
+                        "evict_last",
+                    )  # fmt: skip
                 else:
-                    e, f, g = reduce_part(
-                        m_row, r_row, t_row, start, tiles, elements, HAS_REF, ACC, BLOCK, FOLD, "evict_first"
-                    )
+                    e, f, g, n = reduce_part(
+                        m_row, r_row, t_row, w_row, start, tiles, elements, HAS_REF, HAS_ERROR_MASK, ACC, BLOCK, FOLD,
+                        "evict_first",
+                    )  # fmt: skip
             else:
-                e, f, g = reduce_part(m_row, r_row, t_row, start, tiles, elements, HAS_REF, ACC, BLOCK, FOLD, "")
-            sums = row(partial, sample, parts * 3) + part * 3
+                e, f, g, n = reduce_part(
+                    m_row, r_row, t_row, w_row, start, tiles, elements, HAS_REF, HAS_ERROR_MASK, ACC, BLOCK, FOLD, ""
+                )
+            SUMS: tl.constexpr = 4 if HAS_ERROR_MASK else 3
+            sums = row(partial, sample, parts * SUMS) + part * SUMS
             tl.store(sums, e)
             tl.store(sums + 1, f)
             tl.store(sums + 2, g)
+            if HAS_ERROR_MASK:
+                tl.store(sums + 3, n)
             if SAFEGUARDED:  # noqa: SIM102 (known when compiling; the next one is not)
                 if item % 2 == 1:
                     m_chosen, t_chosen = row(model, pair, model_stride), row(target, pair, target_stride)
-                    product = inner_part(m_chosen, t_chosen, m_row, t_row, start, tiles, elements, ACC, BLOCK, FOLD)
-                    tl.store(inner_sums(partial, pair, pairs, parts) + part, product)
+                    w_chosen = row(error_mask, pair, error_mask_stride)
+                    product = inner_part(
+                        m_chosen, t_chosen, m_row, t_row, w_chosen, w_row, start, tiles, elements, HAS_ERROR_MASK, ACC,
+                        BLOCK, FOLD,
+                    )  # fmt: skip
+                    tl.store(inner_sums(partial, pair, pairs, parts, HAS_ERROR_MASK) + part, product)
             # The stores must be seen by whoever counts the pair's last item: a barrier, then acquire-release.
             tl.debug_barrier()
             if tl.atomic_add(tickets + 2 + pair, 1, sem="acq_rel") == per_pair - 1:
-                error, ref_err, gap, ratio, weight, reward, coef, z, pair_loss, active, whole = finish_pair(
+                error, ref_err, gap, ratio, weight, reward, k, z, pair_loss, active, whole = finish_pair(
                     partial,
                     ratio_scale,
                     error_weight,
@@ -189,12 +205,13 @@ def pair_forward(
                     HAS_REF,
                     HAS_SCALE,
                     HAS_WEIGHT,
+                    HAS_ERROR_MASK,
                     PARTS,
                 )
                 if PER_PAIR:
                     tl.store(loss + pair, pair_loss)
                 store_record(
-                    records, pair, pairs, error, ref_err, gap, ratio, weight, reward, coef, z, pair_loss, active, whole
+                    records, pair, pairs, error, ref_err, gap, ratio, weight, reward, k, z, pair_loss, active, whole
                 )
                 tl.debug_barrier()
                 if WITH_GRAD:
@@ -215,11 +232,13 @@ def pair_forward(
                 write_part(
                     row(model, sample, model_stride),
                     row(target, pair if SHARED_TARGET else sample, target_stride),
+                    row(error_mask, pair if SHARED_ERROR_MASK else sample, error_mask_stride),
                     row(grad, sample, elements),
                     upstream_coef(its_coef, upstream).to(GRAD_ACC),
                     (item // 2).to(tl.int64) * tiles * BLOCK,
                     tiles,
                     elements,
+                    HAS_ERROR_MASK,
                     BLOCK,
                 )
         step = tl.atomic_add(tickets, 1, sem="relaxed")
@@ -234,7 +253,7 @@ def pair_forward(
             metrics,
             levels,
             pairs,
-            elements,
+            1 if HAS_ERROR_MASK else elements,  # which the records' coefficients include then
             beta,
             loss_scale,
             clip_min,
@@ -267,14 +286,18 @@ def pair_backward(
     pairs,
     parts,
     tiles,
+    error_mask,  # bool or float32, where HAS_ERROR_MASK
+    error_mask_stride,
     MEND: tl.constexpr,  # grad holds what the expected upstream gradient makes: leave it where that is what came
     REMEMBER: tl.constexpr,
     PER_PAIR: tl.constexpr,
     SHARED_TARGET: tl.constexpr,
+    HAS_ERROR_MASK: tl.constexpr,
+    SHARED_ERROR_MASK: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Writes the gradient of §6, coef · upstream · (model − target), with exact zeros where coef is 0."""
+    """Writes the gradient of §6, coef · upstream · w · (model − target), with exact zeros where coef or w is 0."""
     items = pairs * 2 * parts
     if REMEMBER:  # noqa: SIM102 (known when compiling; the next one is not)
         if tl.program_id(0) == 0:
@@ -296,10 +319,12 @@ def pair_backward(
             write_part(
                 row(model, sample, model_stride),
                 row(target, pair if SHARED_TARGET else sample, target_stride),
+                row(error_mask, pair if SHARED_ERROR_MASK else sample, error_mask_stride),
                 row(grad, sample, elements),
                 upstream_coef(tl.load(coef + sample), came).to(ACC),
                 (item // 2).to(tl.int64) * tiles * BLOCK,
                 tiles,
                 elements,
+                HAS_ERROR_MASK,
                 BLOCK,
             )

@@ -83,15 +83,19 @@ def device_of(tensor: torch.Tensor) -> DeviceSpec:
     return DEVICE_OVERRIDE or _device(tensor.device)
 
 
-def block(sums: torch.dtype, *inputs: torch.Tensor | None) -> int:
-    """Returns the elements of a tile: half as many if two-byte inputs are summed in float64, in twice the registers."""
-    return TILE_BYTES // max(sums.itemsize // 2, *(0 if t is None else t.element_size() for t in inputs))
+def block(sums: torch.dtype, *inputs: torch.Tensor | None, error_mask: torch.Tensor | None = None) -> int:
+    """Returns the elements of a tile: at most half as many where two-byte inputs are summed in float64.
+
+    These sums take twice the registers, and so does an error mask.
+    """
+    width = sums.itemsize // 2 if error_mask is None else sums.itemsize
+    return TILE_BYTES // max(width, *(0 if t is None else t.element_size() for t in inputs))
 
 
-def kept_bytes(model: torch.Tensor, target: torch.Tensor) -> int:
-    """Returns the bytes of policy and target for one element of a pair; a shared target counts once."""
-    targets = 1 if target.shape[0] != model.shape[0] else 2
-    return 2 * model.element_size() + targets * target.element_size()
+def kept_bytes(model: torch.Tensor, target: torch.Tensor, error_mask: torch.Tensor | None = None) -> int:
+    """Returns the bytes of policy, target and error mask for one element of a pair; what is shared counts once."""
+    inputs = (model, target) if error_mask is None else (model, target, error_mask)
+    return sum((2 if t.shape[0] == model.shape[0] else 1) * t.element_size() for t in inputs)
 
 
 def split(elements: int, block: int) -> tuple[int, int]:
