@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sipo.families.flux import Flux, token_positions
-from sipo.families.network import PROMPT, Condition, pick
+from sipo.families.network import PROMPT, Condition, inner_network, pick
 
 _MASK = "prompt_attention_mask"  # as the pipeline's argument is called
 
@@ -38,6 +39,15 @@ class Chroma(Flux):
         )
         return {PROMPT: text, _MASK: mask}
 
+    def predict(
+        self, module: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Any, *, guidance: float | None = None
+    ) -> Tensor:
+        """See :meth:`Family.predict`: with gradient checkpointing too, every block gets the mask."""
+        network = inner_network(module)
+        if network.gradient_checkpointing and not isinstance(network._gradient_checkpointing_func, _Checkpointing):
+            network._gradient_checkpointing_func = _Checkpointing()
+        return super().predict(module, noisy, timesteps, condition, guidance=guidance)
+
     def network_inputs(
         self, config: Any, noisy: Tensor, time: Tensor, condition: Condition, guidance: float
     ) -> dict[str, Any]:
@@ -52,3 +62,21 @@ class Chroma(Flux):
             "img_ids": token_positions(noisy),
             "attention_mask": torch.cat([mask, mask.new_ones(tokens.shape[:2])], dim=1),
         }
+
+
+class _Checkpointing:
+    """Checkpoints the network's blocks.
+
+    Up to diffusers 0.42, the network calls its single blocks without the mask when it checkpoints. They get that of the
+    double blocks here, which run before them.
+    """
+
+    def __init__(self) -> None:
+        self._mask: Tensor | None = None
+
+    def __call__(self, block: nn.Module, *inputs: Any) -> Any:
+        if len(inputs) == 5:  # of a double block; the mask is the last one
+            self._mask = inputs[4]
+        elif len(inputs) == 3:
+            inputs = (*inputs, self._mask)
+        return checkpoint(block.__call__, *inputs, use_reentrant=False)
