@@ -35,14 +35,18 @@ def inner_network(module: nn.Module) -> Any:
 def network_dtype(network: nn.Module) -> torch.dtype:
     """Returns the dtype that a network computes in and takes its input in.
 
-    This is the dtype of its first weight outside modules that stay in float32. An adapter's weights come after those
-    that they adapt.
+    This is the dtype of its first bias or norm outside modules that stay in float32: a frozen copy under autocast
+    (:func:`sipo.families.tuning.frozen_copy`) has other weights in half precision, but takes the input that its original
+    takes. An adapter's weights come after those that they adapt.
     """
     in_float32 = getattr(network, "_keep_in_fp32_modules", None) or ()
+    first: torch.dtype | None = None  # of a network without biases and norms
     for name, parameter in network.named_parameters():
         if parameter.is_floating_point() and not any(part in name for part in in_float32):
-            return parameter.dtype
-    return torch.float32
+            if parameter.ndim == 1:
+                return parameter.dtype
+            first = first or parameter.dtype
+    return first or torch.float32
 
 
 @contextmanager
