@@ -35,9 +35,9 @@ def inner_network(module: nn.Module) -> Any:
 def network_dtype(network: nn.Module) -> torch.dtype:
     """Returns the dtype that a network computes in and takes its input in.
 
-    This is the dtype of its first bias or norm outside modules that stay in float32. Other weights are in half precision
-    in a frozen copy under autocast (:func:`sipo.families.tuning.frozen_copy`), which takes the input that its original
-    takes. An adapter's weights come after those that they adapt.
+    This is the dtype of its first bias or norm outside modules that stay in float32. A frozen copy under autocast
+    (:func:`sipo.families.tuning.frozen_copy`) has its other weights in half precision, but takes the input that its
+    original takes. An adapter's weights come after those that they adapt.
     """
     in_float32 = getattr(network, "_keep_in_fp32_modules", None) or ()
     first: torch.dtype | None = None  # of a network without biases and norms
