@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sipo.families import FAMILIES, get_family
 from sipo.families.network import inner_network, network_dtype
 from sipo.families.packing import stack_patches
-from sipo.families.toy import build_toy
+from sipo.families.toy import TOYS, build_toy
 from sipo.schedule import NoiseSchedule, schedule_for
 from sipo.schedule.levels import SettingError
 from tests.data_sets import contents
@@ -85,6 +85,23 @@ def test_predict_is_the_pipelines_own_call(toy: str) -> None:
             found = family.predict(network, noisy, timesteps, conditions, guidance=3.0)
         expected = family.unpack(call.output, noisy.shape)
         assert found.shape == noisy.shape and torch.equal(found, -expected if family.negated else expected)
+
+
+@pytest.mark.parametrize("toy", ["flux", "flux-schnell", "flux-kontext", "chroma"])
+def test_predict_is_the_pipelines_own_call_in_bfloat16(toy: str) -> None:
+    """Timesteps are rounded in the pipeline's order, and products are of tensors that lie as the pipeline's do."""
+    family, pipeline = family_of(toy), pipeline_of(toy).to(torch.bfloat16)
+    _, calls = sampled(pipeline, family, prompt=PROMPTS, guidance_scale=2.0)
+    encoders = family.load_encoders(folder_of(toy), dtype=torch.bfloat16)
+    prompts, empty = family.encode_text(encoders, PROMPTS), family.encode_unconditional(encoders)
+    for number, call in enumerate(calls):
+        noisy = call.noisy(family)
+        conditions = stacked(family, [empty, empty] if toy == "chroma" and number % 2 else prompts)
+        if toy == "flux-kontext":
+            conditions |= call.condition_latents(family)
+        with torch.no_grad():
+            found = family.predict(pipeline.transformer, noisy, call.timestep.expand(2), conditions, guidance=2.0)
+        assert found.dtype == torch.bfloat16 and torch.equal(found, family.unpack(call.output, noisy.shape))
 
 
 @each_toy
@@ -330,6 +347,10 @@ def test_an_image_vae_that_overflows_in_half_precision() -> None:
         ("sd21", "discrete", "v_prediction", 1),
         ("sdxl", "discrete", "epsilon", 1),
         ("sd3", "flow", "flow", 3),
+        ("flux-schnell", "flow", "flow", 1),
+        ("z-image", "flow", "flow", 3),
+        ("lumina2", "flow", "flow", 6),
+        ("sana", "flow", "flow", 3),
         ("cogvideox", "discrete", "v_prediction", 1),
         ("cogvideox-2b", "discrete", "v_prediction", 1),
         ("wan", "flow", "flow", 3),
@@ -396,15 +417,19 @@ def test_dynamic_shift_goes_by_the_sizes(tmp_path: Path, monkeypatch: pytest.Mon
         original(self, *args, mu=mu, **options)
 
     monkeypatch.setattr(diffusers.FlowMatchEulerDiscreteScheduler, "set_timesteps", recorded)
-    pipeline, network = family.load_encoders(folder), family.load_network(folder)
-    family.sample(pipeline, network, ["a"], seed=0, steps=1, **size_of(family))
-    shift = family.load_schedule(folder, sizes=[sides_of(family)]).shift
-    assert [math.exp(mu) for mu in asked] == pytest.approx([shift], rel=1e-12)
-    # Wan's pipeline has no dynamic shifting
-    folder = with_scheduler("wan", tmp_path / "wan", use_dynamic_shifting=True)
-    with pytest.raises(ValueError, match="use_dynamic_shifting=True: expected image_seq_len=") as caught:
-        family_of("wan").load_schedule(folder, sizes=[(64, 64)])
-    assert str(caught.value).startswith(f"{folder}: ") and "\n" not in str(caught.value)
+    for toy in ("sd3", "z-image"):
+        family, folder = family_of(toy), with_scheduler(toy, tmp_path / f"{toy} asked", use_dynamic_shifting=True)
+        pipeline, network = family.load_encoders(folder), family.load_network(folder)
+        family.sample(pipeline, network, ["a"], seed=0, steps=1, **size_of(family))
+        shift = family.load_schedule(folder, sizes=[sides_of(family)]).shift
+        assert [math.exp(mu) for mu in asked] == pytest.approx([shift], rel=1e-12)
+        asked.clear()
+    # Wan's pipeline has no dynamic shifting, and Lumina 2's takes the number of channels for that of tokens.
+    for toy in ("wan", "lumina2"):
+        folder = with_scheduler(toy, tmp_path / toy, use_dynamic_shifting=True)
+        with pytest.raises(ValueError, match="use_dynamic_shifting=True: expected image_seq_len=") as caught:
+            family_of(toy).load_schedule(folder, sizes=[(64, 64)])
+        assert str(caught.value).startswith(f"{folder}: ") and "\n" not in str(caught.value)
 
 
 LEAVE_THE_LEVELS_TO_THE_SCHEDULER = ("sd3", "wan", "wan2.2", "sana")  # math.md §3 has how far off its grid is
@@ -508,6 +533,9 @@ def test_pickled_weights_are_not_loaded(tmp_path: Path) -> None:
             {"text_encoder_3": [None, None]},
             "has no text_encoder_3, expected a pipeline with T5",
         ),
+        ("flux", "model_index.json", {"_class_name": "FluxKontextPipeline"}, "family 'flux-kontext' takes it"),
+        ("flux", "transformer/config.json", {"in_channels": 32, "out_channels": 16}, "takes 32 channels and gives 16"),
+        ("chroma", "scheduler/scheduler_config.json", {"use_beta_sigmas": True}, "has use_beta_sigmas=True: expected"),
         ("sd15", "model_index.json", {"scheduler": ["elsewhere", "Mine"]}, "its scheduler is 'Mine'"),
     ],
 )
@@ -534,6 +562,8 @@ def test_relatives_of_a_family_are_refused(
         ("sd15", (512, 500, 1), "height=512, width=496, frames=1"),
         ("sdxl", (1024, 1024, 2), "height=1024, width=1024, frames=1"),
         ("sd3", (1000, 1024, 1), "height=992, width=1024, frames=1"),
+        ("flux", (1024, 1016, 1), "height=1024, width=1024, frames=1"),
+        ("sana", (1000, 1024, 1), "height=992, width=1024, frames=1"),
         ("cogvideox", (480, 720, 48), "height=480, width=720, frames=49"),
         ("wan", (480, 830, 81), "height=480, width=832, frames=81"),
         ("wan", (3, 832, 0), "height=16, width=832, frames=1"),
@@ -626,10 +656,10 @@ def test_unknown_toy(tmp_path: Path) -> None:
         build_toy("flux", tmp_path / "flux")
 
 
-@pytest.mark.parametrize("name", ["sd15", "sd3"])
+@pytest.mark.parametrize("name", ["sd15", "sd3", "flux"])
 def test_prompts_that_are_cut_are_counted_in_one_warning(name: str) -> None:
     family = get_family(name)
     pipeline = family.load_encoders(folder_of(name))
-    most = {"sd15": 77, "sd3": 256}[name]
+    most = {"sd15": 77, "sd3": 256, "flux": 512}[name]
     with pytest.warns(UserWarning, match=f"^1 of 2 prompts are cut after {most} tokens$"):
         family.encode_text(pipeline, ["a " * 400, "a"])
