@@ -33,6 +33,10 @@ _DRAWN = {"noise": "noise", "level": "levels", "ref_error": "ref_error"}  # keys
 _NEEDED = {BatchMode.FRESH_DRAWS: 0, BatchMode.FIXED_DRAWS: 2, BatchMode.REFERENCE_ERRORS: 3}  # so many of them
 
 
+OF_IMAGE = "condition_"
+"""What names in a condition begin with if they encode the condition image, and not the text."""
+
+
 @dataclass(frozen=True)
 class PairBatch:
     """``B`` preference pairs.

@@ -106,8 +106,41 @@ class RaggedFamily(SmallFamily):
         }
 
 
+class EditFamily(SmallFamily):
+    """Edits of an image, which the network sees as the mean of 8x8 pixels."""
+
+    name = "edit"
+    condition_image = "required"
+
+    def encode_condition_image(self, pipeline: Any, pixels: Tensor) -> list[Condition]:
+        return [{"condition_latents": means} for means in SmallFamily.encode_pixels(self, Pipeline(), pixels)]
+
+
+class OptionalEditFamily(EditFamily):
+    name = "optional-edit"
+    condition_image = "optional"
+
+
+class SeeingFamily(EditFamily, RaggedFamily):
+    """Edits whose text starts with a token of the image's mean colour."""
+
+    name = "seeing"
+    text_sees_image = True
+
+    def encode_text(
+        self, pipeline: Any, prompts: Sequence[str], images: Sequence[Tensor] | None = None
+    ) -> list[Condition]:
+        assert images is not None and all(image.dtype == torch.uint8 for image in images)
+        conditions = super().encode_text(pipeline, prompts)
+        for condition, image in zip(conditions, images, strict=True):
+            seen = torch.cat([image.double().mean((1, 2)).float(), torch.ones(1)])[None] / 255
+            condition["prompt_embeds"] = torch.cat([seen, condition["prompt_embeds"]])
+            condition["prompt_embeds_mask"] = torch.ones(len(condition["prompt_embeds"]), dtype=torch.bool)
+        return conditions
+
+
 class Network(nn.Module):
-    """Sees latents, timesteps, text and each image's own condition."""
+    """Sees latents, timesteps, text, each image's own condition and the condition image."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -123,6 +156,8 @@ class Network(nn.Module):
         mean = tokens.mean(1) if mask is None else (tokens * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
         text = torch.cat([mean, condition["pooled"]], dim=1)
         shift = self.text(text) + self.own(condition["time_ids"] / 64) + (timesteps / 1000)[:, None].to(noisy.dtype)
+        if "condition_latents" in condition:
+            noisy = noisy + condition["condition_latents"]
         out: Tensor = self.outward(torch.nn.functional.silu(self.inward(noisy) + shift[:, :, None, None]))
         return out
 
@@ -137,7 +172,10 @@ def png(seed: int, height: int = 20, width: int = 24) -> bytes:
 
 @dataclass
 class Records:
-    """A reader of records in memory, by default with every prompt three times and two shapes of images."""
+    """A reader of records in memory: every prompt three times, two shapes of images if asked for.
+
+    Rows in ``edits`` have a condition image, of another shape.
+    """
 
     records: list[PairRecord]
 
@@ -145,13 +183,19 @@ class Records:
         return iter(self.records)
 
     @classmethod
-    def make(cls, count: int = 12, two_sizes: bool = False) -> Records:
+    def make(cls, count: int = 12, two_sizes: bool = False, edits: Sequence[int] = ()) -> Records:
         def image(seed: int, row: int) -> bytes:
             return png(seed, 36, 20) if two_sizes and row % 4 == 1 else png(seed)
 
         return cls(
             [
-                PairRecord(row, "a b c d"[: 1 + 2 * (row // 3)], image(2 * row, row), image(2 * row + 1, row))
+                PairRecord(
+                    row,
+                    "a b c d"[: 1 + 2 * (row // 3)],
+                    image(2 * row, row),
+                    image(2 * row + 1, row),
+                    condition_image=png(1000 + row, 40, 31) if row in edits else None,
+                )
                 for row in range(count)
             ]
         )

@@ -25,9 +25,20 @@ from sipo.data.load import BadPairError
 from sipo.data.media import write_image
 from sipo.data.readers import JsonlReader, PickapicReader
 from sipo.data.records import DataError
+from sipo.families.base import Family
 from tests.changing_data import Lines, changed, drop, make_pairs, read, swap, write, written_at
 from tests.data_sets import PickapicBuilder, noise
-from tests.small_family import MODEL, Accelerator, Pipeline, SmallFamily, build, in_processes, settings
+from tests.small_family import (
+    MODEL,
+    Accelerator,
+    OptionalEditFamily,
+    Pipeline,
+    SeeingFamily,
+    SmallFamily,
+    build,
+    in_processes,
+    settings,
+)
 
 Change = Callable[[Lines], Any]
 
@@ -132,6 +143,49 @@ def test_rows_that_have_changed_are_encoded_again_and_no_others(
     before, pipeline = written_at(data.parent.parent / "cache"), Pipeline()
     again = encode(data, pipeline)
     assert not again.news() and not changed(before, data.parent.parent / "cache") and not pipeline.encoded
+
+
+@pytest.mark.parametrize("family", [OptionalEditFamily(), SeeingFamily()], ids=lambda family: family.name)
+def test_condition_images_are_compared_as_the_samples_are(tmp_path: Path, family: Family) -> None:
+    path = make_pairs(tmp_path / "data")
+    lines = read(path)
+    for row, line in enumerate(lines):
+        write_image(tmp_path / f"data/c/{row}.bmp", noise(50 + row, 3, 40, 33))
+        line["condition_image"] = f"c/{row}.bmp"
+    write(path, lines)
+    encode(path, family=family)
+    cache, sees = tmp_path / "cache", family.text_sees_image
+
+    def again(wanted: str, *shards: int) -> None:
+        before, pipeline = written_at(cache), Pipeline()
+        summary = encode(path, pipeline, family=family)
+        assert summary.changes[:1] == [wanted] * bool(wanted)
+        kinds = ("latents", "text") if sees else ("latents",)
+        assert changed(before, cache) == [f"{kind}-0000{n}" for kind in kinds for n in shards]
+        assert (pipeline.encoded, len(pipeline.prompts)) == (2 * len(shards), 2 * len(shards) if sees else 0)
+        assert not encode(path, family=family).changes
+
+    again("")
+    write_image(tmp_path / "data/c/3.bmp", noise(99, 3, 40, 33))
+    again("row 4: c/3.bmp has other content", 1)
+    lines[4]["condition_image"] = "c/3.bmp"
+    write(path, lines)
+    again("row 5: condition_image is c/3.bmp, was c/4.bmp", 2)
+    lines[1]["prompt"] = lines[0]["prompt"] = "other words"
+    if sees:
+        write(path, lines)
+        again("row 1: another prompt", 0)
+    else:
+        del lines[1]["condition_image"]
+        lines[1]["prompt"] = lines[0]["prompt"] = "prompt 0"
+        write(path, lines)
+        again("row 2: condition_image is none, was c/1.bmp", 0)
+    found = open_cache(cache)
+    build(tmp_path / "new", JsonlReader(path), family=family, sizes=[(32, 32)], shard_pairs=2)
+    wanted = open_cache(tmp_path / "new")
+    for place in range(6):
+        one, other = ({**c.text(place), **c.condition_image(place)} for c in (found, wanted))
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_ties_are_counted_as_they_are_now(data: Path) -> None:

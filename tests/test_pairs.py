@@ -27,19 +27,24 @@ from sipo.cache.precompute_errors import precompute_reference_errors
 from sipo.cache.reference_errors import FixedDraws, ReferenceErrors, open_reference_errors
 from sipo.cache.savings import FULL_SIZE, Cost, ModelSize, describe_savings, savings_table
 from sipo.data.config import DataConfig
+from sipo.data.media import read_media, resize_and_crop
 from sipo.families.config import ModelConfig
 from sipo.processes import OtherProcessError
 from sipo.recipe.config import Config
+from sipo.seeds import RandomStream, derive_seed
 from sipo.training.config import TrainingConfig
 from sipo.training.forward import PairForward
-from sipo.training.stream import pair_loader
+from sipo.training.stream import drop_captions, pair_loader
 from tests.data_sets import contents
 from tests.small_family import (
     Accelerator,
+    EditFamily,
     Network,
+    OptionalEditFamily,
     Pipeline,
     RaggedFamily,
     Records,
+    SeeingFamily,
     SmallFamily,
     build,
     in_processes,
@@ -197,6 +202,80 @@ def test_training_on_ragged_text_resumes_where_it_stopped(tmp_path: Path) -> Non
     rest, later = run("half", resume_from="latest")
     assert later == history[4:] and len(later) == 2
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), rest.parameters(), strict=True))
+
+
+# ---- Condition images ----
+
+
+def test_an_item_has_the_condition_image_of_the_samples_size(tmp_path: Path) -> None:
+    reader, options = Records.make(two_sizes=True, edits=range(12)), {"random_flip": True, "center_crop": False}
+    build(tmp_path, reader, family=EditFamily(), dtype="bfloat16", **options)
+    cached, wanted = CachedPairs(open_cache(tmp_path)), []
+    for record in reader.records:  # as if it were the chosen sample, but for its shape
+        size = (24, 16) if record.row % 4 == 1 else (16, 24)
+        generator = torch.Generator().manual_seed(derive_seed(5, RandomStream.CROP, record.row))
+        flip = derive_seed(5, RandomStream.FLIP, record.row) % 2 == 1
+        assert isinstance(record.condition_image, bytes)
+        pixels = read_media(record.condition_image).pixels
+        fitted = resize_and_crop(pixels, *size, center_crop=False, flip=flip, generator=generator).pixels
+        wanted.append(SmallFamily().encode_pixels(Pipeline(), fitted[None])[0].bfloat16())
+    assert len({derive_seed(5, RandomStream.FLIP, row) % 2 for row in range(12)}) == 2
+    for index, latents in enumerate(wanted):
+        item = cached[index]
+        assert item["condition"].keys() == {"prompt_embeds", "pooled", "condition_latents"}
+        assert same(item["condition"]["condition_latents"], latents) and latents.shape == item["chosen"].shape
+
+
+def test_pairs_with_and_without_a_condition_image_are_in_different_groups(tmp_path: Path) -> None:
+    build(tmp_path, Records.make(two_sizes=True, edits=[0, 1, 2, 7, 9]), family=OptionalEditFamily())
+    cached = CachedPairs(open_cache(tmp_path))
+    assert sorted(cached.groups) == [[0, 2, 7], [1, 9], [3, 4, 6, 8, 10, 11], [5]]
+    for group in cached.groups:
+        batch = collate([cached[index] for index in group])
+        assert ("condition_latents" in batch["condition"]) == (group[0] in (0, 1))
+    references = reference_errors(cached)
+    plain = tmp_path / "plain"
+    build(plain, Records.make(two_sizes=True))
+    without = reference_errors(CachedPairs(open_cache(plain)))
+    for row in range(12):  # the network sees the image; batches of other pairs are rounded otherwise
+        alike = torch.allclose(references.at(row)[0], without.at(row)[0], rtol=1e-6, atol=0)
+        assert alike == (row not in (0, 1, 2, 7, 9))
+
+
+def test_a_dropped_caption_leaves_the_condition_image(tmp_path: Path) -> None:
+    build(tmp_path, Records.make(edits=range(12)), family=EditFamily())
+    cached = CachedPairs(open_cache(tmp_path))
+    drawn = DrawnPairs(cached, DISCRETE, FixedDraws(2, 0, proportion_empty_prompts=1.0))
+    for index in range(24):
+        image = {"condition_latents": cached[index // 2]["condition"]["condition_latents"]}
+        assert same(drawn[index]["condition"], cached.unconditional | image)
+    batch = collate([cached[index] for index in range(12)])["condition"]
+    before = batch["condition_latents"].clone()
+    drop_captions(batch, cached.unconditional, range(12), 0, 0.999)
+    assert torch.equal(batch["condition_latents"], before)
+    assert torch.equal(batch["pooled"], cached.unconditional["pooled"].expand(12, 4))
+
+
+def test_text_that_sees_the_image_is_each_pairs_own(tmp_path: Path) -> None:
+    reader, family = Records.make(edits=range(12)), SeeingFamily()
+    build(tmp_path, reader, family=family)
+    cached = CachedPairs(open_cache(tmp_path))
+    for index, record in enumerate(reader.records):
+        assert isinstance(record.condition_image, bytes)
+        image = resize_and_crop(read_media(record.condition_image).pixels, 16, 24).pixels
+        (wanted,) = family.encode_text(Pipeline(), [record.prompt], [image])
+        (latents,) = family.encode_condition_image(None, image[None])
+        assert same(cached[index]["condition"], wanted | latents)
+    assert cached.cache.prompt_of.unique().numel() == 12
+    held_out = split_pairs(cached, 4, seed=1)[1].rows.tolist()  # all pairs of a prompt, as always
+    assert held_out == [3 * (held_out[0] // 3) + n for n in range(3)]
+    batch = PairBatch.of_items(collate([cached[index] for index in (0, 11)]))
+    assert batch.condition["prompt_embeds_mask"].sum(1).tolist() == [3, 6]
+    assert getattr(cached, "unconditional", None) is None  # training refuses to drop captions
+    drawn = DrawnPairs(cached, DISCRETE, FixedDraws(1, 0, proportion_empty_prompts=1.0))
+    with pytest.raises(AttributeError, match="unconditional: text embeddings here depend on the condition image"):
+        drawn[0]
+    reference_errors(cached, proportion_empty_prompts=0.0)
 
 
 # ---- Draws ----
@@ -507,10 +586,10 @@ def test_processes_of_which_one_does_not_see_the_errors_go_on_together(
             config=SimpleNamespace(training=training),
             accelerator=accelerator,
             fixed_draws=None,
+            predict=None,
             reference_marks={},
             schedule=None,
             cache=tmp_path,
-            family=SimpleNamespace(predict=None),
         )
         return sipo.recipe.prepare_data._references(made, None, False, False, None)  # type: ignore[arg-type]
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import assert_refused
 
 from sipo.batch import level_argument, network_timesteps
 from sipo.cache.decode import ahead, queue_length
@@ -26,20 +27,35 @@ from sipo.cache.pairs import CachedPairs, DrawnPairs
 from sipo.cache.precompute import precompute_pairs
 from sipo.cache.precompute_errors import precompute_reference_errors
 from sipo.cache.reference_errors import FixedDraws
+from sipo.cache.savings import Cost
 from sipo.data.config import DataConfig
 from sipo.data.load import BadPairError
 from sipo.data.media import read_media, resize_and_crop, write_video
 from sipo.data.readers import open_pairs
-from sipo.data.records import PairRecord
+from sipo.data.records import DataError, PairRecord
 from sipo.data.toy import make_toy_pairs
 from sipo.families import get_family
+from sipo.families.base import Family
 from sipo.families.config import ModelConfig
 from sipo.families.toy import build_toy
 from sipo.families.vae import as_floats
 from sipo.seeds import derive_seed
 from tests.data_sets import contents
-from tests.family_cases import encoders_of
-from tests.small_family import MODEL, Accelerator, Pipeline, Records, SmallFamily, build, in_processes, png, settings
+from tests.family_cases import encoders_of, sides_of
+from tests.small_family import (
+    MODEL,
+    Accelerator,
+    EditFamily,
+    OptionalEditFamily,
+    Pipeline,
+    Records,
+    SeeingFamily,
+    SmallFamily,
+    build,
+    in_processes,
+    png,
+    settings,
+)
 
 
 def test_what_is_stored_is_what_the_family_makes_of_the_files(tmp_path: Path) -> None:
@@ -181,6 +197,55 @@ def test_a_source_that_has_changed_replaces_the_shards_it_changes(tmp_path: Path
     build(tmp_path / "new", reader)
     assert pipeline.encoded == 4
     assert contents(tmp_path / "new") == {k: v for k, v in contents(tmp_path).items() if not k.startswith("new")}
+
+
+def test_a_condition_image_that_the_family_does_not_take_is_refused_before_anything_is_encoded(tmp_path: Path) -> None:
+    reader, pipeline = Records.make(edits=[9]), Pipeline()
+    reader.root = tmp_path  # type: ignore[attr-defined]  # of a list of paths, which is read at once
+    message = "nowhere: row 10 has a condition_image, family 'small' takes none"
+    assert_refused(lambda: build(tmp_path, reader, pipeline, on_cost=print), DataError, message)
+    assert pipeline.encoded == 0
+
+
+@pytest.mark.parametrize("family", [EditFamily(), SeeingFamily()])
+def test_a_pair_without_the_condition_image_that_the_family_needs_is_bad(tmp_path: Path, family: Family) -> None:
+    reader = Records.make(edits=[0, 1, 2, 3, 4, 6, 8, 11])
+    with pytest.raises(
+        BadPairError, match=rf"row 6: no condition_image, family '{family.name}' needs one \(rows count"
+    ):
+        build(tmp_path, reader, family=family)
+    reader.records[4] = replace(reader.records[4], condition_image=b"no image")
+    for _ in range(2):
+        summary = build(tmp_path, reader, family=family, skip_bad=True)
+        assert (summary.pairs, summary.skipped) == (7, {"condition": 4, "undecodable": 1})
+    assert (summary.written, summary.texts) == (0, 0)
+    assert open_cache(tmp_path).rows.tolist() == [0, 1, 2, 3, 6, 8, 11]
+    cached = open_cache(tmp_path)
+    assert all(cached.text(place)["prompt_embeds"].isfinite().all() for place in range(7))
+
+
+def test_a_condition_image_counts_in_what_encoding_costs(tmp_path: Path) -> None:
+    for number, (family, sizes) in enumerate([(EditFamily(), (3, 3)), (OptionalEditFamily(), (3, 2))]):
+        costs: list[Cost] = []
+        build(tmp_path / f"{number}", Records.make(edits=range(12)), family=family, on_cost=costs.append)
+        assert costs[0].pair_bytes == tuple(4 * 3 * 2 * 3 * size for size in sizes)
+        reader = Records.make(edits=range(12))
+        reader.count = lambda: 12  # type: ignore[attr-defined]
+        build(tmp_path / f"counted {number}", reader, family=family, on_cost=costs.append)
+        assert "at most 36 passes of the VAE" in costs[1].describe(0)
+    assert queue_length(EditFamily(), settings(sizes=[(1000, 1000)], queue_mb=90), 8) == 9
+    assert queue_length(SmallFamily(), settings(sizes=[(1000, 1000)], queue_mb=90), 8) == 14
+
+
+@pytest.mark.parametrize("name", ["latents-00001", "text-00001"])
+def test_text_that_sees_the_image_is_encoded_again_with_its_pairs(tmp_path: Path, name: str) -> None:
+    reader, family = Records.make(edits=range(12)), SeeingFamily()
+    build(tmp_path, reader, family=family)
+    whole = contents(tmp_path)
+    (tmp_path / f"{name}.safetensors").unlink()
+    pipeline = Pipeline()
+    assert build(tmp_path, reader, pipeline, family=family).written == 1
+    assert contents(tmp_path) == whole and (pipeline.encoded, len(pipeline.prompts)) == (4, 4)
 
 
 @pytest.mark.parametrize("processes", [2, 3])
@@ -367,7 +432,7 @@ def test_latents_are_stored_in_the_type_asked_for(tmp_path: Path, dtype: str) ->
     assert asked.pair(3)[2]["time_ids"].dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl", "cogvideox", "wan"])
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "z-image", "lumina2", "sana", "cogvideox", "wan"])
 def test_real_families_from_files_to_reference_errors(tmp_path: Path, name: str) -> None:
     family = get_family(name)
     frames = 9 if family.video else 1
@@ -498,11 +563,11 @@ def test_one_clip_after_the_other_gives_the_latents_that_both_at_once_give(tmp_p
         assert shape == tuple(both.shape[1:])
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3"])
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "sana"])
 def test_shapes_of_latents_are_known_beforehand(name: str) -> None:
     family, encoders = get_family(name), encoders_of(name)
-    found = family.encode_pixels(encoders, torch.zeros(1, 3, 32, 48, dtype=torch.uint8))
-    assert family.latent_shape(encoders, 32, 48) == tuple(found.shape[1:])
+    found = family.encode_pixels(encoders, torch.zeros(1, 3, *sides_of(family), dtype=torch.uint8))
+    assert family.latent_shape(encoders, *sides_of(family)) == tuple(found.shape[1:])
 
 
 def test_levels_become_the_floats_they_became_before() -> None:
@@ -532,7 +597,7 @@ def test_memory_of_decoded_frames_does_not_wait_for_the_collector(tmp_path: Path
 
 def test_pairs_that_are_decoded_ahead_are_bounded_in_bytes() -> None:
     def length(workers: int, **changes: Any) -> int:
-        return queue_length(settings(**changes), workers)
+        return queue_length(SmallFamily(), settings(**changes), workers)
 
     clip = {"frames": 81, "sizes": [(240, 416), (480, 832)]}  # 194 MB a pair at the larger size
     assert length(2, **clip) == 4 and length(8, **clip) == 4

@@ -15,10 +15,10 @@ from torch import Tensor
 from sipo.batch import is_ragged
 from sipo.cache.decode import DecodedPair, PairDecoder, ahead, queue_length
 from sipo.cache.existing import ExistingCache, bad_pair
-from sipo.cache.format import LATENTS, TEXT, UNCONDITIONAL, shard_name, text_key, trim
+from sipo.cache.format import LATENTS, TEXT, UNCONDITIONAL, shard_name, trim
 from sipo.cache.index import FILES_FACT, ROWS_FACT
 from sipo.cache.savings import Cost
-from sipo.cache.source import ShardSource, Tally, shard_sources
+from sipo.cache.source import EncodedPair, ShardSource, Tally, pair_key, shard_sources
 from sipo.data.config import DataConfig
 from sipo.data.load import BadPairError
 from sipo.data.records import PairReader, PairRecord, row_name
@@ -81,11 +81,24 @@ class PairEncoder:
         return self._pipeline
 
     def encode_unconditional(self) -> None:
-        """Writes what caption dropout puts in a prompt's place."""
+        """Writes what caption dropout puts in a prompt's place.
+
+        Where text depends on the condition image, nothing can: the shard then has no tensors, and the shapes of text
+        with a black image.
+        """
         shard = self.existing.find(UNCONDITIONAL)
-        if shard is None or shard.facts.get("source") != self.existing.source:
+        if shard is not None and shard.facts.get("source") == self.existing.source:
+            return
+        facts: dict[str, Any] = {"source": self.existing.source, "prompts": []}
+        if self.family.text_sees_image:
+            black = torch.zeros(3, *self.settings.sizes[0], dtype=torch.uint8)
+            (condition,) = self.family.encode_text(self.pipeline(), [""], [black])
+            shapes = {name: _shape(name, condition) for name in condition}
+            self.existing.begin_change()
+            self.shards.write(UNCONDITIONAL, {}, facts | {"shapes": shapes, "sees_image": True})
+        else:
             condition = self.family.encode_unconditional(self.pipeline())
-            self._write_text(UNCONDITIONAL, {"": condition}, {"source": self.existing.source, "prompts": []})
+            self._write_text(UNCONDITIONAL, {"": condition}, facts)
 
     def cost(self, reader: PairReader) -> Cost:
         """Estimates what is to be encoded from what the source says and what is encoded already."""
@@ -102,7 +115,7 @@ class PairEncoder:
         prompts = 0
         if exact:
             assert pairs is not None
-            for source in shard_sources(reader, settings, Tally()):
+            for source in shard_sources(reader, self.family, settings, Tally()):
                 if shard_name(LATENTS, source.number) not in encoded:
                     pairs += sum(not record.problem for record in source.records)
                     prompts += len(source.prompts)
@@ -112,8 +125,9 @@ class PairEncoder:
             pairs = max(0, min(known) - sum(encoded.values())) if known else None
             prompts = 1 if pairs is None else pairs
         width = self.dtype.itemsize
-        sizes = (2 * max(latents) * width, 2 * min(latents) * width)
-        return Cost(pairs, sum(encoded.values()), prompts, exact, sizes, text * width)
+        images = {"none": (2, 2), "optional": (3, 2), "required": (3, 3)}[self.family.condition_image]
+        sizes = (images[0] * max(latents) * width, images[1] * min(latents) * width)
+        return Cost(pairs, sum(encoded.values()), prompts, exact, sizes, text * width, images[0])
 
     def encode_shards(
         self, reader: PairReader, rank: int, world: int, progress: bool | None
@@ -123,7 +137,7 @@ class PairEncoder:
         workers = self.settings.num_workers or min(8, os.cpu_count() or 1)
         with bar, ThreadPoolExecutor(workers, "decode") as pool:
             todo = self._todo(reader, rank, world, pool, bar)
-            with closing(ahead(pool, self._decode, todo, queue_length(self.settings, workers))) as pairs:
+            with closing(ahead(pool, self._decode, todo, queue_length(self.family, self.settings, workers))) as pairs:
                 for pair in pairs:
                     if pair is not None:
                         (source, record), decoded = pair
@@ -144,12 +158,14 @@ class PairEncoder:
 
         Also yields ``None`` after each shard that was read or compared, which may take long by itself.
         """
-        for source in shard_sources(reader, self.settings, self.tally):
+        for source in shard_sources(reader, self.family, self.settings, self.tally):
             if source.number % world != rank:
                 yield None
                 continue
             self.existing.compare(source, pool)
             yield None
+            if self.family.text_sees_image:  # both are made from the same decoded image
+                source.needs_latents = source.needs_text = source.needs_latents or source.needs_text
             if not source.needs_latents:
                 self.kept += 1
                 bar.update(len(source.records))
@@ -182,7 +198,14 @@ class PairEncoder:
             batches = [sample[None] for sample in prepared.pixels]
         # Left on the device until the shard is whole, so that the host decodes meanwhile.
         latents = [self.family.encode_pixels(self.pipeline(), batch, generator).to(self.dtype) for batch in batches]
-        source.pairs.append((record.row, text_key(record.prompt), torch.cat(latents), prepared.own))
+        key, image = pair_key(record, self.family), prepared.condition_image
+        encoded: Condition = {}
+        if image is not None:
+            (tensors,) = self.family.encode_condition_image(self.pipeline(), image[None])
+            encoded = {name: self._cast(tensor) for name, tensor in tensors.items()}
+            if self.family.text_sees_image:
+                source.images[key] = image
+        source.pairs.append(EncodedPair(record.row, key, torch.cat(latents), prepared.own, encoded))
 
     def _skip(self, source: ShardSource, row: int, kind: str, reason: str) -> None:
         if not self.settings.skip_bad:
@@ -193,12 +216,15 @@ class PairEncoder:
         """Writes what a shard lacks."""
         if source.needs_text:
             conditions: dict[str, Condition] = {}
-            for start in range(0, len(source.prompts), TEXT_BATCH):
-                prompts = source.prompts[start : start + TEXT_BATCH]
-                encoded = self.family.encode_text(self.pipeline(), prompts)
-                conditions.update(zip(map(text_key, prompts), encoded, strict=True))
+            # Where text depends on the image, a pair that cannot be used has neither.
+            keys = list(source.images) if self.family.text_sees_image else source.new_keys
+            for start in range(0, len(keys), TEXT_BATCH):
+                some = keys[start : start + TEXT_BATCH]
+                images = [source.images[key] for key in some] if self.family.text_sees_image else None
+                encoded = self.family.encode_text(self.pipeline(), [source.prompts[key] for key in some], images)
+                conditions.update(zip(some, encoded, strict=True))
                 yield
-            facts = {"source": self.existing.source, "prompts": list(conditions)}
+            facts = {"source": self.existing.source, "prompts": source.new_keys}
             self._write_text(shard_name(TEXT, source.number), conditions, facts)
             self.texts += 1
         if source.needs_latents:
@@ -208,8 +234,9 @@ class PairEncoder:
     def _write_latents(self, source: ShardSource) -> None:
         tensors: dict[str, Tensor] = {}
         pairs: list[tuple[int, str, list[int]]] = []
-        for row, key, latents, own in source.pairs:
-            if not latents.isfinite().all():
+        images: dict[str, Any] = {"names": [], "rows": []}
+        for row, key, latents, own, image in source.pairs:
+            if not all(tensor.isfinite().all() for tensor in (latents, *image.values())):
                 if self.settings.vae_dtype == "float16":  # the setting's fault, not the pair's
                     raise ValueError(
                         f"{row_name(row)}: latents that are not finite with data.vae_dtype='float16', expected "
@@ -220,15 +247,21 @@ class PairEncoder:
             pairs.append((row, key, list(latents.shape[1:])))
             tensors |= {f"{row}.chosen": latents[0], f"{row}.rejected": latents[1]}
             tensors |= {f"{row}.own.{name}": tensor for name, tensor in own.items()}
+            tensors |= {f"{row}.image.{name}": tensor for name, tensor in image.items()}
+            if image:
+                images["names"] = sorted(image)
+                images["rows"].append(row)
         facts: dict[str, Any] = {
             "source": self.existing.source,
             "seen": source.seen,
             ROWS_FACT: source.rows,
             FILES_FACT: source.files,
-            "own": sorted(source.pairs[0][3]) if source.pairs else [],
+            "own": sorted(source.pairs[0].own) if source.pairs else [],
             "pairs": pairs,
             "skipped": sorted(source.skipped),
         }
+        if images["rows"]:
+            facts["image"] = images
         if any(kind == "large" for _, kind, _ in source.skipped):
             facts["max_pixels"] = self.settings.max_pixels
         self.existing.begin_change()
@@ -238,14 +271,22 @@ class PairEncoder:
         tensors: dict[str, Tensor] = {}
         shapes: dict[str, list[int | None]] = {}
         for key, condition in conditions.items():
-            cast = {n: t.to(self.dtype) if t.is_floating_point() else t for n, t in condition.items()}
-            for tensor_name, tensor in cast.items():
+            for tensor_name, original in condition.items():
+                tensor = self._cast(original)
                 if not tensor.isfinite().all():
                     raise ValueError(f"{tensor_name} of a prompt in {name} is not finite in {self.dtype}")
-                ragged = is_ragged(tensor_name, condition)
-                shape: list[int | None] = [None, *tensor.shape[1:]] if ragged else [*tensor.shape]
+                shape = _shape(tensor_name, condition)
                 if shapes.setdefault(tensor_name, shape) != shape:
                     raise ValueError(f"{tensor_name} has shape {shape}, expected {shapes[tensor_name]}")
-                tensors[f"{key}.{tensor_name}" if key else tensor_name] = tensor if ragged else trim(tensor)
+                tensors[f"{key}.{tensor_name}" if key else tensor_name] = trim(tensor) if None not in shape else tensor
         self.existing.begin_change()
         self.shards.write(name, tensors, facts | {"shapes": shapes})
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+
+
+def _shape(name: str, condition: Condition) -> list[int | None]:
+    """Returns the shape that a tensor has for every prompt; ``None`` for the length of a ragged one."""
+    shape: list[int | None] = list(condition[name].shape)
+    return [None, *shape[1:]] if is_ragged(name, condition) else shape

@@ -35,9 +35,10 @@ class Cache:
         path: ``data.dataset_name`` of its pairs, as it was when they were last compared.
         skipped: by reason, how many pairs were left out because they could not be used.
         rows: ``[N]`` int64, each pair's row in the source.
-        shapes: the shapes that latents have.
-        shape_of: ``[N]`` int64, each pair's place in ``shapes``.
-        prompt_keys: one for each distinct prompt (:func:`text_key`).
+        group_of: ``[N]`` int64, equal for pairs that may share a batch: their latents have one shape, and all of them
+            or none have a condition image.
+        text_sees_image: whether text embeddings depend on condition images.
+        prompt_keys: one for each distinct prompt (:func:`sipo.cache.source.pair_key`).
         prompt_of: ``[N]`` int64, each pair's place in ``prompt_keys``.
         shard_of: ``[N]`` int64, each pair's place in ``latents``.
         latents: the shards of latents, by number.
@@ -50,22 +51,27 @@ class Cache:
         self.skipped = index.skipped
         latents, text = index.latents, index.text
         # All of this is copied into every worker process: pairs in tensors, and no facts that nobody asks for again.
-        self.latents = [replace(shard, facts={"own": shard.facts["own"]}) for shard in latents]
+        images = [shard.facts.get("image", {"names": [], "rows": []}) for shard in latents]
+        self.latents = [
+            replace(shard, facts={"own": shard.facts["own"], "image": image["names"]})
+            for shard, image in zip(latents, images, strict=True)
+        ]
         self._reader = ShardReader(folder, [*self.latents, *(replace(shard, facts={}) for shard in text)])
         self._text_shapes = index.text_shapes
         self.prompt_keys = [key for shard in text for key in shard.facts["prompts"]]
         self._text_names = [shard.name for shard in text]
         self._text_shard_of = torch.tensor([n for n, shard in enumerate(text) for _ in shard.facts["prompts"]])
         place_of_text = {key: n for n, key in enumerate(self.prompt_keys)}
-        place_of_shape: dict[tuple[int, ...], int] = {}
-        table = [
-            (row, n, place_of_text[key], place_of_shape.setdefault(tuple(shape), len(place_of_shape)))
-            for n, shard in enumerate(latents)
-            for row, key, shape in shard.facts["pairs"]
-        ]
-        columns = torch.tensor(table).reshape(-1, 4).unbind(1)
-        self.rows, self.shard_of, self.prompt_of, self.shape_of = (column.clone() for column in columns)
-        self.shapes = list(place_of_shape)
+        self.text_sees_image = any("sees_image" in shard.facts for shard in text)
+        numbers: dict[tuple[Any, ...], int] = {}
+        table = []
+        for n, shard in enumerate(latents):
+            with_image = set(images[n]["rows"])
+            for row, key, shape in shard.facts["pairs"]:
+                group = (row in with_image, *shape)
+                table.append((row, n, place_of_text[key], numbers.setdefault(group, len(numbers)), row in with_image))
+        columns = torch.tensor(table).reshape(-1, 5).unbind(1)
+        self.rows, self.shard_of, self.prompt_of, self.group_of, self._with_image = (c.clone() for c in columns)
         self._starts = [0, *accumulate(len(shard.facts["pairs"]) for shard in latents)]
 
     def __len__(self) -> int:
@@ -78,8 +84,15 @@ class Cache:
         chosen, rejected = (self._reader.tensor(shard.name, f"{row}.{sample}") for sample in ("chosen", "rejected"))
         return chosen, rejected, own
 
+    def condition_image(self, index: int) -> Condition:
+        """Reads what encodes a pair's condition image, by name; empty where there is none."""
+        if not self._with_image[index]:
+            return {}
+        shard, row = self.latents[int(self.shard_of[index])], int(self.rows[index])
+        return {name: self._reader.tensor(shard.name, f"{row}.image.{name}") for name in shard.facts["image"]}
+
     def text(self, index: int) -> Condition:
-        """Reads the text embeddings of a pair's prompt, in their full length; ragged tensors as they are stored."""
+        """Reads a pair's text embeddings, in their full length; ragged tensors as they are stored."""
         place = int(self.prompt_of[index])
         return self._text(self._text_names[int(self._text_shard_of[place])], f"{self.prompt_keys[place]}.")
 

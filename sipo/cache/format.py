@@ -2,8 +2,10 @@
 
 A cache is a folder. A shard is a safetensors file with a JSON file of the same name beside it:
 
-    latents-00000.safetensors   <row>.chosen, <row>.rejected and <row>.own.<name> (both samples') of some of the pairs
-    text-00000.safetensors      <key>.<name> for the prompts that no earlier shard has; trailing rows of zeros left out;
+    latents-00000.safetensors   <row>.chosen, <row>.rejected, <row>.own.<name> (both samples') and <row>.image.<name>
+                                (of the condition image) of some of the pairs
+    text-00000.safetensors      <key>.<name> for the prompts that no earlier shard has, or for these pairs where text
+                                depends on the condition image; trailing rows of zeros left out;
                                 of ragged tensors (batch.py) every row is kept
     unconditional.safetensors   <name> of what caption dropout puts in a prompt's place
     index.json                  what the content depends on, and the size, hash and content of every shard

@@ -185,7 +185,7 @@ def write_pairs_index(
     text = [shards.require(name) for name in (UNCONDITIONAL, *(shard_name(TEXT, n) for n in range(count)))]
     shapes: dict[str, list[int | None]] = text[0].facts["shapes"]
     for shard in text:
-        if shard.facts["prompts"] and shard.facts["shapes"] != shapes:
+        if shard.facts["shapes"] and shard.facts["shapes"] != shapes:
             raise CacheError(
                 f"{shards.path / shard.file}: text embeddings of shapes {shard.facts['shapes']}, expected "
                 f"{shapes} as for the empty prompt"

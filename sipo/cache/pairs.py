@@ -18,6 +18,7 @@ from sipo.cache.reference_errors import FixedDraws, ReferenceErrors
 from sipo.data.records import row_name
 from sipo.families.network import Condition
 from sipo.protocols import Schedule
+from sipo.schedule import schedule_for
 from sipo.seeds import RandomStream, derive_seed
 
 
@@ -32,7 +33,7 @@ class CachedPairs:
         rows: rows of the source to keep, in this order; ``None`` keeps all, in the cache's order.
 
     Attributes:
-        groups: lists of indices, one for each shape of latents, where there are several shapes.
+        groups: lists of indices that may share a batch, where not all may (:attr:`Cache.group_of`).
 
     Raises:
         ValueError: a row that is not in the cache.
@@ -50,13 +51,21 @@ class CachedPairs:
             if missing is not None:
                 raise ValueError(f"row {missing} is not in {cache.folder}, expected rows of its {len(cache)} pairs")
             self.places = torch.tensor([place_of[row] for row in rows], dtype=torch.int64)
-        groups = _by_value(cache.shape_of[self.places])
+        groups = _by_value(cache.group_of[self.places])
         if len(groups) > 1:
             self.groups = groups
 
     @property
     def unconditional(self) -> Condition:
-        """The condition that replaces a pair's text embeddings in caption dropout."""
+        """The condition that replaces a pair's text embeddings in caption dropout.
+
+        Raises:
+            AttributeError: there is none, as text embeddings depend on the condition image.
+        """
+        if self.cache.text_sees_image:
+            raise AttributeError(
+                "unconditional: text embeddings here depend on the condition image, expected no dropout"
+            )
         return self.cache.unconditional()
 
     def __len__(self) -> int:
@@ -70,7 +79,8 @@ class CachedPairs:
     def __getitem__(self, index: int) -> dict[str, Any]:
         place = _place(self.places, index)
         chosen, rejected, own = self.cache.pair(place)
-        item: dict[str, Any] = {"chosen": chosen, "rejected": rejected, "condition": self.cache.text(place)}
+        condition = self.cache.text(place) | self.cache.condition_image(place)
+        item: dict[str, Any] = {"chosen": chosen, "rejected": rejected, "condition": condition}
         if own:
             item["own_condition"] = own
         return item
@@ -120,9 +130,9 @@ class DrawnPairs:
         item = self.cached[pair]
         row = int(self.cached.cache.rows[self.cached.places[pair]])
         item["noise"] = self.fixed.noise(row, draw, item["chosen"].shape)
-        item["level"] = self.fixed.level(row, draw, self.schedule)
+        item["level"] = self.fixed.level(row, draw, schedule_for(self.schedule, item["chosen"]))
         if self.fixed.drops_caption(row, draw):
-            item["condition"] = self.unconditional
+            item["condition"] = item["condition"] | self.unconditional
         if self.references is not None:
             errors, levels = self.references.at(int(self.cached.places[pair]))
             if levels[draw] != item["level"]:
@@ -157,7 +167,8 @@ def split_pairs(cached: CachedPairs, held_out: int, seed: int) -> tuple[CachedPa
         raise ValueError(f"held_out={held_out}: expected at least 0 and fewer than the {len(cached)} pairs there are")
     by_prompt: dict[str, list[int]] = {}
     for row, prompt in zip(cached.rows.tolist(), cached.cache.prompt_of[cached.places].tolist(), strict=True):
-        by_prompt.setdefault(cached.cache.prompt_keys[prompt], []).append(row)
+        key, _, _ = cached.cache.prompt_keys[prompt].partition("-")  # of the prompt, where every pair has its own
+        by_prompt.setdefault(key, []).append(row)
     # Ordered by a hash of seed and prompt, so that more pairs in a later version of the data move no prompt.
     order = sorted(by_prompt, key=lambda prompt: derive_seed(seed, RandomStream.HELD_OUT, int(prompt, 16)))
     kept_out: set[int] = set()

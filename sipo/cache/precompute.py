@@ -134,7 +134,7 @@ def precompute_pairs(
         CacheError: the folder holds a cache of other settings, or one of another ``data.dataset_name`` whose pairs are
             other ones; a change, where they are refused; a shard whose files are all missing, where it has changed or
             is to be verified; no pair can be used.
-        DataError: a source that cannot be read.
+        DataError: a source that cannot be read, or has condition images where the family takes none.
         ValueError: a size that the family cannot take; rows of the source that do not grow.
         LockedError: another run is writing to the folder.
         OtherProcessError: whatever ended another process.

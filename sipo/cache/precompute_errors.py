@@ -168,12 +168,12 @@ def _errors_of_shards(
 
 
 def _batches(cache: Cache, draws: int, number: int, batch_size: int) -> Iterator[list[int]]:
-    """Groups the indices of a shard's items by shape."""
+    """Divides the indices of a shard's items into batches of one group each."""
     places = cache.shard_places(number)
-    shapes = cache.shape_of[places.start : places.stop]
-    for shape in shapes.unique().tolist():
-        of_shape = (places.start + (shapes == shape).nonzero()[:, 0]).tolist()
-        items = [place * draws + draw for place in of_shape for draw in range(draws)]
+    groups = cache.group_of[places.start : places.stop]
+    for group in groups.unique().tolist():
+        of_group = (places.start + (groups == group).nonzero()[:, 0]).tolist()
+        items = [place * draws + draw for place in of_group for draw in range(draws)]
         for start in range(0, len(items), batch_size):
             yield items[start : start + batch_size]
 

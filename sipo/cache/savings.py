@@ -46,6 +46,7 @@ class Cost:
         exact: whether the source's rows have been read; else ties and faulty rows count as pairs.
         pair_bytes: bytes of both samples' latents, at the largest size and at the smallest.
         prompt_bytes: of one prompt's embeddings, at most: what pads them is not stored.
+        images: images or clips that are encoded for each pair, at most: both samples, and the condition image.
     """
 
     pairs: int | None
@@ -54,6 +55,7 @@ class Cost:
     exact: bool
     pair_bytes: tuple[int, int]
     prompt_bytes: int
+    images: int = 2
 
     def check(self, free: int) -> None:
         """Refuses latents that do not fit on the disk, even without the text.
@@ -86,7 +88,7 @@ class Cost:
         what = f"{most}{number} pair{'s' * (number != 1)}"
         if self.pairs is None:
             what = "each pair (the source does not say how many)"
-        passes = [f"{most}{2 * number} passes of the VAE", f"at most {self.prompts} of the text encoders"]
+        passes = [f"{most}{self.images * number} passes of the VAE", f"at most {self.prompts} of the text encoders"]
         if draws:
             passes.append(f"{most}{2 * number * draws} of the reference")
         return (

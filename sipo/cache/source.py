@@ -21,12 +21,16 @@ from torch import Tensor
 
 from sipo.cache.format import digest, text_key
 from sipo.data.config import DataConfig
-from sipo.data.records import PairReader, PairRecord, row_name, stamp
+from sipo.data.records import DataError, PairReader, PairRecord, row_name, stamp
+from sipo.families.base import Family
 from sipo.families.network import Condition
 from sipo.files import file_hash
 
 RowFacts = list[Any]
-"""``[row, chosen, rejected, problem, whether it has a caption]``; a side is a path or ``sha256:...`` of bytes."""
+"""``[row, chosen, rejected, problem, whether it has a caption]``, and the condition image where there is one.
+
+Images and clips are given by their paths, or by ``sha256:...`` of bytes.
+"""
 
 FileRecord = list[Any]
 """``[bytes, mtime_ns, ctime_ns, inode, sha256]`` of a file; empty where there was none."""
@@ -34,7 +38,7 @@ FileRecord = list[Any]
 _CHUNK = 32  # files: smaller than a shard, so that all threads get work
 _NO_FILE = [-1, -1, -1, -1]
 _64_BITS = (1 << 64) - 1
-_SIDES = ("chosen", "rejected")
+_SOURCES = ("chosen", "rejected", "condition_image")
 _IN_MEMORY = "sha256:"
 
 
@@ -67,7 +71,7 @@ def path_named(name: str, prefix: str) -> str:
 
 
 def side_name(source: Path | bytes, prefix: str) -> str:
-    """Names one side of a pair: its path without the source's folder, or the hash of its bytes."""
+    """Names an image or clip of a pair: its path without the source's folder, or the hash of its bytes."""
     if isinstance(source, bytes):
         return _IN_MEMORY + hashlib.sha256(source).hexdigest()
     return source.as_posix().removeprefix(prefix)
@@ -137,7 +141,7 @@ def first_row_change(before: Iterable[RowFacts], after: Iterable[RowFacts]) -> s
             return f"{row_name(old[0])}: no longer a pair"
         if old is None or new[0] < old[0]:
             return f"{row_name(new[0])}: a new pair"
-        for side, was, now in zip(_SIDES, old[1:3], new[1:3], strict=True):
+        for side, was, now in zip_longest(_SOURCES, _names(old), _names(new), fillvalue="none"):
             if was != now:
                 in_memory = was.startswith(_IN_MEMORY) and now.startswith(_IN_MEMORY)
                 return f"{row_name(new[0])}: {side} " + ("has other content" if in_memory else f"is {now}, was {was}")
@@ -149,7 +153,11 @@ def first_row_change(before: Iterable[RowFacts], after: Iterable[RowFacts]) -> s
 
 def row_of(rows: Iterable[RowFacts], name: str) -> int:
     """Finds the first row that has a file."""
-    return next((int(row[0]) for row in rows if name in row[1:3]), -1)
+    return next((int(row[0]) for row in rows if name in _names(row)), -1)
+
+
+def _names(row: RowFacts) -> list[str]:
+    return [*row[1:3], *row[5:]]
 
 
 @dataclass
@@ -161,6 +169,24 @@ class Tally:
     shards: int = 0
 
 
+class EncodedPair(NamedTuple):
+    """A pair as it is written.
+
+    Attributes:
+        row: in the source.
+        key: of its text (:func:`pair_key`).
+        latents: ``[2, ...]``, chosen first.
+        own: what each sample is told beside its prompt, ``[2, ...]`` by name.
+        image: of its condition image, by name; empty where there is none.
+    """
+
+    row: int
+    key: str
+    latents: Tensor
+    own: Condition
+    image: Condition
+
+
 @dataclass
 class ShardSource:
     """The records that one shard is made from, and the prompts that no earlier shard has.
@@ -170,10 +196,11 @@ class ShardSource:
         prefix: the source's folder with a slash at its end, which the names of its files leave out.
         records: of the shard's pairs; removed once they wait to be encoded.
         keys: of their prompts.
-        prompts: that no earlier shard has.
+        prompts: that no earlier shard has, by key.
         rows: what latents depend on beside the files' content.
         seen: digest of settings, rows, prompts and of the files' stamps.
-        pairs: what has been encoded: row, key, latents, and each sample's own condition.
+        pairs: what has been encoded.
+        images: condition images ``[3, H, W]`` uint8 of these pairs by key, where the text encoders see them.
         skipped: row, kind and reason of pairs that cannot be used.
         files: records of the files that have been read.
         change: the first change since it was encoded, in words; empty where there is none.
@@ -183,10 +210,11 @@ class ShardSource:
     prefix: str
     records: list[PairRecord] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
-    prompts: list[str] = field(default_factory=list)
+    prompts: dict[str, str] = field(default_factory=dict)
     rows: list[RowFacts] = field(default_factory=list)
     seen: str = ""
-    pairs: list[tuple[int, str, Tensor, Condition]] = field(default_factory=list)
+    pairs: list[EncodedPair] = field(default_factory=list)
+    images: dict[str, Tensor] = field(default_factory=dict)
     skipped: list[tuple[int, str, str]] = field(default_factory=list)
     files: dict[str, FileRecord] = field(default_factory=dict)
     change: str = ""
@@ -203,18 +231,18 @@ class ShardSource:
         paths: dict[str, Path] = {}
         for record in self.records:
             names = []
-            for source in (record.chosen, record.rejected):
+            for source in record.sources.values():
                 names.append(side_name(source, self.prefix))
                 if isinstance(source, Path):
                     paths[names[-1]] = source
-            self.rows.append([record.row, *names, record.problem, bool(record.prompt.strip())])
+            self.rows.append([record.row, *names[:2], record.problem, bool(record.prompt.strip()), *names[2:]])
         stamps = list(stamps_of(list(paths.values()), executor))
         self.seen = digest([settings, self.rows, self.keys, stamps])
 
     @property
     def new_keys(self) -> list[str]:
         """Keys of ``prompts``."""
-        return [text_key(prompt) for prompt in self.prompts]
+        return list(self.prompts)
 
 
 def prefix_of(reader: PairReader) -> str:
@@ -223,8 +251,19 @@ def prefix_of(reader: PairReader) -> str:
     return "" if root is None else f"{root.as_posix().rstrip('/')}/"
 
 
-def shard_sources(reader: PairReader, settings: DataConfig, tally: Tally) -> Iterator[ShardSource]:
-    """Divides the source into shards by row number, so that one row more or less changes its own shard alone."""
+def pair_key(record: PairRecord, family: Family) -> str:
+    """Gives the key of a pair's text embeddings: its prompt's, or its own where they depend on the condition image."""
+    key = text_key(record.prompt)
+    return f"{key}-{record.row}" if family.text_sees_image else key
+
+
+def shard_sources(reader: PairReader, family: Family, settings: DataConfig, tally: Tally) -> Iterator[ShardSource]:
+    """Divides the source into shards by row number, so that one row more or less changes its own shard alone.
+
+    Raises:
+        DataError: a row with a condition image, for a family that takes none.
+        ValueError: rows that do not grow.
+    """
     seen: set[str] = set()
     prefix = prefix_of(reader)
     part = ShardSource(0, prefix)
@@ -235,6 +274,9 @@ def shard_sources(reader: PairReader, settings: DataConfig, tally: Tally) -> Ite
         if record.row <= last:  # its latents are stored under it
             raise ValueError(f"{row_name(record.row)} after {row_name(last)}: expected a source whose rows grow")
         last = record.row
+        if record.condition_image is not None and family.condition_image == "none":
+            where = f"{settings.dataset_name}: {row_name(record.row)}"
+            raise DataError(f"{where} has a condition_image, family {family.name!r} takes none")
         tally.records += 1
         if record.tie:
             tally.ties += 1
@@ -244,12 +286,12 @@ def shard_sources(reader: PairReader, settings: DataConfig, tally: Tally) -> Ite
             tally.shards += 1
             yield part
             part = ShardSource(tally.shards, prefix)
-        key = text_key(record.prompt)
+        key = pair_key(record, family)
         part.records.append(record)
         part.keys.append(key)
         if not record.problem and key not in seen:
             seen.add(key)
-            part.prompts.append(record.prompt)
+            part.prompts[key] = record.prompt
     if part.records:
         tally.shards += 1
         yield part

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from sipo.batch import collate, is_ragged, padded
+from sipo.batch import OF_IMAGE, collate, is_ragged, padded
 from sipo.protocols import PairDataset, Schedule
 from sipo.seeds import RandomStream, derive_seed, happens
 from sipo.training.config import TrainingConfig
@@ -199,7 +199,8 @@ def step_levels(schedule: Schedule, n: int, step: int, seed: int, distribution: 
 def drop_captions(condition: Any, unconditional: Any, positions: Sequence[int], seed: int, probability: float) -> None:
     """Replaces some rows of a batch's condition by the condition of no caption, on the host, in place.
 
-    Ragged tensors (:func:`sipo.batch.is_ragged`) become as long as the longer of both.
+    Ragged tensors (:func:`sipo.batch.is_ragged`) become as long as the longer of both. What encodes a condition image,
+    whose names begin with ``condition_``, stays.
 
     Args:
         condition: tensor ``[B, ...]`` or dictionary of them.
@@ -219,12 +220,13 @@ def drop_captions(condition: Any, unconditional: Any, positions: Sequence[int], 
     pairs = [("", condition, unconditional)]
     if isinstance(condition, dict) and isinstance(unconditional, dict):
         for name in condition.keys() ^ unconditional.keys():
-            raise ValueError(f"{name!r} is in one of condition and unconditional, expected the same names in both")
-        for name in (name for name in condition if is_ragged(name, condition)):
+            if not name.startswith(OF_IMAGE):
+                raise ValueError(f"{name!r} is in one of condition and unconditional, expected the same names in both")
+        for name in (name for name in unconditional if is_ragged(name, condition)):
             length = max(condition[name].shape[1], len(unconditional[name]))
             condition[name] = padded(condition[name], length, dim=1)
             unconditional = unconditional | {name: padded(unconditional[name], length)}
-        pairs = [(f"[{name!r}]", condition[name], unconditional[name]) for name in condition]
+        pairs = [(f"[{name!r}]", condition[name], unconditional[name]) for name in unconditional]
     for name, kept, empty in pairs:
         if not isinstance(kept, Tensor) or not isinstance(empty, Tensor) or kept.shape[1:] != empty.shape:
             shapes = [list(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in (empty, kept)]
