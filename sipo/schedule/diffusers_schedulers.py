@@ -131,13 +131,14 @@ def read_scheduler(
     if shift is None and option("use_dynamic_shifting", False):
         linear = option("time_shift_type", "exponential") == "linear"
         formula = "mu" if linear else "exp(mu)"
-        if mu is None and image_seq_len is None:
-            raise ValueError(
-                f"{name} has use_dynamic_shifting=True: expected image_seq_len=, the number of tokens of the "
-                f"resolution trained on, mu= of its pipeline, or shift=, which is {formula} there"
-            )
         try:
-            mu = linear_mu(config, image_seq_len) if mu is None else mu
+            if mu is None:
+                if image_seq_len is None:
+                    raise ValueError(
+                        f"{name} has use_dynamic_shifting=True: expected image_seq_len=, the number of tokens of the "
+                        f"resolution trained on, mu= of its pipeline, or shift=, which is {formula} there"
+                    )
+                mu = linear_mu(config, image_seq_len)
             shift = mu if linear else math.exp(mu)
         except OverflowError as error:
             tokens = f"image_seq_len={image_seq_len}: expected fewer tokens"
