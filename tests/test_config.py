@@ -14,6 +14,7 @@ import pytest
 import yaml
 from conftest import assert_refused
 
+from sipo.families import FAMILIES
 from sipo.recipe.config import ConfigError, from_dict, load_config
 from sipo.recipe.key_hints import _OTHER_NAMES
 from sipo.recipe.train import _write_config
@@ -82,8 +83,7 @@ def test_examples_are_configurations(path: Path) -> None:
 
 def test_every_family_has_its_examples() -> None:
     names = {str(path.relative_to(ROOT / "examples")) for path in EXAMPLES}
-    families = ("sd15", "sdxl", "sd3", "cogvideox", "wan")
-    assert names >= {f"{folder}{family}.yaml" for folder in ("", "toy/") for family in families}
+    assert names >= {f"{folder}{family}.yaml" for folder in ("", "toy/") for family in FAMILIES}
 
 
 def test_overrides_lie_over_the_file(tmp_path: Path) -> None:

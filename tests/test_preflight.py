@@ -12,17 +12,19 @@ from unittest.mock import Mock
 
 import pytest
 from accelerate.utils import DistributedType
+from conftest import assert_refused
 
 from sipo import cli
 from sipo.cache.savings import Cost
-from sipo.families import get_family
+from sipo.families import FAMILIES, Family, get_family
 from sipo.families.toy import build_toy
 from sipo.recipe import config
-from sipo.recipe.build import open_run
+from sipo.recipe.build import RunContext, open_run
 from sipo.recipe.config import ConfigError
-from sipo.recipe.preflight import check_run
+from sipo.recipe.preflight import _check_condition_images, _check_training, check_run
 from sipo.recipe.prepare_data import _say_cost
 from tests.family_cases import folder_of
+from tests.small_family import EditFamily, OptionalEditFamily, SeeingFamily, SmallFamily, png
 
 ROOT = Path(__file__).parent.parent
 
@@ -67,6 +69,12 @@ BEFORE_DATA = [
         ["data.sizes=[[16, 32768]]", "data.dataset_name=nowhere.jsonl"],
         "patches each way, by the network's rope_max_seq_len",
     ),
+    (
+        "z-image",
+        ["data.sizes=[[32, 1040]]", "data.dataset_name=nowhere.jsonl"],
+        "height=32, width=1040: expected at most 1024 pixels a side, by the network's axes_lens=[1024, 64, 64]",
+    ),
+    ("sana", ["data.sizes=[[32, 48]]"], "frames=1: expected multiples of 32 pixels and 1 frame"),
     ("sd15", ["model.lora.target_modules=[to_x]"], "model.lora.target_modules: 'to_x' is no linear layer"),
     ("sd15", ["model.lora.target_modules=[]"], "model.lora.target_modules=[]: expected at least one name"),
     ("sd15", ["loss.num_inference_steps=1001"], "loss.num_inference_steps=1001: expected an integer in [1, 1000]"),
@@ -88,6 +96,49 @@ def test_mistakes_are_refused_before_data_is_encoded(
     assert opened("train", family, *overrides) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("sipo: error: ") and message in error, error
+
+
+EDITS = [
+    (
+        SmallFamily(),
+        {"validation_images": ["a.png"]},
+        "samples.validation_images=['a.png']: expected none, family 'small'",
+    ),
+    (EditFamily(), {}, "samples.validation_images=[]: expected one for each of 2 samples.validation_prompts"),
+    (EditFamily(), {"validation_images": ["a.png"] * 3}, "['a.png', 'a.png', 'a.png']: expected one for each of 2"),
+    (
+        OptionalEditFamily(),
+        {"validation_images": ["a.png"]},
+        "expected none, or one for each of 2 samples.validation_p",
+    ),
+    (OptionalEditFamily(), {}, ""),
+    (EditFamily(), {"validation_images": ["a.png", "b.png"]}, "samples.validation_images: b.png: "),
+    (EditFamily(), {"validation_images": ["a.png", "a.png"]}, ""),
+]
+
+
+@pytest.mark.parametrize(("family", "samples", "message"), EDITS)
+def test_validation_images_are_checked_before_data_is_encoded(
+    family: Family, samples: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.png").write_bytes(png(0))
+    values = {
+        "model": {"family": "sd15", "pretrained_model_name_or_path": "toy"},
+        "data": {"dataset_name": "a", "cache": "b"},
+        "training": {"output_dir": "c", "max_train_steps": 1, "proportion_empty_prompts": 0.1},
+        "samples": {"validation_prompts": ["a", "b"], **samples},
+    }
+    run = RunContext(config.from_dict(values), family, None, "", "", None)  # type: ignore[arg-type]
+    if message:
+        assert_refused(lambda: _check_condition_images(run), ConfigError, message)
+    else:
+        _check_condition_images(run)
+    run = dataclasses.replace(run, family=SeeingFamily(), accelerator=Mock(num_processes=1))
+    share = (
+        "training.proportion_empty_prompts=0.1: expected 0, text embeddings of family 'seeing' depend on the condition"
+    )
+    assert_refused(lambda: _check_training(run, False), ConfigError, share)
 
 
 @pytest.mark.parametrize("command", ["precompute", "analyze"])
@@ -135,7 +186,7 @@ def test_a_backend_of_the_environment_is_refused_as_well(
 
 
 def test_a_sound_configuration_comes_to_its_data(opened: Any) -> None:
-    for family in ("sd15", "sdxl", "sd3", "cogvideox", "wan"):
+    for family in FAMILIES:
         with pytest.raises(AssertionError, match="data is prepared"):
             opened("train", family)
 

@@ -31,7 +31,20 @@ from tests.data_sets import contents, flip_bit
 from tests.training_cases import events_in
 
 ROOT = Path(__file__).parent.parent
-FAMILIES = ("sd15", "sdxl", "sd3", "cogvideox", "wan")
+FAMILIES = (
+    "sd15",
+    "sdxl",
+    "sd3",
+    "flux",
+    "chroma",
+    "flux2",
+    "flux2-klein",
+    "z-image",
+    "lumina2",
+    "sana",
+    "cogvideox",
+    "wan",
+)
 SHORT = [
     "training.checkpointing_steps=2",
     "training.validation_steps=2",
@@ -124,7 +137,9 @@ def test_weights_reload_in_the_pipeline_and_sample_the_same(trained: tuple[str, 
         assert torch.equal(saved[:, :height, width + 2 :], drawn[1])
         assert not torch.equal(saved, read_media(samples / "step-00000000.png").pixels)
     options: dict[str, Any] = {"num_frames": 9} if family.video else {}
-    image = pipeline("a bright circle", height=height, width=width, num_inference_steps=2, output_type="pt", **options)
+    image = pipeline(
+        prompt="a bright circle", height=height, width=width, num_inference_steps=2, output_type="pt", **options
+    )
     pixels = image[0]
     assert pixels.shape[-2:] == (height, width) and pixels.isfinite().all()
 
@@ -155,6 +170,8 @@ def test_a_runs_lora_is_exported_from_its_weights_and_its_last_checkpoint(
 ) -> None:
     """Which are the same; under names of each family's, for what reads no others."""
     starts = {"sd15": "lora_unet_down_blocks_", "sdxl": "lora_unet_input_blocks_", "sd3": "transformer."}
+    starts |= dict.fromkeys(("flux", "chroma"), "transformer.transformer_blocks.")
+    starts |= dict.fromkeys(("flux2", "flux2-klein"), "diffusion_model.double_blocks.")
     name, folder = trained
     files = [tmp_path / "weights.safetensors", tmp_path / "checkpoint.safetensors"]
     for file, more in zip(files, ([], ["--checkpoint", "latest"]), strict=True):
@@ -534,7 +551,7 @@ def test_two_processes_are_one_with_twice_the_batch(shared: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model.family=sd16"], "model.family='sd16': expected one of sd15, sdxl, sd3, cogvideox, wan"),
+        (["model.family=sd16"], "model.family='sd16': expected one of sd15, sdxl, sd3, "),
         (["model.pretrained_model_name_or_path=nowhere"], "nowhere"),
         (["data.dataset_name=nowhere.jsonl"], "nowhere.jsonl"),
         (["data.frames=9"], "data.frames=9: expected 1, sd15 makes images"),
