@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -134,3 +135,11 @@ def test_pipelines_of_relatives_are_named_with_their_family() -> None:
         get_family("qwen-image").load_network(folder_of("qwen-image-edit"))
     with pytest.raises(ValueError, match=r"holds a QwenImagePipeline, .* family 'qwen-image' takes it"):
         get_family("qwen-image-edit-plus").load_schedule(folder_of("qwen-image"))
+
+
+def test_a_processor_without_its_vocabulary_is_refused(tmp_path: Path) -> None:
+    folder = shutil.copytree(folder_of("qwen-image-edit"), tmp_path / "model")
+    (folder / "processor" / "tokenizer.json").unlink()
+    expected = "has no vocabulary, expected tokenizer.json or vocab.json and merges.txt of a PaddleOCRVLProcessor"
+    with pytest.raises(FileNotFoundError, match=re.escape(f"{folder / 'processor'}: {expected}")):
+        get_family("qwen-image-edit").load_encoders(folder)

@@ -145,6 +145,8 @@ def check_model(folder: Path, index: Mapping[str, Any], components: Sequence[str
             raise FileNotFoundError(f"{folder / name}: no such folder, expected {with_article(class_name)}")
         elif hasattr(kind, "vocab_files_names"):
             check_tokenizer(folder / name, class_name, kind.vocab_files_names)
+        elif "tokenizer" in getattr(kind, "get_attributes", list)():  # a processor of images and texts
+            check_tokenizer(folder / name, class_name)
 
 
 def with_article(name: str) -> str:
