@@ -432,7 +432,7 @@ def test_latents_are_stored_in_the_type_asked_for(tmp_path: Path, dtype: str) ->
     assert asked.pair(3)[2]["time_ids"].dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl", "z-image", "lumina2", "sana", "cogvideox", "wan"])
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "flux", "z-image", "lumina2", "sana", "cogvideox", "wan"])
 def test_real_families_from_files_to_reference_errors(tmp_path: Path, name: str) -> None:
     family = get_family(name)
     frames = 9 if family.video else 1
@@ -470,7 +470,7 @@ def test_real_families_from_files_to_reference_errors(tmp_path: Path, name: str)
             assert item["condition"][key].shape == tensor.shape
             torch.testing.assert_close(item["condition"][key], tensor, rtol=1e-4, atol=1e-5)
         assert ("own_condition" in item) == (name == "sdxl")
-    schedule = family.load_schedule(model.pretrained_model_name_or_path)
+    schedule = family.load_schedule(model.pretrained_model_name_or_path, sizes=[(32, 32)])
     network = family.load_network(model.pretrained_model_name_or_path)
     fixed = FixedDraws(2, 3, proportion_empty_prompts=0.5)
     references = precompute_reference_errors(
