@@ -87,7 +87,7 @@ def test_a_run_leaves_what_it_says(trained: tuple[str, Path]) -> None:
     assert steps_of(folder) == [1, 2, 3, 4] and steps_of(folder, "validation") == [2, 4]
     lines = read_metrics(run / "metrics.jsonl")
     assert lines[0]["rewards/margins"] == pytest.approx(0, abs=1e-3)  # the policy still is the reference
-    assert lines[-1]["model_mse"] != lines[-1]["ref_mse"]
+    assert lines[-1]["chosen_gap"] != 0 and lines[-1]["rejected_gap"] != 0
     kept = config.from_dict(yaml.safe_load((run / "config.yaml").read_text()))
     assert kept == config.load_config(example(name), options(folder, 4, TRACKED))
     card = (run / "weights" / "README.md").read_text()
