@@ -143,3 +143,14 @@ def test_a_processor_without_its_vocabulary_is_refused(tmp_path: Path) -> None:
     expected = "has no vocabulary, expected tokenizer.json or vocab.json and merges.txt of a PaddleOCRVLProcessor"
     with pytest.raises(FileNotFoundError, match=re.escape(f"{folder / 'processor'}: {expected}")):
         get_family("qwen-image-edit").load_encoders(folder)
+
+
+def test_a_processor_that_needs_torchvision_is_refused_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(folder_of("qwen-image-edit"), tmp_path / "model")
+    index = folder / "model_index.json"
+    index.write_text(index.read_text().replace("PaddleOCRVLProcessor", "Qwen2VLProcessor"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"its processor is a Qwen2VLProcessor, expected torchvision installed$"):
+        get_family("qwen-image-edit").fetch(folder, network=False)

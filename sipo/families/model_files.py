@@ -8,6 +8,7 @@ refused. Only the files that are needed are downloaded from the hub, in advance:
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -145,8 +146,10 @@ def check_model(folder: Path, index: Mapping[str, Any], components: Sequence[str
             raise FileNotFoundError(f"{folder / name}: no such folder, expected {with_article(class_name)}")
         elif hasattr(kind, "vocab_files_names"):
             check_tokenizer(folder / name, class_name, kind.vocab_files_names)
-        elif "tokenizer" in getattr(kind, "get_attributes", list)():  # a processor of images and texts
+        elif "tokenizer" in (parts := getattr(kind, "get_attributes", list)()):  # a processor of images and texts
             check_tokenizer(folder / name, class_name)
+            if "video_processor" in parts and importlib.util.find_spec("torchvision") is None:
+                raise ValueError(f"{folder}: its {name} is {with_article(class_name)}, expected torchvision installed")
 
 
 def with_article(name: str) -> str:
