@@ -50,6 +50,8 @@ class PairBatch:
         noise: shaped as ``chosen``; ``None`` with fresh draws.
         levels: noise levels ``[B]``: timestep indices, or σ of a flow; ``None`` with fresh draws.
         ref_error: ``[B, 2]`` float64, chosen first; ``None`` without reference errors.
+        error_mask: which elements count in the errors of both samples, bool, or their weights (docs/math.md §2):
+            ``[B, ...]`` with the dimensions of ``chosen``, 1 in place of any after the first; ``None``: all do.
 
     Raises:
         TypeError: samples that are not floating-point tensors, or another field of the wrong type.
@@ -64,11 +66,12 @@ class PairBatch:
     noise: Tensor | None = None
     levels: Tensor | None = None
     ref_error: Tensor | None = None
+    error_mask: Tensor | None = None
 
     def __post_init__(self) -> None:
-        for name in ("chosen", "rejected", *_DRAWN.values()):
+        for name in ("chosen", "rejected", *_DRAWN.values(), "error_mask"):
             value = getattr(self, name)
-            if not isinstance(value, Tensor) and not (value is None and name in _DRAWN.values()):
+            if not isinstance(value, Tensor) and (value is not None or name in ("chosen", "rejected")):
                 raise TypeError(f"{name} is a {type(value).__name__}: expected a torch.Tensor")
         for name, samples in {"chosen": self.chosen, "rejected": self.rejected}.items():
             if not samples.is_floating_point():
@@ -89,6 +92,8 @@ class PairBatch:
         shape, pairs = list(self.chosen.shape), len(self.chosen)
         for name, expected in {"rejected": shape, "noise": shape, "levels": [pairs], "ref_error": [pairs, 2]}.items():
             _check_shape(name, getattr(self, name), expected)
+        if self.error_mask is not None:
+            _check_mask(self.error_mask, shape)
         for name, start in {"condition": [pairs], "own_condition": [pairs, 2]}.items():
             value = getattr(self, name)
             for key, tensor in value.items() if isinstance(value, dict) else [("", value)]:
@@ -115,6 +120,7 @@ class PairBatch:
             items.get("own_condition"),
             BatchMode.REFERENCE_ERRORS if "ref_error" in items else mode,
             **{name: items.get(key) for key, name in _DRAWN.items()},
+            error_mask=items.get("error_mask"),
         )
 
     def __len__(self) -> int:
@@ -235,6 +241,20 @@ def padded(tensor: Tensor, length: int, dim: int = 0) -> Tensor:
     return F.pad(tensor, (0, 0) * (tensor.ndim - 1 - dim) + (0, missing)) if missing else tensor
 
 
+def counted_mean(values: Tensor, weights: Tensor | None) -> Tensor:
+    """Returns the mean over a sample's elements that count (docs/math.md §2), 0-d; 0 if none does.
+
+    Args:
+        values: of one sample.
+        weights: of its elements, bool or floating-point, or ``None``; of a shape that broadcasts.
+    """
+    if weights is None:
+        return values.mean()
+    weights = weights.float().to(values.dtype).expand_as(values)  # the loss reads them in float32
+    total = weights.sum()
+    return torch.where(total == 0, 0.0, torch.where(weights == 0, 0.0, weights * values).sum() / total)
+
+
 def to_device(value: Any, device: torch.device) -> Any:
     """Moves a tensor or a dictionary of tensors without waiting; anything else passes through."""
     if isinstance(value, Tensor):
@@ -264,6 +284,16 @@ def _twice(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _twice(item) for key, item in value.items()}
     return value
+
+
+def _check_mask(mask: Tensor, shape: list[int]) -> None:
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(f"error_mask has dtype {mask.dtype}: expected bool or a floating-point type")
+    fits = mask.ndim == len(shape) and all(have in (1, want) for have, want in zip(mask.shape, shape, strict=True))
+    if not fits or len(mask) != shape[0]:
+        raise ValueError(
+            f"error_mask has shape {list(mask.shape)}: expected {shape}, with 1 in place of any dimension but the first"
+        )
 
 
 def _check_shape(name: str, value: Any, expected: list[int], more: bool = False) -> None:

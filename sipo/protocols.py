@@ -67,6 +67,7 @@ class PairLoss(Protocol):
             timesteps: ``[2B]``, passed by name. The loss of a schedule whose ``kind`` is "flow" is called with
                 ``sigmas=``, σ in (0, 1], in place of it.
 
+        Where items carry ``"error_mask"``, the loss gets it as a keyword ``error_mask``, ``[B, ...]``.
         A loss that has a keyword ``totals`` gets :class:`sipo_kernels.Totals` and adds its metrics and, where they are
         given, its sums by noise level to them; for others the loop does it from what they return.
         """
@@ -87,6 +88,8 @@ class PairDataset(Protocol):
       flow), which come together: this item's fixed draw, in place of one from the run's stream.
     - ``"ref_error"``: ``[2]`` float64 with such a draw: the reference's errors there, chosen first; no reference
       network runs.
+    - ``"error_mask"``: bool, or weights ≥ 0 of a floating-point type: which elements count in the errors of both
+      samples (docs/math.md §2). It has the dimensions of ``"chosen"``, with 1 in place of any.
 
     Two attributes are optional as well: ``groups``, lists of indices that cover the data set, where not all items have
     one shape (a batch then holds items of one group); and ``unconditional``, a condition as in an item's, which caption

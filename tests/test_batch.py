@@ -39,6 +39,7 @@ def tensors() -> dict[str, Any]:
         "noise": random(pairs, 2, 5),
         "levels": torch.arange(pairs) * 300 + 7,
         "ref_error": random(pairs, 2, dtype=torch.float64),
+        "error_mask": random(pairs, 1, 5) > 0,
     }
 
 
@@ -60,6 +61,10 @@ def tensors() -> dict[str, Any]:
         ({"levels": torch.zeros(6)}, "levels has shape [6]: expected [3]"),
         ({"levels": torch.zeros(3, 1)}, "levels has shape [3, 1]: expected [3]"),
         ({"ref_error": torch.zeros(2, 3)}, "ref_error has shape [2, 3]: expected [3, 2]"),
+        ({"error_mask": torch.ones(6, 2, 5)}, "error_mask has shape [6, 2, 5]: expected [3, 2, 5], with 1 in place"),
+        ({"error_mask": torch.ones(1, 2, 5)}, "error_mask has shape [1, 2, 5]: expected [3, 2, 5]"),
+        ({"error_mask": torch.ones(3, 3, 5)}, "error_mask has shape [3, 3, 5]: expected [3, 2, 5]"),
+        ({"error_mask": torch.ones(3, 5)}, "error_mask has shape [3, 5]: expected [3, 2, 5]"),
         ({"condition": torch.zeros(6, 7), "own_condition": None}, "condition has shape [6, 7]: expected [3, ...]"),
         ({"condition": {"text": torch.zeros(())}}, "condition['text'] has shape []: expected [3, ...]"),
         ({"condition": {"ids": torch.zeros(3, 6)}}, "'ids' is in both 'condition' and 'own_condition': expected it in"),
@@ -82,6 +87,8 @@ def test_what_does_not_go_together_is_refused(changes: dict[str, Any], message: 
         ({"rejected": ["a"] * 3}, "rejected is a list: expected a torch.Tensor"),
         ({"chosen": torch.zeros(3, 2, 5, dtype=torch.uint8)}, "chosen has dtype torch.uint8: expected a float"),
         ({"levels": [1, 2, 3]}, "levels is a list: expected a torch.Tensor"),
+        ({"error_mask": [True] * 3}, "error_mask is a list: expected a torch.Tensor"),
+        ({"error_mask": torch.ones(3, 2, 5).byte()}, "error_mask has dtype torch.uint8: expected bool or a floating"),
         ({"own_condition": torch.zeros(3, 2)}, "own_condition is a Tensor: expected a dictionary of tensors"),
     ],
 )
@@ -95,7 +102,7 @@ def test_what_has_the_wrong_type_is_refused(changes: dict[str, Any], message: st
 @pytest.mark.parametrize("mode", BatchMode)
 def test_items_say_the_mode(mode: BatchMode) -> None:
     given = tensors()
-    keys = {"chosen": "chosen", "rejected": "rejected", "condition": "condition", "own_condition": "own_condition"}
+    keys = {name: name for name in ("chosen", "rejected", "condition", "own_condition", "error_mask")}
     if mode is not BatchMode.FRESH_DRAWS:
         keys |= {"noise": "noise", "level": "levels"}
     if mode is BatchMode.REFERENCE_ERRORS:
@@ -139,9 +146,9 @@ def test_a_batch_moves_as_a_whole_and_latents_of_half_precision_are_widened() ->
     moved = PairBatch(**given).to(torch.device("meta"))
     assert moved.mode is BatchMode.REFERENCE_ERRORS and moved.condition["name"] == ["a"] * 3
     found = [moved.chosen, moved.rejected, moved.condition["text"], moved.own_condition["ids"]]  # type: ignore[index]
-    found += [t for t in (moved.noise, moved.levels, moved.ref_error) if t is not None]
-    assert [t.device.type for t in found] == ["meta"] * 7
-    assert [t.dtype for t in found] == [torch.float32] * 5 + [torch.int64, torch.float64]
+    found += [t for t in (moved.noise, moved.levels, moved.ref_error, moved.error_mask) if t is not None]
+    assert [t.device.type for t in found] == ["meta"] * 8
+    assert [t.dtype for t in found] == [torch.float32] * 5 + [torch.int64, torch.float64, torch.bool]
     assert torch.equal(PairBatch(**given).to(torch.device("cpu")).chosen, given["chosen"].float())
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from sipo.batch import PairBatch, collate, noisy_pairs
+from sipo.batch import PairBatch, collate, counted_mean, noisy_pairs
 from sipo.cache.finished import Cache
 from sipo.cache.format import INDEX, Shard, ShardFolder, shard_name
 from sipo.cache.pairs import CachedPairs, DrawnPairs
@@ -192,7 +192,11 @@ def _errors(
     wide = torch.float32 if prediction.device.type == "mps" else torch.float64
     # One sample at a time: a copy of a whole batch in float64 may be as large as the network.
     targets = itertools.cycle(pairs.target)  # both samples of a pair may share one
-    errors = [(p.to(wide) - t.to(wide)).square().mean() for p, t in zip(prediction, targets, strict=False)]
+    masks = itertools.cycle([None] if batch.error_mask is None else batch.error_mask)
+    errors = [
+        counted_mean((p.to(wide) - t.to(wide)).square(), mask)
+        for p, t, mask in zip(prediction, targets, masks, strict=False)
+    ]
     return torch.stack(errors).view(2, -1).T, pairs.levels[: len(batch)]
 
 

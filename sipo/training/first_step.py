@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from typing import Any, Literal
@@ -10,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from sipo.batch import counted_mean
 from sipo.progress import say
 from sipo.training.config import TrainingConfig, TrainingMismatchError, TrainingWarning
 from sipo.training.sharding import HALF_TYPES
@@ -62,7 +64,16 @@ class FirstStep:
         self._most = torch.full((2,), _NONE, dtype=torch.float32, device=accelerator.device)
 
     @torch.no_grad()
-    def add(self, model_pred: Tensor, reference: Tensor, target: Tensor, output: Any, *, errors: bool) -> None:
+    def add(
+        self,
+        model_pred: Tensor,
+        reference: Tensor,
+        target: Tensor,
+        output: Any,
+        error_mask: Tensor | None = None,
+        *,
+        errors: bool,
+    ) -> None:
         """Adds one forward pass.
 
         Args:
@@ -70,15 +81,17 @@ class FirstStep:
             reference: its predictions, shaped likewise; or its errors ``[S]``.
             target: ``[S, ...]`` or ``[S / 2, ...]``.
             output: the loss's, with ``logits`` or without.
+            error_mask: which elements count: ``[S / 2, ...]``, with 1 in place of any dimension after the first.
             errors: which of the two ``reference`` is.
         """
         self.same_pass = not errors
         if errors:
-            error = _rms(model_pred.float() - target.repeat(len(model_pred) // len(target), *[1] * (target.ndim - 1)))
+            targets = target.repeat(len(model_pred) // len(target), *[1] * (target.ndim - 1))
+            error = _rms(model_pred.float() - targets, error_mask)
             # If two predictions differ by an RMS of d, the square roots of their errors differ by at most d.
-            difference, size = (error - reference.to(error.dtype).sqrt()).abs(), _rms(model_pred)
+            difference, size = (error - reference.to(error.dtype).sqrt()).abs(), _rms(model_pred, error_mask)
         else:
-            difference, size = _rms(model_pred.float() - reference.float()), _rms(reference)
+            difference, size = _rms(model_pred.float() - reference.float(), error_mask), _rms(reference, error_mask)
         share = torch.where(difference > 0, difference / size, 0.0)
         logits = getattr(output, "logits", difference.new_full((1,), math.nan)).abs().float()
         # What is not finite is counted by the metrics, and would hide the rest here.
@@ -172,6 +185,8 @@ def check_start(first: FirstStep, config: TrainingConfig, mismatch: Mismatch) ->
     return found
 
 
-def _rms(values: Tensor) -> Tensor:
-    """Returns the root mean square of each sample, ``[S]`` float32."""
-    return values.float().flatten(1).square().mean(1).sqrt()
+def _rms(values: Tensor, error_mask: Tensor | None) -> Tensor:
+    """Returns the root mean square of each sample's elements that count, ``[S]`` float32."""
+    masks = itertools.cycle([None] if error_mask is None else error_mask)
+    means = [counted_mean(sample.float().square(), mask) for sample, mask in zip(values, masks, strict=False)]
+    return torch.stack(means).sqrt()

@@ -117,6 +117,7 @@ class PairForward:
 
         loss: Any = self.loss_fn  # these arguments are only for losses that take them
         options: dict[str, Any] = {} if totals is None else {"totals": totals._replace(pair_levels=levels)}
+        options |= {} if batch.error_mask is None else {"error_mask": batch.error_mask}
         options |= level_argument(self.schedule, pairs.levels)
         ref_pred: Tensor | None = None
         if batch.ref_error is not None:
@@ -130,7 +131,7 @@ class PairForward:
             model_pred = self.predict(policy, pairs.samples, pairs.timesteps, pairs.condition)
         output = loss(model_pred, ref_pred, pairs.target, **options)
         if self.first is not None:
-            self.first.add(model_pred, reference, pairs.target, output, errors=ref_pred is None)
+            self.first.add(model_pred, reference, pairs.target, output, batch.error_mask, errors=ref_pred is None)
         return output, levels
 
     @contextmanager
