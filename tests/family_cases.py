@@ -187,11 +187,18 @@ class Call(NamedTuple):
         return list(texts) if mask is None else [rows[kept.bool()] for rows, kept in zip(texts, mask, strict=True)]
 
 
-def asked(family: Family, calls: list[Call], number: int, prompts: list[Condition]) -> list[Condition]:
+def asked(
+    family: Family,
+    calls: list[Call],
+    number: int,
+    prompts: list[Condition],
+    unconditional: list[Condition] | None = None,
+) -> list[Condition]:
     """The conditions that a call has rows for: one for each prompt, unconditional ones, or both."""
-    unconditional = conditions_of(family.name, [family.negative_prompt or ""] * len(prompts))
-    if not family.text_sees_image:  # some have an instruction before each prompt, but not before the negative one
-        unconditional = [each | family.encode_unconditional(encoders_of(family.name)) for each in unconditional]
+    if unconditional is None:
+        unconditional = conditions_of(family.name, [family.negative_prompt or ""] * len(prompts))
+        if not family.text_sees_image:  # some have an instruction before each prompt, but not before the negative one
+            unconditional = [each | family.encode_unconditional(encoders_of(family.name)) for each in unconditional]
     if len(calls[number].noisy(family)) == len(prompts):  # prompts first
         alike = [i for i, call in enumerate(calls) if torch.equal(call.timestep, calls[number].timestep)]
         return unconditional if number == alike[0] + 1 else prompts

@@ -254,7 +254,9 @@ def diffusers_rows(family: str) -> Rows:
     elif family == "z-image":
         converted = converters.convert_z_image_transformer_checkpoint_to_diffusers(weights)
     elif family == "lumina2":
-        converted = converters.convert_lumina2_to_diffusers(weights)
+        converted = converters.convert_lumina2_to_diffusers(
+            {name.removeprefix(start): weight for name, weight in weights.items()}
+        )
     elif family == "wan":
         converted = converters.convert_wan_transformer_to_diffusers(weights)
     else:

@@ -224,7 +224,7 @@ ROUND_TRIPS = [
     ),
     ("wan", "comfyui", ("to_q", "to_k", "to_v", "to_out.0")),
     ("wan", "kohya", ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")),  # it reads no fewer
-    ("z-image", "kohya", ("to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "adaLN_modulation.0", "cap_embedder.1")),
+    ("z-image", "kohya", ("to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3", "cap_embedder.1")),
     (
         "qwen-image",
         "kohya",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -87,21 +88,22 @@ def test_predict_is_the_pipelines_own_call(toy: str) -> None:
         assert found.shape == noisy.shape and torch.equal(found, -expected if family.negated else expected)
 
 
-@pytest.mark.parametrize("toy", ["flux", "flux-schnell", "flux-kontext", "chroma"])
+@pytest.mark.parametrize("toy", ["flux", "flux-schnell", "flux-kontext", "chroma", "z-image", "lumina2", "sana"])
 def test_predict_is_the_pipelines_own_call_in_bfloat16(toy: str) -> None:
     """Timesteps are rounded in the pipeline's order, and products are of tensors that lie as the pipeline's do."""
     family, pipeline = family_of(toy), pipeline_of(toy).to(torch.bfloat16)
-    _, calls = sampled(pipeline, family, prompt=PROMPTS, guidance_scale=2.0)
-    encoders = family.load_encoders(folder_of(toy), dtype=torch.bfloat16)
-    prompts, empty = family.encode_text(encoders, PROMPTS), family.encode_unconditional(encoders)
+    _, calls = sampled(pipeline, family, prompt=list(PROMPTS), guidance_scale=2.0)  # Z-Image's changes the list
+    prompts, empty = family.encode_text(pipeline, PROMPTS), family.encode_unconditional(pipeline)
     for number, call in enumerate(calls):
         noisy = call.noisy(family)
-        conditions = stacked(family, [empty, empty] if toy == "chroma" and number % 2 else prompts)
+        conditions = stacked(family, asked(family, calls, number, prompts, [empty, empty]))
         if toy == "flux-kontext":
             conditions |= call.condition_latents(family)
         with torch.no_grad():
-            found = family.predict(pipeline.transformer, noisy, call.timestep.expand(2), conditions, guidance=2.0)
-        assert found.dtype == torch.bfloat16 and torch.equal(found, family.unpack(call.output, noisy.shape))
+            timesteps = call.timestep.expand(len(noisy))
+            found = family.predict(pipeline.transformer, noisy, timesteps, conditions, guidance=2.0)
+        expected = family.unpack(call.output, noisy.shape)
+        assert found.dtype == torch.bfloat16 and torch.equal(found, -expected if family.negated else expected)
 
 
 @each_toy
@@ -170,6 +172,16 @@ def test_a_missing_condition_is_named(toy: str) -> None:
             family.predict(network, noisy, timesteps, rest)
     with pytest.raises(ValueError, match=r"condition holds \[\]"):
         family.predict(network, noisy, timesteps, None)
+
+
+def test_sanas_network_has_a_scale_of_its_timesteps() -> None:
+    family, pipeline = get_family("sana"), pipeline_of("sana")
+    pipeline.transformer.register_to_config(timestep_scale=0.5)
+    _, calls = sampled(pipeline, family)
+    condition = stacked(family, asked(family, calls, 0, conditions_of("sana", PROMPTS[:1])))
+    time = family.network_time(calls[0].timestep.expand(2))
+    inputs = family.network_inputs(pipeline.transformer.config, calls[0].noisy(family), time, condition, 1.0)
+    assert torch.equal(inputs["timestep"], calls[0].given("timestep")) and not torch.equal(inputs["timestep"], time)
 
 
 def test_time_ids_are_not_rounded() -> None:
@@ -412,6 +424,7 @@ def test_dynamic_shift_goes_by_the_sizes(tmp_path: Path, monkeypatch: pytest.Mon
     asked: list[float] = []
     original = diffusers.FlowMatchEulerDiscreteScheduler.set_timesteps
 
+    @functools.wraps(original)
     def recorded(self: Any, *args: Any, mu: float | None = None, **options: Any) -> None:
         asked.append(mu if mu is not None else math.nan)
         original(self, *args, mu=mu, **options)
@@ -536,6 +549,15 @@ def test_pickled_weights_are_not_loaded(tmp_path: Path) -> None:
         ("flux", "model_index.json", {"_class_name": "FluxKontextPipeline"}, "family 'flux-kontext' takes it"),
         ("flux", "transformer/config.json", {"in_channels": 32, "out_channels": 16}, "takes 32 channels and gives 16"),
         ("chroma", "scheduler/scheduler_config.json", {"use_beta_sigmas": True}, "has use_beta_sigmas=True: expected"),
+        (
+            "z-image",
+            "model_index.json",
+            {"_class_name": "ZImageOmniPipeline"},
+            "holds a ZImageOmniPipeline, expected a",
+        ),
+        ("sana", "model_index.json", {"_class_name": "SanaSprintPipeline"}, "holds a SanaSprintPipeline, expected a"),
+        ("sana", "transformer/config.json", {"out_channels": 8}, "takes 4 channels and gives 8"),
+        ("lumina2", "model_index.json", {"_class_name": "ZImagePipeline"}, "; family 'z-image' takes it"),
         ("sd15", "model_index.json", {"scheduler": ["elsewhere", "Mine"]}, "its scheduler is 'Mine'"),
     ],
 )

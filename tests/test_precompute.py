@@ -233,6 +233,9 @@ def test_a_condition_image_counts_in_what_encoding_costs(tmp_path: Path) -> None
         reader.count = lambda: 12  # type: ignore[attr-defined]
         build(tmp_path / f"counted {number}", reader, family=family, on_cost=costs.append)
         assert "at most 36 passes of the VAE" in costs[1].describe(0)
+    costs = []
+    build(tmp_path / "seen", Records.make(edits=range(12)), family=SeeingFamily(), on_cost=costs.append)
+    assert costs[0].prompts == 12 and costs[0].prompt_bytes == 4 * ((512 + 2) * (4 + 1) + 4)
     assert queue_length(EditFamily(), settings(sizes=[(1000, 1000)], queue_mb=90), 8) == 9
     assert queue_length(SmallFamily(), settings(sizes=[(1000, 1000)], queue_mb=90), 8) == 14
 

@@ -28,6 +28,7 @@ from sipo.recipe.verify import verify_run
 from sipo.training.log_reader import read_metrics
 from sipo.training.sums import SUMS
 from tests.data_sets import contents, flip_bit
+from tests.family_cases import as_picture
 from tests.training_cases import events_in
 
 ROOT = Path(__file__).parent.parent
@@ -36,9 +37,12 @@ FAMILIES = (
     "sdxl",
     "sd3",
     "flux",
+    "flux-kontext",
     "chroma",
     "flux2",
     "flux2-klein",
+    "qwen-image",
+    "qwen-image-edit",
     "z-image",
     "lumina2",
     "sana",
@@ -121,9 +125,12 @@ def test_weights_reload_in_the_pipeline_and_sample_the_same(trained: tuple[str, 
     pipeline.load_lora_weights(folder / "run" / "weights", weight_name="pytorch_lora_weights.safetensors")
     height, width = kept.data.sizes[0]
     size = {"height": height, "width": width, "frames": kept.data.frames}
-    drawn = family.sample(
-        pipeline, getattr(pipeline, family.network), kept.samples.validation_prompts, seed=0, steps=2, **size
-    )
+    images = None
+    if kept.samples.validation_images:  # "toy": of the toy pairs
+        conditions = sorted((folder / "cache-toy" / "pairs" / "condition").glob("*.png"))
+        images = [read_media(path).pixels for path in conditions[: len(kept.samples.validation_images)]]
+    network, prompts = getattr(pipeline, family.network), kept.samples.validation_prompts
+    drawn = family.sample(pipeline, network, prompts, images=images, seed=0, steps=2, **size)
     samples = folder / "run" / "samples"
     if family.video:
         for number, clip in enumerate(drawn):
@@ -137,6 +144,8 @@ def test_weights_reload_in_the_pipeline_and_sample_the_same(trained: tuple[str, 
         assert torch.equal(saved[:, :height, width + 2 :], drawn[1])
         assert not torch.equal(saved, read_media(samples / "step-00000000.png").pixels)
     options: dict[str, Any] = {"num_frames": 9} if family.video else {}
+    options |= {"image": as_picture(images[0])} if images else {}
+    options |= {"max_area": height * width, "_auto_resize": False} if name == "flux-kontext" else {}
     image = pipeline(
         prompt="a bright circle", height=height, width=width, num_inference_steps=2, output_type="pt", **options
     )
@@ -170,7 +179,9 @@ def test_a_runs_lora_is_exported_from_its_weights_and_its_last_checkpoint(
 ) -> None:
     """Which are the same; under names of each family's, for what reads no others."""
     starts = {"sd15": "lora_unet_down_blocks_", "sdxl": "lora_unet_input_blocks_", "sd3": "transformer."}
-    starts |= dict.fromkeys(("flux", "chroma"), "transformer.transformer_blocks.")
+    starts |= dict.fromkeys(
+        ("flux", "flux-kontext", "chroma", "qwen-image", "qwen-image-edit"), "transformer.transformer_blocks."
+    )
     starts |= dict.fromkeys(("flux2", "flux2-klein"), "diffusion_model.double_blocks.")
     name, folder = trained
     files = [tmp_path / "weights.safetensors", tmp_path / "checkpoint.safetensors"]

@@ -9,11 +9,14 @@ from sipo.families.chroma import Chroma
 from sipo.families.cogvideox import CogVideoX
 from sipo.families.flux import Flux, FluxKontext
 from sipo.families.flux2 import Flux2, Flux2Klein
+from sipo.families.lumina2 import Lumina2
 from sipo.families.network import Condition
 from sipo.families.qwen_image import QwenImage, QwenImageEdit, QwenImageEditPlus
+from sipo.families.sana import Sana
 from sipo.families.sd3 import StableDiffusion3
 from sipo.families.stable_diffusion import StableDiffusion, StableDiffusionXL
 from sipo.families.wan import Wan, Wan22
+from sipo.families.z_image import ZImage
 
 __all__ = ["FAMILIES", "Condition", "Family", "get_family"]
 
@@ -31,6 +34,9 @@ FAMILIES: dict[str, Family] = {
         QwenImage(),
         QwenImageEdit(),
         QwenImageEditPlus(),
+        ZImage(),
+        Lumina2(),
+        Sana(),
         CogVideoX(),
         Wan(),
         Wan22(),

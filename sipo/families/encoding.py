@@ -234,6 +234,11 @@ class PipelineEncoder(PipelineLoader):
             if side % (self.latent_pixels * part):
                 expected = f"a multiple of {self.latent_pixels * part} pixels, by the network's patch_size={patch}"
                 raise ValueError(f"{name}={side}: expected {expected}")
+        tables = getattr(config, "axes_lens", None)  # of rotary embeddings: text, rows, columns
+        most = min(tables[1:]) * self.side_multiple if tables else None
+        if most is not None and max(height, width) > most:
+            expected = f"at most {most} pixels a side, by the network's axes_lens={tables}"
+            raise ValueError(f"height={height}, width={width}: expected {expected}")
 
 
 def _own_row(row: Condition) -> Condition:

@@ -12,7 +12,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sipo.families.toy import flux2_toys, flux_toys, qwen_image_toys, stable_diffusion_toys, video_toys
+from sipo.families.toy import (
+    flux2_toys,
+    flux_toys,
+    lumina2_toys,
+    qwen_image_toys,
+    sana_toys,
+    stable_diffusion_toys,
+    video_toys,
+    z_image_toys,
+)
 from sipo.files import aside
 
 
@@ -38,6 +47,9 @@ TOYS: dict[str, Toy] = {
     "qwen-image-edit": Toy("qwen-image-edit", qwen_image_toys.qwen_image_edit),
     "qwen-image-edit-plus": Toy("qwen-image-edit-plus", qwen_image_toys.qwen_image_edit_plus),
     "qwen-image-edit-2511": Toy("qwen-image-edit-plus", lambda: qwen_image_toys.qwen_image_edit_plus(zero_cond_t=True)),
+    "z-image": Toy("z-image", z_image_toys.z_image),
+    "lumina2": Toy("lumina2", lumina2_toys.lumina2),
+    "sana": Toy("sana", sana_toys.sana),
     "cogvideox": Toy("cogvideox", video_toys.cogvideox),
     "cogvideox-2b": Toy("cogvideox", lambda: video_toys.cogvideox(rotary=False)),
     "wan": Toy("wan", video_toys.wan),
