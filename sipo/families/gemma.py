@@ -1,4 +1,4 @@
-"""What Lumina Image 2.0 and SANA have in common: text from Gemma 2, with a mask and an instruction before the prompt."""
+"""What Lumina Image 2.0 and SANA share: text from Gemma 2 with a mask, and an instruction before the prompt."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class Sana(GemmaFamily):
     def _prompt_lengths(self, pipeline: Any, prompts: Sequence[str]) -> tuple[Sequence[int], int | None]:
         (lines,) = self._instruction(pipeline).values()
         before = len(pipeline.tokenizer.encode("\n".join(lines)))
-        lengths, most = super()._prompt_lengths(pipeline, ["\n".join(lines) + prompt for prompt in prompts])
+        lengths, _ = super()._prompt_lengths(pipeline, ["\n".join(lines) + prompt for prompt in prompts])
         return [length - before for length in lengths], self.text_options["max_sequence_length"] - 2
 
     def network_inputs(
