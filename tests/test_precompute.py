@@ -235,7 +235,7 @@ def test_a_condition_image_counts_in_what_encoding_costs(tmp_path: Path) -> None
         assert "at most 36 passes of the VAE" in costs[1].describe(0)
     costs = []
     build(tmp_path / "seen", Records.make(edits=range(12)), family=SeeingFamily(), on_cost=costs.append)
-    assert costs[0].prompts == 12 and costs[0].prompt_bytes == 4 * ((512 + 2) * (4 + 1) + 4)
+    assert costs[0].prompt_bytes == 4 * ((512 + 2) * (4 + 1) + 4)
     assert queue_length(EditFamily(), settings(sizes=[(1000, 1000)], queue_mb=90), 8) == 9
     assert queue_length(SmallFamily(), settings(sizes=[(1000, 1000)], queue_mb=90), 8) == 14
 
@@ -435,11 +435,14 @@ def test_latents_are_stored_in_the_type_asked_for(tmp_path: Path, dtype: str) ->
     assert asked.pair(3)[2]["time_ids"].dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl", "flux", "z-image", "lumina2", "sana", "cogvideox", "wan"])
+@pytest.mark.parametrize(
+    "name", ["sd15", "sdxl", "flux", "qwen-image", "qwen-image-edit", "z-image", "lumina2", "sana", "cogvideox", "wan"]
+)
 def test_real_families_from_files_to_reference_errors(tmp_path: Path, name: str) -> None:
     family = get_family(name)
     frames = 9 if family.video else 1
-    data = make_toy_pairs(tmp_path / "data", video=family.video, pairs=5, frames=frames)
+    images = family.condition_image
+    data = make_toy_pairs(tmp_path / "data", video=family.video, pairs=5, frames=frames, condition_image=images)
     model = ModelConfig(family=name, pretrained_model_name_or_path=str(build_toy(name, tmp_path / "model")))
     wanted = DataConfig(
         dataset_name=str(data),
@@ -468,14 +471,19 @@ def test_real_families_from_files_to_reference_errors(tmp_path: Path, name: str)
         assert torch.equal(item["chosen"], item["rejected"]) is False
         latents = family.encode_pixels(pipeline, pixels[None])[0]
         torch.testing.assert_close(item["rejected"], latents, rtol=1e-4, atol=1e-4)  # another batch size
-        text = family.encode_text(pipeline, [record.prompt])[0]
-        for key, tensor in text.items():
+        told: dict[str, Tensor] = {}
+        if record.condition_image:
+            image = resize_and_crop(read_media(record.condition_image).pixels, 32, 32).pixels
+            told = family.encode_condition_image(pipeline, image[None])[0]
+        told |= family.encode_text(pipeline, [record.prompt], [image] if told else None)[0]
+        assert item["condition"].keys() == told.keys()
+        for key, tensor in told.items():
             assert item["condition"][key].shape == tensor.shape
             torch.testing.assert_close(item["condition"][key], tensor, rtol=1e-4, atol=1e-5)
         assert ("own_condition" in item) == (name == "sdxl")
     schedule = family.load_schedule(model.pretrained_model_name_or_path, sizes=[(32, 32)])
     network = family.load_network(model.pretrained_model_name_or_path)
-    fixed = FixedDraws(2, 3, proportion_empty_prompts=0.5)
+    fixed = FixedDraws(2, 3, proportion_empty_prompts=0.0 if family.text_sees_image else 0.5)
     references = precompute_reference_errors(
         cached.cache, network, family.predict, schedule, fixed, {}, batch_size=4, progress=False
     )

@@ -12,23 +12,27 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import Mock
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sipo import processes
 from sipo.data.config import DataConfig
+from sipo.data.media import resize_and_crop, write_image, write_image_grid
+from sipo.data.toy import make_toy_pairs
 from sipo.families import Family
 from sipo.families.config import ModelConfig
+from sipo.families.stable_diffusion import StableDiffusion
 from sipo.recipe import sampling as looks
 from sipo.recipe.build import RunContext
 from sipo.recipe.config import Config, SampleConfig
 from sipo.recipe.sampling import ValidationSamples
 from sipo.training import TrainingConfig, TrainingWarning
 from sipo.training.stopping import StopRequest
+from tests.data_sets import noise
 from tests.family_cases import folder_of
 from tests.small_family import in_processes
 
@@ -149,9 +153,9 @@ def test_text_is_encoded_once_and_its_encoders_are_let_go(tmp_path: Path, monkey
     encoded: list[list[str]] = []
     encode = Family.encode_text
 
-    def count(self: Family, pipeline: Any, prompts: list[str]) -> Any:
+    def count(self: Family, pipeline: Any, prompts: list[str], images: Any = None) -> Any:
         encoded.append(list(prompts))
-        return encode(self, pipeline, prompts)
+        return encode(self, pipeline, prompts, images)
 
     monkeypatch.setattr(Family, "encode_text", count)
     look = ValidationSamples(run)
@@ -267,6 +271,48 @@ def test_a_process_that_is_gone_ends_the_others(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(looks, "from_all", Mock(side_effect=gone))
     with pytest.raises(RuntimeError, match="Connection closed by peer"):
         look(3, policy)
+
+
+class Edits(StableDiffusion):
+    """Keeps the images that it is given, and draws them."""
+
+    condition_image = "required"
+    given: ClassVar[list[Any]] = []
+
+    def encode_prompts(self, pipeline: Any, prompts: Any, images: Any = None) -> list[Any]:
+        self.given.append(images)
+        return [{}] * len(prompts)
+
+    def sample(self, *args: Any, images: Any = None, **options: Any) -> Tensor:  # type: ignore[override]
+        return torch.stack(images)
+
+
+def test_samples_of_edits_are_drawn_from_the_validation_images(tmp_path: Path) -> None:
+    names = [str(tmp_path / f"{number}.png") for number in range(3)]
+    for number, name in enumerate(names):
+        write_image(name, noise(number, 3, 50, 40))
+    wanted = [resize_and_crop(noise(number, 3, 50, 40), 32, 32).pixels for number in range(3)]
+
+    def look(accelerator: Any, folder: Path = tmp_path / "two", **options: Any) -> None:
+        run = replace(run_of(folder, accelerator=accelerator, validation_images=names), family=Edits())
+        ValidationSamples(run)(0, nn.Linear(1, 1))
+
+    in_threads(2, look)
+    assert all(torch.equal(image, fitted) for image, fitted in zip(Edits.given[0], wanted, strict=True))
+    write_image_grid(tmp_path / "grid.png", torch.stack(wanted))
+    assert files(tmp_path / "two")["step-00000000.png"] == (tmp_path / "grid.png").read_bytes()
+    in_threads(2, lambda accelerator: look(accelerator, tmp_path / "sharded"), is_fsdp2=True)
+    assert files(tmp_path / "sharded") == files(tmp_path / "two")
+
+
+def test_toy_images_are_those_of_the_toy_pairs(tmp_path: Path) -> None:
+    run = run_of(tmp_path, validation_images=["toy", "mine.png", "toy"])
+    assert run.validation_images == [Path("toy"), Path("mine.png"), Path("toy")]
+    make_toy_pairs(tmp_path / "pairs", video=False, pairs=6, condition_image="optional")
+    config = replace(run.config, data=replace(run.config.data, dataset_name="toy"))
+    run = replace(run, config=config, data_path=str(tmp_path / "pairs"))
+    images = [tmp_path / "pairs/condition/00001.png", Path("mine.png"), tmp_path / "pairs/condition/00005.png"]
+    assert run.validation_images == images and all(path.exists() for path in images[::2])
 
 
 def test_other_prompts_are_said(tmp_path: Path) -> None:

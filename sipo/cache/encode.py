@@ -16,7 +16,7 @@ from sipo.batch import is_ragged
 from sipo.cache.decode import DecodedPair, PairDecoder, ahead, queue_length
 from sipo.cache.existing import ExistingCache, bad_pair
 from sipo.cache.format import LATENTS, TEXT, UNCONDITIONAL, shard_name, trim
-from sipo.cache.index import FILES_FACT, ROWS_FACT
+from sipo.cache.index import FILES_FACT, IMAGE_LENGTH, ROWS_FACT
 from sipo.cache.savings import Cost
 from sipo.cache.source import EncodedPair, ShardSource, Tally, pair_key, shard_sources
 from sipo.data.config import DataConfig
@@ -83,8 +83,8 @@ class PairEncoder:
     def encode_unconditional(self) -> None:
         """Writes what caption dropout puts in a prompt's place.
 
-        Where text depends on the condition image, nothing can: the shard then has no tensors, and the shapes of text
-        with a black image.
+        Where text depends on the condition image, nothing can: the shard then has no tensors, only the shapes of text
+        with a black image, and the length that this has without a prompt.
         """
         shard = self.existing.find(UNCONDITIONAL)
         if shard is not None and shard.facts.get("source") == self.existing.source:
@@ -95,7 +95,8 @@ class PairEncoder:
             (condition,) = self.family.encode_text(self.pipeline(), [""], [black])
             shapes = {name: _shape(name, condition) for name in condition}
             self.existing.begin_change()
-            self.shards.write(UNCONDITIONAL, {}, facts | {"shapes": shapes, "sees_image": True})
+            length = max((len(condition[name]) for name, shape in shapes.items() if None in shape), default=0)
+            self.shards.write(UNCONDITIONAL, {}, facts | {"shapes": shapes, IMAGE_LENGTH: length})
         else:
             condition = self.family.encode_unconditional(self.pipeline())
             self._write_text(UNCONDITIONAL, {"": condition}, facts)
@@ -106,6 +107,7 @@ class PairEncoder:
         latents = [prod(self.family.latent_shape(pipeline, *size, settings.frames)) for size in settings.sizes]
         unconditional = self.shards.require(UNCONDITIONAL)
         longest = self.family.text_options.get("max_sequence_length", LONGEST_TEXT)
+        longest += unconditional.facts.get(IMAGE_LENGTH, 0)
         text = sum(prod(longest if n is None else n for n in shape) for shape in unconditional.facts["shapes"].values())
         names = {path.stem for path in self.shards.path.glob(f"{LATENTS}-*.json")}
         shards = [shard for name in sorted(names) if (shard := self.shards.read(name)) is not None]

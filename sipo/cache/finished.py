@@ -22,7 +22,7 @@ from sipo.cache.format import (
     ShardReader,
     digest,
 )
-from sipo.cache.index import PairsIndex, read_pairs_index
+from sipo.cache.index import IMAGE_LENGTH, PairsIndex, read_pairs_index
 from sipo.families.network import Condition
 
 
@@ -62,7 +62,7 @@ class Cache:
         self._text_names = [shard.name for shard in text]
         self._text_shard_of = torch.tensor([n for n, shard in enumerate(text) for _ in shard.facts["prompts"]])
         place_of_text = {key: n for n, key in enumerate(self.prompt_keys)}
-        self.text_sees_image = any("sees_image" in shard.facts for shard in text)
+        self.text_sees_image = any(IMAGE_LENGTH in shard.facts for shard in text)
         numbers: dict[tuple[Any, ...], int] = {}
         table = []
         for n, shard in enumerate(latents):

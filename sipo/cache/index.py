@@ -35,6 +35,9 @@ MAX_PAIRS = "data.max_pairs"
 ROWS_FACT, FILES_FACT = "rows", "files"
 """Facts of a shard of latents that its own JSON file has, and the index leaves out."""
 
+IMAGE_LENGTH = "image_length"
+"""Fact of the unconditional shard where text depends on the condition image: tokens of text without a prompt."""
+
 _OF_MODEL = ("family", "dtype")
 _OF_DATA = (
     *("format", "dataset_split_name", "sizes", "frames", "fps", "center_crop", "random_flip", "latents"),

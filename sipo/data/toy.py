@@ -16,6 +16,9 @@ from sipo.data.records import PairRecord
 FPS = 8.0
 """Frames per second of the clips."""
 
+CONDITION_FOLDER = "condition"
+"""Folder of the condition images beside the JSONL file."""
+
 _COLOURS = {
     "red": (0.9, 0.1, 0.1),
     "green": (0.1, 0.8, 0.2),
@@ -76,7 +79,7 @@ def make_toy_pairs(
         motion = " moving to the right" if video else ""
         record = PairRecord(row, f"a {colour} {shape}{motion}", paths["chosen"], paths["rejected"])
         if condition_image == "required" or (condition_image == "optional" and row % 2):
-            path = folder / "condition" / f"{row:05d}.png"
+            path = folder / CONDITION_FOLDER / f"{row:05d}.png"
             write_image(path, grey[0].expand(3, -1, -1).mul(255.0).round().to(torch.uint8))
             record = replace(record, prompt=f"make the {shape} {colour}{motion}", condition_image=path)
         records.append(record)

@@ -17,7 +17,7 @@ from sipo.cache.finished import Cache
 from sipo.cache.pairs import CachedPairs, DrawnPairs, split_pairs
 from sipo.cache.reference_errors import FixedDraws, ReferenceErrors
 from sipo.cache.weights import PLACE, weight_hashes
-from sipo.data.toy import make_toy_pairs
+from sipo.data.toy import CONDITION_FOLDER, make_toy_pairs
 from sipo.families import Family, get_family
 from sipo.families.toy import build_toy
 from sipo.families.tuning import adapter_off, freeze, frozen_copy, prepare_full, prepare_lora
@@ -62,6 +62,15 @@ class RunContext:
     def predict(self) -> Predict:
         """The family's call of a network, with the guidance that the configuration tells it."""
         return partial(self.family.predict, guidance=self.config.model.guidance_scale)
+
+    @property
+    def validation_images(self) -> list[Path]:
+        """Paths of ``samples.validation_images``: of the toy pairs' condition images where they say "toy"."""
+        images = self.config.samples.validation_images
+        if self.config.data.dataset_name != TOY:
+            return [Path(image) for image in images]
+        toys = sorted((Path(self.data_path) / CONDITION_FOLDER).glob("*.png"))
+        return [toys[number % len(toys)] if image == TOY else Path(image) for number, image in enumerate(images)]
 
     @property
     def fixed_draws(self) -> FixedDraws:
@@ -144,7 +153,8 @@ def _places(config: Config, family: Family) -> tuple[str, str]:
     if data.dataset_name == TOY:
         (height, width), folder = data.sizes[0], Path(f"{data.cache}-toy") / "pairs"
         options: dict[str, Any] = {"height": height, "width": width, "frames": data.frames, "seed": data.seed}
-        data_path = str(_made(folder, lambda f: make_toy_pairs(f, video=family.video, **options)))
+        need = family.condition_image
+        data_path = str(_made(folder, lambda f: make_toy_pairs(f, video=family.video, condition_image=need, **options)))
     return model_path, data_path
 
 

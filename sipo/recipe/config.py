@@ -33,7 +33,10 @@ TOY = "toy"
 _COMPUTED = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 # Keys whose values may have ~ and environment variables in them.
-_PATHS = ("model.pretrained_model_name_or_path", "data.dataset_name", "data.cache", "training.output_dir")
+_PATHS = (
+    *("model.pretrained_model_name_or_path", "data.dataset_name", "data.cache", "training.output_dir"),
+    "samples.validation_images",
+)
 
 
 class ConfigError(ValueError):
@@ -69,12 +72,15 @@ class SampleConfig:
 
     Attributes:
         validation_prompts: one image or clip for each; none draws nothing.
+        validation_images: paths of the images that these are edits of, one for each prompt, for a family that takes
+            them; "toy" is one of the toy pairs'.
         seed: of the first prompt's noise, the same at every validation; each further prompt's is one more.
         num_inference_steps: of the sampler.
         guidance_scale: classifier-free guidance scale; ``None`` takes the family's.
     """
 
     validation_prompts: list[str] = field(default_factory=list)
+    validation_images: list[str] = field(default_factory=list)
     seed: int = 0
     num_inference_steps: AtLeast1 = 50
     guidance_scale: NotNegative | None = None
@@ -239,7 +245,7 @@ def _section(kind: Any, values: Any, place: tuple[str, ...] = ()) -> Any:
             given[each.name] = _section(hint, value, (*place, each.name))
         else:
             try:
-                value = expand(value) if name in _PATHS and isinstance(value, str) else value
+                value = _expanded(value) if name in _PATHS else value
                 given[each.name] = from_yaml(value, hint)
             except ValueError as error:
                 raise ConfigError(f"{name}={one_line(error, _LONGEST)}") from error
@@ -247,6 +253,13 @@ def _section(kind: Any, values: Any, place: tuple[str, ...] = ()) -> Any:
         return kind(**given)
     except (TypeError, ValueError) as error:  # it names the key and what was expected
         raise ConfigError(f"{prefix}{one_line(error, _LONGEST)}") from error
+
+
+def _expanded(value: Any) -> Any:
+    """Expands a path, or each of a list; what is no text is refused later."""
+    if isinstance(value, list):
+        return [_expanded(each) for each in value]
+    return expand(value) if isinstance(value, str) else value
 
 
 def _paths(section: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

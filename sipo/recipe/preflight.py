@@ -12,7 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from sipo.data.media import MediaError, read_media
 from sipo.families.tuning import check_targets
+from sipo.files import short
 from sipo.processes import everywhere
 from sipo.recipe.build import RunContext, make_loss
 from sipo.recipe.config import ConfigError
@@ -68,6 +70,28 @@ def _check_training(run: RunContext, resume: bool) -> None:
         raise ConfigError(f"data.held_out={data.held_out}: expected fewer than data.max_pairs={data.max_pairs}")
     if training.timestep_sampling == "informative" and data.draws:
         raise ConfigError("training.timestep_sampling='informative': expected data.draws=0, fixed draws have theirs")
+    share = training.proportion_empty_prompts
+    if share and run.family.text_sees_image:
+        why = f"text embeddings of family {run.family.name!r} depend on the condition image"
+        raise ConfigError(f"training.proportion_empty_prompts={share}: expected 0, {why}")
+
+
+def _check_condition_images(run: RunContext) -> None:
+    """Checks the images that validation's samples are edits of."""
+    family, samples = run.family, run.config.samples
+    images, prompts = samples.validation_images, len(samples.validation_prompts)
+    numbers, expected = {
+        "none": ([0], f"none, family {family.name!r} takes no condition images"),
+        "optional": ([0, prompts], f"none, or one for each of {prompts} samples.validation_prompts"),
+        "required": ([prompts], f"one for each of {prompts} samples.validation_prompts"),
+    }[family.condition_image]
+    if len(images) not in numbers:
+        raise ConfigError(f"samples.validation_images={short(images)}: expected {expected}")
+    try:
+        for path in run.validation_images:
+            read_media(path, max_pixels=run.config.data.max_pixels)
+    except MediaError as error:
+        raise ConfigError(f"samples.validation_images: {error}") from error
 
 
 def _check_optimizer(run: RunContext) -> None:
@@ -161,6 +185,7 @@ _ALL: tuple[Work, ...] = ("train", "precompute", "analyze")
 
 # Each check, and the work that cannot be done where it fails.
 _CHECKS: tuple[tuple[Callable[[RunContext], None], tuple[Work, ...]], ...] = (
+    (_check_condition_images, ("train",)),
     (_check_optimizer, ("train",)),
     (_check_trackers, ("train",)),
     (_check_loss, _ALL),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sipo.data.media import write_image_grid, write_video
+from sipo.data.media import read_media, resize_and_crop, write_image_grid, write_video
 from sipo.families.base import drop_text_encoders
 from sipo.families.network import Condition, inner_network
 from sipo.files import FileError, parse_json, read_text, write_aside
@@ -48,6 +48,10 @@ class ValidationSamples:
         self.run = run
         self.folder = run.config.training.folder / SAMPLES
         self.pipeline: Any = None
+        self.images: list[Tensor] | None = None
+        if run.validation_images:
+            media = [read_media(path, max_pixels=run.config.data.max_pixels) for path in run.validation_images]
+            self.images = [resize_and_crop(image.pixels, *run.config.data.sizes[0]).pixels for image in media]
         self.prompts: list[Condition] = from_all(run.accelerator, self._load)[0]
 
     def _load(self) -> list[Condition]:
@@ -59,7 +63,7 @@ class ValidationSamples:
         self.pipeline = run.load_encoders(text=main)
         if not main:
             return []
-        encoded = run.family.encode_prompts(self.pipeline.to(run.accelerator.device), prompts)
+        encoded = run.family.encode_prompts(self.pipeline.to(run.accelerator.device), prompts, self.images)
         drop_text_encoders(self.pipeline.to("cpu"))
         free_memory()
         return encoded
@@ -110,10 +114,12 @@ class ValidationSamples:
                 idle = number >= count
                 if idle and not sharded:
                     break
+                place = 0 if idle else number
                 sample = run.family.sample(
                     self.pipeline,
                     policy,
-                    [self.prompts[0 if idle else number]],
+                    [self.prompts[place]],
+                    images=None if self.images is None else [self.images[place]],
                     seed=samples.seed + number,
                     height=height,
                     width=width,
