@@ -19,7 +19,7 @@ from sipo_kernels.layout import pair_dtype
 from sipo_kernels.testing import make_batch, run, run_reference
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
-NAMES = ("model_pred", "ref_pred", "target", "ratio_scale", "error_weight")
+NAMES = ("model_pred", "ref_pred", "target", "ratio_scale", "error_weight", "error_mask")
 OPTIONS: dict[str, Any] = {"method": "sipo", "beta": 3.0, "mask_threshold": 0.0}
 
 
@@ -35,7 +35,7 @@ def _negated(tensor: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_negative_bit_is_heeded(backend: str, name: str) -> None:
-    batch = make_batch((6, 3, 7), weighted=True, device=DEVICE)
+    batch = make_batch((6, 3, 7), weighted=True, mask="weights", device=DEVICE)
     out, grad = run(batch, backend, **OPTIONS)
     lazy = batch._replace(**{name: _negated(getattr(batch, name))})
     lazy_out, lazy_grad = run(lazy, backend, **OPTIONS)
@@ -75,7 +75,7 @@ def test_the_negative_bit_of_reference_errors_timesteps_and_upstream(backend: st
 @pytest.mark.parametrize("name", [*NAMES, "ref_error"])
 def test_zeros_without_memory(backend: str, name: str) -> None:
     """``_efficientzerotensor``, which forward-mode AD makes, has no data: its pointer is null."""
-    batch = make_batch((6, 3, 7), weighted=True, device=DEVICE)
+    batch = make_batch((6, 3, 7), weighted=True, mask="weights", device=DEVICE)
     options: dict[str, Any] = dict(zip(NAMES, batch, strict=True))
     if name == "ref_error":
         options |= {"ref_pred": None, "ref_error": options["ratio_scale"]}
@@ -109,7 +109,7 @@ def test_a_buffer_that_is_written_to_has_no_lazy_bit(name: str) -> None:
 @pytest.mark.parametrize("name", [*NAMES, "ref_error"])
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_forward_mode_says_so(backend: str, name: str, requires_grad: bool) -> None:
-    batch = make_batch((4, 3, 5), weighted=True, device=DEVICE)
+    batch = make_batch((4, 3, 5), weighted=True, mask="weights", device=DEVICE)
     options: dict[str, Any] = dict(zip(NAMES, batch, strict=True))
     options["model_pred"] = batch.model_pred.detach().requires_grad_(requires_grad)
     if name == "ref_error":
