@@ -137,6 +137,9 @@ def check_model(folder: Path, index: Mapping[str, Any], components: Sequence[str
         kind = getattr(importlib.import_module(library), class_name, None)
         if kind is None or _AUTO.match(class_name):
             raise ValueError(f"{folder}: its {name} is {class_name!r}, expected one of the classes of {library}")
+        if type(kind).__name__ == "DummyObject":  # what stands in for a class that needs another package
+            needed = " and ".join(sorted(kind._backends))
+            raise ValueError(f"{folder}: its {name} is {with_article(class_name)}, expected {needed} installed")
         for file in sorted((folder / name).glob("*")):
             if file.exists() and not file.is_dir():
                 check_regular(file)
@@ -148,7 +151,8 @@ def check_model(folder: Path, index: Mapping[str, Any], components: Sequence[str
             check_tokenizer(folder / name, class_name, kind.vocab_files_names)
         elif "tokenizer" in (parts := getattr(kind, "get_attributes", list)()):  # a processor of images and texts
             check_tokenizer(folder / name, class_name)
-            if "video_processor" in parts and importlib.util.find_spec("torchvision") is None:
+            needed = "video_processor" in parts or class_name == "PixtralProcessor"
+            if needed and importlib.util.find_spec("torchvision") is None:
                 raise ValueError(f"{folder}: its {name} is {with_article(class_name)}, expected torchvision installed")
 
 
