@@ -471,7 +471,7 @@ def test_real_families_from_files_to_reference_errors(tmp_path: Path, name: str)
         assert torch.equal(item["chosen"], item["rejected"]) is False
         latents = family.encode_pixels(pipeline, pixels[None])[0]
         torch.testing.assert_close(item["rejected"], latents, rtol=1e-4, atol=1e-4)  # another batch size
-        told: dict[str, Tensor] = {}
+        told: dict[str, torch.Tensor] = {}
         if record.condition_image:
             image = resize_and_crop(read_media(record.condition_image).pixels, 32, 32).pixels
             told = family.encode_condition_image(pipeline, image[None])[0]
