@@ -151,8 +151,7 @@ def check_model(folder: Path, index: Mapping[str, Any], components: Sequence[str
             check_tokenizer(folder / name, class_name, kind.vocab_files_names)
         elif "tokenizer" in (parts := getattr(kind, "get_attributes", list)()):  # a processor of images and texts
             check_tokenizer(folder / name, class_name)
-            needed = "video_processor" in parts or class_name == "PixtralProcessor"
-            if needed and importlib.util.find_spec("torchvision") is None:
+            if "video_processor" in parts and importlib.util.find_spec("torchvision") is None:
                 raise ValueError(f"{folder}: its {name} is {with_article(class_name)}, expected torchvision installed")
 
 
