@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import diffusers
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
 from sipo.batch import collate, network_timesteps
@@ -22,6 +21,7 @@ from sipo.families.experts import ExpertNetworks
 from sipo.families.network import CONDITION_LATENTS
 from sipo.families.toy import TOYS, build_toy
 from sipo.families.tuning import lora_file
+from sipo.families.vae import as_picture
 
 PROMPTS = ["a cat on the roof", "The thin red line, twice"]
 QWEN_IMAGE_EDIT = {"qwen-image-edit": "edit", "qwen-image-edit-plus": "edit_plus"}
@@ -241,10 +241,6 @@ def sampled(pipeline: Any, family: Family, steps: int = 3, seed: int = 5, **opti
     timesteps = pipeline.scheduler.timesteps
     per_step = len(calls) // len(timesteps)
     return output, [Call(*call, timesteps[i // per_step]) for i, call in enumerate(calls)]
-
-
-def as_picture(image: Tensor) -> Any:
-    return Image.fromarray(image.permute(1, 2, 0).numpy())
 
 
 def as_uint8(pixels: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from sipo.families.encoding import PipelineEncoder
 from sipo.families.loading import TEXT_ENCODER, VAE
 from sipo.families.network import Condition, evaluating, inner_network, network_dtype, predicting_in
 from sipo.families.packing import pack, unpack
-from sipo.families.vae import PipelineVae
+from sipo.families.vae import PipelineVae, as_picture
 from sipo.schedule import DEFAULT_INFERENCE_STEPS
 
 
@@ -191,9 +191,7 @@ class Family(PipelineEncoder):
 
     def _sampler_arguments(self, condition: Condition, guidance: float, image: Tensor | None) -> dict[str, Any]:
         """Returns the pipeline's arguments for one sample of a condition of :meth:`encode_prompts`."""
-        from PIL import Image
-
-        picture = {} if image is None else {"image": Image.fromarray(image.permute(1, 2, 0).cpu().numpy())}
+        picture = {} if image is None else {"image": as_picture(image)}
         return {**condition, **picture, "guidance_scale": guidance}
 
     def _sampled_latents(self, pipeline: Any, output: Tensor, height: int, width: int) -> Tensor:

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from sipo.families.base import Family
 from sipo.families.network import CONDITION_LATENTS, PROMPT, Condition, pick
-from sipo.families.vae import latent_affine
+from sipo.families.vae import as_picture, latent_affine
 from sipo.schedule import empirical_mu
 
 _CONDITION_TIME = 10  # time coordinate of the condition image's tokens; the sample's have 0
+_CONDITION_PIXELS = 1024 * 1024  # of a condition image, at most
 
 
 class Flux2(Family):
@@ -55,6 +56,16 @@ class Flux2(Family):
 
         messages = format_input([prompt], system_message=pipeline.system_message)
         return pipeline.tokenizer.apply_chat_template(messages, return_dict=True, return_tensors="pt", tokenize=True)
+
+    def encode_condition_image(self, pipeline: Any, pixels: Tensor) -> list[Condition]:
+        """See :meth:`Family.encode_condition_image`: an image of more than a megapixel is made smaller first."""
+        if pixels.shape[-2] * pixels.shape[-1] > _CONDITION_PIXELS:
+            processor = pipeline.image_processor
+            images = [processor._resize_to_target_area(as_picture(image), _CONDITION_PIXELS) for image in pixels]
+            width, height = (side - side % self.side_multiple for side in images[0].size)
+            size: dict[str, Any] = {"height": height, "width": width, "resize_mode": "crop"}
+            pixels = torch.cat([processor.preprocess(image, **size) for image in images])
+        return super().encode_condition_image(pipeline, pixels)
 
     def network_inputs(
         self, config: Any, noisy: Tensor, time: Tensor, condition: Condition, guidance: float

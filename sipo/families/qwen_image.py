@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sipo.families.base import Family
 from sipo.families.network import CONDITION_LATENTS, PROMPT, PROMPT_MASK, Condition, pick
+from sipo.families.vae import as_picture
 
 
 class QwenImage(Family):
@@ -100,11 +101,9 @@ class QwenImageEdit(QwenImage):
     text_options: ClassVar[Mapping[str, Any]] = {}
 
     def _text_image(self, pipeline: Any, images: Sequence[Tensor] | None, i: int) -> dict[str, Any]:
-        from PIL import Image
-
         if images is None:
             raise ValueError(f"images=None: expected one for each prompt, the text encoder of {self.name} sees it")
-        picture = Image.fromarray(images[i].permute(1, 2, 0).cpu().numpy())
+        picture = as_picture(images[i])
         rule = sys.modules[type(pipeline).__module__].calculate_dimensions
         width, height, *_ = rule(self.text_image_pixels, picture.width / picture.height)
         return {"image": [pipeline.image_processor.resize(picture, height, width)]}

@@ -23,6 +23,13 @@ def as_floats(pixels: Tensor) -> Tensor:
     return pixels.to(torch.float32).div_(half).sub_(1.0)
 
 
+def as_picture(pixels: Tensor) -> Any:
+    """Converts uint8 pixels ``[3, H, W]`` to an image of Pillow."""
+    from PIL import Image
+
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
 def latent_affine(vae: Any, latents: Tensor) -> tuple[Tensor | float, Tensor | float]:
     """Returns mean and scale of a VAE's latents ``[N, C, ...]``: the network takes ``(latents - mean) * scale``.
 
