@@ -88,7 +88,10 @@ def test_predict_is_the_pipelines_own_call(toy: str) -> None:
         assert found.shape == noisy.shape and torch.equal(found, -expected if family.negated else expected)
 
 
-@pytest.mark.parametrize("toy", ["flux", "flux-schnell", "flux-kontext", "chroma", "z-image", "lumina2", "sana"])
+@pytest.mark.parametrize(
+    "toy",
+    [*("flux", "flux-schnell", "flux-kontext", "chroma", "flux2", "flux2-klein", "z-image", "lumina2", "sana")],
+)
 def test_predict_is_the_pipelines_own_call_in_bfloat16(toy: str) -> None:
     """Timesteps are rounded in the pipeline's order, and products are of tensors that lie as the pipeline's do."""
     family, pipeline = family_of(toy), pipeline_of(toy).to(torch.bfloat16)
@@ -547,6 +550,8 @@ def test_pickled_weights_are_not_loaded(tmp_path: Path) -> None:
             "has no text_encoder_3, expected a pipeline with T5",
         ),
         ("flux", "model_index.json", {"_class_name": "FluxKontextPipeline"}, "family 'flux-kontext' takes it"),
+        ("flux2", "model_index.json", {"_class_name": "Flux2KleinPipeline"}, "; family 'flux2-klein' takes it"),
+        ("flux2-klein", "model_index.json", {"_class_name": "FluxPipeline"}, "; family 'flux' takes it"),
         ("flux", "transformer/config.json", {"in_channels": 32, "out_channels": 16}, "takes 32 channels and gives 16"),
         ("chroma", "scheduler/scheduler_config.json", {"use_beta_sigmas": True}, "has use_beta_sigmas=True: expected"),
         (
@@ -585,6 +590,7 @@ def test_relatives_of_a_family_are_refused(
         ("sdxl", (1024, 1024, 2), "height=1024, width=1024, frames=1"),
         ("sd3", (1000, 1024, 1), "height=992, width=1024, frames=1"),
         ("flux", (1024, 1016, 1), "height=1024, width=1024, frames=1"),
+        ("flux2", (1024, 1016, 1), "height=1024, width=1024, frames=1"),
         ("sana", (1000, 1024, 1), "height=992, width=1024, frames=1"),
         ("cogvideox", (480, 720, 48), "height=480, width=720, frames=49"),
         ("wan", (480, 830, 81), "height=480, width=832, frames=81"),
@@ -678,10 +684,10 @@ def test_unknown_toy(tmp_path: Path) -> None:
         build_toy("flux", tmp_path / "flux")
 
 
-@pytest.mark.parametrize("name", ["sd15", "sd3", "flux"])
+@pytest.mark.parametrize("name", ["sd15", "sd3", "flux", "flux2", "flux2-klein"])
 def test_prompts_that_are_cut_are_counted_in_one_warning(name: str) -> None:
     family = get_family(name)
     pipeline = family.load_encoders(folder_of(name))
-    most = {"sd15": 77, "sd3": 256, "flux": 512}[name]
+    most = {"sd15": 77, "sd3": 256}.get(name, 512)
     with pytest.warns(UserWarning, match=f"^1 of 2 prompts are cut after {most} tokens$"):
         family.encode_text(pipeline, ["a " * 400, "a"])

@@ -574,7 +574,7 @@ def test_one_clip_after_the_other_gives_the_latents_that_both_at_once_give(tmp_p
         assert shape == tuple(both.shape[1:])
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "sana"])
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "flux2", "sana"])
 def test_shapes_of_latents_are_known_beforehand(name: str) -> None:
     family, encoders = get_family(name), encoders_of(name)
     found = family.encode_pixels(encoders, torch.zeros(1, 3, *sides_of(family), dtype=torch.uint8))
