@@ -148,7 +148,7 @@ def _cached(case: TrainingCase, device: str, folder: Path) -> Setup:
     assert case.pixels is not None
     height, width, frames = case.pixels
     family = families.get_family(case.family)
-    size = {"height": height, "width": width, "frames": frames}
+    size: dict[str, Any] = {"height": height, "width": width, "frames": frames}
     model = build_toy(case.family, folder / "model")
     source = make_toy_pairs(folder / "pairs", video=family.video, pairs=PAIRS, **size)
     data = DataConfig(

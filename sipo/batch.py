@@ -5,7 +5,7 @@ Training, reference errors, scoring and the demo all noise and stack pairs here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 from typing import Any
@@ -204,13 +204,13 @@ def network_timesteps(schedule: Any, levels: Tensor) -> Tensor:
     return (1 - levels if getattr(schedule, "invert_sigmas", False) else levels) * schedule.num_train_timesteps
 
 
-def collate(items: Sequence[Any]) -> Any:
+def collate(items: list[Any]) -> Any:
     """Stacks items as torch's ``default_collate`` does, after padding the ragged tensors of their conditions.
 
     Args:
         items: of a :class:`sipo.protocols.PairDataset`.
     """
-    conditions = [item.get("condition") if isinstance(item, dict) else None for item in items]
+    conditions: list[Any] = [item.get("condition") if isinstance(item, dict) else None for item in items]
     if not all(isinstance(condition, dict) for condition in conditions):
         return default_collate(items)
     lengths = {

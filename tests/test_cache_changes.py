@@ -15,6 +15,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from conftest import assert_refused
 
 from sipo.cache import source
 from sipo.cache.finished import open_cache
@@ -186,6 +187,22 @@ def test_condition_images_are_compared_as_the_samples_are(tmp_path: Path, family
     for place in range(6):
         one, other = ({**c.text(place), **c.condition_image(place)} for c in (found, wanted))
         assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_text_whose_images_are_gone_is_not_given_up(tmp_path: Path) -> None:
+    """Left out as pairs that cannot be used, all of them would be lost."""
+    path = make_pairs(tmp_path / "data")
+    write(path, [line | {"condition_image": line["chosen"]} for line in read(path)])
+    encode(path, family=SeeingFamily(), skip_bad=True)
+    shutil.rmtree(tmp_path / "data" / "a")
+    shutil.rmtree(tmp_path / "data" / "b")
+    assert encode(path, family=SeeingFamily(), skip_bad=True).absent == 3
+    (tmp_path / "cache" / "text-00001.safetensors").unlink()
+    message = (
+        "the pairs: text-00001 is to be encoded again, and none of its images exists any more: expected those of row 3"
+    )
+    assert_refused(lambda: encode(path, family=SeeingFamily(), skip_bad=True), CacheError, message)
+    assert all((tmp_path / "cache" / f"latents-0000{n}.safetensors").is_file() for n in range(3))
 
 
 def test_ties_are_counted_as_they_are_now(data: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from sipo.batch import is_ragged
 from sipo.cache.decode import DecodedPair, PairDecoder, ahead, queue_length
 from sipo.cache.existing import ExistingCache, bad_pair
-from sipo.cache.format import LATENTS, TEXT, UNCONDITIONAL, shard_name, trim
+from sipo.cache.format import LATENTS, TEXT, UNCONDITIONAL, CacheError, shard_name, trim
 from sipo.cache.index import FILES_FACT, IMAGE_LENGTH, ROWS_FACT
 from sipo.cache.savings import Cost
 from sipo.cache.source import EncodedPair, ShardSource, Tally, pair_key, shard_sources
@@ -164,10 +164,16 @@ class PairEncoder:
             if source.number % world != rank:
                 yield None
                 continue
+            absent = self.existing.absent
             self.existing.compare(source, pool)
             yield None
-            if self.family.text_sees_image:  # both are made from the same decoded image
-                source.needs_latents = source.needs_text = source.needs_latents or source.needs_text
+            if self.family.text_sees_image and source.needs_latents != source.needs_text:  # from one decoded image
+                if self.existing.absent > absent:  # encoded again, every pair would be lost
+                    raise CacheError(
+                        f"{self.settings.dataset_name}: {shard_name(TEXT, source.number)} is to be encoded again, and "
+                        f"none of its images exists any more: expected those of {row_name(source.rows[0][0])} and on"
+                    )
+                source.needs_latents = source.needs_text = True
             if not source.needs_latents:
                 self.kept += 1
                 bar.update(len(source.records))

@@ -126,7 +126,7 @@ class Cache:
         condition = {}
         for name, shape in self._text_shapes.items():
             tensor = self._reader.tensor(shard, f"{prefix}{name}")
-            condition[name] = tensor if shape[:1] in ([], [None]) else padded(tensor, shape[0])
+            condition[name] = tensor if not shape or shape[0] is None else padded(tensor, shape[0])
         return condition
 
 

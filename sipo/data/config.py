@@ -25,7 +25,7 @@ class DataConfig:
         frames: frames of each clip; 1 for images.
         fps: frames per second that clips are read at; ``None`` takes each file's own.
         center_crop: cut what exceeds the size from both sides alike; ``False`` cuts at a random place (SDXL is told).
-        random_flip: mirror half of the pairs, both images of a pair alike.
+        random_flip: mirror half of the pairs, all images of a pair alike.
         latents: "sample" draws once from the VAE's posterior, "mode" takes its mean.
         enable_tiling: encode and decode in overlapping tiles: less memory, slightly different rounding.
         vae_dtype: type that the VAE encodes and decodes in; in half precision latents are 1 to 2 % off.

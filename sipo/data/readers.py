@@ -150,10 +150,12 @@ class JsonlReader:
         if better is not None and worse is not None and better < worse:
             problem = f"chosen_score={short(better)} is below rejected_score={short(worse)}"
             return bad_row(row, problem, value["prompt"])
-        sources = {key: self.root / value[key] for key in paths}
+        chosen, rejected, *images = (self.root / value[key] for key in paths)
         tie = better is not None and better == worse
-        scores = {"chosen_score": better, "rejected_score": worse}
-        return PairRecord(row, value["prompt"], **sources, **scores, tie=tie, extra=extra)
+        image = images[0] if images else None
+        return PairRecord(
+            row, value["prompt"], chosen, rejected, better, worse, tie, condition_image=image, extra=extra
+        )
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
