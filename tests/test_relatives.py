@@ -17,6 +17,7 @@ from torch import Tensor
 from sipo import NoiseSchedule, SIPOLoss
 from sipo.recipe.config import LossConfig
 from sipo_kernels import METHODS, pair_loss, reference
+from sipo_kernels.inputs import Inputs
 from sipo_kernels.options import DEFAULTS, LOSS_TYPES
 from sipo_kernels.testing import Batch, beta_for, make_batch, reference_grad, run, run_reference
 
@@ -545,7 +546,7 @@ def test_every_setting_reaches_the_operator() -> None:
     """Settings go to it in order: one that is missing there would shift the others."""
     schema = torch.ops.sipo.pair_loss.default._schema
     names = [argument.name for argument in schema.arguments]
-    assert names[6:] == [*DEFAULTS, "backend"]
+    assert names == [*Inputs._fields, *DEFAULTS, "backend"]
 
 
 @pytest.mark.parametrize(

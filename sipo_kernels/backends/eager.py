@@ -61,7 +61,7 @@ def _errors(
     if ref_pred is None:
         assert ref_error is not None  # inputs.py
         given = ref_error.to(out).reshape(2, pairs)
-        if error_mask is not None:
+        if isinstance(counted, Tensor):
             given = torch.where(counted == 0, 0, given)
         return counted, model_error, given, model_error - given, alignment
     d_ref = ref - goal
