@@ -61,7 +61,7 @@ def test_rounding_to_16_bits_is_torchs(isa: str, dtype: torch.dtype, elements: i
 @pytest.mark.parametrize("elements", [1, 7, 8191, 8192, 8193, 3 * 8192 + 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_chunk_seams(isa: str, elements: int, dtype: torch.dtype) -> None:
-    """Each element counts once: with m = 1 at one place, the error is 1/D wherever the place is."""
+    """Each element counts once: with m = 1 at one place, the error is 1/D wherever the place is; with a mask 1/Σw."""
     for place in {0, elements // 2, elements - 1, min(8191, elements - 1), min(8192, elements - 1)}:
         model = torch.zeros(2, elements, dtype=dtype)
         model[1, place] = 1
@@ -72,12 +72,18 @@ def test_chunk_seams(isa: str, elements: int, dtype: torch.dtype) -> None:
         assert out.model_error.tolist() == [0.0, pytest.approx(1 / elements)]
         assert out.error_gap.tolist() == [0.0, pytest.approx(1 / elements)]
         assert grad.nonzero().tolist() == [[1, place]]
+        mask = torch.zeros(2, elements, dtype=torch.bool)
+        mask[:, [place, 0, elements // 3]] = True
+        out, grad = run(batch._replace(error_mask=mask), "native", method="diffusion_dpo", beta=1.0)
+        assert out.model_error.tolist() == [0.0, pytest.approx(1 / int(mask[1].sum()))]
+        assert grad.nonzero().tolist() == [[1, place]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_large_gradients_stream_past_the_cache(isa: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("mask", [None, "bool"])
+def test_large_gradients_stream_past_the_cache(isa: str, dtype: torch.dtype, mask: str | None) -> None:
     """From 8 MiB on the stores are non-temporal: heads and tails of misaligned samples must still be written."""
-    batch = make_batch((4, 7, 613, 499 if dtype == torch.bfloat16 else 257), (dtype,) * 3)
+    batch = make_batch((4, 7, 613, 499 if dtype == torch.bfloat16 else 257), (dtype,) * 3, mask=mask)
     assert batch.model_pred.numel() * batch.model_pred.element_size() > 8 << 20
     _, grad = run(batch, "native", method="diffusion_dpo", beta=100.0)
     _, eager = run(batch, "eager", method="diffusion_dpo", beta=100.0)
@@ -102,7 +108,7 @@ def test_numbers_of_each_sample_in_any_type_and_stride(dtype: torch.dtype) -> No
 
 
 def test_whose_threads_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = make_batch((6, 5, 101, 307), (torch.bfloat16, torch.bfloat16, torch.float32))
+    batch = make_batch((6, 5, 101, 307), (torch.bfloat16, torch.bfloat16, torch.float32), mask="shared bool")
     threads = torch.get_num_threads()
     out, grad = run(batch, "native", method="sipo", beta=3.0)
     try:
