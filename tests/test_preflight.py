@@ -38,7 +38,8 @@ def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def run(command: str, family: str, *overrides: str, model: Path | None = None) -> int:
         example = ROOT / "examples" / "toy" / f"{family}.yaml"
-        places = [f"data.cache={tmp_path / 'cache'}", f"training.output_dir={tmp_path / 'run'}"]
+        # each has toy pairs of its own beside its cache
+        places = [f"data.cache={tmp_path / family / 'cache'}", f"training.output_dir={tmp_path / 'run'}"]
         places.append(f"model.pretrained_model_name_or_path={folder_of(family) if model is None else model}")
         return cli.main([command, str(example), *places, *overrides])
 

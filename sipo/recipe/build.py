@@ -70,7 +70,9 @@ class RunContext:
         if self.config.data.dataset_name != TOY:
             return [Path(image) for image in images]
         toys = sorted((Path(self.data_path) / CONDITION_FOLDER).glob("*.png"))
-        return [toys[number % len(toys)] if image == TOY else Path(image) for number, image in enumerate(images)]
+        # Toy pairs that another family has left in the folder may have no images: then "toy" is a file that is missing.
+        named = enumerate(images)
+        return [toys[number % len(toys)] if toys and image == TOY else Path(image) for number, image in named]
 
     @property
     def fixed_draws(self) -> FixedDraws:
