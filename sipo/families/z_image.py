@@ -34,7 +34,7 @@ class ZImage(Family):
 
     def _text_tensors(
         self, pipeline: Any, prompts: list[str], images: Sequence[Tensor] | None
-    ) -> Mapping[str, Sequence[Tensor]]:
+    ) -> Mapping[str, Tensor | Sequence[Tensor]]:
         encoded = super()._text_tensors(pipeline, prompts, images)[PROMPT]
         return {PROMPT: encoded, PROMPT_MASK: [torch.ones(len(rows), dtype=torch.bool) for rows in encoded]}
 

@@ -11,7 +11,7 @@ def z_image() -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
 
     tokenizer = qwen_tokenizer()
-    transformer = ZImageTransformer2DModel(
+    transformer: Any = ZImageTransformer2DModel(
         in_channels=4,
         dim=32,
         n_layers=2,
