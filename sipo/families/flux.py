@@ -27,7 +27,7 @@ class Flux(Family):
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
     )
     guidance = 3.5
-    negative_prompt = None
+    negative_prompt: ClassVar[str | None] = None
     side_multiple = 16
     schedule_kind = "flow"
     text_options: ClassVar[Mapping[str, Any]] = {"max_sequence_length": 512}
