@@ -80,7 +80,7 @@ CASES = [
         "Z-Image", "z-image", {}, (16, 8, 8), _text(2560, mask=True), {"n_layers": 6},
     ),
     FullSizeCase(
-        "Chroma1", "chroma", {}, (16, 8, 8), _text(32, 4096, prompt_attention_mask=(32,)),
+        "Chroma1", "chroma", {}, (16, 8, 8), _text(4096, more={"prompt_attention_mask": (32,)}),
         {"num_layers": 4, "num_single_layers": 8},
     ),
     FullSizeCase(
