@@ -42,13 +42,16 @@ struct Numbers { SIPO_NUMBERS(SIPO_DECLARE) };
   X(int32_t, loss_per_pair) \
   X(int32_t, bins) \
   X(int32_t, mend) /* sipo_cuda_pair_grad: leave alone what was made for the upstream gradient that came */ \
-  X(int32_t, device)
+  X(int32_t, device) \
+  X(const void*, error_mask) /* null: every element counts */ X(int64_t, error_mask_stride) \
+  X(int32_t, error_mask_dtype) /* kBool or kFloat32 */ X(int32_t, error_mask_shared) /* it is [B, ...] */
 struct CudaArgs { SIPO_CUDA_ARGS(SIPO_DECLARE) };
 
 namespace {
 
-// Sums of a pair: three for each sample, and the inner product that the safeguard needs (§6, relatives).
-constexpr int kSums = 7;
+// Sums of a pair: three for each sample, the inner product that the safeguard needs (§6, relatives), and with an error
+// mask Σw of each sample.
+constexpr int kInnerSum = 6, kWeightSum = 7, kSums = 7, kMaskedSums = 9;
 
 struct PairReport {  // §8 of one pair
   double facts[kFacts], statistics[kStatistics];
@@ -88,7 +91,7 @@ struct Params : CudaArgs {
   explicit Params(const CudaArgs& a)
       : CudaArgs(a),
         safeguarded(a.settings.safeguard >= 0),
-        sums(safeguarded ? kSums : kSums - 1),
+        sums(a.error_mask ? kMaskedSums : safeguarded ? kSums : kSums - 1),
         groups(int32_t((a.pairs + a.group - 1) / a.group)),
         size(double(a.elements)),
         work(a, sums, groups) {}

@@ -52,6 +52,14 @@ __device__ __forceinline__ void load8(Vec16& v, int first, const void* p, Policy
       : "+r"(v.word[first]), "+r"(v.word[first + 1])
       : "l"(p), "l"(policy.bits), "r"(int(wanted)));
 }
+// Loads four bytes.
+__device__ __forceinline__ void load4(uint32_t& v, const void* p, Policy policy, bool wanted) {
+  asm volatile(
+      "{\n\t.reg .pred wanted;\n\tsetp.ne.b32 wanted, %3, 0;\n\t"
+      "@wanted ld.global.nc.L1::no_allocate.L2::cache_hint.b32 %0, [%1], %2;\n\t}"
+      : "+r"(v)
+      : "l"(p), "l"(policy.bits), "r"(int(wanted)));
+}
 __device__ __forceinline__ void store16(void* p, Vec16 v, Policy policy) {
   asm volatile("st.global.L1::no_allocate.L2::cache_hint.v4.b32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(p), "r"(v.word[0]),
                "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3]), "l"(policy.bits)

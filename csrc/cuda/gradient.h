@@ -14,6 +14,9 @@ template <class Reader> __device__ __forceinline__ int64_t element(int32_t tile)
 __device__ __forceinline__ int64_t target_row(const CudaArgs& a, int64_t pair, int side) {
   return (a.target_shared ? pair : pair + side * a.pairs) * a.target_stride;
 }
+__device__ __forceinline__ int64_t error_mask_row(const CudaArgs& a, int64_t pair, int side) {
+  return (a.error_mask_shared ? pair : pair + side * a.pairs) * a.error_mask_stride;
+}
 
 // Whether the gradient is computed in double: if model or target is double, whatever the reader.
 template <class Reader> __device__ __forceinline__ bool in_double(const CudaArgs& a) {
@@ -36,11 +39,16 @@ __device__ __forceinline__ void difference(const CudaArgs& a, const typename Rea
 // Writes the gradient of one thread's elements of a sample. Where float holds both types exactly, a d in double rounds
 // to what float arithmetic gives.
 template <class Reader>
-__device__ __forceinline__ void write_gradient(const CudaArgs& a, typename Reader::Wide (&d)[Reader::kVector], double coef,
-                                               int64_t sample, int64_t i, Policy policy) {
+__device__ __forceinline__ void write_gradient(const CudaArgs& a, typename Reader::Wide (&d)[Reader::kVector],
+                                               const Weights& weights, double coef, int64_t sample, int64_t i,
+                                               Policy policy) {
   const float c = float(coef);
 #pragma unroll
   for (int j = 0; j < Reader::kVector; ++j) {  // exact zeros, whatever the inputs are
+    if constexpr (Reader::kMasked) {
+      const float w = Reader::weight(weights, a.error_mask_dtype, j);
+      d[j] = w == 0 ? 0 : in_double<Reader>(a) ? w * d[j] : w * float(d[j]);
+    }
     if (in_double<Reader>(a)) d[j] = coef == 0 ? 0 : coef * d[j];
     else d[j] = c == 0 ? 0 : c * float(d[j]);
   }
@@ -56,6 +64,7 @@ __device__ __forceinline__ void gradient_tile(const CudaArgs& a, int64_t pair, i
   const Policy pass = device::stream();
   typename Reader::Prediction m[2] = {};
   typename Reader::Target t[2] = {};
+  Weights w[2] = {};
   bool wanted[2];
 #pragma unroll
   for (int side = 0; side < 2; ++side) {
@@ -64,6 +73,9 @@ __device__ __forceinline__ void gradient_tile(const CudaArgs& a, int64_t pair, i
     Reader::load(m[side], a.model, at, left, a.model_dtype, pass, wanted[side]);
     Reader::load(t[side], a.target, target_row(a, pair, side) + i, left, a.target_dtype, pass,
                  wanted[side] && !(side && a.target_shared && wanted[0]));
+    if constexpr (Reader::kMasked)
+      Reader::load_weights(w[side], a.error_mask, error_mask_row(a, pair, side) + i, a.error_mask_dtype, pass,
+                           wanted[side]);
   }
   if (a.target_shared && wanted[0]) t[1] = t[0];
 #pragma unroll
@@ -72,7 +84,7 @@ __device__ __forceinline__ void gradient_tile(const CudaArgs& a, int64_t pair, i
     difference<Reader>(a, m[side], t[side], d);
     if constexpr (Reader::kTyped)
       if (slots[side] >= 0) Reader::take_back(slots[side], d);
-    write_gradient<Reader>(a, d, coef[side], pair + side * a.pairs, i, out);
+    write_gradient<Reader>(a, d, w[side], coef[side], pair + side * a.pairs, i, out);
   }
 }
 

@@ -42,6 +42,7 @@ template <class Reader, class Acc> struct Block {
   };
 
   const Params& a;
+  static constexpr int kSums = Reader::kMasked ? kMaskedSums : sipo::kSums;
   double sums[kSums] = {};  // the chosen sample's, the rejected sample's, and of both
 
   __device__ __forceinline__ explicit Block(const Params& params) : a(params) {}
@@ -60,6 +61,7 @@ template <class Reader, class Acc> struct Block {
     if (left <= 0) return;
     Prediction m[2] = {}, ref[2] = {};
     Target t[2] = {};
+    Weights w[2] = {};
     const int32_t slots[2] = {a.grad ? slot(r, u, 0) : -1, a.grad ? slot(r, u, 1) : -1};
 #pragma unroll
     for (int side = 0; side < 2; ++side) {  // all loads are issued before the first is used
@@ -69,6 +71,9 @@ template <class Reader, class Acc> struct Block {
       Reader::load(m[side], a.model, sample * a.model_stride + i, left, a.model_dtype, again ? stay : pass);
       Reader::load(t[side], a.target, target_row(a, pair, side) + i, left, a.target_dtype, target_again ? stay : pass,
                    !side || !a.target_shared);
+      if constexpr (Reader::kMasked)
+        Reader::load_weights(w[side], a.error_mask, error_mask_row(a, pair, side) + i, a.error_mask_dtype,
+                             a.grad ? stay : pass);
       Reader::load(ref[side], a.ref, sample * a.ref_stride + i, left, a.ref_dtype, pass, a.ref != nullptr);
     }
     if (a.target_shared) t[1] = t[0];
@@ -90,23 +95,23 @@ template <class Reader, class Acc> struct Block {
       constexpr int kSome = kFew ? 4 : 2;  // all at once would not fit into the registers
 #pragma unroll 1
       for (int j = 0; j < Reader::kVector; j += kSome) {
-        add_terms<kSome>(m, ref, t, terms);
+        add_terms<kSome>(m, ref, t, w, terms);
 #pragma unroll
         for (int side = 0; side < 2; ++side)
           m[side].template drop<kSome>(), ref[side].template drop<kSome>(), t[side].template drop<kSome>();
       }
     } else {
-      add_terms<Reader::kVector>(m, ref, t, terms);
+      add_terms<Reader::kVector>(m, ref, t, w, terms);
     }
 #pragma unroll
     for (int j = 0; j < kSums; ++j) sums[j] = kFew ? sums[j] + terms[j] : double(terms[j]);
   }
 
-  // §2: adds Σ d², Σ d_ref², Σ (m − r)(d + d_ref) of one thread's first N elements, of chosen and rejected sample, and
-  // Σ d_w · d_l.
+  // §2: adds Σ w·d², Σ w·d_ref², Σ w·(m − r)(d + d_ref) of one thread's first N elements, of chosen and rejected sample,
+  // Σ d_w · d_l, and Σ w of both where there is a mask.
   template <int N>
   __device__ __forceinline__ void add_terms(const Prediction (&m)[2], const Prediction (&ref)[2], const Target (&t)[2],
-                                            Acc (&terms)[kSums]) const {
+                                            const Weights (&w)[2], Acc (&terms)[kSums]) const {
     typename Reader::Wide ms[2][N], rs[2][N], ts[2][N];
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
@@ -119,16 +124,23 @@ template <class Reader, class Acc> struct Block {
       Acc d[2];
 #pragma unroll
       for (int side = 0; side < 2; ++side) {
-        const Acc model = ms[side][j], target = ts[side][j];
+        Acc model = ms[side][j], target = ts[side][j], weight = 1;
+        if constexpr (Reader::kMasked) {
+          weight = Reader::weight(w[side], a.error_mask_dtype, j);
+          terms[kWeightSum + side] += weight;
+          if (weight == 0) model = target = 0;  // whatever they are
+        }
         d[side] = model - target;
-        terms[3 * side] += d[side] * d[side];
+        terms[3 * side] += weight * d[side] * d[side];
         if (a.ref) {
-          const Acc reference = rs[side][j], d_ref = reference - target;
-          terms[3 * side + 1] += d_ref * d_ref;
-          terms[3 * side + 2] += (model - reference) * (d[side] + d_ref);
+          Acc reference = rs[side][j];
+          if (weight == 0) reference = 0;
+          const Acc d_ref = reference - target;
+          terms[3 * side + 1] += weight * d_ref * d_ref;
+          terms[3 * side + 2] += weight * (model - reference) * (d[side] + d_ref);
         }
       }
-      if (a.safeguarded) terms[6] += d[0] * d[1];  // §6, relatives
+      if (a.safeguarded) terms[kInnerSum] += d[0] * d[1];  // §6, relatives: beside it, a mask is boolean
     }
   }
 
@@ -176,7 +188,7 @@ template <class Reader, class Acc> struct Block {
   __device__ __forceinline__ void arrive(int32_t k) {
     if (threadIdx.x == 0) *was_last() = device::add_acquire_release(a.work.arrived + k, 1) == gridDim.x - 1;
     __syncthreads();
-    if (*was_last()) Settling{a}.group(k);
+    if (*was_last()) Settling<Reader::kMasked>{a}.group(k);
     __syncthreads();
 #pragma unroll
     for (int j = 0; j < kSums; ++j) sums[j] = 0;  // they are 0 already: this tells the compiler
@@ -225,7 +237,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) pair_kernel(const __gr
     if (!leading) block.arrive(k);
     else if (a.grad && k > 0) block.gradient(k - 1);
   }
-  if (*block.was_last()) Settling{a}.report();
+  if (*block.was_last()) Settling<Reader::kMasked>{a}.report();
 }
 
 // ---- Host ------------------------------------------------------------------------------------------------------
@@ -262,6 +274,7 @@ template <class Reader> int pair_loss(const CudaArgs& a) {
 
 // Calls run with the reader of the call.
 template <class Run> int with_reader(const CudaArgs& a, Run run) {
+  if (a.error_mask) return a.reader == kAnyReader ? run(WithErrorMask<Any>{}) : run(WithErrorMask<Mixed>{});
   if (a.reader == kMixedReader) return run(Mixed{});
   if (a.reader == kAnyReader) return run(Any{});
   switch (a.model_dtype) {

@@ -5,8 +5,8 @@
 // A reader has: kVector, the number of elements of a sample that a thread handles at a time, in runs of kStep that are
 // a block apart; Prediction and Target, the raw elements of the policy or the reference, and of the target; load (if
 // `wanted`; many loads are issued before the first is used), widen_all and store; Wide, a type that holds every element
-// exactly. Offsets are in elements; `left` is the number of elements of the sample from there on. A load that is not
-// wanted leaves its destination as it was.
+// exactly; kMasked, whether there is an error mask. Offsets are in elements; `left` is the number of elements of the
+// sample from there on. A load that is not wanted leaves its destination as it was.
 #pragma once
 #include <type_traits>
 
@@ -97,7 +97,7 @@ __device__ __forceinline__ Vec16* place(int32_t number) {
 template <class P, class T> struct Vector {
   static_assert(sizeof(T) == sizeof(P) || sizeof(T) == 2 * sizeof(P));
   static constexpr bool kTyped = true;  // types are known at compile time; has slots in shared memory
-  static constexpr bool kHalf = sizeof(P) == 2;
+  static constexpr bool kHalf = sizeof(P) == 2, kMasked = false;
   static constexpr int kVector = 16 / sizeof(P), kStep = 16 / sizeof(T);
   using Prediction = Elements<P, kVector>;
   using Target = Elements<T, kVector>;
@@ -151,7 +151,7 @@ template <class P, class T> struct Vector {
 
 // Each tensor has its own type, known at run time.
 struct Mixed {
-  static constexpr bool kTyped = false, kHalf = false;
+  static constexpr bool kTyped = false, kHalf = false, kMasked = false;
   static constexpr int kVector = 4, kStep = 4;
   struct Prediction { Vec16 part[2]; };
   using Target = Prediction;
@@ -189,7 +189,7 @@ struct Mixed {
 
 // Any size at any address.
 struct Any {
-  static constexpr bool kTyped = false, kHalf = false;
+  static constexpr bool kTyped = false, kHalf = false, kMasked = false;
   static constexpr int kVector = 1, kStep = 1;
   struct Prediction { double value; };  // holds every element of the four types exactly
   using Target = Prediction;
@@ -210,6 +210,29 @@ struct Any {
       narrow(double(x[0]), element);
       device::store1(static_cast<decltype(element)*>(base) + i, element);
     });
+  }
+};
+
+// Weights of a thread's elements: four bytes in the first word, or a float in each.
+struct Weights { Vec16 raw; };
+
+// Mixed or Any with an error mask: a weight for each element, bool or float32. One that a pair shares is read for both
+// samples, the second time from the cache.
+template <class Reader> struct WithErrorMask : Reader {
+  static constexpr bool kMasked = true;
+
+  static __device__ __forceinline__ void load_weights(Weights& w, const void* base, int64_t i, int dtype, Policy policy,
+                                                      bool wanted = true) {
+    const bool wide = dtype == kFloat32;
+    if constexpr (Reader::kVector == 4) {
+      device::load4(w.raw.word[0], at<uint8_t>(base, i), policy, wanted && !wide);
+      device::load16(w.raw, at<float>(base, i), policy, wanted && wide);
+    } else if (wanted) {
+      w.raw.word[0] = wide ? device::load1(at<uint32_t>(base, i)) : device::load1(at<uint8_t>(base, i));
+    }
+  }
+  static __device__ __forceinline__ float weight(const Weights& w, int dtype, int j) {
+    return dtype == kFloat32 ? bits<float>(w.raw.word[j]) : w.raw.word[0] >> 8 * j & 0xff ? 1.0f : 0.0f;
   }
 };
 

@@ -12,7 +12,7 @@ __device__ __forceinline__ double warp_sum(double x) {
   return x;  // of lane 0
 }
 
-struct Settling {
+template <bool kMasked> struct Settling {
   const Params& a;
 
   __device__ __forceinline__ void group(int32_t k) const {
@@ -46,14 +46,17 @@ struct Settling {
   }
 
   __device__ __forceinline__ void sample(int64_t s) const {
-    const double* of = sums_of(s < a.pairs ? s : s - a.pairs) + (s < a.pairs ? 0 : 3);
+    const int side = s < a.pairs ? 0 : 1;
+    const double *sums = sums_of(s - side * a.pairs), *of = sums + 3 * side;
     Sample x;
-    x.model_error = device::load_shared_result(of) / a.size;
-    x.ref_error = a.ref ? device::load_shared_result(of + 1) / a.size : number(a.ref_error, s, 0.0);
-    x.error_gap = a.ref ? device::load_shared_result(of + 2) / a.size : x.model_error - x.ref_error;
+    x.elements = kMasked ? device::load_shared_result(sums + kWeightSum + side) : a.size;
+    const bool empty = kMasked && x.elements == 0;  // then all errors are 0
+    const double n = empty ? 1 : x.elements;
+    x.model_error = device::load_shared_result(of) / n;
+    x.ref_error = a.ref ? device::load_shared_result(of + 1) / n : empty ? 0 : number(a.ref_error, s, 0.0);
+    x.error_gap = a.ref ? device::load_shared_result(of + 2) / n : x.model_error - x.ref_error;
     x.ratio_scale = number(a.ratio_scale, s, 0.0);
     x.error_weight = number(a.error_weight, s, 1.0);
-    x.elements = a.size;
     x.reward = x.coef = 0;
     weigh(x, a.settings, a.ratio_scale.data != nullptr);
     const double rows[kRewardRow] = {x.model_error, x.ref_error, x.error_gap, x.log_ratio, x.weight};
@@ -77,8 +80,10 @@ struct Settling {
     Sample chosen = a.work.samples[i], rejected = a.work.samples[i + a.pairs];
     const Settings s = settings();
     double share = 1;  // of the rejected sample's gradient (§6, relatives)
-    if (a.safeguarded)
-      share = rejected_share(chosen, rejected, s, device::load_shared_result(sums_of(i) + 6) / rejected.elements);
+    if (a.safeguarded) {
+      const double inner = device::load_shared_result(sums_of(i) + kInnerSum) / rejected.elements;
+      share = rejected_share(chosen, rejected, s, inner);
+    }
     const Pair p = judge(chosen, rejected, s, share);
 #pragma unroll
     for (int side = 0; side < 2; ++side) {

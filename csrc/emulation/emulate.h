@@ -220,6 +220,12 @@ inline void load8(Vec16& v, int first, const void* p, Policy policy, bool wanted
   emulation::access(p, 8, false, policy.kind);
   std::memcpy(v.word + first, p, 8);
 }
+inline void load4(uint32_t& v, const void* p, Policy policy, bool wanted) {
+  if (!wanted) return;
+  emulation::check_alignment(p, 4);
+  emulation::access(p, 4, false, policy.kind);
+  std::memcpy(&v, p, 4);
+}
 inline void store16(void* p, Vec16 v, Policy policy) {
   emulation::check_alignment(p, 16);
   emulation::access(p, 16, true, policy.kind);

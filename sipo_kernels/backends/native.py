@@ -132,13 +132,18 @@ CODE: dict[torch.dtype | None, int] = {dtype: i for i, dtype in enumerate(native
 CODE[None] = 0
 
 
-def set_tensors(args: Any, model: Tensor, ref: Tensor | None, target: Tensor, grad: Tensor | None) -> None:
+def set_tensors(
+    args: Any, model: Tensor, ref: Tensor | None, target: Tensor, grad: Tensor | None, error_mask: Tensor | None
+) -> None:
     """Sets the addresses and strides of a call's large tensors in the CPU's or the CUDA part's arguments."""
     args.model, args.model_stride = model.data_ptr(), model.stride(0)
     args.target, args.target_stride = target.data_ptr(), target.stride(0)
     if ref is not None:
         args.ref, args.ref_stride = ref.data_ptr(), ref.stride(0)
     args.grad = _pointer(grad)
+    if error_mask is not None:
+        args.error_mask, args.error_mask_stride = error_mask.data_ptr(), error_mask.stride(0)
+        args.error_mask_dtype, args.error_mask_shared = CODE[error_mask.dtype], error_mask.shape[0] != model.shape[0]
 
 
 def set_results(args: Any, stats: Stats) -> None:
@@ -201,10 +206,7 @@ def _args(
     template: bytes, model: Tensor, ref: Tensor | None, target: Tensor, grad: Tensor | None, error_mask: Tensor | None
 ) -> CpuArgs:
     args = CpuArgs.from_buffer_copy(template)
-    set_tensors(args, model, ref, target, grad)
-    if error_mask is not None:
-        args.error_mask, args.error_mask_stride = error_mask.data_ptr(), error_mask.stride(0)
-        args.error_mask_dtype, args.error_mask_shared = CODE[error_mask.dtype], error_mask.shape[0] != model.shape[0]
+    set_tensors(args, model, ref, target, grad, error_mask)
     if ISA is not None:
         args.isa = ISA.encode()
     args.threads, args.own_threads = torch.get_num_threads(), OWN_THREADS

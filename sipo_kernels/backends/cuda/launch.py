@@ -64,6 +64,9 @@ class CudaArgs(ctypes.Structure):
         ("keep", ctypes.c_float),
         *fields(ctypes.c_int32, "model_dtype ref_dtype target_dtype reader double_terms target_shared"),
         *fields(ctypes.c_int32, "loss_per_pair bins mend device"),
+        ("error_mask", ctypes.c_void_p),
+        ("error_mask_stride", ctypes.c_int64),
+        *fields(ctypes.c_int32, "error_mask_dtype error_mask_shared"),
     ]
 
 
@@ -141,24 +144,36 @@ def _aligned(tensor: Tensor, step: int) -> bool:
     return tensor.data_ptr() % unit == 0 and tensor.stride(0) * size % unit == 0
 
 
-def _reader(elements: int, model: Tensor, ref: Tensor | None, target: Tensor, grad: Tensor | None) -> int:
+def _reader(
+    elements: int,
+    model: Tensor,
+    ref: Tensor | None,
+    target: Tensor,
+    grad: Tensor | None,
+    error_mask: Tensor | None,
+) -> int:
     """Chooses how the kernel reads: its compiled types, any mix of types 4 elements at a time, or one by one."""
-    typed = target.dtype in _TARGETS[model.dtype] and (ref is None or ref.dtype == model.dtype)
+    typed = target.dtype in _TARGETS[model.dtype] and (ref is None or ref.dtype == model.dtype) and error_mask is None
     step = 16 // target.element_size() if typed else 4
-    if elements % step or not all(_aligned(t, step) for t in (model, ref, target, grad) if t is not None):
+    tensors = (model, ref, target, grad, error_mask)
+    if elements % step or not all(_aligned(t, step) for t in tensors if t is not None):
         return ANY
     return VECTOR if typed else MIXED
 
 
-def _call(model: Tensor, ref: Tensor | None, target: Tensor, grad: Tensor | None) -> CudaCall:
+def _call(
+    model: Tensor, ref: Tensor | None, target: Tensor, grad: Tensor | None, error_mask: Tensor | None = None
+) -> CudaCall:
     samples = model.shape[0]
     elements = model.numel() // samples
     return CudaCall(
         pairs=samples // 2,
         elements=elements,
         item_bytes=(model.element_size(), target.element_size()),
-        reader=_reader(elements, model, ref, target, grad),
+        reader=_reader(elements, model, ref, target, grad, error_mask),
         shared_target=target.shape[0] != samples,
+        error_mask_bytes=0 if error_mask is None else error_mask.element_size(),
+        shared_error_mask=error_mask is not None and error_mask.shape[0] != samples,
         with_grad=grad is not None,
     )
 
@@ -199,16 +214,21 @@ def _template(
 
 
 def _args(
-    model: Tensor, ref: Tensor | None, target: Tensor, grad: Tensor | None, settings: Settings | None = None
+    model: Tensor,
+    ref: Tensor | None,
+    target: Tensor,
+    grad: Tensor | None,
+    error_mask: Tensor | None,
+    settings: Settings | None = None,
 ) -> CudaArgs:
     """Returns the arguments that forward and gradient have in common."""
     index = model.device.index or 0
     gpu = read_gpu(index) if EMULATED is None else EMULATED
-    call = _call(model, ref, target, grad)
+    call = _call(model, ref, target, grad, error_mask)
     dtypes = (model.dtype, model.dtype if ref is None else ref.dtype, target.dtype)
     double_terms = accumulate_dtype(call.elements, target, model, ref) == torch.float64
     args = CudaArgs.from_buffer_copy(_template(gpu, call, dtypes, double_terms, settings))
-    native.set_tensors(args, model, ref, target, grad)
+    native.set_tensors(args, model, ref, target, grad, error_mask)
     args.device = index
     args.stream = torch._C._cuda_getCurrentRawStream(index) if model.is_cuda else None
     return args
@@ -236,12 +256,10 @@ def forward(
 ) -> Stats:
     """See :func:`sipo_kernels.backends.eager.forward`; with ``with_grad`` the gradient comes out of the same launch."""
     assert LIBRARY is not None  # backends.choose
-    if inputs.error_mask is not None:
-        raise NotImplementedError("backend 'cuda' has no error_mask yet: expected None, or another backend")
-    model, goal, ref, _ = agree(inputs.model_pred, inputs.target, inputs.ref_pred)
+    model, goal, ref, error_mask = agree(inputs.model_pred, inputs.target, inputs.ref_pred, inputs.error_mask)
     stats = empty_stats(inputs, settings, with_grad)
     filled = dense_like(model, stats.grad) if with_grad else None
-    args = _args(model, ref, goal, filled, settings)
+    args = _args(model, ref, goal, filled, error_mask, settings)
     for name in ("ratio_scale", "error_weight", "ref_error"):
         if (tensor := getattr(inputs, name)) is not None:
             setattr(args, name, _numbers(tensor))
@@ -281,11 +299,9 @@ def mend(
 
     With ``numbers=None``, ``grad`` is written whatever came.
     """
-    if error_mask is not None:
-        raise NotImplementedError("backend 'cuda' has no error_mask yet: expected None, or another backend")
-    model, goal, *_ = agree(model_pred, target)
+    model, goal, _, error_mask = agree(model_pred, target, error_mask=error_mask)
     filled = dense_like(model, grad)
-    args = _args(model, None, goal, filled)
+    args = _args(model, None, goal, filled, error_mask)
     coef = coef.contiguous()
     args.coef, args.settings.double_stats = coef.data_ptr(), coef.dtype == torch.float64
     args.upstream = _numbers(upstream)

@@ -56,6 +56,8 @@ class CudaCall(NamedTuple):
         reader: ``VECTOR``, ``MIXED`` or ``ANY``.
         shared_target: Whether the chosen and the rejected sample share the target.
         with_grad: Whether the gradient is made too. The sums do not depend on it.
+        error_mask_bytes: Bytes of one weight of the error mask; 0 without one. With one, VECTOR does not read.
+        shared_error_mask: Whether the chosen and the rejected sample share it.
     """
 
     pairs: int
@@ -64,6 +66,8 @@ class CudaCall(NamedTuple):
     reader: int
     shared_target: bool = False
     with_grad: bool = True
+    error_mask_bytes: int = 0
+    shared_error_mask: bool = False
 
     @property
     def vector(self) -> int:
@@ -76,13 +80,15 @@ class CudaCall(NamedTuple):
         return THREADS * self.vector * (8 if 8 in self.item_bytes else 4)
 
     def again(self, samples: int) -> int:
-        """Returns the bytes of policy and target that the gradient reads again, for one element of so many samples.
+        """Returns the bytes of policy, target and error mask that the gradient reads again, for one element.
 
-        Samples are counted in the order chosen, rejected, chosen, ... A shared target is read again for the rejected
+        Of so many samples, in the order chosen, rejected, chosen, ... What a pair shares is read again for the rejected
         sample.
         """
         policy, target = self.item_bytes
-        return samples * policy + (samples // 2 if self.shared_target else samples) * target
+        targets = samples // 2 if self.shared_target else samples
+        masks = samples // 2 if self.shared_error_mask else samples
+        return samples * policy + targets * target + masks * self.error_mask_bytes
 
 
 class CudaPlan(NamedTuple):
