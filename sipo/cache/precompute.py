@@ -15,6 +15,7 @@ from sipo.cache.encode import PairEncoder
 from sipo.cache.existing import ExistingCache, read_files
 from sipo.cache.index import PairsIndex, read_pairs_index, write_pairs_index
 from sipo.cache.savings import Cost
+from sipo.cache.source import Tally, shard_sources
 from sipo.data.config import DataConfig
 from sipo.data.records import DataError, PairReader
 from sipo.families.base import Family
@@ -154,6 +155,11 @@ def precompute_pairs(
         encoder = PairEncoder(family, load_pipeline, settings, existing, _state(reader, existing.finished))
         return existing.is_unchanged(reader, encoder.state)
 
+    def load() -> None:
+        if getattr(reader, "root", None) is not None:  # rows of paths alone: those that the family refuses come first
+            next(shard_sources(reader, family, settings, Tally()), None)
+        encoder.pipeline()
+
     def begin() -> None:
         if not encoder.existing.finished:
             folder.mkdir(parents=True, exist_ok=True)
@@ -178,7 +184,7 @@ def precompute_pairs(
             if not unchanged:
                 # Sizes are checked before anything is written, and no encoder is loaded where another run has the
                 # folder.
-                everywhere(accelerator, lambda: encoder.existing.finished or encoder.pipeline())
+                everywhere(accelerator, lambda: encoder.existing.finished or load())
                 everywhere(accelerator, begin)
                 in_rounds(accelerator, encoder.encode_shards(reader, rank, world, progress))
                 on_main(accelerator, lambda: _finish(encoder))

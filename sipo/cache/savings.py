@@ -88,7 +88,11 @@ class Cost:
         what = f"{most}{number} pair{'s' * (number != 1)}"
         if self.pairs is None:
             what = "each pair (the source does not say how many)"
-        passes = [f"{most}{self.images * number} passes of the VAE", f"at most {self.prompts} of the text encoders"]
+        # Of a family that takes condition images, not every pair need have one.
+        passes = [
+            f"{most if self.images == 2 else 'at most '}{self.images * number} passes of the VAE",
+            f"at most {self.prompts} of the text encoders",
+        ]
         if draws:
             passes.append(f"{most}{2 * number * draws} of the reference")
         return (
