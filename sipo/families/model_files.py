@@ -149,8 +149,10 @@ def check_model(folder: Path, index: Mapping[str, Any], components: Sequence[str
             raise FileNotFoundError(f"{folder / name}: no such folder, expected {with_article(class_name)}")
         elif hasattr(kind, "vocab_files_names"):
             check_tokenizer(folder / name, class_name, kind.vocab_files_names)
-        elif "tokenizer" in (parts := getattr(kind, "get_attributes", list)()):  # a processor of images and texts
-            check_tokenizer(folder / name, class_name)
+        else:
+            parts: list[str] = getattr(kind, "get_attributes", list)()  # of a processor of images and texts
+            if "tokenizer" in parts:
+                check_tokenizer(folder / name, class_name)
             if "video_processor" in parts and importlib.util.find_spec("torchvision") is None:
                 raise ValueError(f"{folder}: its {name} is {with_article(class_name)}, expected torchvision installed")
 
