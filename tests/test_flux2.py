@@ -22,8 +22,8 @@ from tests.family_cases import (
     folder_of,
     load_toy,
     pipeline_of,
+    sample_of,
     sampled,
-    size_of,
     stacked,
 )
 
@@ -59,9 +59,8 @@ def test_a_condition_image_is_told_as_by_the_pipeline(toy: str, dtype: torch.dty
 @EACH
 def test_samples_with_a_condition_image_are_the_pipelines(toy: str) -> None:
     family, network = load_toy(toy)
-    found = family.sample(
-        encoders_of(toy), network, PROMPTS[:1], images=[image_of()], seed=5, steps=3, guidance=3.0, **size_of(family)
-    )
+    options = sample_of(family) | {"images": [image_of()]}
+    found = family.sample(encoders_of(toy), network, PROMPTS[:1], seed=5, steps=3, guidance=3.0, **options)
     expected, _ = sampled(pipeline_of(toy), family, image=as_picture(image_of()))
     assert ((as_uint8(expected)[0].int() - found[0].int()).abs() > 1).sum() == 0
     other, _ = sampled(pipeline_of(toy), family)
@@ -101,7 +100,7 @@ def test_a_distilled_klein_is_sampled_without_guidance(tmp_path: Path) -> None:
     calls: list[int] = []
     network.register_forward_hook(lambda module, args, output: calls.append(len(output[0])))
     encoders = family.load_encoders(changed("flux2-klein", tmp_path / "model", is_distilled=True))
-    family.sample(encoders, network, PROMPTS[:1], seed=5, steps=2, **size_of(family))
+    family.sample(encoders, network, PROMPTS[:1], seed=5, steps=2, **sample_of(family))
     assert calls == [1, 1]
 
 

@@ -31,7 +31,7 @@ class Flux2(Family):
     condition_image = "optional"
     lora_targets = (*Family.lora_targets, "to_qkv_mlp_proj")
     guidance = 4.0
-    negative_prompt = None
+    negative_prompt: ClassVar[str | None] = None
     side_multiple = 16
     schedule_kind = "flow"
     text_options: ClassVar[Mapping[str, Any]] = {"max_sequence_length": 512}
@@ -72,18 +72,18 @@ class Flux2(Family):
     ) -> dict[str, Any]:
         """See :meth:`Family.network_inputs`: the tokens of a condition image come after the sample's."""
         (text,) = pick(condition, PROMPT)
-        tokens, positions = self.pack(noisy), _positions(0, *noisy.shape[-2:], 1, noisy.device)
+        tokens, positions = self.pack(noisy), _positions((*noisy.shape[-2:], 1), noisy.device)
         if CONDITION_LATENTS in condition:
             latents = condition[CONDITION_LATENTS]
             tokens = torch.cat([tokens, self.pack(latents)], dim=1)
-            more = _positions(_CONDITION_TIME, *latents.shape[-2:], 1, noisy.device)
+            more = _positions((*latents.shape[-2:], 1), noisy.device, _CONDITION_TIME)
             positions = torch.cat([positions, more])
         return {
             "hidden_states": tokens,
             "timestep": time,
             "guidance": torch.full_like(time, guidance, dtype=torch.float32) if config.guidance_embeds else None,
             "encoder_hidden_states": text,
-            "txt_ids": _positions(0, 1, 1, text.shape[1], noisy.device),
+            "txt_ids": _positions((1, 1, text.shape[1]), noisy.device),
             "img_ids": positions,
         }
 
@@ -117,7 +117,13 @@ class Flux2Klein(Flux2):
         return (latents - mean) * scale
 
 
-def _positions(time: int, rows: int, columns: int, tokens: int, device: torch.device) -> Tensor:
-    """Returns the coordinates ``[rows · columns · tokens, 4]`` of tokens: time, row, column and place in the text."""
-    axes = (torch.arange(side, device=device) for side in (rows, columns, tokens))
+def _positions(sides: Sequence[int], device: torch.device, time: int = 0) -> Tensor:
+    """Returns the coordinates ``[L, 4]`` of tokens: time, row, column and place in the text.
+
+    Args:
+        sides: numbers of rows, columns and places; ``L`` is their product.
+        device: of the coordinates.
+        time: 0 for the text and the sample.
+    """
+    axes = (torch.arange(side, device=device) for side in sides)
     return torch.cartesian_prod(torch.full((1,), time, device=device), *axes)

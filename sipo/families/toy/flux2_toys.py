@@ -84,7 +84,7 @@ def _parts(guidance_embeds: bool) -> dict[str, Any]:
     """Makes what dev and klein have in common: VAE, network and scheduler."""
     from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
 
-    vae = AutoencoderKLFlux2(
+    vae: Any = AutoencoderKLFlux2(
         block_out_channels=(8, 8, 8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=32
     )
     # A new batch norm has mean 0 and variance 1, which would leave latents as they are.
