@@ -156,6 +156,8 @@ def precompute_pairs(
         return existing.is_unchanged(reader, encoder.state)
 
     def load() -> None:
+        if encoder.existing.finished:
+            return
         if getattr(reader, "root", None) is not None:  # rows of paths alone: those that the family refuses come first
             next(shard_sources(reader, family, settings, Tally()), None)
         encoder.pipeline()
@@ -184,7 +186,7 @@ def precompute_pairs(
             if not unchanged:
                 # Sizes are checked before anything is written, and no encoder is loaded where another run has the
                 # folder.
-                everywhere(accelerator, lambda: encoder.existing.finished or load())
+                everywhere(accelerator, load)
                 everywhere(accelerator, begin)
                 in_rounds(accelerator, encoder.encode_shards(reader, rank, world, progress))
                 on_main(accelerator, lambda: _finish(encoder))
