@@ -162,7 +162,7 @@ class Family(PipelineEncoder):
         network = inner_network(network)
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
         conditions: Any = prompts if len(texts) < len(prompts) else self.encode_prompts(pipeline, texts, images)
-        size = {"height": height, "width": width} | ({"num_frames": frames} if self.video else {})
+        size = self._sampler_size(height, width, frames)
         sampler = self._sampler(pipeline, network, with_vae=self.sampler_needs_vae or images is not None)
         device, dtype = next(network.parameters()).device, network_dtype(network)
         scale = self.guidance if guidance is None else guidance
@@ -188,6 +188,10 @@ class Family(PipelineEncoder):
                 pixels = self.decode_latents(pipeline, latents)
                 pictures.append((pixels / 2 + 0.5).clamp(0, 1).mul(255).round().to("cpu", torch.uint8))
         return torch.cat(pictures) if pictures else torch.empty(0, dtype=torch.uint8)
+
+    def _sampler_size(self, height: int, width: int, frames: int) -> dict[str, Any]:
+        """Returns the pipeline's arguments for the size of a sample."""
+        return {"height": height, "width": width} | ({"num_frames": frames} if self.video else {})
 
     def _sampler_arguments(self, condition: Condition, guidance: float, image: Tensor | None) -> dict[str, Any]:
         """Returns the pipeline's arguments for one sample of a condition of :meth:`encode_prompts`."""

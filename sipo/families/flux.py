@@ -61,7 +61,7 @@ class Flux(Family):
 
 
 class FluxKontext(Flux):
-    """FLUX.1 Kontext dev: edits an image, which has the sample's size."""
+    """FLUX.1 Kontext dev: edits an image."""
 
     name = "flux-kontext"
     pipeline_class = "FluxKontextPipeline"
@@ -78,10 +78,10 @@ class FluxKontext(Flux):
         inputs["img_ids"] = torch.cat([inputs["img_ids"], token_positions(latents, image=1)])
         return inputs
 
-    def _sampler_arguments(self, condition: Condition, guidance: float, image: Tensor | None) -> dict[str, Any]:
-        """Returns the pipeline's arguments for a sample of the image's own size, which the pipeline would change."""
-        area = {} if image is None else {"max_area": image.shape[-2] * image.shape[-1], "_auto_resize": False}
-        return super()._sampler_arguments(condition, guidance, image) | area
+    def _sampler_size(self, height: int, width: int, frames: int) -> dict[str, Any]:
+        """Returns the pipeline's arguments for sizes as they are: it would change the sample's and the image's."""
+        size = super()._sampler_size(height, width, frames)
+        return {**size, "max_area": height * width, "_auto_resize": False}
 
 
 def token_positions(latents: Tensor, image: int = 0) -> Tensor:
