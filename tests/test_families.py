@@ -8,6 +8,7 @@ import math
 import re
 import shutil
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sipo.families import FAMILIES, get_family
+from sipo.families.encoding import PromptWarning
 from sipo.families.network import inner_network, network_dtype
 from sipo.families.packing import stack_patches
 from sipo.families.toy import TOYS, build_toy
@@ -107,6 +109,29 @@ def test_predict_is_the_pipelines_own_call_in_bfloat16(toy: str) -> None:
             found = family.predict(pipeline.transformer, noisy, timesteps, conditions, guidance=2.0)
         expected = family.unpack(call.output, noisy.shape)
         assert found.dtype == torch.bfloat16 and torch.equal(found, -expected if family.negated else expected)
+
+
+def test_kontext_edits_an_image_of_another_size() -> None:
+    family, pipeline, encoders = family_of("flux-kontext"), pipeline_of("flux-kontext"), encoders_of("flux-kontext")
+    image = torch.randint(256, (3, 64, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(4))
+    size = {"height": 32, "width": 80}
+    output, calls = sampled(pipeline, family, image=as_picture(image), max_area=32 * 80, **size)
+    (text,), (encoded,) = (
+        family.encode_text(encoders, PROMPTS[:1]),
+        family.encode_condition_image(encoders, image[None]),
+    )
+    for call in calls:
+        tokens = call.given("hidden_states")
+        noisy, latents = family.unpack(tokens, (1, 4, 4, 10)), family.unpack(tokens[:, 2 * 5 :], (1, 4, 8, 6))
+        torch.testing.assert_close(encoded["condition_latents"][None], latents, rtol=1e-5, atol=1e-6)
+        condition = stacked(family, [text]) | {"condition_latents": latents}
+        with torch.no_grad():
+            found = family.predict(pipeline.transformer, noisy, call.timestep[None], condition, guidance=3.0)
+        assert torch.equal(found, family.unpack(call.output, noisy.shape))
+    ours = family.sample(
+        encoders, pipeline.transformer, PROMPTS[:1], images=[image], seed=5, steps=3, guidance=3.0, **size
+    )
+    assert ours.shape == (1, 3, 32, 80) and (as_uint8(output).int() - ours.int()).abs().max() <= 1
 
 
 @each_toy
@@ -682,6 +707,21 @@ def test_toys_are_small_and_repeatable(toy: str, tmp_path: Path) -> None:
 def test_unknown_toy(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="toy='flux': expected one of sd15"):
         build_toy("flux", tmp_path / "flux")
+
+
+@pytest.mark.parametrize(("name", "most"), [("z-image", 512), ("lumina2", 256), ("sana", 298)])
+def test_what_stands_around_a_prompt_counts_in_its_length(name: str, most: int) -> None:
+    family, encoders = get_family(name), encoders_of(name)
+
+    def length(letters: int) -> int:
+        return len(family.encode_text(encoders, ["a" * letters])[0]["prompt_embeds"])
+
+    room = family.text_options["max_sequence_length"] - length(1) + 1  # a letter is a token here
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PromptWarning)
+        assert length(room) == family.text_options["max_sequence_length"]
+    with pytest.warns(PromptWarning, match=f"^1 of 1 prompts are cut after {most} tokens$"):
+        assert length(room + 1) == family.text_options["max_sequence_length"]
 
 
 @pytest.mark.parametrize("name", ["sd15", "sd3", "flux", "flux2", "flux2-klein"])

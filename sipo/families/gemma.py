@@ -16,8 +16,8 @@ from sipo.families.network import PROMPT, PROMPT_MASK, Condition, pick
 class GemmaFamily(Family):
     """A family with Gemma 2 as text encoder: an instruction stands before each prompt, but not before the negative one.
 
-    Text is stored without padding. The network gets it padded to the pipeline's length, so that a prediction has the
-    same bits whatever the other prompts of the batch.
+    Text is stored without padding. The network gets it padded to the pipeline's length, so that its call is the
+    pipeline's, to the bit.
     """
 
     network = "transformer"
