@@ -91,6 +91,8 @@ class TimestepStatistics:
     def add(self, levels: Tensor, output: Any, shape: Sequence[int]) -> None:
         """Adds one pass of ``B`` pairs, for a loss that does not take ``totals``.
 
+        In its coefficients D counts every element, whatever an ``error_mask`` leaves out.
+
         Args:
             levels: ``[B]`` on the device.
             output: as :class:`sipo_kernels.PairLossOutput`; one without its fields adds nothing.
