@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from sipo_kernels import METHODS, METRICS, STATISTICS, Totals, pair_loss
+from sipo_kernels.backends import eager, native
 from sipo_kernels.backends import library as description
-from sipo_kernels.backends import native
 from sipo_kernels.backends.cuda import emulation
 from sipo_kernels.backends.cuda import launch as cuda
 from sipo_kernels.backends.cuda.plan import ANY, MIXED, VECTOR, CudaPlan, Gpu, make_plan
@@ -235,6 +235,57 @@ def test_every_element_once(case: Case, safeguard: float | None, shared: bool, w
             np.testing.assert_array_equal(watch.kinds[KEEP], watch.loads - 1)
             assert (watch.kinds[STREAM] == 1).all()
         assert (ref.kinds[STREAM] == 1).all()
+
+
+@pytest.mark.parametrize("mask", ["bool", "shared bool", "weights", "shared weights"])
+@pytest.mark.parametrize("case", [CASES["mixed"], CASES["odd"], Case(MIXED, (6, 25_604), (BF16, BF16, F32))])
+def test_every_element_and_its_weight_twice(
+    case: Case, mask: str, watched: Any, emulated: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the sums and for the gradient, in one launch, with the bits that two make; a shared weight for each sample."""
+    batch = make_batch(case.shape, case.types, mask=mask)
+    weights = batch.error_mask
+    assert weights is not None
+    inputs = Inputs(batch.model_pred.detach(), *batch[1:4], error_mask=weights)
+    (seen,) = watched(case._replace(types=(F32, F32, F32)) if weights.dtype == F32 else case, weights)
+    if weights.dtype == torch.bool and case.reader == MIXED:
+        seen = Watch(emulated, 0, weights, 4)
+    others = [Watch(emulated, 1 + i, t, case.width(t)) for i, t in enumerate(batch[:3])]
+    launches(emulated)
+    together = cuda.forward(inputs, SETTINGS, with_grad=True, expected=1 / 3)
+    assert launches(emulated) == 1
+    assert [np.unique(watch.loads).tolist() for watch in others] == [[2], [1], [2]]
+    times = 2 if mask.startswith("shared") else 1
+    assert (seen.loads == 2 * times).all() and not seen.stores.any()
+    if case.reader == MIXED:
+        assert (seen.kinds[KEEP] == times).all() and (seen.kinds[STREAM] == times).all()
+    emulate(monkeypatch, emulation.SMALL._replace(cooperative=False))
+    split = cuda.forward(inputs, SETTINGS, with_grad=True, expected=1 / 3)
+    assert launches(emulated) == 2
+    for got, want in zip(split, together, strict=True):
+        assert got is not None and want is not None and torch.equal(got, want)
+
+
+@pytest.mark.parametrize("elements", [1_280, 1_283])
+def test_a_mask_in_every_order_fused_mended_and_alone(elements: int, emulated: ctypes.CDLL) -> None:
+    """NaN where nothing counts; a gradient made again, or alone, or in another order of blocks, is the same."""
+    batch = make_batch((6, elements), (BF16, BF16, F32), mask="weights")
+    assert batch.error_mask is not None
+    model = torch.where(batch.error_mask == 0, math.nan, batch.model_pred.detach())
+    inputs = Inputs(model, *batch[1:4], error_mask=batch.error_mask)
+    assert cuda._call(*inputs[:3], None, batch.error_mask).reader == (ANY if elements % 4 else MIXED)
+    first: Stats | None = None
+    for seed in range(6):
+        emulated.sipo_emulate_configure(seed, 3, 0.2 * (seed % 3))
+        stats = cuda.forward(inputs, SETTINGS, with_grad=True)
+        first = first or stats
+        assert all(torch.equal(a, b) for a, b in zip(stats[:5], first[:5], strict=True)), seed
+    assert first is not None and bool(first.loss.isfinite()) and first.numbers is not None
+    assert torch.equal(first.grad != 0, batch.error_mask != 0)
+    args = (model, batch.target, first.samples[COEF_ROW], torch.tensor(1 / 3))
+    alone = cuda.gradient(*args, error_mask=batch.error_mask)
+    assert torch.equal(alone, eager.gradient(*args, error_mask=batch.error_mask))
+    assert torch.equal(cuda.mend(first.grad, *args, first.numbers, error_mask=batch.error_mask), alone)
 
 
 def _held(plan: CudaPlan, shape: tuple[int, ...]) -> np.ndarray:

@@ -54,6 +54,9 @@ class Visits(NamedTuple):
     most_waiting: int  # most bytes that wait in the L2 cache at once, for each element of a tile
 
 
+masks = st.sampled_from([(0, False), (1, False), (1, True), (4, False), (4, True)])  # bytes of a weight; is it shared?
+
+
 def simulate(plan: CudaPlan, call: CudaCall) -> Visits:
     """The schedule of csrc/cuda/pair_loss.cu, block by block and step by step, on counters instead of elements."""
     pairs = call.pairs
@@ -79,6 +82,7 @@ def simulate(plan: CudaPlan, call: CudaCall) -> Visits:
                 # is not.
                 away = [not x for x in held[pair, tile]]
                 again = sum(away) * policy + (away[1] if call.shared_target else sum(away)) * target
+                again += (away[1] if call.shared_error_mask else sum(away)) * call.error_mask_bytes
                 # In from step 2k (the lead) or 2k + 1; out in step 2(k + 1), by the gradient.
                 waiting[2 * k + (u - run.start >= plan.lead)] += again
                 waiting[2 * k + 3 if 2 * k + 3 < len(waiting) else -1] -= again
@@ -97,19 +101,21 @@ def test_every_tile_once(gpu: Gpu, kind: tuple[int, tuple[int, int]], pairs: int
     assert (visits.reduced == 1).all() and (visits.written == 1).all()
 
 
-@given(gpus, kinds, st.integers(1, 40), st.integers(1, 400_000), st.booleans())
+@given(gpus, kinds, st.integers(1, 40), st.integers(1, 400_000), st.booleans(), masks)
 def test_traffic_is_that_of_the_schedule(
-    gpu: Gpu, kind: tuple[int, tuple[int, int]], pairs: int, elements: int, shared: bool
+    gpu: Gpu, kind: tuple[int, tuple[int, int]], pairs: int, elements: int, shared: bool, mask: tuple[int, bool]
 ) -> None:
-    call = CudaCall(pairs, elements, kind[1], kind[0], shared)
+    call = CudaCall(pairs, elements, kind[1], kind[0], shared, True, *mask)
     plan = make_plan(gpu, call)
     visits, found = simulate(plan, call), traffic(plan, call)
     policy, target = call.item_bytes
     away = ~visits.held
-    targets = away[..., 1] if shared else away
-    again = plan.tile * int(away.sum() * policy + targets.sum() * target)  # bytes that shared memory does not hold
+    targets, weights = (away[..., 1] if x else away for x in (shared, mask[1]))
+    # Bytes that shared memory does not hold.
+    again = plan.tile * int(away.sum() * policy + targets.sum() * target + weights.sum() * mask[0])
     samples = 2 * pairs * plan.tiles * plan.tile
     twice = samples * policy + (samples // 2 if shared else samples) * target
+    twice += (samples // 2 if mask[1] else samples) * mask[0]
     assert found.floor == twice + 2 * samples * policy  # the reference, and the gradient
     assert found.held == pytest.approx(1 - again / twice, abs=1e-12)
     assert found.expected == pytest.approx(found.floor + (1 - plan.keep) * again, rel=1e-12)

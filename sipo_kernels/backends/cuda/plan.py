@@ -139,7 +139,7 @@ class Traffic(NamedTuple):
     """The memory traffic that a plan expects of a call with gradient, in whole tiles.
 
     Attributes:
-        floor: Bytes to and from memory if policy, reference and target are read once and the gradient is written once.
+        floor: Bytes to and from memory if every input is read once and the gradient is written once.
         expected: The same, plus what has to be read from memory a second time.
         held: Share of the policy's and the target's bytes that shared memory holds for the gradient.
         waiting: The most bytes of policy and target that wait in the L2 cache at a time, if it keeps them all.
