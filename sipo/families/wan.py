@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sipo.families.base import Family
 from sipo.families.network import PROMPT, Condition, pick
+from sipo.files import short
 
 
 class Wan(Family):
@@ -29,12 +30,17 @@ class Wan(Family):
 
     def _check_index(self, path: str | Path, index: Mapping[str, Any]) -> None:
         super()._check_index(path, index)
-        boundary = index.get("boundary_ratio")
-        if bool(boundary) != bool(self.experts):
-            expected = "a Wan 2.2 with two networks" if self.experts else "none; family 'wan2.2' takes it"
-            raise ValueError(f"{path}: boundary_ratio={boundary!r}, expected {expected}")
         if index.get("expand_timesteps"):
             raise ValueError(f"{path}: expand_timesteps=True, a Wan 2.2 5B: expected a model without it")
+        boundary = index.get("boundary_ratio")
+        if self.experts and boundary is None:
+            raise ValueError(
+                f"{path}: boundary_ratio=None, expected a Wan 2.2 with two networks; family 'wan' takes it"
+            )
+        if self.experts and not (isinstance(boundary, float) and 0 < boundary < 1):
+            raise ValueError(f"{path}: boundary_ratio={short(boundary)}, expected a number in (0, 1)")
+        if boundary is not None and not self.experts:
+            raise ValueError(f"{path}: boundary_ratio={short(boundary)}, expected none; family 'wan2.2' takes it")
 
     def check_network_size(self, config: Any, height: int, width: int, frames: int) -> None:
         """See :meth:`Family.check_network_size`: the table of rotary embeddings is limited."""
