@@ -69,8 +69,7 @@ def _parts(tokenizer: Any, **network_options: Any) -> dict[str, Any]:
 def _text_encoder(tokenizer: Any) -> Any:
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    special = ("image", "video", "vision_start", "vision_end")
-    pieces = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+    special = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
     config = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": len(tokenizer),
@@ -93,6 +92,6 @@ def _text_encoder(tokenizer: Any) -> Any:
             "out_hidden_size": WIDTH,
             "fullatt_block_indexes": [1],
         },
-        **{f"{name}_token_id": tokenizer.convert_tokens_to_ids(piece) for name, piece in zip(special, pieces)},
+        **{f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{piece}|>") for name, piece in special.items()},
     )
     return Qwen2_5_VLForConditionalGeneration(config).eval()
