@@ -212,9 +212,8 @@ def test_a_condition_image_that_the_family_does_not_take_is_refused_before_encod
 @pytest.mark.parametrize("family", [EditFamily(), SeeingFamily()])
 def test_a_pair_without_the_condition_image_that_the_family_needs_is_bad(tmp_path: Path, family: Family) -> None:
     reader = Records.make(edits=[0, 1, 2, 3, 4, 6, 8, 11])
-    with pytest.raises(
-        BadPairError, match=rf"row 6: no condition_image, family '{family.name}' needs one \(rows count"
-    ):
+    needed = rf"row 6: no condition_image, family '{family.name}' needs one \(rows count.* and counts them\)$"
+    with pytest.raises(BadPairError, match=needed):  # `sipo data check` does not know the family
         build(tmp_path, reader, family=family)
     reader.records[4] = replace(reader.records[4], condition_image=b"no image")
     for _ in range(2):

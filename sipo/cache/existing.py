@@ -33,6 +33,7 @@ from sipo.cache.source import (
     row_of,
     stamps_of,
 )
+from sipo.data.check import SKIPPED
 from sipo.data.config import DataConfig
 from sipo.data.load import BadPairError
 from sipo.data.records import PairReader, row_name
@@ -272,10 +273,9 @@ def bad_pair(row: int, kind: str, reason: str, change: str = "") -> BadPairError
         change: why it is encoded again, if it is.
     """
     before = f"the data has changed ({change}) and is encoded again, but " if change else ""
-    remedy = (
-        "(rows count from 1; data.skip_bad=true leaves such pairs out and counts them; `sipo data check` lists them)"
-    )
-    return BadPairError(kind, f"{before}{row_name(row)}: {reason} {remedy}")
+    listed = "; `sipo data check` lists them" if kind in SKIPPED else ""
+    remedy = f"rows count from 1; data.skip_bad=true leaves such pairs out and counts them{listed}"
+    return BadPairError(kind, f"{before}{row_name(row)}: {reason} ({remedy})")
 
 
 def read_files(folder: Path) -> dict[str, Any] | None:
