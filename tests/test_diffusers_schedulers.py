@@ -499,6 +499,14 @@ ERRORS: list[tuple[Any, type, str]] = [
         ValueError,
         "base_image_seq_len=4096: expected another than max_image_seq_len",
     ),
+    *[
+        (
+            lambda value=value: linear_mu({"base_shift": value}, 9),
+            ValueError,
+            f"base_shift={value!r}: expected a finite number",
+        )
+        for value in ("0.5", None, True, math.nan)
+    ],
     (lambda: read(DYNAMIC(shift_terminal=1.5)), ValueError, "shift_terminal=1.5: expected a number in (0, 1)"),
     (
         lambda: read(DYNAMIC(shift_terminal=0.1), 1),

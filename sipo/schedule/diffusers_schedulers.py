@@ -66,11 +66,21 @@ def linear_mu(config: Any, image_seq_len: int) -> float:
         image_seq_len: Number of the image's tokens.
 
     Raises:
-        TypeError, ValueError: A number that is not an integer >= 1, or two points that are one.
+        TypeError: ``image_seq_len`` is no integer.
+        ValueError: It is below 1; an option of the scheduler is no finite number; two points that are one.
     """
     check_count("image_seq_len", image_seq_len, 1)
-    base, most = _option(config, "base_image_seq_len", 256), _option(config, "max_image_seq_len", 4096)
-    low, high = _option(config, "base_shift", 0.5), _option(config, "max_shift", 1.15)
+    points: dict[str, float] = {
+        "base_image_seq_len": 256,
+        "max_image_seq_len": 4096,
+        "base_shift": 0.5,
+        "max_shift": 1.15,
+    }
+    for name, default in points.items():
+        points[name] = value = _option(config, name, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ValueError(f"{name}={value!r}: expected a finite number")
+    base, most, low, high = points.values()
     if base == most:
         raise ValueError(f"base_image_seq_len={base!r}: expected another than max_image_seq_len")
     slope = (high - low) / (most - base)
