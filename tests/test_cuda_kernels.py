@@ -242,7 +242,7 @@ def test_every_element_once(case: Case, safeguard: float | None, shared: bool, w
 def test_every_element_and_its_weight_twice(
     case: Case, mask: str, watched: Any, emulated: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For the sums and for the gradient, in one launch, with the bits that two make; a shared weight for each sample."""
+    """For the sums and for the gradient, in one launch, with the bits that two make; a shared one for each sample."""
     batch = make_batch(case.shape, case.types, mask=mask)
     weights = batch.error_mask
     assert weights is not None

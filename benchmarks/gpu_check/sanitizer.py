@@ -36,6 +36,8 @@ def small_cases(ctx: Context) -> None:
         ((2, 4, 32, 64), (F32, BF16, F64), {"weighted": True}, {"method": "sdpo", "nonfinite": "skip"}),
         ((2, 4, 64, 160), (BF16,), {"shared_target": True}, {"method": "diffusion_dpo"}),
         ((8, 33), (F64,), {}, {"mask_threshold": 0.9}),
+        ((4, 3, 36), (BF16, BF16, F32), {"mask": "shared bool"}, {"safeguard": 0.4}),
+        ((4, 37), (BF16,), {"mask": "weights"}, {}),
     ]
     if ctx.on_gpu:  # pairs in groups, and more elements than a multiprocessor keeps
         kinds += [((64, 8192), (BF16,), {}, {}), ((2, 524_288), (F32,), {}, {}), ((6, 65_543), (BF16,), {}, {})]
@@ -46,8 +48,8 @@ def small_cases(ctx: Context) -> None:
         settings = {"method": "sipo", "beta": 3.0, "mask_threshold": 0.0, **options}
         model = made.model_pred.detach().to(ctx.device).requires_grad_()
         ref, target, scale = (t.to(ctx.device) for t in (made.ref_pred, made.target, made.ratio_scale))
-        weight = None if made.error_weight is None else made.error_weight.to(ctx.device)
-        batch = testing.Batch(model, ref, target, scale, weight)
+        beside = (None if t is None else t.to(ctx.device) for t in (made.error_weight, made.error_mask))
+        batch = testing.Batch(model, ref, target, scale, *beside)
         on_cpu = torch.full((shape[0] // 2,) if settings.get("reduction") == "none" else (), 0.5)
         upstream = on_cpu.to(ctx.device, F64 if F64 in dtypes else F32)
         exact = testing.reference_grad(made, grad_output=on_cpu.double(), **settings)

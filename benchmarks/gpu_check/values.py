@@ -125,6 +125,26 @@ def check_inputs(ctx: Context) -> None:
     ctx.hold(exact._replace(ratio_scale=endless), "error 0 at the terminal step", beta=3.0)
 
 
+@check("error mask", "methods", "scaled gradient", "shifted logits", "error mask ignored")
+def check_error_mask(ctx: Context) -> None:
+    """Elements that count and their weights, shared by the pair or not; what counts nowhere may hold anything."""
+    shapes: list[tuple[int, ...]] = [(4, 3, 37), (4, 4, 16, 64)]
+    if ctx.on_gpu:
+        shapes += [(4, 16, 21, 60, 104), (6, 65_543)]
+    kinds = itertools.product(
+        shapes, ((BF16, BF16, F32), (F32,) * 3, (F16, F32, F64)), ("bool", "weights"), (True, False)
+    )
+    for shape, mix, mask, shared in kinds:
+        batch = ctx.batch(shape, *mix, mask=f"{'shared ' * shared}{mask}", shared_target=not shared)
+        ctx.hold(batch, f"{mix}, {mask}{', shared' * shared}", safeguard=0.4 if mask == "bool" else None)
+    spoilt = ctx.batch((4, 3, 37), BF16, mask="bool")
+    _, grad = ctx.run(spoilt, method="sipo", beta=3.0, mask_threshold=0.0)
+    with torch.no_grad():
+        spoilt.model_pred[~spoilt.error_mask] = math.nan  # type: ignore[operator]
+    _, spoilt_grad = ctx.run(spoilt, method="sipo", beta=3.0, mask_threshold=0.0)
+    ctx.same(spoilt_grad, grad, "NaN where nothing counts: gradient")
+
+
 @check("metrics and totals", "methods", "wrong metrics", "totals not added", "totals twice", "neighbour's bin")
 def check_totals(ctx: Context) -> None:
     """§8 as the kernel writes it: metrics within float32 of the definition, running sums those of the same fields."""

@@ -85,6 +85,19 @@ class ScaledGradient(Faulty, fault="scaled gradient"):
         return stats
 
 
+class ErrorMaskIgnored(Faulty, fault="error mask ignored"):
+    """As if every element counted."""
+
+    def forward(self, inputs: Inputs, settings: Settings, **options: Any) -> Stats:
+        return super().forward(inputs._replace(error_mask=None), settings, **options)
+
+    def gradient(self, model: Tensor, target: Tensor, coef: Tensor, upstream: Tensor, **mask: Any) -> Tensor:
+        return super().gradient(model, target, coef, upstream)
+
+    def mend(self, grad: Tensor, model: Tensor, target: Tensor, *rest: Any, **mask: Any) -> Tensor:
+        return super().mend(grad, model, target, *rest)
+
+
 class UnwrittenElement(_Gradient, fault="unwritten element"):
     """The last element holds what the memory held."""
 
