@@ -37,7 +37,7 @@ def parse_yaml(text: str, where: object) -> Any:
 
     Raises:
         FileError: it is not YAML, is nested too deeply, holds a number of thousands of digits, or aliases that
-            multiply.
+            multiply; or a mapping has a key twice.
     """
     import yaml
 
@@ -54,6 +54,19 @@ def parse_yaml(text: str, where: object) -> Any:
                 raise deep if self.depth > _DEEPEST else many
             node = super().compose_node(parent, index)
             self.depth -= 1
+            return node
+
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            node = super().compose_mapping_node(anchor)
+            keys = set()
+            for key, _ in node.value:
+                if not isinstance(key, yaml.ScalarNode):
+                    continue
+                name = (key.tag, key.value)
+                if name in keys:  # PyYAML would take the last one
+                    place = f"line {key.start_mark.line + 1}"
+                    raise FileError(f"{where}: not YAML: a key stands twice in one mapping, {place}")
+                keys.add(name)
             return node
 
     Loader.yaml_implicit_resolvers = {

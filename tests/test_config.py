@@ -321,6 +321,8 @@ MERGED = "a: &a {x: 1}\n" + "".join(
         ),
         ("data: {? [a] : b}", "not YAML: while constructing a mapping: found unhashable key, line 1"),
         ("#" * 1_100_000, "has 1100000 bytes, expected at most 1048576 of a configuration"),
+        ("data: {a: 1}\ndata: {a: 2}", "not YAML: a key stands twice in one mapping, line 2"),
+        ("data:\n  a: 1\n  'a': 2", "not YAML: a key stands twice in one mapping, line 3"),
         ("data: *nothing", "not YAML: found undefined alias 'nothing', line 1"),
         ("a: 1\n--- \nb: 2", "not YAML: expected a single document in the stream: but found another document, line 2"),
         ("\0", "not YAML: "),
@@ -333,7 +335,7 @@ MERGED = "a: &a {x: 1}\n" + "".join(
         ("a: &x {b: [*x]}", "not YAML: a value refers to itself"),
         ("a: !!timestamp foo", "not YAML: a value that does not fit its tag (AttributeError"),
     ],
-    ids=range(22),
+    ids=range(24),
 )
 def test_what_a_file_holds_is_refused_quickly_and_not_printed(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "run.yaml"
