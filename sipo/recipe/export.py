@@ -61,10 +61,8 @@ def export_run(
     check_config_sum(target)
     family = get_family(config.model.family)
     if family.experts:
-        files = target / "weights"
-        raise ConfigError(
-            f"model.family={family.name!r}: has a file for each network in {files}, in diffusers' format alone"
-        )
+        has = f"its LoRA is a file for each network in {target / 'weights'}, in diffusers' format alone"
+        raise ConfigError(f"model.family={family.name!r}: expected a family with one network; {has}")
     if config.model.tuning != "lora":
         whole = target / "weights" / family.network
         raise ConfigError(f"model.tuning={config.model.tuning!r}: expected 'lora'; diffusers loads {whole} as it is")
