@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -387,6 +388,15 @@ def test_the_card_says_what_was_done() -> None:
     assert "text-to-video" in full and "| `transformer/`, here | diffusers |" in full and "export" not in full
     cog = card_of("cogvideox", "THUDM/CogVideoX-2b", "lora")
     assert "export RUN --format comfyui" in cog and "kohya" not in cog
+    experts = [card_of("wan2.2", "Wan-AI/Wan2.2-T2V-A14B-Diffusers", tuning) for tuning in ("lora", "full")]
+    file = "pytorch_lora_weights.safetensors`, here | diffusers |"
+    assert f"| `{file}" in experts[0] and f"| `transformer_2/{file}" in experts[0] and "export" not in experts[0]
+    assert all(f"| `{name}/`, here | diffusers |" in experts[1] for name in ("transformer", "transformer_2"))
+    edit = configuration("flux-kontext", "a/b", "lora")
+    edit = replace(edit, model=replace(edit.model, guidance_scale=1.0))
+    text = model_card(get_family("flux-kontext"), edit, beta=1.0, pairs=12, data_hash="a", steps=7)
+    assert 'pipeline_tag: "image-to-image"' in text
+    assert "| guidance_scale | 1, as the network was told it |" in text and "| guidance_scale |" not in card
     assert not any("| scheduler |" in text or "pipeline.scheduler" in text for text in (card, full, cog))
     assert all("| lr_scheduler | constant |" in text for text in (card, full, cog))
 

@@ -50,9 +50,10 @@ def model_card(
     """
     model, loss, data, training = config.model, config.loss, config.data, config.training
     lora, method = model.tuning == "lora", loss.method.replace("_", "-")
+    task = "image-to-image" if family.condition_image == "required" else "text-to-image"
     front: dict[str, Any] = {
         "library_name": "diffusers",
-        "pipeline_tag": "text-to-video" if family.video else "text-to-image",
+        "pipeline_tag": "text-to-video" if family.video else task,
         "tags": ["diffusers", "preference-optimisation", *dict.fromkeys(("sipo", method))] + ["lora"] * lora,
     }
     if _is_hub_id(model.pretrained_model_name_or_path):
@@ -85,6 +86,8 @@ def model_card(
         "seed",
     )
     tuned |= {"steps": steps} | {name: getattr(training, name) for name in names}
+    if model.guidance_scale is not None:
+        tuned["guidance_scale"] = f"{model.guidance_scale:g}, as the network was told it"
     changes = ", ".join(f"{name}={value!r}" for name, value in (scheduler or {}).items())
     if changes:
         tuned["scheduler"] = changes
@@ -157,12 +160,14 @@ def _files(family: Family, lora: bool) -> list[tuple[str, str]]:
     """Lists which file is for which tool."""
     sums = ("`SHA256SUMS`, here", "`sha256sum --check SHA256SUMS`, in this folder")
     if not lora:
-        return [(f"`{family.network}/`, here", "diffusers"), sums]
+        return [*((f"`{name}/`, here", "diffusers") for name in family.networks), sums]
     kohya = f"kohya-ss's {'musubi-tuner' if family.video else 'sd-scripts'}, and tools that take its files"
     tools = {"kohya": kohya, "comfyui": "ComfyUI"}
     others = [(f"`sipo export RUN --format {name}`", tools[name]) for name in formats_of(family) if name in tools]
     strength = ("strength to load them at", "1; alpha / rank is in the weights")
-    return [("`pytorch_lora_weights.safetensors`, here", "diffusers"), *others, strength, sums]
+    places = ["", *(f"{name}/" for name in family.experts[1:])]
+    files = [(f"`{place}pytorch_lora_weights.safetensors`, here", "diffusers") for place in places]
+    return [*files, *others, strength, sums]
 
 
 def _table(title: str, rows: Iterable[tuple[str, Any]]) -> list[str]:
