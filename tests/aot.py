@@ -60,9 +60,10 @@ COMPILED: list[tuple[str, str, str, dict[str, Any]]] = [
     # What takes the most registers: float64 everywhere, and all that a call can ask for with sums in float64.
     ("fused-fp64", "fused", "fp64", {}),
     ("fused-relatives", "fused", "small", RELATIVES | TOTALS),
-    *((f"{variant}-{mix}-mask", variant, mix, SHARED | MASK) for mix in ("bf16", "mixed") for variant in VARIANTS),
+    *((f"{variant}-mixed-mask", variant, "mixed", SHARED | MASK) for variant in ("fused", "mend")),
+    ("fused-bf16-mask", "fused", "bf16", MASK),
     ("fused-relatives-mask", "fused", "small", RELATIVES | TOTALS | MASK),
-    *((f"fused-{mix}-weights", "fused", mix, TOTALS | WEIGHTS) for mix in ("bf16", "mixed", "fp64")),
+    ("fused-mixed-weights", "fused", "mixed", TOTALS | WEIGHTS),
 ]
 
 
