@@ -274,8 +274,8 @@ def bad_pair(row: int, kind: str, reason: str, change: str = "") -> BadPairError
     """
     before = f"the data has changed ({change}) and is encoded again, but " if change else ""
     listed = "; `sipo data check` lists them" if kind in SKIPPED else ""
-    remedy = f"rows count from 1; data.skip_bad=true leaves such pairs out and counts them{listed}"
-    return BadPairError(kind, f"{before}{row_name(row)}: {reason} ({remedy})")
+    remedy = f"(rows count from 1; data.skip_bad=true leaves such pairs out and counts them{listed})"
+    return BadPairError(kind, f"{before}{row_name(row)}: {reason} {remedy}")
 
 
 def read_files(folder: Path) -> dict[str, Any] | None:
