@@ -115,6 +115,11 @@ EDITS = [
     (OptionalEditFamily(), {}, ""),
     (EditFamily(), {"validation_images": ["a.png", "b.png"]}, "samples.validation_images: b.png: "),
     (EditFamily(), {"validation_images": ["a.png", "a.png"]}, ""),
+    (
+        type("LargeEditFamily", (EditFamily,), {"least_image_side": 1024})(),
+        {"validation_images": ["a.png", "a.png"]},
+        "data.sizes=[[512, 512]]: expected at least 1024 pixels a side, to sample with samples.validation_images",
+    ),
 ]
 
 

@@ -27,6 +27,7 @@ class PipelineEncoder(PipelineLoader):
         vae_patch: side of the squares of the VAE's latents that are stacked into one latent; 1 for none.
         vae_frames: whether the VAE of an image family takes frames; an image is then a clip of one frame to it.
         condition_image: whether pairs have an image that both samples are edits of: "none", "optional", "required".
+        least_image_side: smallest height and width in pixels of an image that the pipeline edits when it samples.
         text_sees_image: whether text embeddings depend on that image too.
         negative_prompt: of classifier-free guidance and of dropped captions; ``None`` for a family that samples without
             classifier-free guidance, and drops captions with the empty prompt.
@@ -39,6 +40,7 @@ class PipelineEncoder(PipelineLoader):
     vae_patch: ClassVar[int] = 1
     vae_frames: ClassVar[bool] = False
     condition_image: ClassVar[Literal["none", "optional", "required"]] = "none"
+    least_image_side: ClassVar[int] = 1
     text_sees_image: ClassVar[bool] = False
     negative_prompt: ClassVar[str | None] = ""
     side_multiple: ClassVar[int]

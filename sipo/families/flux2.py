@@ -29,6 +29,7 @@ class Flux2(Family):
     token_side = 1
     time_in_network_dtype = True
     condition_image = "optional"
+    least_image_side = 64
     lora_targets = (*Family.lora_targets, "to_qkv_mlp_proj")
     guidance = 4.0
     negative_prompt: ClassVar[str | None] = None

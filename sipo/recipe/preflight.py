@@ -87,6 +87,9 @@ def _check_condition_images(run: RunContext) -> None:
     }[family.condition_image]
     if len(images) not in numbers:
         raise ConfigError(f"samples.validation_images={short(images)}: expected {expected}")
+    if images and min(run.config.data.sizes[0]) < family.least_image_side:  # they are scaled to it
+        expected = f"at least {family.least_image_side} pixels a side, to sample with samples.validation_images"
+        raise ConfigError(f"data.sizes={[list(size) for size in run.config.data.sizes]}: expected {expected}")
     try:
         for path in run.validation_images:
             read_media(path, max_pixels=run.config.data.max_pixels)
