@@ -78,7 +78,7 @@ def make_batch(
     error_mask = None
     if mask is not None:
         rows = shape[0] // 2 if mask.startswith("shared ") else shape[0]
-        weights = (torch.rand(rows, *shape[1:], generator=g) - 1 / 3).clamp(min=0)
+        weights = (torch.rand(rows, *shape[1:], generator=g, dtype=torch.float32) - 1 / 3).clamp(min=0)
         error_mask = weights > 0 if mask.endswith("bool") else weights
     return Batch(
         model.to(dtypes[0]).to(device).requires_grad_(),

@@ -718,8 +718,8 @@ def test_toys_are_small_and_repeatable(toy: str, tmp_path: Path) -> None:
 
 
 def test_unknown_toy(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="toy='flux': expected one of sd15"):
-        build_toy("flux", tmp_path / "flux")
+    with pytest.raises(ValueError, match="toy='nothing': expected one of sd15"):
+        build_toy("nothing", tmp_path / "nothing")
 
 
 @pytest.mark.parametrize(("name", "most"), [("z-image", 512), ("lumina2", 256), ("sana", 298)])

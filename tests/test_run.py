@@ -144,9 +144,10 @@ def test_a_resumed_run_ends_with_the_bits_of_one_that_was_not_stopped(
     train(name, *options(once, 6, cache=folder / "cache"))
     train(name, *options(folder, 6), "--resume")
     assert steps_of(folder) == [1, 2, 3, 4, 5, 6]
-    shutil.rmtree(folder / "run" / "weights")  # as if it had been stopped just before it wrote them
-    train(name, *options(folder, 6), "--resume")
-    assert steps_of(folder) == [1, 2, 3, 4, 5, 6]
+    if name == "sd15":  # the same code for all
+        shutil.rmtree(folder / "run" / "weights")  # as if it had been stopped just before it wrote them
+        train(name, *options(folder, 6), "--resume")
+        assert steps_of(folder) == [1, 2, 3, 4, 5, 6]
     places = [place / "run" for place in (once, folder)]
     for below in ("weights", "checkpoints"):
         one, other = (contents(place / below) for place in places)
