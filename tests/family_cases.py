@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 import diffusers
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sipo.batch import collate, network_timesteps
 from sipo.families import Condition, Family, get_family
 from sipo.families.experts import ExpertNetworks
 from sipo.families.network import CONDITION_LATENTS
 from sipo.families.toy import TOYS, build_toy
-from sipo.families.tuning import lora_file
+from sipo.families.tuning import lora_file, prepare_lora
 from sipo.families.vae import as_picture
 
 PROMPTS = ["a cat on the roof", "The thin red line, twice"]
@@ -77,6 +77,20 @@ def encoders_of(toy: str) -> Any:
 def load_toy(toy: str, **options: Any) -> tuple[Family, Any]:
     """Returns the family and a network of its own."""
     return family_of(toy), family_of(toy).load_network(folder_of(toy), **options)
+
+
+def lora_network(toy: str, *, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """A network with an adapter that is not zero."""
+    family, network = load_toy(toy, dtype=dtype)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        arguments: dict[str, Any] = {"rank": 2, "target_modules": family.lora_targets}
+        prepare_lora(network, **(arguments | options))
+        with torch.no_grad():
+            for name, parameter in network.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.3)
+    return network
 
 
 def pipeline_of(toy: str, **components: Any) -> Any:
@@ -245,3 +259,25 @@ def sampled(pipeline: Any, family: Family, steps: int = 3, seed: int = 5, **opti
 
 def as_uint8(pixels: Tensor) -> Tensor:
     return pixels.float().mul(255).round().to(torch.uint8)
+
+
+class Wrapper(nn.Module):
+    """As DDP wraps: the network as ``module``, called through the wrapper's own forward."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.calls = 0
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return self.module(*args, **kwargs)
+
+
+def sample(toy: str, network: nn.Module) -> Tensor:
+    family = family_of(toy)
+    return family.sample(encoders_of(toy), network, PROMPTS[:1], seed=3, steps=2, **sample_of(family, 1))
+
+
+def no_shared_tensors(network: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in network.state_dict().items()}

@@ -25,7 +25,7 @@ from sipo.recipe import config
 from sipo.training import storage
 from sipo.training.sums import write_run_sums, write_sums
 from tests.data_sets import flip_bit
-from tests.family_cases import each_toy, family_of, folder_of, load_adapters, network_input, pipeline_of
+from tests.family_cases import each_toy, family_of, folder_of, load_adapters, lora_network, network_input, pipeline_of
 from tests.original_names import (
     FLUX,
     NETWORK_CONFIGS,
@@ -36,7 +36,6 @@ from tests.original_names import (
     kohya_keys,
     patched,
 )
-from tests.test_families_tuning import lora_network
 
 Added = dict[int, Tensor]
 
@@ -71,7 +70,7 @@ def metadata_of(file: Path) -> dict[str, Any]:
 
 @each_toy
 def test_a_saved_adapter_counts_the_same_without_its_metadata(toy: str, tmp_path: Path) -> None:
-    """With it: ``test_families_tuning.py``."""
+    """With it: ``test_families_saving.py``."""
     family, network = family_of(toy), lora_network(toy, rank=3, alpha=ALPHA)
     save_lora(family, network, tmp_path)
     for file in tmp_path.rglob("*.safetensors"):

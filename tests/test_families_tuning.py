@@ -1,68 +1,28 @@
-"""LoRA and full tuning at toy size: the reference inside the network, and saves that diffusers loads."""
+"""LoRA and full tuning at toy size: the reference inside the network, and what is trained."""
 
 from __future__ import annotations
 
-import os
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import diffusers
 import pytest
 import torch
-import yaml
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
 
 from sipo import SIPOLoss
 from sipo.batch import PairBatch, level_argument, noisy_pairs
-from sipo.data.config import DataConfig
-from sipo.families import FAMILIES, get_family
-from sipo.families.config import LoraConfig, ModelConfig
+from sipo.families import get_family
 from sipo.families.network import evaluating
-from sipo.families.tuning import adapter_off, freeze, prepare_full, prepare_lora, save_full, save_lora
-from sipo.recipe.card import model_card
-from sipo.recipe.config import Config, LossConfig
-from sipo.schedule.diffusers_schedulers import setting_changes, with_settings
-from sipo.training.config import TrainingConfig
+from sipo.families.tuning import adapter_off, freeze, prepare_full, prepare_lora
 from tests.family_cases import (
-    PROMPTS,
     each_toy,
-    encoders_of,
     family_of,
     folder_of,
-    load_adapters,
-    load_toy,
+    lora_network,
     network_input,
-    network_of,
-    pipeline_of,
-    sample_of,
+    no_shared_tensors,
+    sample,
     sides_of,
 )
-
-
-def lora_network(toy: str, *, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    """A network with an adapter that is not zero."""
-    family, network = load_toy(toy, dtype=dtype)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(7)
-        arguments: dict[str, Any] = {"rank": 2, "target_modules": family.lora_targets}
-        prepare_lora(network, **(arguments | options))
-        with torch.no_grad():
-            for name, parameter in network.named_parameters():
-                if "lora_B" in name:
-                    parameter.normal_(std=0.3)
-    return network
-
-
-def sample(toy: str, network: nn.Module) -> Tensor:
-    family = family_of(toy)
-    return family.sample(encoders_of(toy), network, PROMPTS[:1], seed=3, steps=2, **sample_of(family, 1))
-
-
-def no_shared_tensors(network: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in network.state_dict().items()}
-
 
 # ---- The reference ----
 
@@ -257,198 +217,3 @@ def test_adapters_that_fit_nowhere_are_refused(options: dict[str, Any], text: st
         prepare_lora(network, **({"rank": 2, "target_modules": ["to_q"]} | options))
     assert "\n" not in str(caught.value)
     assert [name for name, p in network.named_parameters() if p.requires_grad] == before
-
-
-# ---- Saving ----
-
-
-@each_toy
-def test_a_saved_adapter_samples_the_same_in_its_pipeline(toy: str, tmp_path: Path) -> None:
-    family = family_of(toy)
-    network = lora_network(toy, alpha=4.0)  # a scale of 2, which must be found again: by a power of two, to the bit
-    trained = sample(toy, network)
-    assert save_lora(family, network, tmp_path) == tmp_path / "pytorch_lora_weights.safetensors"
-    assert sorted(os.listdir(tmp_path)) == sorted(["pytorch_lora_weights.safetensors", *family.experts[1:]])
-    loaded = load_adapters(pipeline_of(toy), family, tmp_path)
-    given = network_input(toy)
-    with torch.no_grad():
-        torch.testing.assert_close(
-            family.predict(loaded, *given), family.predict(network, *given), rtol=1e-6, atol=1e-6
-        )
-    assert torch.equal(sample(toy, loaded), trained)
-    base = family.load_network(folder_of(toy))
-    assert not torch.equal(sample(toy, base), trained)
-
-
-@each_toy
-def test_saved_weights_sample_the_same_in_their_pipeline(toy: str, tmp_path: Path) -> None:
-    family, network = load_toy(toy)
-    prepare_full(network)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
-    trained = sample(toy, network)
-    for _ in range(2):  # the second time over the first
-        assert save_full(family, network, tmp_path) == tmp_path / family.network
-        assert sorted(os.listdir(tmp_path)) == sorted(family.networks)
-    network_class = getattr(diffusers, family.network_class)
-    loaded = {name: network_class.from_pretrained(tmp_path, subfolder=name) for name in family.networks}
-    assert torch.equal(sample(toy, network_of(pipeline_of(toy, **loaded), family)), trained)
-    assert not torch.equal(sample(toy, family.load_network(folder_of(toy))), trained)
-
-
-@each_toy
-def test_gathered_tensors_are_saved_in_place_of_the_networks(toy: str, tmp_path: Path) -> None:
-    family = family_of(toy)
-    network = lora_network(toy)
-    state = {name: tensor + 1 for name, tensor in no_shared_tensors(network).items() if "lora_" in name}
-    save_lora(family, network, tmp_path, state=state)
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            parameter += "lora_" in name
-    loaded = load_adapters(pipeline_of(toy), family, tmp_path)
-    assert torch.equal(sample(toy, loaded), sample(toy, network))
-
-    network = family.load_network(folder_of(toy))
-    state = {name: tensor * 1.01 for name, tensor in no_shared_tensors(network).items()}
-    save_full(family, network, tmp_path, state=state)
-    for name, part in family.networks_in(network).items():
-        loaded = getattr(diffusers, family.network_class).from_pretrained(tmp_path, subfolder=name)
-        assert type(loaded) is type(part)
-        assert dict(loaded.config).keys() == dict(part.config).keys()
-        start = f"{name}." if family.experts else ""
-        assert all(torch.equal(tensor, state[start + key]) for key, tensor in loaded.state_dict().items())
-
-
-def test_a_save_that_fails_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    family = get_family("sd15")
-    network, whole = lora_network("sd15"), family.load_network(folder_of("sd15"))
-    save_lora(family, network, tmp_path)
-    save_full(family, whole, tmp_path)
-    files = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
-
-    def half(tensors: Any, filename: Any, *args: Any, **kwargs: Any) -> None:
-        Path(filename).write_bytes(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr("safetensors.torch.save_file", half)
-    for save, saved in ((save_lora, network), (save_full, whole)):
-        with torch.no_grad():
-            next(saved.parameters()).add_(1)
-        with pytest.raises(OSError, match="disk full"):
-            save(family, saved, tmp_path)
-    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == files
-    with pytest.raises(ValueError, match="has no adapter to save"):
-        save_lora(family, whole, tmp_path)
-
-
-# ---- The model card ----
-
-
-def configuration(family: str, path: str, tuning: Any) -> Config:
-    return Config(
-        model=ModelConfig(family, path, tuning=tuning, lora=LoraConfig(rank=2, alpha=5.0)),
-        data=DataConfig(str(Path.home() / "someone" / "pairs.jsonl"), cache="cache", sizes=[(32, 48)]),
-        training=TrainingConfig(max_train_steps=10, output_dir="out"),
-        loss=LossConfig(method="dpo_cm", mask_threshold=0.8),
-    )
-
-
-def card_of(family: str, path: str, tuning: str) -> str:
-    config = configuration(family, path, tuning)
-    return model_card(get_family(family), config, beta=1000.0, pairs=12, data_hash="abc123", steps=7, date="2026-01-02")
-
-
-def test_the_card_says_what_was_done() -> None:
-    card = card_of("sdxl", "stabilityai/stable-diffusion-xl-base-1.0", "lora")
-    _, front, body = card.split("---\n", 2)
-    assert yaml.safe_load(front) == {
-        "base_model": "stabilityai/stable-diffusion-xl-base-1.0",
-        "library_name": "diffusers",
-        "pipeline_tag": "text-to-image",
-        "tags": ["diffusers", "preference-optimisation", "sipo", "dpo-cm", "lora"],
-    }
-    rows = dict(
-        line.strip("| ").split(" | ", 1) for line in body.splitlines() if line.startswith("| ") and line != "| | |"
-    )
-    assert rows["method"] == "dpo_cm"
-    assert rows["β (`beta`)"].startswith("1000: mean over elements, factor ½ inside")
-    assert rows["β (`beta`)"].endswith("1 in the papers' convention")
-    assert (rows["mask_threshold"], rows["clip_low"], rows["ratio"]) == ("0.8", "0.1", "posterior")
-    assert (rows["pairs"], rows["hash"], rows["data"], rows["steps"]) == ("12", "abc123", "pairs.jsonl", "7")
-    assert (rows["rank"], rows["alpha"], rows["date"]) == ("2", "5.0", "2026-01-02")
-    assert {"torch", "diffusers", "peft", "sipo"} <= rows.keys()
-    assert rows["`pytorch_lora_weights.safetensors`, here"].startswith("diffusers")
-    assert rows["`sipo export RUN --format kohya`"].startswith("kohya-ss's sd-scripts")
-    assert rows["`sipo export RUN --format comfyui`"].startswith("ComfyUI")
-    assert str(Path.home()) not in card
-    full = card_of("wan", "/srv/models/wan", "full")
-    assert "base_model" not in full and "/srv" not in full and "| rank |" not in full
-    assert "text-to-video" in full and "| `transformer/`, here | diffusers |" in full and "export" not in full
-    cog = card_of("cogvideox", "THUDM/CogVideoX-2b", "lora")
-    assert "export RUN --format comfyui" in cog and "kohya" not in cog
-    experts = [card_of("wan2.2", "Wan-AI/Wan2.2-T2V-A14B-Diffusers", tuning) for tuning in ("lora", "full")]
-    file = "pytorch_lora_weights.safetensors`, here | diffusers |"
-    assert f"| `{file}" in experts[0] and f"| `transformer_2/{file}" in experts[0] and "export" not in experts[0]
-    assert all(f"| `{name}/`, here | diffusers |" in experts[1] for name in ("transformer", "transformer_2"))
-    edit = configuration("flux-kontext", "a/b", "lora")
-    edit = replace(edit, model=replace(edit.model, guidance_scale=1.0))
-    text = model_card(get_family("flux-kontext"), edit, beta=1.0, pairs=12, data_hash="a", steps=7)
-    assert 'pipeline_tag: "image-to-image"' in text
-    assert "| guidance_scale | 1, as the network was told it |" in text and "| guidance_scale |" not in card
-    assert not any("| scheduler |" in text or "pipeline.scheduler" in text for text in (card, full, cog))
-    assert all("| lr_scheduler | constant |" in text for text in (card, full, cog))
-
-
-@pytest.mark.parametrize("tuning", ["lora", "full"])
-@pytest.mark.parametrize(
-    ("toy", "settings", "row"),
-    [
-        ("sd15", {"prediction_type": "v_prediction"}, "prediction_type='v_prediction'"),
-        ("wan", {"shift": 5.0, "prediction_type": "sample"}, "prediction_type='sample', flow_shift=5.0"),
-        ("sd3", {"shift": 5.0}, "shift=5.0"),
-    ],
-)
-def test_the_cards_code_samples_as_the_run_did(
-    toy: str, settings: dict[str, Any], row: str, tuning: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With a prediction type or shift that the base's own scheduler has otherwise, samples would come out wrong."""
-    family, network = (
-        get_family(toy),
-        lora_network(toy) if tuning == "lora" else get_family(toy).load_network(folder_of(toy)),
-    )
-    (save_lora if tuning == "lora" else save_full)(family, network, tmp_path)
-    scheduler = family.load_scheduler(folder_of(toy))
-    config = configuration(toy, "toy", tuning)
-    changes = setting_changes(scheduler, settings.get("prediction_type"), settings.get("shift"))
-    card = model_card(family, config, beta=1.0, pairs=12, data_hash="a", steps=7, scheduler=changes)
-    assert f"| scheduler | {row} |" in card
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
-    exec(card.partition("```python\n")[2].partition("```")[0], names)
-    assert dict(names["pipeline"].scheduler.config) == dict(with_settings(scheduler, **settings).config)
-
-
-@pytest.mark.parametrize("tuning", ["lora", "full"])
-@pytest.mark.parametrize("toy", FAMILIES)
-def test_the_cards_code_loads_the_model(toy: str, tuning: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    family = get_family(toy)
-    if tuning == "lora":
-        network = lora_network(toy, alpha=5.0)
-        save_lora(family, network, tmp_path)
-    else:
-        network = family.load_network(folder_of(toy))
-        with torch.no_grad():
-            next(network.parameters()).mul_(1.5)
-        save_full(family, network, tmp_path)
-    code = card_of(toy, "toy", tuning).partition("```python\n")[2].partition("```")[0]
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
-    exec(code, names)
-    given = network_input(toy)
-    with torch.no_grad():
-        found = family.predict(network_of(names["pipeline"], family), *given)
-        expected = family.predict(network, *given)
-    # LoRA's scale of 2.5 is rounded into the weights, so single elements may be a few units in the last place apart.
-    assert (found - expected).norm() <= (1e-6 if tuning == "lora" else 0.0) * expected.norm()
