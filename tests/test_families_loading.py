@@ -57,8 +57,12 @@ def test_loads_in_parts(toy: str) -> None:
 def test_an_image_vae_that_overflows_in_half_precision() -> None:
     encoders = get_family("sdxl").load_encoders(folder_of("sdxl"), dtype=torch.float16)
     assert (encoders.vae.dtype, encoders.text_encoder.dtype) == (torch.float32, torch.float16)
-    with pytest.raises(ValueError, match="its VAE overflows in vae_dtype='float16'"):
-        get_family("sdxl").load_encoders(folder_of("sdxl"), vae_dtype=torch.float16)
+    for toy, message in {
+        "sdxl": r"overflows in vae_dtype='float16' \(force_upcast\), expected 'float32' or 'bfloat16'$",
+        "qwen-image": "may overflow in vae_dtype='float16', expected 'float32' or 'bfloat16'$",
+    }.items():
+        with pytest.raises(ValueError, match=f"^{re.escape(str(folder_of(toy)))}: its VAE {message}"):
+            family_of(toy).load_encoders(folder_of(toy), vae_dtype=torch.float16)
 
 
 @pytest.mark.parametrize(
@@ -279,6 +283,12 @@ def test_pickled_weights_are_not_loaded(tmp_path: Path) -> None:
             {"_class_name": "ZImageOmniPipeline"},
             "holds a ZImageOmniPipeline, expected a",
         ),
+        (
+            "flux2",
+            "transformer/config.json",
+            {"in_channels": 32},
+            "transformer takes 32 channels, expected 16, by the 4 channels of its VAE",
+        ),
         ("sana", "model_index.json", {"_class_name": "SanaSprintPipeline"}, "holds a SanaSprintPipeline, expected a"),
         ("sana", "transformer/config.json", {"out_channels": 8}, "takes 4 channels and gives 8"),
         ("lumina2", "model_index.json", {"_class_name": "ZImagePipeline"}, "; family 'z-image' takes it"),
@@ -300,6 +310,41 @@ def test_relatives_of_a_family_are_refused(
         )
     with pytest.raises(ValueError, match=text):
         family.load_schedule(folder) if "scheduler" in text + file or toy == "sd3" else family.load_network(folder)
+
+
+@each_toy
+def test_a_network_takes_what_the_vae_and_the_text_encoders_give(toy: str, tmp_path: Path) -> None:
+    """As parts of pipelines of several sizes would not, without weights that are read."""
+    family, folder = family_of(toy), tmp_path / toy
+    shutil.copytree(folder_of(toy), folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    start = re.escape(f"{folder}: its {family.network}")
+    for parts, key, message in (
+        (
+            "vae",
+            "latent_channels|z_dim",
+            rf"{start} takes (\d+) channels, expected (\d+), by the \d+ channels of its VAE",
+        ),
+        (
+            "text_encoder*",
+            "hidden_size|d_model",
+            rf"{start} has {family.text_width_key}=(\d+), expected (\d+), by the .*",
+        ),
+    ):
+        family.empty_network(folder)
+        before = {
+            part / "config.json": (part / "config.json").read_text(encoding="utf-8") for part in folder.glob(parts)
+        }
+        for file, text in before.items():
+            twice = re.sub(rf'("(?:{key})": )(\d+)', lambda found: f"{found[1]}{2 * int(found[2])}", text)
+            file.write_text(twice, encoding="utf-8")
+        with pytest.raises(ValueError) as caught:
+            family.empty_network(folder)
+        found = re.fullmatch(message, str(caught.value))
+        assert found and int(found[2]) == 2 * int(found[1]) and "\n" not in str(caught.value)
+        for file, text in before.items():
+            file.write_text(text, encoding="utf-8")
+        if parts == "vae":
+            (folder / "vae" / "config.json").unlink()  # a folder without a VAE has nothing to be held to
 
 
 @pytest.mark.parametrize(

@@ -30,9 +30,8 @@ class Family(PipelineEncoder):
     of its own.
 
     Attributes:
-        token_side: side in latents of one of the network's tokens; ``None`` for a network that takes latents.
         negated: whether the network predicts the negative of what the schedule says.
-        time_in_network_dtype: whether timesteps are rounded to the network's dtype before :meth:`network_time`.
+        takes_sigma: whether the network is told σ in place of σ · 1000; timesteps are rounded to its dtype first.
         float32_conditions: names in a condition that stay float32; the rest is cast to the network's dtype.
         lora_targets: modules that LoRA adapts unless a configuration names others.
         guidance: guidance scale for samples in validation; also what a network with a guidance embedding is told in
@@ -40,9 +39,8 @@ class Family(PipelineEncoder):
         sampler_needs_vae: whether the pipeline reads from its VAE while it samples latents.
     """
 
-    token_side: ClassVar[int | None] = None
     negated: ClassVar[bool] = False
-    time_in_network_dtype: ClassVar[bool] = False
+    takes_sigma: ClassVar[bool] = False
     float32_conditions: ClassVar[tuple[str, ...]] = ()
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     guidance: ClassVar[float]
@@ -76,7 +74,7 @@ class Family(PipelineEncoder):
             if tensor.is_floating_point() and name not in self.float32_conditions:
                 held[name] = tensor.to(dtype)
         told = self.guidance if guidance is None else guidance
-        time = self.network_time(timesteps.to(dtype) if self.time_in_network_dtype else timesteps)
+        time = self.network_time(timesteps.to(dtype) if self.takes_sigma else timesteps)
         inputs = self.network_inputs(network.config, noisy.to(dtype), time, held, told)
         output = module(**inputs, return_dict=False)[0]
         prediction: Tensor = self.unpack(output, noisy.shape)
@@ -102,7 +100,7 @@ class Family(PipelineEncoder):
 
     def network_time(self, timesteps: Tensor) -> Tensor:
         """Converts timesteps ``[N]``, as :meth:`predict` takes them, to what the network is told."""
-        return timesteps
+        return timesteps / 1000 if self.takes_sigma else timesteps
 
     def pack(self, latents: Tensor) -> Tensor:
         """Makes the tokens of latents ``[N, C, H, W]``: ``[N, L, D]``; without ``token_side`` the latents stay."""
@@ -111,13 +109,6 @@ class Family(PipelineEncoder):
     def unpack(self, output: Any, shape: Sequence[int]) -> Any:
         """Lays out the network's output as latents of ``shape``, without the tokens of a condition image."""
         return output if self.token_side is None else unpack(output, shape, self.token_side)
-
-    def image_seq_len(self, height: int, width: int) -> int | None:
-        """See :meth:`PipelineLoader.image_seq_len`: the number of tokens, for a network that takes tokens."""
-        if self.token_side is None:
-            return None
-        side = self.latent_pixels * self.token_side
-        return (height // side) * (width // side)
 
     # ---- Sampling ----
 

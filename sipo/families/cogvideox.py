@@ -21,6 +21,7 @@ class CogVideoX(Family):
     pipeline_class = "CogVideoXPipeline"
     network_class = "CogVideoXTransformer3DModel"
     network = "transformer"
+    text_width_key = "text_embed_dim"
     video = True
     latent_layout = "FCHW"
     guidance = 6.0

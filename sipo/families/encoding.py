@@ -12,7 +12,7 @@ from torch import Tensor
 from sipo.families.loading import TOKENIZER, PipelineLoader
 from sipo.families.network import CONDITION_LATENTS, POOLED, PROMPT, PROMPT_MASK, Condition
 from sipo.families.packing import stack_patches, unstack_patches
-from sipo.families.vae import as_floats, encode, latent_affine
+from sipo.families.vae import as_floats, encode, latent_affine, latent_channels
 
 
 class PromptWarning(UserWarning):
@@ -24,7 +24,6 @@ class PipelineEncoder(PipelineLoader):
 
     Attributes:
         latent_layout: dimensions of one sample's latents: "CHW", "FCHW" or "CFHW".
-        vae_patch: side of the squares of the VAE's latents that are stacked into one latent; 1 for none.
         vae_frames: whether the VAE of an image family takes frames; an image is then a clip of one frame to it.
         condition_image: whether pairs have an image that both samples are edits of: "none", "optional", "required".
         least_image_side: smallest height and width in pixels of an image that the pipeline edits when it samples.
@@ -37,7 +36,6 @@ class PipelineEncoder(PipelineLoader):
     """
 
     latent_layout: ClassVar[str] = "CHW"
-    vae_patch: ClassVar[int] = 1
     vae_frames: ClassVar[bool] = False
     condition_image: ClassVar[Literal["none", "optional", "required"]] = "none"
     least_image_side: ClassVar[int] = 1
@@ -171,9 +169,8 @@ class PipelineEncoder(PipelineLoader):
 
     def latent_shape(self, pipeline: Any, height: int, width: int, frames: int = 1) -> tuple[int, ...]:
         """Returns the shape of one sample's latents, from the VAE's configuration."""
-        config = pipeline.vae.config
         sides = {
-            "C": (getattr(config, "latent_channels", None) or config.z_dim) * self.vae_patch**2,
+            "C": latent_channels(pipeline.vae.config) * self.vae_patch**2,
             "F": (frames - 1) // self.frame_stride + 1,
             "H": height // self.latent_pixels,
             "W": width // self.latent_pixels,

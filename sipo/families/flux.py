@@ -20,7 +20,8 @@ class Flux(Family):
     network_class = "FluxTransformer2DModel"
     network = "transformer"
     token_side = 2
-    time_in_network_dtype = True
+    takes_sigma = True
+    shift_pixels = 16
     lora_targets = (
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
@@ -54,10 +55,6 @@ class Flux(Family):
             "txt_ids": torch.zeros(text.shape[1], 3, device=noisy.device, dtype=torch.float32),
             "img_ids": token_positions(noisy),
         }
-
-    def network_time(self, timesteps: Tensor) -> Tensor:
-        """See :meth:`Family.network_time`: the network is told σ."""
-        return timesteps / 1000
 
 
 class FluxKontext(Flux):

@@ -27,7 +27,7 @@ class Flux2(Family):
     latent_pixels = 16
     vae_patch = 2
     token_side = 1
-    time_in_network_dtype = True
+    takes_sigma = True
     condition_image = "optional"
     least_image_side = 64
     lora_targets = (*Family.lora_targets, "to_qkv_mlp_proj")
@@ -40,6 +40,9 @@ class Flux2(Family):
     def timestep_mu(self, config: Any, height: int, width: int, num_inference_steps: int) -> float | None:
         """See :meth:`PipelineLoader.timestep_mu`: from the sample's tokens and the steps."""
         return empirical_mu((height // self.latent_pixels) * (width // self.latent_pixels), num_inference_steps)
+
+    def _text_width(self, widths: Sequence[Any]) -> Any:
+        return 3 * super()._text_width(widths)  # of three layers
 
     def _text_tensors(
         self, pipeline: Any, prompts: list[str], images: Sequence[Tensor] | None
@@ -91,10 +94,6 @@ class Flux2(Family):
     def pack(self, latents: Tensor) -> Tensor:
         """See :meth:`Family.pack`: the pipelines copy no latents, which changes the last bits of what follows."""
         return latents.flatten(2).transpose(1, 2)
-
-    def network_time(self, timesteps: Tensor) -> Tensor:
-        """See :meth:`Family.network_time`: the network is told σ."""
-        return timesteps / 1000
 
 
 class Flux2Klein(Flux2):

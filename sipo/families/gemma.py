@@ -52,6 +52,18 @@ class GemmaFamily(Family):
         text, mask = (padded(tensor, length, 1) for tensor in pick(condition, prefix + PROMPT, prefix + PROMPT_MASK))
         return text, mask
 
+    def network_inputs(
+        self, config: Any, noisy: Tensor, time: Tensor, condition: Condition, guidance: float
+    ) -> dict[str, Any]:
+        """See :meth:`Family.network_inputs`."""
+        text, mask = self._padded_text(condition)
+        return {
+            "hidden_states": noisy,
+            "timestep": time * config.get("timestep_scale", 1.0),  # SANA's networks have one
+            "encoder_hidden_states": text,
+            "encoder_attention_mask": mask,
+        }
+
     def _sampler_arguments(self, condition: Condition, guidance: float, image: Tensor | None) -> dict[str, Any]:
         arguments: dict[str, Any] = {"guidance_scale": guidance}
         for prefix in ("", "negative_"):

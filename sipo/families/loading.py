@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from sipo.families.experts import ExpertNetworks
 from sipo.families.model_files import (
     CONFIG,
     MODEL_INDEX,
@@ -22,7 +21,7 @@ from sipo.families.model_files import (
     is_module,
     load_module,
 )
-from sipo.families.vae import check_latent_affine
+from sipo.families.vae import check_latent_affine, latent_channels
 from sipo.files import FileError, one_line, read_object
 from sipo.processes import is_out_of_memory
 from sipo.schedule import DEFAULT_INFERENCE_STEPS, NoiseSchedule, SizeDependentSchedule, linear_mu
@@ -54,6 +53,11 @@ class PipelineLoader(ABC):
             (:class:`sipo.families.experts.ExpertNetworks`).
         video: whether a sample has frames.
         latent_pixels: height and width of one latent in pixels.
+        vae_patch: side of the squares of the VAE's latents that are stacked into one latent; 1 for none.
+        token_side: side in latents of one of the network's tokens; ``None`` for a network that takes latents.
+        shift_pixels: side in pixels of the tokens from whose number the pipeline computes a dynamic shift; ``None`` for
+            a pipeline that has none.
+        text_width_key: key in the network's configuration of the width of text embeddings.
         schedule_kind: "discrete" or "flow", as :class:`sipo.NoiseSchedule` has it.
     """
 
@@ -64,6 +68,10 @@ class PipelineLoader(ABC):
     experts: ClassVar[tuple[str, ...]] = ()
     video: ClassVar[bool] = False
     latent_pixels: ClassVar[int] = 8
+    vae_patch: ClassVar[int] = 1
+    token_side: ClassVar[int | None] = None
+    shift_pixels: ClassVar[int | None] = None
+    text_width_key: ClassVar[str] = "joint_attention_dim"
     schedule_kind: ClassVar[str] = "discrete"
     _without: ClassVar[tuple[str, ...]] = ()  # components that are left out beside the network
     _pipeline_options: ClassVar[Mapping[str, Any]] = {}  # arguments of the pipeline's class
@@ -120,12 +128,11 @@ class PipelineLoader(ABC):
 
     def _whole_network(self, path: str | Path, parts: dict[str, nn.Module], **options: Any) -> nn.Module:
         """Checks the networks of a pipeline, and makes one module of several."""
-        for network in parts.values():
+        folder, index = self._open(path, **options)
+        for name, network in parts.items():
             self._check_network(path, network)
-        if not self.experts:
-            return parts[self.network]
-        _, index = self._open(path, **options)
-        return ExpertNetworks(parts, index["boundary_ratio"])
+            self._check_inputs(path, name, network.config, folder, index)
+        return parts[self.network]
 
     def network_config(self, path: str | Path, name: str | None = None, **options: Any) -> dict[str, Any]:
         """Reads the configuration of the network, or of the one of several that ``name`` says.
@@ -164,9 +171,9 @@ class PipelineLoader(ABC):
         vae_config = read_object(folder / VAE / CONFIG)
         check_latent_affine(folder / VAE / CONFIG, vae_config)
         if vae_dtype == torch.float16 and not self.video and vae_config.get(_UPCAST, True):
-            raise ValueError(
-                f"{path}: its VAE overflows in vae_dtype='float16' ({_UPCAST}), expected 'float32' or 'bfloat16'"
-            )
+            does, why = ("overflows", f" ({_UPCAST})") if _UPCAST in vae_config else ("may overflow", "")
+            expected = "expected 'float32' or 'bfloat16'"
+            raise ValueError(f"{path}: its VAE {does} in vae_dtype='float16'{why}, {expected}")
         with _naming_path(path):
             for name, (library, class_name) in _present(index):
                 if name not in modules and is_module(library, class_name):
@@ -274,10 +281,6 @@ class PipelineLoader(ABC):
         with _naming_path(path):
             return scheduler_class.from_pretrained(str(folder), subfolder="scheduler")
 
-    def image_seq_len(self, height: int, width: int) -> int | None:
-        """Returns the number of tokens of an image for dynamic shifting; ``None`` if the family has none."""
-        return None
-
     def timestep_mu(self, config: Any, height: int, width: int, num_inference_steps: int) -> float | None:
         """Returns μ, which the family's pipeline passes to ``set_timesteps``; only dynamic shifting uses it.
 
@@ -292,8 +295,9 @@ class PipelineLoader(ABC):
         Raises:
             ValueError: a configuration that gives no μ.
         """
-        length = self.image_seq_len(height, width)
-        return linear_mu(config, length) if config.get("use_dynamic_shifting") and length is not None else None
+        if self.shift_pixels is None or not config.get("use_dynamic_shifting"):
+            return None
+        return linear_mu(config, (height // self.shift_pixels) * (width // self.shift_pixels))
 
     def _open(
         self, path: str | Path, revision: str | None = None, variant: str | None = None
@@ -322,10 +326,43 @@ class PipelineLoader(ABC):
         """Returns how many channels a network takes and gives, by its configuration."""
         return config.in_channels, getattr(config, "out_channels", None) or config.in_channels
 
+    def _check_inputs(self, path: str | Path, name: str, config: Any, folder: Path, index: Mapping[str, Any]) -> None:
+        """Refuses a network that does not take what the pipeline's VAE and text encoders give.
+
+        What a component's configuration does not say is not checked, nor is a component that the folder does not have.
+        """
+        inputs, channels = self._channels(config)[0], latent_channels(_component_config(folder / VAE))
+        stacked = (self.vae_patch * (self.token_side or 1)) ** 2
+        if isinstance(channels, int) and inputs != channels * stacked:
+            expected = f"expected {channels * stacked}, by the {channels} channels of its VAE"
+            raise ValueError(f"{path}: its {name} takes {inputs} channels, {expected}")
+        encoders = sorted(key for key, _ in _present(index) if key.startswith(TEXT_ENCODER))
+        widths = [_width(_component_config(folder / encoder)) for encoder in encoders]
+        given = config.get(self.text_width_key)
+        known = bool(widths) and all(isinstance(width, int) for width in (given, *widths))
+        if known and given != self._text_width(widths):
+            expected = f"expected {self._text_width(widths)}, by the width of its {' and '.join(encoders)}"
+            raise ValueError(f"{path}: its {name} has {self.text_width_key}={given}, {expected}")
+
+    def _text_width(self, widths: Sequence[Any]) -> Any:
+        """Returns the width of text embeddings, from the widths of the text encoders."""
+        return widths[-1]  # T5's, where there are several
+
 
 def _present(index: Mapping[str, Any]) -> list[tuple[str, list[Any]]]:
     """Lists the components that a pipeline has, each with its library and class."""
     return [(name, value) for name, value in index.items() if isinstance(value, list) and any(value)]
+
+
+def _component_config(folder: Path) -> dict[str, Any]:
+    return read_object(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+
+
+def _width(config: Mapping[str, Any]) -> Any:
+    """Returns the width of a text encoder's embeddings; one that sees images has a part for text."""
+    text = config.get("text_config")
+    parts = (text if isinstance(text, dict) else {}, config)
+    return next((part[key] for part in parts for key in ("hidden_size", "d_model") if key in part), None)
 
 
 @contextmanager

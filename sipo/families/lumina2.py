@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from sipo.families.gemma import GemmaFamily
-from sipo.families.network import Condition
 
 
 class Lumina2(GemmaFamily):
@@ -20,6 +19,7 @@ class Lumina2(GemmaFamily):
     name = "lumina2"
     pipeline_class = "Lumina2Pipeline"
     network_class = "Lumina2Transformer2DModel"
+    text_width_key = "cap_feat_dim"
     negated = True
     guidance = 4.0
     side_multiple = 16
@@ -32,15 +32,3 @@ class Lumina2(GemmaFamily):
     def network_time(self, timesteps: Tensor) -> Tensor:
         """See :meth:`Family.network_time`: the share of data, 1 − σ."""
         return 1 - timesteps / 1000
-
-    def network_inputs(
-        self, config: Any, noisy: Tensor, time: Tensor, condition: Condition, guidance: float
-    ) -> dict[str, Any]:
-        """See :meth:`Family.network_inputs`."""
-        text, mask = self._padded_text(condition)
-        return {
-            "hidden_states": noisy,
-            "timestep": time,
-            "encoder_hidden_states": text,
-            "encoder_attention_mask": mask,
-        }

@@ -23,7 +23,8 @@ class QwenImage(Family):
     network_class = "QwenImageTransformer2DModel"
     network = "transformer"
     token_side = 2
-    time_in_network_dtype = True
+    takes_sigma = True
+    shift_pixels = 16
     vae_frames = True
     negative_prompt = " "
     guidance = 4.0
@@ -62,10 +63,6 @@ class QwenImage(Family):
         texts = [pipeline.prompt_template_encode.format(prompt) for prompt in prompts]
         cut = pipeline.prompt_template_encode_start_idx
         return [len(ids) - cut for ids in pipeline.tokenizer(texts).input_ids], self.text_options["max_sequence_length"]
-
-    def network_time(self, timesteps: Tensor) -> Tensor:
-        """See :meth:`Family.network_time`: the network is told σ."""
-        return timesteps / 1000
 
     def network_inputs(
         self, config: Any, noisy: Tensor, time: Tensor, condition: Condition, guidance: float

@@ -18,6 +18,7 @@ class Sana(GemmaFamily):
     name = "sana"
     pipeline_class = "SanaPipeline"
     network_class = "SanaTransformer2DModel"
+    text_width_key = "caption_channels"
     latent_pixels = 32
     guidance = 4.5
     side_multiple = 32
@@ -33,18 +34,6 @@ class Sana(GemmaFamily):
         before = len(pipeline.tokenizer.encode("\n".join(lines)))
         lengths, _ = super()._prompt_lengths(pipeline, ["\n".join(lines) + prompt for prompt in prompts])
         return [length - before for length in lengths], self.text_options["max_sequence_length"] - 2
-
-    def network_inputs(
-        self, config: Any, noisy: Tensor, time: Tensor, condition: Condition, guidance: float
-    ) -> dict[str, Any]:
-        """See :meth:`Family.network_inputs`."""
-        text, mask = self._padded_text(condition)
-        return {
-            "hidden_states": noisy,
-            "timestep": time * config.timestep_scale,
-            "encoder_hidden_states": text,
-            "encoder_attention_mask": mask,
-        }
 
     def _sampler_arguments(self, condition: Condition, guidance: float, image: Tensor | None) -> dict[str, Any]:
         arguments = super()._sampler_arguments(condition, guidance, image)

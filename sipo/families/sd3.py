@@ -22,11 +22,8 @@ class StableDiffusion3(Family):
     guidance = 4.5
     side_multiple = 16
     schedule_kind = "flow"
+    shift_pixels = 16
     text_options: ClassVar[Mapping[str, Any]] = {"prompt_2": None, "prompt_3": None, "max_sequence_length": 256}
-
-    def image_seq_len(self, height: int, width: int) -> int:
-        """See :meth:`Family.image_seq_len`: a token has 16 by 16 pixels."""
-        return (height // 16) * (width // 16)
 
     def _check_index(self, path: str | Path, index: Mapping[str, Any]) -> None:
         super()._check_index(path, index)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +21,7 @@ class StableDiffusion(Family):
     pipeline_class = "StableDiffusionPipeline"
     network_class = "UNet2DConditionModel"
     network = "unet"
+    text_width_key = "cross_attention_dim"
     guidance = 7.5
     side_multiple = 8
     text_options: ClassVar[Mapping[str, Any]] = {"num_images_per_prompt": 1}
@@ -43,10 +44,14 @@ class StableDiffusionXL(Family):
     pipeline_class = "StableDiffusionXLPipeline"
     network_class = "UNet2DConditionModel"
     network = "unet"
+    text_width_key = "cross_attention_dim"
     guidance = 5.0
     side_multiple = 8
     float32_conditions = (TIME_IDS,)  # bfloat16 cannot hold 1023
     _pipeline_options: ClassVar[Mapping[str, Any]] = {"add_watermarker": False}
+
+    def _text_width(self, widths: Sequence[Any]) -> Any:
+        return sum(widths)  # side by side
 
     def encode_unconditional(self, pipeline: Any) -> Condition:
         """See :meth:`Family.encode_unconditional`: zeros if the pipeline is set so, as the published one is."""

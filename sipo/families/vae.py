@@ -85,13 +85,18 @@ class PipelineVae:
         return SimpleNamespace(latents=latents)
 
 
+def latent_channels(config: Mapping[str, Any]) -> Any:
+    """Returns the number of channels of a VAE's latents; ``None`` if its configuration does not say."""
+    return config.get("latent_channels") or config.get("z_dim")
+
+
 def check_latent_affine(file: Path, config: Mapping[str, Any]) -> None:
     """Refuses values in a VAE's ``config.json`` that :func:`latent_affine` cannot use.
 
     Raises:
         FileError: names the file, the key and the value.
     """
-    channels = config.get("latent_channels") or config.get("z_dim")
+    channels = latent_channels(config)
     for name in ("latents_mean", "latents_std"):
         values = config.get(name)
         if values is None:

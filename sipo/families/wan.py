@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from sipo.families.base import Family
+from sipo.families.experts import ExpertNetworks
 from sipo.families.network import PROMPT, Condition, pick
 from sipo.files import short
 
@@ -20,6 +21,7 @@ class Wan(Family):
     pipeline_class = "WanPipeline"
     network_class = "WanTransformer3DModel"
     network = "transformer"
+    text_width_key = "text_dim"
     video = True
     latent_layout = "CFHW"
     guidance = 5.0
@@ -64,3 +66,8 @@ class Wan22(Wan):
 
     name = "wan2.2"
     experts = ("transformer", "transformer_2")
+
+    def _whole_network(self, path: str | Path, parts: dict[str, nn.Module], **options: Any) -> nn.Module:
+        super()._whole_network(path, parts, **options)
+        _, index = self._open(path, **options)
+        return ExpertNetworks(parts, index["boundary_ratio"])

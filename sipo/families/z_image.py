@@ -22,15 +22,13 @@ class ZImage(Family):
     pipeline_class = "ZImagePipeline"
     network_class = "ZImageTransformer2DModel"
     network = "transformer"
+    text_width_key = "cap_feat_dim"
     negated = True
     guidance = 4.0
     side_multiple = 16
     schedule_kind = "flow"
+    shift_pixels = 16
     text_options: ClassVar[Mapping[str, Any]] = {"max_sequence_length": 512}
-
-    def image_seq_len(self, height: int, width: int) -> int:
-        """See :meth:`Family.image_seq_len`: a token has 16 by 16 pixels."""
-        return (height // 16) * (width // 16)
 
     def _text_tensors(
         self, pipeline: Any, prompts: list[str], images: Sequence[Tensor] | None
