@@ -19,7 +19,7 @@ from benchmarks.previous_level import markdown, rows
 from sipo import NoiseSchedule
 from sipo.batch import level_argument
 from sipo.schedule import empirical_mu, linear_mu
-from sipo.schedule.diffusers_schedulers import check_sampler, with_settings
+from sipo.schedule.diffusers_schedulers import _REFUSED, check_sampler, with_settings
 from sipo.schedule.levels import SettingError
 from tests.schedule_cases import ALL_STEPS, BY_NAME, SD, close, latents, table
 
@@ -232,6 +232,46 @@ def test_every_scheduler_is_read_as_it_adds_noise_or_refused(scheduler_class: An
 
 FLOW_UNIPC: dict[str, Any] = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 FLOWS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
+
+
+OPTIONS: dict[str, str] = {
+    "read by from_scheduler": "num_train_timesteps prediction_type shift flow_shift use_flow_sigmas invert_sigmas "
+    "use_dynamic_shifting base_shift max_shift base_image_seq_len max_image_seq_len time_shift_type shift_terminal",
+    "in alphas_cumprod": "beta_start beta_end beta_schedule trained_betas rescale_betas_zero_snr snr_shift_scale",
+    # Sigmas of Karras and the like only of a flow: for the others, math.md §3 has how far off the previous level is.
+    "refused": "use_karras_sigmas use_exponential_sigmas use_beta_sigmas use_lu_lambdas scale_factors timestep_type",
+    "which levels the sampler visits": "timestep_spacing steps_offset set_alpha_to_one final_sigmas_type sigma_min "
+    "sigma_max interpolation_type lambda_min_clipped original_inference_steps",
+    "how the sampler steps from one to the next": "clip_sample clip_sample_range thresholding sample_max_value "
+    "dynamic_thresholding_ratio solver_order solver_type solver_p algorithm_type lower_order_final euler_at_final "
+    "predict_x0 disable_corrector predictor_order corrector_order skip_prk_steps timestep_scaling upscale_mode",
+    "noise that the sampler adds": "stochastic_sampling variance_type eta tau_func",  # learned: refused by channels
+}
+
+
+@pytest.mark.parametrize("scheduler_class", scheduler_classes(), ids=lambda each: each.__name__)
+def test_every_option_of_a_scheduler_is_read_refused_or_of_no_concern(scheduler_class: Any) -> None:
+    """Levels and targets depend on no option of the sampler alone; a new one of a later diffusers is to be decided."""
+    name, options = scheduler_class.__name__, inspect.signature(scheduler_class).parameters.keys() - {"kwargs"}
+    if name in _REFUSED or hasattr(scheduler_class, "_backends"):
+        return
+    kinds = {option: kind for kind, listed in OPTIONS.items() for option in listed.split()}
+    new = options - kinds.keys()
+    assert not new, f"{name} has {new}: decide whether NoiseSchedule reads or refuses it, and add it to OPTIONS"
+    flow: dict[str, Any] = FLOW_UNIPC if "use_flow_sigmas" in options else {}
+    refused = {option for option in options if kinds[option] == "refused"}
+    for option in refused if flow or name in FLOWS else refused & {"timestep_type"}:
+        value: Any = {"scale_factors": [0.5], "timestep_type": "continuous"}.get(option, True)
+        with pytest.raises(ValueError, match=f"^{name} has {option}="):
+            NoiseSchedule.from_scheduler(scheduler_class(**flow, **{option: value}))
+
+
+def test_the_noise_of_a_stochastic_sampler_changes_no_level() -> None:
+    plain, noisy = (
+        NoiseSchedule.from_scheduler(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, stochastic_sampling=each))
+        for each in (False, True)
+    )
+    assert noisy.settings() == plain.settings()
 
 
 def test_shift_of_a_scheduler() -> None:

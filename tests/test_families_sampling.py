@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import pytest
@@ -75,6 +76,24 @@ def test_samples_with_encoders_of_another_type(toy: str) -> None:
     exact = family.sample(encoders_of(toy), network, PROMPTS[:1], seed=5, steps=2, **sample_of(family, 1))
     assert found.dtype == torch.uint8 and found.shape == exact.shape
     assert (found.float() - exact.float()).abs().mean() < 0.25 * exact.float().std()
+
+
+def test_a_sampler_that_draws_noise_has_the_samples_seed() -> None:
+    """The pipeline passes the scheduler no generator."""
+    family, network = load_toy("flux-schnell")
+    pipeline = family.load_encoders(folder_of("flux-schnell"))
+    plain = pipeline.scheduler
+    pipeline.scheduler = type(plain).from_config(plain.config, stochastic_sampling=True)
+
+    def sample(pipeline: Any, seed: int) -> torch.Tensor:
+        return family.sample(pipeline, network, PROMPTS[:1], seed=seed, steps=2, **sample_of(family, 1))
+
+    state = torch.get_rng_state()
+    first = sample(pipeline, 5)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(1)
+    assert torch.equal(first, sample(pipeline, 5)) and not torch.equal(first, sample(pipeline, 6))
+    assert not torch.equal(first, sample(encoders_of("flux-schnell"), 5))
 
 
 @each_toy

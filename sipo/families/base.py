@@ -131,7 +131,7 @@ class Family(PipelineEncoder):
         """Samples from the pipeline with ``network``, for validation.
 
         Prompts are sampled one by one, so that memory does not depend on their number. Torch's global generators are
-        not used, and the network keeps its mode.
+        as before afterwards, and the network keeps its mode.
 
         Args:
             pipeline: from :meth:`load_encoders`; its dtype and device may differ from the network's. Its text encoders
@@ -164,7 +164,9 @@ class Family(PipelineEncoder):
                     name: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
                     for name, tensor in condition.items()
                 }
-                with autocast(), contextlib.ExitStack() as stack:
+                forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
+                with forked, autocast(), contextlib.ExitStack() as stack:
+                    torch.manual_seed(seed + i)  # some schedulers draw noise, and few pipelines pass them a generator
                     for part in self.networks_in(network).values():
                         stack.enter_context(predicting_in(part, dtype))
                     output = sampler(

@@ -12,8 +12,11 @@ from torch import Tensor
 from sipo.schedule.levels import PREDICTIONS, SettingError, check_count, check_positive
 
 _FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
-# Options of a flow scheduler with which its grid of σ is not that of docs/math.md §3.
-_UNMODELLED_FLOW_OPTIONS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+# Options of a flow scheduler with which its grid of σ is not that of docs/math.md §3, or its samples change their size.
+_UNMODELLED_FLOW_OPTIONS = (
+    *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"),
+    "scale_factors",
+)
 
 _EXPLODING = "its samples are x0 + sigma * noise, scaled by its own rule (variance exploding)"
 _CONTINUOUS = "its time is continuous, without a table of levels"
