@@ -150,3 +150,19 @@ def test_what_is_measured_before_training_weighs_levels_as_all_sizes_draw_them()
     found, small, large = (drawn(schedule) for schedule in (BY_SIZE, SMALL, LARGE))
     torch.testing.assert_close(found, (2 * small + large) / 3, rtol=0, atol=0.005)  # of 65,536 draws
     assert (small - large).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("sampling", ["all", "informative"])
+def test_levels_are_drawn_once_for_a_step_or_a_run_of_validations_and_a_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampling: str
+) -> None:
+    drawn: list[int] = []
+    draw = NoiseSchedule.sample_levels
+    monkeypatch.setattr(
+        NoiseSchedule, "sample_levels", lambda self, n, *args, **kw: drawn.append(n) or draw(self, n, *args, **kw)
+    )
+    options = {"timestep_sampling": sampling, "validation": Shapes(), "validation_steps": 1, "max_train_steps": 4}
+    *_, recorded = run(tmp_path, BY_SIZE, **options)
+    sides = [side for side, _ in recorded.calls[::2]]  # of each pass: the policy's call and the reference's
+    training = [sides[step * (3 + 12) : step * (3 + 12) + 3] for step in range(4)]
+    assert drawn.count(24) == 2 and drawn.count(6) == sum(len(set(step)) for step in training) > 4

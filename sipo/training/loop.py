@@ -187,6 +187,7 @@ class TrainingLoop:
         self.measured = Measurements(forward.loss_fn, config, self.device)
         self.watch = AlarmWatch()
         self.alarms: list[str] = []  # that the run stops for
+        self.levels: dict[tuple[int, ...], Tensor] = {}  # of this step's pairs, as if they had one size, by that size
         self.backwards = 0  # in this step
         self.saved: Path | None = None
         self.start: dict[str, float] = {}  # for the first log line
@@ -244,6 +245,7 @@ class TrainingLoop:
         """Takes one optimiser step of several passes; returns its learning rate."""
         config = self.config
         rate = self.updates.set_rate(step)
+        self.levels.clear()
         self.forward.first = FirstStep(self.accelerator) if step == 0 else None
         for number in range(config.gradient_accumulation_steps):
             if number == config.gradient_accumulation_steps - 1:
@@ -261,13 +263,15 @@ class TrainingLoop:
     def _levels(self, step: int, number: int, batch: PairBatch) -> Tensor:
         """This process's noise levels in a pass of an optimiser step, whose draws are the same whatever the size."""
         config, world = self.config, self.accelerator.num_processes
-        schedule = schedule_for(self.forward.schedule, batch.chosen)
-        n = config.train_batch_size * config.gradient_accumulation_steps * world
-        if self.measured.informative is not None:
-            levels = self.measured.informative.sample(schedule, n, step)
-        else:
-            levels = step_levels(schedule, n, step, config.seed, config.timestep_distribution)
-        return levels.split(config.train_batch_size)[number * world + self.accelerator.process_index]
+        size = batch.chosen.shape[-2:]
+        if size not in self.levels:
+            schedule = schedule_for(self.forward.schedule, batch.chosen)
+            n = config.train_batch_size * config.gradient_accumulation_steps * world
+            if self.measured.informative is not None:
+                self.levels[size] = self.measured.informative.sample(schedule, n, step)
+            else:
+                self.levels[size] = step_levels(schedule, n, step, config.seed, config.timestep_distribution)
+        return self.levels[size].split(config.train_batch_size)[number * world + self.accelerator.process_index]
 
     def _pass(self, batch: PairBatch, positions: range, levels: Tensor) -> None:
         """Runs forward and backward of ``B`` pairs."""

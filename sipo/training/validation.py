@@ -65,6 +65,7 @@ class Validation:
         self.config = config
         self.accelerator = accelerator
         self.batches = [] if dataset is None else batches_in_order(dataset, config.train_batch_size)
+        self.levels: dict[tuple[int, ...], Tensor] = {}  # of all pairs, as if they had one size, by that size
 
     def __call__(self, policy: nn.Module, step: int, plain: nn.Module | None = None) -> dict[str, float]:
         """Returns means by the names of docs/math.md §8, with those that only a validation has; empty without pairs.
@@ -88,10 +89,14 @@ class Validation:
 
     def _levels(self, batch: PairBatch) -> Tensor:
         """Noise levels of all pairs, as if they had the size of the batch's; the draws are the same for every size."""
-        assert self.dataset is not None
-        schedule = schedule_for(self.forward.schedule, batch.chosen)
-        seed = derive_seed(self.config.seed, RandomStream.VALIDATION, 0)
-        return step_levels(schedule, len(self.dataset), 0, seed, self.config.timestep_distribution)
+        size = batch.chosen.shape[-2:]
+        if size not in self.levels:
+            assert self.dataset is not None
+            schedule = schedule_for(self.forward.schedule, batch.chosen)
+            seed = derive_seed(self.config.seed, RandomStream.VALIDATION, 0)
+            distribution = self.config.timestep_distribution
+            self.levels[size] = step_levels(schedule, len(self.dataset), 0, seed, distribution)
+        return self.levels[size]
 
     def _measure(self, network: nn.Module) -> dict[str, float]:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
