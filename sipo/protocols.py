@@ -80,7 +80,7 @@ class PairDataset(Protocol):
     ``"condition": tensor or dictionary of tensors``, one for both samples. Items are stacked as torch's
     ``default_collate`` does. Tensors of a condition whose length differs between items come with a mask, and are padded
     (:func:`sipo.batch.is_ragged`). Latents of half precision are cast to float32 on the device; a condition reaches
-    :class:`Predict` in its own type. Further keys, each optional and the same in every item of a data set:
+    :class:`Predict` in its own type. Further keys, each optional and the same in every item of a group (see below):
 
     - ``"own_condition"``: dictionary of tensors ``[2, ...]``, what differs between the samples, chosen first (SDXL's
       time ids).

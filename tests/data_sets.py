@@ -213,6 +213,12 @@ def faulty_images(folder: Path) -> Builder:
     write_rgba(chosen, noise(1003, 4, 16, 24))
     _, rejected = builder.add("pixels")
     set_density(rejected, 96, 72)
+    write_image(folder / "black.png", torch.zeros(3, 8, 12, dtype=torch.uint8))
+    builder.add("mask", error_mask="black.png")
+    builder.add("mask", error_mask="win/000000.png")  # a photograph
+    write_image(folder / "white.png", torch.full((3, 8, 8), 255, dtype=torch.uint8))
+    builder.add("shape", error_mask="white.png")
+    builder.add("missing", error_mask="none.png")
     builder.add("missing", chosen="long" * 100 + ".png")  # no system has files of such names
     builder.lines.append("")  # a line of its own, and no row
     builder.add()

@@ -125,7 +125,7 @@ def test_a_folder_without_a_finished_cache(tmp_path: Path) -> None:
         open_cache(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "[1]", '{"format": 7}', '{"format": 7, "complete": true, "fingerprint": {}}'])
+@pytest.mark.parametrize("text", ["", "[1]", '{"format": 8}', '{"format": 8, "complete": true, "fingerprint": {}}'])
 def test_an_index_that_is_none(tmp_path: Path, text: str) -> None:
     (tmp_path / INDEX).write_text(text)
     with pytest.raises(DamagedError, match=r"index\.json: .*`sipo precompute` rebuilds it"):
@@ -137,7 +137,7 @@ def test_an_index_of_another_format(tmp_path: Path) -> None:
     index = read_json(tmp_path / INDEX)
     assert index is not None
     write_json(tmp_path / INDEX, index | {"format": 99})
-    with pytest.raises(CacheError, match=r"cache format 99, expected 7: .*use another folder, or delete this one"):
+    with pytest.raises(CacheError, match=r"cache format 99, expected 8: .*use another folder, or delete this one"):
         open_cache(tmp_path)
 
 

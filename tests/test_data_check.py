@@ -18,7 +18,7 @@ from PIL import Image
 from sipo import cli
 from sipo.data import check
 from sipo.data.check import NOTED, SKIPPED, check_pairs, run_check
-from sipo.data.load import BadPairError, load_condition_image, load_pair
+from sipo.data.load import BadPairError, load_condition_image, load_error_mask, load_pair
 from sipo.data.media import Media, write_image, write_video
 from sipo.data.readers import open_pairs
 from sipo.data.records import PairRecord
@@ -65,7 +65,7 @@ def videodpo(folder: Path) -> tuple[Path, Planted, int]:
 def problem(record: PairRecord, **options: Any) -> str:
     """Why training would skip a pair; empty if it would not."""
     try:
-        load_pair(record, **options)
+        load_error_mask(record, load_pair(record, **options)[0])
     except BadPairError as error:
         return str(error)
     return ""
@@ -91,7 +91,12 @@ def test_the_planted_sets_have_every_kind(tmp_path: Path) -> None:
     kinds = set()
     for make in (images, clips, pickapic, videodpo):
         kinds |= set(make(tmp_path / make.__name__)[1].values())
-    assert kinds == (SKIPPED.keys() | NOTED.keys()) - {"rate", "enlarged", "large"}  # which depend on what is asked for
+    assert kinds == (SKIPPED.keys() | NOTED.keys()) - {
+        "rate",
+        "enlarged",
+        "large",
+        "cut",
+    }  # which depend on what is asked for
 
 
 def test_clean_sets_have_no_findings(tmp_path: Path) -> None:
@@ -324,6 +329,10 @@ def test_condition_images_are_checked_and_are_part_of_the_prompt(tmp_path: Path)
     reader = open_pairs(builder.save())
     for frames in (1, None):
         findings = check_pairs(reader, frames=frames).findings
+        assert [(f.row, f.text) for f in findings if f.kind == "cut"] == [
+            (row, "condition_image is 9x31 and chosen 16x24") for row in (0, 4, 5, 6)
+        ]
+        findings = [finding for finding in findings if finding.kind != "cut"]
         assert [(f.row, f.kind) for f in findings] == [
             (1, "missing"),
             (2, "undecodable"),

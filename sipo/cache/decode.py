@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sipo.cache.source import FileRecord, record_file, side_name
 from sipo.data.config import DataConfig
-from sipo.data.load import BadPairError, load_condition_image, load_pair
+from sipo.data.load import BadPairError, is_cut, load_condition_image, load_error_mask, load_pair
 from sipo.data.media import nearest_size, resize_and_crop
 from sipo.data.records import PairRecord
 from sipo.families.base import Condition, Family
@@ -30,11 +30,15 @@ class PairPixels(NamedTuple):
         pixels: uint8, chosen first, of one shape.
         own: what each is told beside its prompt, ``[2, ...]`` by name.
         condition_image: uint8 ``[3, H, W]`` of the samples' size; ``None`` where there is none.
+        is_cut: whether the condition image lost much of its area to get the samples' shape.
+        error_mask: uint8 ``[H, W]`` of the samples' size; ``None`` where there is none.
     """
 
     pixels: list[Tensor]
     own: Condition
     condition_image: Tensor | None
+    is_cut: bool
+    error_mask: Tensor | None
 
 
 class DecodedPair(NamedTuple):
@@ -72,22 +76,23 @@ class PairDecoder:
             what = {"frames": settings.frames, "fps": settings.fps, "max_pixels": settings.max_pixels}
             media = load_pair(record, **what, transform=fitter)  # type: ignore[arg-type]
             image = load_condition_image(record, max_pixels=settings.max_pixels, transform=fitter)
+            mask = load_error_mask(record, media[0], max_pixels=settings.max_pixels, transform=fitter)
         except BadPairError as error:
             return error
-        if image is None and self.family.condition_image == "required":
-            return BadPairError("condition", f"no condition_image, family {self.family.name!r} needs one")
         own = [self.family.own_condition(sample.size, fitter.crops[sample.size], fitter.size) for sample in media]
         stacked = {name: torch.stack([own[0][name], own[1][name]]) for name in own[0]}
         pixels = [sample.pixels for sample in media]
         if self.family.video and settings.frames == 1:  # an image is a clip of one frame
             pixels = [sample[None] for sample in pixels]
-        return PairPixels(pixels, stacked, None if image is None else image.pixels)
+        if image is None:
+            return PairPixels(pixels, stacked, None, False, mask)
+        return PairPixels(pixels, stacked, image.pixels, is_cut(image, media[0]), mask)
 
 
 class _PairFitter:
     """Scales and crops both samples of a pair, frame by frame, to the size nearest in shape to the first sample.
 
-    The condition image comes last and gets the same size.
+    Condition image and error mask come last and get the same size.
 
     Attributes:
         size: (height, width) that they are scaled and cropped to.
@@ -117,7 +122,7 @@ class _PairFitter:
 def queue_length(family: Family, settings: DataConfig, workers: int) -> int:
     """Limits the pairs that are decoded ahead: they and the one being encoded fit into ``queue_mb``, but for one."""
     images = 2 * settings.frames + (family.condition_image != "none")
-    pair = images * 3 * max(height * width for height, width in settings.sizes)
+    pair = (3 * images + 1) * max(height * width for height, width in settings.sizes)  # 1: an error mask
     return max(1, min(2 * workers, settings.queue_mb * 10**6 // pair - 1))
 
 

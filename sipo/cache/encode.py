@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sipo.batch import is_ragged
 from sipo.cache.decode import DecodedPair, PairDecoder, ahead, queue_length
 from sipo.cache.existing import ExistingCache, bad_pair
 from sipo.cache.format import LATENTS, TEXT, UNCONDITIONAL, CacheError, shard_name, trim
-from sipo.cache.index import FILES_FACT, IMAGE_LENGTH, ROWS_FACT
+from sipo.cache.index import FILES_FACT, IMAGE_LENGTH, MASK_FACT, ROWS_FACT
 from sipo.cache.savings import Cost
-from sipo.cache.source import EncodedPair, ShardSource, Tally, pair_key, shard_sources
+from sipo.cache.source import EncodedPair, ShardSource, Tally, pair_key, shard_sources, side_name
 from sipo.data.config import DataConfig
 from sipo.data.load import BadPairError
 from sipo.data.records import PairReader, PairRecord, row_name
@@ -41,6 +42,7 @@ class PairEncoder:
         written: shards of latents that were encoded.
         kept: shards of latents that still agree with the source.
         texts: shards of text that were encoded.
+        cut: files of condition images that lost much of their area to get their samples' shape, by row.
 
     Args:
         family: encodes.
@@ -70,6 +72,7 @@ class PairEncoder:
         self.written = 0
         self.kept = 0
         self.texts = 0
+        self.cut: dict[int, str] = {}
         self._pipeline: Any = None
 
     def pipeline(self) -> Any:
@@ -211,9 +214,17 @@ class PairEncoder:
         if image is not None:
             (tensors,) = self.family.encode_condition_image(self.pipeline(), image[None])
             encoded = {name: self._cast(tensor) for name, tensor in tensors.items()}
+            if prepared.is_cut:
+                assert record.condition_image is not None
+                self.cut[record.row] = side_name(record.condition_image, "")
             if self.family.text_sees_image:
                 source.images[key] = image
-        source.pairs.append(EncodedPair(record.row, key, torch.cat(latents), prepared.own, encoded))
+        stacked, mask = torch.cat(latents), prepared.error_mask
+        if mask is not None:
+            means = F.adaptive_avg_pool2d(mask[None].to(torch.float32) / 255, stacked.shape[-2:])
+            # Channels and a clip's frames share it: each of them has a dimension of 1.
+            mask = self._cast(means.view(*[1] * (stacked.ndim - 3), *stacked.shape[-2:]))
+        source.pairs.append(EncodedPair(record.row, key, stacked, prepared.own, encoded, mask))
 
     def _skip(self, source: ShardSource, row: int, kind: str, reason: str) -> None:
         if not self.settings.skip_bad:
@@ -243,7 +254,8 @@ class PairEncoder:
         tensors: dict[str, Tensor] = {}
         pairs: list[tuple[int, str, list[int]]] = []
         images: dict[str, Any] = {"names": [], "rows": []}
-        for row, key, latents, own, image in source.pairs:
+        masked: list[int] = []
+        for row, key, latents, own, image, mask in source.pairs:
             if not all(tensor.isfinite().all() for tensor in (latents, *image.values())):
                 if self.settings.vae_dtype == "float16":  # the setting's fault, not the pair's
                     raise ValueError(
@@ -259,17 +271,20 @@ class PairEncoder:
             if image:
                 images["names"] = sorted(image)
                 images["rows"].append(row)
+            if mask is not None:
+                tensors[f"{row}.{MASK_FACT}"] = mask
+                masked.append(row)
         facts: dict[str, Any] = {
             "source": self.existing.source,
             "seen": source.seen,
             ROWS_FACT: source.rows,
             FILES_FACT: source.files,
             "own": sorted(source.pairs[0].own) if source.pairs else [],
+            "image": images,
+            MASK_FACT: masked,
             "pairs": pairs,
             "skipped": sorted(source.skipped),
         }
-        if images["rows"]:
-            facts["image"] = images
         if any(kind == "large" for _, kind, _ in source.skipped):
             facts["max_pixels"] = self.settings.max_pixels
         self.existing.begin_change()

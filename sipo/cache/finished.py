@@ -22,7 +22,7 @@ from sipo.cache.format import (
     ShardReader,
     digest,
 )
-from sipo.cache.index import IMAGE_LENGTH, PairsIndex, read_pairs_index
+from sipo.cache.index import IMAGE_LENGTH, MASK_FACT, PairsIndex, read_pairs_index
 from sipo.families.network import Condition
 
 
@@ -36,7 +36,7 @@ class Cache:
         skipped: by reason, how many pairs were left out because they could not be used.
         rows: ``[N]`` int64, each pair's row in the source.
         group_of: ``[N]`` int64, equal for pairs that may share a batch: their latents have one shape, and all of them
-            or none have a condition image.
+            or none have a condition image, and likewise an error mask.
         text_sees_image: whether text embeddings depend on condition images.
         prompt_keys: one for each distinct prompt (:func:`sipo.cache.source.pair_key`).
         prompt_of: ``[N]`` int64, each pair's place in ``prompt_keys``.
@@ -51,10 +51,9 @@ class Cache:
         self.skipped = index.skipped
         latents, text = index.latents, index.text
         # All of this is copied into every worker process: pairs in tensors, and no facts that nobody asks for again.
-        images = [shard.facts.get("image", {"names": [], "rows": []}) for shard in latents]
         self.latents = [
-            replace(shard, facts={"own": shard.facts["own"], "image": image["names"]})
-            for shard, image in zip(latents, images, strict=True)
+            replace(shard, facts={"own": shard.facts["own"], "image": shard.facts["image"]["names"]})
+            for shard in latents
         ]
         self._reader = ShardReader(folder, [*self.latents, *(replace(shard, facts={}) for shard in text)])
         self._text_shapes = index.text_shapes
@@ -66,12 +65,13 @@ class Cache:
         numbers: dict[tuple[Any, ...], int] = {}
         table = []
         for n, shard in enumerate(latents):
-            with_image = set(images[n]["rows"])
+            with_image, masked = set(shard.facts["image"]["rows"]), set(shard.facts[MASK_FACT])
             for row, key, shape in shard.facts["pairs"]:
-                group = (row in with_image, *shape)
-                table.append((row, n, place_of_text[key], numbers.setdefault(group, len(numbers)), row in with_image))
-        columns = torch.tensor(table).reshape(-1, 5).unbind(1)
-        self.rows, self.shard_of, self.prompt_of, self.group_of, self._with_image = (c.clone() for c in columns)
+                has = (row in with_image, row in masked)
+                group = numbers.setdefault((*has, *shape), len(numbers))
+                table.append((row, n, place_of_text[key], group, *has))
+        columns = [column.clone() for column in torch.tensor(table).reshape(-1, 6).unbind(1)]
+        self.rows, self.shard_of, self.prompt_of, self.group_of, self._with_image, self._masked = columns
         self._starts = [0, *accumulate(len(shard.facts["pairs"]) for shard in latents)]
 
     def __len__(self) -> int:
@@ -90,6 +90,12 @@ class Cache:
             return {}
         shard, row = self.latents[int(self.shard_of[index])], int(self.rows[index])
         return {name: self._reader.tensor(shard.name, f"{row}.image.{name}") for name in shard.facts["image"]}
+
+    def error_mask(self, index: int) -> Tensor | None:
+        """Reads a pair's error mask, with the dimensions of its latents and 1 in place of all but height and width."""
+        if not self._masked[index]:
+            return None
+        return self._reader.tensor(self.latents[int(self.shard_of[index])].name, f"{self.rows[index]}.{MASK_FACT}")
 
     def text(self, index: int) -> Condition:
         """Reads a pair's text embeddings, in their full length; ragged tensors as they are stored."""

@@ -2,8 +2,8 @@
 
 A cache is a folder. A shard is a safetensors file with a JSON file of the same name beside it:
 
-    latents-00000.safetensors   <row>.chosen, <row>.rejected, <row>.own.<name> (both samples') and <row>.image.<name>
-                                (of the condition image) of some of the pairs
+    latents-00000.safetensors   <row>.chosen, <row>.rejected, <row>.own.<name> (both samples'), <row>.image.<name> (of
+                                the condition image) and <row>.error_mask of some of the pairs
     text-00000.safetensors      <key>.<name> for the prompts that no earlier shard has, or for these pairs where text
                                 depends on the condition image; trailing rows of zeros left out;
                                 of ragged tensors (batch.py) every row is kept
@@ -39,7 +39,7 @@ from torch import Tensor
 from sipo.files import FileError, file_hash, parse_json, read_text, save_tensors, write_aside
 
 # Changes whenever the layout of the files changes, or how pixels and text are encoded.
-FORMAT = 7
+FORMAT = 8
 INDEX = "index.json"
 FILES = "files.json"
 LATENTS, TEXT, UNCONDITIONAL = "latents", "text", "unconditional"

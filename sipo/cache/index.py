@@ -35,6 +35,9 @@ MAX_PAIRS = "data.max_pairs"
 ROWS_FACT, FILES_FACT = "rows", "files"
 """Facts of a shard of latents that its own JSON file has, and the index leaves out."""
 
+MASK_FACT = "error_mask"
+"""Fact of a shard of latents: rows whose pairs have an error mask; also its tensors' name."""
+
 IMAGE_LENGTH = "image_length"
 """Fact of the unconditional shard where text depends on the condition image: tokens of text without a prompt."""
 

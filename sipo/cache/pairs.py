@@ -23,8 +23,9 @@ from sipo.seeds import RandomStream, derive_seed
 
 
 class CachedPairs:
-    """The pairs of a cache, or some of them: ``chosen``, ``rejected``, ``condition`` and, if any, ``own_condition``.
+    """The pairs of a cache, or some of them: ``chosen``, ``rejected`` and ``condition``.
 
+    Where there are any, items also have ``own_condition`` and ``error_mask`` (:class:`sipo.protocols.PairDataset`).
     Tensors have the type that they are stored in, so that data loader workers pass on no more bytes than the cache has;
     the training loop casts latents to float32 on the device.
 
@@ -83,6 +84,9 @@ class CachedPairs:
         item: dict[str, Any] = {"chosen": chosen, "rejected": rejected, "condition": condition}
         if own:
             item["own_condition"] = own
+        mask = self.cache.error_mask(place)
+        if mask is not None:
+            item["error_mask"] = mask
         return item
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
 import time
 from collections.abc import Callable
@@ -12,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from sipo.cache.encode import PairEncoder
-from sipo.cache.existing import ExistingCache, read_files
+from sipo.cache.existing import ExistingCache, bad_pair, read_files
+from sipo.cache.format import CacheError
 from sipo.cache.index import PairsIndex, read_pairs_index, write_pairs_index
 from sipo.cache.savings import Cost
 from sipo.cache.source import Tally, shard_sources
 from sipo.data.config import DataConfig
-from sipo.data.records import DataError, PairReader
+from sipo.data.load import CUT_TOLERANCE
+from sipo.data.records import DataError, PairReader, PairRecord, row_name
 from sipo.families.base import Family
 from sipo.files import remove_leftovers
 from sipo.locks import locked
@@ -42,6 +45,8 @@ class CacheSummary:
         texts: shards of text that were encoded.
         absent: shards of latents none of whose images or clips exists any more, so that they could not be compared.
         changes: the first change in each shard that no longer agrees with the source.
+        cut: files of the condition images that were encoded and lost more than :data:`sipo.data.load.CUT_TOLERANCE` of
+            their area to get their samples' shape, by row.
     """
 
     pairs: int
@@ -57,9 +62,10 @@ class CacheSummary:
     texts: int = 0
     absent: int = 0
     changes: list[str] = field(default_factory=list)
+    cut: dict[int, str] = field(default_factory=dict)
 
     def news(self) -> list[str]:
-        """Describes what has changed since the pairs were encoded, and what could not be compared, one line each."""
+        """Describes in one line each what has changed, what could not be compared, and what was cut."""
         lines, shards = [], self.written + self.kept
         if self.changes:
             more = len(self.changes) - 1
@@ -72,6 +78,12 @@ class CacheSummary:
             lines.append(
                 f"{self.absent} of {shards} shards could not be checked: their images or clips are missing; the "
                 "encoded data is used unchanged"
+            )
+        if self.cut:
+            first = min(self.cut)
+            lines.append(
+                f"{len(self.cut)} condition image{'s' * (len(self.cut) > 1)} lost more than {CUT_TOLERANCE:.0%} of the "
+                f"area to get the shape of the samples, first {row_name(first)}: {self.cut[first]}"
             )
         return lines
 
@@ -158,8 +170,7 @@ def precompute_pairs(
     def load() -> None:
         if encoder.existing.finished:
             return
-        if getattr(reader, "root", None) is not None:  # rows of paths alone: those that the family refuses come first
-            next(shard_sources(reader, family, settings, Tally()), None)
+        _check_rows(reader, family, settings)
         encoder.pipeline()
 
     def begin() -> None:
@@ -197,10 +208,27 @@ def precompute_pairs(
     if unchanged:
         return _summary(index, seconds, written=0, kept=len(index.latents))
     counts = (encoder.written, encoder.kept, encoder.texts, encoder.existing.absent)
-    everyone = from_all(accelerator, lambda: (counts, encoder.existing.changes))
-    written, kept, texts, absent = (sum(each) for each in zip(*(counts for counts, _ in everyone), strict=True))
-    changes = [change for _, own in everyone for change in own]
-    return _summary(index, seconds, written=written, kept=kept, texts=texts, absent=absent, changes=changes)
+    everyone = from_all(accelerator, lambda: (counts, encoder.existing.changes, encoder.cut))
+    written, kept, texts, absent = (sum(each) for each in zip(*(counts for counts, _, _ in everyone), strict=True))
+    changes = [change for _, own, _ in everyone for change in own]
+    cut = {row: file for _, _, own in everyone for row, file in own.items()}
+    return _summary(index, seconds, written=written, kept=kept, texts=texts, absent=absent, changes=changes, cut=cut)
+
+
+def _check_rows(reader: PairReader, family: Family, settings: DataConfig) -> None:
+    """Refuses rows that cannot be used, as far as that is quickly known, before encoders are loaded."""
+    whole = getattr(reader, "root", None) is not None  # rows of paths alone are read at once
+    if not whole and family.condition_image != "required":
+        return
+    rows = reader if whole else itertools.islice(reader, 1)  # the first shows whether there are condition images
+    tally, faulty = Tally(), list[PairRecord]()
+    for source in shard_sources(rows, family, settings, tally):
+        faulty += [record for record in source.records if record.problem]
+        if faulty and not settings.skip_bad:
+            raise bad_pair(faulty[0].row, faulty[0].problem_kind, faulty[0].problem)
+    if whole and faulty and len(faulty) == tally.records - tally.ties:
+        why = f"{row_name(faulty[0].row)}: {faulty[0].problem}"
+        raise CacheError(f"{settings.dataset_name}: none of {tally.records} rows is a pair that can be used ({why})")
 
 
 def _state(reader: PairReader, required: bool) -> Any:

@@ -12,7 +12,7 @@ import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,9 +27,9 @@ from sipo.families.network import Condition
 from sipo.files import file_hash
 
 RowFacts = list[Any]
-"""``[row, chosen, rejected, problem, whether it has a caption]``, and the condition image where there is one.
+"""``[row, problem, whether it has a caption, its images or clips by name]``.
 
-Images and clips are given by their paths, or by ``sha256:...`` of bytes.
+These are given by their paths, or by ``sha256:...`` of bytes.
 """
 
 FileRecord = list[Any]
@@ -38,7 +38,6 @@ FileRecord = list[Any]
 _CHUNK = 32  # files: smaller than a shard, so that all threads get work
 _NO_FILE = [-1, -1, -1, -1]
 _64_BITS = (1 << 64) - 1
-_SOURCES = ("chosen", "rejected", "condition_image")
 _IN_MEMORY = "sha256:"
 
 
@@ -141,23 +140,20 @@ def first_row_change(before: Iterable[RowFacts], after: Iterable[RowFacts]) -> s
             return f"{row_name(old[0])}: no longer a pair"
         if old is None or new[0] < old[0]:
             return f"{row_name(new[0])}: a new pair"
-        for side, was, now in zip_longest(_SOURCES, _names(old), _names(new), fillvalue="none"):
+        for side in old[3] | new[3]:
+            was, now = old[3].get(side, "none"), new[3].get(side, "none")
             if was != now:
                 in_memory = was.startswith(_IN_MEMORY) and now.startswith(_IN_MEMORY)
                 return f"{row_name(new[0])}: {side} " + ("has other content" if in_memory else f"is {now}, was {was}")
-        if old[3] != new[3]:
-            return f"{row_name(new[0])}: {new[3] or 'is valid now'}"
-        return f"{row_name(new[0])}: {'has a caption now' if new[4] else 'the caption is empty now'}"
+        if old[1] != new[1]:
+            return f"{row_name(new[0])}: {new[1] or 'is valid now'}"
+        return f"{row_name(new[0])}: {'has a caption now' if new[2] else 'the caption is empty now'}"
     return ""
 
 
 def row_of(rows: Iterable[RowFacts], name: str) -> int:
     """Finds the first row that has a file."""
-    return next((int(row[0]) for row in rows if name in _names(row)), -1)
-
-
-def _names(row: RowFacts) -> list[str]:
-    return [*row[1:3], *row[5:]]
+    return next((int(row[0]) for row in rows if name in row[3].values()), -1)
 
 
 @dataclass
@@ -178,6 +174,7 @@ class EncodedPair(NamedTuple):
         latents: ``[2, ...]``, chosen first.
         own: what each sample is told beside its prompt, ``[2, ...]`` by name.
         image: of its condition image, by name; empty where there is none.
+        error_mask: ``[1, h, w]``, or with more dimensions of 1; ``None`` where there is none.
     """
 
     row: int
@@ -185,6 +182,7 @@ class EncodedPair(NamedTuple):
     latents: Tensor
     own: Condition
     image: Condition
+    error_mask: Tensor | None
 
 
 @dataclass
@@ -230,12 +228,9 @@ class ShardSource:
         """
         paths: dict[str, Path] = {}
         for record in self.records:
-            names = []
-            for source in record.sources.values():
-                names.append(side_name(source, self.prefix))
-                if isinstance(source, Path):
-                    paths[names[-1]] = source
-            self.rows.append([record.row, *names[:2], record.problem, bool(record.prompt.strip()), *names[2:]])
+            names = {side: side_name(source, self.prefix) for side, source in record.sources.items()}
+            paths |= {names[side]: source for side, source in record.sources.items() if isinstance(source, Path)}
+            self.rows.append([record.row, record.problem, bool(record.prompt.strip()), names])
         stamps = list(stamps_of(list(paths.values()), executor))
         self.seen = digest([settings, self.rows, self.keys, stamps])
 
@@ -277,6 +272,9 @@ def shard_sources(reader: PairReader, family: Family, settings: DataConfig, tall
         if record.condition_image is not None and family.condition_image == "none":
             where = f"{settings.dataset_name}: {row_name(record.row)}"
             raise DataError(f"{where} has a condition_image, family {family.name!r} takes none")
+        if record.condition_image is None and family.condition_image == "required" and not record.problem:
+            problem = f"no condition_image, family {family.name!r} needs one"
+            record = replace(record, problem=problem, problem_kind="condition")
         tally.records += 1
         if record.tie:
             tally.ties += 1

@@ -19,7 +19,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from sipo.data.load import BadPairError, file_digest, format_size, hashed, load_condition_image, load_pair
+from sipo.data.load import (
+    BadPairError,
+    file_digest,
+    format_size,
+    hashed,
+    is_cut,
+    load_condition_image,
+    load_error_mask,
+    load_pair,
+)
 from sipo.data.media import MAX_PIXELS, Media, check_request, nearest_size
 from sipo.data.readers import Format, open_pairs
 from sipo.data.records import PairReader, PairRecord, row_name
@@ -39,6 +48,7 @@ SKIPPED = {
     "rate": "clips of too few frames per second",
     "shape": "pairs of two shapes or frame rates",
     "identical": "chosen and rejected alike",
+    "mask": "error masks that are all black, or have colours",
 }
 """Kinds of findings that training skips, or stops at, with their names in reports."""
 
@@ -50,6 +60,7 @@ NOTED = {
     "resolution": "pairs of two resolutions",
     "length": "pairs of two lengths",
     "enlarged": "pairs smaller than the size they are trained at",
+    "cut": "condition images of which more than a tenth is cut away",
     "alpha": "pairs with transparent pixels, which are shown on white",
     "pixels": "pairs whose pixels are said not to be square",
     "interlaced": "pairs of interlaced clips",
@@ -130,7 +141,7 @@ def check_pairs(
 
     A duplicate has the prompt and both files' contents of an earlier row; a contradiction has these files swapped. A
     file that an earlier row has under another prompt is listed as well: it was made for at most one of them. Rows with
-    different condition images count as rows with different prompts.
+    different condition images count as rows with different prompts. Rows with different error masks are no duplicates.
 
     In VideoDPO's lists, captions reveal an index shift. Other sources have only file names, and a shift is suspected
     only if these are inconsistent: chosen and rejected have the same number in all but a few rows (a tenth), or in all
@@ -209,7 +220,7 @@ def run_check(
 class _Examined:
     bad: BadPairError | None = None
     notes: tuple[tuple[str, str], ...] = ()
-    digests: tuple[bytes, ...] = ()
+    digests: dict[str, bytes] = field(default_factory=dict)
     size: tuple[int, int] | None = None
 
 
@@ -220,13 +231,14 @@ def _examine(
     sizes: Sequence[tuple[int, int]] | None,
     max_pixels: int,
 ) -> _Examined:
-    """Loads one pair with its condition image, and collects the findings that need no other row."""
+    """Loads one pair with its further images, and collects the findings that need no other row."""
     try:
         # Hashes suffice to compare both samples: no clip need be in memory.
         transform = None if frames is None else hashed
         chosen, rejected = load_pair(record, frames=frames, fps=fps, max_pixels=max_pixels, transform=transform)
         condition = load_condition_image(record, max_pixels=max_pixels)
-        digests = tuple(map(file_digest, record.sources.values()))
+        load_error_mask(record, chosen, max_pixels=max_pixels)
+        digests = {name: file_digest(source) for name, source in record.sources.items()}
     except BadPairError as error:
         return _Examined(error)
     notes = []
@@ -239,7 +251,12 @@ def _examine(
     if size is not None and any(height < size[0] or width < size[1] for height, width in shapes):
         notes.append(("enlarged", f"{format_size(min(shapes))} is enlarged to {format_size(size)}"))
     sides = {"chosen": chosen, "rejected": rejected}
-    notes += _notes_on_files(sides if condition is None else sides | {"condition_image": condition})
+    if condition is not None:
+        sides["condition_image"] = condition
+        if is_cut(condition, chosen):
+            text = f"condition_image is {format_size(condition.size)} and chosen {format_size(shapes[0])}"
+            notes.append(("cut", text))
+    notes += _notes_on_files(sides)
     return _Examined(None, tuple(notes), digests, size)
 
 
@@ -296,11 +313,13 @@ class _Notes:
         self._files: dict[bytes, tuple[int, bytes]] = {}
         self._numbers: dict[tuple[str, int], list[tuple[int, int, int]]] = {}
 
-    def add(self, record: PairRecord, digests: tuple[bytes, ...]) -> Iterator[tuple[str, str]]:
+    def add(self, record: PairRecord, digests: dict[str, bytes]) -> Iterator[tuple[str, str]]:
         """Adds a row; yields what it has in common with earlier rows."""
-        chosen, rejected, *condition = digests
-        prompt = hashlib.blake2b(b"".join([record.prompt.encode(), *condition]), digest_size=16).digest()
-        same, swapped = prompt + chosen + rejected, prompt + rejected + chosen
+        chosen, rejected = digests["chosen"], digests["rejected"]
+        text = record.prompt.encode() + digests.get("condition_image", b"")
+        prompt = hashlib.blake2b(text, digest_size=16).digest()
+        start = prompt + digests.get("error_mask", b"")
+        same, swapped = start + chosen + rejected, start + rejected + chosen
         if same in self._pairs:
             yield "duplicate", f"is {row_name(self._pairs[same])} again"
         elif swapped in self._pairs:

@@ -15,7 +15,14 @@ from torch import Tensor
 
 from sipo.data.media import MAX_PIXELS, MediaError, check_request, read_spaced
 from sipo.data.readers import read_lines, write_jsonl
-from sipo.data.records import DataError, PairRecord, check_data_file, has_unpaired_surrogate, row_name
+from sipo.data.records import (
+    FURTHER_IMAGES,
+    DataError,
+    PairRecord,
+    check_data_file,
+    has_unpaired_surrogate,
+    row_name,
+)
 from sipo.data.scorers import AestheticScorer, ClipScorer, Scorer, ScorerError, load_function
 from sipo.files import check_output, short
 from sipo.progress import track
@@ -66,8 +73,8 @@ def label(
 
     Args:
         source: JSONL with ``prompt`` and ``candidates``, a list of two paths or more, in each line; or with ``prompt``,
-            ``chosen`` and ``rejected``, which are scored again. Paths are relative to the file. ``condition_image`` and
-            further keys are kept.
+            ``chosen`` and ``rejected``, which are scored again. Paths are relative to the file.
+            ``condition_image``, ``error_mask`` and further keys are kept.
         output: the JSONL file to write. The output of an earlier labelling is replaced, any other file is not.
         scorer: see :mod:`sipo.data.scorers`.
         pairs: "best-worst": one pair for each prompt, of the highest and the lowest score. "all": a pair of every two
@@ -169,31 +176,32 @@ class _Row:
     row: int
     prompt: str
     candidates: list[Path]
-    condition_image: Path | None
+    images: dict[str, Path]  # beside the candidates
     extra: dict[str, Any]
     scores: list[float] = field(default_factory=list)
     problem: str = ""
 
 
 def _rows(source: Path, summary: LabelSummary, skip: Callable[[int, str], None]) -> Iterator[_Row]:
-    known = ("prompt", "candidates", "chosen", "rejected", "condition_image", "chosen_score", "rejected_score")
+    known = ("prompt", "candidates", "chosen", "rejected", *FURTHER_IMAGES, "chosen_score", "rejected_score")
     for row, value in read_lines(source):
         summary.rows += 1
         if isinstance(value, str):
             skip(row, value)
             continue
         prompt, names = value.get("prompt"), value.get("candidates", [value.get("chosen"), value.get("rejected")])
-        image = value.get("condition_image")
+        images = {key: value[key] for key in FURTHER_IMAGES if value.get(key) is not None}
+        wrong = [key for key, path in images.items() if not isinstance(path, str) or not path]
         if not isinstance(prompt, str) or not prompt.strip() or has_unpaired_surrogate(prompt):
             skip(row, f"prompt={short(prompt)}: expected text")
         elif not isinstance(names, list) or len(names) < 2 or not all(isinstance(each, str) and each for each in names):
             skip(row, "expected 'candidates', a list of two paths or more, or 'chosen' and 'rejected'")
-        elif image is not None and not (isinstance(image, str) and image):
-            skip(row, f"condition_image={short(image)}: expected a path")
+        elif wrong:
+            skip(row, f"{wrong[0]}={short(images[wrong[0]])}: expected a path")
         else:
             extra = {key: item for key, item in value.items() if key not in known}
             candidates = [source.parent / name for name in names]
-            yield _Row(row, prompt, candidates, None if image is None else source.parent / image, extra)
+            yield _Row(row, prompt, candidates, {key: source.parent / path for key, path in images.items()}, extra)
 
 
 def _score(
@@ -256,5 +264,4 @@ def _pairs(row: _Row, pairs: Choice, min_margin: float, summary: LabelSummary) -
         summary.pairs += 1
         chosen, rejected = row.candidates[best], row.candidates[worst]
         scores = (row.scores[best], row.scores[worst])
-        image, extra = row.condition_image, row.extra
-        yield PairRecord(row.row, row.prompt, chosen, rejected, *scores, condition_image=image, extra=extra)
+        yield PairRecord(row.row, row.prompt, chosen, rejected, *scores, extra=row.extra, **row.images)  # type: ignore[arg-type]

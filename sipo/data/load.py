@@ -16,7 +16,11 @@ from sipo.data.records import PairRecord
 RATIO_TOLERANCE = 0.02
 """Relative difference up to which aspect ratios count as equal: sizes are rounded to multiples that models require."""
 
+CUT_TOLERANCE = 0.1
+"""Share of a condition image's area that may be cut away, so that it has the shape of its samples, unremarked."""
+
 _RATE_TOLERANCE = 0.01
+_GREY_TOLERANCE = 8  # between an error mask's colours: JPEG rounds
 
 
 class BadPairError(ValueError):
@@ -64,14 +68,9 @@ def load_pair(
     if not record.prompt.strip():
         raise BadPairError("caption", "the caption is empty")
     chosen, rejected = _read_samples(record, frames, fps, max_pixels, transform)
-    sizes = [chosen.size, rejected.size]
     if (chosen.fps is None) != (rejected.fps is None):
         raise BadPairError("medium", "one is an image and the other a clip")
-    if abs(math.log(sizes[0][0] * sizes[1][1] / (sizes[0][1] * sizes[1][0]))) > math.log1p(RATIO_TOLERANCE):
-        raise BadPairError(
-            "shape",
-            f"chosen is {format_size(sizes[0])} and rejected {format_size(sizes[1])}, expected one aspect ratio",
-        )
+    _check_shape("rejected", rejected, chosen)
     if fps is None and chosen.fps and rejected.fps and abs(chosen.fps / rejected.fps - 1.0) > _RATE_TOLERANCE:
         raise BadPairError("shape", f"chosen has {chosen.fps:g} frames per second and rejected {rejected.fps:g}")
     alike = chosen.length == rejected.length and torch.equal(chosen.pixels, rejected.pixels)
@@ -106,6 +105,63 @@ def load_condition_image(
         return read_media(record.condition_image, max_pixels=max_pixels, transform=transform)
     except MediaError as error:
         raise BadPairError(error.kind, f"condition_image: {error}") from error
+
+
+def is_cut(condition_image: Media, chosen: Media) -> bool:
+    """Tells whether a condition image loses much of its area where it is given its samples' shape."""
+    return _ratio_difference(condition_image.size, chosen.size) > -math.log1p(-CUT_TOLERANCE)
+
+
+def load_error_mask(
+    record: PairRecord,
+    chosen: Media,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    transform: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor | None:
+    """Decodes the image that says where a pair's errors count; ``None`` if there is none.
+
+    Args:
+        record: from a reader.
+        chosen: the chosen sample, whose shape it must have.
+        max_pixels: of the image.
+        transform: as for :func:`sipo.data.media.read_media`.
+
+    Returns:
+        uint8 ``[H, W]``: 255 where errors count, 0 where they do not.
+
+    Raises:
+        BadPairError: missing or undecodable, a clip, or of too many pixels; another aspect ratio than the sample's; has
+            colours; black throughout.
+    """
+    source = record.error_mask
+    if source is None:
+        return None
+    try:
+        mask = read_media(source, max_pixels=max_pixels, transform=transform)
+        _check_shape("error_mask", mask, chosen)
+        least, most = mask.pixels.aminmax(dim=0)
+        if (most - least).max() > _GREY_TOLERANCE:
+            raise MediaError("mask", source, "has colours, expected white where errors count, else black or grey")
+        if not most.any():
+            cropped = "" if transform is None else " in the crop that is trained on"
+            raise MediaError("mask", source, f"is all black{cropped}, expected white where errors count")
+    except MediaError as error:
+        raise BadPairError(error.kind, f"error_mask: {error}") from error
+    return most
+
+
+def _check_shape(name: str, image: Media, chosen: Media) -> None:
+    if _ratio_difference(image.size, chosen.size) > math.log1p(RATIO_TOLERANCE):
+        raise BadPairError(
+            "shape",
+            f"chosen is {format_size(chosen.size)} and {name} {format_size(image.size)}, expected one aspect ratio",
+        )
+
+
+def _ratio_difference(one: tuple[int, int], other: tuple[int, int]) -> float:
+    """Compares aspect ratios by the logarithm of their quotient."""
+    return abs(math.log(one[0] * other[1] / (one[1] * other[0])))
 
 
 def _read_samples(

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from sipo.data.pickapic import PickapicReader
 from sipo.data.records import (
+    FURTHER_IMAGES,
     DataError,
     PairReader,
     PairRecord,
@@ -34,7 +35,7 @@ Format = Literal["auto", "jsonl", "pickapic", "videodpo"]
 
 _JSONL_SUFFIXES = (".jsonl", ".ndjson")
 _JSONL_NAME = "pairs.jsonl"
-_PAIR_KEYS = ("prompt", "chosen", "rejected", "condition_image", "chosen_score", "rejected_score")
+_PAIR_KEYS = ("prompt", "chosen", "rejected", *FURTHER_IMAGES, "chosen_score", "rejected_score")
 _LONGEST_LINE = 1 << 24  # bytes of a row of JSONL; a longer line means another kind of file
 _DEEPEST = 64  # levels of nesting in a row of JSONL
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -109,7 +110,7 @@ def _jsonl_in(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class JsonlReader:
-    """Reads one JSON object a line: ``prompt``, ``chosen``, ``rejected``; optional are ``condition_image`` and scores.
+    """Reads one JSON object a line: ``prompt``, ``chosen``, ``rejected``, optional :data:`FURTHER_IMAGES` and scores.
 
     Paths are relative to the file's folder. Equal scores are a tie. A record's row is its line number minus one; empty
     lines are skipped. Further keys go to ``extra``.
@@ -134,7 +135,7 @@ class JsonlReader:
         if isinstance(value, str):
             return bad_row(row, value)
         extra = {key: item for key, item in value.items() if key not in _PAIR_KEYS}
-        paths = ["chosen", "rejected"] + ["condition_image"] * (value.get("condition_image") is not None)
+        paths = ["chosen", "rejected", *(key for key in FURTHER_IMAGES if value.get(key) is not None)]
         for key in ("prompt", *paths):
             if not isinstance(value.get(key), str):
                 return bad_row(row, f"{key}={short(value[key])}: expected text" if key in value else f"no key {key!r}")
@@ -150,11 +151,15 @@ class JsonlReader:
         if better is not None and worse is not None and better < worse:
             problem = f"chosen_score={short(better)} is below rejected_score={short(worse)}"
             return bad_row(row, problem, value["prompt"])
-        chosen, rejected, *images = (self.root / value[key] for key in paths)
-        tie = better is not None and better == worse
-        image = images[0] if images else None
+        tie, files = better is not None and better == worse, {key: self.root / value[key] for key in paths}
         return PairRecord(
-            row, value["prompt"], chosen, rejected, better, worse, tie, condition_image=image, extra=extra
+            row,
+            value["prompt"],
+            **files,
+            chosen_score=better,
+            rejected_score=worse,
+            tie=tie,
+            extra=extra,  # type: ignore[arg-type]
         )
 
 

@@ -13,6 +13,9 @@ from typing import Any, Literal, Protocol
 
 from sipo.files import FileError, check_regular
 
+FURTHER_IMAGES = ("condition_image", "error_mask")
+"""Images that a pair may have beside its samples; names of a record's fields and of JSONL's keys."""
+
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -35,8 +38,10 @@ class PairRecord:
         tie: whether neither is preferred. Ties are counted, and skipped as pairs without a preference.
         problem: what is wrong with the row itself, such as a missing label or an index out of range; the other fields
             may then be empty.
-        problem_kind: with ``problem``: "index" if the row refers to the wrong clip or to none, else "row".
+        problem_kind: with ``problem``: "index" if the row refers to the wrong clip or to none, "condition" if the
+            family needs a condition image, else "row".
         condition_image: the image that both samples are edits of, if there is one.
+        error_mask: an image of the samples' shape, if there is one: errors count where it is white (docs/math.md §2).
         extra: all other values of the row, unchanged.
     """
 
@@ -48,15 +53,17 @@ class PairRecord:
     rejected_score: float | None = None
     tie: bool = False
     problem: str = ""
-    problem_kind: Literal["row", "index"] = "row"
+    problem_kind: Literal["row", "index", "condition"] = "row"
     condition_image: Path | bytes | None = None
+    error_mask: Path | bytes | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
     def sources(self) -> dict[str, Path | bytes]:
-        """Both samples and, if there is one, the condition image, by name."""
-        sides: dict[str, Path | bytes] = {"chosen": self.chosen, "rejected": self.rejected}
-        return sides if self.condition_image is None else sides | {"condition_image": self.condition_image}
+        """Both samples and the further images that there are, by name."""
+        further = {name: getattr(self, name) for name in FURTHER_IMAGES}
+        found = {name: image for name, image in further.items() if image is not None}
+        return {"chosen": self.chosen, "rejected": self.rejected, **found}
 
 
 class PairReader(Protocol):
