@@ -29,6 +29,7 @@ SAMPLED: dict[str, dict[str, Any]] = {  # further arguments of a pipeline
     "sana": {"use_resolution_binning": False},
     "flux-kontext": {"max_area": 32 * 48, "_auto_resize": False},
     **{family: {"negative_prompt": " "} for family in ("qwen-image", *QWEN_IMAGE_EDIT)},
+    "qwen-image-2.1": {"negative_prompt": " ", "use_kv_cache": False},
 }
 each_toy = pytest.mark.parametrize("toy", list(TOYS))
 FRAMES = 9
@@ -123,6 +124,8 @@ def pixels_of(family: Family, n: int = 2, seed: int = 0) -> Tensor:
 
 def for_vae(family: Family, pixels: Tensor) -> Tensor:
     """Pixels as the family's VAE takes them."""
+    if family.name == "qwen-image-2.1":  # with opacity
+        pixels = torch.cat([pixels, torch.ones_like(pixels[:, :1])], dim=1)
     return pixels.transpose(1, 2) if family.video else pixels[:, :, None] if family.vae_frames else pixels
 
 
@@ -252,6 +255,8 @@ def sampled(pipeline: Any, family: Family, steps: int = 3, seed: int = 5, **opti
     finally:
         for hook in hooks:
             hook.remove()
+    if family.name == "qwen-image-2.1":  # with opacity: seen over white
+        output = output[:, :3] * output[:, 3:] + 1 - output[:, 3:]
     timesteps = pipeline.scheduler.timesteps
     per_step = len(calls) // len(timesteps)
     return output, [Call(*call, timesteps[i // per_step]) for i, call in enumerate(calls)]

@@ -54,11 +54,12 @@ def test_text_is_what_the_pipeline_gives_its_network(toy: str) -> None:
 def test_text_has_one_shape_and_differs(toy: str) -> None:
     family = family_of(toy)
     long = "word " * 900
-    encoded = family.encode_text(encoders_of(toy), ["", "x", PROMPTS[0], long], images_of(family, 4))
+    encoded = family.encode_text(encoders_of(toy), ["", "xy", PROMPTS[0], long], images_of(family, 4))
     lengths = {"sd15": 77, "sdxl": 77, "sd3": 77 + 256, "flux2": 512, "flux2-klein": 512, "cogvideox": 226, "wan": 512}
     lengths |= {"flux": 512, "flux-kontext": 512, "chroma": 512}
     lengths |= {"z-image": 512, "lumina2": 256, "sana": 300, "wan2.2": 512}
-    lengths |= {"qwen-image": 512, "qwen-image-edit": 3614, "qwen-image-edit-plus": 3622}  # uncut where it edits
+    lengths |= {"qwen-image": 512, "qwen-image-2.1": 4519}
+    lengths |= {"qwen-image-edit": 3614, "qwen-image-edit-plus": 3622}  # uncut, as 2.1's
     length, width = lengths[family.name], encoded[0]["prompt_embeds"].shape[-1]
     ragged = "prompt_embeds_mask" in encoded[0]
     assert sorted({len(condition["prompt_embeds"]) for condition in encoded})[-1] == length

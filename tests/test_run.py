@@ -168,11 +168,12 @@ def test_a_runs_lora_is_exported_from_its_weights_and_its_last_checkpoint(
         "transformer.transformer_blocks.",
     )
     starts |= dict.fromkeys(("flux2", "flux2-klein"), "diffusion_model.double_blocks.")
-    starts |= {"z-image": "transformer.layers.", "lumina2": "diffusion_model.layers.", "sana": "transformer."}
+    starts |= {"z-image": "transformer.layers.", "lumina2": "diffusion_model.layers."}
+    starts |= dict.fromkeys(("qwen-image-2.1", "sana"), "transformer.")
     name, folder = trained
     files = [tmp_path / "weights.safetensors", tmp_path / "checkpoint.safetensors"]
     for file, more in zip(files, ([], ["--checkpoint", "latest"]), strict=True):
-        format = "diffusers" if name == "sana" else "comfyui"  # which has no SANA
+        format = "diffusers" if name in ("qwen-image-2.1", "sana") else "comfyui"
         command = ["export", str(folder / "run"), "--format", format, "--output", str(file), *more]
         if get_family(name).experts:
             assert "its LoRA is a file for each network in" in refused(capsys, *command)

@@ -12,6 +12,7 @@ from sipo.families.flux2 import Flux2, Flux2Klein
 from sipo.families.lumina2 import Lumina2
 from sipo.families.network import Condition
 from sipo.families.qwen_image import QwenImage, QwenImageEdit, QwenImageEditPlus
+from sipo.families.qwen_image_21 import QwenImage21
 from sipo.families.sana import Sana
 from sipo.families.sd3 import StableDiffusion3
 from sipo.families.stable_diffusion import StableDiffusion, StableDiffusionXL
@@ -32,6 +33,7 @@ FAMILIES: dict[str, Family] = {
         Flux2(),
         Flux2Klein(),
         QwenImage(),
+        QwenImage21(),
         QwenImageEdit(),
         QwenImageEditPlus(),
         ZImage(),

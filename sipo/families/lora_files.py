@@ -255,6 +255,7 @@ _KOHYA: dict[str, _Writer] = dict.fromkeys(
     ("sd15", "sdxl", "sd3", *_FLUX, *_FLUX2, "wan", *_QWEN_IMAGE, "z-image", "lumina2"), _kohya
 )
 # ComfyUI reads kohya's names for UNets, and diffusers' names for SD3, FLUX.1, Qwen-Image and Z-Image. It has no SANA.
+# The names that other tools read for Qwen-Image 2.1 have not been checked.
 _COMFYUI: dict[str, _Writer] = {
     "sd15": _kohya,
     "sdxl": _kohya,

@@ -10,7 +10,7 @@ WIDTH = 32
 BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 TRANSFORMER: dict[str, Any] = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16}
 
-_DECODER: dict[str, Any] = {  # a text encoder that was a language model
+DECODER: dict[str, Any] = {  # a text encoder that was a language model
     "hidden_size": WIDTH,
     "intermediate_size": 2 * WIDTH,
     "num_hidden_layers": 2,
@@ -54,7 +54,7 @@ def gemma(tokenizer: Any) -> Any:
 
     config = Gemma2Config(
         vocab_size=len(tokenizer),
-        **_DECODER,
+        **DECODER,
         query_pre_attn_scalar=16,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
@@ -74,6 +74,7 @@ def qwen_tokenizer() -> Any:
         vocab={piece: number for number, piece in enumerate([*letters, "<|endoftext|>", *chat])},
         merges=[],
         extra_special_tokens=chat,
+        image_token="<|image_pad|>",  # for a processor
     )
     tokenizer.chat_template = _CHAT
     return tokenizer
@@ -82,7 +83,7 @@ def qwen_tokenizer() -> Any:
 def qwen3(tokenizer: Any) -> Any:
     from transformers import Qwen3Config, Qwen3Model
 
-    return Qwen3Model(Qwen3Config(vocab_size=len(tokenizer), **_DECODER)).eval()
+    return Qwen3Model(Qwen3Config(vocab_size=len(tokenizer), **DECODER)).eval()
 
 
 def clip_tokenizer() -> Any:

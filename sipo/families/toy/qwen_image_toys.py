@@ -46,9 +46,8 @@ def _tokenizer(pipeline: Any) -> Any:
 
     Each of these words is one token, as in the published vocabulary: the pipeline cuts off so many tokens.
     """
-    plain = qwen_tokenizer()
-    plain.init_kwargs["image_token"] = "<|image_pad|>"  # for the processor
-    return plain.train_new_from_iterator([pipeline.prompt_template_encode], vocab_size=1000, show_progress=False)
+    template = [pipeline.prompt_template_encode]
+    return qwen_tokenizer().train_new_from_iterator(template, vocab_size=1000, show_progress=False)
 
 
 def _parts(tokenizer: Any, **network_options: Any) -> dict[str, Any]:
