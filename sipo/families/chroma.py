@@ -65,10 +65,10 @@ class Chroma(Flux):
 
 
 class _Checkpointing:
-    """Checkpoints the network's blocks.
+    """Checkpoints the network's blocks, all with the mask.
 
-    Up to diffusers 0.42, the network calls its single blocks without the mask when it checkpoints. They get that of the
-    double blocks here, which run before them.
+    Up to diffusers 0.42.1, ``ChromaTransformer2DModel.forward`` leaves the mask out when it checkpoints its single
+    blocks. They get that of the double blocks here, which run before them.
     """
 
     def __init__(self) -> None:

@@ -69,7 +69,7 @@ class ExpertNetworks(nn.Module):
         high = timestep >= self.boundary * 1000
         whole: Tensor | None = None
         for network, mine in zip(self.children(), (high, ~high), strict=True):
-            rows = mine.nonzero()[:, 0]
+            rows = mine.nonzero()[:, 0]  # waits for the device: the host decides which networks run
             if len(rows) == len(timestep):
                 return network(timestep=timestep, **inputs, return_dict=False)
             if len(rows):

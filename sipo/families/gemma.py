@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ class GemmaFamily(Family):
 
     network = "transformer"
     schedule_kind = "flow"
-    text_options: ClassVar[Mapping[str, Any]]
 
     def _instruction(self, pipeline: Any) -> dict[str, Any]:
         """Returns the instruction as an argument of ``encode_prompt``, for pipelines that do not take their own."""

@@ -171,9 +171,9 @@ class PipelineLoader(ABC):
         vae_config = read_object(folder / VAE / CONFIG)
         check_latent_affine(folder / VAE / CONFIG, vae_config)
         if vae_dtype == torch.float16 and not self.video and vae_config.get(_UPCAST, True):
-            does, why = ("overflows", f" ({_UPCAST})") if _UPCAST in vae_config else ("may overflow", "")
-            expected = "expected 'float32' or 'bfloat16'"
-            raise ValueError(f"{path}: its VAE {does} in vae_dtype='float16'{why}, {expected}")
+            known = f"its VAE overflows in vae_dtype='float16' ({_UPCAST})"
+            text = known if _UPCAST in vae_config else "its VAE may overflow in vae_dtype='float16'"
+            raise ValueError(f"{path}: {text}, expected 'float32' or 'bfloat16'")
         with _naming_path(path):
             for name, (library, class_name) in _present(index):
                 if name not in modules and is_module(library, class_name):

@@ -54,7 +54,7 @@ class ZImage(Family):
     ) -> dict[str, Any]:
         """See :meth:`Family.network_inputs`: lists of images ``[C, 1, H, W]`` and of texts ``[L, D]``."""
         text, mask = pick(condition, PROMPT, PROMPT_MASK)
-        lengths = mask.sum(1).tolist()  # on the host, once for all
+        lengths = mask.sum(1).tolist()  # waits for the device, once a call: the network takes lists
         texts = [rows[:length] for rows, length in zip(text, lengths, strict=True)]
         return {"x": list(noisy.unsqueeze(2)), "t": time, "cap_feats": texts}
 
