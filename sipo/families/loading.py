@@ -159,7 +159,7 @@ class PipelineLoader(ABC):
 
         The VAE is in ``vae_dtype``, everything else in ``dtype``: in half precision latents are 1 to 2 % off. Without
         ``text`` there are no text encoders, and the pipeline samples only from encoded prompts. Errors as for
-        :meth:`load_network`, and a ValueError for a VAE that is known to overflow in float16.
+        :meth:`load_network`, and a ValueError for an image VAE that may overflow in float16.
         """
         import diffusers
 
@@ -171,9 +171,9 @@ class PipelineLoader(ABC):
         vae_config = read_object(folder / VAE / CONFIG)
         check_latent_affine(folder / VAE / CONFIG, vae_config)
         if vae_dtype == torch.float16 and not self.video and vae_config.get(_UPCAST, True):
-            known = f"its VAE overflows in vae_dtype='float16' ({_UPCAST})"
-            text = known if _UPCAST in vae_config else "its VAE may overflow in vae_dtype='float16'"
-            raise ValueError(f"{path}: {text}, expected 'float32' or 'bfloat16'")
+            said = f" ({_UPCAST})" if _UPCAST in vae_config else ""
+            expected = "expected 'float32' or 'bfloat16'"
+            raise ValueError(f"{path}: its VAE may overflow in vae_dtype='float16'{said}, {expected}")
         with _naming_path(path):
             for name, (library, class_name) in _present(index):
                 if name not in modules and is_module(library, class_name):
