@@ -189,6 +189,25 @@ def test_condition_images_are_compared_as_the_samples_are(tmp_path: Path, family
         assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_error_masks_are_compared_as_the_samples_are(tmp_path: Path) -> None:
+    path = make_pairs(tmp_path / "data")
+    lines = read(path)
+    write_image(tmp_path / "data/m.bmp", torch.full((3, 32, 32), 255, dtype=torch.uint8))
+    encode(path)
+    for change, shard in (({"error_mask": "m.bmp"}, 1), ({}, 1), ({"error_mask": "m.bmp"}, 1)):
+        before = written_at(tmp_path / "cache")
+        write(path, [*lines[:3], lines[3] | change, *lines[4:]])
+        was, now = ("none", "m.bmp") if change else ("m.bmp", "none")
+        assert encode(path).changes == [f"row 4: error_mask is {now}, was {was}"]
+        assert changed(before, tmp_path / "cache") == [f"latents-0000{shard}"]
+        mask = open_cache(tmp_path / "cache").error_mask(3)
+        assert (mask is None) == (not change) and not encode(path).changes
+    write_image(tmp_path / "data/m.bmp", torch.full((3, 32, 32), 51, dtype=torch.uint8))
+    assert encode(path).changes == ["row 4: m.bmp has other content"]
+    mask = open_cache(tmp_path / "cache").error_mask(3)
+    assert mask is not None and torch.allclose(mask, torch.tensor(0.2))
+
+
 def test_text_whose_images_are_gone_is_not_given_up(tmp_path: Path) -> None:
     """Left out as pairs that cannot be used, all of them would be lost."""
     path = make_pairs(tmp_path / "data")

@@ -20,7 +20,7 @@ from sipo.data.check import check_pairs
 from sipo.data.label import label, run_label
 from sipo.data.media import read_media, write_image, write_video
 from sipo.data.readers import JsonlReader
-from sipo.data.records import DataError, PairRecord
+from sipo.data.records import FURTHER_IMAGES, DataError, PairRecord
 from sipo.data.scorers import AestheticScorer, ClipScorer, ScorerError, load_function
 from sipo.data.toy import make_toy_pairs
 from sipo.files import FileError
@@ -99,15 +99,16 @@ def test_margin(tmp_path: Path, margin: float, expected: int) -> None:
     assert all(better - worse >= margin for _, better, worse in found)
 
 
-def test_condition_images_stay_with_their_prompts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", FURTHER_IMAGES)
+def test_condition_images_and_error_masks_stay_with_their_prompts(tmp_path: Path, key: str) -> None:
     names = flat(tmp_path, [50, 10])
-    lines = [{"prompt": "a", "candidates": names, "condition_image": image} for image in ("from/a.png", 7)]
+    lines = [{"prompt": "a", "candidates": names, key: image} for image in ("from/a.png", 7)]
     source = write_lines(tmp_path / "candidates.jsonl", lines)
     summary = label(source, tmp_path / "out" / "pairs.jsonl", level, skip_bad=True)
-    assert summary.skipped == ["row 2: condition_image=7: expected a path"]
+    assert summary.skipped == [f"row 2: {key}=7: expected a path"]
     (record,) = JsonlReader(tmp_path / "out" / "pairs.jsonl")
-    assert isinstance(record.condition_image, Path) and record.extra == {}
-    assert record.condition_image.resolve() == tmp_path / "from/a.png"  # though the file is in another folder
+    assert record.sources.keys() == {"chosen", "rejected", key} and record.extra == {}
+    assert record.sources[key].resolve() == tmp_path / "from/a.png"  # type: ignore[union-attr]  # in another folder
 
 
 def test_existing_pairs_are_labelled_again(tmp_path: Path) -> None:

@@ -1,22 +1,35 @@
-"""Pairs with an error_mask, from items to training, reference errors and rewards: as if the rest were cut off."""
+"""Pairs with an error_mask, from files to training, reference errors and rewards: as if the rest were cut off."""
 
 from __future__ import annotations
 
+import io
 import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sipo import NoiseSchedule, SIPOLoss
 from sipo.analysis.score import score_pairs
 from sipo.batch import PairBatch, collate, counted_mean
-from sipo.cache.precompute_errors import _errors
+from sipo.cache.finished import open_cache
+from sipo.cache.pairs import CachedPairs, DrawnPairs
+from sipo.cache.precompute_errors import _errors, precompute_reference_errors
+from sipo.cache.reference_errors import FixedDraws
+from sipo.data.load import BadPairError
+from sipo.data.media import read_media, resize_and_crop
+from sipo.seeds import RandomStream, derive_seed
 from sipo.training.first_step import FirstStep
 from sipo.training.forward import PairForward
-from tests.training_cases import Pairs
+from tests.small_family import Pipeline, Records, SmallFamily, build
+from tests.training_cases import Pairs, fit, untimed
 
 FLOW = NoiseSchedule.flow(3.0)
 EPSILON = NoiseSchedule.discrete()
@@ -134,3 +147,130 @@ def test_the_mean_over_what_counts() -> None:
     assert counted_mean(values, torch.tensor([[True, False]])) == 2.0
     assert counted_mean(values, torch.tensor([[1.0, 3.0], [4.0, 0.0]])) == pytest.approx(19 / 8)
     assert counted_mean(values, torch.zeros(1, 1)) == 0
+
+
+# ---- From files ----
+
+
+def grey(pixels: Tensor) -> bytes:
+    """``[H, W]`` uint8 as an image's file."""
+    file = io.BytesIO()
+    Image.fromarray(pixels.numpy()).save(file, "PNG")
+    return file.getvalue()
+
+
+def masked(rows: Sequence[int], pixels: Tensor, **options: Any) -> Records:
+    reader = Records.make(**options)
+    for row in rows:
+        reader.records[row] = replace(reader.records[row], error_mask=grey(pixels))
+    return reader
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_mask_from_a_file_lies_on_the_latents(tmp_path: Path, dtype: str) -> None:
+    """Scaled, cropped and mirrored as the samples are."""
+    steps = torch.arange(40 * 48).view(40, 48).remainder(256).to(torch.uint8)  # twice the samples' size
+    options = {"random_flip": True, "center_crop": False, "dtype": dtype}
+    build(tmp_path, masked(range(12), steps), **options)
+    cached = CachedPairs(open_cache(tmp_path))
+    for row in range(12):
+        generator = torch.Generator().manual_seed(derive_seed(5, RandomStream.CROP, row))
+        flip = derive_seed(5, RandomStream.FLIP, row) % 2 == 1
+        pixels = resize_and_crop(steps[None], 16, 24, center_crop=False, flip=flip, generator=generator).pixels
+        found = cached[row]["error_mask"]
+        torch.testing.assert_close(
+            found,
+            F.avg_pool2d(pixels / 255, 8).to(getattr(torch, dtype)),
+            rtol=2e-6 if dtype == "float32" else 0.004,
+            atol=0,
+        )
+        assert found.shape == (1, *cached[row]["chosen"].shape[1:])
+    assert not hasattr(cached, "groups")
+
+
+def test_a_clips_frames_share_the_mask(tmp_path: Path) -> None:
+    class Clips(SmallFamily):
+        video = True
+
+        def encode_pixels(self, pipeline: Any, pixels: Tensor, generator: Any = None) -> Tensor:
+            return super().encode_pixels(pipeline, pixels[0], generator)[None]
+
+    build(tmp_path, masked(range(12), torch.full((20, 24), 255, dtype=torch.uint8)), family=Clips())
+    item = CachedPairs(open_cache(tmp_path))[0]
+    assert item["chosen"].shape == (1, 3, 2, 3) and torch.equal(item["error_mask"], torch.ones(1, 1, 2, 3))
+    PairBatch.of_items(collate([item]))
+
+
+def test_pairs_with_and_without_a_mask_are_in_different_groups(tmp_path: Path) -> None:
+    white = torch.full((20, 24), 255, dtype=torch.uint8)
+    build(tmp_path, masked([0, 2, 7], white, two_sizes=True))
+    cached = CachedPairs(open_cache(tmp_path))
+    assert sorted(cached.groups) == [[0, 2, 7], [1, 5, 9], [3, 4, 6, 8, 10, 11]]
+    for group in cached.groups:
+        assert ("error_mask" in collate([cached[index] for index in group])) == (group[0] == 0)
+
+
+def test_what_lies_outside_of_the_mask_changes_no_error_and_no_step(tmp_path: Path) -> None:
+    """Reference errors, training with them and without, and validation: the same bits."""
+    left = torch.zeros(16, 24, dtype=torch.uint8)
+    left[:, :8] = 255
+
+    def image(content: Any, change: bool) -> bytes:
+        pixels = resize_and_crop(read_media(content).pixels, 16, 24).pixels
+        if change:
+            pixels[:, :, 8:] = 255 - pixels[:, :, 8:]
+        file = io.BytesIO()
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file, "PNG")
+        return file.getvalue()
+
+    def results(name: str, change: bool, mask: bool = True) -> tuple[Any, ...]:
+        reader = masked(range(12) if mask else (), left)
+        reader.records = [
+            replace(record, chosen=image(record.chosen, change), rejected=image(record.rejected, change))
+            for record in reader.records
+        ]
+        build(tmp_path / name, reader, latents="mode")
+        cached, fixed = CachedPairs(open_cache(tmp_path / name)), FixedDraws(2, 3)
+        torch.manual_seed(0)
+        reference = nn.Conv2d(3, 3, 1)
+        call = {"predict": lambda module, noisy, *_: module(noisy), "train_batch_size": 4, "max_train_steps": 3}
+        errors = precompute_reference_errors(
+            cached.cache, reference, call["predict"], EPSILON, fixed, {}, batch_size=5, progress=False
+        )
+        drawn = DrawnPairs(cached, EPSILON, fixed, errors)
+        found = [torch.stack([drawn[index]["ref_error"] for index in range(24)])]
+        for number, data in enumerate((cached, drawn)):
+            torch.manual_seed(0)
+            policy, result = fit(
+                tmp_path / f"{name} {number}", policy=nn.Conv2d(3, 3, 1), reference=None if number else reference,
+                data=data, loss_fn=SIPOLoss(EPSILON, beta=20.0), validation=data, validation_steps=3, **call,
+            )  # fmt: skip
+            found += [*policy.parameters(), untimed(result.history), untimed(result.validation)]
+        return tuple(found)
+
+    whole, changed, plain = results("whole", False), results("changed", True), results("plain", False, mask=False)
+    for one, other, without in zip(whole, changed, plain, strict=True):
+        alike = torch.equal if isinstance(one, Tensor) else list.__eq__
+        assert alike(one, other) and not alike(one, without)
+
+
+@pytest.mark.parametrize(
+    ("mask", "kind", "problem"),
+    [
+        (torch.zeros(20, 24), "mask", "is all black in the crop that is trained on, expected white where errors count"),
+        (F.pad(torch.full((20, 1), 255), (23, 0)), "mask", "is all black in the crop"),
+        (
+            torch.arange(1440).view(20, 24, 3) * 10 % 256,
+            "mask",
+            "has colours, expected white where errors count, else black or grey",
+        ),
+        (torch.full((24, 24), 255), "shape", "chosen is 20x24 and error_mask 24x24, expected one aspect ratio"),
+    ],
+)
+def test_a_mask_that_cannot_be_one_makes_the_pair_bad(tmp_path: Path, mask: Tensor, kind: str, problem: str) -> None:
+    reader, pipeline = masked([5], mask.to(torch.uint8)), Pipeline()
+    sizes = [(16, 16)] if mask[0].any() else [(16, 24)]
+    with pytest.raises(BadPairError, match=f"^row 6: .*{problem}.*sipo data check"):
+        build(tmp_path, reader, pipeline, sizes=sizes)
+    summary = build(tmp_path, reader, pipeline, sizes=sizes, skip_bad=True)
+    assert (summary.pairs, summary.skipped) == (11, {kind: 1})

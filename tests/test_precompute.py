@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -223,6 +224,55 @@ def test_a_pair_without_the_condition_image_that_the_family_needs_is_bad(tmp_pat
     assert open_cache(tmp_path).rows.tolist() == [0, 1, 2, 3, 6, 8, 11]
     cached = open_cache(tmp_path)
     assert all(cached.text(place)["prompt_embeds"].isfinite().all() for place in range(7))
+
+
+@pytest.mark.parametrize(
+    ("edits", "root", "skip_bad", "problem"),
+    [
+        (range(9), True, False, r"^row 10: no condition_image, family 'edit' needs one \(rows count"),
+        ((), False, False, "^row 1: no condition_image"),
+        (
+            (),
+            True,
+            True,
+            r"^nowhere: none of 12 rows is a pair that can be used \(row 1: no condition_image, .* one\)$",
+        ),
+    ],
+)
+def test_missing_condition_images_are_told_before_encoders_are_loaded(
+    tmp_path: Path, edits: Any, root: bool, skip_bad: bool, problem: str
+) -> None:
+    reader, wanted, loaded = Records.make(edits=edits), settings(skip_bad=skip_bad), []
+    if root:
+        reader.root = tmp_path  # type: ignore[attr-defined]  # of a list of paths, which is read at once
+    with pytest.raises((BadPairError, CacheError), match=problem):
+        precompute_pairs(
+            reader,
+            EditFamily(),
+            lambda: loaded.append(1),
+            tmp_path / "cache",
+            settings=wanted,
+            fingerprint=pairs_fingerprint(MODEL, wanted),
+            progress=False,
+        )
+    assert not loaded and not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_condition_images_of_another_shape_are_counted(tmp_path: Path, world: int) -> None:
+    reader = Records.make(edits=range(12))  # 40x31 beside samples of 20x24
+    for row, width in ((3, 54), (7, 53), (8, 43)):  # 11 %, 9 % and, cut at the top, 10.4 % are lost
+        reader.records[row] = replace(reader.records[row], condition_image=png(row, 40, width))
+    for row in (0, 1, 2, 4, 5, 6, 9, 10):
+        reader.records[row] = replace(reader.records[row], condition_image=png(row, 5, 6))
+    summaries = in_processes(world, lambda process: build(tmp_path, reader, accelerator=process, family=EditFamily()))
+    for summary in summaries:
+        assert summary.cut.keys() == {3, 8, 11}
+        assert re.fullmatch(
+            "3 condition images lost more than 10% of the area to get the shape of the samples, first row 4: sha256:.*",
+            *summary.news(),
+        )
+    assert build(tmp_path, reader, family=EditFamily()).news() == []
 
 
 def test_a_condition_image_counts_in_what_encoding_costs(tmp_path: Path) -> None:

@@ -37,15 +37,17 @@ def test_jsonl_rows_as_written(tmp_path: Path) -> None:
             GOOD | {"prompt": "ünïcode", "chosen_score": 2, "rejected_score": -0.5, "source": {"id": 7}},
             GOOD | {"chosen": "/elsewhere/2.png", "chosen_score": None, "condition_image": None},
             GOOD | {"condition_image": "from/1.png"},
+            GOOD | {"error_mask": "mask.png", "chosen_score": None},
         ],
     )
-    first, second, third, edited = open_pairs(path)
+    first, second, third, edited, masked = open_pairs(path)
     assert first == PairRecord(0, "a cat", tmp_path / "win/1.png", tmp_path / "lose/1.png")
     assert (second.row, second.prompt, second.extra) == (2, "ünïcode", {"source": {"id": 7}})
     assert (second.chosen_score, second.rejected_score, second.tie) == (2, -0.5, False)
     assert (third.row, third.chosen, third.chosen_score) == (3, Path("/elsewhere/2.png"), None)
     assert third.condition_image is None and "condition_image" not in third.extra
     assert (edited.condition_image, edited.extra) == (tmp_path / "from/1.png", {})
+    assert masked == replace(first, row=5, error_mask=tmp_path / "mask.png")
 
 
 @pytest.mark.parametrize(
@@ -60,6 +62,7 @@ def test_jsonl_rows_as_written(tmp_path: Path) -> None:
         (GOOD | {"rejected": ""}, "rejected='': expected a path"),
         (GOOD | {"condition_image": ""}, "condition_image='': expected a path"),
         (GOOD | {"condition_image": 7}, "condition_image=7: expected text"),
+        (GOOD | {"error_mask": ["m.png"]}, "error_mask=['m.png']: expected text"),
         (GOOD | {"chosen_score": "good"}, "chosen_score='good': expected a number"),
         (GOOD | {"chosen_score": True}, "chosen_score=True: expected a number"),
         (GOOD | {"rejected_score": float("nan")}, "rejected_score=nan: expected a number"),
@@ -136,6 +139,7 @@ def test_written_pairs_are_read_back(tmp_path: Path) -> None:
         PairRecord(0, "a \n 'cat'", tmp_path / "win/0.png", tmp_path / "lose/0.png"),
         PairRecord(1, "ünïcode", tmp_path / "deep/win/1.mp4", tmp_path / "1.mp4", 2.5, 1.0, extra={"note": [1, None]}),
         PairRecord(2, "a dog", tmp_path / "a.png", tmp_path / "b.png", condition_image=tmp_path / "c.png"),
+        PairRecord(3, "a cow", tmp_path / "a.png", tmp_path / "b.png", error_mask=tmp_path / "m.png"),
     ]
     path = tmp_path / "deep" / "new" / "pairs.jsonl"
     write_jsonl(iter(records), path)

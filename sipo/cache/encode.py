@@ -221,9 +221,9 @@ class PairEncoder:
                 source.images[key] = image
         stacked, mask = torch.cat(latents), prepared.error_mask
         if mask is not None:
-            means = F.adaptive_avg_pool2d(mask[None].to(torch.float32) / 255, stacked.shape[-2:])
-            # Channels and a clip's frames share it: each of them has a dimension of 1.
-            mask = self._cast(means.view(*[1] * (stacked.ndim - 3), *stacked.shape[-2:]))
+            height, width = stacked.shape[-2:]
+            means = F.adaptive_avg_pool2d(mask[None].to(torch.float32) / 255, (height, width))
+            mask = self._cast(means.view(*[1] * (stacked.ndim - 3), height, width))  # channels and frames share it
         source.pairs.append(EncodedPair(record.row, key, stacked, prepared.own, encoded, mask))
 
     def _skip(self, source: ShardSource, row: int, kind: str, reason: str) -> None:

@@ -153,13 +153,7 @@ class JsonlReader:
             return bad_row(row, problem, value["prompt"])
         tie, files = better is not None and better == worse, {key: self.root / value[key] for key in paths}
         return PairRecord(
-            row,
-            value["prompt"],
-            **files,
-            chosen_score=better,
-            rejected_score=worse,
-            tie=tie,
-            extra=extra,  # type: ignore[arg-type]
+            row, value["prompt"], **files, chosen_score=better, rejected_score=worse, tie=tie, extra=extra
         )
 
 
