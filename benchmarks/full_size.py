@@ -151,8 +151,8 @@ def measure(case: FullSizeCase) -> dict[str, Any]:
     loss_fn = SIPOLoss(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
     with tempfile.TemporaryDirectory() as folder:
         config = TrainingConfig(
-            max_train_steps=STEPS, output_dir=folder, learning_rate=1e-4, mixed_precision="bf16", logging_steps=1,
-            report_to="none", alarms="off", progress=False,
+            max_train_steps=STEPS, train_batch_size=1, output_dir=folder, learning_rate=1e-4, mixed_precision="bf16",
+            logging_steps=1, report_to="none", alarms="off", progress=False,
         )  # fmt: skip
         start = time.perf_counter()
         options: dict[str, Any] = {"accelerator": make_accelerator(config)}
