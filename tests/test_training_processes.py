@@ -94,6 +94,8 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "sharded gradient": {"max_train_steps": 1, "max_grad_norm": None, "rate": 1.0},
     "sharded": SHARDED,
     "sharded resumed": SHARDED,
+    "one by one": {"max_train_steps": 3, "gradient_accumulation_steps": 2, "one_by_one": True},
+    "sharded one by one": {"max_train_steps": 3, "gradient_accumulation_steps": 2, "one_by_one": True},
     "skipping": SKIPPING,
     "sharded and skipping": SKIPPING,
 }
@@ -102,6 +104,15 @@ SCENARIOS: dict[str, dict[str, Any]] = {
 def predict_flow(module: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Any) -> Tensor:
     """With a timestep that weighs so much that its rounding shows."""
     return predict(module, noisy, 5 * timesteps, condition)
+
+
+def predict_one_by_one(module: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Any) -> Tensor:
+    """With several calls of the network before a backward pass, as Qwen-Image 2.1 needs them."""
+    calls = []
+    for i in range(len(noisy)):
+        row = slice(i, i + 1)
+        calls.append(predict(module, noisy[row], timesteps[row], {"class": condition["class"][row]}))
+    return torch.cat(calls)
 
 
 def run(folder: Path, accelerator: Accelerator, **options: Any) -> tuple[nn.Module, Any]:
@@ -120,6 +131,7 @@ def run(folder: Path, accelerator: Accelerator, **options: Any) -> tuple[nn.Modu
     flow = options.pop("flow", False)
     if flow:
         loss_fn = SIPOLoss(NoiseSchedule.flow(), beta=50.0, mask_threshold=0.0)
+    one_by_one = options.pop("one_by_one", False)
     rate = options.pop("rate", 0.05)
     optimizer = (
         None
@@ -133,7 +145,7 @@ def run(folder: Path, accelerator: Accelerator, **options: Any) -> tuple[nn.Modu
         reference,
         loss_fn,
         data,
-        predict_flow if flow else predict,
+        predict_flow if flow else predict_one_by_one if one_by_one else predict,
         config,
         optimizer=optimizer,
         accelerator=accelerator,
