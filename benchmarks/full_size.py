@@ -98,6 +98,9 @@ CASES = [
         "Qwen-Image", "qwen-image", {}, (16, 8, 8), _text(3584, mask=True), {"num_layers": 12},
     ),
     FullSizeCase(
+        "Qwen-Image-2.1", "qwen-image-2.1", {}, (64, 4, 4), _text(4096, mask=True), {"num_layers": 12},
+    ),
+    FullSizeCase(
         "Qwen-Image-Edit", "qwen-image-edit", {}, (16, 8, 8),
         _text(3584, mask=True, more=_IMAGE), {"num_layers": 12},
     ),
