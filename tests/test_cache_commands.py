@@ -278,4 +278,4 @@ def test_a_cache_of_another_format_is_one_line(place: Place, capsys: pytest.Capt
     index.write_text(json.dumps(old | {"format": 1}))  # which had no hash
     assert place.run("train", run="again") == 2
     error = capsys.readouterr().err
-    assert "cache format 1, expected 7: " in error and "delete this one" in error and error.count("\n") == 1
+    assert "cache format 1, expected 8: " in error and "delete this one" in error and error.count("\n") == 1

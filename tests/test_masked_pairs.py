@@ -264,6 +264,7 @@ def test_what_lies_outside_of_the_mask_changes_no_error_and_no_step(tmp_path: Pa
             "mask",
             "has colours, expected white where errors count, else black or grey",
         ),
+        (torch.full((20, 24, 4), 127), "mask", "has transparent pixels, expected white where errors count, else"),
         (torch.full((24, 24), 255), "shape", "chosen is 20x24 and error_mask 24x24, expected one aspect ratio"),
     ],
 )

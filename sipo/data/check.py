@@ -48,7 +48,7 @@ SKIPPED = {
     "rate": "clips of too few frames per second",
     "shape": "pairs of two shapes or frame rates",
     "identical": "chosen and rejected alike",
-    "mask": "error masks that are all black, or have colours",
+    "mask": "error masks that are all black, or have colours or transparent pixels",
 }
 """Kinds of findings that training skips, or stops at, with their names in reports."""
 

@@ -131,8 +131,8 @@ def load_error_mask(
         uint8 ``[H, W]``: 255 where errors count, 0 where they do not.
 
     Raises:
-        BadPairError: missing or undecodable, a clip, or of too many pixels; another aspect ratio than the sample's; has
-            colours; black throughout.
+        BadPairError: missing or undecodable, a clip, or of too many pixels; another aspect ratio than the sample's; with
+            colours or transparent pixels; black throughout.
     """
     source = record.error_mask
     if source is None:
@@ -141,8 +141,9 @@ def load_error_mask(
         mask = read_media(source, max_pixels=max_pixels, transform=transform)
         _check_shape("error_mask", mask, chosen)
         least, most = mask.pixels.aminmax(dim=0)
-        if (most - least).max() > _GREY_TOLERANCE:
-            raise MediaError("mask", source, "has colours, expected white where errors count, else black or grey")
+        if mask.transparent or (most - least).max() > _GREY_TOLERANCE:
+            what = "transparent pixels" if mask.transparent else "colours"
+            raise MediaError("mask", source, f"has {what}, expected white where errors count, else black or grey")
         if not most.any():
             cropped = "" if transform is None else " in the crop that is trained on"
             raise MediaError("mask", source, f"is all black{cropped}, expected white where errors count")
