@@ -20,12 +20,11 @@ class CogVideoX(Family):
     name = "cogvideox"
     pipeline_class = "CogVideoXPipeline"
     network_class = "CogVideoXTransformer3DModel"
-    network = "transformer"
     text_width_key = "text_embed_dim"
+    schedule_kind = "discrete"
     video = True
     latent_layout = "FCHW"
     guidance = 6.0
-    side_multiple = 16
     frame_stride = 4
     text_options: ClassVar[Mapping[str, Any]] = {"max_sequence_length": 226}
 

@@ -41,7 +41,7 @@ class PipelineEncoder(PipelineLoader):
     least_image_side: ClassVar[int] = 1
     text_sees_image: ClassVar[bool] = False
     negative_prompt: ClassVar[str | None] = ""
-    side_multiple: ClassVar[int]
+    side_multiple: ClassVar[int] = 16
     frame_stride: ClassVar[int] = 1
     text_options: ClassVar[Mapping[str, Any]] = {}
 

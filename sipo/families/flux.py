@@ -18,7 +18,6 @@ class Flux(Family):
     name = "flux"
     pipeline_class = "FluxPipeline"
     network_class = "FluxTransformer2DModel"
-    network = "transformer"
     token_side = 2
     takes_sigma = True
     shift_pixels = 16
@@ -29,8 +28,6 @@ class Flux(Family):
     )
     guidance = 3.5
     negative_prompt: ClassVar[str | None] = None
-    side_multiple = 16
-    schedule_kind = "flow"
     text_options: ClassVar[Mapping[str, Any]] = {"max_sequence_length": 512}
 
     def _text_tensors(

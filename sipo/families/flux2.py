@@ -23,7 +23,6 @@ class Flux2(Family):
     name = "flux2"
     pipeline_class = "Flux2Pipeline"
     network_class = "Flux2Transformer2DModel"
-    network = "transformer"
     latent_pixels = 16
     vae_patch = 2
     token_side = 1
@@ -33,8 +32,6 @@ class Flux2(Family):
     lora_targets = (*Family.lora_targets, "to_qkv_mlp_proj")
     guidance = 4.0
     negative_prompt: ClassVar[str | None] = None
-    side_multiple = 16
-    schedule_kind = "flow"
     text_options: ClassVar[Mapping[str, Any]] = {"max_sequence_length": 512}
 
     def timestep_mu(self, config: Any, height: int, width: int, num_inference_steps: int) -> float | None:

@@ -20,9 +20,6 @@ class GemmaFamily(Family):
     pipeline's, to the bit.
     """
 
-    network = "transformer"
-    schedule_kind = "flow"
-
     def _instruction(self, pipeline: Any) -> dict[str, Any]:
         """Returns the instruction as an argument of ``encode_prompt``, for pipelines that do not take their own."""
         return {}

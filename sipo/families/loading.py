@@ -64,7 +64,7 @@ class PipelineLoader(ABC):
     name: ClassVar[str]
     pipeline_class: ClassVar[str]
     network_class: ClassVar[str]
-    network: ClassVar[str]
+    network: ClassVar[str] = "transformer"
     experts: ClassVar[tuple[str, ...]] = ()
     video: ClassVar[bool] = False
     latent_pixels: ClassVar[int] = 8
@@ -72,7 +72,7 @@ class PipelineLoader(ABC):
     token_side: ClassVar[int | None] = None
     shift_pixels: ClassVar[int | None] = None
     text_width_key: ClassVar[str] = "joint_attention_dim"
-    schedule_kind: ClassVar[str] = "discrete"
+    schedule_kind: ClassVar[str] = "flow"
     _without: ClassVar[tuple[str, ...]] = ()  # components that are left out beside the network
     _pipeline_options: ClassVar[Mapping[str, Any]] = {}  # arguments of the pipeline's class
 

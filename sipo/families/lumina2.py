@@ -22,7 +22,6 @@ class Lumina2(GemmaFamily):
     text_width_key = "cap_feat_dim"
     negated = True
     guidance = 4.0
-    side_multiple = 16
     text_options: ClassVar[Mapping[str, Any]] = {"max_sequence_length": 256}
 
     def _prompt_lengths(self, pipeline: Any, prompts: Sequence[str]) -> tuple[Sequence[int], int | None]:

@@ -21,15 +21,12 @@ class QwenImage(Family):
     name = "qwen-image"
     pipeline_class = "QwenImagePipeline"
     network_class = "QwenImageTransformer2DModel"
-    network = "transformer"
     token_side = 2
     takes_sigma = True
     shift_pixels = 16
     vae_frames = True
     negative_prompt = " "
     guidance = 4.0
-    side_multiple = 16
-    schedule_kind = "flow"
     text_options: ClassVar[Mapping[str, Any]] = {"max_sequence_length": 512}
 
     def _check_network(self, path: str | Path, network: Any) -> None:

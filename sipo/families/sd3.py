@@ -18,10 +18,7 @@ class StableDiffusion3(Family):
     name = "sd3"
     pipeline_class = "StableDiffusion3Pipeline"
     network_class = "SD3Transformer2DModel"
-    network = "transformer"
     guidance = 4.5
-    side_multiple = 16
-    schedule_kind = "flow"
     shift_pixels = 16
     text_options: ClassVar[Mapping[str, Any]] = {"prompt_2": None, "prompt_3": None, "max_sequence_length": 256}
 

@@ -21,6 +21,7 @@ class StableDiffusion(Family):
     pipeline_class = "StableDiffusionPipeline"
     network_class = "UNet2DConditionModel"
     network = "unet"
+    schedule_kind = "discrete"
     text_width_key = "cross_attention_dim"
     guidance = 7.5
     side_multiple = 8
@@ -44,6 +45,7 @@ class StableDiffusionXL(Family):
     pipeline_class = "StableDiffusionXLPipeline"
     network_class = "UNet2DConditionModel"
     network = "unet"
+    schedule_kind = "discrete"
     text_width_key = "cross_attention_dim"
     guidance = 5.0
     side_multiple = 8

@@ -20,14 +20,11 @@ class Wan(Family):
     name = "wan"
     pipeline_class = "WanPipeline"
     network_class = "WanTransformer3DModel"
-    network = "transformer"
     text_width_key = "text_dim"
     video = True
     latent_layout = "CFHW"
     guidance = 5.0
-    side_multiple = 16
     frame_stride = 4
-    schedule_kind = "flow"
     text_options: ClassVar[Mapping[str, Any]] = {"max_sequence_length": 512}
 
     def _check_index(self, path: str | Path, index: Mapping[str, Any]) -> None:

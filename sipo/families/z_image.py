@@ -21,12 +21,9 @@ class ZImage(Family):
     name = "z-image"
     pipeline_class = "ZImagePipeline"
     network_class = "ZImageTransformer2DModel"
-    network = "transformer"
     text_width_key = "cap_feat_dim"
     negated = True
     guidance = 4.0
-    side_multiple = 16
-    schedule_kind = "flow"
     shift_pixels = 16
     text_options: ClassVar[Mapping[str, Any]] = {"max_sequence_length": 512}
 

@@ -40,6 +40,11 @@ def image_vae(**options: Any) -> Any:
     )
 
 
+def flux_vae() -> Any:
+    """Makes FLUX.1's VAE, which Chroma, Lumina 2 and Z-Image have too."""
+    return image_vae(scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False)
+
+
 def gemma_tokenizer() -> Any:
     """Makes Gemma 2's tokenizer with a vocabulary of single letters and of bytes for all other characters."""
     from transformers import GemmaTokenizer

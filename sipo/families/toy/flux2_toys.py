@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sipo.families.toy.components import TRANSFORMER, WIDTH, qwen_tokenizer
+from sipo.families.toy.components import DECODER, TRANSFORMER, WIDTH, qwen_tokenizer
 
 _CHAT = (  # what the pipeline uses of Mistral's template
     "<s>{% for message in messages %}"
@@ -66,15 +66,11 @@ def _mistral_tokenizer() -> Any:
 
 def _decoder(model_type: str, layers: int, tokenizer: Any) -> dict[str, Any]:
     """Returns a decoder's configuration, with one layer more than the deepest whose output the pipeline uses."""
-    return {
+    return DECODER | {
         "model_type": model_type,
         "vocab_size": len(tokenizer),
-        "hidden_size": WIDTH,
         "intermediate_size": WIDTH,
         "num_hidden_layers": layers,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": WIDTH // 2,
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": tokenizer.eos_token_id,
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sipo.families.toy.components import TRANSFORMER, WIDTH, clip, clip_tokenizer, image_vae, t5, t5_tokenizer
+from sipo.families.toy.components import TRANSFORMER, WIDTH, clip, clip_tokenizer, flux_vae, t5, t5_tokenizer
 
 _NETWORK: dict[str, Any] = {
     **TRANSFORMER,
@@ -15,17 +15,13 @@ _NETWORK: dict[str, Any] = {
 }
 
 
-def _vae() -> Any:
-    return image_vae(scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False)
-
-
 def _flux(pipeline_class: Any, *, distilled: bool) -> Any:
     """Makes a pipeline of FLUX.1; ``distilled`` as schnell is, without guidance and without a dynamic shift."""
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 
     short, long = clip_tokenizer(), t5_tokenizer()
     return pipeline_class(
-        vae=_vae(),
+        vae=flux_vae(),
         text_encoder=clip(short),
         text_encoder_2=t5(long),
         tokenizer=short,
@@ -58,7 +54,7 @@ def chroma() -> Any:
 
     tokenizer = t5_tokenizer()
     return ChromaPipeline(
-        vae=_vae(),
+        vae=flux_vae(),
         text_encoder=t5(tokenizer),
         tokenizer=tokenizer,
         transformer=ChromaTransformer2DModel(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sipo.families.toy.components import WIDTH, gemma, gemma_tokenizer, image_vae
+from sipo.families.toy.components import WIDTH, flux_vae, gemma, gemma_tokenizer
 
 
 def lumina2() -> Any:
@@ -26,7 +26,7 @@ def lumina2() -> Any:
             cap_feat_dim=WIDTH,
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
-        vae=image_vae(scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
+        vae=flux_vae(),
         text_encoder=gemma(tokenizer),
         tokenizer=tokenizer,
     )

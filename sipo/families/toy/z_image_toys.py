@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sipo.families.toy.components import WIDTH, image_vae, qwen3, qwen_tokenizer
+from sipo.families.toy.components import WIDTH, flux_vae, qwen3, qwen_tokenizer
 
 
 def z_image() -> Any:
@@ -26,7 +26,7 @@ def z_image() -> Any:
         token.data.normal_()  # zero at first; trained ones are not
     return ZImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=image_vae(scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
+        vae=flux_vae(),
         text_encoder=qwen3(tokenizer),
         tokenizer=tokenizer,
         transformer=transformer,
