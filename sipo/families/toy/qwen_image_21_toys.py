@@ -26,7 +26,7 @@ def qwen_image_21() -> Any:
     image_processor = Qwen2VLImageProcessorPil(
         patch_size=_PATCH, size={"shortest_edge": 4 * _PATCH**2, "longest_edge": 64 * _PATCH**2}
     )
-    transformer = QwenImage21Transformer2DModel(**TRANSFORMER, context_in_dim=WIDTH, axes_dims_rope=(4, 6, 6))
+    transformer: Any = QwenImage21Transformer2DModel(**TRANSFORMER, context_in_dim=WIDTH, axes_dims_rope=(4, 6, 6))
     # As diffusers makes them, the gates are nearly shut, and a few steps of training would not change a sample.
     transformer.modulation[1].weight.data *= 20
     return QwenImage21Pipeline(
