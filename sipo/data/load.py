@@ -131,8 +131,8 @@ def load_error_mask(
         uint8 ``[H, W]``: 255 where errors count, 0 where they do not.
 
     Raises:
-        BadPairError: missing or undecodable, a clip, or of too many pixels; another aspect ratio than the sample's; with
-            colours or transparent pixels; black throughout.
+        BadPairError: missing or undecodable, a clip, or of too many pixels; of another aspect ratio than the sample;
+            with colours or transparent pixels; black throughout.
     """
     source = record.error_mask
     if source is None:
