@@ -23,7 +23,7 @@ from sipo.cache.finished import Cache
 from sipo.cache.format import INDEX, CacheError, DamagedError, Shard, ShardFolder, ShardReader, digest
 from sipo.cache.index import check_fingerprint
 from sipo.protocols import Schedule
-from sipo.schedule import NoiseSchedule, SizeDependentSchedule
+from sipo.schedule import NoiseSchedule
 from sipo.seeds import RandomStream, derive_seed
 
 FOLDER = "references"
@@ -107,20 +107,11 @@ def reference_fingerprint(
 
     The arguments are those of :func:`sipo.cache.precompute_errors.precompute_reference_errors`.
     """
-    levels = schedule.invert_sigmas if schedule.kind == "flow" else digest(_alphas(schedule))
-    shift = schedule.settings()["shift"] if isinstance(schedule, SizeDependentSchedule) else schedule.shift
-    terminal = [] if schedule.shift_terminal is None else [schedule.shift_terminal]
     return {
         **{f"reference.{key}": value for key, value in reference.items()},
         **dataclasses.asdict(fixed),
-        "schedule": [
-            schedule.prediction_type,
-            schedule.kind,
-            schedule.num_train_timesteps,
-            shift,
-            levels,
-            *terminal,
-        ],
+        # The sampler's steps enter the loss alone.
+        "schedule": {key: value for key, value in schedule.settings().items() if key != "num_inference_steps"},
         "cache": digest(cache.fingerprint),
     }
 
@@ -168,9 +159,3 @@ def errors_folder(cache: Cache, fingerprint: Mapping[str, Any]) -> Path:
 
 def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> int:
     return sum(digest(found.get(key)) != digest(wanted.get(key)) for key in {*found, *wanted})
-
-
-def _alphas(schedule: NoiseSchedule) -> list[float]:
-    alpha, _ = schedule.alpha_sigma(torch.arange(schedule.num_train_timesteps))
-    values: list[float] = alpha.tolist()
-    return values
