@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,17 +27,7 @@ class Chroma(Flux):
     network_class = "ChromaTransformer2DModel"
     guidance = 5.0
     negative_prompt = ""
-
-    def _text_tensors(
-        self, pipeline: Any, prompts: list[str], images: Sequence[Tensor] | None
-    ) -> Mapping[str, Tensor | Sequence[Tensor]]:
-        text, _, mask, *_ = pipeline.encode_prompt(
-            prompt=prompts,
-            device=pipeline.text_encoder.device,
-            do_classifier_free_guidance=False,
-            **self.text_options,
-        )
-        return {PROMPT: text, _MASK: mask}
+    text_outputs: ClassVar[Mapping[str, int]] = {PROMPT: 0, _MASK: 2}
 
     def predict(
         self, module: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Any, *, guidance: float | None = None

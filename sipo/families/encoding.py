@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sipo.families.loading import TOKENIZER, PipelineLoader
-from sipo.families.network import CONDITION_LATENTS, POOLED, PROMPT, PROMPT_MASK, Condition
+from sipo.families.network import CONDITION_LATENTS, PROMPT, PROMPT_MASK, Condition
 from sipo.families.packing import stack_patches, unstack_patches
 from sipo.families.vae import as_floats, encode, latent_affine, latent_channels
 
@@ -33,6 +34,7 @@ class PipelineEncoder(PipelineLoader):
         side_multiple: height and width in pixels are multiples of it.
         frame_stride: the number of frames of a clip is a multiple of it, plus one.
         text_options: further arguments of the pipeline's ``encode_prompt``.
+        text_outputs: places of the condition's tensors in what it returns, by name.
     """
 
     latent_layout: ClassVar[str] = "CHW"
@@ -44,6 +46,7 @@ class PipelineEncoder(PipelineLoader):
     side_multiple: ClassVar[int] = 16
     frame_stride: ClassVar[int] = 1
     text_options: ClassVar[Mapping[str, Any]] = {}
+    text_outputs: ClassVar[Mapping[str, int]] = {PROMPT: 0}
 
     @torch.no_grad()
     def encode_text(
@@ -73,14 +76,15 @@ class PipelineEncoder(PipelineLoader):
         self, pipeline: Any, prompts: list[str], images: Sequence[Tensor] | None
     ) -> Mapping[str, Tensor | Sequence[Tensor]]:
         """Has the pipeline encode text: by name of the condition, a tensor with a row for each prompt, or a list."""
-        encoded = pipeline.encode_prompt(
-            prompt=prompts,
-            device=pipeline.text_encoder.device,
-            do_classifier_free_guidance=False,
-            **self.text_options,
-        )
-        # (prompts, negative) or (prompts, negative, pooled, negative pooled)
-        return {PROMPT: encoded[0]} if len(encoded) == 2 else {PROMPT: encoded[0], POOLED: encoded[2]}
+        options = {**self.text_options, **self._instruction(pipeline)}
+        if "do_classifier_free_guidance" in inspect.signature(pipeline.encode_prompt).parameters:
+            options["do_classifier_free_guidance"] = False
+        encoded = pipeline.encode_prompt(prompt=prompts, device=pipeline.text_encoder.device, **options)
+        return {name: encoded[place] for name, place in self.text_outputs.items()}
+
+    def _instruction(self, pipeline: Any) -> dict[str, Any]:
+        """Returns the instruction before each prompt as an argument, for an ``encode_prompt`` that does not add it."""
+        return {}
 
     def _warn_of_cut_prompts(self, pipeline: Any, prompts: Sequence[str]) -> None:
         """Warns once with the number of prompts that are cut; diffusers prints the rest of each."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -29,14 +29,7 @@ class Flux(Family):
     guidance = 3.5
     negative_prompt: ClassVar[str | None] = None
     text_options: ClassVar[Mapping[str, Any]] = {"max_sequence_length": 512}
-
-    def _text_tensors(
-        self, pipeline: Any, prompts: list[str], images: Sequence[Tensor] | None
-    ) -> Mapping[str, Tensor | Sequence[Tensor]]:
-        text, pooled, _ = pipeline.encode_prompt(
-            prompt=prompts, prompt_2=None, device=pipeline.text_encoder.device, **self.text_options
-        )
-        return {PROMPT: text, POOLED: pooled}
+    text_outputs: ClassVar[Mapping[str, int]] = {PROMPT: 0, POOLED: 1}
 
     def network_inputs(
         self, config: Any, noisy: Tensor, time: Tensor, condition: Condition, guidance: float

@@ -41,12 +41,6 @@ class Flux2(Family):
     def _text_width(self, widths: Sequence[Any]) -> Any:
         return 3 * super()._text_width(widths)  # of three layers
 
-    def _text_tensors(
-        self, pipeline: Any, prompts: list[str], images: Sequence[Tensor] | None
-    ) -> Mapping[str, Tensor | Sequence[Tensor]]:
-        text, _ = pipeline.encode_prompt(prompt=prompts, device=pipeline.text_encoder.device, **self.text_options)
-        return {PROMPT: text}
-
     def _prompt_lengths(self, pipeline: Any, prompts: Sequence[str]) -> tuple[Sequence[int], int | None]:
         chats = [self._chat(pipeline, prompt) for prompt in prompts]
         return [chat["input_ids"].shape[-1] for chat in chats], self.text_options["max_sequence_length"]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,19 +20,7 @@ class GemmaFamily(Family):
     pipeline's, to the bit.
     """
 
-    def _instruction(self, pipeline: Any) -> dict[str, Any]:
-        """Returns the instruction as an argument of ``encode_prompt``, for pipelines that do not take their own."""
-        return {}
-
-    def _text_tensors(self, pipeline: Any, prompts: list[str], images: Sequence[Tensor] | None) -> Mapping[str, Tensor]:
-        text, mask, *_ = pipeline.encode_prompt(
-            prompts,
-            do_classifier_free_guidance=False,
-            device=pipeline.text_encoder.device,
-            **self._instruction(pipeline),
-            **self.text_options,
-        )
-        return {PROMPT: text, PROMPT_MASK: mask}
+    text_outputs: ClassVar[Mapping[str, int]] = {PROMPT: 0, PROMPT_MASK: 1}
 
     @torch.no_grad()
     def encode_unconditional(self, pipeline: Any) -> Condition:

@@ -21,6 +21,7 @@ class StableDiffusion3(Family):
     guidance = 4.5
     shift_pixels = 16
     text_options: ClassVar[Mapping[str, Any]] = {"prompt_2": None, "prompt_3": None, "max_sequence_length": 256}
+    text_outputs: ClassVar[Mapping[str, int]] = {PROMPT: 0, POOLED: 2}
 
     def _check_index(self, path: str | Path, index: Mapping[str, Any]) -> None:
         super()._check_index(path, index)

@@ -49,6 +49,7 @@ class StableDiffusionXL(Family):
     text_width_key = "cross_attention_dim"
     guidance = 5.0
     side_multiple = 8
+    text_outputs: ClassVar[Mapping[str, int]] = {PROMPT: 0, POOLED: 2}
     float32_conditions = (TIME_IDS,)  # bfloat16 cannot hold 1023
     _pipeline_options: ClassVar[Mapping[str, Any]] = {"add_watermarker": False}
 
