@@ -69,7 +69,9 @@ class PipelineEncoder(PipelineLoader):
         if not prompts:
             return []
         self._warn_of_cut_prompts(pipeline, prompts)
-        tensors = self._text_tensors(pipeline, list(prompts), images)
+        tensors = dict(self._text_tensors(pipeline, list(prompts), images))
+        if isinstance(tensors[PROMPT], list):  # of texts without padding
+            tensors[PROMPT_MASK] = [torch.ones(len(rows), dtype=torch.bool) for rows in tensors[PROMPT]]
         return [_own_row({name: rows[i].cpu() for name, rows in tensors.items()}) for i in range(len(prompts))]
 
     def _text_tensors(

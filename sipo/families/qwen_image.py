@@ -50,7 +50,7 @@ class QwenImage(Family):
             )[0][0]
             for i, prompt in enumerate(prompts)
         ]
-        return {PROMPT: rows, PROMPT_MASK: [torch.ones(len(row), dtype=torch.bool) for row in rows]}
+        return {PROMPT: rows}
 
     def _text_image(self, pipeline: Any, images: Sequence[Tensor] | None, i: int) -> dict[str, Any]:
         """Returns the argument of the pipeline's ``encode_prompt`` with the image that belongs to a prompt."""

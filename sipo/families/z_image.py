@@ -27,12 +27,6 @@ class ZImage(Family):
     shift_pixels = 16
     text_options: ClassVar[Mapping[str, Any]] = {"max_sequence_length": 512}
 
-    def _text_tensors(
-        self, pipeline: Any, prompts: list[str], images: Sequence[Tensor] | None
-    ) -> Mapping[str, Tensor | Sequence[Tensor]]:
-        encoded = super()._text_tensors(pipeline, prompts, images)[PROMPT]
-        return {PROMPT: encoded, PROMPT_MASK: [torch.ones(len(rows), dtype=torch.bool) for rows in encoded]}
-
     def _prompt_lengths(self, pipeline: Any, prompts: Sequence[str]) -> tuple[Sequence[int], int | None]:
         chats = [
             pipeline.tokenizer.apply_chat_template(
