@@ -315,6 +315,22 @@ def test_clips_that_start_alike_are_not_the_same(tmp_path: Path) -> None:
     assert check_pairs(reader, frames=6).findings == []
 
 
+def test_a_pair_with_another_mask_is_no_duplicate(tmp_path: Path) -> None:
+    """And no contradiction: each sample may be the better one in a region of its own."""
+    builder = Builder(tmp_path, rows=1)
+    one = builder.lines[0]
+    assert isinstance(one, dict)
+    swapped = one | {"chosen": one["rejected"], "rejected": one["chosen"]}
+    for name, columns in (("left", slice(0, 12)), ("right", slice(12, 24))):
+        pixels = torch.zeros(3, 16, 24, dtype=torch.uint8)
+        pixels[..., columns] = 255
+        write_image(tmp_path / f"{name}.png", pixels)
+    left, right = {"error_mask": "left.png"}, {"error_mask": "right.png"}
+    builder.lines = [one, one | left, swapped | right, one | right, one | left]
+    found = [(f.row, f.kind) for f in check_pairs(open_pairs(builder.save())).findings]
+    assert found == [(3, "contradiction"), (4, "duplicate")]
+
+
 def test_condition_images_are_checked_and_are_part_of_the_prompt(tmp_path: Path) -> None:
     builder = Builder(tmp_path)
     for row in range(5):
