@@ -19,7 +19,7 @@ import pytest
 import torch
 from conftest import assert_refused
 
-from sipo.batch import level_argument, network_timesteps
+from sipo.batch import PairBatch, collate, level_argument, network_timesteps
 from sipo.cache.decode import ahead, queue_length
 from sipo.cache.finished import open_cache
 from sipo.cache.format import CacheError
@@ -31,8 +31,8 @@ from sipo.cache.reference_errors import FixedDraws
 from sipo.cache.savings import Cost
 from sipo.data.config import DataConfig
 from sipo.data.load import BadPairError
-from sipo.data.media import read_media, resize_and_crop, write_video
-from sipo.data.readers import open_pairs
+from sipo.data.media import read_media, resize_and_crop, write_image, write_video
+from sipo.data.readers import open_pairs, write_jsonl
 from sipo.data.records import DataError, PairRecord
 from sipo.data.toy import make_toy_pairs
 from sipo.families import get_family
@@ -498,6 +498,9 @@ def test_real_families_from_files_to_reference_errors(tmp_path: Path, name: str)
     frames = 9 if family.video else 1
     images = family.condition_image
     data = make_toy_pairs(tmp_path / "data", video=family.video, pairs=5, frames=frames, condition_image=images)
+    *records, last = open_pairs(data)
+    write_image(tmp_path / "mask.png", torch.full((3, 32, 32), 51, dtype=torch.uint8))
+    write_jsonl([*records, replace(last, error_mask=tmp_path / "mask.png")], data)
     model = ModelConfig(family=name, pretrained_model_name_or_path=str(build_toy(name, tmp_path / "model")))
     wanted = DataConfig(
         dataset_name=str(data),
@@ -536,6 +539,9 @@ def test_real_families_from_files_to_reference_errors(tmp_path: Path, name: str)
             assert item["condition"][key].shape == tensor.shape
             torch.testing.assert_close(item["condition"][key], tensor, rtol=1e-4, atol=1e-5)
         assert ("own_condition" in item) == (name == "sdxl")
+        assert ("error_mask" in item) == (index == 4)
+    mask = PairBatch.of_items(collate([item])).error_mask
+    assert mask is not None and mask.unique().tolist() == pytest.approx([0.2])
     schedule = family.load_schedule(model.pretrained_model_name_or_path, sizes=[(32, 32)])
     network = family.load_network(model.pretrained_model_name_or_path)
     fixed = FixedDraws(2, 3, proportion_empty_prompts=0.0 if family.text_sees_image else 0.5)

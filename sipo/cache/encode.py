@@ -222,7 +222,8 @@ class PairEncoder:
         stacked, mask = torch.cat(latents), prepared.error_mask
         if mask is not None:
             height, width = stacked.shape[-2:]
-            means = F.adaptive_avg_pool2d(mask[None].to(torch.float32) / 255, (height, width))
+            # Divided last: sums of integers are exact.
+            means = F.adaptive_avg_pool2d(mask[None].to(torch.float32), (height, width)) / 255
             mask = self._cast(means.view(*[1] * (stacked.ndim - 3), height, width))  # channels and frames share it
         source.pairs.append(EncodedPair(record.row, key, stacked, prepared.own, encoded, mask))
 
