@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -22,6 +23,13 @@ from sipo_kernels import backends
 from sipo_kernels.backends import native
 from sipo_kernels.backends.cuda import emulation
 from sipo_kernels.backends.cuda import launch as cuda
+
+if os.environ.get("TRITON_INTERPRET") == "1" and backends.status("triton", "cpu").available:
+    from triton.runtime import interpreter
+
+    # For each function that a kernel calls, the interpreter replaces triton.language by itself once more, which takes
+    # half of its time: for the kernel it has been replaced already.
+    interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
 
 # A shell starts what runs in the background with Ctrl-C ignored, and what tests start inherits it; some send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -50,6 +58,13 @@ def fresh_accelerate() -> Iterator[None]:
     _reset_accelerate()  # a fixture of the module may have left some
     yield
     _reset_accelerate()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen_heap() -> None:
+    """Leaves what is alive between modules, libraries above all, out of later searches for garbage, which are slow."""
+    gc.collect()
+    gc.freeze()
 
 
 GOLDEN_FILES = Path(__file__).parent / "golden"
