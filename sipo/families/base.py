@@ -18,6 +18,7 @@ from sipo.families.network import Condition, evaluating, inner_network, network_
 from sipo.families.packing import pack, unpack
 from sipo.families.vae import PipelineVae, as_picture
 from sipo.schedule import DEFAULT_INFERENCE_STEPS
+from sipo.seeds import preserve_random_state
 
 
 class Family(PipelineEncoder):
@@ -158,14 +159,13 @@ class Family(PipelineEncoder):
         device, dtype = next(network.parameters()).device, network_dtype(network)
         scale = self.guidance if guidance is None else guidance
         pictures = []
-        with evaluating(network.modules()):
+        with evaluating(network.modules()), preserve_random_state(device):
             for i, condition in enumerate(conditions):
                 given = {
                     name: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
                     for name, tensor in condition.items()
                 }
-                forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
-                with forked, autocast(), contextlib.ExitStack() as stack:
+                with autocast(), contextlib.ExitStack() as stack:
                     torch.manual_seed(seed + i)  # some schedulers draw noise, and few pipelines pass them a generator
                     for part in self.networks_in(network).values():
                         stack.enter_context(predicting_in(part, dtype))
