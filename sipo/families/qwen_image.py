@@ -74,8 +74,8 @@ class QwenImage(Family):
             "hidden_states": torch.cat([self.pack(each) for each in latents], dim=1),
             "timestep": time,
             "encoder_hidden_states": text,
-            # As the pipeline does: attention without a mask has faster kernels. This waits for the device, once a call,
-            # because a condition is nothing but tensors there: the host has not kept whether the batch has padding.
+            # As the pipeline does: attention without a mask has faster kernels. Reading the mask waits for the device,
+            # once a call: a condition holds tensors alone, so the host does not know whether the batch has padding.
             "encoder_hidden_states_mask": None if mask.all() else mask,
             "img_shapes": [shapes] * len(noisy),
         }
