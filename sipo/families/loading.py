@@ -337,7 +337,7 @@ class PipelineLoader(ABC):
             expected = f"expected {channels * stacked}, by the {channels} channels of its VAE"
             raise ValueError(f"{path}: its {name} takes {inputs} channels, {expected}")
         encoders = sorted(key for key, _ in _present(index) if key.startswith(TEXT_ENCODER))
-        widths = [_width(_component_config(folder / encoder)) for encoder in encoders]
+        widths = [_encoder_width(_component_config(folder / encoder)) for encoder in encoders]
         given = config.get(self.text_width_key)
         known = bool(widths) and all(isinstance(width, int) for width in (given, *widths))
         if known and given != self._text_width(widths):
@@ -358,7 +358,7 @@ def _component_config(folder: Path) -> dict[str, Any]:
     return read_object(folder / CONFIG) if (folder / CONFIG).is_file() else {}
 
 
-def _width(config: Mapping[str, Any]) -> Any:
+def _encoder_width(config: Mapping[str, Any]) -> Any:
     """Returns the width of a text encoder's embeddings; one that sees images has a part for text."""
     text = config.get("text_config")
     parts = (text if isinstance(text, dict) else {}, config)
