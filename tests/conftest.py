@@ -90,7 +90,14 @@ def _implementations() -> list[str]:
     return names + [f"native-{isa}" for isa in native.instruction_sets()]
 
 
-@pytest.fixture(params=_implementations())
+IMPLEMENTATIONS = _implementations()
+# What comes before a backend's kernels, or around them, is the same for each of native's instruction sets.
+each_backend_once = pytest.mark.parametrize(
+    "backend", {name.partition("-")[0]: name for name in reversed(IMPLEMENTATIONS)}.values(), indirect=True
+)
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """A backend's name; for ``native`` with one instruction set after another."""
     name, _, variant = request.param.partition("-")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -34,6 +35,14 @@ SMALL: dict[str, Any] = {"steps": 10, "samples": 50, "batch_size": 8, "seed": 3}
 class Outcome(NamedTuple):
     summary: dict[str, Any]
     folder: Path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_levels() -> Iterator[None]:
+    """What the weights are measured at, most of the demo's time with few steps: 7 timesteps for its 28."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sipo.demo.main._WEIGHT_LEVELS", 7)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -177,17 +186,6 @@ def test_held_out_pairs_are_measured_at_the_end(outcome: Outcome) -> None:
     assert line["validation/no_preference_loss"] == pytest.approx(line["validation/active_fraction"] * math.log(2))
 
 
-def test_a_demo_replaces_an_earlier_one_and_nothing_else(outcome: Outcome, tmp_path: Path) -> None:
-    again = tmp_path / "again"
-    shutil.copytree(outcome.folder, again)
-    run_demo(DemoConfig(output=again, **SMALL | {"steps": 2}), progress=False)
-    assert {path.name for path in again.iterdir()} == {path.name for path in outcome.folder.iterdir()}
-    assert [line["step"] for line in read_metrics(again / "metrics.jsonl")] == [1, 2]
-    (again / "config.yaml").touch()  # a run of `sipo train`
-    with pytest.raises(ValueError, match=r"again' holds more than a demo \(config.yaml, demo.png, .*another folder"):
-        DemoConfig(output=again)
-
-
 def test_the_summary_agrees_with_the_log(outcome: Outcome) -> None:
     summary = outcome.summary
     assert json.loads((outcome.folder / "summary.json").read_text()) == summary
@@ -220,14 +218,26 @@ def test_the_saved_model_is_the_one_that_was_scored(outcome: Outcome, digits: tu
     assert weights.tolist() == pytest.approx(outcome.summary["weights"]["aligned"][-3:], rel=1e-6)
 
 
-def test_a_second_run_gives_the_same_numbers(outcome: Outcome, tmp_path: Path) -> None:
+def test_a_second_run_gives_the_same_numbers_and_replaces_the_first_and_nothing_else(
+    outcome: Outcome, tmp_path: Path
+) -> None:
+    folder = tmp_path / "again"
+    shutil.copytree(outcome.folder, folder)
+    for name in ("demo.png", "metrics.jsonl", "timesteps.jsonl", "model/diffusion_pytorch_model.safetensors"):
+        (folder / name).write_text("of an earlier one\n")
     torch.manual_seed(12345)  # nothing may hang on the state that a process happens to be in
-    again = run_demo(DemoConfig(output=tmp_path, **SMALL), progress=False)
+    again = run_demo(DemoConfig(output=folder, **SMALL), progress=False)
     assert {k: v for k, v in again.items() if k != "seconds"} == {
         k: v for k, v in outcome.summary.items() if k != "seconds"
     }
     for name in ("model/diffusion_pytorch_model.safetensors", "demo.png"):
-        assert (tmp_path / name).read_bytes() == (outcome.folder / name).read_bytes()
+        assert (folder / name).read_bytes() == (outcome.folder / name).read_bytes()
+    assert {path.name for path in folder.iterdir()} == {path.name for path in outcome.folder.iterdir()}
+    assert [line["step"] for line in read_metrics(folder / "metrics.jsonl")] == [1, 10]
+    assert json.loads((folder / "summary.json").read_text()) == again
+    (folder / "config.yaml").touch()  # a run of `sipo train`
+    with pytest.raises(ValueError, match=r"again' holds more than a demo \(config.yaml, demo.png, .*another folder"):
+        DemoConfig(output=folder)
 
 
 def test_the_picture_is_drawn(outcome: Outcome) -> None:

@@ -109,9 +109,13 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def native_wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    """With the CUDA part where there is nvcc, for one architecture: that takes long enough."""
+    """Without optimisation, and with the CUDA part, where there is nvcc, for one architecture: that takes long enough.
+
+    The optimised library is the one that all other tests run.
+    """
     chosen = {name: value for name, value in os.environ.items() if name.startswith(CUDA_SWITCHES)}
-    return build_wheel(tree, tmp_path_factory.mktemp("native"), **{"SIPO_CUDA_ARCHS": "80", **chosen})
+    quick = {"CXXFLAGS": "-O0", "SIPO_CUDA_ARCHS": "80"}
+    return build_wheel(tree, tmp_path_factory.mktemp("native"), **{**quick, **chosen})
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DEVICE, GOLDEN_FILES
+from conftest import DEVICE, GOLDEN_FILES, each_backend_once
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -505,6 +505,7 @@ def _op_samples(backend: str) -> list[tuple[Any, tuple[Any, ...]]]:
     return [(op, tuple(a.to(DEVICE) if isinstance(a, torch.Tensor) else a for a in args)) for op, args in calls]
 
 
+@each_backend_once
 @pytest.mark.parametrize("index", range(5))
 def test_opcheck(backend: str, index: int) -> None:
     op, args = _op_samples(backend)[index]
@@ -617,6 +618,7 @@ def test_the_gradient_is_not_kept(backend: str) -> None:
         gc.enable()
 
 
+@each_backend_once
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_compile_equals_eager_mode(backend: str, dtype: torch.dtype, reduction: str) -> None:
