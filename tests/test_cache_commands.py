@@ -121,6 +121,16 @@ def test_a_run_is_not_resumed_on_other_data(place: Place, capsys: pytest.Capture
     assert not changed(before, place.cache) and len(list(place.cache.glob("references/*"))) == 1
 
 
+def test_error_masks_beside_the_safeguard_are_refused(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    before, lines = written_at(place.cache), read(place.data)
+    lines[4]["error_mask"] = "mask.png"  # which is not even opened
+    write(place.data, lines)
+    assert place.run("train", "loss.safeguard=0.5", run="again") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error == f"sipo: error: loss.safeguard=0.5: expected null, {place.data}: row 5 has an error_mask"
+    assert not changed(before, place.cache)
+
+
 def test_a_cache_without_its_source_is_used_and_that_is_said(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     before = written_at(place.cache)
     shutil.rmtree(place.data.parent)

@@ -12,8 +12,9 @@ from sipo.cache.precompute import CacheSummary, precompute_pairs
 from sipo.cache.precompute_errors import precompute_reference_errors
 from sipo.cache.reference_errors import ReferenceErrors, open_reference_errors
 from sipo.cache.savings import Cost
+from sipo.cache.source import Tally, shard_sources
 from sipo.data.readers import open_pairs
-from sipo.data.records import DataError, PairReader
+from sipo.data.records import DataError, PairReader, row_name
 from sipo.files import make_folder
 from sipo.locks import locked
 from sipo.processes import everywhere, from_all, from_main, on_main
@@ -64,6 +65,7 @@ def prepare_data(
         CacheError: a cache of other settings or weights; a change, where they are refused.
         BadPairError: a pair that cannot be used, without ``data.skip_bad``.
         DataError: no source, and no finished cache of it.
+        ConfigError: ``loss.safeguard`` beside error masks; ``data.held_out`` of all pairs.
     """
     config, accelerator = run.config, run.accelerator
     on_main(accelerator, lambda: make_folder(run.cache, f"data.cache={config.data.cache!r}"))
@@ -77,6 +79,7 @@ def prepare_data(
         raise DataError(missing)
     said = [f"could not be compared with its pairs, the encoded data is used unchanged: {missing}"]
     if reader is not None:
+        everywhere(accelerator, lambda: _check_masks(run, reader))
         summary = precompute_pairs(
             reader,
             run.family,
@@ -107,6 +110,18 @@ def prepare_data(
     if config.data.reference_errors:
         references = _references(run, cache, repair, refuse_changes, progress)
     return PreparedData(cache, references, summary)
+
+
+def _check_masks(run: RunContext, reader: PairReader) -> None:
+    """Refuses error masks beside ``loss.safeguard``: those from files have weights (docs/math.md §6, relatives)."""
+    safeguard = run.config.loss.safeguard
+    if safeguard is None or getattr(reader, "root", None) is None:  # only rows of paths have masks
+        return
+    for source in shard_sources(reader, run.family, run.config.data, Tally()):
+        for record in source.records:
+            if record.error_mask is not None:
+                where = f"{run.config.data.dataset_name}: {row_name(record.row)}"
+                raise ConfigError(f"loss.safeguard={safeguard}: expected null, {where} has an error_mask")
 
 
 def _say_cost(run: RunContext, cost: Cost) -> None:
