@@ -64,6 +64,8 @@ SMALLER_OPTIONS = {
     "--frames": lambda frames: str(int(frames) // 9),
     "--fps": lambda fps: str(float(fps) / 2),
     "--checkpoint": lambda step: str(int(step) // 500),
+    "--levels": lambda levels: str(int(levels) // 5),
+    "--draws": lambda draws: str(int(draws) // 8),
 }
 SMALLER_PYTHON = {
     r"\bheight=\d+": "height=32",
