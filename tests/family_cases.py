@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import json
 import math
 import tempfile
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import diffusers
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from sipo.batch import collate, network_timesteps
@@ -286,3 +288,13 @@ def sample(toy: str, network: nn.Module) -> Tensor:
 
 def no_shared_tensors(network: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in network.state_dict().items()}
+
+
+def predictions(toy: str, network: Any) -> Tensor:
+    with torch.no_grad():
+        return family_of(toy).predict(network.eval(), *network_input(toy))
+
+
+def metadata_of(file: Path) -> dict[str, Any]:
+    with safe_open(file, "pt") as opened:
+        return dict(json.loads(opened.metadata()["lora_adapter_metadata"]))
