@@ -21,8 +21,9 @@ from sipo.families.toy import build_toy
 from sipo.recipe import config
 from sipo.recipe.build import RunContext, open_run
 from sipo.recipe.config import ConfigError
-from sipo.recipe.preflight import _check_condition_images, _check_training, check_run
+from sipo.recipe.preflight import _check_all, _check_condition_images, _check_training, check_run
 from sipo.recipe.prepare_data import _say_cost
+from sipo.training import TrainingWarning
 from tests.family_cases import folder_of
 from tests.small_family import EditFamily, OptionalEditFamily, SeeingFamily, SmallFamily, png
 
@@ -280,3 +281,15 @@ def test_deepspeed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     message = r"^distributed_type='DEEPSPEED': expected one device, plain data parallelism or FSDP2$"
     with pytest.raises(config.ConfigError, match=message):
         check_run(run, "train")
+
+
+def test_several_networks_are_trained_by_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several processes may compute reference errors with them."""
+    more = [f"data.cache={tmp_path / 'cache'}", f"model.pretrained_model_name_or_path={folder_of('wan2.2')}"]
+    run = open_run(config.load_config(ROOT / "examples" / "toy" / "wan2.2.yaml", more))
+    _check_all(run, "train", False)
+    monkeypatch.setattr(run.accelerator.state, "num_processes", 2)
+    message = "model.family='wan2.2': expected one process, it trains several networks"
+    assert_refused(lambda: _check_all(run, "train", False), config.ConfigError, message)
+    with pytest.warns(TrainingWarning, match=f"^{message}; `sipo train` would stop here$"):
+        _check_all(run, "precompute", False)

@@ -97,6 +97,12 @@ def _check_condition_images(run: RunContext) -> None:
         raise ConfigError(f"samples.validation_images: {error}") from error
 
 
+def _check_processes(run: RunContext) -> None:
+    if run.family.experts and run.accelerator.num_processes > 1:
+        # A step that draws one network's levels alone leaves the other without gradients, for which DDP would wait.
+        raise ConfigError(f"model.family={run.family.name!r}: expected one process, it trains several networks")
+
+
 def _check_optimizer(run: RunContext) -> None:
     _named(lambda: check_optimizer(run.config.training))
 
@@ -165,9 +171,6 @@ def _check_network(run: RunContext) -> None:
             check_targets(network, family.lora_targets if targets is None else targets)
         except ValueError as error:
             raise ConfigError(f"model.lora.{error}") from error
-    if family.experts and run.accelerator.num_processes > 1:
-        # A step that draws one network's levels alone leaves the other without gradients, for which DDP would wait.
-        raise ConfigError(f"model.family={model.family!r}: expected one process, it trains several networks")
     if model.guidance_scale is not None and not getattr(network.config, "guidance_embeds", False):
         raise ConfigError(
             f"model.guidance_scale={model.guidance_scale}: leave it out, the network has no guidance embedding"
@@ -189,6 +192,7 @@ _ALL: tuple[Work, ...] = ("train", "precompute", "analyze")
 # Each check, and the work that cannot be done where it fails.
 _CHECKS: tuple[tuple[Callable[[RunContext], None], tuple[Work, ...]], ...] = (
     (_check_condition_images, ("train",)),
+    (_check_processes, ("train",)),
     (_check_optimizer, ("train",)),
     (_check_trackers, ("train",)),
     (_check_loss, _ALL),
