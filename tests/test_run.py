@@ -28,7 +28,7 @@ from sipo.recipe.verify import verify_run
 from sipo.training.log_reader import read_metrics
 from sipo.training.sums import SUMS
 from tests.data_sets import contents, flip_bit
-from tests.family_cases import as_picture, load_adapters
+from tests.family_cases import QWEN_IMAGE_21, as_picture, load_adapters
 from tests.training_cases import events_in
 
 ROOT = Path(__file__).parent.parent
@@ -129,6 +129,7 @@ def test_weights_reload_in_the_pipeline_and_sample_the_same(trained: tuple[str, 
     options |= {"image": as_picture(images[0])} if images else {}
     options |= {"max_area": height * width, "_auto_resize": False} if name == "flux-kontext" else {}
     options |= {"use_resolution_binning": False} if name == "sana" else {}
+    options |= {"output_resolution": height} if name == "qwen-image-2.1-edit" else {}
     image = pipeline(
         prompt="a bright circle", height=height, width=width, num_inference_steps=2, output_type="pt", **options
     )
@@ -172,11 +173,11 @@ def test_a_runs_lora_is_exported_from_its_weights_and_its_last_checkpoint(
     )
     starts |= dict.fromkeys(("flux2", "flux2-klein"), "diffusion_model.double_blocks.")
     starts |= {"z-image": "transformer.layers.", "lumina2": "diffusion_model.layers."}
-    starts |= dict.fromkeys(("qwen-image-2.1", "sana"), "transformer.")
+    starts |= dict.fromkeys((*QWEN_IMAGE_21, "sana"), "transformer.")
     name, folder = trained
     files = [tmp_path / "weights.safetensors", tmp_path / "checkpoint.safetensors"]
     for file, more in zip(files, ([], ["--checkpoint", "latest"]), strict=True):
-        format = "diffusers" if name in ("qwen-image-2.1", "sana") else "comfyui"
+        format = "diffusers" if name in (*QWEN_IMAGE_21, "sana") else "comfyui"
         command = ["export", str(folder / "run"), "--format", format, "--output", str(file), *more]
         if get_family(name).experts:
             assert "its LoRA is a file for each network in" in refused(capsys, *command)
@@ -463,13 +464,9 @@ def wait_for_lines(process: subprocess.Popen[str], log: Path, count: int) -> Non
         time.sleep(0.02)
 
 
-def finish(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output[-3000:]
-    return output
-
-
-def test_killed_and_resumed_ends_with_the_same_bits(shared: Path, tmp_path: Path) -> None:
+def test_killed_and_resumed_ends_with_the_same_bits(
+    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ["training.checkpointing_steps=3", "samples.validation_prompts=[]"]
     train("sd15", *options(tmp_path / "once", 40, *arguments, cache=shared))
     log = tmp_path / "killed" / "run" / "metrics.jsonl"
@@ -479,8 +476,8 @@ def test_killed_and_resumed_ends_with_the_same_bits(shared: Path, tmp_path: Path
     process.wait()
     done = [line["step"] for line in map(json.loads, log.read_text().splitlines()[:-1])]
     assert 5 < max(done) < 40
-    output = finish(start("sd15", *options(tmp_path / "killed", 40, *arguments, cache=shared), "--resume"))
-    assert "weights, and how to load them" in output
+    train("sd15", *options(tmp_path / "killed", 40, *arguments, cache=shared), "--resume")
+    assert "weights, and how to load them" in "".join(capsys.readouterr())
     files = [tmp_path / place / "run" / "weights" / "pytorch_lora_weights.safetensors" for place in ("once", "killed")]
     one, other = map(load_file, files)
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
@@ -510,23 +507,18 @@ def train_in_two(*arguments: str) -> str:
     return done.stderr
 
 
-def test_two_processes_overwrite_a_run_once(shared: Path, tmp_path: Path) -> None:
-    arguments = ["training.validation_steps=0", "samples.validation_prompts=[]", "training.report_to=none"]
-    train("sd15", *options(tmp_path, 2, *arguments, cache=shared))
-    run = tmp_path / "run"
-    error = train_in_two(*options(tmp_path, 1, *arguments, cache=shared), "--overwrite")
-    removed = "checkpoints, metrics.jsonl, timesteps.jsonl, weights"
-    assert error.count(f"{run}: --overwrite removed the run that was here ({removed})") == 1
-    assert steps_of(tmp_path) == [1]
-    assert {name.split("/")[1] for name in contents(run) if name.startswith("checkpoints/")} == {"step-00000001"}
-    assert cli.main(["verify", str(run)]) == 0
-
-
 def test_two_processes_are_one_with_twice_the_batch(shared: Path, tmp_path: Path) -> None:
-    """The same losses, and the same weights to rounding."""
+    """The same losses, and the same weights to rounding; they remove a run that was there, once."""
     arguments = ["samples.validation_prompts=[]", "training.max_grad_norm=null"]
     train("sd15", *options(tmp_path / "one", 4, *arguments, "training.train_batch_size=4", cache=shared))
-    train_in_two(*options(tmp_path / "two", 4, *arguments, "training.train_batch_size=2", cache=shared))
+    train("sd15", *options(tmp_path / "two", 6, *arguments, cache=shared))
+    two_of_them = options(tmp_path / "two", 4, *arguments, "training.train_batch_size=2", cache=shared)
+    error, run = train_in_two(*two_of_them, "--overwrite"), tmp_path / "two" / "run"
+    removed = "checkpoints, metrics.jsonl, timesteps.jsonl, weights"
+    assert error.count(f"{run}: --overwrite removed the run that was here ({removed})") == 1
+    assert steps_of(tmp_path / "two") == [1, 2, 3, 4]
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-00000002", "step-00000004"}
+    assert cli.main(["verify", str(run)]) == 0
     for kind in ("training", "validation"):
         one, two = (read_metrics(tmp_path / place / "run" / "metrics.jsonl", kind) for place in ("one", "two"))
         assert [line["step"] for line in one] == [line["step"] for line in two] != []
