@@ -27,11 +27,15 @@ from sipo.families.vae import as_picture
 
 PROMPTS = ["a cat on the roof", "The thin red line, twice"]
 QWEN_IMAGE_EDIT = {"qwen-image-edit": "edit", "qwen-image-edit-plus": "edit_plus"}
+QWEN_IMAGE_21 = ("qwen-image-2.1", "qwen-image-2.1-edit")
 SAMPLED: dict[str, dict[str, Any]] = {  # further arguments of a pipeline
     "sana": {"use_resolution_binning": False},
     "flux-kontext": {"max_area": 32 * 48, "_auto_resize": False},
     **{family: {"negative_prompt": " "} for family in ("qwen-image", *QWEN_IMAGE_EDIT)},
-    "qwen-image-2.1": {"negative_prompt": " ", "use_kv_cache": False},
+    **{
+        family: {"negative_prompt": " ", "use_kv_cache": False, "output_resolution": (64 * 96) ** 0.5}
+        for family in QWEN_IMAGE_21
+    },
 }
 each_toy = pytest.mark.parametrize("toy", list(TOYS))
 FRAMES = 9
@@ -126,7 +130,7 @@ def pixels_of(family: Family, n: int = 2, seed: int = 0) -> Tensor:
 
 def for_vae(family: Family, pixels: Tensor) -> Tensor:
     """Pixels as the family's VAE takes them."""
-    if family.name == "qwen-image-2.1":  # with opacity
+    if family.name in QWEN_IMAGE_21:  # with opacity
         pixels = torch.cat([pixels, torch.ones_like(pixels[:, :1])], dim=1)
     return pixels.transpose(1, 2) if family.video else pixels[:, :, None] if family.vae_frames else pixels
 
@@ -196,7 +200,8 @@ class Call(NamedTuple):
     def condition_latents(self, family: Family) -> dict[str, Tensor]:
         """The latents of the image to edit, as the pipeline encoded them."""
         noisy = self.noisy(family)
-        tokens = self.given("hidden_states")[:, family.pack(noisy).shape[1] :]
+        tokens, length = self.given("hidden_states"), family.pack(noisy).shape[1]
+        tokens = tokens[:, :-length] if family.name in QWEN_IMAGE_21 else tokens[:, length:]
         return {CONDITION_LATENTS: family.unpack(tokens, noisy.shape)}
 
     def texts(self) -> list[Tensor]:
@@ -257,7 +262,7 @@ def sampled(pipeline: Any, family: Family, steps: int = 3, seed: int = 5, **opti
     finally:
         for hook in hooks:
             hook.remove()
-    if family.name == "qwen-image-2.1":  # with opacity: seen over white
+    if family.name in QWEN_IMAGE_21:  # with opacity: seen over white
         output = output[:, :3] * output[:, 3:] + 1 - output[:, 3:]
     timesteps = pipeline.scheduler.timesteps
     per_step = len(calls) // len(timesteps)

@@ -104,7 +104,10 @@ def test_predict_depends_on_all_it_is_given(toy: str) -> None:
         assert not torch.equal(base, family.predict(network, noisy, timesteps.flip(0), condition))
         assert not torch.equal(base, family.predict(network, noisy.flip(-1), timesteps, condition).flip(-1))
         for name, tensor in condition.items():
-            other = tensor & (torch.arange(tensor.shape[1]) < 3) if tensor.dtype == torch.bool else tensor + 1
+            other = tensor + 1
+            if tensor.dtype == torch.bool:  # of the text: its end for one that has an image in it
+                length = tensor.shape[1]
+                other = tensor & (torch.arange(length) < (length - 3 if toy == "qwen-image-2.1-edit" else 3))
             changed = condition | {name: other}
             assert not torch.equal(base, family.predict(network, noisy, timesteps, changed)), name
 
@@ -129,7 +132,7 @@ def test_predict_calls_the_wrapper(toy: str) -> None:
     given = network_input(toy)
     with torch.no_grad():
         assert torch.equal(family.predict(wrapped, *given), family.predict(network, *given))
-    assert wrapped.calls == (2 if toy == "qwen-image-2.1" else 1)  # for each sample
+    assert wrapped.calls == (2 if toy in ("qwen-image-2.1", "qwen-image-2.1-edit") else 1)  # for each sample
     assert inner_network(wrapped) is network
 
 

@@ -14,27 +14,33 @@ from torch import Tensor
 
 from sipo.families import get_family
 from sipo.families.lora_files import check_format
-from sipo.families.network import PROMPT, PROMPT_MASK
+from sipo.families.network import CONDITION_LATENTS, PROMPT, PROMPT_MASK
 from sipo.families.tuning import lora_file, save_lora
 from tests.family_cases import (
     PROMPTS,
+    QWEN_IMAGE_21,
     Call,
+    as_picture,
     as_uint8,
     conditions_of,
     encoders_of,
+    family_of,
     folder_of,
+    images_of,
     load_toy,
     lora_network,
     network_input,
     pipeline_of,
     pixels_of,
+    sample_of,
     sampled,
     size_of,
     stacked,
 )
 
-TOY = "qwen-image-2.1"
+TOY, EDIT = QWEN_IMAGE_21
 FAMILY = get_family(TOY)
+EACH = pytest.mark.parametrize("toy", QWEN_IMAGE_21)
 
 
 def calls_in(network: Any) -> list[dict[str, Any]]:
@@ -44,42 +50,57 @@ def calls_in(network: Any) -> list[dict[str, Any]]:
     return calls
 
 
+@EACH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_sample_is_called_as_the_pipeline_calls_it_alone(dtype: torch.dtype) -> None:
+def test_a_sample_is_called_as_the_pipeline_calls_it_alone(toy: str, dtype: torch.dtype) -> None:
     """Each prompt's prediction in a batch has the bits of the pipeline's own call for this prompt."""
-    pipeline = pipeline_of(TOY).to(dtype)
+    family, pipeline = family_of(toy), pipeline_of(toy).to(dtype)
     alone: list[Call] = []
-    for seed, prompt in enumerate(PROMPTS):
-        _, calls = sampled(pipeline, FAMILY, seed=seed, prompt=prompt)  # with a negative prompt: two calls a step
+    for seed, (prompt, image) in enumerate(zip(PROMPTS, images_of(family) or [None, None], strict=True)):
+        edited = {} if image is None else {"image": as_picture(image)}
+        _, calls = sampled(pipeline, family, seed=seed, prompt=prompt, **edited)  # with a negative prompt: two a step
         alone += calls
-    texts = [call.given("encoder_hidden_states") for call in alone]
-    assert len(alone) == 12 and {text.shape[1] for text in texts} == {20, 36, 43}
-    batch = stacked(FAMILY, [{PROMPT: text[0], PROMPT_MASK: torch.ones(text.shape[1]).bool()} for text in texts])
-    noisy, timesteps = torch.cat([call.noisy(FAMILY) for call in alone]), torch.stack([call.timestep for call in alone])
+    more = 0 if toy == TOY else len("<image1>") + 1 + 6 + 1  # the image's tokens between its marks
+    lengths = [len(call.given("encoder_hidden_states")[0]) for call in alone]
+    assert len(alone) == 12 and set(lengths) == {20 + more, 36 + more, 43 + more}
+    batch = stacked(family, [condition_in(call, toy) for call in alone])
+    noisy, timesteps = torch.cat([call.noisy(family) for call in alone]), torch.stack([call.timestep for call in alone])
     ours = calls_in(pipeline.transformer)
     with torch.no_grad():
-        found = FAMILY.predict(pipeline.transformer, noisy, timesteps, batch)
+        found = family.predict(pipeline.transformer, noisy, timesteps, batch)
     assert found.dtype == dtype and len(ours) == len(alone)
     for row, told, call in zip(found, ours, alone, strict=True):
-        assert torch.equal(row[None], FAMILY.unpack(call.output, (1, *row.shape)))
+        assert torch.equal(row[None], family.unpack(call.output, (1, *row.shape)))
         theirs = {name: value for name, value in call.arguments.items() if name in told or value not in (None, {})}
         assert told.keys() == theirs.keys()
         assert all(torch.equal(told[k], v) if isinstance(v, Tensor) else told[k] == v for k, v in theirs.items())
 
 
+def condition_in(call: Call, toy: str) -> dict[str, Tensor]:
+    """What the network was told in a call of the pipeline."""
+    text = call.given("encoder_hidden_states")[0]
+    told = {PROMPT: text, PROMPT_MASK: torch.ones(len(text)).bool()}
+    if toy == TOY:
+        return told
+    (latents,) = call.condition_latents(family_of(toy))[CONDITION_LATENTS]
+    return told | {CONDITION_LATENTS: latents, "image_start": call.given("img_mask")[0].nonzero()[0]}
+
+
+@EACH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_prediction_does_not_depend_on_its_batch(dtype: torch.dtype) -> None:
-    _, network = load_toy(TOY, dtype=dtype)
-    noisy, timesteps, condition = network_input(TOY)
+def test_a_prediction_does_not_depend_on_its_batch(toy: str, dtype: torch.dtype) -> None:
+    family, network = load_toy(toy, dtype=dtype)
+    noisy, timesteps, condition = network_input(toy)
     order = [1, 0, 1]
     with torch.no_grad():
-        both = FAMILY.predict(network, noisy, timesteps, condition)
-        more = FAMILY.predict(network, noisy[order], timesteps[order], {k: v[order] for k, v in condition.items()})
+        both = family.predict(network, noisy, timesteps, condition)
+        more = family.predict(network, noisy[order], timesteps[order], {k: v[order] for k, v in condition.items()})
         assert torch.equal(more, both[order])
         for i in range(2):
             rows, length = slice(i, i + 1), int(condition[PROMPT_MASK][i].sum())
-            text = {name: tensor[rows, :length] for name, tensor in condition.items()}  # without padding
-            assert torch.equal(FAMILY.predict(network, noisy[rows], timesteps[rows], text), both[rows])
+            own = {name: tensor[rows] for name, tensor in condition.items()}
+            own |= {name: own[name][:, :length] for name in (PROMPT, PROMPT_MASK)}  # without padding
+            assert torch.equal(family.predict(network, noisy[rows], timesteps[rows], own), both[rows])
     assert not torch.equal(both[0], both[1])
 
 
@@ -100,26 +121,61 @@ def test_gradients_of_a_batch_are_those_of_its_samples_with_checkpointing_too() 
     torch.testing.assert_close(apart, both, rtol=1e-4, atol=1e-6 * float(both.abs().max()))
 
 
+@EACH
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_samples_with_an_adapter_are_the_pipelines_with_its_cache(
-    guidance: float, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    toy: str, guidance: float, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The pipeline's default; whether the cache is on changes rounding."""
-    network = lora_network(TOY)
+    family, network = family_of(toy), lora_network(toy)
     calls = calls_in(network)
+    encoders = encoders_of(toy)
     caplog.clear()
-    found = FAMILY.sample(encoders_of(TOY), network, PROMPTS[:1], seed=5, steps=3, guidance=guidance, **size_of(FAMILY))
+    sample: dict[str, Any] = {"seed": 5, "steps": 3, "guidance": guidance, **sample_of(family, 1)}
+    found = family.sample(encoders, network, PROMPTS[:1], **sample)
     assert not caplog.records  # of a negative prompt that is not used
     modes = [call["kv_cache_mode"] for call in calls]
     assert modes == [mode for mode in ("extract", "cached", "cached") for _ in range(1 if guidance == 1 else 2)]
-    pipeline = pipeline_of(TOY)
-    save_lora(FAMILY, network, tmp_path)
-    file = lora_file(FAMILY, tmp_path, FAMILY.network)
+    pipeline = pipeline_of(toy)
+    save_lora(family, network, tmp_path)
+    file = lora_file(family, tmp_path, family.network)
     pipeline.load_lora_weights(file.parent, weight_name=file.name)
-    expected, _ = sampled(pipeline, FAMILY, guidance_scale=guidance, use_kv_cache=True)
+    expected, _ = sampled(pipeline, family, guidance_scale=guidance, use_kv_cache=True)
     assert torch.equal(as_uint8(expected), found)
-    plain, _ = sampled(pipeline_of(TOY), FAMILY, guidance_scale=guidance)
+    plain, _ = sampled(pipeline_of(toy), family, guidance_scale=guidance)
     assert not torch.equal(as_uint8(plain), found)
+
+
+def test_an_image_of_another_shape_is_edited_at_its_own_size() -> None:
+    family, pipeline = family_of(EDIT), pipeline_of(EDIT)
+    (image, *_) = images_of(family) or []
+    image = image.transpose(1, 2)[:, :, :32]  # 96 x 32 pixels
+    _, calls = sampled(pipeline, family, image=as_picture(image), output_resolution=(96 * 32) ** 0.5)
+    ours = calls_in(pipeline.transformer)
+    family.sample(
+        encoders_of(EDIT),
+        pipeline.transformer,
+        PROMPTS[:1],
+        images=[image],
+        seed=5,
+        steps=3,
+        guidance=3.0,
+        **size_of(family),
+    )
+    assert ours[0]["img_shapes"] == calls[0].given("img_shapes") == [[(1, 6, 2), (1, 4, 6)]]
+    for name in ("hidden_states", "encoder_hidden_states", "img_mask"):
+        torch.testing.assert_close(ours[0][name], calls[0].given(name), rtol=1e-5, atol=1e-5)
+
+
+def test_an_image_that_the_text_encoder_would_see_at_another_size_is_refused() -> None:
+    family, encoders = family_of(EDIT), encoders_of(EDIT)
+    for height, width in ((64, 320), (64, 80)):
+        sides = "sides that are multiples of 32, and 1024 to 16384 pixels in all"
+        expected = f"a condition image of {height} x {width} pixels: expected {sides}"
+        with pytest.raises(ValueError, match=expected):
+            family.encode_text(encoders, ["a"], [torch.zeros(3, height, width, dtype=torch.uint8)])
+    with pytest.raises(ValueError, match=f"images=None: expected one for each prompt, the text encoder of {EDIT}"):
+        family.encode_text(encoders, ["a"])
 
 
 def test_images_are_opaque_and_samples_are_laid_over_white(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -489,8 +489,8 @@ def test_latents_are_stored_in_the_type_asked_for(tmp_path: Path, dtype: str) ->
 @pytest.mark.parametrize(
     "name",
     [
-        *("sd15", "sdxl", "flux", "qwen-image", "qwen-image-2.1", "qwen-image-edit", "z-image", "lumina2", "sana"),
-        *("cogvideox", "wan"),
+        *("sd15", "sdxl", "flux", "qwen-image", "qwen-image-2.1", "qwen-image-2.1-edit"),
+        *("qwen-image-edit", "z-image", "lumina2", "sana", "cogvideox", "wan"),
     ],
 )
 def test_real_families_from_files_to_reference_errors(tmp_path: Path, name: str) -> None:

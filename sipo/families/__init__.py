@@ -12,7 +12,7 @@ from sipo.families.flux2 import Flux2, Flux2Klein
 from sipo.families.lumina2 import Lumina2
 from sipo.families.network import Condition
 from sipo.families.qwen_image import QwenImage, QwenImageEdit, QwenImageEditPlus
-from sipo.families.qwen_image_21 import QwenImage21
+from sipo.families.qwen_image_21 import QwenImage21, QwenImage21Edit
 from sipo.families.sana import Sana
 from sipo.families.sd3 import StableDiffusion3
 from sipo.families.stable_diffusion import StableDiffusion, StableDiffusionXL
@@ -34,6 +34,7 @@ FAMILIES: dict[str, Family] = {
         Flux2Klein(),
         QwenImage(),
         QwenImage21(),
+        QwenImage21Edit(),
         QwenImageEdit(),
         QwenImageEditPlus(),
         ZImage(),

@@ -1,7 +1,8 @@
-"""Qwen-Image 2.1, text to image: one sequence of text and image, and a VAE with a channel of opacity."""
+"""Qwen-Image 2.1, text to image and editing: one sequence of text and images, a VAE with a channel of opacity."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -9,9 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sipo.families.network import PROMPT, PROMPT_MASK, Condition, pick
+from sipo.families.network import CONDITION_LATENTS, PROMPT, PROMPT_MASK, Condition, pick
 from sipo.families.qwen_image import QwenImage
-from sipo.families.vae import as_floats
+from sipo.families.vae import as_floats, as_picture
+
+_IMAGE_START = "image_start"  # name in a condition: the place of the condition image in the text
 
 
 class QwenImage21(QwenImage):
@@ -50,7 +53,7 @@ class QwenImage21(QwenImage):
         predictions = []
         for i, length in enumerate(mask.sum(1).tolist()):
             rows = slice(i, i + 1)
-            own = {PROMPT: text[rows, :length]}
+            own = {name: tensor[rows] for name, tensor in condition.items()} | {PROMPT: text[rows, :length]}
             predictions.append(super().predict(module, noisy[rows], timesteps[rows], own, guidance=guidance))
         return torch.cat(predictions)
 
@@ -88,3 +91,67 @@ class QwenImage21(QwenImage):
         if guidance <= 1:  # the pipeline warns of a negative prompt that it will not use
             condition = {name: tensor for name, tensor in condition.items() if not name.startswith("negative_")}
         return super()._sampler_arguments(condition, guidance, image)
+
+
+class QwenImage21Edit(QwenImage21):
+    """Qwen-Image 2.1, editing one image, which the text encoder sees at the size of the sample."""
+
+    name = "qwen-image-2.1-edit"
+    condition_image = "required"
+    text_sees_image = True
+
+    def _text_tensors(
+        self, pipeline: Any, prompts: list[str], images: Sequence[Tensor] | None
+    ) -> Mapping[str, Sequence[Tensor]]:
+        tensors = super()._text_tensors(pipeline, prompts, images)
+        return {**tensors, _IMAGE_START: [torch.tensor([_image_start(pipeline)])] * len(prompts)}
+
+    def _text_image(self, pipeline: Any, images: Sequence[Tensor] | None, i: int) -> dict[str, Any]:
+        if images is None:
+            raise ValueError(f"images=None: expected one for each prompt, the text encoder of {self.name} sees it")
+        height, width = images[i].shape[-2:]
+        processor = pipeline.processor.image_processor
+        if processor.get_number_of_image_patches(height, width, {}) * self.latent_pixels**2 != height * width:
+            limits = f"{processor.size['shortest_edge']} to {processor.size['longest_edge']} pixels"
+            sides = f"sides that are multiples of {self.side_multiple}, and {limits} in all"
+            raise ValueError(f"a condition image of {height} x {width} pixels: expected {sides}, by its processor")
+        return {"image": [as_picture(images[i])]}
+
+    def network_inputs(
+        self, config: Any, noisy: Tensor, time: Tensor, condition: Condition, guidance: float
+    ) -> dict[str, Any]:
+        """See :meth:`Family.network_inputs`: the tokens of a condition image stand in its place in the text."""
+        inputs = super().network_inputs(config, noisy, time, condition, guidance)
+        latents, start = pick(condition, CONDITION_LATENTS, _IMAGE_START)
+        height, width = latents.shape[-2:]
+        places = torch.arange(inputs["img_mask"].shape[1], device=noisy.device)
+        return inputs | {
+            "hidden_states": torch.cat([self.pack(latents), inputs["hidden_states"]], dim=1),
+            "img_shapes": [[(1, height, width), *shapes] for shapes in inputs["img_shapes"]],
+            "img_mask": inputs["img_mask"] | ((places >= start) & (places < start + height * width // 4)),
+        }
+
+    def _sampler_arguments(self, condition: Condition, guidance: float, image: Tensor | None) -> dict[str, Any]:
+        condition = {name: tensor for name, tensor in condition.items() if not name.endswith(_IMAGE_START)}
+        assert image is not None
+        sides = {"output_resolution": math.sqrt(image.shape[-2] * image.shape[-1])}  # the image's own size
+        return super()._sampler_arguments(condition, guidance, image) | sides
+
+    def _sampler(self, pipeline: Any, network: nn.Module, *, with_vae: bool) -> Any:
+        """Returns a sampler that takes encoded prompts with an image: it tells where in the text the image stands."""
+        sampler = super()._sampler(pipeline, network, with_vae=with_vae)
+        encode, start = sampler.encode_prompt, _image_start(pipeline)
+
+        def encode_prompt(image: list[Any], prompt_embeds: Tensor, **options: Any) -> Any:
+            mask = torch.zeros(prompt_embeds.shape[:2], dtype=torch.bool, device=prompt_embeds.device)
+            mask[:, start : start + image[0].width * image[0].height // 32**2] = True
+            return encode(image=image, prompt_embeds=prompt_embeds, image_pad_mask=mask, **options)
+
+        sampler.encode_prompt = encode_prompt
+        return sampler
+
+
+def _image_start(pipeline: Any) -> int:
+    """Returns how many tokens stand before a condition image, in the text that the network is given."""
+    text = pipeline.prompt_template_ti2i.partition("<|image_pad|>")[0]
+    return len(pipeline.processor.tokenizer(text).input_ids) - pipeline._drop_idx

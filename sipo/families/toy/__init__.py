@@ -46,6 +46,7 @@ TOYS: dict[str, Toy] = {
     "flux2-klein": Toy("flux2-klein", flux2_toys.klein),
     "qwen-image": Toy("qwen-image", qwen_image_toys.qwen_image),
     "qwen-image-2.1": Toy("qwen-image-2.1", qwen_image_21_toys.qwen_image_21),
+    "qwen-image-2.1-edit": Toy("qwen-image-2.1-edit", qwen_image_21_toys.qwen_image_21),
     "qwen-image-edit": Toy("qwen-image-edit", qwen_image_toys.qwen_image_edit),
     "qwen-image-edit-plus": Toy("qwen-image-edit-plus", qwen_image_toys.qwen_image_edit_plus),
     "qwen-image-edit-2511": Toy("qwen-image-edit-plus", lambda: qwen_image_toys.qwen_image_edit_plus(zero_cond_t=True)),
