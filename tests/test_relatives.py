@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -369,15 +370,21 @@ def test_matches_reference(
     assert_gradient_within_budget(batch, grad, out.coef, options)
 
 
+@functools.cache
+def long_sample(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Batch, dict[str, Any]]:
+    """A batch and options, the same for all backends."""
+    batch = aligned_batch(shape, (dtype,) * 3, distance=0.05, device=DEVICE)
+    options: dict[str, Any] = {"method": "diffusion_dpo", "safeguard": 0.25}
+    return batch, options | {"beta": beta_for(batch, 3.0, **options)}
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_a_long_sample_keeps_its_inner_product(backend: str, dtype: torch.dtype) -> None:
     """Over many chunks, parts, blocks and threads: λ is that of the whole sample."""
     shape = (4, 7, 201, 353)
     if backend == "triton":  # the interpreter is slow: just long enough for half precision to be summed in float32
         shape = (4, 3, 211, 104) if dtype == BF16 else (4, 3, 71, 50)
-    batch = aligned_batch(shape, (dtype,) * 3, distance=0.05, device=DEVICE)
-    options: dict[str, Any] = {"method": "diffusion_dpo", "safeguard": 0.25}
-    options["beta"] = beta_for(batch, 3.0, **options)
+    batch, options = long_sample(shape, dtype)
     out, _ = run(batch, backend, **options)
     plain, _ = run(batch, backend, **{**options, "safeguard": None})
     d_chosen, d_rejected = (batch.model_pred.detach().double() - batch.target.double()).flatten(1).chunk(2)
