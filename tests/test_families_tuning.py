@@ -17,6 +17,7 @@ from tests.family_cases import (
     each_toy,
     family_of,
     folder_of,
+    load_toy,
     lora_network,
     network_input,
     no_shared_tensors,
@@ -194,6 +195,18 @@ def test_full_tuning_trains_everything_in_float32() -> None:
     prepare_full(network, gradient_checkpointing=True)
     assert all(p.requires_grad and p.dtype == torch.float32 for p in network.parameters())
     assert any(getattr(module, "gradient_checkpointing", False) for module in network.modules())
+
+
+@pytest.mark.parametrize("toy", ["sd3", "flux", "qwen-image", "qwen-image-edit", "qwen-image-2.1", "wan"])
+def test_every_weight_that_is_trained_gets_a_gradient(toy: str) -> None:
+    """Several processes would wait for one that gets none."""
+    family, network = load_toy(toy)
+    prepare_full(network)
+    family.freeze_unread(network)
+    family.predict(network, *network_input(toy)).square().mean().backward()
+    assert {name for name, p in network.named_parameters() if p.grad is None} == {
+        name for name, p in network.named_parameters() if not p.requires_grad
+    }
 
 
 @pytest.mark.parametrize(

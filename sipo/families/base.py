@@ -35,6 +35,7 @@ class Family(PipelineEncoder):
         takes_sigma: whether the network is told σ in place of σ · 1000; timesteps are rounded to its dtype first.
         float32_conditions: names in a condition that stay float32; the rest is cast to the network's dtype.
         lora_targets: modules that LoRA adapts unless a configuration names others.
+        unread: modules of the last of the network's ``transformer_blocks`` whose outputs nothing reads.
         guidance: guidance scale for samples in validation; also what a network with a guidance embedding is told in
             training.
         sampler_needs_vae: whether the pipeline reads from its VAE while it samples latents.
@@ -44,6 +45,7 @@ class Family(PipelineEncoder):
     takes_sigma: ClassVar[bool] = False
     float32_conditions: ClassVar[tuple[str, ...]] = ()
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    unread: ClassVar[tuple[str, ...]] = ()
     guidance: ClassVar[float]
     sampler_needs_vae: ClassVar[bool] = False
 
@@ -98,6 +100,11 @@ class Family(PipelineEncoder):
     def networks_in(self, network: nn.Module) -> dict[str, nn.Module]:
         """Returns the networks in what :meth:`load_network` returns, without wrappers, by their pipeline's names."""
         return dict(network.named_children()) if self.experts else {self.network: network}
+
+    def freeze_unread(self, network: Any) -> None:
+        """Freezes weights that no prediction depends on: DDP would wait for their gradients."""
+        for name in self.unread:
+            network.transformer_blocks[-1].get_submodule(name).requires_grad_(False)
 
     def network_time(self, timesteps: Tensor) -> Tensor:
         """Converts timesteps ``[N]``, as :meth:`predict` takes them, to what the network is told."""

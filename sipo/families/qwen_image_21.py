@@ -24,6 +24,7 @@ class QwenImage21(QwenImage):
     pipeline_class = "QwenImage21Pipeline"
     network_class = "QwenImage21Transformer2DModel"
     token_side = 1
+    unread = ()
     latent_pixels = 16
     text_width_key = "context_in_dim"
     side_multiple = 32  # the network counts an image in squares of 2 x 2 tokens

@@ -201,6 +201,7 @@ def build(run: RunContext) -> tuple[nn.Module, ReferenceModel]:
     checkpointing = model.gradient_checkpointing
     if not lora:
         prepare_full(network, gradient_checkpointing=checkpointing)
+        family.freeze_unread(network)
         return network, reference
     try:
         prepare_lora(
@@ -213,6 +214,7 @@ def build(run: RunContext) -> tuple[nn.Module, ReferenceModel]:
         )
     except ValueError as error:
         raise ConfigError(f"model.lora.{error}") from error
+    family.freeze_unread(network)
     return network, AdapterOff(adapter_off) if kind == "adapter_off" else reference
 
 
