@@ -24,7 +24,7 @@ class QwenImage(Family):
     token_side = 2
     takes_sigma = True
     shift_pixels = 16
-    unread = ("attn.to_add_out", "txt_mlp")  # of the text, which the last block leaves
+    unread: ClassVar[tuple[str, ...]] = ("attn.to_add_out", "txt_mlp")  # of the text, which the last block leaves
     vae_frames = True
     negative_prompt = " "
     guidance = 4.0
