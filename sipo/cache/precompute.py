@@ -221,7 +221,8 @@ def _check_rows(reader: PairReader, family: Family, settings: DataConfig) -> Non
     if not whole and family.condition_image != "required":
         return
     rows = reader if whole else itertools.islice(reader, 1)  # the first shows whether there are condition images
-    tally, faulty = Tally(), list[PairRecord]()
+    tally = Tally()
+    faulty: list[PairRecord] = []
     for source in shard_sources(rows, family, settings, tally):
         faulty += [record for record in source.records if record.problem]
         if faulty and not settings.skip_bad:

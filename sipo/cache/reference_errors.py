@@ -110,7 +110,7 @@ def reference_fingerprint(
     return {
         **{f"reference.{key}": value for key, value in reference.items()},
         **dataclasses.asdict(fixed),
-        # The sampler's steps enter the loss alone.
+        # The sampler's steps enter the loss alone, and FLUX.2's shift, which stays in the list.
         "schedule": {key: value for key, value in schedule.settings().items() if key != "num_inference_steps"},
         "cache": digest(cache.fingerprint),
     }
