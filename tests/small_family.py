@@ -16,8 +16,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from sipo import NoiseSchedule
+from sipo.cache.finished import open_cache
 from sipo.cache.index import pairs_fingerprint
+from sipo.cache.pairs import CachedPairs
 from sipo.cache.precompute import CacheSummary, precompute_pairs
+from sipo.cache.precompute_errors import precompute_reference_errors
+from sipo.cache.reference_errors import FixedDraws, ReferenceErrors
+from sipo.cache.savings import Cost
 from sipo.data.config import DataConfig
 from sipo.data.records import PairRecord
 from sipo.families.base import Family
@@ -300,3 +306,36 @@ def in_processes(count: int, function: Callable[[Accelerator], Any]) -> list[Any
         if isinstance(result, BaseException):
             raise result
     return results
+
+
+DISCRETE = NoiseSchedule.discrete(num_inference_steps=50)
+FLOW = NoiseSchedule.flow(shift=3.0)
+REFERENCE = {"path": "nowhere", "revision": None, "dtype": "float32"}
+
+
+def pairs_in(folder: Path, two_sizes: bool = False, **changes: Any) -> CachedPairs:
+    build(folder, Records.make(two_sizes=two_sizes), **changes)
+    return CachedPairs(open_cache(folder))
+
+
+def ragged_pairs_in(folder: Path) -> CachedPairs:
+    costs: list[Cost] = []
+    build(folder, family=RaggedFamily(), on_cost=costs.append)
+    assert costs[0].prompt_bytes == 4 * (512 * 4 + 512 + 4)
+    return CachedPairs(open_cache(folder))
+
+
+def arguments(reference: dict[str, Any] = REFERENCE, **changes: Any) -> dict[str, Any]:
+    return {"fixed": FixedDraws(**{"draws": 3, "seed": 2, "proportion_empty_prompts": 0.3} | changes)} | {
+        "reference": reference
+    }
+
+
+def reference_errors(cached: CachedPairs, schedule: NoiseSchedule = DISCRETE, **changes: Any) -> ReferenceErrors:
+    options: dict[str, Any] = {"batch_size": 5, "progress": False}
+    names = ("network", "predict", *options, "accelerator", "num_workers")
+    given = {name: changes.pop(name) for name in names if name in changes}
+    network, predict = given.pop("network", Network()), given.pop("predict", SmallFamily().predict)
+    return precompute_reference_errors(
+        cached.cache, network, predict, schedule, **arguments(**changes), **options | given
+    )
