@@ -214,9 +214,12 @@ def test_a_look_that_fails_in_training_is_a_warning(tmp_path: Path) -> None:
     assert sorted(files(tmp_path)) == ["prompts.json", "step-00000004.png"]
 
 
-def test_a_look_ends_when_the_run_is_asked_to_stop(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["sd15", "wan2.2"])
+def test_a_look_ends_when_the_run_is_asked_to_stop(tmp_path: Path, family: str) -> None:
     """Samples may take minutes, and a launcher kills what has not stopped after seconds."""
-    look, policy = ValidationSamples(run_of(tmp_path)), network_of(run_of(tmp_path).family)
+    run = run_of(tmp_path, family)
+    look, policy = ValidationSamples(run), network_of(run.family)
+    parts = run.family.networks_in(policy).values()
     calls: list[int] = []
 
     def stop(*_: Any) -> None:
@@ -224,13 +227,15 @@ def test_a_look_ends_when_the_run_is_asked_to_stop(tmp_path: Path) -> None:
         if len(calls) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    policy.register_forward_hook(stop)
+    for part in parts:
+        part.register_forward_hook(stop)
     with StopRequest() as request, pytest.warns(TrainingWarning, match="step 5: no samples, .* them: asked to stop$"):
         look(5, policy)
     assert request.signal == "SIGTERM" and len(calls) == 2
-    assert not policy._forward_pre_hooks
+    assert not any(part._forward_pre_hooks for part in parts)
     look(6, policy)  # the request ends with the run
-    assert sorted(files(tmp_path)) == ["prompts.json", "step-00000006.png"]
+    found = sorted(files(tmp_path))
+    assert found[0] == "prompts.json" and {name[:13] for name in found[1:]} == {"step-00000006"}
 
 
 def test_one_process_that_fails_leaves_no_other_waiting(tmp_path: Path) -> None:

@@ -107,7 +107,8 @@ class ValidationSamples:
             return drawn
         sharded = is_sharded(accelerator)
         # A process that broke off by itself would leave the others waiting for its part of the network.
-        hook = None if sharded else inner_network(policy).register_forward_pre_hook(_break_off)
+        parts = [] if sharded else run.family.networks_in(inner_network(policy)).values()
+        hooks = [part.register_forward_pre_hook(_break_off) for part in parts]
         self.pipeline.to(accelerator.device)
         try:
             for number in range(rank, -(-count // world) * world, world):
@@ -132,7 +133,7 @@ class ValidationSamples:
                     drawn[number] = sample
         finally:
             self.pipeline.to("cpu")
-            if hook is not None:
+            for hook in hooks:
                 hook.remove()
         return {n: self._as_mp4(sample[0]) for n, sample in drawn.items()} if run.family.video else drawn
 
