@@ -198,15 +198,20 @@ def test_full_tuning_trains_everything_in_float32() -> None:
 
 
 @pytest.mark.parametrize("toy", ["sd3", "flux", "qwen-image", "qwen-image-edit", "qwen-image-2.1", "wan"])
-def test_every_weight_that_is_trained_gets_a_gradient(toy: str) -> None:
+@pytest.mark.parametrize("lora", [False, True])
+def test_every_weight_gets_a_gradient_but_those_that_are_kept_from_ddp(toy: str, lora: bool) -> None:
     """Several processes would wait for one that gets none."""
     family, network = load_toy(toy)
-    prepare_full(network)
-    family.freeze_unread(network)
+    if lora:
+        layers = [name for name, module in network.named_modules() if isinstance(module, torch.nn.Linear)]
+        prepare_lora(network, rank=1, target_modules=layers)
+    else:
+        prepare_full(network)
+    family.keep_unread_from_ddp(network)
     family.predict(network, *network_input(toy)).square().mean().backward()
-    assert {name for name, p in network.named_parameters() if p.grad is None} == {
-        name for name, p in network.named_parameters() if not p.requires_grad
-    }
+    kept = getattr(network, "_ddp_params_and_buffers_to_ignore", [])
+    trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    assert {name for name, p in trained.items() if p.grad is None} == trained.keys() & set(kept)
 
 
 @pytest.mark.parametrize(

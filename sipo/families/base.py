@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from sipo.families.encoding import PipelineEncoder
 from sipo.families.loading import TEXT_ENCODER, VAE
@@ -101,10 +102,14 @@ class Family(PipelineEncoder):
         """Returns the networks in what :meth:`load_network` returns, without wrappers, by their pipeline's names."""
         return dict(network.named_children()) if self.experts else {self.network: network}
 
-    def freeze_unread(self, network: Any) -> None:
-        """Freezes weights that no prediction depends on: DDP would wait for their gradients."""
-        for name in self.unread:
-            network.transformer_blocks[-1].get_submodule(name).requires_grad_(False)
+    def keep_unread_from_ddp(self, network: Any) -> None:
+        """Marks weights that no prediction depends on, so that DDP does not wait for their gradients."""
+        if self.unread:
+            last = f"transformer_blocks.{len(network.transformer_blocks) - 1}."
+            starts = tuple(f"{last}{name}." for name in self.unread)
+            names = [name for name, _ in network.named_parameters() if name.startswith(starts)]
+            names += [f"_orig_mod.{name}" for name in names]  # of a compiled network
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, names)
 
     def network_time(self, timesteps: Tensor) -> Tensor:
         """Converts timesteps ``[N]``, as :meth:`predict` takes them, to what the network is told."""

@@ -201,7 +201,7 @@ def build(run: RunContext) -> tuple[nn.Module, ReferenceModel]:
     checkpointing = model.gradient_checkpointing
     if not lora:
         prepare_full(network, gradient_checkpointing=checkpointing)
-        family.freeze_unread(network)
+        family.keep_unread_from_ddp(network)
         return network, reference
     try:
         prepare_lora(
@@ -214,7 +214,7 @@ def build(run: RunContext) -> tuple[nn.Module, ReferenceModel]:
         )
     except ValueError as error:
         raise ConfigError(f"model.lora.{error}") from error
-    family.freeze_unread(network)
+    family.keep_unread_from_ddp(network)
     return network, AdapterOff(adapter_off) if kind == "adapter_off" else reference
 
 
