@@ -66,6 +66,9 @@ def test_the_card_says_what_was_done() -> None:
     full = card_of("wan", "/srv/models/wan", "full")
     assert "base_model" not in full and "/srv" not in full and "| rank |" not in full
     assert "text-to-video" in full and "| `transformer/`, here | diffusers |" in full and "export" not in full
+    scripts = {"lumina2": "sd-scripts", "wan": "musubi-tuner", "flux2": "musubi-tuner", "qwen-image": "musubi-tuner"}
+    for name, tool in scripts.items():
+        assert f"| `sipo export RUN --format kohya` | kohya-ss's {tool}, and tools" in card_of(name, "a/b", "lora")
     cog = card_of("cogvideox", "THUDM/CogVideoX-2b", "lora")
     assert "export RUN --format comfyui" in cog and "kohya" not in cog
     experts = [card_of("wan2.2", "Wan-AI/Wan2.2-T2V-A14B-Diffusers", tuning) for tuning in ("lora", "full")]

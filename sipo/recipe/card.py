@@ -17,6 +17,8 @@ from sipo.loss import convert_beta
 from sipo.recipe.config import TOY, Config
 
 _SCHEDULER = "pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, {})"
+# Families that kohya-ss's sd-scripts trains; its musubi-tuner trains the others that have its format.
+_SD_SCRIPTS = ("sd15", "sdxl", "sd3", "flux", "flux-kontext", "chroma", "lumina2")
 
 
 def model_card(
@@ -161,7 +163,8 @@ def _files(family: Family, lora: bool) -> list[tuple[str, str]]:
     sums = ("`SHA256SUMS`, here", "`sha256sum --check SHA256SUMS`, in this folder")
     if not lora:
         return [*((f"`{name}/`, here", "diffusers") for name in family.networks), sums]
-    kohya = f"kohya-ss's {'musubi-tuner' if family.video else 'sd-scripts'}, and tools that take its files"
+    scripts = "sd-scripts" if family.name in _SD_SCRIPTS else "musubi-tuner"
+    kohya = f"kohya-ss's {scripts}, and tools that take its files"
     tools = {"kohya": kohya, "comfyui": "ComfyUI"}
     others = [(f"`sipo export RUN --format {name}`", tools[name]) for name in formats_of(family) if name in tools]
     strength = ("strength to load them at", "1; alpha / rank is in the weights")
