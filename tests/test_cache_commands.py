@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sipo import cli
@@ -127,8 +128,13 @@ def test_error_masks_beside_the_safeguard_are_refused(place: Place, capsys: pyte
     write(place.data, lines)
     assert place.run("train", "loss.safeguard=0.5", run="again") == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error == f"sipo: error: loss.safeguard=0.5: expected null, {place.data}: row 5 has an error_mask"
-    assert not changed(before, place.cache)
+    expected = f"sipo: error: loss.safeguard=0.5: expected null, {place.data}: row 5 has an error_mask"
+    assert error == expected and not changed(before, place.cache)
+    Image.new("L", (32, 32), 255).save(place.data.parent / "mask.png")
+    assert place.run("precompute") == 0
+    shutil.rmtree(place.data.parent)
+    assert place.run("train", "loss.safeguard=0.5", run="again") == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1] == expected
 
 
 def test_a_cache_without_its_source_is_used_and_that_is_said(place: Place, capsys: pytest.CaptureFixture[str]) -> None:

@@ -252,8 +252,12 @@ def test_what_lies_outside_of_the_mask_changes_no_error_and_no_step(tmp_path: Pa
 @pytest.mark.parametrize(
     ("mask", "kind", "problem"),
     [
-        (torch.zeros(20, 24), "mask", "is all black in the crop that is trained on, expected white where errors count"),
-        (F.pad(torch.full((20, 1), 255), (23, 0)), "mask", "is all black in the crop"),
+        (torch.zeros(20, 24), "mask", "is all black, expected white where errors count"),
+        (
+            F.pad(torch.full((20, 1), 255), (23, 0)),
+            "crop",
+            "is all black in the crop that is trained on, expected white where errors count",
+        ),
         (
             torch.arange(1440).view(20, 24, 3) * 10 % 256,
             "mask",
@@ -266,7 +270,8 @@ def test_what_lies_outside_of_the_mask_changes_no_error_and_no_step(tmp_path: Pa
 def test_a_mask_that_cannot_be_one_makes_the_pair_bad(tmp_path: Path, mask: Tensor, kind: str, problem: str) -> None:
     reader, pipeline = masked([5], mask.to(torch.uint8)), Pipeline()
     sizes = [(16, 16)] if mask[0].any() else [(16, 24)]
-    with pytest.raises(BadPairError, match=f"^row 6: .*{problem}.*sipo data check"):
+    with pytest.raises(BadPairError, match=f"^row 6: .*{problem}") as caught:
         build(tmp_path, reader, pipeline, sizes=sizes)
+    assert ("`sipo data check` lists them" in str(caught.value)) == (kind != "crop")  # it crops nothing
     summary = build(tmp_path, reader, pipeline, sizes=sizes, skip_bad=True)
     assert (summary.pairs, summary.skipped) == (11, {kind: 1})

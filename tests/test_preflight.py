@@ -82,6 +82,16 @@ BEFORE_DATA = [
     ("sd15", ["loss.num_inference_steps=1001"], "loss.num_inference_steps=1001: expected an integer in [1, 1000]"),
     ("sd15", ["samples.num_inference_steps=1001"], "samples.num_inference_steps=1001: expected at most 1000"),
     (
+        "qwen-image",
+        ["samples.num_inference_steps=1"],
+        "samples.num_inference_steps=1: expected at least 2, the model's scheduler has shift_terminal=0.02",
+    ),
+    (
+        "qwen-image",
+        ["loss.num_inference_steps=1"],
+        "loss.num_inference_steps=1 with shift_terminal: expected at least 2",
+    ),
+    (
         "sd15",
         ["data.held_out=0", "samples.validation_prompts=[]"],
         "training.validation_steps=10: expected data.held_out > 0",

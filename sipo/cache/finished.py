@@ -41,6 +41,7 @@ class Cache:
         prompt_keys: one for each distinct prompt (:func:`sipo.cache.source.pair_key`).
         prompt_of: ``[N]`` int64, each pair's place in ``prompt_keys``.
         shard_of: ``[N]`` int64, each pair's place in ``latents``.
+        masked: ``[N]`` bool, which pairs have an error mask.
         latents: the shards of latents, by number.
     """
 
@@ -71,7 +72,8 @@ class Cache:
                 group = numbers.setdefault((*has, *shape), len(numbers))
                 table.append((row, n, place_of_text[key], group, *has))
         columns = [column.clone() for column in torch.tensor(table).reshape(-1, 6).unbind(1)]
-        self.rows, self.shard_of, self.prompt_of, self.group_of, self._with_image, self._masked = columns
+        self.rows, self.shard_of, self.prompt_of, self.group_of, self._with_image, masked = columns
+        self.masked = masked.bool()
         self._starts = [0, *accumulate(len(shard.facts["pairs"]) for shard in latents)]
 
     def __len__(self) -> int:
@@ -93,7 +95,7 @@ class Cache:
 
     def error_mask(self, index: int) -> Tensor | None:
         """Reads a pair's error mask, with the dimensions of its latents and 1 in place of all but height and width."""
-        if not self._masked[index]:
+        if not self.masked[index]:
             return None
         return self._reader.tensor(self.latents[int(self.shard_of[index])].name, f"{self.rows[index]}.{MASK_FACT}")
 

@@ -27,7 +27,7 @@ class BadPairError(ValueError):
     """A pair that cannot be used in training; the message is one line.
 
     Attributes:
-        kind: a key of :data:`sipo.data.check.SKIPPED`.
+        kind: a key of :data:`sipo.data.check.SKIPPED`, or "crop" for what only the crop shows.
     """
 
     def __init__(self, kind: str, problem: str) -> None:
@@ -132,7 +132,7 @@ def load_error_mask(
 
     Raises:
         BadPairError: missing or undecodable, a clip, or of too many pixels; of another aspect ratio than the sample;
-            with colours or transparent pixels; black throughout.
+            with colours or transparent pixels; black throughout, or in the crop.
     """
     source = record.error_mask
     if source is None:
@@ -145,8 +145,9 @@ def load_error_mask(
             what = "transparent pixels" if mask.transparent else "colours"
             raise MediaError("mask", source, f"has {what}, expected white where errors count, else black or grey")
         if not most.any():
-            cropped = "" if transform is None else " in the crop that is trained on"
-            raise MediaError("mask", source, f"is all black{cropped}, expected white where errors count")
+            black = transform is None or not read_media(source, max_pixels=max_pixels).pixels.any()
+            kind, where = ("mask", "") if black else ("crop", " in the crop that is trained on")
+            raise MediaError(kind, source, f"is all black{where}, expected white where errors count")
     except MediaError as error:
         raise BadPairError(error.kind, f"error_mask: {error}") from error
     return most

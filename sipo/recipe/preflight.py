@@ -143,6 +143,12 @@ def _check_sampler(run: RunContext) -> None:
             f"samples.num_inference_steps={samples.num_inference_steps}: expected at most {most}, as the model has "
             "timesteps"
         )
+    terminal = getattr(scheduler.config, "shift_terminal", None)
+    if terminal and samples.num_inference_steps < 2:  # diffusers divides 0 by 0 there, without an error
+        raise ConfigError(
+            f"samples.num_inference_steps={samples.num_inference_steps}: expected at least 2, the model's scheduler has "
+            f"shift_terminal={terminal}"
+        )
     shifted = {"mu": 1.0} if getattr(scheduler.config, "use_dynamic_shifting", False) else {}
     try:
         type(scheduler).from_config(scheduler.config).set_timesteps(samples.num_inference_steps, **shifted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from sipo.cache.finished import Cache, open_cache
@@ -79,7 +80,7 @@ def prepare_data(
         raise DataError(missing)
     said = [f"could not be compared with its pairs, the encoded data is used unchanged: {missing}"]
     if reader is not None:
-        everywhere(accelerator, lambda: _check_masks(run, reader))
+        everywhere(accelerator, lambda: _check_masks(run, _masked_rows(run, reader)))
         summary = precompute_pairs(
             reader,
             run.family,
@@ -99,6 +100,7 @@ def prepare_data(
     cache = everywhere(accelerator, lambda: open_cache(run.cache, fingerprint))
     if cache.path != config.data.dataset_name:
         raise other_path(run.cache, cache.path, config.data.dataset_name, f"which cannot be read ({missing})")
+    _check_masks(run, cache.rows[cache.masked].tolist())  # here too: the source may be gone
     if cache.skipped:
         reasons = ", ".join(f"{count} {reason}" for reason, count in cache.skipped.items())
         number = sum(cache.skipped.values())
@@ -112,16 +114,19 @@ def prepare_data(
     return PreparedData(cache, references, summary)
 
 
-def _check_masks(run: RunContext, reader: PairReader) -> None:
+def _check_masks(run: RunContext, masked_rows: Iterable[int]) -> None:
     """Refuses error masks beside ``loss.safeguard``: those from files have weights (docs/math.md §6, relatives)."""
     safeguard = run.config.loss.safeguard
-    if safeguard is None or getattr(reader, "root", None) is None:  # only rows of paths have masks
-        return
-    for source in shard_sources(reader, run.family, run.config.data, Tally()):
-        for record in source.records:
-            if record.error_mask is not None:
-                where = f"{run.config.data.dataset_name}: {row_name(record.row)}"
-                raise ConfigError(f"loss.safeguard={safeguard}: expected null, {where} has an error_mask")
+    row = None if safeguard is None else next(iter(masked_rows), None)
+    if row is not None:
+        where = f"{run.config.data.dataset_name}: {row_name(row)}"
+        raise ConfigError(f"loss.safeguard={safeguard}: expected null, {where} has an error_mask")
+
+
+def _masked_rows(run: RunContext, reader: PairReader) -> Iterator[int]:
+    if getattr(reader, "root", None) is not None:  # only rows of paths have masks
+        for source in shard_sources(reader, run.family, run.config.data, Tally()):
+            yield from (record.row for record in source.records if record.error_mask is not None)
 
 
 def _say_cost(run: RunContext, cost: Cost) -> None:
