@@ -274,6 +274,18 @@ def test_the_noise_of_a_stochastic_sampler_changes_no_level() -> None:
     assert noisy.settings() == plain.settings()
 
 
+@pytest.mark.parametrize("option", ["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"])
+def test_a_shift_makes_the_grid_of_a_flow_plain(option: str) -> None:
+    """For the ratio and, by :func:`with_settings`, for samples."""
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, **{option: True})
+    schedule = NoiseSchedule.from_scheduler(theirs, shift=2.0)
+    assert schedule.settings() == NoiseSchedule.flow(shift=2.0).settings()
+    ours, plain = with_settings(theirs, shift=2.0), diffusers.FlowMatchEulerDiscreteScheduler(shift=2.0)
+    for scheduler in (ours, plain, theirs):
+        scheduler.set_timesteps(10)
+    assert torch.equal(ours.sigmas, plain.sigmas) and not torch.equal(theirs.sigmas, plain.sigmas)
+
+
 def test_shift_of_a_scheduler() -> None:
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     assert NoiseSchedule.from_scheduler(scheduler).shift == 3.0

@@ -53,8 +53,8 @@ class ModelConfig:
         reference_offload: keep a frozen copy in host memory while it is not running.
         gradient_checkpointing: trade time for memory in the policy's backward pass.
         prediction_type: what the network was trained to predict; overrides the scheduler, for samples too.
-        shift: of a flow's noise levels, ``k`` of docs/math.md §3; overrides the scheduler's own, dynamic or not, for
-            samples too.
+        shift: of a flow's noise levels, ``k`` of docs/math.md §3; overrides the scheduler's own, dynamic or not, and
+            grids of Karras, exponential and beta sigmas, for samples too.
         guidance_scale: what a network with a guidance embedding (FLUX.1 dev, FLUX.2 dev) is told in training; ``None``
             is the family's guidance scale for samples.
     """

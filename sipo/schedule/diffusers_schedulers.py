@@ -12,11 +12,8 @@ from torch import Tensor
 from sipo.schedule.levels import PREDICTIONS, SettingError, check_count, check_positive
 
 _FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
-# Options of a flow scheduler with which its grid of σ is not that of docs/math.md §3, or its samples change their size.
-_UNMODELLED_FLOW_OPTIONS = (
-    *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"),
-    "scale_factors",
-)
+# Options of a flow scheduler with which its grid of σ is not that of docs/math.md §3.
+_OTHER_GRIDS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 
 _EXPLODING = "its samples are x0 + sigma * noise, scaled by its own rule (variance exploding)"
 _CONTINUOUS = "its time is continuous, without a table of levels"
@@ -110,7 +107,7 @@ def read_scheduler(
 
     Args:
         scheduler: A diffusers scheduler, with its ``config``.
-        shift: In place of the scheduler's own; only for flow schedulers.
+        shift: In place of the scheduler's own shift and grid; only for flow schedulers.
         image_seq_len: Number of the image's tokens, from which ``use_dynamic_shifting`` derives μ.
         mu: μ itself, in place of it.
 
@@ -138,9 +135,12 @@ def read_scheduler(
             raise ValueError(f"{name} has timestep_type='continuous': expected 'discrete' timesteps")
         return ScheduleArguments(option("prediction_type", "epsilon"), table)
 
-    for key in _UNMODELLED_FLOW_OPTIONS:
+    if option("scale_factors"):  # the size of its samples changes
+        raise ValueError(f"{name} has scale_factors={option('scale_factors')!r}: expected a flow schedule without it")
+    for key in _OTHER_GRIDS if shift is None else ():
         if option(key):
-            raise ValueError(f"{name} has {key}={option(key)!r}: expected a flow schedule without it")
+            expected = "expected a flow schedule without it, or shift=, with which the grid is plain"
+            raise ValueError(f"{name} has {key}={option(key)!r}: {expected}")
     if shift is None and option("use_dynamic_shifting", False):
         linear = option("time_shift_type", "exponential") == "linear"
         formula = "mu" if linear else "exp(mu)"
@@ -192,8 +192,7 @@ def setting_changes(scheduler: Any, prediction_type: str | None = None, shift: f
         if kind != "flow":
             raise SettingError("shift", f"={shift!r}: leave it out, {name} has no flow schedule")
         changes["flow_shift" if _option(config, "use_flow_sigmas") else "shift"] = shift
-        if _option(config, "use_dynamic_shifting"):
-            changes["use_dynamic_shifting"] = False
+        changes |= {key: False for key in ("use_dynamic_shifting", *_OTHER_GRIDS) if _option(config, key)}
     return changes
 
 
@@ -203,7 +202,7 @@ def with_settings(scheduler: Any, prediction_type: str | None = None, shift: flo
     Args:
         scheduler: A diffusers scheduler; not changed.
         prediction_type: As diffusers spells it.
-        shift: ``k`` of a flow; it turns off dynamic shifting.
+        shift: ``k`` of a flow; it turns off dynamic shifting, and grids of Karras and others.
 
     Raises:
         SettingError: A setting that the scheduler does not have, or a ``shift`` that is not finite and > 0.
