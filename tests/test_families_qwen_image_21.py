@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sipo.data.records import PairRecord
 from sipo.families import get_family
 from sipo.families.lora_files import check_format
 from sipo.families.network import CONDITION_LATENTS, PROMPT, PROMPT_MASK
@@ -37,6 +38,7 @@ from tests.family_cases import (
     size_of,
     stacked,
 )
+from tests.small_family import Records, build
 
 TOY, EDIT = QWEN_IMAGE_21
 FAMILY = get_family(TOY)
@@ -167,13 +169,16 @@ def test_an_image_of_another_shape_is_edited_at_its_own_size() -> None:
         torch.testing.assert_close(ours[0][name], calls[0].given(name), rtol=1e-5, atol=1e-5)
 
 
-def test_an_image_that_the_text_encoder_would_see_at_another_size_is_refused() -> None:
+def test_an_image_that_the_text_encoder_would_see_at_another_size_is_refused(tmp_path: Path) -> None:
     family, encoders = family_of(EDIT), encoders_of(EDIT)
+    broken = PairRecord(0, "a", b"", b"", condition_image=b"")
     for height, width in ((64, 320), (64, 80)):
         sides = "sides that are multiples of 32, and 1024 to 16384 pixels in all"
         expected = f"a condition image of {height} x {width} pixels: expected {sides}"
         with pytest.raises(ValueError, match=expected):
             family.encode_text(encoders, ["a"], [torch.zeros(3, height, width, dtype=torch.uint8)])
+    with pytest.raises(ValueError, match="64 x 320 pixels: expected sides"):  # before the pair is decoded
+        build(tmp_path, Records([broken]), encoders, family=family, sizes=[(64, 96), (64, 320)])
     with pytest.raises(ValueError, match=f"images=None: expected one for each prompt, the text encoder of {EDIT}"):
         family.encode_text(encoders, ["a"])
 

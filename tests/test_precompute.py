@@ -302,6 +302,22 @@ def test_text_that_sees_the_image_is_encoded_again_with_its_pairs(tmp_path: Path
     assert contents(tmp_path) == whole and (pipeline.encoded, len(pipeline.prompts)) == (4, 4)
 
 
+def test_condition_images_are_released_when_their_text_is_encoded(tmp_path: Path) -> None:
+    import weakref
+
+    seen: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+
+    class Watched(SeeingFamily):
+        def encode_text(self, pipeline: Any, prompts: Any, images: Any = None) -> list[Any]:
+            alive.append(sum(image() is not None for image in seen))
+            seen.extend(map(weakref.ref, images))
+            return super().encode_text(pipeline, prompts, images)
+
+    build(tmp_path, Records.make(edits=range(12)), family=Watched(), shard_pairs=12)
+    assert alive == [0] * 13  # a black one and twelve pairs
+
+
 @pytest.mark.parametrize("processes", [2, 3])
 def test_several_processes_write_the_same_files(tmp_path: Path, processes: int) -> None:
     build(tmp_path / "one", Records.make(14))

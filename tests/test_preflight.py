@@ -84,7 +84,7 @@ BEFORE_DATA = [
     (
         "qwen-image",
         ["samples.num_inference_steps=1"],
-        "samples.num_inference_steps=1: expected at least 2, the model's scheduler has shift_terminal=0.02",
+        "samples.num_inference_steps=1: expected at least 2, with the scheduler's shift_terminal=0.02",
     ),
     (
         "qwen-image",

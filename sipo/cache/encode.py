@@ -81,6 +81,7 @@ class PairEncoder:
             self._pipeline = self.load_pipeline()
             for height, width in self.settings.sizes:
                 self.family.check_size(height, width, self.settings.frames)
+                self.family.check_encoders_size(self._pipeline, height, width)
         return self._pipeline
 
     def encode_unconditional(self) -> None:
@@ -218,7 +219,7 @@ class PairEncoder:
                 assert record.condition_image is not None
                 self.cut[record.row] = side_name(record.condition_image, "")
             if self.family.text_sees_image:
-                source.images[key] = image
+                (source.conditions[key],) = self.family.encode_text(self.pipeline(), [record.prompt], [image])
         stacked, mask = torch.cat(latents), prepared.error_mask
         if mask is not None:
             height, width = stacked.shape[-2:]
@@ -235,17 +236,15 @@ class PairEncoder:
     def _flush(self, source: ShardSource) -> Generator[None, None, None]:
         """Writes what a shard lacks."""
         if source.needs_text:
-            conditions: dict[str, Condition] = {}
-            # Where text depends on the image, a pair that cannot be used has neither.
-            keys = list(source.images) if self.family.text_sees_image else source.new_keys
+            # Where text depends on the image, it was encoded with it, and a pair that cannot be used has neither.
+            keys = [] if self.family.text_sees_image else source.new_keys
             for start in range(0, len(keys), TEXT_BATCH):
                 some = keys[start : start + TEXT_BATCH]
-                images = [source.images[key] for key in some] if self.family.text_sees_image else None
-                encoded = self.family.encode_text(self.pipeline(), [source.prompts[key] for key in some], images)
-                conditions.update(zip(some, encoded, strict=True))
+                encoded = self.family.encode_text(self.pipeline(), [source.prompts[key] for key in some])
+                source.conditions.update(zip(some, encoded, strict=True))
                 yield
             facts = {"source": self.existing.source, "prompts": source.new_keys}
-            self._write_text(shard_name(TEXT, source.number), conditions, facts)
+            self._write_text(shard_name(TEXT, source.number), source.conditions, facts)
             self.texts += 1
         if source.needs_latents:
             self._write_latents(source)

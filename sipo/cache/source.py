@@ -198,7 +198,7 @@ class ShardSource:
         rows: what latents depend on beside the files' content.
         seen: digest of settings, rows, prompts and of the files' stamps.
         pairs: what has been encoded.
-        images: condition images ``[3, H, W]`` uint8 of these pairs by key, where the text encoders see them.
+        conditions: text embeddings that have been encoded, by key.
         skipped: row, kind and reason of pairs that cannot be used.
         files: records of the files that have been read.
         change: the first change since it was encoded, in words; empty where there is none.
@@ -212,7 +212,7 @@ class ShardSource:
     rows: list[RowFacts] = field(default_factory=list)
     seen: str = ""
     pairs: list[EncodedPair] = field(default_factory=list)
-    images: dict[str, Tensor] = field(default_factory=dict)
+    conditions: dict[str, Condition] = field(default_factory=dict)
     skipped: list[tuple[int, str, str]] = field(default_factory=list)
     files: dict[str, FileRecord] = field(default_factory=dict)
     change: str = ""

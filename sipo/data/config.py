@@ -40,8 +40,7 @@ class DataConfig:
         shard_pairs: rows of the source whose pairs share one file of the cache.
         num_workers: threads that decode; ``None`` takes one per processor, 8 at most.
         queue_mb: megabytes of decoded pairs in memory at most, at 8 bits a colour and the size they are trained at; of
-            large clips two pairs in any case, one of them being encoded. Condition images that text
-            encoders see stay beside them until their shard is written.
+            large clips two pairs in any case, one of them being encoded.
     """
 
     dataset_name: str

@@ -223,6 +223,13 @@ class PipelineEncoder(PipelineLoader):
             f"the nearest is height={nearest[0]}, width={nearest[1]}, frames={nearest_frames}"
         )
 
+    def check_encoders_size(self, pipeline: Any, height: int, width: int) -> None:
+        """Refuses a size in pixels that these encoders cannot take, though :meth:`check_size` accepts it.
+
+        Raises:
+            ValueError: says which sizes they take.
+        """
+
     def check_network_size(self, config: Any, height: int, width: int, frames: int) -> None:
         """Refuses a size in pixels that this network cannot take, though other networks of the family can.
 

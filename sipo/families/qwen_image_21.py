@@ -110,13 +110,16 @@ class QwenImage21Edit(QwenImage21):
     def _text_image(self, pipeline: Any, images: Sequence[Tensor] | None, i: int) -> dict[str, Any]:
         if images is None:
             raise ValueError(f"images=None: expected one for each prompt, the text encoder of {self.name} sees it")
-        height, width = images[i].shape[-2:]
+        self.check_encoders_size(pipeline, *images[i].shape[-2:])
+        return {"image": [as_picture(images[i])]}
+
+    def check_encoders_size(self, pipeline: Any, height: int, width: int) -> None:
+        """See :meth:`PipelineEncoder.check_encoders_size`: the text encoder sees the condition image at its size."""
         processor = pipeline.processor.image_processor
         if processor.get_number_of_image_patches(height, width, {}) * self.latent_pixels**2 != height * width:
             limits = f"{processor.size['shortest_edge']} to {processor.size['longest_edge']} pixels"
             sides = f"sides that are multiples of {self.side_multiple}, and {limits} in all"
             raise ValueError(f"a condition image of {height} x {width} pixels: expected {sides}, by its processor")
-        return {"image": [as_picture(images[i])]}
 
     def network_inputs(
         self, config: Any, noisy: Tensor, time: Tensor, condition: Condition, guidance: float
@@ -145,7 +148,7 @@ class QwenImage21Edit(QwenImage21):
 
         def encode_prompt(image: list[Any], prompt_embeds: Tensor, **options: Any) -> Any:
             mask = torch.zeros(prompt_embeds.shape[:2], dtype=torch.bool, device=prompt_embeds.device)
-            mask[:, start : start + image[0].width * image[0].height // 32**2] = True
+            mask[:, start : start + image[0].width * image[0].height // self.side_multiple**2] = True
             return encode(image=image, prompt_embeds=prompt_embeds, image_pad_mask=mask, **options)
 
         sampler.encode_prompt = encode_prompt

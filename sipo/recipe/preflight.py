@@ -146,7 +146,7 @@ def _check_sampler(run: RunContext) -> None:
     terminal = getattr(scheduler.config, "shift_terminal", None)
     if terminal and samples.num_inference_steps < 2:  # diffusers divides 0 by 0 there, without an error
         raise ConfigError(
-            f"samples.num_inference_steps={samples.num_inference_steps}: expected at least 2, the model's scheduler has "
+            f"samples.num_inference_steps={samples.num_inference_steps}: expected at least 2, with the scheduler's "
             f"shift_terminal={terminal}"
         )
     shifted = {"mu": 1.0} if getattr(scheduler.config, "use_dynamic_shifting", False) else {}
