@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import yaml
 
 from benchmarks import baselines, cases, host, kernel, kernel_summary, parts, timing
 from benchmarks.cases import Case
+from benchmarks.full_size import CASES
 from benchmarks.training_implementations import HAND, HAND_LORA
+from sipo.families import get_family
 from tests.benchmark_results import made_up, run_compare, slow_down, summary
 
 ROOT = Path(__file__).parent.parent
@@ -188,6 +193,26 @@ def test_the_readme_quotes_the_committed_file() -> None:
     results = committed("kernel-cpu.json")
     assert results["complete"] and not any(part["missing"] for part in results["summary"]["table"].values())
     assert kernel_summary.table(results) in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_examples_state_the_size_of_full_size_networks() -> None:
+    """Of 2 bytes a parameter, counted on networks without storage."""
+    import diffusers
+
+    stated = 0
+    for path in ROOT.glob("examples/*.yaml"):
+        text = path.read_text(encoding="utf-8")
+        if not re.search(r"billion|[GM]B\b", text):
+            continue
+        family = get_family(yaml.safe_load(text)["model"]["family"])
+        case = max((case for case in CASES if family.name.startswith(case.family)), key=lambda case: len(case.family))
+        with torch.device("meta"):
+            network = getattr(diffusers, family.network_class).from_config(case.config)
+        count = sum(parameter.numel() for parameter in network.parameters())
+        first = text.splitlines()[0]
+        assert first.endswith(f": {count / 1e9:.1f} billion parameters, {2 * count / 1e9:.1f} GB in bfloat16."), path
+        stated += 1
+    assert stated == 9
 
 
 def test_pages_quote_the_other_committed_files() -> None:

@@ -17,7 +17,8 @@ import yaml
 
 from sipo.cache.savings import FULL_SIZE
 from sipo.data.readers import JsonlReader
-from sipo.families import get_family
+from sipo.families import FAMILIES, get_family
+from sipo.families.lora_files import FORMATS, formats_of
 from sipo.recipe.config import ConfigError, from_dict
 from sipo.training import TrainingConfig
 from sipo.training.optimization import rate_factor
@@ -306,6 +307,17 @@ def test_what_may_change_when_a_run_is_resumed_is_what_the_page_says() -> None:
     assert may - {"lr_scheduler", "timestep_sampling"} == {f.name for f in dataclasses.fields(TrainingConfig)} - plain
     bound = TrainingConfig(1, "o", lr_scheduler="cosine", timestep_sampling="informative", use_ema=True)
     assert set(bound.identity()) == plain | {"max_train_steps", "logging_steps"}
+
+
+def test_the_table_of_formats_has_every_family_that_has_one() -> None:
+    _, _, table = page_text("families").partition("| family | `--format kohya`")
+    rows = [line.split("|")[1:4] for line in table.splitlines() if line.startswith("| `")]
+    found = {
+        family: tuple(format for format, cell in zip(FORMATS[1:], cells, strict=True) if "no such format" not in cell)
+        for families, *cells in rows
+        for family in re.findall(r"`([^`]+)`", families)
+    }
+    assert found == {name: formats_of(get_family(name))[1:] for name in FAMILIES if formats_of(get_family(name))[1:]}
 
 
 def test_numbers_in_the_text_follow_from_the_models() -> None:
