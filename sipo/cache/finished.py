@@ -72,8 +72,8 @@ class Cache:
                 group = numbers.setdefault((*has, *shape), len(numbers))
                 table.append((row, n, place_of_text[key], group, *has))
         columns = [column.clone() for column in torch.tensor(table).reshape(-1, 6).unbind(1)]
-        self.rows, self.shard_of, self.prompt_of, self.group_of, self._with_image, masked = columns
-        self.masked = masked.bool()
+        self.rows, self.shard_of, self.prompt_of, self.group_of, self._with_image, masks = columns
+        self.masked = masks.bool()
         self._starts = [0, *accumulate(len(shard.facts["pairs"]) for shard in latents)]
 
     def __len__(self) -> int:

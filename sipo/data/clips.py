@@ -38,7 +38,7 @@ _WIDEST_PIXEL = 4  # largest sample aspect ratio, or its inverse: beyond that a 
 # For transparent WebM clips: FFmpeg's own decoders drop the alpha channel, which uncovers hidden colours.
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
-Kind = Literal["missing", "undecodable", "large", "medium", "short", "rate", "mask"]
+Kind = Literal["missing", "undecodable", "large", "medium", "short", "rate", "mask", "crop"]
 
 
 class MediaError(ValueError):
@@ -48,7 +48,7 @@ class MediaError(ValueError):
         kind: "missing": the file does not exist or cannot be read; "undecodable": damaged, cut short, or of an unknown
             format; "large": too many pixels; "medium": an image in place of a clip, a clip in place of an image, or
             several images in one file; "short": too few frames; "rate": too few frames per second, throughout or in
-            one place; "mask": an image that cannot be an error mask.
+            one place; "mask": an image that cannot be an error mask; "crop": its crop cannot.
     """
 
     def __init__(self, kind: Kind, source: Path | bytes, problem: str) -> None:

@@ -146,8 +146,9 @@ def load_error_mask(
             raise MediaError("mask", source, f"has {what}, expected white where errors count, else black or grey")
         if not most.any():
             black = transform is None or not read_media(source, max_pixels=max_pixels).pixels.any()
-            kind, where = ("mask", "") if black else ("crop", " in the crop that is trained on")
-            raise MediaError(kind, source, f"is all black{where}, expected white where errors count")
+            where = "" if black else " in the crop that is trained on"
+            problem = f"is all black{where}, expected white where errors count"
+            raise MediaError("mask" if black else "crop", source, problem)
     except MediaError as error:
         raise BadPairError(error.kind, f"error_mask: {error}") from error
     return most
