@@ -529,6 +529,19 @@ def test_fit_rounds_once() -> None:
     assert ((found - exact[..., 3:19].clamp(0, 255)).abs() < 0.5001).all()
 
 
+@pytest.mark.parametrize("size", [(43, 64), (63, 95), (85, 128)])
+def test_images_of_one_shape_in_other_sizes_are_cropped_at_the_same_place(size: tuple[int, int]) -> None:
+    """As a pair's samples, condition image and error mask may be: rounding makes them differ by a pixel."""
+    for seed in range(20):
+        lefts = []
+        for height, width in ((64, 96), size):
+            generator = torch.Generator().manual_seed(seed)
+            pixels = torch.zeros(3, height, width, dtype=torch.uint8)
+            fitted = resize_and_crop(pixels, 64, 64, center_crop=False, generator=generator)
+            lefts.append(fitted.crop_top_left[1])
+        assert abs(lefts[0] - lefts[1]) <= 1
+
+
 def test_random_crops_follow_the_generator() -> None:
     pixels = noise(3, 3, 16, 40)
     seen = set()

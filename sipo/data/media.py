@@ -151,7 +151,7 @@ def resize_and_crop(
         height, width: the target, in pixels.
         center_crop: crop around the center; else at a random place. At most one side is larger than the target.
         flip: swap left and right, before cropping.
-        generator: for a random crop; on the CPU.
+        generator: for a random crop; on the CPU. In one state, it cuts images of one aspect ratio alike.
     """
     original = (pixels.shape[-2], pixels.shape[-1])
     scale = max(height / original[0], width / original[1])
@@ -160,7 +160,9 @@ def resize_and_crop(
     if center_crop:
         top, left = over[0] // 2, over[1] // 2
     else:
-        top, left = (int(torch.randint(each + 1, (), generator=generator)) for each in over)
+        # As a share of the range, so that images whose scaled sizes differ by a pixel are cut at the same place.
+        shares = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
+        top, left = (int(share * (each + 1)) for share, each in zip(shares, over, strict=True))
     cut = (slice(top, top + height), slice(left, left + width))
     values = pixels.flip(-1) if flip else pixels
     if covering == original:
