@@ -6,7 +6,7 @@ import importlib
 import inspect
 import math
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import diffusers
 import numpy as np
@@ -544,6 +544,16 @@ ERRORS: list[tuple[Any, type, str]] = [
         )
         for kind, shift in (("exponential", "exp(mu)"), ("linear", "mu"))
     ],
+    (
+        lambda: read(
+            diffusers.UniPCMultistepScheduler(
+                **FLOW_UNIPC, use_dynamic_shifting=True, time_shift_type=cast(Any, "cubic")
+            ),
+            mu=1.0,
+        ),
+        ValueError,
+        "time_shift_type='cubic': expected 'exponential' or 'linear'",
+    ),
     (lambda: read(DYNAMIC(use_dynamic_shifting=True), image_seq_len=0), ValueError, "image_seq_len=0: expected an"),
     (lambda: read(DYNAMIC(use_dynamic_shifting=True), image_seq_len=9.0), TypeError, "image_seq_len=9.0 is a float"),
     (

@@ -276,6 +276,12 @@ def test_pickled_weights_are_not_loaded(tmp_path: Path) -> None:
         ("flux2", "model_index.json", {"_class_name": "Flux2KleinPipeline"}, "; family 'flux2-klein' takes it"),
         ("flux2-klein", "model_index.json", {"_class_name": "FluxPipeline"}, "; family 'flux' takes it"),
         ("flux", "transformer/config.json", {"in_channels": 32, "out_channels": 16}, "takes 32 channels and gives 16"),
+        (
+            "flux",
+            "scheduler/scheduler_config.json",
+            {"time_shift_type": "cubic"},
+            "time_shift_type='cubic': expected 'exponential' or 'linear'",
+        ),
         ("chroma", "scheduler/scheduler_config.json", {"use_beta_sigmas": True}, "has use_beta_sigmas=True: expected"),
         (
             "z-image",

@@ -125,6 +125,11 @@ EDITS = [
     ),
     (OptionalEditFamily(), {}, ""),
     (EditFamily(), {"validation_images": ["a.png", "b.png"]}, "samples.validation_images: b.png: "),
+    (
+        EditFamily(),
+        {"validation_images": ["toy", "toy"]},
+        "samples.validation_images: toy: no such file; 'toy' goes with data.dataset_name: toy",
+    ),
     (EditFamily(), {"validation_images": ["a.png", "a.png"]}, ""),
     (
         type("LargeEditFamily", (EditFamily,), {"least_image_side": 1024})(),

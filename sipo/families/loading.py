@@ -25,7 +25,7 @@ from sipo.families.vae import check_latent_affine, latent_channels
 from sipo.files import FileError, one_line, read_object
 from sipo.processes import is_out_of_memory
 from sipo.schedule import DEFAULT_INFERENCE_STEPS, NoiseSchedule, SizeDependentSchedule, linear_mu
-from sipo.schedule.diffusers_schedulers import check_sampler, with_settings
+from sipo.schedule.diffusers_schedulers import check_sampler, time_shift_type, with_settings
 from sipo.schedule.levels import SettingError
 
 TEXT_ENCODER = "text_encoder"
@@ -277,8 +277,9 @@ class PipelineLoader(ABC):
         scheduler_class: Any = getattr(diffusers, str(class_name), None) if library == "diffusers" else None
         if scheduler_class is None:
             raise ValueError(f"{path}: its scheduler is {class_name!r}, expected one of diffusers'")
-        read_object(folder / "scheduler" / "scheduler_config.json")
+        config = read_object(folder / "scheduler" / "scheduler_config.json")
         with _naming_path(path):
+            time_shift_type(config)
             return scheduler_class.from_pretrained(str(folder), subfolder="scheduler")
 
     def timestep_mu(self, config: Any, height: int, width: int, num_inference_steps: int) -> float | None:

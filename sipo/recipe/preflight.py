@@ -17,7 +17,7 @@ from sipo.families.tuning import check_targets
 from sipo.files import short
 from sipo.processes import everywhere
 from sipo.recipe.build import RunContext, make_loss
-from sipo.recipe.config import ConfigError
+from sipo.recipe.config import TOY, ConfigError
 from sipo.schedule.diffusers_schedulers import with_settings
 from sipo.training import TrainingConfig, TrainingWarning
 from sipo.training.optimization import check_optimizer
@@ -94,7 +94,9 @@ def _check_condition_images(run: RunContext) -> None:
         for path in run.validation_images:
             read_media(path, max_pixels=run.config.data.max_pixels)
     except MediaError as error:
-        raise ConfigError(f"samples.validation_images: {error}") from error
+        alone = path == Path(TOY) and run.config.data.dataset_name != TOY
+        hint = "; 'toy' goes with data.dataset_name: toy" if alone else ""
+        raise ConfigError(f"samples.validation_images: {error}{hint}") from error
 
 
 def _check_processes(run: RunContext) -> None:

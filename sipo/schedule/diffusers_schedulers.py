@@ -100,6 +100,18 @@ def empirical_mu(image_seq_len: int, num_inference_steps: int) -> float:
     return few + (many - few) * (num_inference_steps - 10) / 190
 
 
+def time_shift_type(config: Any) -> str:
+    """Returns how a scheduler's dynamic shift follows from μ: "linear", or "exponential" where it does not say.
+
+    Raises:
+        ValueError: It is neither. Some of diffusers' schedulers take any value.
+    """
+    kind = _option(config, "time_shift_type", "exponential")
+    if kind not in ("exponential", "linear"):
+        raise ValueError(f"time_shift_type={kind!r}: expected 'exponential' or 'linear'")
+    return str(kind)
+
+
 def read_scheduler(
     scheduler: Any, shift: float | None = None, image_seq_len: int | None = None, mu: float | None = None
 ) -> ScheduleArguments:
@@ -142,7 +154,7 @@ def read_scheduler(
             expected = "expected a flow schedule without it, or shift=, with which the grid is plain"
             raise ValueError(f"{name} has {key}={option(key)!r}: {expected}")
     if shift is None and option("use_dynamic_shifting", False):
-        linear = option("time_shift_type", "exponential") == "linear"
+        linear = time_shift_type(config) == "linear"
         formula = "mu" if linear else "exp(mu)"
         try:
             if mu is None:
