@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import math
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
@@ -29,6 +30,11 @@ Share = Annotated[float, Allowed(lambda value: 0 <= value < 1, "a number >= 0 an
 _WORDS = {int: "an integer", float: "a number", bool: "True, False", str: "a string", Path: "a path", NoneType: "None"}
 
 _BOOLEANS = {"yes": True, "on": True, "no": False, "off": False}
+
+
+def nearest(name: str, names: Iterable[str], least: float) -> str | None:
+    """Returns the name that is spelt most like ``name``, if the two are at least this similar (from 0 to 1)."""
+    return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=least)), None)
 
 
 def check_fields(settings: Any) -> None:

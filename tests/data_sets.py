@@ -219,6 +219,7 @@ def faulty_images(folder: Path) -> Builder:
     write_image(folder / "white.png", torch.full((3, 8, 8), 255, dtype=torch.uint8))
     builder.add("shape", error_mask="white.png")
     builder.add("missing", error_mask="none.png")
+    builder.add("key", Error_masks="white.png")
     builder.add("missing", chosen="long" * 100 + ".png")  # no system has files of such names
     builder.lines.append("")  # a line of its own, and no row
     builder.add()

@@ -125,13 +125,19 @@ def test_a_run_is_not_resumed_on_other_data(place: Place, capsys: pytest.Capture
 def test_error_masks_beside_the_safeguard_are_refused(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     before, lines = written_at(place.cache), read(place.data)
     lines[4]["error_mask"] = "mask.png"  # which is not even opened
+    lines[1]["Error_mask"] = lines[2]["Error_mask"] = lines[2]["mine"] = "mask.png"
     write(place.data, lines)
     assert place.run("train", "loss.safeguard=0.5", run="again") == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     expected = f"sipo: error: loss.safeguard=0.5: expected null, {place.data}: row 5 has an error_mask"
     assert error == expected and not changed(before, place.cache)
     Image.new("L", (32, 32), 255).save(place.data.parent / "mask.png")
-    assert place.run("precompute") == 0
+    for command, times in (("precompute", 1), ("train", 0)):  # only where the source is read
+        assert place.run(command, run="masked") == 0
+        output = capsys.readouterr().err
+        assert output.count(f"{place.cache}: 1 of 6 pairs have an error mask\n") == times
+        line = f"{place.data}: row 2: the key 'Error_mask' is not read, did you mean 'error_mask'?\n"
+        assert (output.count(line), output.count("is not read")) == (times, times)
     shutil.rmtree(place.data.parent)
     assert place.run("train", "loss.safeguard=0.5", run="again") == 2
     assert capsys.readouterr().err.strip().splitlines()[-1] == expected
@@ -161,7 +167,7 @@ def test_pairs_that_are_left_out_are_said_in_training(place: Place, capsys: pyte
     (place.data.parent / "a" / "2.bmp").write_bytes(b"no image")
     for run in ("again", "once more"):  # encoded, and without the source
         assert place.run("train", "data.skip_bad=true", run=run) == 0
-        line = f"{place.cache}: 2 of 6 pairs cannot be used and are left out: 1 missing, 1 undecodable\n"
+        line = f"{place.cache}: 2 of 6 pairs cannot be used and are left out (missing files: 1; undecodable files: 1)\n"
         assert capsys.readouterr().err.count(line) == 1
         shutil.rmtree(place.data.parent, ignore_errors=True)
 

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -17,7 +17,8 @@ from PIL import Image
 
 from sipo import cli
 from sipo.data import check
-from sipo.data.check import NOTED, SKIPPED, check_pairs, run_check
+from sipo.data.check import LEFT_OUT, NOTED, SKIPPED, check_pairs, run_check
+from sipo.data.clips import Kind
 from sipo.data.load import BadPairError, load_condition_image, load_error_mask, load_pair
 from sipo.data.media import Media, write_image, write_video
 from sipo.data.readers import open_pairs
@@ -329,6 +330,28 @@ def test_a_pair_with_another_mask_is_no_duplicate(tmp_path: Path) -> None:
     builder.lines = [one, one | left, swapped | right, one | right, one | left]
     found = [(f.row, f.kind) for f in check_pairs(open_pairs(builder.save())).findings]
     assert found == [(3, "contradiction"), (4, "duplicate")]
+
+
+def test_further_images_are_counted_and_misspelt_keys_listed_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    builder = Builder(tmp_path)
+    write_image(tmp_path / "white.png", torch.full((3, 16, 24), 255, dtype=torch.uint8))
+    for keys in ({}, {"error_mask": "white.png"}, {"error_masks": "white.png"}, {"error_masks": "", "Error_mask": ""}):
+        builder.add(**keys)
+    builder.add(error_mask="none.png")  # would be skipped
+    report = tmp_path / "report.json"
+    assert run_check(builder.save(), json_file=report, progress=False) == 1
+    printed = capsys.readouterr().out
+    assert "\n       1  pairs with error_mask\n" in printed and "with condition_image" not in printed
+    listed = "(not skipped)\n          row 3: the key 'error_masks' is not read, did you mean 'error_mask'?\n"
+    assert f"       2  {NOTED['key']} {listed}          row 4: the key 'Error_mask' is not read, did" in printed
+    assert json.loads(report.read_text())["further_images"] == {"condition_image": 0, "error_mask": 1}
+
+
+def test_every_kind_of_pair_that_is_left_out_has_a_name() -> None:
+    kinds = {*get_args(Kind), *get_args(get_type_hints(PairRecord)["problem_kind"])}
+    assert kinds <= LEFT_OUT.keys() and not LEFT_OUT.keys() & NOTED.keys()
 
 
 def test_condition_images_are_checked_and_are_part_of_the_prompt(tmp_path: Path) -> None:

@@ -418,8 +418,14 @@ def test_bad_pairs_are_left_out_when_told_and_counted(tmp_path: Path) -> None:
 
 def test_a_cache_without_a_pair_is_an_error(tmp_path: Path) -> None:
     reader = Records([replace(record, tie=True) for record in Records.make(3).records])
-    with pytest.raises(CacheError, match=r"^nowhere: none of 3 rows is a pair that can be used"):
-        build(tmp_path, reader)
+    with pytest.raises(CacheError, match=r"^nowhere: none of 3 rows is a pair that can be used \(ties: 3\)$"):
+        build(tmp_path / "ties", reader)
+    for record in reader.records[1:]:
+        reader.records[record.row] = replace(record, tie=False, rejected=b"no image")
+    why = r"none of 3 rows is a pair that can be used \(row 2: rejected: .*is no image"
+    for _ in range(2):  # encoded, and from what was found then
+        with pytest.raises(CacheError, match=why):
+            build(tmp_path / "bad", reader, skip_bad=True)
 
 
 def test_latents_that_are_not_finite_are_a_bad_pair(tmp_path: Path) -> None:

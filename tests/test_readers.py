@@ -51,6 +51,29 @@ def test_jsonl_rows_as_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("keys", "misspelt"),
+    [
+        ({"error_masks": "a.png", "id": 3}, {"error_masks": "error_mask"}),
+        (
+            {"Error_mask": None, "conditionImage": "b.png"},
+            {"Error_mask": "error_mask", "conditionImage": "condition_image"},
+        ),
+        ({"choosen_score": 1, "reject_score": 2}, {"choosen_score": "chosen_score", "reject_score": "rejected_score"}),
+        ({"error_masks": ["a.png"], "error_mask": "a.png"}, {}),  # the row has that key: this is another
+        (
+            dict.fromkeys(
+                ["prompts", "prompt_id", "chosen_id", "chosen_seed", "chosen_model", "rejected_seed", "mask", "score"]
+            ),
+            {},
+        ),
+    ],
+)
+def test_keys_that_may_be_misspelt_are_listed(tmp_path: Path, keys: dict[str, Any], misspelt: dict[str, str]) -> None:
+    (record,) = open_pairs(write_lines(tmp_path / "pairs.jsonl", [GOOD | keys]))
+    assert record.misspelt == misspelt and not record.problem and misspelt.keys() <= record.extra.keys()
+
+
+@pytest.mark.parametrize(
     ("line", "expected"),
     [
         ('{"prompt": "a", ', "not JSON: Expecting property name enclosed in double quotes, character "),

@@ -41,6 +41,7 @@ class Cache:
         prompt_keys: one for each distinct prompt (:func:`sipo.cache.source.pair_key`).
         prompt_of: ``[N]`` int64, each pair's place in ``prompt_keys``.
         shard_of: ``[N]`` int64, each pair's place in ``latents``.
+        with_image: ``[N]`` bool, which pairs have a condition image.
         masked: ``[N]`` bool, which pairs have an error mask.
         latents: the shards of latents, by number.
     """
@@ -72,8 +73,8 @@ class Cache:
                 group = numbers.setdefault((*has, *shape), len(numbers))
                 table.append((row, n, place_of_text[key], group, *has))
         columns = [column.clone() for column in torch.tensor(table).reshape(-1, 6).unbind(1)]
-        self.rows, self.shard_of, self.prompt_of, self.group_of, self._with_image, masks = columns
-        self.masked = masks.bool()
+        self.rows, self.shard_of, self.prompt_of, self.group_of, images, masks = columns
+        self.with_image, self.masked = images.bool(), masks.bool()
         self._starts = [0, *accumulate(len(shard.facts["pairs"]) for shard in latents)]
 
     def __len__(self) -> int:
@@ -88,7 +89,7 @@ class Cache:
 
     def condition_image(self, index: int) -> Condition:
         """Reads what encodes a pair's condition image, by name; empty where there is none."""
-        if not self._with_image[index]:
+        if not self.with_image[index]:
             return {}
         shard, row = self.latents[int(self.shard_of[index])], int(self.rows[index])
         return {name: self._reader.tensor(shard.name, f"{row}.image.{name}") for name in shard.facts["image"]}

@@ -27,6 +27,7 @@ from sipo.cache.format import (
 from sipo.cache.source import FileRecord, files_digest
 from sipo.cache.weights import PLACE, is_weights, weights_change
 from sipo.data.config import DataConfig
+from sipo.data.records import row_name
 from sipo.families.config import ModelConfig
 
 MAX_PAIRS = "data.max_pairs"
@@ -87,6 +88,11 @@ def check_fingerprint(where: Path, found: Mapping[str, Any], wanted: Mapping[str
             f"{where}: made with {key}={json.dumps(found.get(key))}, expected this run's "
             f"{json.dumps(wanted.get(key))}: use another folder, or the settings it was made with"
         )
+
+
+def no_pairs(path: str, records: int, why: str) -> CacheError:
+    """Makes the error of a source none of whose rows is a pair that can be used."""
+    return CacheError(f"{path}: none of {records} rows is a pair that can be used ({why})")
 
 
 def other_path(where: Path, found: Any, wanted: str, why: str) -> CacheError:
@@ -197,9 +203,9 @@ def write_pairs_index(
                 f"{shapes} as for the empty prompt"
             )
     pairs = sum(len(shard.facts["pairs"]) for shard in latents)
-    if pairs == 0:
-        raise CacheError(f"{path}: none of {records} rows is a pair that can be used")
     skipped = [entry for shard in latents for entry in shard.facts["skipped"]]
+    if pairs == 0:
+        raise no_pairs(path, records, f"{row_name(skipped[0][0])}: {skipped[0][2]}" if skipped else f"ties: {ties}")
     content = {
         "path": path,
         "state": state,

@@ -14,17 +14,17 @@ from typing import Any
 
 from sipo.cache.encode import PairEncoder
 from sipo.cache.existing import ExistingCache, bad_pair, read_files
-from sipo.cache.format import CacheError
-from sipo.cache.index import PairsIndex, read_pairs_index, write_pairs_index
+from sipo.cache.index import PairsIndex, no_pairs, read_pairs_index, write_pairs_index
 from sipo.cache.savings import Cost
 from sipo.cache.source import Tally, shard_sources
 from sipo.data.config import DataConfig
 from sipo.data.load import CUT_TOLERANCE
-from sipo.data.records import DataError, PairReader, PairRecord, row_name
+from sipo.data.records import DataError, PairReader, PairRecord, new_misspelt, row_name
 from sipo.families.base import Family
 from sipo.files import remove_leftovers
 from sipo.locks import locked
 from sipo.processes import everywhere, from_all, from_main, in_rounds, on_main
+from sipo.progress import say
 
 
 @dataclass(frozen=True)
@@ -197,6 +197,7 @@ def precompute_pairs(
             if not unchanged:
                 # Sizes are checked before anything is written, and no encoder is loaded where another run has the
                 # folder.
+                on_main(accelerator, lambda: _say_misspelt(reader, settings))
                 everywhere(accelerator, load)
                 everywhere(accelerator, begin)
                 in_rounds(accelerator, encoder.encode_shards(reader, rank, world, progress))
@@ -215,6 +216,14 @@ def precompute_pairs(
     return _summary(index, seconds, written=written, kept=kept, texts=texts, absent=absent, changes=changes, cut=cut)
 
 
+def _say_misspelt(reader: PairReader, settings: DataConfig) -> None:
+    """Prints each key that may be misspelt, once; only rows of paths have such keys."""
+    seen: set[str] = set()
+    for record in reader if getattr(reader, "root", None) is not None else ():
+        for text in new_misspelt(record, seen):
+            say(f"{settings.dataset_name}: {row_name(record.row)}: {text}")
+
+
 def _check_rows(reader: PairReader, family: Family, settings: DataConfig) -> None:
     """Refuses rows that cannot be used, as far as that is quickly known, before encoders are loaded."""
     whole = getattr(reader, "root", None) is not None  # rows of paths alone are read at once
@@ -229,7 +238,7 @@ def _check_rows(reader: PairReader, family: Family, settings: DataConfig) -> Non
             raise bad_pair(faulty[0].row, faulty[0].problem_kind, faulty[0].problem)
     if whole and faulty and len(faulty) == tally.records - tally.ties:
         why = f"{row_name(faulty[0].row)}: {faulty[0].problem}"
-        raise CacheError(f"{settings.dataset_name}: none of {tally.records} rows is a pair that can be used ({why})")
+        raise no_pairs(settings.dataset_name, tally.records, why)
 
 
 def _state(reader: PairReader, required: bool) -> Any:

@@ -31,7 +31,7 @@ from sipo.data.load import (
 )
 from sipo.data.media import MAX_PIXELS, Media, check_request, nearest_size
 from sipo.data.readers import Format, open_pairs
-from sipo.data.records import PairReader, PairRecord, row_name
+from sipo.data.records import FURTHER_IMAGES, PairReader, PairRecord, new_misspelt, row_name
 from sipo.files import check_output, write_aside
 from sipo.progress import track
 
@@ -52,7 +52,15 @@ SKIPPED = {
 }
 """Kinds of findings that training skips, or stops at, with their names in reports."""
 
+LEFT_OUT = SKIPPED | {
+    "condition": "rows without a condition image",
+    "crop": "error masks that are all black in the crop",
+    "latents": "pairs whose latents are not finite",
+}
+"""Kinds of pairs that a run leaves out, with their names: a check knows neither its family nor its crops."""
+
 NOTED = {
+    "key": "keys that may be misspelt, each in the first row that has it",
     "duplicate": "duplicates",
     "contradiction": "pairs that an earlier row has the other way round",
     "reused": "files that an earlier row has for another prompt",
@@ -86,12 +94,15 @@ class CheckReport:
         skipped: how many of them training would skip.
         findings: in the order of their rows.
         sizes: number of pairs for each size, if sizes were given.
+        further_images: number of pairs that have each of :data:`sipo.data.records.FURTHER_IMAGES`. As with ``sizes``,
+            those that training would skip do not count.
     """
 
     pairs: int = 0
     skipped: int = 0
     findings: list[PairFinding] = field(default_factory=list)
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    further_images: Counter[str] = field(default_factory=Counter)
 
     def counts(self) -> dict[str, int]:
         """Counts the findings of every kind, zeros included."""
@@ -105,6 +116,7 @@ class CheckReport:
             "skipped": self.skipped,
             "counts": self.counts(),
             "sizes": [{"height": h, "width": w, "pairs": n} for (h, w), n in sorted(self.sizes.items())],
+            "further_images": {name: self.further_images[name] for name in FURTHER_IMAGES},
             "findings": [vars(finding) | {"row": finding.row + 1} for finding in self.findings],
         }
 
@@ -122,6 +134,7 @@ class CheckReport:
                 lines += [f"{'':>10}{row_name(finding.row)}: {finding.text}" for finding in findings[:rows]]
                 if len(findings) > rows:
                     lines.append(f"{'':>10}and {len(findings) - rows} more")
+        lines += [f"{n:>8}  pairs with {name}" for name, n in sorted(self.further_images.items())]
         lines += [f"{n:>8}  pairs at {format_size(size)}" for size, n in sorted(self.sizes.items())]
         return "\n".join(lines)
 
@@ -164,16 +177,18 @@ def check_pairs(
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit}: expected at least 1")
     report = CheckReport()
-    notes = _Notes()
+    notes, misspelt = _Notes(), set[str]()
     examine = partial(_examine, frames=frames, fps=fps, sizes=sizes, max_pixels=max_pixels)
     for record, examined in _examine_all(islice(reader, limit), examine, workers, progress):
         report.pairs += 1
+        report.findings += [PairFinding(record.row, "key", text) for text in new_misspelt(record, misspelt)]
         if examined.bad is not None:
             report.skipped += 1
             report.findings.append(PairFinding(record.row, examined.bad.kind, str(examined.bad)))
             continue
         if examined.size is not None:
             report.sizes[examined.size] += 1
+        report.further_images.update(record.sources.keys() & FURTHER_IMAGES)
         for kind, text in (*examined.notes, *notes.add(record, examined.digests)):
             report.findings.append(PairFinding(record.row, kind, text))
     report.findings += notes.shifts()

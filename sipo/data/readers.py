@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
@@ -29,13 +30,15 @@ from sipo.data.records import (
     states,
 )
 from sipo.data.videodpo import METADATA, PAIRS, VideoDpoReader
+from sipo.fields import nearest
 from sipo.files import FileError, parse_json, short, write_aside
 
 Format = Literal["auto", "jsonl", "pickapic", "videodpo"]
 
 _JSONL_SUFFIXES = (".jsonl", ".ndjson")
 _JSONL_NAME = "pairs.jsonl"
-_PAIR_KEYS = ("prompt", "chosen", "rejected", *FURTHER_IMAGES, "chosen_score", "rejected_score")
+_OPTIONAL_KEYS = (*FURTHER_IMAGES, "chosen_score", "rejected_score")
+_PAIR_KEYS = ("prompt", "chosen", "rejected", *_OPTIONAL_KEYS)
 _LONGEST_LINE = 1 << 24  # bytes of a row of JSONL; a longer line means another kind of file
 _DEEPEST = 64  # levels of nesting in a row of JSONL
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -113,7 +116,7 @@ class JsonlReader:
     """Reads one JSON object a line: ``prompt``, ``chosen``, ``rejected``, optional :data:`FURTHER_IMAGES` and scores.
 
     Paths are relative to the file's folder. Equal scores are a tie. A record's row is its line number minus one; empty
-    lines are skipped. Further keys go to ``extra``.
+    lines are skipped. Further keys go to ``extra``; those that may be misspelt are listed too.
     """
 
     path: Path
@@ -152,9 +155,15 @@ class JsonlReader:
             problem = f"chosen_score={short(better)} is below rejected_score={short(worse)}"
             return bad_row(row, problem, value["prompt"])
         tie, files = better is not None and better == worse, {key: self.root / value[key] for key in paths}
-        return PairRecord(
-            row, value["prompt"], **files, chosen_score=better, rejected_score=worse, tie=tie, extra=extra
-        )
+        nearest_keys = {key: meant for key in extra if (meant := _nearest_key(key)) and value.get(meant) is None}
+        scores = {"chosen_score": better, "rejected_score": worse}
+        return PairRecord(row, value["prompt"], **files, **scores, tie=tie, extra=extra, misspelt=nearest_keys)
+
+
+@lru_cache
+def _nearest_key(key: str) -> str | None:
+    """Returns the optional key that another key is spelt almost like, apart from upper case; ``None`` for most."""
+    return nearest(key.lower(), _OPTIONAL_KEYS, 0.85)  # "chosen_seed" is 0.78 like "chosen_score"
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:

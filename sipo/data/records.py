@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from sipo.files import FileError, check_regular
+from sipo.files import FileError, check_regular, short
 
 FURTHER_IMAGES = ("condition_image", "error_mask")
 """Images that a pair may have beside its samples; names of a record's fields and of JSONL's keys."""
@@ -43,6 +43,7 @@ class PairRecord:
         condition_image: the image that both samples are edits of, if there is one.
         error_mask: an image of the samples' shape, if there is one: errors count where it is white (docs/math.md §2).
         extra: all other values of the row, unchanged.
+        misspelt: keys of ``extra`` that are spelt almost like an optional one that the row lacks, each with that one.
     """
 
     row: int
@@ -57,6 +58,7 @@ class PairRecord:
     condition_image: Path | bytes | None = None
     error_mask: Path | bytes | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    misspelt: dict[str, str] = field(default_factory=dict)
 
     @property
     def sources(self) -> dict[str, Path | bytes]:
@@ -87,6 +89,13 @@ def bad_row(row: int, problem: str, prompt: str = "", kind: Literal["row", "inde
 def row_name(row: int) -> str:
     """Names a row in messages: "row 1" is the first, as editors number the lines of a file."""
     return f"row {row + 1}"
+
+
+def new_misspelt(record: PairRecord, seen: set[str]) -> list[str]:
+    """Describes the misspelt keys of a row that no earlier one has, and adds them to ``seen``."""
+    new = {key: meant for key, meant in record.misspelt.items() if key not in seen}
+    seen.update(new)
+    return [f"the key {short(key)} is not read, did you mean {meant!r}?" for key, meant in new.items()]
 
 
 def has_unpaired_surrogate(text: str) -> bool:

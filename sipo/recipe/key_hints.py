@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
+
+from sipo.fields import nearest
 
 # Our keys, and their counterparts: in the training scripts of diffusers and Diffusion-DPO, in TRL's DPOConfig with
 # transformers' TrainingArguments, and short names that people try. Names whose letters or words lead
@@ -103,5 +104,5 @@ def _with_words(name: str, paths: Sequence[tuple[str, ...]]) -> str | None:
 
 def _alike(name: str, paths: Sequence[tuple[str, ...]], least: float) -> str | None:
     """Returns the key that is spelt most like a name, if the two are at least this similar (from 0 to 1)."""
-    close = difflib.get_close_matches(name, [path[-1] for path in paths], n=1, cutoff=least)
-    return next((".".join(path) for path in paths if path[-1] in close), None)
+    close = nearest(name, (path[-1] for path in paths), least)
+    return next((".".join(path) for path in paths if path[-1] == close), None)

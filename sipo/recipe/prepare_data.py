@@ -14,6 +14,7 @@ from sipo.cache.precompute_errors import precompute_reference_errors
 from sipo.cache.reference_errors import ReferenceErrors, open_reference_errors
 from sipo.cache.savings import Cost
 from sipo.cache.source import Tally, shard_sources
+from sipo.data.check import LEFT_OUT
 from sipo.data.readers import open_pairs
 from sipo.data.records import DataError, PairReader, row_name
 from sipo.files import make_folder
@@ -49,8 +50,8 @@ def prepare_data(
 ) -> PreparedData:
     """Computes what the cache lacks, or what no longer agrees with the source: latents, text, reference errors.
 
-    A line says what has changed since, one how many pairs are left out, and one what is used without having been
-    compared, as its source is missing.
+    A line says what has changed since, one how many pairs have a condition image or an error mask if any were encoded,
+    one how many are left out, and one what is used without having been compared, as its source is missing.
 
     Args:
         run: of :func:`open_run`.
@@ -101,10 +102,13 @@ def prepare_data(
     if cache.path != config.data.dataset_name:
         raise other_path(run.cache, cache.path, config.data.dataset_name, f"which cannot be read ({missing})")
     _check_masks(run, cache.rows[cache.masked].tolist())  # here too: the source may be gone
+    if summary is not None and summary.written:
+        images = {"a condition image": cache.with_image, "an error mask": cache.masked}
+        said += [f"{int(has.sum())} of {len(cache)} pairs have {what}" for what, has in images.items() if has.any()]
     if cache.skipped:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in cache.skipped.items())
+        reasons = "; ".join(f"{LEFT_OUT.get(kind, kind)}: {count}" for kind, count in cache.skipped.items())
         number = sum(cache.skipped.values())
-        said.append(f"{number} of {number + len(cache)} pairs cannot be used and are left out: {reasons}")
+        said.append(f"{number} of {number + len(cache)} pairs cannot be used and are left out ({reasons})")
     if accelerator.is_main_process:
         for line in said:
             say(f"{run.cache}: {line}")
