@@ -253,6 +253,7 @@ def run_launch(words: list[str], folder: Path) -> tuple[int, str]:
         timeout=200,
     )
     if words[4] == "train":
+        assert re.search(rf"^# {LAUNCHED} processes, \d+ pairs in a step$", process.stdout, re.M), process.stdout
         assert list(Path("runs").rglob(f"process-{LAUNCHED - 1:05d}.safetensors")), process.stdout
     return process.returncode, process.stdout
 

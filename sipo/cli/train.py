@@ -39,7 +39,7 @@ def _train(options: argparse.Namespace) -> int:
 
     def print_config() -> None:
         if accelerator.is_main_process:
-            _print_config(config)
+            _print_config(config, accelerator.num_processes)
 
     command = f"`{shlex.join(['sipo', 'train', str(options.config), *options.overrides, '--resume'])}`"
     if accelerator.num_processes > 1:  # how they were launched is not known here
@@ -65,12 +65,14 @@ def _train(options: argparse.Namespace) -> int:
     return 0
 
 
-def _print_config(config: Any) -> None:
-    """Prints the whole configuration as YAML."""
+def _print_config(config: Any, processes: int) -> None:
+    """Prints the whole configuration as YAML, behind a comment with what it does not say."""
     import yaml
 
     readable = (sys.stdout.encoding or "").lower().startswith("utf")  # other encodings lack some letters
     try:
+        pairs = config.training.pairs_in_step(processes)
+        print(f"# {processes} process{'es' * (processes > 1)}, {pairs} pairs in a step")
         print(yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=readable), flush=True)
     except OSError as error:
         if error.errno != errno.ENOSPC:

@@ -146,15 +146,11 @@ def _say_cost(run: RunContext, cost: Cost) -> None:
     if cost.exact and 0 < pairs <= data.held_out:
         raise ConfigError(f"data.held_out={data.held_out}: expected fewer than the {pairs} pairs there are")
     say(f"{run.cache}: {cost.describe(free, draws)}")
-    seen = (
-        training.max_train_steps
-        * training.train_batch_size
-        * training.gradient_accumulation_steps
-        * run.accelerator.num_processes
-    )
+    in_step = training.pairs_in_step(run.accelerator.num_processes)
+    seen = training.max_train_steps * in_step
     unused = cost.unused(draws=draws, held_out=data.held_out, seen=seen)
     if unused:
-        say(f"{run.cache}: {training.max_train_steps} steps of {seen // training.max_train_steps} pairs: {unused}")
+        say(f"{run.cache}: {training.max_train_steps} steps of {in_step} pairs: {unused}")
 
 
 def _open_source(run: RunContext, ask: bool) -> tuple[PairReader | None, str]:

@@ -216,6 +216,10 @@ class TrainingConfig:
         """The run's statistics by noise level, one JSON object a line."""
         return self.folder / "timesteps.jsonl"
 
+    def pairs_in_step(self, processes: int) -> int:
+        """Counts the pairs in an optimiser step of all processes together."""
+        return self.train_batch_size * self.gradient_accumulation_steps * processes
+
     def identity(self) -> dict[str, Any]:
         """Returns the settings that a resumed run must share with the one that it continues, as JSON values."""
         free = set(_FREE_ON_RESUME)

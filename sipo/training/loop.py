@@ -266,7 +266,7 @@ class TrainingLoop:
         size = batch.chosen.shape[-2:]
         if size not in self.levels:
             schedule = schedule_for(self.forward.schedule, batch.chosen)
-            n = config.train_batch_size * config.gradient_accumulation_steps * world
+            n = config.pairs_in_step(world)
             if self.measured.informative is not None:
                 self.levels[size] = self.measured.informative.sample(schedule, n, step)
             else:
