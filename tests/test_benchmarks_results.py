@@ -215,6 +215,18 @@ def test_examples_state_the_size_of_full_size_networks() -> None:
     assert stated == 9
 
 
+def test_families_page_says_which_full_size_networks_were_whole() -> None:
+    page = " ".join((ROOT / "docs" / "families.md").read_text(encoding="utf-8").split())
+    quoted = re.search(r"full-size-cpu.json\)\)\. (.+?) were whole\. (.+?) had their full width", page)
+    assert quoted is not None
+    whole, fewer = (re.split(r", | and ", names) for names in quoted.groups())
+    cases = committed("full-size-cpu.json")["cases"]
+    assert all(case["adapters_that_moved"] for case in cases)
+    assert whole == [case["name"] for case in cases if not case["left_out"]]
+    assert fewer == [case["name"] for case in cases if case["left_out"]]
+    assert [case["name"] for case in cases] == [case.name for case in CASES]
+
+
 def test_pages_quote_the_other_committed_files() -> None:
     readme, errors_page = (
         (ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/reference-errors.md")
