@@ -22,9 +22,9 @@ from sipo.cache.savings import Cost
 from sipo.cache.source import EncodedPair, ShardSource, Tally, pair_key, shard_sources, side_name
 from sipo.data.config import DataConfig
 from sipo.data.load import BadPairError
-from sipo.data.records import PairReader, PairRecord, row_name
+from sipo.data.records import PairReader, PairRecord, new_misspelt, row_name
 from sipo.families.base import Condition, Family
-from sipo.progress import Meter
+from sipo.progress import Meter, say
 from sipo.seeds import RandomStream, derive_seed
 
 TEXT_BATCH = 16
@@ -162,9 +162,14 @@ class PairEncoder:
     ) -> Iterator[tuple[ShardSource, PairRecord | None] | None]:
         """Yields the records to encode, each with its shard, and the shard with ``None`` after its last record.
 
-        Also yields ``None`` after each shard that was read or compared, which may take long by itself.
+        Also yields ``None`` after each shard that was read or compared, which may take long by itself. The first
+        process prints keys that may be misspelt.
         """
+        misspelt: set[str] = set()
         for source in shard_sources(reader, self.family, self.settings, self.tally):
+            for record in source.records if rank == 0 else ():
+                for text in new_misspelt(record, misspelt):
+                    say(f"{self.settings.dataset_name}: {row_name(record.row)}: {text}")
             if source.number % world != rank:
                 yield None
                 continue

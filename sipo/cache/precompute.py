@@ -19,12 +19,11 @@ from sipo.cache.savings import Cost
 from sipo.cache.source import Tally, shard_sources
 from sipo.data.config import DataConfig
 from sipo.data.load import CUT_TOLERANCE
-from sipo.data.records import DataError, PairReader, PairRecord, new_misspelt, row_name
+from sipo.data.records import DataError, PairReader, PairRecord, row_name
 from sipo.families.base import Family
 from sipo.files import remove_leftovers
 from sipo.locks import locked
 from sipo.processes import everywhere, from_all, from_main, in_rounds, on_main
-from sipo.progress import say
 
 
 @dataclass(frozen=True)
@@ -197,7 +196,6 @@ def precompute_pairs(
             if not unchanged:
                 # Sizes are checked before anything is written, and no encoder is loaded where another run has the
                 # folder.
-                on_main(accelerator, lambda: _say_misspelt(reader, settings))
                 everywhere(accelerator, load)
                 everywhere(accelerator, begin)
                 in_rounds(accelerator, encoder.encode_shards(reader, rank, world, progress))
@@ -214,14 +212,6 @@ def precompute_pairs(
     changes = [change for _, own, _ in everyone for change in own]
     cut = {row: file for _, _, own in everyone for row, file in own.items()}
     return _summary(index, seconds, written=written, kept=kept, texts=texts, absent=absent, changes=changes, cut=cut)
-
-
-def _say_misspelt(reader: PairReader, settings: DataConfig) -> None:
-    """Prints each key that may be misspelt, once; only rows of paths have such keys."""
-    seen: set[str] = set()
-    for record in reader if getattr(reader, "root", None) is not None else ():
-        for text in new_misspelt(record, seen):
-            say(f"{settings.dataset_name}: {row_name(record.row)}: {text}")
 
 
 def _check_rows(reader: PairReader, family: Family, settings: DataConfig) -> None:

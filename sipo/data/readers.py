@@ -156,8 +156,8 @@ class JsonlReader:
             return bad_row(row, problem, value["prompt"])
         tie, files = better is not None and better == worse, {key: self.root / value[key] for key in paths}
         nearest_keys = {key: meant for key in extra if (meant := _nearest_key(key)) and value.get(meant) is None}
-        scores = {"chosen_score": better, "rejected_score": worse}
-        return PairRecord(row, value["prompt"], **files, **scores, tie=tie, extra=extra, misspelt=nearest_keys)
+        more: dict[str, Any] = {"chosen_score": better, "rejected_score": worse, "extra": extra}
+        return PairRecord(row, value["prompt"], **files, **more, tie=tie, misspelt=nearest_keys)
 
 
 @lru_cache
