@@ -35,6 +35,8 @@ class RandomStream(IntEnum):
     """Which captions are dropped, by position in the run's stream."""
     VALIDATION = 7
     """Validation: 0 is its noise levels, 1 its noise."""
+    SAMPLER = 8
+    """Noise that a sampler adds while it draws a sample, from the sample's own seed."""
 
     # caches
     FLIP = 100

@@ -78,7 +78,7 @@ def test_samples_with_encoders_of_another_type(toy: str) -> None:
     assert (found.float() - exact.float()).abs().mean() < 0.25 * exact.float().std()
 
 
-def test_a_sampler_that_draws_noise_has_the_samples_seed() -> None:
+def test_a_sampler_that_draws_noise_has_the_samples_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The pipeline passes the scheduler no generator."""
     family, network = load_toy("flux-schnell")
     pipeline = family.load_encoders(folder_of("flux-schnell"))
@@ -88,8 +88,11 @@ def test_a_sampler_that_draws_noise_has_the_samples_seed() -> None:
     def sample(pipeline: Any, seed: int) -> torch.Tensor:
         return family.sample(pipeline, network, PROMPTS[:1], seed=seed, steps=2, **sample_of(family, 1))
 
+    seeds: list[int] = []
+    monkeypatch.setattr(torch, "manual_seed", lambda seed, plain=torch.manual_seed: seeds.append(seed) or plain(seed))
     state = torch.get_rng_state()
     first = sample(pipeline, 5)
+    assert len(seeds) == 1 and seeds != [5]  # that of the first latents
     assert torch.equal(torch.get_rng_state(), state)
     torch.rand(1)
     assert torch.equal(first, sample(pipeline, 5)) and not torch.equal(first, sample(pipeline, 6))

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import compile_regions
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from sipo import SIPOLoss
@@ -13,6 +14,7 @@ from sipo.batch import PairBatch, level_argument, noisy_pairs
 from sipo.families import get_family
 from sipo.families.network import evaluating
 from sipo.families.tuning import adapter_off, freeze, prepare_full, prepare_lora
+from sipo.training.sharding import plain_name
 from tests.family_cases import (
     each_toy,
     family_of,
@@ -212,6 +214,10 @@ def test_every_weight_gets_a_gradient_but_those_that_are_kept_from_ddp(toy: str,
     kept = getattr(network, "_ddp_params_and_buffers_to_ignore", [])
     trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
     assert {name for name, p in trained.items() if p.grad is None} == trained.keys() & set(kept)
+    regions = compile_regions(network, backend="eager")
+    without = {plain_name(name) for name, p in trained.items() if p.grad is None}
+    names = {name for name, _ in regions.named_parameters() if plain_name(name) in without}
+    assert names <= set(getattr(regions, "_ddp_params_and_buffers_to_ignore", []))
 
 
 @pytest.mark.parametrize(

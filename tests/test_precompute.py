@@ -229,7 +229,7 @@ def test_a_pair_without_the_condition_image_that_the_family_needs_is_bad(tmp_pat
 @pytest.mark.parametrize(
     ("edits", "root", "skip_bad", "problem"),
     [
-        (range(9), True, False, r"^row 10: no condition_image, family 'edit' needs one \(rows count"),
+        (range(9), True, False, "^row 10: no condition_image, family 'edit' needs one; the row has 'condition_images' "),
         ((), False, False, "^row 1: no condition_image"),
         (
             (),
@@ -243,6 +243,7 @@ def test_missing_condition_images_are_told_before_encoders_are_loaded(
     tmp_path: Path, edits: Any, root: bool, skip_bad: bool, problem: str
 ) -> None:
     reader, wanted, loaded = Records.make(edits=edits), settings(skip_bad=skip_bad), []
+    reader.records[9] = replace(reader.records[9], misspelt={"condition_images": "condition_image"})
     if root:
         reader.root = tmp_path  # type: ignore[attr-defined]  # of a list of paths, which is read at once
     with pytest.raises((BadPairError, CacheError), match=problem):

@@ -274,6 +274,8 @@ def shard_sources(reader: PairReader, family: Family, settings: DataConfig, tall
             raise DataError(f"{where} has a condition_image, family {family.name!r} takes none")
         if record.condition_image is None and family.condition_image == "required" and not record.problem:
             problem = f"no condition_image, family {family.name!r} needs one"
+            near = [key for key, meant in record.misspelt.items() if meant == "condition_image"]
+            problem += f"; the row has {near[0]!r}" if near else ""
             record = replace(record, problem=problem, problem_kind="condition")
         tally.records += 1
         if record.tie:

@@ -160,7 +160,7 @@ def resize_and_crop(
     if center_crop:
         top, left = over[0] // 2, over[1] // 2
     else:
-        # As a share of the range, so that images whose scaled sizes differ by a pixel are cut at the same place.
+        # As a share of the range, so that images whose scaled sizes differ by a pixel are cut at most a pixel apart.
         shares = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
         top, left = (int(share * (each + 1)) for share, each in zip(shares, over, strict=True))
     cut = (slice(top, top + height), slice(left, left + width))

@@ -19,7 +19,7 @@ from sipo.families.network import Condition, evaluating, inner_network, network_
 from sipo.families.packing import pack, unpack
 from sipo.families.vae import PipelineVae, as_picture
 from sipo.schedule import DEFAULT_INFERENCE_STEPS
-from sipo.seeds import preserve_random_state
+from sipo.seeds import RandomStream, derive_seed, preserve_random_state
 
 
 class Family(PipelineEncoder):
@@ -108,7 +108,9 @@ class Family(PipelineEncoder):
             last = f"transformer_blocks.{len(network.transformer_blocks) - 1}."
             starts = tuple(f"{last}{name}." for name in self.unread)
             names = [name for name, _ in network.named_parameters() if name.startswith(starts)]
-            names += [f"_orig_mod.{name}" for name in names]  # of a compiled network
+            # Those of a compiled network, and of one whose blocks are compiled.
+            compiled = [f"_orig_mod.{name}" for name in names]
+            names += compiled + [f"{last}_orig_mod.{name.removeprefix(last)}" for name in names]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, names)
 
     def network_time(self, timesteps: Tensor) -> Tensor:
@@ -143,8 +145,8 @@ class Family(PipelineEncoder):
     ) -> Tensor:
         """Samples from the pipeline with ``network``, for validation.
 
-        Prompts are sampled one by one, so that memory does not depend on their number. Torch's global generators are
-        as before afterwards, and the network keeps its mode.
+        Prompts are sampled one by one, so that memory does not depend on their number. Torch's global generators, of
+        the CPU and of the network's device, are as before afterwards, and the network keeps its mode.
 
         Args:
             pipeline: from :meth:`load_encoders`; its dtype and device may differ from the network's. Its text encoders
@@ -178,7 +180,8 @@ class Family(PipelineEncoder):
                     for name, tensor in condition.items()
                 }
                 with autocast(), contextlib.ExitStack() as stack:
-                    torch.manual_seed(seed + i)  # some schedulers draw noise, and few pipelines pass them a generator
+                    # Some schedulers draw noise, and few pipelines pass them a generator.
+                    torch.manual_seed(derive_seed(seed + i, RandomStream.SAMPLER, 0))
                     for part in self.networks_in(network).values():
                         stack.enter_context(predicting_in(part, dtype))
                     output = sampler(
