@@ -229,7 +229,7 @@ def test_a_pair_without_the_condition_image_that_the_family_needs_is_bad(tmp_pat
 @pytest.mark.parametrize(
     ("edits", "root", "skip_bad", "problem"),
     [
-        (range(9), True, False, "^row 10: no condition_image, family 'edit' needs one; the row has 'condition_images' "),
+        (range(9), True, False, "^row 10: no condition_image, family 'edit' needs one; the row has 'condition_images'"),
         ((), False, False, "^row 1: no condition_image"),
         (
             (),
